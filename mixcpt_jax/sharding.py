@@ -1,0 +1,97 @@
+"""The device mesh, and the one table from logical axes to mesh axes.
+
+A batch is split over `data` and `fsdp`. Parameters and their optimizer moments are
+split over `fsdp` (along the hidden size) and `tensor` (along heads, MLP columns and
+the vocabulary); `data` holds copies of them. All axes are Auto: the compiler places
+the collectives, `constrain` only tells it where activations live.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mixcpt_jax.errors import InputError
+
+DATA, FSDP, TENSOR = MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = (DATA, FSDP)
+
+RULES: Mapping[str, Any] = {
+    "batch": BATCH_AXES,
+    "length": None,
+    "layers": None,
+    "hidden": FSDP,
+    "heads": TENSOR,
+    "kv_heads": TENSOR,
+    "mlp": TENSOR,
+    "vocab": TENSOR,
+    # Activations, unlike parameters, keep their hidden size whole: their rows already
+    # use the fsdp axis.
+    "activation": None,
+}
+
+
+def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, int, int]:
+    """Fills in the one axis that is -1 so that the mesh takes every device.
+
+    Raises:
+      InputError: the sizes cannot be laid over `num_devices` devices.
+    """
+    shape = [sizes[axis] for axis in MESH_AXES]
+    if shape.count(-1) > 1 or any(s < 1 and s != -1 for s in shape):
+        raise InputError(
+            f"mesh: {dict(sizes)}: sizes are 1 or more, and one may be -1 (the rest)"
+        )
+    known = int(np.prod([s for s in shape if s != -1]))
+    if -1 in shape and num_devices % known == 0:
+        shape[shape.index(-1)] = num_devices // known
+    if int(np.prod(shape)) != num_devices:
+        raise InputError(
+            f"mesh: {dict(sizes)} does not lay out {num_devices} devices; "
+            "make the product of the sizes equal to it, or give one axis -1"
+        )
+    return tuple(shape)
+
+
+def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
+    """Builds the `(data, fsdp, tensor)` mesh over all devices of all hosts."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(
+        mesh_shape(sizes, len(devices)),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
+    )
+
+
+def spec(logical_axes: tuple[str | None, ...]) -> P:
+    """The partition spec of an array whose dimensions have these logical axes."""
+    return P(*(None if axis is None else RULES[axis] for axis in logical_axes))
+
+
+def shardings(mesh: Mesh, logical_axes: Any) -> Any:
+    """Maps a tree of logical-axes tuples to a tree of shardings."""
+    return jax.tree.map(
+        lambda axes: NamedSharding(mesh, spec(axes)),
+        logical_axes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`; every other dimension whole."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Pins an activation to its place; does nothing outside of a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(logical_axes))
