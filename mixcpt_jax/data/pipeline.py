@@ -1,0 +1,115 @@
+"""From a config to everything a phase reads: training batches, held-out text, exams."""
+
+import dataclasses
+from typing import Any
+
+import grain
+import ml_collections
+
+from mixcpt_jax import config as config_lib
+from mixcpt_jax.data import docstrings, exams, format, mixture, sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a phase reads.
+
+    Attributes:
+      batches: the endless training stream of this host.
+      objectives: source name -> weight of each objective, in the order of `source_ids`.
+      texts: name -> rows that are measured and never trained on.
+      exams: name -> multiple choice.
+      report: one dict per source: what it holds and what the mixture gives of it.
+    """
+
+    batches: grain.IterDataset
+    objectives: dict[str, dict[str, float]]
+    texts: dict[str, mixture.PackedRows]
+    exams: dict[str, exams.Exam]
+    report: list[dict[str, Any]]
+
+
+def load(
+    config: ml_collections.ConfigDict, tokenizer: Any, num_hosts: int = 1, host: int = 0
+) -> Data:
+    """Reads, encodes and packs every source of the config.
+
+    Args:
+      config: a validated config.
+      tokenizer: the model's.
+      num_hosts, host: the training stream is shared out over hosts; what is measured
+        is whole on each.
+
+    Raises:
+      InputError: names the file, line or setting that is wrong.
+    """
+    held_in, texts = {}, {}
+    for name, source in config.sources.items():
+        records = sources.read(source.path, source.reader)
+        held_in[name], held_out = sources.split_holdout(
+            records, source.holdout, config.seed
+        )
+        if held_out:
+            texts[name] = _encode(held_out, source, tokenizer)
+    for name, source in config.eval.texts.items():
+        texts[name] = _encode(
+            sources.read(source.path, source.reader), source, tokenizer
+        )
+    objectives = {
+        name: config_lib.objective_weights(config, name) for name in config.sources
+    }
+    row_length = config.data.row_length
+    packed = mixture.pack_sources(
+        [
+            mixture.Source(
+                name,
+                _encode(held_in[name], source, tokenizer),
+                share=source.weight,
+                **{f"{key}_weight": w for key, w in objectives[name].items()},
+            )
+            for name, source in config.sources.items()
+        ],
+        row_length,
+        config.data.packing,
+        config.seed,
+        tokenizer.pad_id,
+    )
+    return Data(
+        batches=mixture.mixture(
+            packed,
+            config.data.batch_size,
+            config.seed,
+            num_hosts,
+            host,
+            config.data.num_workers,
+        ),
+        objectives=objectives,
+        texts={
+            name: mixture.pack_text(name, examples, row_length)
+            for name, examples in texts.items()
+        },
+        exams={
+            name: _load_exam(config, exam, held_in, tokenizer)
+            for name, exam in config.eval.exams.items()
+        },
+        report=mixture.describe(packed),
+    )
+
+
+def _encode(records, source, tokenizer) -> format.Examples:
+    return format.encode(
+        records,
+        source.format,
+        tokenizer,
+        source.fields.to_dict(),
+        source.preference_side,
+    )
+
+
+def _load_exam(config, exam, held_in, tokenizer) -> exams.Exam:
+    if exam.path:
+        questions = exams.read(exam.path)[: exam.num_questions or None]
+    else:
+        documents = [record.fields for record in held_in[exam.source]]
+        questions = docstrings.exam(documents, exam.num_questions, config.seed)
+    return exams.encode(questions, tokenizer, config.data.row_length)

@@ -1,0 +1,66 @@
+"""The command line: flags in, phases out.
+
+    python -m mixcpt_jax.main --config=configs/quickstart.py [--workdir=runs/mine]
+        [--config.train.num_steps=100 ...]
+
+The same command run again goes on where the last one stopped.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from mixcpt_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The config file.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Where the run is kept, local or gs://; empty: runs/<config's name>."
+)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    # Imported here so that --help does not wait for jax.
+    import jax
+
+    from mixcpt_jax import config as config_lib
+    from mixcpt_jax import report, train
+
+    config = _CONFIG.value
+    workdir = _WORKDIR.value or _default_workdir()
+    phases = {
+        phase: config_lib.for_phase(config, phase) for phase in config.phases
+    } or {pathlib.PurePath(workdir).name: config}
+    for phase_config in phases.values():
+        config_lib.validate(phase_config, jax.device_count())
+    results = {
+        phase: train.run(
+            phase_config,
+            f"{workdir}/{phase}" if config.phases else workdir,
+            phase,
+        )
+        for phase, phase_config in phases.items()
+    }
+    report.write(workdir, results)
+
+
+def _default_workdir() -> str:
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    return f"runs/{pathlib.PurePath(file).stem}"
+
+
+def _run_and_explain(argv: list[str]) -> None:
+    """Turns what the user can mend into one line and exit status 1."""
+    try:
+        main(argv)
+    except (InputError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config"])
+    app.run(_run_and_explain)

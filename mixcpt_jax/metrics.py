@@ -1,0 +1,172 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, W&B and the terminal.
+
+`metrics.jsonl` is the record: one object per line, with its step. The others are copies
+of it. Only the first host writes.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import ml_collections
+from etils import epath
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+FILE = "metrics.jsonl"
+
+
+def means(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
+    """(sum, count) pairs, already on the host, to means; an empty count is left out."""
+    return {
+        name: float(total) / float(count)
+        for name, (total, count) in metrics.items()
+        if count
+    }
+
+
+class Writer:
+    """Appends scalars; use it as a context manager."""
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        config: ml_collections.ConfigDict,
+        resume_step: int,
+        run_config: dict[str, Any],
+    ):
+        """Opens the run's files.
+
+        Args:
+          workdir: the phase's folder.
+          config: `config.metrics`.
+          resume_step: lines after this step belong to work that was lost with the
+            process that did it, and are dropped.
+          run_config: the whole config, for W&B.
+        """
+        self._path = workdir / FILE
+        kept = [row for row in read(workdir) if row["step"] <= resume_step]
+        replace(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a")
+        self._tensorboard = self._wandb = None
+        if config.tensorboard:
+            import tensorboardX  # its import is slow
+
+            self._tensorboard = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=resume_step + 1
+            )
+        if config.wandb_project:
+            import wandb  # optional: only those who ask for it need it
+
+            self._wandb = wandb.init(
+                project=config.wandb_project, config=run_config, resume="allow"
+            )
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
+
+
+def read(workdir: epath.Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`; a last line cut short by a kill is left out."""
+    path = workdir / FILE
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Progress:
+    """A progress bar in a terminal, a line now and then elsewhere."""
+
+    def __init__(self, name: str, first_step: int, num_steps: int, enabled: bool):
+        self._console = rich_console.Console(stderr=True)
+        self._name, self._num_steps = name, num_steps
+        self._next_line = 0.0
+        self._enabled = enabled
+        self._bar = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn("loss {task.fields[loss]:.4f}"),
+            rich_progress.TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            rich_progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not (enabled and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task(
+            name, total=num_steps, completed=first_step, loss=math.nan, rate=math.nan
+        )
+        self._start, self._first_step = time.monotonic(), first_step
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        self._bar.update(
+            self._task, completed=step, loss=loss, rate=tokens_per_second
+        )
+        if self._console.is_terminal or not self._enabled:
+            return
+        now = time.monotonic()
+        if now >= self._next_line or step == self._num_steps:
+            self._next_line = now + 20.0
+            done = max(step - self._first_step, 1)
+            left = (now - self._start) / done * (self._num_steps - step)
+            self.say(
+                f"{self._name} {step}/{self._num_steps} loss {loss:.4f} "
+                f"{tokens_per_second:,.0f} tokens/s, {left:.0f} s left"
+            )
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._enabled:
+            self._console.print(text, highlight=False, markup=False)
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; the first column is text, the rest are numbers."""
+    cells = [list(header), *(list(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row):
+        first, *numbers = row
+        padded = [first.ljust(widths[0])]
+        padded += [n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(cells[0]), line(rules), *map(line, cells[1:])])
+
+
+def replace(path: epath.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.rename(path)

@@ -1,0 +1,84 @@
+"""What a run says at its end: one table of before and after, and its curves."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from mixcpt_jax import metrics
+
+TABLE_FILE = "report.md"
+CURVES_FILE = "curves.png"
+
+_MEASURES = (
+    ("perplexity", "perplexity", "{:.2f}", "{:+.2f}"),
+    ("accuracy", "token accuracy, %", "{:.1%}", "{:+.1%}"),
+    ("exam", "exam, %", "{:.1%}", "{:+.1%}"),
+)
+
+
+def write(workdir: str, results: dict[str, dict[str, Any]]) -> None:
+    """Prints the table and writes it, with the curves, to the workdir.
+
+    Args:
+      workdir: the run's folder, which holds one folder per phase if there are several.
+      results: phase -> what `train.run` returned.
+    """
+    folder = epath.Path(workdir)
+    text = comparison(results)
+    print(f"\n{text}\n")
+    metrics.replace(folder / TABLE_FILE, text + "\n")
+    metrics.replace(folder / "report.json", json.dumps(results, indent=2))
+    phases = {
+        phase: metrics.read(folder / phase if len(results) > 1 else folder)
+        for phase in results
+    }
+    _draw_curves(folder / CURVES_FILE, phases)
+    print(f"Table, curves and metrics are in {workdir}")
+
+
+def comparison(results: dict[str, dict[str, Any]]) -> str:
+    """One Markdown table: each measure before, and after each phase with its change."""
+    before = next((r["before"] for r in results.values() if r["before"]), {})
+    header = ["", "before"]
+    for phase in results:
+        header += [f"after {phase}", "change"]
+    rows = []
+    for suffix, label, form, change_form in _MEASURES:
+        for key in sorted(k for k in before if k.endswith(f"/{suffix}")):
+            row = [f"{key.removesuffix('/' + suffix)}: {label}", form.format(before[key])]
+            for result in results.values():
+                after = result["after"][key]
+                row += [form.format(after), change_form.format(after - before[key])]
+            rows.append([cell.replace("%", "") if i else cell for i, cell in enumerate(row)])
+    return metrics.table(header, rows)
+
+
+def _draw_curves(path: epath.Path, phases: dict[str, list[dict[str, Any]]]) -> None:
+    """Draws every phase's training curves over the steps, one panel per quantity."""
+    # Imported here: only the end of a run needs it, and it is slow.
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "loss": "loss (the phase's own objective)",
+        "ntp": "cross-entropy, nats",
+        "correct": "top-1 token accuracy",
+        "kd": "KL(teacher || student), nats",
+    }
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
+    for axis, (key, label) in zip(axes, panels.items(), strict=True):
+        for phase, rows in phases.items():
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=phase)
+        axis.set_xlabel("step")
+        axis.set_title(label, fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,519 @@
+"""Text to token ids and back: `tokenizer.json`, sentencepiece and GGUF, one interface.
+
+Plain text is data, and data is untrusted: `encode` never turns a special token's
+spelling inside a text, such as `<|im_end|>`, into that token. Text that a chat template
+wrote goes through `encode_with_special`, which does.
+
+Data workers are processes that import this file and receive tokenizers by pickle, so it
+does not import jax.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import gguf
+import jinja2
+import sentencepiece
+import tokenizers
+from etils import epath
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from mixcpt_jax import paths
+from mixcpt_jax.errors import InputError
+
+END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class _JsonModel:
+    """The `tokenizers` library on the contents of a `tokenizer.json`."""
+
+    def __init__(self, source: str):
+        self.source = source
+        self._plain = self._build(special_as_text=True)
+        vocabulary = self._plain.get_vocab(with_added_tokens=True)
+        # Ids may have holes, so this is not the number of tokens.
+        self.vocab_size = max(vocabulary.values()) + 1
+
+    def __reduce__(self):
+        return _JsonModel, (self.source,)
+
+    def _build(self, special_as_text: bool) -> tokenizers.Tokenizer:
+        model = tokenizers.Tokenizer.from_str(self.source)
+        model.no_truncation()
+        model.no_padding()
+        model.encode_special_tokens = special_as_text
+        return model
+
+    @functools.cached_property
+    def _special(self) -> tokenizers.Tokenizer:
+        # A second copy, because switching the flag back and forth is not thread-safe.
+        return self._build(special_as_text=False)
+
+    def encode(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_with_special(self, text: str) -> list[int]:
+        return self._special.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._plain.decode(list(ids), skip_special_tokens=True)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._plain.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str:
+        return self._plain.id_to_token(token_id)
+
+    def starts_with(self, token_id: int) -> bool:
+        """Whether the post-processor puts this token before a text."""
+        return self._plain.encode("").ids[:1] == [token_id]
+
+    def save(self, folder: epath.Path) -> str:
+        (folder / "tokenizer.json").write_text(self.source)
+        return "PreTrainedTokenizerFast"
+
+
+class _SentencePieceModel:
+    """The sentencepiece library on the contents of a `tokenizer.model`."""
+
+    def __init__(self, source: bytes):
+        self.source = source
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=source)
+        self.vocab_size = self._model.get_piece_size()
+        self.bos_id, self.eos_id, self.pad_id = (
+            None if token_id < 0 else token_id
+            for token_id in (
+                self._model.bos_id(),
+                self._model.eos_id(),
+                self._model.pad_id(),
+            )
+        )
+
+    def __reduce__(self):
+        return _SentencePieceModel, (self.source,)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def encode_with_special(self, text: str) -> list[int]:
+        special = {
+            self._model.id_to_piece(i): i
+            for i in range(self.vocab_size)
+            if self._model.is_control(i)
+        }
+        pattern = "|".join(map(re.escape, special)) or "(?!)"
+        ids = []
+        for part in re.split(f"({pattern})", text):
+            ids += [special[part]] if part in special else self._model.encode(part)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(i) for i in ids])
+
+    def token_to_id(self, token: str) -> int | None:
+        token_id = self._model.piece_to_id(token)
+        # Sentencepiece answers "unknown" for what it does not have.
+        return token_id if self._model.id_to_piece(token_id) == token else None
+
+    def id_to_token(self, token_id: int) -> str:
+        return self._model.id_to_piece(token_id)
+
+    def save(self, folder: epath.Path) -> str:
+        (folder / "tokenizer.model").write_bytes(self.source)
+        return "LlamaTokenizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary, how text is cut into it, and the model's conventions around it.
+
+    Attributes:
+      bos_id, eos_id, pad_id: ids of the special tokens, None where there is none.
+      add_bos: whether the model expects the BOS token before each document.
+      chat_template: the model's Jinja template, None where it has none.
+    """
+
+    model: _JsonModel | _SentencePieceModel
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    add_bos: bool
+    chat_template: str | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below this."""
+        return self.model.vocab_size
+
+    @property
+    def end_of_document_id(self) -> int:
+        """The token that ends a document in pretraining; chat models' EOS ends a turn.
+
+        Raises:
+          InputError: the vocabulary has no such token.
+        """
+        for token in END_OF_DOCUMENT:
+            token_id = self.token_to_id(token)
+            if token_id is not None:
+                return token_id
+        if self.eos_id is None:
+            raise InputError(
+                f"tokenizer: no token ends a document: none of {END_OF_DOCUMENT} is in "
+                "the vocabulary and tokenizer_config.json names no eos_token"
+            )
+        return self.eos_id
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with anything that changes an encoding."""
+        parts = repr((self.model.source, *dataclasses.astuple(self)[1:]))
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        """Encodes plain text: nothing is added, and special tokens are never made."""
+        return self.model.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes many plain texts at once, which is faster."""
+        return self.model.encode_batch(texts)
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Encodes text from a chat template: spelt-out special tokens become tokens."""
+        return self.model.encode_with_special(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens; special tokens are left out."""
+        return self.model.decode(ids)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.model.token_to_id(token)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
+    ) -> str:
+        """Renders a conversation as the model was trained to read it.
+
+        Templates write the BOS token themselves where the model wants one.
+
+        Args:
+          messages: dicts with `role` and `content`.
+          add_generation_prompt: end with the opening of an assistant's turn.
+
+        Raises:
+          InputError: the template is malformed or refuses the messages.
+        """
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
+        try:
+            return _compile(self.chat_template or CHATML).render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                **{
+                    f"{name}_token": self.model.id_to_token(token_id)
+                    for name, token_id in ids.items()
+                    if token_id is not None
+                },
+            )
+        except jinja2.TemplateError as error:
+            raise InputError(f"chat template: {error}") from error
+
+    def save(self, folder: str) -> None:
+        """Writes the files from which transformers' AutoTokenizer builds its own."""
+        target = epath.Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": self.model.save(target),
+            "add_bos_token": self.add_bos,
+            "clean_up_tokenization_spaces": False,
+        }
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
+        for name, token_id in ids.items():
+            if token_id is not None:
+                config[f"{name}_token"] = self.model.id_to_token(token_id)
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def load(path: str) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+      path: a folder with `tokenizer.json` or `tokenizer.model`, or a `.json`, `.model`
+        or `.gguf` file. A `tokenizer_config.json` beside it is read too.
+
+    Raises:
+      InputError: a file is missing, malformed or of an unsupported kind.
+    """
+    resolved = paths.resolve(path)
+    if resolved.is_dir():
+        names = ("tokenizer.json", "tokenizer.model")
+        files = [resolved / name for name in names if (resolved / name).exists()]
+        if not files:
+            raise InputError(f"{path}: holds none of {', '.join(names)}")
+        file = files[0]
+    else:
+        file = paths.require_file(path)
+    match file.suffix:
+        case ".json":
+            return _load_json(file)
+        case ".model":
+            return _load_sentencepiece(file)
+        case ".gguf":
+            return _load_gguf(file)
+    raise InputError(f"{path}: a tokenizer file ends in .json, .model or .gguf")
+
+
+def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, where: str) -> None:
+    """Checks that every token has an embedding; a padded embedding is fine.
+
+    Raises:
+      InputError: the tokenizer makes ids that the model does not have.
+    """
+    if tokenizer.vocab_size > model_vocab_size:
+        raise InputError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"embeds {model_vocab_size}; use the tokenizer the model was trained with"
+        )
+
+
+def open_gguf(path: epath.Path) -> gguf.GGUFReader:
+    """Memory-maps a GGUF file and parses its header.
+
+    Raises:
+      InputError: the file is not a whole GGUF file.
+    """
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise InputError(
+            f"{path}: not a whole GGUF file ({error}); download it again"
+        ) from error
+
+
+def _load_json(file: epath.Path) -> Tokenizer:
+    config = _read_config(file)
+    try:
+        model = _JsonModel(file.read_text())
+    except Exception as error:  # The library raises nothing narrower.
+        raise InputError(f"{file}: not a tokenizer.json ({error})") from error
+    bos_id, eos_id, pad_id = (
+        _special_id(model, config, file, f"{name}_token")
+        for name in ("bos", "eos", "pad")
+    )
+    add_bos = config.get("add_bos_token")
+    if add_bos is None:
+        add_bos = bos_id is not None and model.starts_with(bos_id)
+    template = _chat_template(config, file)
+    return Tokenizer(model, bos_id, eos_id, pad_id, add_bos, template)
+
+
+def _load_sentencepiece(file: epath.Path) -> Tokenizer:
+    config = _read_config(file)
+    try:
+        model = _SentencePieceModel(file.read_bytes())
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{file}: not a sentencepiece model ({error})") from error
+    add_bos = config.get("add_bos_token")
+    if add_bos is None:
+        add_bos = model.bos_id is not None
+    template = _chat_template(config, file)
+    return Tokenizer(
+        model, model.bos_id, model.eos_id, model.pad_id, add_bos, template
+    )
+
+
+def _read_config(file: epath.Path) -> dict[str, Any]:
+    config_file = file.parent / "tokenizer_config.json"
+    if not config_file.exists():
+        return {}
+    try:
+        return json.loads(config_file.read_text())
+    except ValueError as error:
+        raise InputError(f"{config_file}: not JSON ({error})") from error
+
+
+def _special_id(model, config, file, key: str) -> int | None:
+    token = config.get(key)
+    if isinstance(token, dict):  # An added token written out with its flags.
+        token = token["content"]
+    if token is None:
+        return None
+    token_id = model.token_to_id(token)
+    if token_id is None:
+        raise InputError(
+            f"{file.parent / 'tokenizer_config.json'}: {key} is {token!r}, which is "
+            f"not in the vocabulary of {file.name}"
+        )
+    return token_id
+
+
+def _chat_template(config: dict[str, Any], file: epath.Path) -> str | None:
+    separate = file.parent / "chat_template.jinja"
+    if separate.exists():
+        return separate.read_text()
+    template = config.get("chat_template")
+    if isinstance(template, list):  # Several named templates.
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    return template
+
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _split(numbers: str) -> pre_tokenizers.PreTokenizer:
+    pattern = tokenizers.Regex(f"{_WORDS}|{numbers}|{_REST}")
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
+    """What GGUF's `tokenizer.ggml.pre` names: how text is cut before BPE merges."""
+    match name:
+        case "gpt-2":
+            return pre_tokenizers.ByteLevel(add_prefix_space=False)
+        case "smollm":
+            return pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Digits(individual_digits=True),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False),
+                ]
+            )
+        case "llama-bpe":
+            return _split(r"\p{N}{1,3}")
+        case "qwen2":
+            return _split(r"\p{N}")
+
+
+def _load_gguf(file: epath.Path) -> Tokenizer:
+    reader = open_gguf(file)
+
+    def field(name: str, default=None):
+        value = reader.get_field(f"tokenizer.{name}")
+        return default if value is None else value.contents()
+
+    bos_id, eos_id, pad_id = (
+        field(f"ggml.{name}_token_id") for name in ("bos", "eos", "padding")
+    )
+    kind, pre = field("ggml.model"), field("ggml.pre")
+    # llama.cpp's defaults for files which do not say.
+    add_bos = field("ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")
+    match kind:
+        case "gpt2":
+            model = _gguf_bpe(file, field, pre, bos_id if add_bos else None)
+        case "llama":
+            model = _gguf_sentencepiece(field, bos_id, eos_id, pad_id)
+        case _:
+            raise InputError(
+                f"{file}: tokenizer.ggml.model is {kind!r}; supported: gpt2, llama"
+            )
+    template = field("chat_template")
+    return Tokenizer(model, bos_id, eos_id, pad_id, add_bos, template)
+
+
+def _gguf_bpe(file, field, pre: str | None, leading_id: int | None) -> _JsonModel:
+    pre_tokenizer = _pre_tokenizer(pre)
+    if pre_tokenizer is None:
+        raise InputError(
+            f"{file}: tokenizer.ggml.pre is {pre!r}; supported: gpt-2, smollm, "
+            "llama-bpe, qwen2. Use the model's own tokenizer.json instead"
+        )
+    tokens, types = field("ggml.tokens"), field("ggml.token_type")
+    model = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in field("ggml.merges")],
+            ignore_merges=pre == "llama-bpe",
+        )
+    )
+    model.pre_tokenizer = pre_tokenizer
+    model.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        model.normalizer = normalizers.NFC()
+    for token, kind in zip(tokens, types, strict=True):
+        added = tokenizers.AddedToken(token, normalized=False)
+        if kind == gguf.TokenType.CONTROL:
+            model.add_special_tokens([added])
+        elif kind == gguf.TokenType.USER_DEFINED:
+            model.add_tokens([added])
+    if leading_id is not None:
+        bos = tokens[leading_id]
+        model.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, leading_id)]
+        )
+    return _JsonModel(model.to_str())
+
+
+def _gguf_sentencepiece(field, bos_id, eos_id, pad_id) -> _SentencePieceModel:
+    proto = sentencepiece_model_pb2.ModelProto()
+    tokens = field("ggml.tokens")
+    columns = (tokens, field("ggml.scores"), field("ggml.token_type"))
+    for token, score, kind in zip(*columns, strict=True):
+        # The two formats number the kinds of tokens alike.
+        proto.pieces.add(piece=token, score=score, type=kind)
+    trainer = proto.trainer_spec
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(tokens)
+    trainer.byte_fallback = True
+    trainer.bos_id, trainer.eos_id, trainer.pad_id = (
+        -1 if token_id is None else token_id for token_id in (bos_id, eos_id, pad_id)
+    )
+    trainer.unk_id = field("ggml.unknown_token_id", 0)
+    trainer.unk_piece = tokens[trainer.unk_id]
+    if bos_id is not None:
+        trainer.bos_piece = tokens[bos_id]
+    if eos_id is not None:
+        trainer.eos_piece = tokens[eos_id]
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = field("ggml.add_space_prefix", True)
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    return _SentencePieceModel(proto.SerializeToString())
+
+
+@functools.lru_cache
+def _compile(template: str) -> jinja2.Template:
+    """Compiles a template in the environment that transformers gives it."""
+    # Transformers' `{% generation %}` blocks mark text and render as their content.
+    template = re.sub(r"({%-?\s*)generation\b", r"\1if true", template)
+    template = re.sub(r"({%-?\s*)endgeneration\b", r"\1endif", template)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, indent=None):
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = tojson
+    return environment.from_string(template)
