@@ -9,7 +9,7 @@ The same command run again goes on where the last one stopped.
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mixcpt_jax.errors import InputError
@@ -23,6 +23,8 @@ _WORKDIR = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
+    # absl's own default tells of every backend that jax looks for.
+    logging.set_verbosity(logging.WARNING)
     # Imported here so that --help does not wait for jax.
     import jax
 

@@ -169,4 +169,4 @@ def replace(path: epath.Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_text(text)
-    temporary.rename(path)
+    temporary.replace(path)

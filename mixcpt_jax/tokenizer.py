@@ -98,7 +98,8 @@ class _SentencePieceModel:
 
     def __init__(self, source: bytes):
         self.source = source
-        self._model = sentencepiece.SentencePieceProcessor(model_proto=source)
+        self._model = sentencepiece.SentencePieceProcessor()
+        self._model.LoadFromSerializedProto(source)
         self.vocab_size = self._model.get_piece_size()
         self.bos_id, self.eos_id, self.pad_id = (
             None if token_id < 0 else token_id
@@ -146,7 +147,7 @@ class _SentencePieceModel:
         return "LlamaTokenizer"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A vocabulary, how text is cut into it, and the model's conventions around it.
 
@@ -299,8 +300,12 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, where: str) ->
         )
 
 
+@functools.lru_cache(maxsize=1)
 def open_gguf(path: epath.Path) -> gguf.GGUFReader:
     """Memory-maps a GGUF file and parses its header.
+
+    That takes seconds, mostly for the vocabulary, and config, weights and tokenizer
+    each ask for it, so the last one is kept.
 
     Raises:
       InputError: the file is not a whole GGUF file.
@@ -340,9 +345,7 @@ def _load_sentencepiece(file: epath.Path) -> Tokenizer:
     if add_bos is None:
         add_bos = model.bos_id is not None
     template = _chat_template(config, file)
-    return Tokenizer(
-        model, model.bos_id, model.eos_id, model.pad_id, add_bos, template
-    )
+    return Tokenizer(model, model.bos_id, model.eos_id, model.pad_id, add_bos, template)
 
 
 def _read_config(file: epath.Path) -> dict[str, Any]:

@@ -85,8 +85,8 @@ def claim(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
                 f"{workdir}: belongs to a run with {key}={then!r}, this one has {now!r}; "
                 "give another --workdir, or the same config to go on"
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
+    elif jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
         metrics.replace(path, config.to_json(indent=2))
 
 

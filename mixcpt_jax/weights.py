@@ -10,6 +10,7 @@ Hugging Face stores projections as [out, in] and one tensor per layer; ours are
 """
 
 import collections
+import dataclasses
 import functools
 import json
 import re
@@ -18,7 +19,6 @@ from typing import Any, NamedTuple
 
 import gguf
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
@@ -284,14 +284,16 @@ def _open_safetensors(folder: epath.Path) -> dict[str, _Tensor]:
             raise InputError(
                 f"{file}: not a whole safetensors file ({error}); download it again"
             ) from error
-        for name in handle.keys():  # noqa: SIM118: not a dict
+        for name in handle.offset_keys():
             view = handle.get_slice(name)
             if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                 raise InputError(
                     f"{file}: tensor {name} is {view.get_dtype()}; quantised weights "
                     "are read from GGUF files only"
                 )
-            tensors[name] = _Tensor(str(file), tuple(view.get_shape()), view.__getitem__)
+            tensors[name] = _Tensor(
+                str(file), tuple(view.get_shape()), view.__getitem__
+            )
     return tensors
 
 
@@ -327,12 +329,12 @@ def _open_gguf(file: epath.Path) -> dict[str, _Tensor]:
             continue  # Part of the config.
         name = _gguf_to_hf_name(tensor.name)
         shape = tuple(int(size) for size in reversed(tensor.shape))
-        order = None
+        interleaved_heads = None
         if config.family == "llama" and ".q_proj." in name:
-            order = _rope_order(shape[0], config.num_heads)
+            interleaved_heads = config.num_heads
         if config.family == "llama" and ".k_proj." in name:
-            order = _rope_order(shape[0], config.num_kv_heads)
-        read = functools.partial(_read_gguf, file, tensor, order)
+            interleaved_heads = config.num_kv_heads
+        read = functools.partial(_read_gguf, file, tensor, interleaved_heads)
         tensors[name] = _Tensor(str(file), shape, read)
     return tensors
 
@@ -346,41 +348,36 @@ def _gguf_to_hf_name(name: str) -> str:
     return name
 
 
-def _rope_order(rows: int, heads: int) -> np.ndarray:
-    """Where each row went: llama.cpp interleaves the two halves that RoPE rotates."""
-    pairs = np.arange(rows).reshape(heads, -1, 2)
-    return pairs.swapaxes(1, 2).reshape(-1)
-
-
 def _read_gguf(
     file: epath.Path,
     tensor: gguf.ReaderTensor,
-    order: np.ndarray | None,
+    interleaved_heads: int | None,
     index: Index,
 ) -> np.ndarray:
-    """Dequantises only the rows, and within them only the blocks, that are wanted."""
-    rows = index[0] if order is None else order[index[0]]
-    data = tensor.data
-    if len(index) == 1:
-        wanted, columns = data[rows], slice(None)
-    else:
-        block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
-        start, stop, _ = index[1].indices(int(tensor.shape[0]))
-        first, last = start // block_size, -(-stop // block_size)
-        # One item is one element of a float type, one byte of a quantised type.
-        items = block_bytes // data.dtype.itemsize
-        wanted = data[rows, first * items : last * items]
-        columns = slice(start - first * block_size, stop - first * block_size)
+    """Dequantises only the rows, and within them only the blocks, that are wanted.
+
+    llama.cpp interleaves the two halves of each head that RoPE rotates into each other;
+    the rows of such a tensor are put back into Hugging Face's order.
+    """
+    *rows, columns = index  # A vector has no rows.
+    if interleaved_heads is not None:
+        order = np.arange(len(tensor.data)).reshape(interleaved_heads, -1, 2)
+        rows = [order.swapaxes(1, 2).reshape(-1)[rows[0]]]
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    start, stop, _ = columns.indices(int(tensor.shape[0]))
+    first, last = start // block_size, -(-stop // block_size)
+    # Items are elements of float types, bytes of quantised types.
+    items = block_bytes // tensor.data.dtype.itemsize
+    blocks = tensor.data[(*rows, slice(first * items, last * items))]
     try:
-        values = gguf.quants.dequantize(
-            np.ascontiguousarray(wanted), tensor.tensor_type
-        )
+        values = gguf.dequantize(np.ascontiguousarray(blocks), tensor.tensor_type)
     except NotImplementedError as error:
         raise InputError(
             f"{file}: tensor {tensor.name} is quantised as "
             f"{tensor.tensor_type.name}, which cannot be read; use another file"
         ) from error
-    return values[..., columns]
+    offset = first * block_size
+    return values[..., start - offset : stop - offset]
 
 
 def _config_from_hf(file: epath.Path) -> ModelConfig:
@@ -388,31 +385,31 @@ def _config_from_hf(file: epath.Path) -> ModelConfig:
         raw = json.loads(file.read_text())
     except ValueError as error:
         raise InputError(f"{file}: not JSON ({error})") from error
-    require = functools.partial(_require, raw, file)
-    family = require("model_type")
+    family = raw.get("model_type")
     if family not in _ARCHITECTURES:
         raise _unsupported(file, "model_type", family, ", ".join(_ARCHITECTURES))
     for key, supported in _FIXED.items():
         if raw.get(key, supported) != supported:
             raise _unsupported(file, key, raw[key], supported)
-    num_heads = require("num_attention_heads")
-    hidden_size = require("hidden_size")
+    number = functools.partial(_number, raw, file)
+    hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
     # Transformers 5 gathers everything about RoPE under a new name.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = _number(rope, file, "rope_theta", number("rope_theta", 10000.0))
     return ModelConfig(
         family=family,
-        vocab_size=require("vocab_size"),
+        vocab_size=number("vocab_size"),
         hidden_size=hidden_size,
-        mlp_size=require("intermediate_size"),
-        num_layers=require("num_hidden_layers"),
+        mlp_size=number("intermediate_size"),
+        num_layers=number("num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=raw.get("num_key_value_heads") or num_heads,
-        head_size=raw.get("head_dim") or hidden_size // num_heads,
-        max_positions=require("max_position_embeddings"),
-        rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
+        num_kv_heads=number("num_key_value_heads", num_heads),
+        head_size=number("head_dim", hidden_size // num_heads),
+        max_positions=number("max_position_embeddings"),
+        rope_theta=theta,
         rope_scaling=_rope_scaling_from_hf(rope, file),
         sliding_window=_sliding_window_from_hf(raw, file),
-        norm_epsilon=raw.get("rms_norm_eps", 1e-6),
+        norm_epsilon=number("rms_norm_eps", 1e-6),
         qkv_bias=family == "qwen2",
         tie_embeddings=raw.get("tie_word_embeddings", False),
     )
@@ -421,19 +418,19 @@ def _config_from_hf(file: epath.Path) -> ModelConfig:
 def _rope_scaling_from_hf(
     rope: dict[str, Any], file: epath.Path
 ) -> Llama3RopeScaling | LinearRopeScaling | None:
-    require = functools.partial(_require, rope, file)
+    number = functools.partial(_number, rope, file)
     kind = rope.get("rope_type") or rope.get("type", "default")
     match kind:
         case "default":
             return None
         case "linear":
-            return LinearRopeScaling(require("factor"))
+            return LinearRopeScaling(number("factor"))
         case "llama3":
             return Llama3RopeScaling(
-                factor=require("factor"),
-                low_freq_factor=require("low_freq_factor"),
-                high_freq_factor=require("high_freq_factor"),
-                original_max_positions=require("original_max_position_embeddings"),
+                factor=number("factor"),
+                low_freq_factor=number("low_freq_factor"),
+                high_freq_factor=number("high_freq_factor"),
+                original_max_positions=number("original_max_position_embeddings"),
             )
     raise _unsupported(file, "rope_type", kind, "default, linear, llama3")
 
@@ -504,39 +501,185 @@ def _config_to_hf(
 
 
 def _config_from_gguf(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
-    fields = {name: field.contents() for name, field in _scalars(reader).items()}
-    family = fields.get("general.architecture")
+    fields = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith("tokenizer.")
+    }
+    family = fields["general.architecture"]
     if family not in ("llama", "qwen2"):
         raise _unsupported(file, "general.architecture", family, "llama, qwen2")
-    optional = {
-        name.removeprefix(f"{family}."): value for name, value in fields.items()
-    }
-    require = functools.partial(_require, optional, file)
-    if optional.get("expert_count"):
-        raise _unsupported(file, "expert_count", optional["expert_count"], 0)
-    shapes = {t.name: tuple(map(int, reversed(t.shape))) for t in reader.tensors}
-    if "token_embd.weight" not in shapes:
+    if fields.get(f"{family}.expert_count"):
+        raise _unsupported(file, "expert_count", fields[f"{family}.expert_count"], 0)
+
+    def number(key: str, default: float | None = None):
+        return _number(fields, file, f"{family}.{key}", default)
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
         raise InputError(f"{file}: tensor token_embd.weight is missing")
-    hidden_size = require("embedding_length")
-    num_heads = require("attention.head_count")
-    head_size = optional.get("attention.key_length", hidden_size // num_heads)
-    rotated = optional.get("rope.dimension_count", head_size)
+    hidden_size, num_heads = (
+        number("embedding_length"),
+        number("attention.head_count"),
+    )
+    head_size = number("attention.key_length", hidden_size // num_heads)
+    rotated = number("rope.dimension_count", head_size)
     if rotated != head_size:
-        raise _unsupported(file, "rope.dimension_count", rotated, head_size)
+        raise _unsupported(file, f"{family}.rope.dimension_count", rotated, head_size)
     config = ModelConfig(
         family=family,
-        vocab_size=shapes["token_embd.weight"][0],
+        vocab_size=int(tensors["token_embd.weight"].shape[1]),
         hidden_size=hidden_size,
-        mlp_size=require("feed_forward_length"),
-        num_layers=require("block_count"),
+        mlp_size=number("feed_forward_length"),
+        num_layers=number("block_count"),
         num_heads=num_heads,
-        num_kv_heads=optional.get("attention.head_count_kv", num_heads),
+        num_kv_heads=number("attention.head_count_kv", num_heads),
         head_size=head_size,
-        max_positions=require("context_length"),
-        rope_theta=optional.get("rope.freq_base", 10000.0),
-        # Written as float32; the shortest decimal is what the model's authors wrote.
-        norm_epsilon=float(str(np.float32(require("attention.layer_norm_rms_epsilon")))),
+        max_positions=number("context_length"),
+        rope_theta=number("rope.freq_base", 10000.0),
+        # Stored as float32; its shortest decimal is the number the authors wrote.
+        norm_epsilon=float(str(np.float32(number("attention.layer_norm_rms_epsilon")))),
         qkv_bias=family == "qwen2",
-        tie_embeddings="output.weight" not in shapes,
+        tie_embeddings="output.weight" not in tensors,
     )
-    return config
+    kind = fields.get(f"{family}.rope.scaling.type", "none")
+    match kind:
+        case "linear":
+            scaling = LinearRopeScaling(number("rope.scaling.factor"))
+        case "none" if "rope_freqs.weight" in tensors:
+            scaling = _llama3_scaling(config, tensors["rope_freqs.weight"].data, file)
+        case "none":
+            scaling = None
+        case _:
+            raise _unsupported(
+                file, f"{family}.rope.scaling.type", kind, "none, linear"
+            )
+    return dataclasses.replace(config, rope_scaling=scaling)
+
+
+def _llama3_scaling(
+    config: ModelConfig, factors: np.ndarray, file: epath.Path
+) -> Llama3RopeScaling:
+    """Finds the settings behind the divisors that llama.cpp stores in their place."""
+    scaling = Llama3RopeScaling(
+        factor=float(factors.max()),
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_positions=8192,
+    )
+    scaled = rope_frequencies(dataclasses.replace(config, rope_scaling=scaling))
+    expected = rope_frequencies(config) / scaled
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise InputError(
+            f"{file}: tensor rope_freqs.weight is not Llama 3.1's scaling (factors 1 "
+            "and 4, 8192 original positions); use the model's safetensors instead"
+        )
+    return scaling
+
+
+def _number(
+    raw: dict[str, Any], file: epath.Path, key: str, default: float | None = None
+):
+    """A positive number of a header; null counts as absent, as in transformers."""
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise InputError(f"{file}: {key} is missing; a number is wanted")
+    if not isinstance(value, int | float) or value <= 0:
+        raise InputError(f"{file}: {key} is {value!r}; a positive number is wanted")
+    return value
+
+
+def _unsupported(file: epath.Path, key: str, found: Any, supported: Any) -> InputError:
+    return InputError(f"{file}: {key} is {found!r}; supported: {supported}")
+
+
+def _hf_tensors(params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Brings one Hugging Face tensor after another to the host."""
+    for key_path, leaf in jax.tree.leaves_with_path(params):
+        key = _key(key_path)
+        for i, name in enumerate(_tensor_names(key, leaf.shape)):
+            array = _layer(leaf, i, dtype) if _is_stacked(key) else _cast(leaf, dtype)
+            if array.is_fully_addressable:
+                array = np.asarray(array)
+            else:
+                array = multihost_utils.process_allgather(array, tiled=True)
+            yield name, np.ascontiguousarray(array.T if _is_transposed(key) else array)
+
+
+# Jitted, because arrays that span hosts refuse eager operations.
+@functools.partial(jax.jit, static_argnames="dtype")
+def _layer(stack: jax.Array, layer: int, dtype: str) -> jax.Array:
+    return stack[layer].astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(array: jax.Array, dtype: str) -> jax.Array:
+    return array.astype(dtype)
+
+
+def _write_safetensors(
+    folder: epath.Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    max_bytes: int,
+) -> None:
+    """Writes `model.safetensors`, or numbered files and the index over them."""
+    shards: list[list[str]] = []
+    pending, total_bytes = {}, 0
+
+    def flush():
+        file = folder / f"{len(shards)}.safetensors"
+        save_file(pending, file, metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        pending_bytes = sum(t.nbytes for t in pending.values())
+        if pending and pending_bytes + tensor.nbytes > max_bytes:
+            flush()
+        pending[name] = tensor
+        total_bytes += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{i}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total_bytes}, "weight_map": weight_map},
+    )
+
+
+def _write_json(file: epath.Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n")
+
+
+_EXPORTED = re.compile(
+    r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|tokenizer(_config)?\.json|tokenizer\.model"
+)
+
+
+def _check_replaceable(folder: epath.Path) -> None:
+    if not folder.exists():
+        return
+    for file in folder.iterdir():
+        if not _EXPORTED.fullmatch(file.name):
+            raise InputError(
+                f"{folder}: holds {file.name}, which is not part of an export and "
+                "would be lost; name another folder"
+            )
+
+
+def _require_local(path: epath.Path) -> epath.Path:
+    if "://" in str(path):
+        raise InputError(
+            f"{path}: weights are read from and written to local disks only; "
+            "copy the folder, for example with `gcloud storage cp -r`"
+        )
+    return path

@@ -64,8 +64,8 @@ def records(packages: Sequence[str]) -> list[dict]:
     documents = {}
     for package in packages:
         modules = _parse_package(package)
-        for name, module in _public_objects(modules).items():
-            for document in _documents(name, *module):
+        for name, (kind, node) in _public_objects(modules).items():
+            for document in _documents(name, kind, node):
                 documents.setdefault(document["id"], document | {"package": package})
     unique = {}
     for _, document in sorted(documents.items()):
@@ -97,7 +97,10 @@ def _parse_package(package: str) -> dict[str, tuple[ast.Module, bool]]:
             with warnings.catch_warnings():
                 # Invalid escapes in other people's docstrings.
                 warnings.simplefilter("ignore")
-                tree = ast.parse(file.read_bytes())
+                try:
+                    tree = ast.parse(file.read_bytes())
+                except SyntaxError:  # a template, or for another Python
+                    continue
             modules[".".join(parts)] = (tree, is_init)
     return modules
 

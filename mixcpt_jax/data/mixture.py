@@ -22,6 +22,10 @@ from mixcpt_jax.errors import InputError
 
 STRATEGIES = ("best_fit", "split")
 
+# Rows of the stream. Grain computes lengths in floating point, which overflows at the
+# greatest integer, the length of a dataset repeated without end.
+_ENDLESS = 2**62
+
 # Rows of the rarest source in one period of the interleaving. Grain scales weights to
 # this and cuts them to whole numbers; rounding them here first halves the error and
 # lets `describe` state what is delivered.
@@ -189,22 +193,21 @@ class PackedRows:
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         plan, examples = self.plan, self.source.examples
+        pieces = slice(plan.row_splits[row], plan.row_splits[row + 1])
+        length = plan.length[pieces]
+        begin = np.cumsum(length) - length
+        positions = np.arange(length.sum()) - np.repeat(begin, length)
+        first = examples.offsets[plan.example[pieces]] + plan.start[pieces]
+        inputs = np.repeat(first, length) + positions
+
         arrays = self.empty_row()
+        here = slice(len(inputs))
+        arrays["tokens"][here] = examples.tokens[inputs]
+        arrays["targets"][here] = examples.tokens[inputs + 1]
+        arrays["positions"][here] = positions
+        arrays["segment_ids"][here] = np.repeat(np.arange(1, len(length) + 1), length)
         mask = arrays["loss_mask"]
-        at = 0
-        pieces = range(plan.row_splits[row], plan.row_splits[row + 1])
-        for segment, piece in enumerate(pieces, 1):
-            length = int(plan.length[piece])
-            first = int(examples.offsets[plan.example[piece]] + plan.start[piece])
-            inputs = slice(first, first + length)
-            targets = slice(first + 1, first + length + 1)
-            here = slice(at, at + length)
-            arrays["tokens"][here] = examples.tokens[inputs]
-            arrays["targets"][here] = examples.tokens[targets]
-            arrays["positions"][here] = np.arange(length)
-            arrays["segment_ids"][here] = segment
-            mask[here] = examples.loss_mask[targets]
-            at += length
+        mask[here] = examples.loss_mask[inputs + 1]
         arrays["ntp_weights"] = mask * np.float32(self.source.ntp_weight)
         arrays["lssd_weights"] = mask * np.float32(self.source.lssd_weight)
         arrays["kd_weights"] = mask * np.float32(self.source.kd_weight)
@@ -322,7 +325,8 @@ def mixture(
     ]
     counts = _row_counts(used)
     dataset = grain.MapDataset.mix(streams, weights=counts.tolist())
-    dataset = dataset[host::num_hosts].batch(batch_size // num_hosts)[first_batch:]
+    dataset = dataset[host:_ENDLESS:num_hosts].batch(batch_size // num_hosts)
+    dataset = dataset[first_batch:]
     dataset = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     )

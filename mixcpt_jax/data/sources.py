@@ -121,12 +121,6 @@ def _find(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
 
 def _find_one(part: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
     resolved = paths.resolve(part)
-    if wildcard := _WILDCARD.search(str(resolved)):
-        # The folder above the first wildcard; a glob is relative to it.
-        root = str(resolved)[: wildcard.start()].rpartition("/")[0]
-        pattern = str(resolved)[len(root) :].lstrip("/")
-        root = epath.Path(root or ("/" if str(resolved).startswith("/") else "."))
-        return sorted(file for file in root.glob(pattern) if file.is_file())
     if resolved.is_dir():
         return sorted(
             folder / name
@@ -134,7 +128,18 @@ def _find_one(part: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
             for name in names
             if name.endswith(suffixes)
         )
-    return [resolved] if resolved.exists() else []
+    if resolved.exists():
+        return [resolved]
+    if "**" in part:
+        raise InputError(f"{part}: ** is not supported; name the folder instead")
+    wildcard = _WILDCARD.search(str(resolved))
+    if not wildcard:
+        return []
+    # The folder above the first wildcard; a glob is relative to it.
+    root, slash, _ = str(resolved)[: wildcard.start()].rpartition("/")
+    pattern = str(resolved)[len(root + slash) :]
+    matches = epath.Path(root + slash or ".").glob(pattern)
+    return sorted(file for file in matches if file.is_file())
 
 
 def _read_jsonl(files: list[epath.Path]) -> Iterator[Record]:

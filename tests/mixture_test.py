@@ -1,0 +1,364 @@
+import pickle
+
+import grain
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from mixcpt_jax.data import mixture
+from mixcpt_jax.data.format import Examples
+from mixcpt_jax.errors import InputError
+
+_ROW_LENGTHS = st.integers(1, 12)
+_LENGTHS = st.lists(
+    st.one_of(st.integers(0, 40), st.sampled_from([1, 2, 9, 17, 25])), max_size=40
+)
+
+
+def _examples(lengths):
+    """Every token of its own kind, so that each can be found again."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = np.arange(1, offsets[-1] + 1, dtype=np.int32)
+    return Examples(tokens, tokens % 3 != 0, offsets)
+
+
+def _rows(lengths, row_length, strategy="best_fit", **source):
+    source = mixture.Source("a", _examples(lengths), **source)
+    return mixture.pack_sources([source], row_length, strategy)[0]
+
+
+def _expected_targets(examples):
+    is_first = np.isin(np.arange(len(examples.tokens)), examples.offsets[:-1])
+    return examples.tokens[~is_first]
+
+
+@pytest.mark.parametrize("strategy", mixture.STRATEGIES)
+@hypothesis.given(lengths=_LENGTHS, row_length=_ROW_LENGTHS, seed=st.integers(0, 9))
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_every_target_occurs_once_after_its_own_input(
+    strategy, lengths, row_length, seed
+):
+    examples = _examples(lengths)
+    plan = mixture.pack(examples.lengths, row_length, strategy, seed)
+    rows = mixture.PackedRows(mixture.Source("a", examples), 7, plan, pad_id=0)
+    targets = []
+    for number in range(len(rows)):
+        row = rows[number]
+        real = row["segment_ids"] > 0
+        targets += row["targets"][real].tolist()
+        np.testing.assert_array_equal(row["tokens"][real] + 1, row["targets"][real])
+        # Padding stands at the end only, and is nothing.
+        assert real[0]
+        assert not np.diff(real.astype(int)).clip(0).any()
+        for name in ("tokens", "targets", "positions", "loss_mask", "ntp_weights"):
+            assert not row[name][~real].any()
+        # A piece's positions count from 0, and its tokens follow one another.
+        for segment in range(1, row["segment_ids"].max() + 1):
+            piece = row["segment_ids"] == segment
+            np.testing.assert_array_equal(
+                row["positions"][piece], np.arange(piece.sum())
+            )
+            assert (np.diff(row["tokens"][piece]) == 1).all()
+        learnt = examples.loss_mask[row["targets"][real] - 1]
+        np.testing.assert_array_equal(row["loss_mask"][real], learnt)
+        assert (row["source_ids"] == 7).all()
+    np.testing.assert_array_equal(np.sort(targets), _expected_targets(examples))
+
+
+@hypothesis.given(lengths=_LENGTHS, row_length=_ROW_LENGTHS)
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_split_pads_the_last_row_only(lengths, row_length):
+    plan = mixture.pack(np.array(lengths, int), row_length, "split")
+    targets = sum(max(length - 1, 0) for length in lengths)
+    assert len(plan) == -(-targets // row_length)
+
+
+@hypothesis.given(lengths=_LENGTHS, row_length=_ROW_LENGTHS)
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_best_fit_cuts_only_what_is_longer_than_a_row(lengths, row_length):
+    plan = mixture.pack(np.array(lengths, int), row_length, "best_fit")
+    pieces = np.bincount(plan.example, minlength=len(lengths))
+    for length, count in zip(lengths, pieces, strict=True):
+        assert count == -(-max(length - 1, 0) // row_length)
+    # No two rows could have been one.
+    filled = np.add.reduceat(plan.length, plan.row_splits[:-1]) if len(plan) else []
+    assert sum(np.sort(filled)[:2]) > row_length or len(filled) < 2
+
+
+def test_best_fit_is_quick_and_tight():
+    rng = np.random.default_rng(0)
+    lengths = 2 + rng.lognormal(5, 1, 100_000).astype(int)
+    plan = mixture.pack(lengths, 1024, "best_fit")
+    assert plan.length.sum() > 0.999 * len(plan) * 1024
+
+
+@pytest.mark.parametrize("strategy", mixture.STRATEGIES)
+def test_packing_follows_its_seed(strategy):
+    lengths = np.arange(2, 60)
+    one, same, other = (mixture.pack(lengths, 16, strategy, s) for s in (0, 0, 1))
+    np.testing.assert_array_equal(one.example, same.example)
+    assert (one.example[:20] != other.example[:20]).any()
+
+
+def test_neighbours_do_not_stay_together():
+    plan = mixture.pack(np.full(1000, 5), 8, "best_fit")
+    first, second = plan.example.reshape(-1, 2).T
+    assert (abs(first - second) == 1).mean() < 0.05
+
+
+def test_weights_are_the_mask_times_the_objective():
+    rows = _rows([9, 4], 8, ntp_weight=0.5, lssd_weight=2.0, kd_weight=0.0)
+    for number in range(len(rows)):
+        row = rows[number]
+        np.testing.assert_array_equal(row["ntp_weights"], 0.5 * row["loss_mask"])
+        np.testing.assert_array_equal(row["lssd_weights"], 2.0 * row["loss_mask"])
+        assert not row["kd_weights"].any()
+        assert all(array.shape == (8,) for array in row.values())
+        assert {str(array.dtype) for array in row.values()} == {"int32", "float32"}
+        assert {name: array.dtype for name, array in row.items()} == {
+            name: array.dtype for name, array in rows.empty_row().items()
+        }
+
+
+def test_rows_are_cheap_to_ship():
+    rows = _rows([1000] * 100, 1000)
+    pickled = pickle.dumps(rows)
+    assert len(pickled) < 0.1 * rows.source.examples.tokens.nbytes
+    for name, array in pickle.loads(pickled)[3].items():
+        np.testing.assert_array_equal(array, rows[3][name])
+
+
+def _mixture(shares=(0.5, 0.3, 0.2), row_length=32, seed=0):
+    rng = np.random.default_rng(5)
+    spans = [(2, 200), (2, 20), (30, 40), (5, 9), (5, 9)]
+    sources = [
+        mixture.Source(f"source {i}", _examples(rng.integers(*span, 50)), share)
+        for i, (share, span) in enumerate(zip(shares, spans, strict=False))
+    ]
+    return mixture.pack_sources(sources, row_length, "best_fit", seed)
+
+
+def _read(dataset, count):
+    iterator = iter(dataset)
+    batches = [next(iterator) for _ in range(count)]
+    iterator.close()
+    return batches
+
+
+def _assert_same(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name])
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.3, 0.2), (5, 0, 95), (1, 1, 1e-3)])
+def test_tokens_have_the_shares_asked_for(shares):
+    rows = _mixture(shares)
+    report = mixture.describe(rows)
+    asked = np.array(shares) / sum(shares)
+    delivered = np.array([source["share_delivered"] for source in report])
+    # The period holds 100 rows of the rarest source, and rounded numbers of the others.
+    np.testing.assert_allclose(delivered, asked, rtol=0.01)
+    np.testing.assert_allclose([source["share_asked"] for source in report], asked)
+
+    batches = _read(mixture.mixture(rows, 16, seed=0), 100)
+    read = np.zeros(3)
+    learnt = np.zeros(3)
+    for batch in batches:
+        source_ids = batch["source_ids"][:, 0]
+        read += np.bincount(source_ids, minlength=3)
+        learnt += np.bincount(source_ids, batch["loss_mask"].sum(axis=1), minlength=3)
+    # Interleaving is even: after any number of rows each source is within one row a
+    # source of its due.
+    due = 1600 * np.array([source["row_share"] for source in report])
+    assert (abs(read - due) <= 3).all()
+    # The last epoch of a source is unfinished, and its rows are not all alike.
+    rows_off = 3 + np.array([source["rows"] for source in report])
+    assert (abs(learnt - learnt.sum() * delivered) <= rows_off * 32).all()
+
+
+def test_a_source_without_share_is_left_out_and_keeps_its_number():
+    rows = _mixture((1, 0, 1))
+    seen = {
+        int(i)
+        for b in _read(mixture.mixture(rows, 8, 0), 20)
+        for i in b["source_ids"][:, 0]
+    }
+    assert seen == {0, 2}
+    left_out = mixture.describe(rows)[1]
+    assert left_out["name"] == "source 1"
+    assert left_out["share_delivered"] == left_out["row_share"] == 0
+    assert left_out["epoch_rows"] is None
+
+
+def test_every_epoch_is_a_new_permutation():
+    (rows,) = _mixture((1,))
+    batches = _read(mixture.mixture([rows], 1, seed=0), 3 * len(rows))
+    firsts = [int(batch["tokens"][0, 0]) for batch in batches]
+    epochs = np.reshape(firsts, (3, len(rows)))
+    expected = sorted(int(rows[i]["tokens"][0]) for i in range(len(rows)))
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == expected
+    assert (epochs[0] != epochs[1]).any()
+    assert (epochs[1] != epochs[2]).any()
+    assert mixture.describe([rows])[0]["epoch_rows"] == len(rows)
+
+
+def test_one_row_is_enough():
+    rows = _rows([5], 8)
+    (batch,) = _read(mixture.mixture([rows], 4, seed=0), 1)
+    assert (batch["tokens"] == rows[0]["tokens"]).all()
+
+
+def test_the_stream_follows_its_seed():
+    rows = _mixture()
+    first = _read(mixture.mixture(rows, 8, seed=0), 3)
+    _assert_same(first, _read(mixture.mixture(rows, 8, seed=0), 3))
+    other = _read(mixture.mixture(rows, 8, seed=1), 3)
+    assert any(
+        (a["tokens"] != b["tokens"]).any() for a, b in zip(first, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("num_hosts", [2, 4])
+def test_global_batches_are_the_same_for_any_number_of_hosts(num_hosts):
+    rows = _mixture()
+    whole = _read(mixture.mixture(rows, 8, seed=0), 5)
+    parts = [
+        _read(mixture.mixture(rows, 8, 0, num_hosts, host), 5)
+        for host in range(num_hosts)
+    ]
+    for number, batch in enumerate(whole):
+        for host in range(num_hosts):
+            _assert_same(
+                [parts[host][number]],
+                [{name: array[host::num_hosts] for name, array in batch.items()}],
+            )
+
+
+def test_the_stream_can_be_entered_anywhere():
+    rows = _mixture()
+    whole = _read(mixture.mixture(rows, 8, seed=0), 9)
+    _assert_same(_read(mixture.mixture(rows, 8, 0, first_batch=6), 3), whole[6:])
+    # Another number of hosts goes on where one has stopped.
+    second = _read(mixture.mixture(rows, 8, 0, 2, 1, first_batch=6), 1)[0]
+    np.testing.assert_array_equal(second["tokens"], whole[6]["tokens"][1::2])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resume_is_exact(num_workers):
+    def start():
+        return iter(mixture.mixture(_mixture(), 8, seed=0, num_workers=num_workers))
+
+    whole = _read(mixture.mixture(_mixture(), 8, seed=0), 9)
+    iterator = start()
+    _assert_same([next(iterator) for _ in range(5)], whole[:5])
+    state = iterator.get_state()
+    _assert_same([next(iterator)], whole[5:6])
+    iterator.close()
+    fresh = start()
+    fresh.set_state(state)
+    _assert_same([next(fresh) for _ in range(4)], whole[5:])
+    fresh.close()
+
+
+def test_resume_is_exact_after_every_batch():
+    finite = mixture.mixture(_mixture(), 8, seed=0)
+    grain.experimental.assert_equal_output_after_checkpoint(
+        grain.experimental.LimitIterDataset(finite, 4)
+    )
+
+
+def test_the_number_of_workers_changes_nothing():
+    batches = _read(mixture.mixture(_mixture(), 8, seed=0), 7)
+    for num_workers in (1, 3):
+        dataset = mixture.mixture(_mixture(), 8, 0, num_workers=num_workers)
+        _assert_same(_read(dataset, 7), batches)
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2])
+def test_evaluation_reads_every_row_once_in_batches_of_one_shape(num_hosts):
+    rows = mixture.pack_text("held out", _examples(list(range(1, 40))), 16)
+    targets = []
+    counts = set()
+    for host in range(num_hosts):
+        batches = list(mixture.evaluation_batches(rows, 8, num_hosts, host))
+        counts.add(len(batches))
+        for batch in batches:
+            assert {a.shape for a in batch.values()} == {(8 // num_hosts, 16)}
+            targets += batch["targets"][batch["segment_ids"] > 0].tolist()
+    assert counts == {-(-len(rows) // 8)}
+    np.testing.assert_array_equal(
+        np.sort(targets), _expected_targets(rows.source.examples)
+    )
+
+
+def test_targets_know_their_example():
+    rows = mixture.pack_text("exam", _examples([3, 20, 1, 7]), 8)
+    offsets = rows.source.examples.offsets
+    for number in range(len(rows)):
+        row, owners = rows[number], rows.example_ids(number)
+        real = row["segment_ids"] > 0
+        assert (owners[~real] == -1).all()
+        found = np.searchsorted(offsets, row["targets"][real] - 1, side="right") - 1
+        np.testing.assert_array_equal(owners[real], found)
+    assert (rows.example_ids(len(rows)) == -1).all()
+
+
+def test_describe_counts():
+    rows = _rows([9, 1, 4], 8)
+    (report,) = mixture.describe([rows])
+    assert report == {
+        "name": "a",
+        "documents": 3,
+        "tokens": 14,
+        "learnt_tokens": int(sum(rows[i]["loss_mask"].sum() for i in range(2))),
+        "rows": 2,
+        "pieces": 2,
+        "padding": 5 / 16,
+        "share_asked": 1.0,
+        "share_delivered": 1.0,
+        "row_share": 1.0,
+        "epoch_rows": 2.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ((1, -1), "source 1: share is -1"),
+        ((float("nan"), 1), "source 0: share is nan"),
+        ((float("inf"), 1), "source 0: share is inf"),
+        ((0, 0), "the share of every source is 0"),
+    ],
+)
+def test_a_bad_share_is_named(shares, words):
+    with pytest.raises(InputError, match=words):
+        _mixture(shares)
+
+
+def test_a_source_with_nothing_to_learn_is_named():
+    with pytest.raises(InputError, match="source a: has no token to learn"):
+        _rows([1, 1], 8)
+    assert len(_rows([1, 9], 8)) == 1
+
+
+@pytest.mark.parametrize(
+    ("row_length", "strategy", "words"),
+    [
+        (8, "first_fit", "packing 'first_fit' is unknown"),
+        (0, "split", "row_length is 0"),
+    ],
+)
+def test_a_bad_packing_setting_is_named(row_length, strategy, words):
+    with pytest.raises(InputError, match=words):
+        mixture.pack(np.array([5]), row_length, strategy)
+
+
+def test_hosts_must_share_the_batch_evenly():
+    with pytest.raises(InputError, match="batch_size is 6, a multiple of the 4 hosts"):
+        mixture.mixture(_mixture(), 6, 0, num_hosts=4)
+    with pytest.raises(InputError, match="batch_size is 6, a multiple of the 4 hosts"):
+        next(mixture.evaluation_batches(_rows([9], 8), 6, num_hosts=4))

