@@ -225,6 +225,14 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         f"less than train.num_steps={config.train.num_steps}",
     )
     _check(bool(config.model.path), config, "model.path", "a folder or a GGUF file")
+    train = config.train
+    if train.keep_best and not (
+        train.eval_every and train.save_every and train.save_every % train.eval_every == 0
+    ):
+        raise InputError(
+            f"train.keep_best={train.keep_best}: needs train.save_every to be a multiple "
+            "of train.eval_every, both above 0, so that every checkpoint is measured"
+        )
     _check_sources(config)
     _check_batch(config, num_devices)
 
@@ -349,7 +357,10 @@ def _check_keys(config, reference, place: str) -> None:
                 raise InputError(f"{place}{key}={value!r}: a section is wanted")
             if len(wanted):
                 _check_keys(value, wanted, f"{place}{key}.")
-        elif wanted is not None and not _same_type(value, wanted):
+        elif wanted is None:
+            if value is not None and not _same_type(value, 0.0):
+                raise InputError(f"{place}{key}={value!r}: a number or None is wanted")
+        elif not _same_type(value, wanted):
             raise InputError(
                 f"{place}{key}={value!r}: {type(wanted).__name__} is wanted, "
                 f"found {type(value).__name__}"
@@ -366,10 +377,7 @@ def _same_type(value: Any, wanted: Any) -> bool:
 
 def _check(holds: bool, config, key: str, wanted: str) -> None:
     if not holds:
-        value = config
-        for part in key.split("."):
-            value = value.get(part) if value is not None else None
-        raise InputError(f"{key}={value!r}: {wanted} is wanted")
+        raise InputError(f"{key}={config[key]!r}: {wanted} is wanted")
 
 
 def _fill(values, settings, what: str) -> ml_collections.ConfigDict:

@@ -237,6 +237,7 @@ def _make_array(
     for devices in replicas.values():
         shard = read(indices[devices[0]], sharding.shard_shape(leaf.shape))
         arrays += [jax.device_put(shard, device) for device in devices]
+        jax.block_until_ready(arrays)  # Else shards queue up on the host.
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 

@@ -9,3 +9,88 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import json
+import pathlib
+
+import pytest
+import tokenizers
+
+from mixcpt_jax import config as config_lib
+from mixcpt_jax import model, paths, weights
+from mixcpt_jax import tokenizer as tokenizer_lib
+
+ASSETS = "package:mixcpt_jax/assets"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """An HF folder with a random two-layer model and a byte-level BPE tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    lines = paths.require_file(f"{ASSETS}/instructions.jsonl").read_text().splitlines()
+    bpe.train_from_iterator(
+        (json.loads(line)["output"] for line in lines),
+        vocab_size=512,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    bpe.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    model_config = model.ModelConfig(
+        family="llama",
+        vocab_size=512,
+        hidden_size=32,
+        mlp_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=8,
+        max_positions=256,
+        rope_theta=1e4,
+        tie_embeddings=True,
+    )
+    params = model.init_params(model_config, jax.random.key(0))
+    weights.save_pretrained(
+        str(folder / "hf"),
+        params,
+        model_config,
+        dtype="float32",
+        tokenizer=tokenizer_lib.load(str(folder)),
+    )
+    return str(folder / "hf")
+
+
+@pytest.fixture
+def tiny_config(tiny_model):
+    """A config of one short LSSD phase over eight devices; tests change it freely."""
+    config = config_lib.default()
+    config.model.path = tiny_model
+    config.model.compute_dtype = "float32"
+    config.model.teacher_dtype = "float32"
+    config.model.remat = "none"
+    config.sources.domain = config_lib.source(
+        path=f"{ASSETS}/general_text.jsonl", weight=0.6, holdout=4
+    )
+    config.sources.instructions = config_lib.source(
+        path=f"{ASSETS}/instructions.jsonl",
+        format="instruction",
+        weight=0.4,
+        holdout=4,
+        ntp_weight=0.5,
+        lssd_weight=0.5,
+    )
+    config.data.row_length = 64
+    config.data.batch_size = 8
+    config.optimizer.learning_rate = 3e-3
+    config.train.num_steps = 6
+    config.train.save_every = 2
+    config.metrics.tensorboard = False
+    config.metrics.progress = False
+    return config
+
+
+@pytest.fixture(scope="session")
+def project() -> pathlib.Path:
+    return pathlib.Path(__file__).parent.parent

@@ -7,7 +7,6 @@ imported or run.
 import ast
 import difflib
 import importlib.util
-import inspect
 import pathlib
 import random
 import re
@@ -106,8 +105,10 @@ def _parse_package(package: str) -> dict[str, tuple[ast.Module, bool]]:
 
 
 def _is_skipped(parts: list[str]) -> bool:
-    return not _SKIPPED_PARTS.isdisjoint(parts) or parts[-1].endswith(
-        ("_test", "_pb2", "_pb2_grpc", "__main__")
+    return (
+        not _SKIPPED_PARTS.isdisjoint(parts)
+        or parts[-1].startswith("test_")
+        or parts[-1].endswith(("_test", "_pb2", "_pb2_grpc", "__main__"))
     )
 
 
@@ -170,7 +171,7 @@ def _origin(node: ast.ImportFrom, module: str, is_init: bool) -> str:
 def _documents(name: str, kind: str, node: ast.AST) -> list[dict]:
     """The document of an object, and those of a class's public methods."""
     documents = []
-    doc = inspect.cleandoc(ast.get_docstring(node) or "")
+    doc = ast.get_docstring(node) or ""
     if len(doc) >= _MIN_DOC_CHARS:
         heading = f"module {name}" if kind == "module" else name + _signature(node)
         documents.append(

@@ -122,12 +122,7 @@ def _find(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
 def _find_one(part: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
     resolved = paths.resolve(part)
     if resolved.is_dir():
-        return sorted(
-            folder / name
-            for folder, _, names in resolved.walk()
-            for name in names
-            if name.endswith(suffixes)
-        )
+        return list(_tree(resolved, suffixes))
     if resolved.exists():
         return [resolved]
     if "**" in part:
@@ -140,6 +135,15 @@ def _find_one(part: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
     pattern = str(resolved)[len(root + slash) :]
     matches = epath.Path(root + slash or ".").glob(pattern)
     return sorted(file for file in matches if file.is_file())
+
+
+def _tree(folder: epath.Path, suffixes: tuple[str, ...]) -> Iterator[epath.Path]:
+    # `Path.walk` drops the `gs://` of its folders.
+    for child in sorted(folder.iterdir()):
+        if child.is_dir():
+            yield from _tree(child, suffixes)
+        elif child.name.endswith(suffixes):
+            yield child
 
 
 def _read_jsonl(files: list[epath.Path]) -> Iterator[Record]:

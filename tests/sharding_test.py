@@ -1,0 +1,34 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mixcpt_jax import sharding
+from mixcpt_jax.errors import InputError
+
+
+def test_the_open_axis_takes_the_devices_that_are_left():
+    assert sharding.mesh_shape({"data": 1, "fsdp": -1, "tensor": 2}, 8) == (1, 4, 2)
+    assert sharding.mesh_shape({"data": 2, "fsdp": 2, "tensor": 2}, 8) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(-1, -1, 1), (0, 1, 8), (3, -1, 1), (2, 2, 1), (16, 1, 1)]
+)
+def test_impossible_meshes_are_refused(sizes):
+    with pytest.raises(InputError, match="mesh: "):
+        sharding.mesh_shape(dict(zip(sharding.MESH_AXES, sizes, strict=True)), 8)
+
+
+def test_logical_axes_to_mesh_axes():
+    assert sharding.spec(("layers", "hidden", "mlp")) == P(None, "fsdp", "tensor")
+    assert sharding.spec(("batch", None)) == P(("data", "fsdp"), None)
+
+
+def test_constrain_is_silent_without_a_mesh_and_pins_with_one():
+    x = jnp.ones((8, 4))
+    assert sharding.constrain(x, "batch", None) is x
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
+    with jax.set_mesh(mesh):
+        pinned = jax.jit(lambda x: sharding.constrain(x, "batch", None))(x)
+    assert {shard.data.shape for shard in pinned.addressable_shards} == {(1, 4)}
