@@ -1,9 +1,11 @@
 """Checkpoints with Orbax: what resumes a phase exactly, and hands over to the next.
 
-A checkpoint at step n holds everything the steps after n depend on, in three items:
-`params`, `optimizer` (step count and moments) and `data` (the iterator's position);
-the config lies beside them as metadata. The next phase reads `params` alone. The frozen
-teacher is in no checkpoint: it is reloaded from where it came from.
+A checkpoint at step n holds everything the steps after n depend on: the items `params`
+and `optimizer` (step count and moments), and as metadata the config and a hash of each
+source. The data iterator's position is n itself, since the stream is a function of
+sources, seed and batch number; the hashes tell whether the sources are still the same.
+The next phase reads `params` alone. The frozen teacher is in no checkpoint: it is
+reloaded from where it came from.
 
 Saves are asynchronous and atomic: a checkpoint appears under its number when it is
 whole, so a kill leaves the last whole one in place.
@@ -44,8 +46,9 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
+        self._folder = workdir / FOLDER
         self._checkpointer = ocp.training.Checkpointer(
-            workdir / FOLDER,
+            self._folder,
             preservation_policy=policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
         )
@@ -64,8 +67,8 @@ class Checkpoints:
         self,
         state: TrainState,
         step: int,
-        data_iterator: Any,
         config: dict[str, Any],
+        sources: dict[str, str],
         loss: float | None = None,
     ) -> None:
         """Starts a save and returns once the device's arrays are copied.
@@ -73,8 +76,8 @@ class Checkpoints:
         Args:
           state: the state after `step` steps.
           step: the checkpoint's number.
-          data_iterator: positioned after the batch of step `step`.
           config: written beside the arrays.
+          sources: source name -> hash of its tokens, checked by `restore`.
           loss: what `keep_best` compares.
         """
         self._checkpointer.save_checkpointables_async(
@@ -82,20 +85,32 @@ class Checkpoints:
             {
                 "params": state.params,
                 "optimizer": {"step": state.step, "moments": state.opt_state},
-                "data": data_iterator,
             },
             force=True,
             metrics=None if loss is None else {"loss": loss},
-            custom_metadata={"config": json.dumps(config)},
+            custom_metadata={"config": json.dumps(config), "sources": sources},
         )
 
-    def restore(self, abstract_state: TrainState, data_iterator: Any) -> TrainState:
-        """Loads the newest checkpoint; the iterator is moved to its position in place.
+    def restore(
+        self, abstract_state: TrainState, sources: dict[str, str]
+    ) -> TrainState:
+        """Loads the newest checkpoint.
 
         Args:
           abstract_state: shapes, dtypes and shardings wanted.
-          data_iterator: of the same data pipeline.
+          sources: as given to `save`.
+
+        Raises:
+          InputError: a source no longer holds what the run was trained on.
         """
+        stored = self._checkpointer.checkpointables_metadata().custom_metadata["sources"]
+        for name in sorted(stored.keys() | sources.keys()):
+            if stored.get(name) != sources.get(name):
+                raise InputError(
+                    f"sources.{name}: holds other text than when {self._folder} was "
+                    "written, so the run cannot go on exactly; put the files back, or "
+                    "start a new --workdir with --config.init_from set to this one"
+                )
         loaded = self._checkpointer.load_checkpointables(
             None,
             {
@@ -104,7 +119,6 @@ class Checkpoints:
                     "step": abstract_state.step,
                     "moments": abstract_state.opt_state,
                 },
-                "data": data_iterator,
             },
         )
         optimizer = loaded["optimizer"]

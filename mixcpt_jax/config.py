@@ -282,12 +282,10 @@ def first_difference(
 
 
 def _check_sources(config) -> None:
-    _check(
-        any(entry.weight > 0 for entry in config.sources.values()),
-        config,
-        "sources",
-        "at least one source with a weight above 0",
-    )
+    if not any(entry.weight > 0 for entry in config.sources.values()):
+        raise InputError(
+            "sources: none has a weight above 0; give at least one something to learn"
+        )
     for name, entry in config.sources.items():
         place = f"sources.{name}"
         _check(bool(entry.path), config, f"{place}.path", "a path")

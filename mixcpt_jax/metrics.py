@@ -75,6 +75,8 @@ class Writer:
             self._wandb.finish()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes one row; what is not a finite number, which JSON lacks, is left out."""
+        scalars = {k: float(v) for k, v in scalars.items() if math.isfinite(v)}
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
         self._file.flush()
         if self._tensorboard:

@@ -94,4 +94,4 @@ def state_shardings(transforms: optax.GradientTransformation, params, param_shar
 
 def global_norm(tree) -> jax.Array:
     """The L2 norm over all leaves, float32."""
-    return optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))

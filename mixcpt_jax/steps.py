@@ -108,6 +108,10 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         one = jnp.ones(())
         metrics |= {
+            f"{prefix}tokens": (metrics[f"{prefix}ntp"][1], one)
+            for prefix in ("", *(f"{source}/" for source in source_names))
+        }
+        metrics |= {
             "loss": (loss, one),
             "grad_norm": (global_norm(grads), one),
             "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), one),
@@ -180,12 +184,10 @@ def _token_metrics(
     values_TxK = jnp.stack([getattr(statistics, name) for name in fields], axis=1)
     sums_SxK = membership_TxS.T @ values_TxK
     counts_S = membership_TxS.sum(0)
-    metrics: Metrics = {"tokens": (counts_S.sum(), jnp.ones(()))}
+    metrics: Metrics = {}
     for k, field in enumerate(fields):
         metrics[field] = (sums_SxK[:, k].sum(), counts_S.sum())
         for s, source in enumerate(source_names):
             metrics[f"{source}/{field}"] = (sums_SxK[s, k], counts_S[s])
-    for s, source in enumerate(source_names):
-        metrics[f"{source}/tokens"] = (counts_S[s], jnp.ones(()))
     return metrics
 

@@ -59,9 +59,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     tokenizer.check_vocabulary(
         vocabulary, model_config.vocab_size, config.model.tokenizer or config.model.path
     )
-    data = pipeline.load(
-        config, vocabulary, jax.process_count(), jax.process_index()
-    )
+    data = pipeline.load(config, vocabulary)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), checkpoint.Checkpoints(
         folder, config.train.keep_last, config.train.keep_best
@@ -166,7 +164,7 @@ def _run(
             config.eval.batch_size,
         )
 
-    batches = iter(data.batches)
+    fingerprint = pipeline.fingerprint(data)
     resumed = checkpoints.latest_step()
     if resumed is None:
         params = _starting_params(config, model_config, mesh, config.model.param_dtype)
@@ -178,7 +176,7 @@ def _run(
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_state),
         )(params)
     else:
-        state = checkpoints.restore(abstract_state, batches)
+        state = checkpoints.restore(abstract_state, fingerprint)
     teacher = None
     if needs_teacher and (resumed or 0) < num_steps:
         teacher = _starting_params(
@@ -186,6 +184,11 @@ def _run(
         )
 
     first_step = resumed or 0
+    batches = iter(
+        pipeline.batches(
+            config, data, first_step, jax.process_count(), jax.process_index()
+        )
+    )
     is_first_host = jax.process_index() == 0
     with (
         metrics.Writer(folder, config.metrics, first_step, config.to_dict()) as writer,
@@ -231,7 +234,7 @@ def _run(
                 clock = _Clock()
             if is_last or _is_due(step, config.train.save_every):
                 read_pending()
-                checkpoints.save(state, step, batches, config.to_dict(), loss)
+                checkpoints.save(state, step, config.to_dict(), fingerprint, loss)
                 clock = _Clock()
 
     return _write_results(folder, data)

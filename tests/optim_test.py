@@ -26,7 +26,8 @@ def test_warm_up_is_linear_and_starts_above_zero():
 def test_decay_ends_at_the_final_ratio(name):
     rates = schedule(schedule=name, warmup_steps=10, final_ratio=0.1)
     assert rates.max() == pytest.approx(2.0)
-    assert rates[-1] == pytest.approx(0.2, abs=0.04 * 2.0)
+    # The last step is one short of the end of the decay.
+    assert 0.2 <= rates[-1] <= 0.2 + 1.8 / 20 + 1e-6
     assert np.all(np.diff(rates[11:]) <= 1e-6)
 
 

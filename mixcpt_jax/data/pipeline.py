@@ -1,6 +1,7 @@
 """From a config to everything a phase reads: training batches, held-out text, exams."""
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import grain
@@ -15,30 +16,26 @@ class Data:
     """What a phase reads.
 
     Attributes:
-      batches: the endless training stream of this host.
-      objectives: source name -> weight of each objective, in the order of `source_ids`.
+      packed: the sources of the training stream, in the order of `source_ids`.
+      objectives: source name -> weight of each objective, same order.
       texts: name -> rows that are measured and never trained on.
       exams: name -> multiple choice.
       report: one dict per source: what it holds and what the mixture gives of it.
     """
 
-    batches: grain.IterDataset
+    packed: list[mixture.PackedRows]
     objectives: dict[str, dict[str, float]]
     texts: dict[str, mixture.PackedRows]
     exams: dict[str, exams.Exam]
     report: list[dict[str, Any]]
 
 
-def load(
-    config: ml_collections.ConfigDict, tokenizer: Any, num_hosts: int = 1, host: int = 0
-) -> Data:
+def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
     """Reads, encodes and packs every source of the config.
 
     Args:
       config: a validated config.
       tokenizer: the model's.
-      num_hosts, host: the training stream is shared out over hosts; what is measured
-        is whole on each.
 
     Raises:
       InputError: names the file, line or setting that is wrong.
@@ -75,14 +72,7 @@ def load(
         tokenizer.pad_id,
     )
     return Data(
-        batches=mixture.mixture(
-            packed,
-            config.data.batch_size,
-            config.seed,
-            num_hosts,
-            host,
-            config.data.num_workers,
-        ),
+        packed=packed,
         objectives=objectives,
         texts={
             name: mixture.pack_text(name, examples, row_length)
@@ -94,6 +84,39 @@ def load(
         },
         report=mixture.describe(packed),
     )
+
+
+def batches(
+    config: ml_collections.ConfigDict,
+    data: Data,
+    first_batch: int,
+    num_hosts: int = 1,
+    host: int = 0,
+) -> grain.IterDataset:
+    """This host's share of the training stream from global batch `first_batch` on.
+
+    The stream is a function of the sources and the seed, so the number of batches
+    taken is all there is to its position.
+    """
+    return mixture.mixture(
+        data.packed,
+        config.data.batch_size,
+        config.seed,
+        num_hosts,
+        host,
+        config.data.num_workers,
+        first_batch,
+    )
+
+
+def fingerprint(data: Data) -> dict[str, str]:
+    """Source name -> a hash of its tokens: tells whether the stream is still the same."""
+    return {
+        rows.source.name: hashlib.blake2b(
+            rows.source.examples.tokens.tobytes(), digest_size=8
+        ).hexdigest()
+        for rows in data.packed
+    }
 
 
 def _encode(records, source, tokenizer) -> format.Examples:

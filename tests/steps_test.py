@@ -1,0 +1,202 @@
+"""The step's arithmetic: packing, masks, accumulation, meshes, objectives per source."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixcpt_jax import config as config_lib
+from mixcpt_jax import losses, model, optim, sharding, steps
+from mixcpt_jax.data import format, mixture
+
+CONFIG = model.ModelConfig(
+    family="llama",
+    vocab_size=64,
+    hidden_size=32,
+    mlp_size=64,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=8,
+    head_size=4,
+    max_positions=64,
+    rope_theta=1e4,
+)
+SOURCES = ("domain", "general")
+
+
+@functools.cache
+def params(seed=0):
+    return model.init_params(CONFIG, jax.random.key(seed))
+
+
+def documents(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return format.Examples.collect(
+        (rng.integers(0, 64, n), np.ones(n, bool)) for n in lengths
+    )
+
+
+def make_batch(row_length=32, rows=8, seed=0):
+    """Packed rows of two sources with objectives of their own, some padding."""
+    packed = mixture.pack_sources(
+        [
+            mixture.Source("domain", documents([9, 30, 17, 5, 21, 40] * 4, seed)),
+            mixture.Source(
+                "general",
+                documents([12, 7, 25] * 6, seed + 1),
+                ntp_weight=0.7,
+                lssd_weight=0.2,
+                kd_weight=0.1,
+            ),
+        ],
+        row_length,
+    )
+    stream = mixture.mixture(packed, rows, seed=3)
+    return next(iter(stream))
+
+
+def take_step(batch, accumulation_steps=1, mesh_sizes=None, num_steps=1, remat="none"):
+    config = config_lib.default().optimizer
+    config.learning_rate = 1e-2
+    transforms, schedule = optim.make_optimizer(config, 10)
+    forward = model.make_forward(CONFIG, remat=remat)
+    train_step = steps.make_train_step(
+        forward, forward, transforms, schedule, SOURCES, accumulation_steps
+    )
+    state = steps.TrainState(jnp.zeros((), jnp.int32), params(), None)
+    if mesh_sizes is None:
+        state = state._replace(opt_state=transforms.init(params()))
+        step = jax.jit(train_step)
+        for _ in range(num_steps):
+            state, metrics = step(state, params(1), batch)
+        return state, metrics
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=True)))
+    where = sharding.shardings(mesh, model.param_axes(CONFIG))
+    moments = optim.state_shardings(
+        transforms, params(), where, sharding.replicated(mesh)
+    )
+    with jax.set_mesh(mesh):
+        state = jax.device_put(
+            state._replace(opt_state=transforms.init(params())),
+            steps.TrainState(sharding.replicated(mesh), where, moments),
+        )
+        teacher = jax.device_put(params(1), where)
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+        step = jax.jit(train_step)
+        for _ in range(num_steps):
+            state, metrics = step(state, teacher, batch)
+    return state, metrics
+
+
+def assert_close(actual, expected, rtol=1e-4):
+    for (path, a), e in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        e = np.asarray(e)
+        np.testing.assert_allclose(
+            np.asarray(a), e, atol=rtol * max(np.abs(e).max(), 1e-3), err_msg=str(path)
+        )
+
+
+def test_the_loss_is_the_weighted_mean_of_the_dense_losses():
+    batch = make_batch()
+    _, metrics = take_step(batch)
+    inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
+    forward = model.make_forward(CONFIG)
+    student, teacher = (
+        forward(p, *inputs) @ model.unembedding(p) for p in (params(), params(1))
+    )
+    targets = batch["targets"]
+    total = (
+        batch["ntp_weights"] * losses.cross_entropy(student, targets)
+        + batch["lssd_weights"] * losses.lssd(student, teacher, targets)
+        + batch["kd_weights"] * losses.distillation(student, teacher)
+    ).sum()
+    np.testing.assert_allclose(
+        metrics["loss"][0], total / batch["loss_mask"].sum(), rtol=1e-5
+    )
+    # Per-source metrics add up to those of the batch.
+    for name in ("ntp", "lssd", "kd", "correct", "agree", "swapped"):
+        parts = [metrics[f"{source}/{name}"] for source in SOURCES]
+        np.testing.assert_allclose(
+            metrics[name], np.sum(parts, axis=0), rtol=1e-5
+        )
+    assert metrics["tokens"][0] == batch["loss_mask"].sum()
+
+
+def test_padding_and_segments_of_others_change_nothing():
+    batch = make_batch()
+    altered = dict(batch)
+    padding = batch["segment_ids"] == 0
+    assert padding.any()
+    altered["tokens"] = np.where(padding, 63, batch["tokens"])
+    altered["targets"] = np.where(padding, 1, batch["targets"])
+    expected, actual = take_step(batch), take_step(altered)
+    assert_close(actual[1]["loss"], expected[1]["loss"], rtol=1e-7)
+    assert_close(actual[0].params, expected[0].params, rtol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["best_fit", "split"])
+def test_a_packed_row_gives_each_document_the_losses_it_has_alone(strategy):
+    lengths = [9, 14, 7, 3, 20, 11]
+    examples = documents(lengths)
+    rows = mixture.PackedRows(
+        mixture.Source("text", examples), 0, mixture.pack(examples.lengths, 70, strategy), 0
+    )
+    score = jax.jit(steps.make_eval_step(model.make_forward(CONFIG)))
+    assert len(rows) == 1
+    row = {name: value[None] for name, value in rows[0].items()}
+    packed = np.asarray(score(params(), row)["ntp"])[0]
+    owners = rows.example_ids(0)
+    for number, length in enumerate(lengths):
+        tokens = examples.tokens[slice(*examples.offsets[number : number + 2])]
+        alone = {
+            "tokens": tokens[None, :-1],
+            "targets": tokens[None, 1:],
+            "positions": np.arange(length - 1)[None],
+            "segment_ids": np.ones((1, length - 1), np.int32),
+        }
+        np.testing.assert_allclose(
+            packed[owners == number],
+            np.asarray(score(params(), alone)["ntp"])[0],
+            rtol=2e-5,
+            atol=2e-6,
+        )
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_changes_nothing(parts):
+    batch = make_batch()
+    expected, actual = take_step(batch), take_step(batch, accumulation_steps=parts)
+    assert_close(actual[1], expected[1])
+    assert_close(actual[0].opt_state, expected[0].opt_state)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_nothing(remat):
+    batch = make_batch()
+    assert_close(take_step(batch, remat=remat)[1], take_step(batch)[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+def test_any_mesh_takes_the_same_steps(shape):
+    batch = make_batch()
+    expected = take_step(batch, num_steps=3)
+    actual = take_step(batch, mesh_sizes=shape, num_steps=3)
+    assert_close(actual[1], expected[1])
+    assert int(actual[0].step) == 3
+
+
+def test_the_teacher_stays_and_the_student_moves():
+    state, _ = take_step(make_batch())
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, params())
+    assert all(jax.tree.leaves(moved))
+
+
+def test_several_steps_lower_the_loss():
+    batch = make_batch()
+    _, first = take_step(batch)
+    _, last = take_step(batch, num_steps=10)
+    assert last["loss"][0] < 0.8 * first["loss"][0]
