@@ -116,13 +116,12 @@ def make_torch_step(config, student, teacher, ids):
     # The same groups as ours: norms are not decayed.
     matrices = [p for p in student.parameters() if p.ndim > 1]
     scales = [p for p in student.parameters() if p.ndim == 1]
-    schedule, _ = config.learning_rate, None
     optimizer = torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": scales, "weight_decay": 0.0},
         ],
-        lr=schedule,
+        lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         fused=True,

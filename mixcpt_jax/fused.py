@@ -54,8 +54,8 @@ class TokenStatistics(NamedTuple):
     ntp: jax.Array  # cross-entropy with the gold token, nats
     lssd: jax.Array  # nats
     kd: jax.Array  # KL(teacher || student), nats
-    correct: jax.Array  # 1 where the student's top token is gold
-    agree: jax.Array  # 1 where student and teacher have the same top token
+    correct: jax.Array  # 1 where no logit of the student is above the gold one
+    agree: jax.Array  # 1 where none is above that of the teacher's top token
     swapped: jax.Array  # 1 where the teacher's top token is not gold
 
 
@@ -215,11 +215,12 @@ def _sweep(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
     teacher_hidden_TxE, teacher_unembedding_ExV, targets_T, weights = rest
     token_axes, vocab_axes = options.layout
     dtype = hidden_TxD.dtype
-    kernel_DxV = unembedding_DxV.astype(dtype)
-    teacher_kernel_ExV = None
+    # Vocabulary first, as embeddings are stored: a tied one is used as it lies.
+    kernel_VxD = unembedding_DxV.T.astype(dtype)
+    teacher_kernel_VxE = None
     if teacher_hidden_TxE is not None:
-        teacher_kernel_ExV = teacher_unembedding_ExV.astype(teacher_hidden_TxE.dtype)
-    columns = _Columns(kernel_DxV.shape[1], options.vocab_size, vocab_axes)
+        teacher_kernel_VxE = teacher_unembedding_ExV.T.astype(teacher_hidden_TxE.dtype)
+    columns = _Columns(kernel_VxD.shape[0], options.vocab_size, vocab_axes)
 
     num_tokens = hidden_TxD.shape[0]
     chunk_size = min(options.chunk_size, num_tokens)
@@ -231,15 +232,15 @@ def _sweep(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
         return x_T.reshape(num_chunks, chunk_size, *x_T.shape[1:])
 
     def chunk_step(carry, chunk):
-        value, d_kernel_DxV = carry
+        value, d_kernel_VxD = carry
         hidden_CxD, teacher_hidden_CxE, targets_C, weights_C = chunk
-        student = _Logits(hidden_CxD, kernel_DxV, columns, options.soft_cap)
+        student = _Logits(hidden_CxD, kernel_VxD, columns, options.soft_cap)
         teacher = None
         if teacher_hidden_CxE is not None:
             teacher = _Logits(
-                teacher_hidden_CxE, teacher_kernel_ExV, columns, options.soft_cap
+                teacher_hidden_CxE, teacher_kernel_VxE, columns, options.soft_cap
             )
-        statistics, d_logits_CxV = _objectives(
+        statistics, d_logits_VxC = _objectives(
             student, teacher, columns, targets_C, weights_C
         )
         value += sum(
@@ -247,20 +248,16 @@ def _sweep(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
             for name, w in weights_C._asdict().items()
         )
         if not with_gradients:
-            return (value, d_kernel_DxV), (statistics, None)
-        d_logits_CxV = student.through_soft_cap(d_logits_CxV).astype(dtype)
-        d_hidden_CxD = jnp.dot(
-            d_logits_CxV, kernel_DxV.T, preferred_element_type=jnp.float32
-        )
-        d_kernel_DxV += jnp.dot(
-            hidden_CxD.T, d_logits_CxV, preferred_element_type=jnp.float32
-        )
-        return (value, d_kernel_DxV), (statistics, d_hidden_CxD)
+            return (value, d_kernel_VxD), (statistics, None)
+        d_logits_VxC = student.through_soft_cap(d_logits_VxC).astype(dtype)
+        d_hidden_CxD = _product("vc,vd->cd", d_logits_VxC, kernel_VxD)
+        d_kernel_VxD += _product("vc,cd->vd", d_logits_VxC, hidden_CxD)
+        return (value, d_kernel_VxD), (statistics, d_hidden_CxD)
 
-    d_kernel_DxV = jnp.zeros(kernel_DxV.shape, jnp.float32) if with_gradients else None
-    (value, d_kernel_DxV), (statistics, d_hidden) = jax.lax.scan(
+    d_kernel_VxD = jnp.zeros(kernel_VxD.shape, jnp.float32) if with_gradients else None
+    (value, d_kernel_VxD), (statistics, d_hidden) = jax.lax.scan(
         chunk_step,
-        (jnp.zeros((), jnp.float32), d_kernel_DxV),
+        (jnp.zeros((), jnp.float32), d_kernel_VxD),
         jax.tree.map(in_chunks, (hidden_TxD, teacher_hidden_TxE, targets_T, weights)),
     )
     statistics = jax.tree.map(lambda x: x.reshape(-1)[:num_tokens], statistics)
@@ -268,6 +265,7 @@ def _sweep(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
     if not with_gradients:
         return value, statistics, None
     d_hidden_TxD = d_hidden.reshape(-1, hidden_TxD.shape[1])[:num_tokens]
+    d_kernel_DxV = d_kernel_VxD.T
     if vocab_axes:
         d_hidden_TxD = _sum_and_scatter(d_hidden_TxD, vocab_axes)
     if token_axes:
@@ -287,101 +285,138 @@ def _sum_and_scatter(x, axes):
     return jax.lax.psum(x, rest) if rest else x
 
 
+def _product(equation, a, b):
+    """A matrix product with float32 accumulation."""
+
+    def multiply(a, b):
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+    def multiply_on_cpu(a, b):
+        # XLA's CPU runtime lacks some of the bfloat16 products with a float32 result;
+        # products of float32 copies are the same numbers.
+        return multiply(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    return jax.lax.platform_dependent(a, b, cpu=multiply_on_cpu, default=multiply)
+
+
 class _Columns:
-    """The vocabulary slice of this device, and reductions over the whole of it."""
+    """This device's slice of the vocabulary, and reductions over the whole of it."""
 
     def __init__(self, num_local: int, vocab_size: int, axes: tuple[str, ...]):
         self.axes = axes
-        offset = jax.lax.axis_index(axes) * num_local if axes else 0
-        self.ids_1xV = (offset + jnp.arange(num_local))[None]
+        self.offset = jax.lax.axis_index(axes) * num_local if axes else 0
+        self.ids_Vx1 = (self.offset + jnp.arange(num_local))[:, None]
         num_shards = jax.lax.axis_size(axes) if axes else 1
         self.padded = vocab_size < num_local * num_shards
-        self.is_real_1xV = self.ids_1xV < vocab_size
+        self.is_real_Vx1 = self.ids_Vx1 < vocab_size
 
-    def sum(self, x_CxV):
-        total = jnp.sum(x_CxV, axis=-1)
-        return jax.lax.psum(total, self.axes) if self.axes else total
+    def sum(self, x_VxC):
+        return self._across(jax.lax.psum, jnp.sum(x_VxC, axis=0))
 
-    def max(self, x_CxV):
-        top = jnp.max(x_CxV, axis=-1)
-        return jax.lax.pmax(top, self.axes) if self.axes else top
+    def max(self, x_VxC):
+        return self._across(jax.lax.pmax, jnp.max(x_VxC, axis=0))
 
-    def first(self, is_wanted_CxV):
-        """The lowest column id where the condition holds."""
-        beyond = jnp.iinfo(jnp.int32).max
-        ids = jnp.where(is_wanted_CxV, self.ids_1xV, beyond)
-        lowest = jnp.min(ids, axis=-1)
-        return jax.lax.pmin(lowest, self.axes) if self.axes else lowest
+    def first(self, is_wanted_VxC):
+        """The lowest id for which the condition holds."""
+        # As floats, exact up to 2^24: XLA's CPU loops over integers are not vectorised.
+        ids_Vx1 = self.ids_Vx1.astype(jnp.float32)
+        lowest_C = jnp.min(jnp.where(is_wanted_VxC, ids_Vx1, jnp.inf), axis=0)
+        return self._across(jax.lax.pmin, lowest_C).astype(jnp.int32)
 
-    def is_column(self, ids_C):
-        return self.ids_1xV == ids_C[:, None]
+    def is_id(self, ids_C):
+        return self.ids_Vx1 == ids_C[None]
 
-    def pick(self, x_CxV, ids_C):
-        """Each row's entry in one column: its owner has it, all others add zero."""
-        return self.sum(jnp.where(self.is_column(ids_C), x_CxV, 0.0))
+    def pick(self, x_VxC, ids_C):
+        """Each token's entry of one id: its owner has it, all others add zero."""
+
+        def gather(x_VxC, ids_C):
+            local_C = ids_C - self.offset
+            is_mine_C = (local_C >= 0) & (local_C < x_VxC.shape[0])
+            rows_1xC = jnp.where(is_mine_C, local_C, 0)[None]
+            picked_C = jnp.take_along_axis(x_VxC, rows_1xC, axis=0)[0]
+            return jnp.where(is_mine_C, picked_C, 0.0)
+
+        def compare(x_VxC, ids_C):
+            # Fuses with the other reductions, where a gather would stand alone.
+            return jnp.sum(jnp.where(self.is_id(ids_C), x_VxC, 0.0), axis=0)
+
+        picked_C = jax.lax.platform_dependent(
+            x_VxC, ids_C, cpu=gather, default=compare
+        )
+        return self._across(jax.lax.psum, picked_C)
+
+    def _across(self, collective, x_C):
+        return collective(x_C, self.axes) if self.axes else x_C
 
 
 class _Logits:
-    """One side's logits of a chunk, less their row maximum, and what softmax needs."""
+    """One side's logits of a chunk, and what softmax needs of them."""
 
-    def __init__(self, hidden_CxD, kernel_DxV, columns, soft_cap):
-        logits = jnp.dot(hidden_CxD, kernel_DxV, preferred_element_type=jnp.float32)
+    def __init__(self, hidden_CxD, kernel_VxD, columns, soft_cap):
+        logits_VxC = _product("vd,cd->vc", kernel_VxD, hidden_CxD)
         self.soft_cap = soft_cap
         if soft_cap is not None:
-            self.tanh_CxV = jnp.tanh(logits / soft_cap)
-            logits = soft_cap * self.tanh_CxV
+            logits_VxC = soft_cap * jnp.tanh(logits_VxC / soft_cap)
         if columns.padded:
-            logits = jnp.where(columns.is_real_1xV, logits, _MASKED)
-        top_C = columns.max(jax.lax.stop_gradient(logits))
-        self.centred_CxV = logits - top_C[:, None]
-        exp_CxV = jnp.exp(self.centred_CxV)
-        sum_C = columns.sum(exp_CxV)
-        self.log_sum_C = jnp.log(sum_C)
-        self.probabilities_CxV = exp_CxV * (1.0 / sum_C)[:, None]
-        self.top_id_C = columns.first(self.centred_CxV == 0.0)
+            logits_VxC = jnp.where(columns.is_real_Vx1, logits_VxC, _MASKED)
+        self.logits_VxC = logits_VxC
+        self.top_C = columns.max(logits_VxC)
+        sum_C = columns.sum(jnp.exp(logits_VxC - self.top_C[None]))
+        self.log_sum_exp_C = self.top_C + jnp.log(sum_C)
 
-    def through_soft_cap(self, gradient_CxV):
+    @property
+    def probabilities_VxC(self):
+        # Computed anew in every loop that reads it, which is cheaper than storing it.
+        return jnp.exp(self.logits_VxC - self.log_sum_exp_C[None])
+
+    def through_soft_cap(self, gradient_VxC):
         if self.soft_cap is None:
-            return gradient_CxV
-        return gradient_CxV * (1.0 - self.tanh_CxV**2)
+            return gradient_VxC
+        # Clipped for the sake of masked entries, whose gradient is 0.
+        tanh_VxC = jnp.clip(self.logits_VxC / self.soft_cap, -1.0, 1.0)
+        return gradient_VxC * (1.0 - tanh_VxC**2)
 
 
 def _objectives(student, teacher, columns, targets_C, weights):
     """Statistics of a chunk, and the weighted sum's gradient for its student logits."""
-    s_y = columns.pick(student.centred_CxV, targets_C)
-    ntp = student.log_sum_C - s_y
-    correct = student.top_id_C == targets_C
-    is_gold_CxV = columns.is_column(targets_C)
-    q = student.probabilities_CxV
+    s_y = columns.pick(student.logits_VxC, targets_C)
+    ntp = student.log_sum_exp_C - s_y
+    correct = s_y == student.top_C
+    is_gold_VxC = columns.is_id(targets_C)
+    q = student.probabilities_VxC
     if teacher is None:
         zero = jnp.zeros_like(ntp)
         statistics = TokenStatistics(ntp, zero, zero, correct, zero, zero)
-        d_logits = weights.ntp[:, None] * (q - is_gold_CxV)
-        return _as_float32(statistics), d_logits
+        d_logits_VxC = weights.ntp[None] * (q - is_gold_VxC)
+        return _as_float32(statistics), d_logits_VxC
 
-    p = teacher.probabilities_CxV
-    top_C = teacher.top_id_C
-    log_ratio_CxV = teacher.centred_CxV - student.centred_CxV
-    kd = columns.sum(p * log_ratio_CxV) - teacher.log_sum_C + student.log_sum_C
-    # The teacher's centred top logit is 0, so its probability is 1 / sum.
-    p_a = jnp.exp(-teacher.log_sum_C)
-    p_y = columns.pick(p, targets_C)
-    swapped = top_C != targets_C
+    p = teacher.probabilities_VxC
+    top_id_C = columns.first(teacher.logits_VxC == teacher.top_C[None])
+    s_a = columns.pick(student.logits_VxC, top_id_C)
+    t_y = columns.pick(teacher.logits_VxC, targets_C)
+    p_a = jnp.exp(teacher.top_C - teacher.log_sum_exp_C)
+    p_y = jnp.exp(t_y - teacher.log_sum_exp_C)
+    swapped = top_id_C != targets_C
     confidence_gap = jnp.where(swapped, p_a - p_y, 0.0)
-    lssd = kd + confidence_gap * (columns.pick(student.centred_CxV, top_C) - s_y)
+    kd = (
+        columns.sum(p * (teacher.logits_VxC - student.logits_VxC))
+        - teacher.log_sum_exp_C
+        + student.log_sum_exp_C
+    )
+    lssd = kd + confidence_gap * (s_a - s_y)
 
     statistics = TokenStatistics(
-        ntp, lssd, kd, correct, student.top_id_C == top_C, swapped
+        ntp, lssd, kd, correct, s_a == student.top_C, swapped
     )
     distilled = weights.kd + weights.lssd
     moved = weights.lssd * confidence_gap
-    d_logits = (
-        (distilled + weights.ntp)[:, None] * q
-        - distilled[:, None] * p
-        + jnp.where(columns.is_column(top_C), moved[:, None], 0.0)
-        - jnp.where(is_gold_CxV, (moved + weights.ntp)[:, None], 0.0)
+    d_logits_VxC = (
+        (distilled + weights.ntp)[None] * q
+        - distilled[None] * p
+        + jnp.where(columns.is_id(top_id_C), moved[None], 0.0)
+        - jnp.where(is_gold_VxC, (moved + weights.ntp)[None], 0.0)
     )
-    return _as_float32(statistics), d_logits
+    return _as_float32(statistics), d_logits_VxC
 
 
 def _as_float32(statistics: TokenStatistics) -> TokenStatistics:

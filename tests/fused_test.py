@@ -132,7 +132,8 @@ def test_mft_target_is_a_choice_of_weights():
     assert_same(gradients, jax.grad(mft, (0, 1))(hidden, kernel))
 
 
-def test_padded_vocabulary_gets_no_probability():
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+def test_padded_vocabulary_gets_no_probability(soft_cap):
     hidden, kernel, teacher_hidden, teacher_kernel, *rest = problem()
     padded = [
         jnp.pad(k, ((0, 0), (0, 9)), constant_values=3.0)
@@ -140,9 +141,10 @@ def test_padded_vocabulary_gets_no_probability():
     ]
     value, (d_hidden, d_kernel) = value_and_gradients(
         fused.head_loss, hidden, padded[0], teacher_hidden, padded[1], *rest,
-        vocab_size=V, chunk_size=10,
+        vocab_size=V, chunk_size=10, soft_cap=soft_cap,
     )  # fmt: skip
-    assert_same((value, (d_hidden, d_kernel[:, :V])), value_and_gradients(dense, *problem()))
+    expected = value_and_gradients(functools.partial(dense, cap=soft_cap), *problem())
+    assert_same((value, (d_hidden, d_kernel[:, :V])), expected)
     np.testing.assert_array_equal(d_kernel[:, V:], 0.0)
 
 
