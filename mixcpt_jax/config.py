@@ -164,6 +164,7 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     fields: names of the record's fields where they are not the format's own.
     preference_side: "chosen", "rejected" or "both" go into the plain text.
     weight: share of the mixture's tokens, relative to the other sources.
+    max_records: only the first so many are read; 0: all.
     holdout: records kept out of training and measured instead.
     ntp_weight, lssd_weight, kd_weight: objectives on this source; None: the config's.
     """
@@ -175,6 +176,7 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
             "fields": ml_collections.ConfigDict(),
             "preference_side": "chosen",
             "weight": 1.0,
+            "max_records": 0,
             "holdout": 0,
             "ntp_weight": config_dict.placeholder(float),
             "lssd_weight": config_dict.placeholder(float),
@@ -227,7 +229,9 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     _check(bool(config.model.path), config, "model.path", "a folder or a GGUF file")
     train = config.train
     if train.keep_best and not (
-        train.eval_every and train.save_every and train.save_every % train.eval_every == 0
+        train.eval_every
+        and train.save_every
+        and train.save_every % train.eval_every == 0
     ):
         raise InputError(
             f"train.keep_best={train.keep_best}: needs train.save_every to be a multiple "
@@ -314,9 +318,7 @@ def _check_sources(config) -> None:
                 f"{place}.source",
                 "a source whose reader is docstrings",
             )
-            _check(
-                entry.num_questions > 0, config, f"{place}.num_questions", "above 0"
-            )
+            _check(entry.num_questions > 0, config, f"{place}.num_questions", "above 0")
 
 
 def _check_batch(config, num_devices: int | None) -> None:

@@ -131,9 +131,7 @@ class Progress:
         self._bar.stop()
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        self._bar.update(
-            self._task, completed=step, loss=loss, rate=tokens_per_second
-        )
+        self._bar.update(self._task, completed=step, loss=loss, rate=tokens_per_second)
         if self._console.is_terminal or not self._enabled:
             return
         now = time.monotonic()

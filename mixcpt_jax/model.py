@@ -154,9 +154,7 @@ def attend(
     return output_BxGxRxLxK.transpose(0, 3, 1, 2, 4).reshape(query_BxLxHxK.shape)
 
 
-def attention_mask(
-    segment_ids_BxL: jax.Array, sliding_window: int | None
-) -> jax.Array:
+def attention_mask(segment_ids_BxL: jax.Array, sliding_window: int | None) -> jax.Array:
     """True where a token may look: backwards, within its own document and window."""
     length = segment_ids_BxL.shape[1]
     distance_LxL = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
@@ -229,9 +227,9 @@ class Layer(nnx.Module):
         mixed_BxLxHxK = attend(
             rotate(query, angles_BxLxK2), rotate(key, angles_BxLxK2), value, mask_BxLxL
         )
-        out_TxD = mixed_BxLxHxK.reshape(batch * length, -1) @ self.output[
-            ...
-        ].astype(self.dtype)
+        out_TxD = mixed_BxLxHxK.reshape(batch * length, -1) @ self.output[...].astype(
+            self.dtype
+        )
         return out_TxD.reshape(batch, length, hidden)
 
     def _mlp(self, x_BxLxD):
@@ -291,7 +289,9 @@ Params = dict
 Forward = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def make_forward(config: ModelConfig, dtype=jnp.float32, remat: str = "none") -> Forward:
+def make_forward(
+    config: ModelConfig, dtype=jnp.float32, remat: str = "none"
+) -> Forward:
     """The network as a pure function of its parameters.
 
     Args:

@@ -70,8 +70,9 @@ def decay_mask(params) -> dict:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def state_shardings(transforms: optax.GradientTransformation, params, param_shardings,
-                    replicated):
+def state_shardings(
+    transforms: optax.GradientTransformation, params, param_shardings, replicated
+):
     """Shardings of the optimizer state: moments lie where their parameters lie.
 
     The compiler would replicate them: nothing in `init` ties zeros to a parameter.

@@ -46,11 +46,16 @@ def comparison(results: dict[str, dict[str, Any]]) -> str:
     rows = []
     for suffix, label, form, change_form in _MEASURES:
         for key in sorted(k for k in before if k.endswith(f"/{suffix}")):
-            row = [f"{key.removesuffix('/' + suffix)}: {label}", form.format(before[key])]
+            row = [
+                f"{key.removesuffix('/' + suffix)}: {label}",
+                form.format(before[key]),
+            ]
             for result in results.values():
                 after = result["after"][key]
                 row += [form.format(after), change_form.format(after - before[key])]
-            rows.append([cell.replace("%", "") if i else cell for i, cell in enumerate(row)])
+            rows.append(
+                [cell.replace("%", "") if i else cell for i, cell in enumerate(row)]
+            )
     return metrics.table(header, rows)
 
 

@@ -61,9 +61,12 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     )
     data = pipeline.load(config, vocabulary)
     mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh), checkpoint.Checkpoints(
-        folder, config.train.keep_last, config.train.keep_best
-    ) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        checkpoint.Checkpoints(
+            folder, config.train.keep_last, config.train.keep_best
+        ) as checkpoints,
+    ):
         return _run(config, folder, name, mesh, model_config, data, checkpoints)
 
 
@@ -101,7 +104,7 @@ def check_model(
             f"data.row_length={config.data.row_length}: longer than the model's context "
             f"of {model_config.max_positions}; use at most that"
         )
-    data, fsdp, tensor = sharding.mesh_shape(config.mesh, jax.device_count())
+    _, fsdp, tensor = sharding.mesh_shape(config.mesh, jax.device_count())
     for axis, size, dimension, value in (
         ("tensor", tensor, "attention heads", model_config.num_heads),
         ("tensor", tensor, "key-value heads", model_config.num_kv_heads),
@@ -136,6 +139,7 @@ def _run(
     transforms, schedule = optim.make_optimizer(config.optimizer, num_steps)
     abstract_state = _abstract_state(config, model_config, mesh, transforms)
     replicated = sharding.replicated(mesh)
+    compiler_options = steps.COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
     train_step = jax.jit(
         steps.make_train_step(
             forward,
@@ -151,9 +155,12 @@ def _run(
             jax.tree.map(lambda leaf: leaf.sharding, abstract_state),
             replicated,
         ),
+        compiler_options=compiler_options,
     )
     eval_step = jax.jit(
-        steps.make_eval_step(forward, head_options), out_shardings=replicated
+        steps.make_eval_step(forward, head_options),
+        out_shardings=replicated,
+        compiler_options=compiler_options,
     )
 
     def measure(params: model.Params) -> dict[str, float]:
@@ -246,7 +253,9 @@ def _abstract_state(config, model_config, mesh, transforms) -> steps.TrainState:
     params = _abstract_params(model_config, mesh, config.model.param_dtype)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     moments = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, where: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=where
+        ),
         jax.eval_shape(transforms.init, params),
         optim.state_shardings(transforms, params, shardings, replicated),
     )
@@ -256,7 +265,9 @@ def _abstract_state(config, model_config, mesh, transforms) -> steps.TrainState:
 
 def _abstract_params(model_config, mesh, dtype) -> model.Params:
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, where: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=where
+        ),
         model.abstract_params(model_config, jnp.dtype(dtype)),
         sharding.shardings(mesh, model.param_axes(model_config)),
     )
@@ -313,8 +324,10 @@ def _prefixed(results: dict[str, float]) -> dict[str, float]:
 def _check_finite(step, scalars, folder, saved_step) -> None:
     if math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"]):
         return
-    saved = "there is no checkpoint yet" if saved_step is None else (
-        f"the last checkpoint is step {saved_step}"
+    saved = (
+        "there is no checkpoint yet"
+        if saved_step is None
+        else (f"the last checkpoint is step {saved_step}")
     )
     raise FloatingPointError(
         f"step {step}: loss {scalars['loss']}, gradient norm {scalars['grad_norm']}; "
@@ -326,7 +339,9 @@ def _check_finite(step, scalars, folder, saved_step) -> None:
 def _first_line(name, mesh, model_config, config, resumed) -> str:
     devices = mesh.devices.flat
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    size = sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(model_config)))
+    size = sum(
+        leaf.size for leaf in jax.tree.leaves(model.abstract_params(model_config))
+    )
     if resumed is not None:
         start = f"going on after step {resumed}"
     else:

@@ -96,7 +96,9 @@ def test_hand_over_names_what_does_not_fit(tmp_path):
     save(tmp_path, [1])
     template = abstract(make_state(1).params)
     wrong = template | {"kernel": jax.ShapeDtypeStruct((8, 9), jnp.float32)}
-    with pytest.raises(InputError, match=r"\['kernel'\] is \(8, 8\) there and \(8, 9\)"):
+    with pytest.raises(
+        InputError, match=r"\['kernel'\] is \(8, 8\) there and \(8, 9\)"
+    ):
         checkpoint.load_params(str(tmp_path), wrong)
     extra = template | {"bias": jax.ShapeDtypeStruct((8,), jnp.float32)}
     with pytest.raises(InputError, match=r"\['bias'\] is absent there"):

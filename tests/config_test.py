@@ -71,9 +71,7 @@ def test_an_exam_needs_exactly_one_origin():
 
 def test_a_phase_overrides_only_what_exists():
     config = valid()
-    config.overrides.later = ml_collections.ConfigDict(
-        {"train": {"num_steps": 7}}
-    )
+    config.overrides.later = ml_collections.ConfigDict({"train": {"num_steps": 7}})
     merged = config_lib.for_phase(config, "later")
     assert merged.train.num_steps == 7
     assert config.train.num_steps == 1000

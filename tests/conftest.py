@@ -94,3 +94,20 @@ def tiny_config(tiny_model):
 @pytest.fixture(scope="session")
 def project() -> pathlib.Path:
     return pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def write_config_file(tmp_path):
+    """Writes a config as the file that the command line reads."""
+
+    def write(config) -> pathlib.Path:
+        file = tmp_path / "config.py"
+        file.write_text(
+            "import json\n\nimport ml_collections\n\n\n"
+            "def get_config():\n"
+            f"    text = {config.to_json()!r}\n"
+            "    return ml_collections.ConfigDict(json.loads(text))\n"
+        )
+        return file
+
+    return write

@@ -16,8 +16,7 @@ T, D, E, V = 48, 16, 24, 64
 def problem(dtype=jnp.float32, vocab=V):
     keys = jax.random.split(jax.random.key(0), 8)
     hidden, teacher_hidden = (
-        jax.random.normal(k, (T, n)).astype(dtype)
-        for k, n in zip(keys[:2], (D, E))
+        jax.random.normal(k, (T, n)).astype(dtype) for k, n in zip(keys[:2], (D, E))
     )
     kernel, teacher_kernel = (
         jax.random.normal(k, (n, vocab)) for k, n in zip(keys[2:4], (D, E))
@@ -150,7 +149,9 @@ def test_padded_vocabulary_gets_no_probability(soft_cap):
 
 def test_soft_cap():
     actual = value_and_gradients(fused.head_loss, *problem(), soft_cap=5.0)
-    assert_same(actual, value_and_gradients(functools.partial(dense, cap=5.0), *problem()))
+    assert_same(
+        actual, value_and_gradients(functools.partial(dense, cap=5.0), *problem())
+    )
 
 
 def test_bfloat16_hidden_states_multiply_in_bfloat16_and_reduce_in_float32():
@@ -168,13 +169,13 @@ def test_bfloat16_hidden_states_multiply_in_bfloat16_and_reduce_in_float32():
 def test_vocabularies_must_match():
     hidden, kernel, teacher_hidden, teacher_kernel, *rest = problem()
     with pytest.raises(ValueError, match="share one vocabulary.*64 and 60"):
-        fused.head_loss(
-            hidden, kernel[:, :60], teacher_hidden, teacher_kernel, *rest
-        )
+        fused.head_loss(hidden, kernel[:, :60], teacher_hidden, teacher_kernel, *rest)
 
 
 @pytest.mark.parametrize("vocab_parallel", [False, True])
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
+)
 def test_any_mesh_gives_the_same(shape, vocab_parallel):
     """The swap crosses shards: argmax and gold lie on different devices."""
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))

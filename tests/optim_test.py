@@ -69,9 +69,7 @@ def test_moments_lie_where_their_parameters_lie():
         "final_norm": jax.ShapeDtypeStruct((4,), jnp.float32),
     }
     transforms, _ = optim.make_optimizer(config_lib.default().optimizer, 10)
-    states = optim.state_shardings(
-        transforms, params, where, sharding.replicated(mesh)
-    )
+    states = optim.state_shardings(transforms, params, where, sharding.replicated(mesh))
     shapes = jax.eval_shape(transforms.init, params)
     pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(states), strict=True))
     for leaf, place in pairs:

@@ -120,9 +120,7 @@ def test_the_loss_is_the_weighted_mean_of_the_dense_losses():
     # Per-source metrics add up to those of the batch.
     for name in ("ntp", "lssd", "kd", "correct", "agree", "swapped"):
         parts = [metrics[f"{source}/{name}"] for source in SOURCES]
-        np.testing.assert_allclose(
-            metrics[name], np.sum(parts, axis=0), rtol=1e-5
-        )
+        np.testing.assert_allclose(metrics[name], np.sum(parts, axis=0), rtol=1e-5)
     assert metrics["tokens"][0] == batch["loss_mask"].sum()
 
 
@@ -143,7 +141,10 @@ def test_a_packed_row_gives_each_document_the_losses_it_has_alone(strategy):
     lengths = [9, 14, 7, 3, 20, 11]
     examples = documents(lengths)
     rows = mixture.PackedRows(
-        mixture.Source("text", examples), 0, mixture.pack(examples.lengths, 70, strategy), 0
+        mixture.Source("text", examples),
+        0,
+        mixture.pack(examples.lengths, 70, strategy),
+        0,
     )
     score = jax.jit(steps.make_eval_step(model.make_forward(CONFIG)))
     assert len(rows) == 1

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -42,16 +44,13 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
     """
     held_in, texts = {}, {}
     for name, source in config.sources.items():
-        records = sources.read(source.path, source.reader)
         held_in[name], held_out = sources.split_holdout(
-            records, source.holdout, config.seed
+            _read(source), source.holdout, config.seed
         )
         if held_out:
             texts[name] = _encode(held_out, source, tokenizer)
     for name, source in config.eval.texts.items():
-        texts[name] = _encode(
-            sources.read(source.path, source.reader), source, tokenizer
-        )
+        texts[name] = _encode(_read(source), source, tokenizer)
     objectives = {
         name: config_lib.objective_weights(config, name) for name in config.sources
     }
@@ -117,6 +116,11 @@ def fingerprint(data: Data) -> dict[str, str]:
         ).hexdigest()
         for rows in data.packed
     }
+
+
+def _read(source: ml_collections.ConfigDict) -> Iterator[sources.Record]:
+    records = sources.read(source.path, source.reader)
+    return itertools.islice(records, source.max_records or None)
 
 
 def _encode(records, source, tokenizer) -> format.Examples:

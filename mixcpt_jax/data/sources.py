@@ -1,6 +1,7 @@
 """Files to records: JSON lines, plain text and the docstrings of installed packages."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -199,6 +200,11 @@ def _read_text(files: list[epath.Path], path: str) -> Iterator[Record]:
 
 
 def _read_docstrings(packages: str) -> Iterator[Record]:
-    names = [name.strip() for name in packages.split(",")]
-    for fields in docstrings.records(names):
+    for fields in _docstrings(tuple(name.strip() for name in packages.split(","))):
         yield Record(fields, fields["id"])
+
+
+@functools.lru_cache(maxsize=1)
+def _docstrings(packages: tuple[str, ...]) -> list[dict]:
+    # Parsing takes seconds, and every phase of a run asks for the same.
+    return docstrings.records(packages)

