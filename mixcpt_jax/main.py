@@ -18,6 +18,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="The config file
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Where the run is kept, local or gs://; empty: runs/<config's name>."
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Set on every host of a slice of several hosts."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -31,6 +34,8 @@ def main(argv: list[str]) -> None:
     from mixcpt_jax import config as config_lib
     from mixcpt_jax import report, train
 
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
     config = _CONFIG.value
     workdir = _WORKDIR.value or _default_workdir()
     phases = {
@@ -46,7 +51,8 @@ def main(argv: list[str]) -> None:
         )
         for phase, phase_config in phases.items()
     }
-    report.write(workdir, results)
+    if jax.process_index() == 0:
+        report.write(workdir, results)
 
 
 def _default_workdir() -> str:

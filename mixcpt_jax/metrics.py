@@ -16,6 +16,7 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 
 FILE = "metrics.jsonl"
+_SECONDS_BETWEEN_LINES = 20.0
 
 
 def means(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
@@ -36,6 +37,7 @@ class Writer:
         config: ml_collections.ConfigDict,
         resume_step: int,
         run_config: dict[str, Any],
+        is_first_host: bool = True,
     ):
         """Opens the run's files.
 
@@ -45,12 +47,15 @@ class Writer:
           resume_step: lines after this step belong to work that was lost with the
             process that did it, and are dropped.
           run_config: the whole config, for W&B.
+          is_first_host: the other hosts write nothing.
         """
+        self._file = self._tensorboard = self._wandb = None
+        if not is_first_host:
+            return
         self._path = workdir / FILE
         kept = [row for row in read(workdir) if row["step"] <= resume_step]
         replace(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self._path.open("a")
-        self._tensorboard = self._wandb = None
         if config.tensorboard:
             import tensorboardX  # its import is slow
 
@@ -68,7 +73,8 @@ class Writer:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
@@ -76,6 +82,8 @@ class Writer:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one row; what is not a finite number, which JSON lacks, is left out."""
+        if not self._file:
+            return
         scalars = {k: float(v) for k, v in scalars.items() if math.isfinite(v)}
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
         self._file.flush()
@@ -121,7 +129,7 @@ class Progress:
         self._task = self._bar.add_task(
             name, total=num_steps, completed=first_step, loss=math.nan, rate=math.nan
         )
-        self._start, self._first_step = time.monotonic(), first_step
+        self._first_update = None  # (step, time): what comes before it is compilation
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -135,13 +143,18 @@ class Progress:
         if self._console.is_terminal or not self._enabled:
             return
         now = time.monotonic()
+        first_step, first_time = self._first_update = self._first_update or (step, now)
         if now >= self._next_line or step == self._num_steps:
-            self._next_line = now + 20.0
-            done = max(step - self._first_step, 1)
-            left = (now - self._start) / done * (self._num_steps - step)
+            self._next_line = now + _SECONDS_BETWEEN_LINES
+            done = step - first_step
+            left = (now - first_time) / done * (self._num_steps - step) if done else 0.0
             self.say(
-                f"{self._name} {step}/{self._num_steps} loss {loss:.4f} "
-                f"{tokens_per_second:,.0f} tokens/s, {left:.0f} s left"
+                f"{self._name} {step}/{self._num_steps} loss {loss:.4f}"
+                + (
+                    f" {tokens_per_second:,.0f} tokens/s, {left:.0f} s left"
+                    if done
+                    else ""
+                )
             )
 
     def say(self, text: str) -> None:

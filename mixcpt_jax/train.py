@@ -45,7 +45,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
 
     Returns:
       What `results.json` holds: `before` and `after` (evaluation by measure),
-      `mixture` (the sources as delivered) and the cost.
+      `mixture` (the sources as delivered) and the speed; nothing on other hosts than
+      the first.
 
     Raises:
       InputError: config, data, weights or workdir are wrong.
@@ -198,7 +199,9 @@ def _run(
     )
     is_first_host = jax.process_index() == 0
     with (
-        metrics.Writer(folder, config.metrics, first_step, config.to_dict()) as writer,
+        metrics.Writer(
+            folder, config.metrics, first_step, config.to_dict(), is_first_host
+        ) as writer,
         metrics.Progress(
             name, first_step, num_steps, config.metrics.progress and is_first_host
         ) as progress,
@@ -244,7 +247,7 @@ def _run(
                 checkpoints.save(state, step, config.to_dict(), fingerprint, loss)
                 clock = _Clock()
 
-    return _write_results(folder, data)
+    return _write_results(folder, data) if is_first_host else {}
 
 
 def _abstract_state(config, model_config, mesh, transforms) -> steps.TrainState:
@@ -366,9 +369,8 @@ def _write_results(folder: epath.Path, data: pipeline.Data) -> dict[str, Any]:
     results = {
         "before": next((e for e in evaluations if e["step"] == 0), None),
         "after": evaluations[-1],
-        "tokens_per_second": float(np.nanmedian(rates)),
+        "tokens_per_second": float(np.median(rates)) if rates else None,
         "mixture": data.report,
     }
-    if jax.process_index() == 0:
-        metrics.replace(folder / RESULTS_FILE, json.dumps(results, indent=2))
+    metrics.replace(folder / RESULTS_FILE, json.dumps(results, indent=2))
     return results

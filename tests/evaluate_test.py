@@ -1,0 +1,114 @@
+"""Measures against their definitions, with a scorer whose answers are known."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from mixcpt_jax import evaluate
+from mixcpt_jax.data import exams, mixture
+from mixcpt_jax.data.format import Examples
+from mixcpt_jax.errors import InputError
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    add_bos, bos_id = True, 1
+
+    def encode_batch(self, texts):
+        return [[ord(letter) for letter in text] for text in texts]
+
+
+def score(batch):
+    """Nats that depend on the target alone, so packing cannot matter."""
+    targets = batch["targets"]
+    return {"ntp": (targets % 7) / 3.0, "correct": (targets % 2 == 0) * 1.0}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("row_length", [8, 50])
+def test_perplexity_and_accuracy_count_every_learnt_target_once(row_length, batch_size):
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(2, 90, n) for n in (30, 5, 2, 17, 9)]
+    masks = [rng.random(len(text)) < 0.7 for text in texts]
+    rows = mixture.pack_text("t", Examples.collect(zip(texts, masks)), row_length)
+    results = evaluate.evaluate(score, {"t": rows}, {}, batch_size)
+    learnt = np.concatenate([t[1:][m[1:]] for t, m in zip(texts, masks)])
+    loss = np.mean((learnt % 7) / 3.0)
+    assert results["t/loss"] == pytest.approx(loss)
+    assert results["t/perplexity"] == pytest.approx(math.exp(loss))
+    assert results["t/accuracy"] == pytest.approx(np.mean(learnt % 2 == 0))
+
+
+QUESTIONS = [
+    {"question": "One?", "choices": ["a", "bb", "ccc"], "answer": 1},
+    {"question": "Question: two?", "choices": ["dd", "e"], "answer": 0},
+    {"question": "Three?", "choices": ["xy", "yx", "zz", "q"], "answer": 3},
+]
+
+
+def test_an_exam_is_graded_by_log_likelihood_per_byte():
+    exam = exams.encode(QUESTIONS, Letters(), row_length=64)
+    results = evaluate.evaluate(score, {}, {"quiz": exam}, batch_size=2)
+    right = []
+    for question in QUESTIONS:
+        per_byte = [
+            -sum(ord(letter) % 7 / 3.0 for letter in f" {choice}") / len(choice)
+            for choice in question["choices"]
+        ]
+        right.append(int(np.argmax(per_byte)) == question["answer"])
+    assert 0 < np.mean(right) < 1
+    assert results["quiz/exam"] == pytest.approx(np.mean(right))
+
+
+def test_only_the_choice_is_scored():
+    exam = exams.encode(QUESTIONS[:1], Letters(), row_length=64)
+    examples = exam.rows.source.examples
+    texts = [
+        "".join(map(chr, examples.tokens[a:b][examples.loss_mask[a:b]]))
+        for a, b in zip(examples.offsets, examples.offsets[1:])
+    ]
+    assert texts == [" a", " bb", " ccc"]
+    first = "".join(map(chr, examples.tokens[: examples.offsets[1]]))
+    assert first == "\x01Question: One?\nAnswer: a"
+
+
+def test_length_is_in_bytes_not_tokens():
+    exam = exams.encode(
+        [{"question": "?", "choices": ["é", "ee"], "answer": 0}], Letters(), 32
+    )
+    np.testing.assert_array_equal(exam.num_bytes, [2, 2])
+
+
+def test_a_question_must_fit_a_row():
+    with pytest.raises(InputError, match="data.row_length is 8; make it at least 2"):
+        exams.encode(QUESTIONS, Letters(), row_length=8)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"question": "x", "choices": ["a"]}',
+        '{"question": "x", "choices": ["a"], "answer": 1}',
+        '{"question": "x", "choices": ["a", 2], "answer": 0}',
+        '{"question": 3, "choices": ["a"], "answer": 0}',
+    ],
+)
+def test_a_bad_exam_line_is_named(tmp_path, line):
+    good = json.dumps(QUESTIONS[0])
+    (tmp_path / "exam.jsonl").write_text(f"{good}\n{line}\n")
+    with pytest.raises(InputError, match=r"exam.jsonl:2: an exam line is"):
+        exams.read(str(tmp_path / "exam.jsonl"))
+
+
+def test_exams_are_read_back(tmp_path):
+    file = tmp_path / "exam.jsonl"
+    file.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    assert exams.read(str(file)) == QUESTIONS
+    file.write_text("")
+    with pytest.raises(InputError, match="no questions"):
+        exams.read(str(file))
