@@ -46,11 +46,11 @@ def get_config(size: str = ""):
         holdout=20,
     )
     config.eval.texts.general = config_lib.source(
-        path=f"{ASSETS}/general_text.jsonl", format="document", max_records=30
+        path=f"{ASSETS}/general_text.jsonl", format="document", max_records=20
     )
-    config.eval.exams.domain = config_lib.exam(source="domain", num_questions=50)
+    config.eval.exams.domain = config_lib.exam(source="domain", num_questions=40)
     config.eval.exams.general = config_lib.exam(
-        path=f"{ASSETS}/general_exam.jsonl", num_questions=60
+        path=f"{ASSETS}/general_exam.jsonl", num_questions=40
     )
 
     config.data.row_length = 256

@@ -160,7 +160,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         if self._enabled:
-            self._console.print(text, highlight=False, markup=False)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
