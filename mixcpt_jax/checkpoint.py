@@ -18,6 +18,7 @@ import jax
 from etils import epath
 from orbax.checkpoint.experimental import v1 as ocp
 
+from mixcpt_jax import paths
 from mixcpt_jax.errors import InputError
 from mixcpt_jax.steps import TrainState
 
@@ -137,7 +138,7 @@ def load_params(folder: str, abstract_params: Any) -> Any:
     Raises:
       InputError: no checkpoint there, or of another model.
     """
-    path = epath.Path(folder)
+    path = paths.absolute(folder)
     if (path / FOLDER).exists():
         path = path / FOLDER
     if not path.exists():

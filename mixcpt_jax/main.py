@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from mixcpt_jax import config as config_lib
-    from mixcpt_jax import report, train
+    from mixcpt_jax import paths, report, train
 
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
@@ -43,16 +43,18 @@ def main(argv: list[str]) -> None:
     } or {pathlib.PurePath(workdir).name: config}
     for phase_config in phases.values():
         config_lib.validate(phase_config, jax.device_count())
+    folders = {
+        phase: f"{workdir}/{phase}" if config.phases else workdir for phase in phases
+    }
+    # All before the first: hours of training must not end in a refusal.
+    for phase, phase_config in phases.items():
+        train.check_workdir(paths.absolute(folders[phase]), phase_config)
     results = {
-        phase: train.run(
-            phase_config,
-            f"{workdir}/{phase}" if config.phases else workdir,
-            phase,
-        )
+        phase: train.run(phase_config, folders[phase], phase)
         for phase, phase_config in phases.items()
     }
     if jax.process_index() == 0:
-        report.write(workdir, results)
+        report.write(workdir, folders, results)
 
 
 def _default_workdir() -> str:

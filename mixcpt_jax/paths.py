@@ -30,6 +30,12 @@ def resolve(path: str) -> epath.Path:
     return epath.Path(spec.submodule_search_locations[0]) / file
 
 
+def absolute(path: str) -> epath.Path:
+    """A folder to write to, as Orbax wants it: `gs://` as it is, local ones absolute."""
+    folder = epath.Path(path).expanduser()
+    return folder if "://" in path else folder.absolute()
+
+
 def require_file(path: str) -> epath.Path:
     """Resolves `path` and checks that it is an existing file.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from mixcpt_jax import metrics
+from mixcpt_jax import metrics, paths
 
 TABLE_FILE = "report.md"
 CURVES_FILE = "curves.png"
@@ -17,22 +17,22 @@ _MEASURES = (
 )
 
 
-def write(workdir: str, results: dict[str, dict[str, Any]]) -> None:
+def write(
+    workdir: str, folders: dict[str, str], results: dict[str, dict[str, Any]]
+) -> None:
     """Prints the table and writes it, with the curves, to the workdir.
 
     Args:
-      workdir: the run's folder, which holds one folder per phase if there are several.
+      workdir: the run's folder.
+      folders: phase -> its folder.
       results: phase -> what `train.run` returned.
     """
-    folder = epath.Path(workdir)
+    folder = paths.absolute(workdir)
     text = comparison(results)
     print(f"\n{text}\n")
     metrics.replace(folder / TABLE_FILE, text + "\n")
     metrics.replace(folder / "report.json", json.dumps(results, indent=2))
-    phases = {
-        phase: metrics.read(folder / phase if len(results) > 1 else folder)
-        for phase in results
-    }
+    phases = {name: metrics.read(paths.absolute(f)) for name, f in folders.items()}
     _draw_curves(folder / CURVES_FILE, phases)
     print(f"Table, curves and metrics are in {workdir}")
 
@@ -51,6 +51,9 @@ def comparison(results: dict[str, dict[str, Any]]) -> str:
                 form.format(before[key]),
             ]
             for result in results.values():
+                if key not in result["after"]:
+                    row += ["", ""]
+                    continue
                 after = result["after"][key]
                 row += [form.format(after), change_form.format(after - before[key])]
             rows.append(

@@ -22,6 +22,7 @@ from mixcpt_jax import (
     metrics,
     model,
     optim,
+    paths,
     sharding,
     steps,
     tokenizer,
@@ -52,8 +53,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
       InputError: config, data, weights or workdir are wrong.
       FloatingPointError: the loss is no longer finite.
     """
-    folder = epath.Path(workdir)
-    claim(folder, config)
+    folder = paths.absolute(workdir)
+    check_workdir(folder, config)
     model_config = weights.read_model_config(config.model.path)
     check_model(config, model_config)
     vocabulary = tokenizer.load(config.model.tokenizer or config.model.path)
@@ -61,6 +62,10 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
         vocabulary, model_config.vocab_size, config.model.tokenizer or config.model.path
     )
     data = pipeline.load(config, vocabulary)
+    # Only now: a mistake in a path, once mended, must not find the workdir taken.
+    if jax.process_index() == 0 and not (folder / CONFIG_FILE).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics.replace(folder / CONFIG_FILE, config.to_json(indent=2))
     mesh = sharding.make_mesh(config.mesh)
     with (
         jax.set_mesh(mesh),
@@ -71,25 +76,30 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
         return _run(config, folder, name, mesh, model_config, data, checkpoints)
 
 
-def claim(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
-    """Writes the config into a new workdir; a used one must hold the same config.
+def check_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+    """A workdir that is in use must hold the same config.
 
     Raises:
-      InputError: names the first setting that differs.
+      InputError: names the first setting that differs, or the damaged file.
     """
     path = workdir / CONFIG_FILE
-    if path.exists():
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"{workdir}: is a file; give another --workdir")
+    if not path.exists():
+        return
+    try:
         stored = json.loads(path.read_text())
-        difference = config_lib.first_difference(config, stored)
-        if difference is not None:
-            key, then, now = difference
-            raise InputError(
-                f"{workdir}: belongs to a run with {key}={then!r}, this one has {now!r}; "
-                "give another --workdir, or the same config to go on"
-            )
-    elif jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        metrics.replace(path, config.to_json(indent=2))
+    except ValueError as error:
+        raise InputError(
+            f"{path}: damaged ({error}); delete it if the run in {workdir} had this config"
+        ) from error
+    difference = config_lib.first_difference(config, stored)
+    if difference is not None:
+        key, then, now = difference
+        raise InputError(
+            f"{workdir}: belongs to a run with {key}={then!r}, this one has {now!r}; "
+            "give another --workdir, or the same config to go on"
+        )
 
 
 def check_model(
@@ -105,7 +115,17 @@ def check_model(
             f"data.row_length={config.data.row_length}: longer than the model's context "
             f"of {model_config.max_positions}; use at most that"
         )
-    _, fsdp, tensor = sharding.mesh_shape(config.mesh, jax.device_count())
+    data, fsdp, tensor = sharding.mesh_shape(config.mesh, jax.device_count())
+    if data * fsdp % jax.process_count():
+        raise InputError(
+            f"mesh: data x fsdp = {data} x {fsdp} cannot be shared by "
+            f"{jax.process_count()} hosts; make mesh.tensor smaller"
+        )
+    if config.head.vocab_parallel and model_config.vocab_size % (fsdp * tensor):
+        raise InputError(
+            f"head.vocab_parallel: mesh.fsdp x mesh.tensor = {fsdp} x {tensor} does not "
+            f"divide the vocabulary of {model_config.vocab_size}; set it to False"
+        )
     for axis, size, dimension, value in (
         ("tensor", tensor, "attention heads", model_config.num_heads),
         ("tensor", tensor, "key-value heads", model_config.num_kv_heads),
@@ -130,7 +150,11 @@ def _run(
     checkpoints: checkpoint.Checkpoints,
 ) -> dict[str, Any]:
     num_steps = config.train.num_steps
-    needs_teacher = any(w["lssd"] or w["kd"] for w in data.objectives.values())
+    needs_teacher = any(
+        objective["lssd"] or objective["kd"]
+        for name, objective in data.objectives.items()
+        if config.sources[name].weight
+    )
     head_options = {
         "chunk_size": config.head.chunk_size or None,
         "vocab_parallel": config.head.vocab_parallel,
@@ -200,7 +224,11 @@ def _run(
     is_first_host = jax.process_index() == 0
     with (
         metrics.Writer(
-            folder, config.metrics, first_step, config.to_dict(), is_first_host
+            folder,
+            config.metrics,
+            -1 if resumed is None else resumed,
+            config.to_dict(),
+            is_first_host,
         ) as writer,
         metrics.Progress(
             name, first_step, num_steps, config.metrics.progress and is_first_host
@@ -227,22 +255,25 @@ def _run(
             progress.update(step, scalars["loss"], rate)
 
         for step in range(first_step + 1, num_steps + 1):
-            batch = _put_rows(next(batches), mesh)
+            batch = _put_rows(next(batches), config, mesh)
             state, step_metrics = train_step(state, teacher, batch)
             # The device is busy with this step while the host reads the one before.
             read_pending()
-            if step % config.train.log_every == 0 or step == num_steps:
-                pending = step, step_metrics
             is_last = step == num_steps
+            is_saved = is_last or _is_due(step, config.train.save_every)
+            # What is saved is read first, so that no checkpoint holds a NaN.
+            if is_saved or _is_due(step, config.train.log_every):
+                pending = step, step_metrics
             loss = None
             if is_last or _is_due(step, config.train.eval_every):
                 read_pending()
                 progress.say(f"{name}: measuring step {step}")
                 results = measure(state.params)
                 writer.write(step, _prefixed(results))
-                loss = np.mean([v for k, v in results.items() if k.endswith("/loss")])
+                text_losses = [v for k, v in results.items() if k.endswith("/loss")]
+                loss = float(np.mean(text_losses)) if text_losses else None
                 clock = _Clock()
-            if is_last or _is_due(step, config.train.save_every):
+            if is_saved:
                 read_pending()
                 checkpoints.save(state, step, config.to_dict(), fingerprint, loss)
                 clock = _Clock()
@@ -284,11 +315,12 @@ def _starting_params(config, model_config, mesh, dtype) -> model.Params:
     return weights.load_params(config.model.path, abstract)
 
 
-def _put_rows(batch: dict[str, np.ndarray], mesh) -> steps.Batch:
+def _put_rows(batch: dict[str, np.ndarray], config, mesh) -> steps.Batch:
     """This host's rows of a global batch, to its devices."""
     where = sharding.batch_sharding(mesh)
+    shape = config.data.batch_size, config.data.row_length
     return {
-        key: jax.make_array_from_process_local_data(where, value)
+        key: jax.make_array_from_process_local_data(where, value, shape)
         for key, value in batch.items()
     }
 
@@ -368,7 +400,7 @@ def _write_results(folder: epath.Path, data: pipeline.Data) -> dict[str, Any]:
     rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     results = {
         "before": next((e for e in evaluations if e["step"] == 0), None),
-        "after": evaluations[-1],
+        "after": evaluations[-1] if evaluations else {},
         "tokens_per_second": float(np.median(rates)) if rates else None,
         "mixture": data.report,
     }
