@@ -11,7 +11,8 @@ quickstart: .venv/installed
 	$(BIN)/python -m mixcpt_jax.main --config=configs/quickstart.py
 
 test: .venv/installed-test
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2
 
 lint: .venv/installed-test

@@ -1,6 +1,6 @@
 """Mix-CPT's first phase on your own model, text and mesh.
 
-    python -m mixcpt_jax.main --config=configs/cpt.py --workdir=gs://bucket/runs/cpt \\
+    python -m mixcpt_jax.main --config=configs/cpt.py --workdir=runs/mine \\
         --config.model.path=/models/Llama-3.2-1B \\
         --config.sources.domain.path='/data/domain/*.jsonl' \\
         --config.sources.instructions.path=/data/instructions.jsonl \\

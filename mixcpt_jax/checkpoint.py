@@ -32,7 +32,7 @@ class Checkpoints:
         """Opens `workdir/checkpoints`, made if need be.
 
         Args:
-          workdir: the phase's folder, local or gs://.
+          workdir: the phase's folder.
           keep_last: how many of the newest checkpoints stay.
           keep_best: how many stay for the lowest `loss` given to `save`.
         """

@@ -5,6 +5,7 @@ wants. `validate` names the first key that is unknown, of the wrong type or impo
 combination with others, and says what to do.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,7 @@ _NOT_NEGATIVE = (
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "optimizer.clip_norm",
+    "optimizer.final_ratio",
     "objective.ntp_weight",
     "objective.lssd_weight",
     "objective.kd_weight",
@@ -227,6 +229,21 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         f"less than train.num_steps={config.train.num_steps}",
     )
     _check(bool(config.model.path), config, "model.path", "a folder or a GGUF file")
+    optimizer = config.optimizer
+    for key in ("beta1", "beta2"):
+        _check(0 <= optimizer[key] < 1, config, f"optimizer.{key}", "0 to below 1")
+    if optimizer.schedule == "wsd":
+        decay_steps = round(optimizer.decay_fraction * config.train.num_steps)
+        _check(
+            0 < decay_steps <= config.train.num_steps - optimizer.warmup_steps,
+            config,
+            "optimizer.decay_fraction",
+            "a share of the steps that leaves room for optimizer.warmup_steps",
+        )
+    if config.metrics.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            "metrics.wandb_project: wandb is not installed; pip install it"
+        )
     train = config.train
     if train.keep_best and not (
         train.eval_every
@@ -262,6 +279,11 @@ def for_phase(
     merged = ml_collections.ConfigDict(config.to_dict())
     merged.phases = ()
     merged.overrides = ml_collections.ConfigDict()
+    for name in config.overrides:
+        if name not in config.phases:
+            raise InputError(
+                f"overrides.{name}: no such phase; config.phases is {tuple(config.phases)}"
+            )
     overrides = config.overrides.get(phase, {})
     _check_keys(overrides, merged, f"overrides.{phase}.")
     merged.update(overrides)
@@ -290,21 +312,28 @@ def _check_sources(config) -> None:
         raise InputError(
             "sources: none has a weight above 0; give at least one something to learn"
         )
+    for section in ("sources", "eval.texts"):
+        for name, entry in config[section].items():
+            place = f"{section}.{name}"
+            _check(bool(entry.path), config, f"{place}.path", "a path")
+            for key in ("weight", "holdout", "max_records"):
+                _check(entry[key] >= 0, config, f"{place}.{key}", "0 or more")
+            _check(
+                entry.format in ("document", "instruction", "preference"),
+                config,
+                f"{place}.format",
+                "one of document, instruction, preference",
+            )
     for name, entry in config.sources.items():
-        place = f"sources.{name}"
-        _check(bool(entry.path), config, f"{place}.path", "a path")
-        _check(entry.weight >= 0, config, f"{place}.weight", "0 or more")
-        _check(
-            entry.format in ("document", "instruction", "preference"),
-            config,
-            f"{place}.format",
-            "one of document, instruction, preference",
-        )
-        weights = objective_weights(config, name)
-        if min(weights.values()) < 0 or not any(weights.values()):
+        if name == "eval" or (entry.holdout and name in config.eval.texts):
             raise InputError(
-                f"{place}: objective weights {weights}: one must be above 0 and none "
-                f"below; set objective.* or {place}.*_weight, or {place}.weight=0"
+                f"sources.{name}: this name is taken by eval; choose another"
+            )
+        weights = objective_weights(config, name)
+        if entry.weight and (min(weights.values()) < 0 or not any(weights.values())):
+            raise InputError(
+                f"sources.{name}: objective weights {weights}: one must be above 0 and "
+                f"none below; set objective.* or sources.{name}.*_weight"
             )
     for name, entry in config.eval.exams.items():
         place = f"eval.exams.{name}"

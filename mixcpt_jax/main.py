@@ -8,6 +8,7 @@ The same command run again goes on where the last one stopped.
 
 import pathlib
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -16,7 +17,7 @@ from mixcpt_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The config file.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Where the run is kept, local or gs://; empty: runs/<config's name>."
+    "workdir", "", "Where the run is kept; empty: runs/<config's name>."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Set on every host of a slice of several hosts."
@@ -62,15 +63,27 @@ def _default_workdir() -> str:
     return f"runs/{pathlib.PurePath(file).stem}"
 
 
-def _run_and_explain(argv: list[str]) -> None:
-    """Turns what the user can mend into one line and exit status 1."""
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags; the config file is read here, so its mistakes show here."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (InputError, AttributeError, OSError, SyntaxError) as error:
+        _explain(error)
+
+
+def _run(argv: list[str]) -> None:
     try:
         main(argv)
     except (InputError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _explain(error)
+
+
+def _explain(error: Exception) -> NoReturn:
+    """What the user can mend is one line and exit status 1."""
+    print("error:", *str(error).split("\n"), file=sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config"])
-    app.run(_run_and_explain)
+    app.run(_run, flags_parser=_parse)

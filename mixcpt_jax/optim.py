@@ -5,11 +5,9 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-SCHEDULES = ("cosine", "wsd", "constant")
-
 
 def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Schedule:
-    """The learning rate at each step, after a linear warm-up from 0.
+    """The learning rate at each step, after a linear warm-up.
 
     Args:
       config: `config.optimizer`. `schedule` is "cosine" (to `final_ratio` of the peak),

@@ -94,7 +94,8 @@ def make_train_step(
 
         def totals(batch):
             (loss, metrics), grads = gradient(state.params, frozen_params, batch, scale)
-            return loss, metrics, grads
+            # Sums over microbatches are float32 whatever the parameters are.
+            return loss, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
         if accumulation_steps == 1:
             loss, metrics, grads = totals(batch)
@@ -186,7 +187,8 @@ def _token_metrics(
         _flatten(batch["source_ids"]), len(source_names), dtype=jnp.float32
     )
     values_TxK = jnp.stack([getattr(statistics, name) for name in fields], axis=1)
-    sums_SxK = membership_TxS.T @ values_TxK
+    # Highest: a TPU would round the sums' terms to bfloat16.
+    sums_SxK = jnp.matmul(membership_TxS.T, values_TxK, precision="highest")
     counts_S = membership_TxS.sum(0)
     metrics: Metrics = {}
     for k, field in enumerate(fields):

@@ -41,7 +41,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
 
     Args:
       config: a validated config without phases.
-      workdir: the phase's folder, local or gs://.
+      workdir: the phase's folder.
       name: of the phase, for the terminal.
 
     Returns:

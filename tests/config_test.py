@@ -39,6 +39,8 @@ BAD = [
     ("sources.domain.format", "chat", "sources.domain.format='chat': one of document"),
     ("sources.domain.lssd_weight", 0.0, "sources.domain: objective weights"),
     ("sources.domain.lssd_weight", "1", "sources.domain.lssd_weight='1'.*number"),
+    ("sources.domain.holdout", -1, "sources.domain.holdout=-1: 0 or more"),
+    ("optimizer.beta1", 1.5, "optimizer.beta1=1.5: 0 to below 1"),
     ("train.keep_best", 1, "train.keep_best=1: needs train.save_every"),
 ]
 
@@ -71,6 +73,7 @@ def test_an_exam_needs_exactly_one_origin():
 
 def test_a_phase_overrides_only_what_exists():
     config = valid()
+    config.phases = ("later",)
     config.overrides.later = ml_collections.ConfigDict({"train": {"num_steps": 7}})
     merged = config_lib.for_phase(config, "later")
     assert merged.train.num_steps == 7
@@ -78,6 +81,14 @@ def test_a_phase_overrides_only_what_exists():
     config.overrides.later.train.steps = 3
     with pytest.raises(InputError, match="overrides.later.train.steps: unknown key"):
         config_lib.for_phase(config, "later")
+
+
+def test_overrides_of_a_phase_that_does_not_exist():
+    config = valid()
+    config.phases = ("first",)
+    config.overrides.frist = ml_collections.ConfigDict({"seed": 1})
+    with pytest.raises(InputError, match="overrides.frist: no such phase"):
+        config_lib.for_phase(config, "first")
 
 
 def test_sources_inherit_objectives():

@@ -94,6 +94,7 @@ def test_a_question_must_fit_a_row():
         "[]",
         '{"question": "x", "choices": ["a"]}',
         '{"question": "x", "choices": ["a"], "answer": 1}',
+        '{"question": "x", "choices": ["a"], "answer": -1}',
         '{"question": "x", "choices": ["a", 2], "answer": 0}',
         '{"question": 3, "choices": ["a"], "answer": 0}',
     ],
@@ -101,7 +102,7 @@ def test_a_question_must_fit_a_row():
 def test_a_bad_exam_line_is_named(tmp_path, line):
     good = json.dumps(QUESTIONS[0])
     (tmp_path / "exam.jsonl").write_text(f"{good}\n{line}\n")
-    with pytest.raises(InputError, match=r"exam.jsonl:2: an exam line is"):
+    with pytest.raises(InputError, match=r"exam.jsonl:2: "):
         exams.read(str(tmp_path / "exam.jsonl"))
 
 

@@ -129,8 +129,29 @@ def test_impossible_batch(project, write_config, tmp_path):
 
 def test_unknown_override_on_the_command_line(project, write_config, tmp_path):
     process = run(project, write_config({}), "--config.train.num_stepz=3")
-    assert process.returncode != 0
-    assert "num_stepz" in process.stderr
+    assert_one_line(process, "num_stepz")
+
+
+def test_missing_config_file(project, tmp_path):
+    process = run(project, f"--config={tmp_path / 'none.py'}")
+    assert_one_line(process, "none.py")
+
+
+def test_a_workdir_is_not_taken_by_a_mistake(project, write_config, tmp_path):
+    """Once the path is mended, the same workdir is used."""
+    workdir = f"--workdir={tmp_path / 'run'}"
+    config = write_config({})
+    process = run(project, config, workdir, "--config.sources.domain.path=none.jsonl")
+    assert_one_line(process, "none.jsonl", "no file matches")
+    process = run(project, config, workdir)
+    assert process.returncode == 0, process.stderr
+
+
+def test_relative_workdir(project, write_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    process = run(project, write_config({}))
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "runs" / "config" / "report.md").exists()
 
 
 def test_phases_run_in_order_and_end_in_one_table(

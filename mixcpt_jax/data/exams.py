@@ -1,13 +1,13 @@
 """Multiple-choice exams as rows whose choices are scored."""
 
 import dataclasses
-import json
 from typing import Any
 
 import numpy as np
 
 from mixcpt_jax.data import mixture
 from mixcpt_jax.data.format import Examples
+from mixcpt_jax.data.sources import parse_line
 from mixcpt_jax.errors import InputError
 from mixcpt_jax.paths import require_file
 
@@ -50,23 +50,28 @@ def read(path: str) -> list[dict[str, Any]]:
       InputError: names the file and line of what is wrong.
     """
     questions = []
-    for number, line in enumerate(require_file(path).read_text().splitlines(), 1):
-        try:
-            question = json.loads(line)
-            texts = [question["question"], *question["choices"]]
-            right = question["choices"][question["answer"]]
-            sound = right and all(isinstance(text, str) and text for text in texts)
-        except (ValueError, KeyError, IndexError, TypeError):
-            sound = False
-        if not sound:
+    for number, line in enumerate(require_file(path).open("rb"), 1):
+        place = f"{path}:{number}"
+        question = parse_line(line, place)
+        if not _is_sound(question):
             raise InputError(
-                f"{path}:{number}: an exam line is a JSON object with question (text), "
-                "choices (list of texts) and answer (index of the right one)"
+                f"{place}: an exam line is a JSON object with question (text), choices "
+                "(list of texts) and answer (index of the right one)"
             )
         questions.append(question)
     if not questions:
         raise InputError(f"{path}: no questions in it")
     return questions
+
+
+def _is_sound(question: dict[str, Any]) -> bool:
+    choices, answer = question.get("choices"), question.get("answer")
+    return (
+        isinstance(choices, list)
+        and all(isinstance(t, str) and t for t in (question.get("question"), *choices))
+        and isinstance(answer, int)
+        and 0 <= answer < len(choices)
+    )
 
 
 def encode(questions: list[dict[str, Any]], tokenizer: Any, row_length: int) -> Exam:
@@ -75,6 +80,8 @@ def encode(questions: list[dict[str, Any]], tokenizer: Any, row_length: int) -> 
     Raises:
       InputError: a question does not fit into a row.
     """
+    if not questions:
+        raise InputError("an exam has no questions; give its source more documents")
     prompts, choices = [], []
     for question in questions:
         text = question["question"].removeprefix("Question:").strip()

@@ -177,6 +177,13 @@ def _read_field(record: Record, name: str) -> str:
             f"{record.place}: field {name!r} is of type {type(value).__name__}, "
             "a string is wanted"
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{record.place}: field {name!r} has half of a surrogate pair, which is no "
+            "text; drop the record"
+        ) from None
     if not value.strip():
         raise InputError(f"{record.place}: field {name!r} is blank; drop the record")
     return value

@@ -155,7 +155,8 @@ def _read_jsonl(files: list[epath.Path]) -> Iterator[Record]:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _parse_line(line, f"{file}:{number}")
+                    place = f"{file}:{number}"
+                    yield Record(parse_line(line, place), place)
                     found += 1
         if not found:
             raise InputError(
@@ -163,24 +164,28 @@ def _read_jsonl(files: list[epath.Path]) -> Iterator[Record]:
             )
 
 
-def _parse_line(line: bytes, place: str) -> Record:
+def parse_line(line: bytes, place: str) -> dict:
+    """Parses one line of JSON lines.
+
+    Raises:
+      InputError: it is not UTF-8, not JSON or not an object.
+    """
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(
             f"{place}: not UTF-8 (byte {error.start} of the line); convert the file"
         ) from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{place}: not JSON ({error.msg} at column {error.colno}); "
-            "one object a line is wanted"
+            f"{place}: not JSON ({error}); one object a line is wanted"
         ) from error
     if not isinstance(fields, dict):
         raise InputError(
             f"{place}: a JSON {type(fields).__name__}, an object such as "
             '{"text": "..."} is wanted'
         )
-    return Record(fields, place)
+    return fields
 
 
 def _read_text(files: list[epath.Path], path: str) -> Iterator[Record]:
