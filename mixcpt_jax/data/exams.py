@@ -50,15 +50,16 @@ def read(path: str) -> list[dict[str, Any]]:
       InputError: names the file and line of what is wrong.
     """
     questions = []
-    for number, line in enumerate(require_file(path).open("rb"), 1):
-        place = f"{path}:{number}"
-        question = parse_line(line, place)
-        if not _is_sound(question):
-            raise InputError(
-                f"{place}: an exam line is a JSON object with question (text), choices "
-                "(list of texts) and answer (index of the right one)"
-            )
-        questions.append(question)
+    with require_file(path).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            place = f"{path}:{number}"
+            question = parse_line(line, place)
+            if not _is_sound(question):
+                raise InputError(
+                    f"{place}: an exam line is a JSON object with question (text), "
+                    "choices (list of texts) and answer (index of the right one)"
+                )
+            questions.append(question)
     if not questions:
         raise InputError(f"{path}: no questions in it")
     return questions
