@@ -399,6 +399,8 @@ def _check_keys(config, reference, place: str) -> None:
 def _same_type(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, bool) or isinstance(value, bool):
         return isinstance(value, bool) and isinstance(wanted, bool)
+    if isinstance(wanted, tuple):
+        return isinstance(value, (list, tuple))
     if isinstance(wanted, float):
         return isinstance(value, (int, float))
     return isinstance(value, type(wanted))

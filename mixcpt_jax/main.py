@@ -38,15 +38,17 @@ def main(argv: list[str]) -> None:
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
     config = _CONFIG.value
+    try:
+        names = config.phases
+    except OSError as error:  # A config file that did not load says so on first use.
+        raise InputError(str(error)) from error
     workdir = _WORKDIR.value or _default_workdir()
-    phases = {
-        phase: config_lib.for_phase(config, phase) for phase in config.phases
-    } or {pathlib.PurePath(workdir).name: config}
+    phases = {phase: config_lib.for_phase(config, phase) for phase in names} or {
+        pathlib.PurePath(workdir).name: config
+    }
     for phase_config in phases.values():
         config_lib.validate(phase_config, jax.device_count())
-    folders = {
-        phase: f"{workdir}/{phase}" if config.phases else workdir for phase in phases
-    }
+    folders = {phase: f"{workdir}/{phase}" if names else workdir for phase in phases}
     # All before the first: hours of training must not end in a refusal.
     for phase, phase_config in phases.items():
         train.check_workdir(paths.absolute(folders[phase]), phase_config)
