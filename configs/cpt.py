@@ -21,6 +21,7 @@ from mixcpt_jax import config as config_lib
 
 
 def get_config(size: str = ""):
+    config_lib.check_variant(size, ("tiny",))
     config = config_lib.default()
     config.sources.domain = config_lib.source(format="document", weight=0.6, holdout=64)
     config.sources.instructions = config_lib.source(

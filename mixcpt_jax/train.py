@@ -98,7 +98,8 @@ def check_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> Non
         key, then, now = difference
         raise InputError(
             f"{workdir}: belongs to a run with {key}={then!r}, this one has {now!r}; "
-            "give another --workdir, or the same config to go on"
+            "give another --workdir (and --config.init_from to start from this run's "
+            "end), or the same config to go on"
         )
 
 

@@ -104,8 +104,8 @@ def _guess_reader(path: str) -> str:
     if paths.resolve(path.split(",")[0].strip()).is_dir():
         return "text"
     raise InputError(
-        f"{path}: no reader goes with the suffix {suffix!r}; set it to 'jsonl', "
-        "'text' or 'docstrings'"
+        f"{path}: no such folder, and no reader goes with the suffix {suffix!r}; check "
+        "the path or set the source's `reader` to 'jsonl', 'text' or 'docstrings'"
     )
 
 
