@@ -164,6 +164,7 @@ def _run(
     forward = model.make_forward(model_config, compute_dtype, config.model.remat)
     transforms, schedule = optim.make_optimizer(config.optimizer, num_steps)
     abstract_state = _abstract_state(config, model_config, mesh, transforms)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     replicated = sharding.replicated(mesh)
     compiler_options = steps.COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
     train_step = jax.jit(
@@ -178,7 +179,7 @@ def _run(
         ),
         donate_argnums=0,
         out_shardings=(
-            jax.tree.map(lambda leaf: leaf.sharding, abstract_state),
+            state_shardings,
             replicated,
         ),
         compiler_options=compiler_options,
@@ -206,7 +207,7 @@ def _run(
                 jnp.zeros((), jnp.int32), params, transforms.init(params)
             ),
             donate_argnums=0,
-            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_state),
+            out_shardings=state_shardings,
         )(params)
     else:
         state = checkpoints.restore(abstract_state, fingerprint)
@@ -287,10 +288,7 @@ def _abstract_state(config, model_config, mesh, transforms) -> steps.TrainState:
     replicated = sharding.replicated(mesh)
     params = _abstract_params(model_config, mesh, config.model.param_dtype)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    moments = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=where
-        ),
+    moments = _placed(
         jax.eval_shape(transforms.init, params),
         optim.state_shardings(transforms, params, shardings, replicated),
     )
@@ -299,12 +297,16 @@ def _abstract_state(config, model_config, mesh, transforms) -> steps.TrainState:
 
 
 def _abstract_params(model_config, mesh, dtype) -> model.Params:
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=where
-        ),
+    return _placed(
         model.abstract_params(model_config, jnp.dtype(dtype)),
         sharding.shardings(mesh, model.param_axes(model_config)),
+    )
+
+
+def _placed(abstract, shardings):
+    """Gives every `jax.ShapeDtypeStruct` of a tree its sharding."""
+    return jax.tree.map(
+        lambda leaf, where: leaf.update(sharding=where), abstract, shardings
     )
 
 
