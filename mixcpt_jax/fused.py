@@ -139,6 +139,29 @@ def head_loss(
     )
 
 
+def lssd(
+    hidden_TxD: jax.Array,
+    unembedding_DxV: jax.Array,
+    teacher_hidden_TxE: jax.Array,
+    teacher_unembedding_ExV: jax.Array,
+    targets_T: jax.Array,
+    weights_T: jax.Array,
+    **options,
+) -> jax.Array:
+    """The weighted sum of `losses.lssd` over tokens; options as for `head_loss`."""
+    zeros_T = jnp.zeros_like(weights_T)
+    value, _ = head_loss(
+        hidden_TxD,
+        unembedding_DxV,
+        teacher_hidden_TxE,
+        teacher_unembedding_ExV,
+        targets_T,
+        TokenWeights(ntp=zeros_T, lssd=weights_T, kd=zeros_T),
+        **options,
+    )
+    return value
+
+
 def default_chunk_size(num_columns: int) -> int:
     """Tokens per chunk that keep the matrix units busy within modest memory.
 

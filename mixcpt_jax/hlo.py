@@ -1,0 +1,298 @@
+"""Reads what XLA compiled: work, modelled time and traffic, loops counted in full.
+
+`Compiled.cost_analysis` counts the body of a loop once. The compiled module's text says
+more: how often each loop runs, what each TPU instruction is expected to cost, which
+arrays cross between chips. A module compiled ahead of time for a slice that is not there
+(`jax.experimental.topologies`) says it as well.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+_BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
+    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
+_COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "reduce-scatter",
+)
+_UPDATE = "dynamic-update-slice"
+_FREE = (
+    "bitcast",
+    "call",
+    "conditional",
+    "constant",
+    "get-tuple-element",
+    "parameter",
+    "tuple",
+    "while",
+)
+_COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
+_OPCODE = re.compile(r"^(.*?[\]})]) ([a-z][\w-]*)\((.*)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of a shape; `in_hbm` is false for what the compiler keeps in VMEM."""
+
+    dtype: str
+    dimensions: tuple[int, ...]
+    in_hbm: bool = True
+
+    @property
+    def num_bytes(self) -> int:
+        return _BYTES.get(self.dtype, 0) * math.prod(self.dimensions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation; `arrays` are those of its result."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+
+    def attribute(self, pattern: str) -> str | None:
+        found = re.search(pattern, self.attributes)
+        return found and found[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Arrays that cross between chips, `times` per run of the program."""
+
+    kind: str
+    arrays: tuple[Array, ...]
+    times: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the result on one chip, all repetitions."""
+        return self.times * sum(array.num_bytes for array in self.arrays)
+
+
+class Module:
+    """A compiled module, from `jax.stages.Compiled.as_text()`."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        instructions = None
+        for line in text.splitlines():
+            if header := _COMPUTATION.match(line):
+                instructions = self.computations.setdefault(header[2], {})
+                if header[1]:
+                    self.entry = header[2]
+            elif instructions is not None and (found := _INSTRUCTION.match(line)):
+                instructions[found[1]] = _instruction(found[1], found[2])
+
+    @functools.cached_property
+    def flops(self) -> int:
+        """Floating point operations of all matrix products, loops in full."""
+        return sum(
+            times * _product_flops(instruction, computation)
+            for instruction, computation, times in self._executed(into_fusions=True)
+        )
+
+    @functools.cached_property
+    def cycles(self) -> int:
+        """The compiler's own estimate of a TPU core's cycles, loops in full.
+
+        A sum over instructions; what runs beside another one (copies, collectives in
+        flight) carries no estimate and adds nothing.
+        """
+        return sum(
+            times * int(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+            for instruction, _, times in self._executed(into_fusions=False)
+        )
+
+    def roofline_seconds(self, flops_per_second: float, bytes_per_second: float):
+        """Time if each instruction ran at the chip's peak, one after another.
+
+        An instruction takes the longer of its products' time and its HBM traffic's.
+        """
+        seconds = 0.0
+        for instruction, computation, times in self._executed(into_fusions=False):
+            if instruction.opcode in _FREE:
+                continue
+            work = _product_flops(instruction, computation)
+            for name in _called(instruction) if instruction.opcode == "fusion" else ():
+                inside = self.computations[name]
+                work += sum(_product_flops(i, inside) for i in inside.values())
+            traffic = self._hbm_bytes(instruction, computation)
+            seconds += times * max(work / flops_per_second, traffic / bytes_per_second)
+        return seconds
+
+    def _hbm_bytes(self, instruction: Instruction, computation) -> int:
+        """What an instruction reads and writes; of a slice, the slice alone."""
+        operands = [computation[name] for name in instruction.operands]
+        written = list(instruction.arrays)
+        read = [operand.arrays for operand in operands]
+        if instruction.opcode == "fusion":
+            inside = self.computations[_called(instruction)[0]]
+            parameters = sorted(
+                (i for i in inside.values() if i.opcode == "parameter"),
+                key=lambda i: int(i.attributes.split(")")[0]),
+            )
+            read = [_read_of(p, inside) or a for p, a in zip(parameters, read)]
+            updates = [i for i in inside.values() if i.opcode == _UPDATE]
+            for update in updates:
+                # Written in place: the rest of the buffer is neither read nor written.
+                target = update.arrays[0].dimensions
+                part = inside[update.operands[1]].arrays[0]
+                written = [part if a.dimensions == target else a for a in written]
+                read = [
+                    tuple(part if a.dimensions == target else a for a in arrays)
+                    for arrays in read
+                ]
+        elif instruction.opcode == _UPDATE:
+            written = list(operands[1].arrays)
+            read = [operands[1].arrays]
+        elif instruction.opcode in ("dynamic-slice", "slice", "gather"):
+            read = [instruction.arrays]
+        arrays = [*written, *(a for arrays in read for a in arrays)]
+        return sum(array.num_bytes for array in arrays if array.in_hbm)
+
+    @functools.cached_property
+    def collectives(self) -> list[Collective]:
+        """What crosses between chips, largest first."""
+        found = []
+        for instruction, _, times in self._executed(into_fusions=True):
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in _COLLECTIVES:
+                arrays = instruction.arrays
+                if instruction.opcode.endswith("-start"):
+                    # (operands, results, context): the results are what arrives.
+                    arrays = (max(arrays, key=lambda array: array.num_bytes),)
+                found.append(Collective(kind, arrays, times))
+        return sorted(found, key=lambda collective: -collective.num_bytes)
+
+    def arrays(self) -> Iterator[Array]:
+        """Every array that the program stores; what lives inside a fusion is not."""
+        for instruction, _, _ in self._executed(into_fusions=False):
+            yield from instruction.arrays
+
+    def _executed(self, into_fusions: bool):
+        """Yields (instruction, its computation, executions) from the entry down."""
+        waiting = [(self.entry, 1)]
+        while waiting:
+            name, times = waiting.pop()
+            computation = self.computations[name]
+            for instruction in computation.values():
+                yield instruction, computation, times
+                if instruction.opcode == "while":
+                    body = instruction.attribute(r"body=%([^\s,]+)")
+                    waiting.append((body, times * self._trip_count(instruction)))
+                elif instruction.opcode in ("call", "async-start", "conditional") or (
+                    into_fusions and instruction.opcode == "fusion"
+                ):
+                    for called in _called(instruction):
+                        waiting.append((called, times))
+
+    def _trip_count(self, loop: Instruction) -> int:
+        if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+            return int(known)
+        # Counted loops compare their counter, which starts at zero, with a constant.
+        condition = self.computations[loop.attribute(r"condition=%([^\s,]+)")]
+        limits = [
+            int(instruction.attributes.split(")")[0])
+            for instruction in condition.values()
+            if instruction.opcode == "constant" and instruction.arrays[0].dtype == "s32"
+        ]
+        if len(limits) != 1:
+            raise ValueError(f"{loop.name}: the loop's trip count is not a constant")
+        return limits[0]
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    shape, opcode, rest = _OPCODE.match(text).groups()
+    arrays = tuple(
+        Array(
+            dtype,
+            tuple(map(int, filter(None, dimensions.split(",")))),
+            in_hbm="S(1)" not in layout,
+        )
+        for dtype, dimensions, layout in _ARRAY.findall(shape)
+    )
+    operands = tuple(re.findall(r"%([\w.-]+)", rest.split(")", 1)[0]))
+    return Instruction(name, opcode, arrays, operands, rest)
+
+
+def _read_of(parameter: Instruction, computation) -> tuple[Array, ...] | None:
+    """The slices read of a fusion's parameter, or None when all of it is."""
+    users = [i for i in computation.values() if parameter.name in i.operands]
+    if users and all(user.opcode in ("dynamic-slice", "gather") for user in users):
+        return tuple(
+            dataclasses.replace(array, in_hbm=parameter.arrays[0].in_hbm)
+            for user in users
+            for array in user.arrays
+        )
+    return None
+
+
+def _called(instruction: Instruction) -> list[str]:
+    pattern = r"(?:calls|to_apply|called_computations|branch_computations)="
+    names = re.search(pattern + r"\{?((?:%[^\s,}]+(?:, )?)+)", instruction.attributes)
+    return re.findall(r"%([^\s,}]+)", names[1]) if names else []
+
+
+def _product_flops(instruction: Instruction, computation) -> int:
+    """Two per multiply-add; XLA for TPU writes every product as a convolution."""
+    if instruction.opcode not in ("dot", "convolution"):
+        return 0
+    left, right = (computation[name].arrays[0] for name in instruction.operands)
+    out = instruction.arrays[0].dimensions
+    if instruction.opcode == "dot":
+        axes = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
+        contracted = [left.dimensions[int(axis)] for axis in axes.split(",") if axis]
+        return 2 * math.prod(out) * math.prod(contracted)
+    left_labels, right_labels, out_labels = re.search(
+        r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes
+    ).groups()
+    total = 2 * right.dimensions[right_labels.index("i")]
+    for label, size in zip(out_labels, out):
+        if label.isdigit():
+            total *= _window_positions(
+                instruction,
+                int(label),
+                left.dimensions[left_labels.index(label)],
+                right.dimensions[right_labels.index(label)],
+                size,
+            )
+        else:
+            total *= size
+    return total
+
+
+def _window_positions(instruction, axis, in_size, window_size, out_size) -> int:
+    """Pairs of output and window positions that meet an input element.
+
+    Batched products are convolutions whose windows meet one element per position.
+    """
+    window = instruction.attribute(r"window=\{([^}]*)\}") or ""
+
+    def setting(name, default):
+        found = re.search(rf"\b{name}=(\S+)", window)
+        return found[1].split("x")[axis] if found else default
+
+    stride = int(setting("stride", 1))
+    low = int(setting("pad", "0_0").split("_")[0])
+    in_step = int(setting("lhs_dilate", 1))
+    window_step = int(setting("rhs_dilate", 1))
+    last = (in_size - 1) * in_step
+    return sum(
+        0 <= (position := o * stride - low + w * window_step) <= last
+        and position % in_step == 0
+        for o in range(out_size)
+        for w in range(window_size)
+    )
