@@ -9,14 +9,15 @@ LSSD touches two entries of the teacher's distribution,
 loss and gradient of a chunk need a few reductions over the vocabulary and four picked
 entries. The loss is a weighted sum over tokens, so its gradient is formed in the forward
 pass, while the chunk's logits are at hand; the backward pass only scales it. Four
-matrix products per chunk, `8 T D V` FLOPs, and nothing computed twice.
+matrix products, `8 T D V` FLOPs, and nothing computed twice.
 
-Over a mesh the sweep is a `shard_map`. Tokens are split over some mesh axes; the
-vocabulary may be split over others, and then maxima, sums and picked entries cross
-shards as a few scalars per token.
+What a slice of the vocabulary says about a token fits into a few scalars (`_Slice`), and
+two such records merge into one. So the vocabulary may come in tiles, one after the
+other, and in shards, one per device: maxima, sums and picked entries cross as scalars
+per token. `WORKSPACE.md` derives all of this on a page.
 
-Shape suffixes: T tokens, C tokens of a chunk, D student hidden size, E teacher hidden
-size, V vocabulary (inside the sweep: this shard's slice of it).
+Shape suffixes: T tokens, C tokens of a chunk, N chunks of a block, D student hidden
+size, E teacher hidden size, V vocabulary (inside the sweep: this shard's slice of it).
 """
 
 import functools
@@ -29,9 +30,22 @@ from jax.sharding import PartitionSpec as P
 
 from mixcpt_jax.sharding import BATCH_AXES, FSDP, RULES
 
-# Stands for -inf in masked columns: far below any logit, yet finite, so that
+# Stands for -inf in masked entries: far below any logit, yet finite, so that
 # 0 * (masked - masked) is 0.
 _MASKED = -1e30
+
+# FLOPs a chip can do while it moves one byte of its memory (peak bfloat16 over peak
+# HBM). A product with C tokens reads 2 D V bytes of weights for 2 C D V FLOPs, so it
+# keeps the matrix units busy from this C on; the float32 gradient of the unembedding,
+# read and written once per block of tokens, needs four times as many.
+_FLOPS_PER_BYTE = {
+    "TPU v4": 224,
+    "TPU v5 lite": 240,
+    "TPU v5": 166,
+    "TPU v6 lite": 560,
+}
+# Where memory allows it, longer chunks cost fewer loop steps and collectives.
+_LOGITS_PER_CHUNK, _MAX_CHUNK, _MAX_BLOCK = 2**25, 2048, 4096
 
 
 class TokenWeights(NamedTuple):
@@ -60,15 +74,27 @@ class TokenStatistics(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the head lies over the mesh: which axes split tokens, which the vocabulary."""
+    """How the head lies over the mesh: which axes split tokens, which the vocabulary.
+
+    Tokens of an axis in both are gathered over it, a block at a time.
+    """
 
     token_axes: tuple[str, ...] = ()
     vocab_axes: tuple[str, ...] = ()
 
+    @property
+    def gathered_axes(self) -> tuple[str, ...]:
+        return tuple(axis for axis in self.token_axes if axis in self.vocab_axes)
+
 
 class _Options(NamedTuple):
+    """Everything static; sizes of chunks count gathered tokens."""
+
     chunk_size: int
+    block_size: int
+    vocab_tile: int
     vocab_size: int
+    vocab_first: bool
     soft_cap: float | None
     layout: Layout
 
@@ -82,7 +108,10 @@ def head_loss(
     weights: TokenWeights,
     *,
     chunk_size: int | None = None,
+    block_size: int | None = None,
+    vocab_tile: int | None = None,
     vocab_size: int | None = None,
+    vocab_first: bool = False,
     soft_cap: float | None = None,
     vocab_parallel: bool = False,
 ) -> tuple[jax.Array, TokenStatistics]:
@@ -101,9 +130,15 @@ def head_loss(
       targets_T: gold token ids.
       weights: per token and objective. A weight of 0 removes a token from the value
         and the gradient exactly.
-      chunk_size: tokens whose logits exist at a time, per shard; chosen from the
-        device when None.
+      chunk_size: tokens whose logits exist at a time on a device, in float32. None:
+        chosen from the device and the vocabulary, as are the next two.
+      block_size: tokens whose logits' gradient is kept, in the dtype of `hidden_TxD`,
+        for one pair of products; a multiple of `chunk_size`.
+      vocab_tile: columns whose logits are computed and reduced at a time. Without
+        gradients nothing larger than `[vocab_tile, chunk_size]` exists.
       vocab_size: columns from here on are padding and get no probability.
+      vocab_first: both unembeddings are given as `[V, D]`, as tied embeddings are
+        stored; transposing one would cost a copy of it.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2).
       vocab_parallel: splits the vocabulary over `fsdp` as well as `tensor` and
         gathers hidden states, instead of splitting tokens over `fsdp` and gathering
@@ -113,21 +148,35 @@ def head_loss(
       The weighted sum, a float32 scalar, and the statistics of every token.
 
     Raises:
-      ValueError: the two vocabularies differ.
+      ValueError: the two vocabularies differ, or `block_size` is not a multiple of
+        `chunk_size`.
     """
-    num_columns = unembedding_DxV.shape[1]
+    vocab_dimension = 0 if vocab_first else 1
+    num_columns = unembedding_DxV.shape[vocab_dimension]
     if teacher_unembedding_ExV is not None:
-        if teacher_unembedding_ExV.shape[1] != num_columns:
+        if teacher_unembedding_ExV.shape[vocab_dimension] != num_columns:
             raise ValueError(
                 f"teacher and student must share one vocabulary: the unembeddings have "
-                f"{teacher_unembedding_ExV.shape[1]} and {num_columns} columns"
+                f"{teacher_unembedding_ExV.shape[vocab_dimension]} and {num_columns} "
+                "columns"
             )
         teacher_hidden_TxE = jax.lax.stop_gradient(teacher_hidden_TxE)
         teacher_unembedding_ExV = jax.lax.stop_gradient(teacher_unembedding_ExV)
     layout = _layout(vocab_parallel)
+    columns_per_shard = math.ceil(num_columns / _axes_size(layout.vocab_axes))
+    default_chunk, default_block = default_sizes(columns_per_shard)
+    chunk_size = chunk_size or default_chunk
+    block_size = block_size or max(1, default_block // chunk_size) * chunk_size
+    if block_size % chunk_size:
+        raise ValueError(
+            f"block_size: {block_size} is not a multiple of chunk_size {chunk_size}"
+        )
     options = _Options(
-        chunk_size or default_chunk_size(num_columns),
+        chunk_size,
+        block_size,
+        min(vocab_tile or columns_per_shard, columns_per_shard),
         vocab_size or num_columns,
+        vocab_first,
         soft_cap,
         layout,
     )
@@ -162,24 +211,33 @@ def lssd(
     return value
 
 
-def default_chunk_size(num_columns: int) -> int:
-    """Tokens per chunk that keep the matrix units busy within modest memory.
+def default_sizes(num_columns: int) -> tuple[int, int]:
+    """Tokens per chunk and per block for a device with `num_columns` of the vocabulary.
 
-    On a TPU small chunks pay for reading and writing the float32 gradient of the
-    unembedding once per chunk, so chunks are large.
+    Chunks as short as keeps the matrix units of the device busy, since their logits
+    are what the head costs in memory; longer where the vocabulary is small.
     """
-    if jax.default_backend() == "cpu":
-        return 512
-    return max(256, min(2048, 2**28 // num_columns // 128 * 128))
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device else jax.devices()[0].device_kind
+    if kind == "cpu":
+        return 512, 512
+    busy = math.ceil(_FLOPS_PER_BYTE.get(kind, 256) / 256) * 256
+    chunk_size = max(
+        busy, min(_MAX_CHUNK, _LOGITS_PER_CHUNK // num_columns // 256 * 256)
+    )
+    return chunk_size, max(4 * busy, min(_MAX_BLOCK, 4 * chunk_size))
 
 
 def _layout(vocab_parallel: bool) -> Layout:
     if jax.sharding.get_abstract_mesh().empty:
         return Layout()
     vocab_axes = (RULES["vocab"],)
-    if not vocab_parallel:
-        return Layout(BATCH_AXES, vocab_axes)
-    return Layout(tuple(a for a in BATCH_AXES if a != FSDP), (FSDP, *vocab_axes))
+    return Layout(BATCH_AXES, (FSDP, *vocab_axes) if vocab_parallel else vocab_axes)
+
+
+def _axes_size(axes: tuple[str, ...]) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -210,99 +268,231 @@ _weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
 
 def _sharded_sweep(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
     """Runs `_sweep` on each device's tokens and vocabulary slice."""
+    teacher_hidden_TxE, teacher_kernel, targets_T, weights = rest
+    # Cast before anything is gathered: bfloat16 is half the bytes.
+    kernel = unembedding_DxV.astype(hidden_TxD.dtype)
+    if teacher_kernel is not None:
+        teacher_kernel = teacher_kernel.astype(teacher_hidden_TxE.dtype)
     sweep = functools.partial(_sweep, options, with_gradients)
     token_axes, vocab_axes = options.layout
+    by_token = (hidden_TxD, teacher_hidden_TxE, targets_T, weights)
     if not token_axes:
-        return sweep(hidden_TxD, unembedding_DxV, rest)
-    rows, columns = P(token_axes), P(None, vocab_axes)
-    teacher = None if rest[0] is None else rows, None if rest[1] is None else columns
-    statistics = TokenStatistics(*[rows] * len(TokenStatistics._fields))
-    # Each gradient is summed over the axes that split what it was summed from, and
-    # scattered over fsdp, where its owner keeps one slice.
-    gradients = None
-    if with_gradients:
-        scattered = P(FSDP, vocab_axes) if FSDP in token_axes else columns
-        gradients = (P(BATCH_AXES), scattered)
-    return jax.shard_map(
-        sweep,
-        in_specs=(rows, columns, (*teacher, rows, rows)),
-        out_specs=(P(), statistics, gradients),
-        check_vma=False,
-    )(hidden_TxD, unembedding_DxV, rest)
+        value, statistics, gradients = sweep(by_token, kernel, teacher_kernel)
+    else:
+        num_tokens, hidden_size = hidden_TxD.shape
+        vocab_dimension = 0 if options.vocab_first else 1
+        num_columns = kernel.shape[vocab_dimension]
 
+        def pad(x, dimension, axes):
+            missing = -x.shape[dimension] % _axes_size(axes)
+            widths = [(0, missing if d == dimension else 0) for d in range(x.ndim)]
+            return jnp.pad(x, widths) if missing else x
 
-def _sweep(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
-    """One pass over this device's tokens, a chunk at a time."""
-    teacher_hidden_TxE, teacher_unembedding_ExV, targets_T, weights = rest
-    token_axes, vocab_axes = options.layout
-    dtype = hidden_TxD.dtype
-    # Vocabulary first, as embeddings are stored: a tied one is used as it lies.
-    kernel_VxD = unembedding_DxV.T.astype(dtype)
-    teacher_kernel_VxE = None
-    if teacher_hidden_TxE is not None:
-        teacher_kernel_VxE = teacher_unembedding_ExV.T.astype(teacher_hidden_TxE.dtype)
-    columns = _Columns(kernel_VxD.shape[0], options.vocab_size, vocab_axes)
-
-    num_tokens = hidden_TxD.shape[0]
-    chunk_size = min(options.chunk_size, num_tokens)
-    num_chunks = math.ceil(num_tokens / chunk_size)
-    padding = num_chunks * chunk_size - num_tokens
-
-    def in_chunks(x_T):
-        x_T = jnp.pad(x_T, [(0, padding)] + [(0, 0)] * (x_T.ndim - 1))
-        return x_T.reshape(num_chunks, chunk_size, *x_T.shape[1:])
-
-    def chunk_step(carry, chunk):
-        value, d_kernel_VxD = carry
-        hidden_CxD, teacher_hidden_CxE, targets_C, weights_C = chunk
-        student = _Logits(hidden_CxD, kernel_VxD, columns, options.soft_cap)
-        teacher = None
-        if teacher_hidden_CxE is not None:
-            teacher = _Logits(
-                teacher_hidden_CxE, teacher_kernel_VxE, columns, options.soft_cap
+        by_token = jax.tree.map(lambda x: pad(x, 0, token_axes), by_token)
+        kernels = jax.tree.map(
+            lambda x: pad(x, vocab_dimension, vocab_axes), (kernel, teacher_kernel)
+        )
+        rows = P(token_axes)
+        columns = P(vocab_axes) if options.vocab_first else P(None, vocab_axes)
+        gradients = None
+        if with_gradients:
+            # Summed over the axes that split the tokens it was summed from. Over fsdp,
+            # unless it splits the vocabulary, each device keeps one slice of the sum.
+            scattered = columns
+            if _scatters(options, hidden_size):
+                scattered = (
+                    P(vocab_axes, FSDP) if options.vocab_first else P(FSDP, vocab_axes)
+                )
+            gradients = (rows, scattered)
+        value, statistics, gradients = jax.shard_map(
+            sweep,
+            in_specs=(rows, columns, columns),
+            out_specs=(P(), rows, gradients),
+            check_vma=False,
+        )(by_token, *kernels)
+        statistics = jax.tree.map(lambda x_T: x_T[:num_tokens], statistics)
+        if with_gradients:
+            gradients = (
+                gradients[0][:num_tokens],
+                jax.lax.slice_in_dim(
+                    gradients[1], 0, num_columns, axis=vocab_dimension
+                ),
             )
-        statistics, d_logits_VxC = _objectives(
-            student, teacher, columns, targets_C, weights_C
-        )
-        value += sum(
-            jnp.sum(jnp.where(w != 0, w * getattr(statistics, name), 0.0))
-            for name, w in weights_C._asdict().items()
-        )
-        if not with_gradients:
-            return (value, d_kernel_VxD), (statistics, None)
-        d_logits_VxC = student.through_soft_cap(d_logits_VxC).astype(dtype)
-        d_hidden_CxD = _product("vc,vd->cd", d_logits_VxC, kernel_VxD)
-        d_kernel_VxD += _product("vc,cd->vd", d_logits_VxC, hidden_CxD)
-        return (value, d_kernel_VxD), (statistics, d_hidden_CxD)
+    if with_gradients:
+        d_hidden_TxD, d_kernel = gradients
+        gradients = (d_hidden_TxD, d_kernel.astype(unembedding_DxV.dtype))
+    return value, statistics, gradients
 
-    d_kernel_VxD = jnp.zeros(kernel_VxD.shape, jnp.float32) if with_gradients else None
-    (value, d_kernel_VxD), (statistics, d_hidden) = jax.lax.scan(
-        chunk_step,
-        (jnp.zeros((), jnp.float32), d_kernel_VxD),
-        jax.tree.map(in_chunks, (hidden_TxD, teacher_hidden_TxE, targets_T, weights)),
+
+def _scatters(options: _Options, hidden_size: int) -> bool:
+    """Whether each device keeps one slice of the unembedding's gradient over fsdp."""
+    token_axes, vocab_axes = options.layout
+    is_summed = FSDP in token_axes and FSDP not in vocab_axes
+    return is_summed and hidden_size % _axes_size((FSDP,)) == 0
+
+
+def _sweep(options, with_gradients, by_token, kernel, teacher_kernel):
+    """One pass over this device's tokens, a block of chunks at a time."""
+    hidden_TxD = by_token[0]
+    num_tokens, hidden_size = hidden_TxD.shape
+    dtype = hidden_TxD.dtype
+    layout = options.layout
+    gathered_axes = layout.gathered_axes
+    num_blocks, num_chunks, chunk_size = _split(
+        num_tokens, options, _axes_size(gathered_axes)
+    )
+    padding = num_blocks * num_chunks * chunk_size - num_tokens
+    columns = _Columns(kernel, options)
+    kernel_axes = "vd" if options.vocab_first else "dv"
+
+    def in_blocks(x_T):
+        x_T = jnp.pad(x_T, [(0, padding)] + [(0, 0)] * (x_T.ndim - 1))
+        return x_T.reshape(num_blocks, num_chunks, chunk_size, *x_T.shape[1:])
+
+    def gather(x_NxC):
+        if not gathered_axes:
+            return x_NxC
+        return jax.lax.all_gather(x_NxC, gathered_axes, axis=1, tiled=True)
+
+    def own(x_NxC):
+        if not gathered_axes:
+            return x_NxC
+        start = jax.lax.axis_index(gathered_axes) * chunk_size
+        return jax.lax.dynamic_slice_in_dim(x_NxC, start, chunk_size, axis=1)
+
+    def block_step(carry, block):
+        value, d_kernel = carry
+        block = jax.tree.map(gather, block)
+
+        def chunk_step(value, chunk):
+            chunk_value, statistics, d_logits_VxC = _chunk(
+                options, with_gradients, columns, kernel, teacher_kernel, *chunk
+            )
+            return value + chunk_value, (statistics, d_logits_VxC)
+
+        value, (statistics, d_logits_NxVxC) = jax.lax.scan(chunk_step, value, block)
+        statistics = jax.tree.map(own, statistics)
+        if not with_gradients:
+            return (value, None), (statistics, None)
+        d_hidden_NxCxD = _product(f"nvc,{kernel_axes}->ncd", d_logits_NxVxC, kernel)
+        d_hidden_NxCxD = _sum(
+            d_hidden_NxCxD, layout.vocab_axes, scattered_over=gathered_axes, dimension=1
+        )
+        d_kernel += _product(f"nvc,ncd->{kernel_axes}", d_logits_NxVxC, block[0])
+        return (value, d_kernel), (statistics, d_hidden_NxCxD.astype(dtype))
+
+    d_kernel = jnp.zeros(kernel.shape, jnp.float32) if with_gradients else None
+    (value, d_kernel), (statistics, d_hidden) = jax.lax.scan(
+        block_step,
+        (jnp.zeros((), jnp.float32), d_kernel),
+        jax.tree.map(in_blocks, by_token),
     )
     statistics = jax.tree.map(lambda x: x.reshape(-1)[:num_tokens], statistics)
-    value = jax.lax.psum(value, token_axes) if token_axes else value
+    summed_axes = tuple(a for a in layout.token_axes if a not in gathered_axes)
+    value = _sum(value, summed_axes)
     if not with_gradients:
         return value, statistics, None
-    d_hidden_TxD = d_hidden.reshape(-1, hidden_TxD.shape[1])[:num_tokens]
-    d_kernel_DxV = d_kernel_VxD.T
-    if vocab_axes:
-        d_hidden_TxD = _sum_and_scatter(d_hidden_TxD, vocab_axes)
-    if token_axes:
-        d_kernel_DxV = _sum_and_scatter(d_kernel_DxV, token_axes)
-    return (
-        value,
-        statistics,
-        (d_hidden_TxD.astype(dtype), d_kernel_DxV.astype(unembedding_DxV.dtype)),
+    d_hidden_TxD = d_hidden.reshape(-1, hidden_size)[:num_tokens]
+    d_kernel = _sum(
+        d_kernel,
+        summed_axes,
+        scattered_over=(FSDP,) if _scatters(options, hidden_size) else (),
+        dimension=kernel_axes.index("d"),
     )
+    return value, statistics, (d_hidden_TxD, d_kernel)
 
 
-def _sum_and_scatter(x, axes):
-    """Sums over `axes`; over fsdp each device keeps its slice of the first dimension."""
-    rest = tuple(axis for axis in axes if axis != FSDP)
-    if FSDP in axes:
-        x = jax.lax.psum_scatter(x, FSDP, scatter_dimension=0, tiled=True)
+def _split(num_tokens: int, options: _Options, gathered: int) -> tuple[int, int, int]:
+    """Blocks, chunks per block and this device's tokens per chunk, nearly all used."""
+    chunk_size = max(1, options.chunk_size // gathered)
+    num_chunks = options.block_size // options.chunk_size
+    num_blocks = math.ceil(num_tokens / (num_chunks * chunk_size))
+    num_chunks = min(num_chunks, math.ceil(num_tokens / num_blocks / chunk_size))
+    needed = math.ceil(num_tokens / (num_blocks * num_chunks))
+    # Whole sublanes of a TPU's registers.
+    return num_blocks, num_chunks, min(chunk_size, math.ceil(needed / 8) * 8)
+
+
+def _chunk(
+    options,
+    with_gradients,
+    columns,
+    kernel,
+    teacher_kernel,
+    hidden_CxD,
+    teacher_hidden_CxE,
+    targets_C,
+    weights_C,
+):
+    """Value, statistics and, if wanted, the logits' gradient of one chunk of tokens."""
+
+    def logits(kernel, hidden_CxD, start):
+        if hidden_CxD is None:
+            return None
+        return columns.logits(kernel, hidden_CxD, start)
+
+    def tile(start):
+        return (
+            logits(kernel, hidden_CxD, start),
+            logits(teacher_kernel, teacher_hidden_CxE, start),
+        )
+
+    if columns.num_tiles == 1:
+        both_VxC = tile(0)
+        seen = columns.reduce(*both_VxC, targets_C, start=0, lowest=0)
+    else:
+        # The last tile starts early enough to be whole; what it shares with the one
+        # before it is masked in the reductions.
+        def tile_step(carry, index):
+            seen, both_VxC = carry
+            lowest = index * options.vocab_tile
+            start = jnp.minimum(lowest, columns.num_local - options.vocab_tile)
+            part = tile(start)
+            new = columns.reduce(*part, targets_C, start=start, lowest=lowest)
+            seen = _merge(jax.tree.map(lambda *x: jnp.stack(x), seen, new))
+            if with_gradients:
+                both_VxC = jax.tree.map(
+                    lambda whole, x: jax.lax.dynamic_update_slice_in_dim(
+                        whole, x, start, axis=0
+                    ),
+                    both_VxC,
+                    part,
+                )
+            return (seen, both_VxC), None
+
+        shapes = jax.eval_shape(lambda: columns.reduce(*tile(0), targets_C, 0, 0))
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        nothing = nothing.with_tops(_MASKED)
+        both_VxC = None
+        if with_gradients:
+            whole = jnp.zeros((columns.num_local, targets_C.shape[0]), jnp.float32)
+            both_VxC = (whole, None if teacher_kernel is None else whole)
+        (seen, both_VxC), _ = jax.lax.scan(
+            tile_step, (nothing, both_VxC), jnp.arange(columns.num_tiles)
+        )
+    if columns.axes:
+        seen = _merge(jax.tree.map(lambda x: jax.lax.all_gather(x, columns.axes), seen))
+
+    statistics = seen.statistics(targets_C)
+    value = sum(
+        jnp.sum(jnp.where(w != 0, w * getattr(statistics, name), 0.0))
+        for name, w in weights_C._asdict().items()
+    )
+    if not with_gradients:
+        return value, statistics, None
+    d_logits_VxC = _logits_gradient(seen, columns, *both_VxC, targets_C, weights_C)
+    if options.soft_cap is not None:
+        # Clipped for the sake of masked entries, whose gradient is 0.
+        tanh_VxC = jnp.clip(both_VxC[0] / options.soft_cap, -1.0, 1.0)
+        d_logits_VxC *= 1.0 - tanh_VxC**2
+    return value, statistics, d_logits_VxC.astype(hidden_CxD.dtype)
+
+
+def _sum(x, axes, scattered_over=(), dimension=0):
+    """Sums over mesh axes; over some of them each device keeps its slice only."""
+    for axis in scattered_over:
+        x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+    rest = tuple(axis for axis in axes if axis not in scattered_over)
     return jax.lax.psum(x, rest) if rest else x
 
 
@@ -320,121 +510,189 @@ def _product(equation, a, b):
     return jax.lax.platform_dependent(a, b, cpu=multiply_on_cpu, default=multiply)
 
 
-class _Columns:
-    """This device's slice of the vocabulary, and reductions over the whole of it."""
+class _Slice(NamedTuple):
+    """What some columns of the vocabulary say about each token of a chunk, `[C]`.
 
-    def __init__(self, num_local: int, vocab_size: int, axes: tuple[str, ...]):
-        self.axes = axes
-        self.offset = jax.lax.axis_index(axes) * num_local if axes else 0
-        self.ids_Vx1 = (self.offset + jnp.arange(num_local))[:, None]
-        num_shards = jax.lax.axis_size(axes) if axes else 1
-        self.padded = vocab_size < num_local * num_shards
-        self.is_real_Vx1 = self.ids_Vx1 < vocab_size
+    Sums of exponentials are relative to the largest logit of the same slice. Picked
+    entries are 0 where another slice owns them. The teacher's are None without one.
+    """
 
-    def sum(self, x_VxC):
-        return self._across(jax.lax.psum, jnp.sum(x_VxC, axis=0))
+    student_top: jax.Array  # the largest logit
+    student_sum: jax.Array  # of exp(s - top)
+    student_gold: jax.Array  # the gold token's logit
+    teacher_top: jax.Array | None
+    teacher_sum: jax.Array | None
+    teacher_gold: jax.Array | None
+    teacher_top_id: jax.Array | None  # the lowest of equals, as a float
+    student_at_top: jax.Array | None  # the student's logit of that token
+    cross: jax.Array | None  # sum of exp(t - top) (t - s)
 
-    def max(self, x_VxC):
-        return self._across(jax.lax.pmax, jnp.max(x_VxC, axis=0))
-
-    def first(self, is_wanted_VxC):
-        """The lowest id for which the condition holds."""
-        # As floats, exact up to 2^24: XLA's CPU loops over integers are not vectorised.
-        ids_Vx1 = self.ids_Vx1.astype(jnp.float32)
-        lowest_C = jnp.min(jnp.where(is_wanted_VxC, ids_Vx1, jnp.inf), axis=0)
-        return self._across(jax.lax.pmin, lowest_C).astype(jnp.int32)
-
-    def is_id(self, ids_C):
-        return self.ids_Vx1 == ids_C[None]
-
-    def pick(self, x_VxC, ids_C):
-        """Each token's entry of one id: its owner has it, all others add zero."""
-
-        def gather(x_VxC, ids_C):
-            local_C = ids_C - self.offset
-            is_mine_C = (local_C >= 0) & (local_C < x_VxC.shape[0])
-            rows_1xC = jnp.where(is_mine_C, local_C, 0)[None]
-            picked_C = jnp.take_along_axis(x_VxC, rows_1xC, axis=0)[0]
-            return jnp.where(is_mine_C, picked_C, 0.0)
-
-        def compare(x_VxC, ids_C):
-            # Fuses with the other reductions, where a gather would stand alone.
-            return jnp.sum(jnp.where(self.is_id(ids_C), x_VxC, 0.0), axis=0)
-
-        picked_C = jax.lax.platform_dependent(x_VxC, ids_C, cpu=gather, default=compare)
-        return self._across(jax.lax.psum, picked_C)
-
-    def _across(self, collective, x_C):
-        return collective(x_C, self.axes) if self.axes else x_C
-
-
-class _Logits:
-    """One side's logits of a chunk, and what softmax needs of them."""
-
-    def __init__(self, hidden_CxD, kernel_VxD, columns, soft_cap):
-        logits_VxC = _product("vd,cd->vc", kernel_VxD, hidden_CxD)
-        self.soft_cap = soft_cap
-        if soft_cap is not None:
-            logits_VxC = soft_cap * jnp.tanh(logits_VxC / soft_cap)
-        if columns.padded:
-            logits_VxC = jnp.where(columns.is_real_Vx1, logits_VxC, _MASKED)
-        self.logits_VxC = logits_VxC
-        self.top_C = columns.max(logits_VxC)
-        sum_C = columns.sum(jnp.exp(logits_VxC - self.top_C[None]))
-        self.log_sum_exp_C = self.top_C + jnp.log(sum_C)
+    def with_tops(self, value: float) -> "_Slice":
+        """The same, with these largest logits."""
+        tops = {"student_top": jnp.full_like(self.student_top, value)}
+        if self.teacher_top is not None:
+            tops["teacher_top"] = jnp.full_like(self.teacher_top, value)
+        return self._replace(**tops)
 
     @property
-    def probabilities_VxC(self):
-        # Computed anew in every loop that reads it, which is cheaper than storing it.
-        return jnp.exp(self.logits_VxC - self.log_sum_exp_C[None])
+    def student_log_sum_exp(self) -> jax.Array:
+        return self.student_top + jnp.log(self.student_sum)
 
-    def through_soft_cap(self, gradient_VxC):
-        if self.soft_cap is None:
-            return gradient_VxC
-        # Clipped for the sake of masked entries, whose gradient is 0.
-        tanh_VxC = jnp.clip(self.logits_VxC / self.soft_cap, -1.0, 1.0)
-        return gradient_VxC * (1.0 - tanh_VxC**2)
+    @property
+    def teacher_log_sum_exp(self) -> jax.Array:
+        return self.teacher_top + jnp.log(self.teacher_sum)
+
+    def confidence_gap(self, targets_C: jax.Array) -> jax.Array:
+        """`p_a - p_y`; 0 where the teacher is right."""
+        gold_C = jnp.exp(self.teacher_gold - self.teacher_top)
+        return jnp.where(self.is_swapped(targets_C), 1.0 - gold_C, 0.0) / (
+            self.teacher_sum
+        )
+
+    def is_swapped(self, targets_C: jax.Array) -> jax.Array:
+        return self.teacher_top_id.astype(jnp.int32) != targets_C
+
+    def statistics(self, targets_C: jax.Array) -> TokenStatistics:
+        """Of the whole vocabulary's slice."""
+        ntp = self.student_log_sum_exp - self.student_gold
+        correct = (self.student_gold == self.student_top).astype(jnp.float32)
+        if self.teacher_top is None:
+            zero = jnp.zeros_like(ntp)
+            return TokenStatistics(ntp, zero, zero, correct, zero, zero)
+        kd = (
+            self.cross / self.teacher_sum
+            - self.teacher_log_sum_exp
+            + self.student_log_sum_exp
+        )
+        margin = self.student_at_top - self.student_gold
+        return TokenStatistics(
+            ntp,
+            kd + self.confidence_gap(targets_C) * margin,
+            kd,
+            correct,
+            (self.student_at_top == self.student_top).astype(jnp.float32),
+            self.is_swapped(targets_C).astype(jnp.float32),
+        )
 
 
-def _objectives(student, teacher, columns, targets_C, weights):
-    """Statistics of a chunk, and the weighted sum's gradient for its student logits."""
-    s_y = columns.pick(student.logits_VxC, targets_C)
-    ntp = student.log_sum_exp_C - s_y
-    correct = s_y == student.top_C
-    is_gold_VxC = columns.is_id(targets_C)
-    q = student.probabilities_VxC
-    if teacher is None:
-        zero = jnp.zeros_like(ntp)
-        statistics = TokenStatistics(ntp, zero, zero, correct, zero, zero)
-        d_logits_VxC = weights.ntp[None] * (q - is_gold_VxC)
-        return _as_float32(statistics), d_logits_VxC
-
-    p = teacher.probabilities_VxC
-    top_id_C = columns.first(teacher.logits_VxC == teacher.top_C[None])
-    s_a = columns.pick(student.logits_VxC, top_id_C)
-    t_y = columns.pick(teacher.logits_VxC, targets_C)
-    p_a = jnp.exp(teacher.top_C - teacher.log_sum_exp_C)
-    p_y = jnp.exp(t_y - teacher.log_sum_exp_C)
-    swapped = top_id_C != targets_C
-    confidence_gap = jnp.where(swapped, p_a - p_y, 0.0)
-    kd = (
-        columns.sum(p * (teacher.logits_VxC - student.logits_VxC))
-        - teacher.log_sum_exp_C
-        + student.log_sum_exp_C
+def _merge(slices: _Slice) -> _Slice:
+    """One slice from several, stacked in the vocabulary's order, `[K, C]` to `[C]`."""
+    student_top = slices.student_top.max(0)
+    student_scale = jnp.exp(slices.student_top - student_top[None])
+    merged = _Slice(
+        student_top=student_top,
+        student_sum=(slices.student_sum * student_scale).sum(0),
+        student_gold=slices.student_gold.sum(0),
+        **dict.fromkeys(_Slice._fields[3:]),
     )
-    lssd = kd + confidence_gap * (s_a - s_y)
+    if slices.teacher_top is None:
+        return merged
+    # The first of equals: the one with the lowest ids.
+    winner_1xC = jnp.argmax(slices.teacher_top, axis=0)[None]
 
-    statistics = TokenStatistics(ntp, lssd, kd, correct, s_a == student.top_C, swapped)
+    def of_winner(x_KxC):
+        return jnp.take_along_axis(x_KxC, winner_1xC, axis=0)[0]
+
+    teacher_top = of_winner(slices.teacher_top)
+    teacher_scale = jnp.exp(slices.teacher_top - teacher_top[None])
+    return merged._replace(
+        teacher_top=teacher_top,
+        teacher_sum=(slices.teacher_sum * teacher_scale).sum(0),
+        teacher_gold=slices.teacher_gold.sum(0),
+        teacher_top_id=of_winner(slices.teacher_top_id),
+        student_at_top=of_winner(slices.student_at_top),
+        cross=(slices.cross * teacher_scale).sum(0),
+    )
+
+
+class _Columns:
+    """This device's columns of the vocabulary, and what is done with their logits."""
+
+    def __init__(self, kernel, options: _Options):
+        self.vocab_dimension = 0 if options.vocab_first else 1
+        self.num_local = kernel.shape[self.vocab_dimension]
+        self.axes = options.layout.vocab_axes
+        self.offset = jax.lax.axis_index(self.axes) * self.num_local if self.axes else 0
+        self.tile = options.vocab_tile
+        self.num_tiles = math.ceil(self.num_local / self.tile)
+        self.vocab_size = options.vocab_size
+        self.padded = options.vocab_size < self.num_local * _axes_size(self.axes)
+        self.soft_cap = options.soft_cap
+        self.equation = ("vd" if options.vocab_first else "dv") + ",cd->vc"
+
+    def ids(self, start=0, size: int | None = None):
+        """Token ids of `size` columns from the local column `start`, `[size, 1]`."""
+        return (self.offset + start + jnp.arange(size or self.num_local))[:, None]
+
+    def logits(self, kernel, hidden_CxD, start) -> jax.Array:
+        """Float32 logits of the tile at `start`, padding masked."""
+        if self.num_tiles > 1:
+            kernel = jax.lax.dynamic_slice_in_dim(
+                kernel, start, self.tile, self.vocab_dimension
+            )
+        logits_VxC = _product(self.equation, kernel, hidden_CxD)
+        if self.soft_cap is not None:
+            logits_VxC = self.soft_cap * jnp.tanh(logits_VxC / self.soft_cap)
+        if self.padded:
+            is_real_Vx1 = self.ids(start, self.tile) < self.vocab_size
+            logits_VxC = jnp.where(is_real_Vx1, logits_VxC, _MASKED)
+        return logits_VxC
+
+    def reduce(self, student_VxC, teacher_VxC, targets_C, start, lowest) -> _Slice:
+        """The slice of a tile at `start`, of its columns from `lowest` on."""
+        if self.num_tiles > 1:
+            is_new_Vx1 = (start + jnp.arange(self.tile) >= lowest)[:, None]
+            student_VxC = jnp.where(is_new_Vx1, student_VxC, _MASKED)
+            if teacher_VxC is not None:
+                teacher_VxC = jnp.where(is_new_Vx1, teacher_VxC, _MASKED)
+
+        def pick(x_VxC, ids_C):
+            row_C = ids_C - self.offset - start
+            is_mine_C = (row_C >= lowest - start) & (row_C < self.tile)
+            row_1xC = jnp.where(is_mine_C, row_C, 0)[None]
+            picked_C = jnp.take_along_axis(x_VxC, row_1xC, axis=0)[0]
+            return jnp.where(is_mine_C, picked_C, 0.0)
+
+        student_top = student_VxC.max(0)
+        seen = _Slice(
+            student_top=student_top,
+            student_sum=jnp.exp(student_VxC - student_top[None]).sum(0),
+            student_gold=pick(student_VxC, targets_C),
+            **dict.fromkeys(_Slice._fields[3:]),
+        )
+        if teacher_VxC is None:
+            return seen
+        teacher_top = teacher_VxC.max(0)
+        exp_VxC = jnp.exp(teacher_VxC - teacher_top[None])
+        # As floats, exact up to 2^24: with integers XLA would not fuse this reduction
+        # with the others on a TPU, nor vectorise it on a CPU.
+        ids_Vx1 = self.ids(start, self.tile).astype(jnp.float32)
+        is_top_VxC = teacher_VxC == teacher_top[None]
+        top_id = jnp.min(jnp.where(is_top_VxC, ids_Vx1, jnp.inf), axis=0)
+        return seen._replace(
+            teacher_top=teacher_top,
+            teacher_sum=exp_VxC.sum(0),
+            teacher_gold=pick(teacher_VxC, targets_C),
+            teacher_top_id=top_id,
+            student_at_top=pick(student_VxC, top_id.astype(jnp.int32)),
+            cross=(exp_VxC * (teacher_VxC - student_VxC)).sum(0),
+        )
+
+
+def _logits_gradient(seen, columns, student_VxC, teacher_VxC, targets_C, weights):
+    """The weighted sum's gradient for the student's logits; `q - p` and two entries."""
+    ids_Vx1 = columns.ids()
+    is_gold_VxC = ids_Vx1 == targets_C[None]
+    q_VxC = jnp.exp(student_VxC - seen.student_log_sum_exp[None])
+    if teacher_VxC is None:
+        return weights.ntp[None] * (q_VxC - is_gold_VxC)
+    p_VxC = jnp.exp(teacher_VxC - seen.teacher_log_sum_exp[None])
+    is_top_VxC = ids_Vx1 == seen.teacher_top_id.astype(jnp.int32)[None]
     distilled = weights.kd + weights.lssd
-    moved = weights.lssd * confidence_gap
-    d_logits_VxC = (
-        (distilled + weights.ntp)[None] * q
-        - distilled[None] * p
-        + jnp.where(columns.is_id(top_id_C), moved[None], 0.0)
+    moved = weights.lssd * seen.confidence_gap(targets_C)
+    return (
+        (distilled + weights.ntp)[None] * q_VxC
+        - distilled[None] * p_VxC
+        + jnp.where(is_top_VxC, moved[None], 0.0)
         - jnp.where(is_gold_VxC, (moved + weights.ntp)[None], 0.0)
     )
-    return _as_float32(statistics), d_logits_VxC
-
-
-def _as_float32(statistics: TokenStatistics) -> TokenStatistics:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), statistics)

@@ -123,7 +123,10 @@ class Module:
         """
         seconds = 0.0
         for instruction, computation, times in self._executed(into_fusions=False):
-            if instruction.opcode in _FREE:
+            if (
+                instruction.opcode in _FREE
+                or "AllocateBuffer" in instruction.attributes
+            ):
                 continue
             work = _product_flops(instruction, computation)
             for name in _called(instruction) if instruction.opcode == "fusion" else ():
@@ -144,7 +147,9 @@ class Module:
                 (i for i in inside.values() if i.opcode == "parameter"),
                 key=lambda i: int(i.attributes.split(")")[0]),
             )
-            read = [_read_of(p, inside) or a for p, a in zip(parameters, read)]
+            read = [
+                _read_of(p, inside) or a for p, a in zip(parameters, read, strict=True)
+            ]
             updates = [i for i in inside.values() if i.opcode == _UPDATE]
             for update in updates:
                 # Written in place: the rest of the buffer is neither read nor written.
@@ -152,7 +157,7 @@ class Module:
                 part = inside[update.operands[1]].arrays[0]
                 written = [part if a.dimensions == target else a for a in written]
                 read = [
-                    tuple(part if a.dimensions == target else a for a in arrays)
+                    tuple(a for a in arrays if a.dimensions != target)
                     for arrays in read
                 ]
         elif instruction.opcode == _UPDATE:
@@ -260,7 +265,7 @@ def _product_flops(instruction: Instruction, computation) -> int:
         r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes
     ).groups()
     total = 2 * right.dimensions[right_labels.index("i")]
-    for label, size in zip(out_labels, out):
+    for label, size in zip(out_labels, out, strict=True):
         if label.isdigit():
             total *= _window_positions(
                 instruction,
