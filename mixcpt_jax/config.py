@@ -47,6 +47,8 @@ _NOT_NEGATIVE = (
     "train.eval_every",
     "train.keep_best",
     "head.chunk_size",
+    "head.block_size",
+    "head.vocab_tile",
 )
 
 # What may change between two runs of one workdir without changing what is computed.
@@ -94,8 +96,22 @@ def default() -> ml_collections.ConfigDict:
     # The device mesh; one size may be -1: all devices the others leave.
     config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
 
-    # The unembedding and the losses. chunk_size 0: chosen from the device.
-    config.head = ml_collections.ConfigDict({"chunk_size": 0, "vocab_parallel": False})
+    # The unembedding and the losses, as in `fused.head_loss`. A size of 0 is chosen from
+    # the device and the vocabulary.
+    config.head = ml_collections.ConfigDict(
+        {
+            # Tokens whose logits exist at a time on a device.
+            "chunk_size": 0,
+            # Tokens whose logits' gradient is kept for one pair of products; a
+            # multiple of chunk_size.
+            "block_size": 0,
+            # Columns of the vocabulary at a time; 0: all of the device's.
+            "vocab_tile": 0,
+            # Splits the vocabulary over mesh.fsdp too and gathers hidden states; False
+            # gathers the unembedding instead, at several times the memory.
+            "vocab_parallel": True,
+        }
+    )
 
     # What a source's tokens count for, unless the source says otherwise.
     config.objective = ml_collections.ConfigDict(

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from mixcpt_jax.sharding import BATCH_AXES, FSDP, RULES
+from mixcpt_jax.sharding import BATCH_AXES, FSDP, RULES, device_kind, platform
 
 # Stands for -inf in masked entries: far below any logit, yet finite, so that
 # 0 * (masked - masked) is 0.
@@ -217,8 +217,7 @@ def default_sizes(num_columns: int) -> tuple[int, int]:
     Chunks as short as keeps the matrix units of the device busy, since their logits
     are what the head costs in memory; longer where the vocabulary is small.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device else jax.devices()[0].device_kind
+    kind = device_kind()
     if kind == "cpu":
         return 512, 512
     busy = math.ceil(_FLOPS_PER_BYTE.get(kind, 256) / 256) * 256
@@ -498,16 +497,11 @@ def _sum(x, axes, scattered_over=(), dimension=0):
 
 def _product(equation, a, b):
     """A matrix product with float32 accumulation."""
-
-    def multiply(a, b):
-        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
-    def multiply_on_cpu(a, b):
+    if platform() == "cpu":
         # XLA's CPU runtime lacks some of the bfloat16 products with a float32 result;
         # products of float32 copies are the same numbers.
-        return multiply(a.astype(jnp.float32), b.astype(jnp.float32))
-
-    return jax.lax.platform_dependent(a, b, cpu=multiply_on_cpu, default=multiply)
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 class _Slice(NamedTuple):
@@ -525,7 +519,8 @@ class _Slice(NamedTuple):
     teacher_gold: jax.Array | None
     teacher_top_id: jax.Array | None  # the lowest of equals, as a float
     student_at_top: jax.Array | None  # the student's logit of that token
-    cross: jax.Array | None  # sum of exp(t - top) (t - s)
+    # Sum of exp(t - top) ((t - top) - (s - student_top)).
+    cross: jax.Array | None
 
     def with_tops(self, value: float) -> "_Slice":
         """The same, with these largest logits."""
@@ -533,14 +528,6 @@ class _Slice(NamedTuple):
         if self.teacher_top is not None:
             tops["teacher_top"] = jnp.full_like(self.teacher_top, value)
         return self._replace(**tops)
-
-    @property
-    def student_log_sum_exp(self) -> jax.Array:
-        return self.student_top + jnp.log(self.student_sum)
-
-    @property
-    def teacher_log_sum_exp(self) -> jax.Array:
-        return self.teacher_top + jnp.log(self.teacher_sum)
 
     def confidence_gap(self, targets_C: jax.Array) -> jax.Array:
         """`p_a - p_y`; 0 where the teacher is right."""
@@ -554,15 +541,14 @@ class _Slice(NamedTuple):
 
     def statistics(self, targets_C: jax.Array) -> TokenStatistics:
         """Of the whole vocabulary's slice."""
-        ntp = self.student_log_sum_exp - self.student_gold
+        # Differences first: they keep their digits where logits are large.
+        ntp = (self.student_top - self.student_gold) + jnp.log(self.student_sum)
         correct = (self.student_gold == self.student_top).astype(jnp.float32)
         if self.teacher_top is None:
             zero = jnp.zeros_like(ntp)
             return TokenStatistics(ntp, zero, zero, correct, zero, zero)
-        kd = (
-            self.cross / self.teacher_sum
-            - self.teacher_log_sum_exp
-            + self.student_log_sum_exp
+        kd = self.cross / self.teacher_sum + jnp.log(
+            self.student_sum / self.teacher_sum
         )
         margin = self.student_at_top - self.student_gold
         return TokenStatistics(
@@ -578,10 +564,10 @@ class _Slice(NamedTuple):
 def _merge(slices: _Slice) -> _Slice:
     """One slice from several, stacked in the vocabulary's order, `[K, C]` to `[C]`."""
     student_top = slices.student_top.max(0)
-    student_scale = jnp.exp(slices.student_top - student_top[None])
+    student_below = slices.student_top - student_top[None]
     merged = _Slice(
         student_top=student_top,
-        student_sum=(slices.student_sum * student_scale).sum(0),
+        student_sum=(slices.student_sum * jnp.exp(student_below)).sum(0),
         student_gold=slices.student_gold.sum(0),
         **dict.fromkeys(_Slice._fields[3:]),
     )
@@ -594,14 +580,16 @@ def _merge(slices: _Slice) -> _Slice:
         return jnp.take_along_axis(x_KxC, winner_1xC, axis=0)[0]
 
     teacher_top = of_winner(slices.teacher_top)
-    teacher_scale = jnp.exp(slices.teacher_top - teacher_top[None])
+    teacher_below = slices.teacher_top - teacher_top[None]
+    scale = jnp.exp(teacher_below)
+    cross = slices.cross + slices.teacher_sum * (teacher_below - student_below)
     return merged._replace(
         teacher_top=teacher_top,
-        teacher_sum=(slices.teacher_sum * teacher_scale).sum(0),
+        teacher_sum=(slices.teacher_sum * scale).sum(0),
         teacher_gold=slices.teacher_gold.sum(0),
         teacher_top_id=of_winner(slices.teacher_top_id),
         student_at_top=of_winner(slices.student_at_top),
-        cross=(slices.cross * teacher_scale).sum(0),
+        cross=(cross * scale).sum(0),
     )
 
 
@@ -654,16 +642,18 @@ class _Columns:
             return jnp.where(is_mine_C, picked_C, 0.0)
 
         student_top = student_VxC.max(0)
+        student_below_VxC = student_VxC - student_top[None]
         seen = _Slice(
             student_top=student_top,
-            student_sum=jnp.exp(student_VxC - student_top[None]).sum(0),
+            student_sum=jnp.exp(student_below_VxC).sum(0),
             student_gold=pick(student_VxC, targets_C),
             **dict.fromkeys(_Slice._fields[3:]),
         )
         if teacher_VxC is None:
             return seen
         teacher_top = teacher_VxC.max(0)
-        exp_VxC = jnp.exp(teacher_VxC - teacher_top[None])
+        teacher_below_VxC = teacher_VxC - teacher_top[None]
+        exp_VxC = jnp.exp(teacher_below_VxC)
         # As floats, exact up to 2^24: with integers XLA would not fuse this reduction
         # with the others on a TPU, nor vectorise it on a CPU.
         ids_Vx1 = self.ids(start, self.tile).astype(jnp.float32)
@@ -675,7 +665,7 @@ class _Columns:
             teacher_gold=pick(teacher_VxC, targets_C),
             teacher_top_id=top_id,
             student_at_top=pick(student_VxC, top_id.astype(jnp.int32)),
-            cross=(exp_VxC * (teacher_VxC - student_VxC)).sum(0),
+            cross=(exp_VxC * (teacher_below_VxC - student_below_VxC)).sum(0),
         )
 
 
@@ -683,16 +673,18 @@ def _logits_gradient(seen, columns, student_VxC, teacher_VxC, targets_C, weights
     """The weighted sum's gradient for the student's logits; `q - p` and two entries."""
     ids_Vx1 = columns.ids()
     is_gold_VxC = ids_Vx1 == targets_C[None]
-    q_VxC = jnp.exp(student_VxC - seen.student_log_sum_exp[None])
+    exp_s_VxC = jnp.exp(student_VxC - seen.student_top[None])
     if teacher_VxC is None:
-        return weights.ntp[None] * (q_VxC - is_gold_VxC)
-    p_VxC = jnp.exp(teacher_VxC - seen.teacher_log_sum_exp[None])
+        return (weights.ntp / seen.student_sum)[None] * exp_s_VxC - jnp.where(
+            is_gold_VxC, weights.ntp[None], 0.0
+        )
+    exp_t_VxC = jnp.exp(teacher_VxC - seen.teacher_top[None])
     is_top_VxC = ids_Vx1 == seen.teacher_top_id.astype(jnp.int32)[None]
     distilled = weights.kd + weights.lssd
     moved = weights.lssd * seen.confidence_gap(targets_C)
     return (
-        (distilled + weights.ntp)[None] * q_VxC
-        - distilled[None] * p_VxC
+        ((distilled + weights.ntp) / seen.student_sum)[None] * exp_s_VxC
+        - (distilled / seen.teacher_sum)[None] * exp_t_VxC
         + jnp.where(is_top_VxC, moved[None], 0.0)
         - jnp.where(is_gold_VxC, (moved + weights.ntp)[None], 0.0)
     )

@@ -63,6 +63,13 @@ class Instruction:
     operands: tuple[str, ...]
     attributes: str
 
+    @property
+    def integer(self) -> int | None:
+        """The value of an integer constant."""
+        if self.opcode == "constant" and self.arrays[0].dtype in ("s32", "u32"):
+            return int(self.attributes.split(")")[0])
+        return None
+
     def attribute(self, pattern: str) -> str | None:
         found = re.search(pattern, self.attributes)
         return found and found[1]
@@ -207,16 +214,21 @@ class Module:
     def _trip_count(self, loop: Instruction) -> int:
         if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
-        # Counted loops compare their counter, which starts at zero, with a constant.
+        # A counted loop compares its counter, which starts at zero, with a constant.
         condition = self.computations[loop.attribute(r"condition=%([^\s,]+)")]
-        limits = [
-            int(instruction.attributes.split(")")[0])
-            for instruction in condition.values()
-            if instruction.opcode == "constant" and instruction.arrays[0].dtype == "s32"
-        ]
-        if len(limits) != 1:
+        limits = [i for i in condition.values() if i.integer is not None]
+        counters = [i for i in condition.values() if i.opcode == "get-tuple-element"]
+        if len(limits) != 1 or len(counters) != 1:
             raise ValueError(f"{loop.name}: the loop's trip count is not a constant")
-        return limits[0]
+        # The compiler may have put several turns into one.
+        body = self.computations[loop.attribute(r"body=%([^\s,]+)")]
+        *_, root = body.values()
+        step = 1
+        update = body[root.operands[int(counters[0].attribute(r"index=(\d+)"))]]
+        if update.opcode == "add":
+            steps = [body[name].integer for name in update.operands]
+            step = next((n for n in steps if n is not None), 1)
+        return math.ceil(limits[0].integer / step)
 
 
 def _instruction(name: str, text: str) -> Instruction:

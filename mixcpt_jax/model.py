@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mixcpt_jax.attention import attend
 from mixcpt_jax.sharding import constrain
 
 
@@ -68,9 +69,6 @@ class ModelConfig:
     tie_embeddings: bool = False
 
 
-# Small enough to skip what causality hides, few enough to compile quickly.
-_MIN_QUERY_BLOCK, _MAX_QUERY_BLOCKS = 128, 16
-
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -111,60 +109,6 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
     return normed.astype(x.dtype) * scale
 
 
-def attend(
-    query_BxLxHxK: jax.Array,
-    key_BxLxGxK: jax.Array,
-    value_BxLxGxK: jax.Array,
-    mask_BxLxL: jax.Array,
-) -> jax.Array:
-    """Causal grouped-query attention, `[B, L, H, K]`, in blocks of queries.
-
-    A block sees only the keys up to its own end, which saves close to half of the work,
-    and no `[L, L]` array of all heads exists at once. Softmax is float32 inside; the
-    division by its sum comes after the product with the values.
-    """
-    batch, length, heads, head_size = query_BxLxHxK.shape
-    groups = key_BxLxGxK.shape[2]
-    scale = jnp.asarray(head_size**-0.5, query_BxLxHxK.dtype)
-    query = (query_BxLxHxK * scale).reshape(
-        batch, length, groups, heads // groups, head_size
-    )
-    block = max(_MIN_QUERY_BLOCK, -(-length // _MAX_QUERY_BLOCKS))
-    outputs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        scores = jnp.einsum(
-            "blgrk,bmgk->bgrlm",
-            query[:, start:stop],
-            key_BxLxGxK[:, :stop],
-            preferred_element_type=jnp.float32,
-        )
-        scores = jnp.where(mask_BxLxL[:, None, None, start:stop, :stop], scores, -1e30)
-        scores -= jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-        weights = jnp.exp(scores)
-        mixed = jnp.einsum(
-            "bgrlm,bmgk->bgrlk",
-            weights.astype(value_BxLxGxK.dtype),
-            value_BxLxGxK[:, :stop],
-            preferred_element_type=jnp.float32,
-        )
-        mixed /= weights.sum(-1)[..., None]
-        outputs.append(mixed.astype(value_BxLxGxK.dtype))
-    output_BxGxRxLxK = jnp.concatenate(outputs, axis=3)
-    return output_BxGxRxLxK.transpose(0, 3, 1, 2, 4).reshape(query_BxLxHxK.shape)
-
-
-def attention_mask(segment_ids_BxL: jax.Array, sliding_window: int | None) -> jax.Array:
-    """True where a token may look: backwards, within its own document and window."""
-    length = segment_ids_BxL.shape[1]
-    distance_LxL = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    reachable_LxL = distance_LxL >= 0
-    if sliding_window is not None:
-        reachable_LxL &= distance_LxL < sliding_window
-    same_BxLxL = segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :]
-    return same_BxLxL & reachable_LxL[None]
-
-
 class Layer(nnx.Module):
     """Pre-norm attention and SwiGLU, each with a residual connection."""
 
@@ -193,13 +137,13 @@ class Layer(nnx.Module):
         self.up = kernel(d, f)
         self.down = kernel(f, d, branch_std)
 
-    def __call__(self, x_BxLxD, angles_BxLxK2, mask_BxLxL):
-        x = x_BxLxD + self._attend(x_BxLxD, angles_BxLxK2, mask_BxLxL)
+    def __call__(self, x_BxLxD, angles_BxLxK2, segment_ids_BxL):
+        x = x_BxLxD + self._attend(x_BxLxD, angles_BxLxK2, segment_ids_BxL)
         x = constrain(x, "batch", "length", "activation")
         x = x + self._mlp(x)
         return constrain(x, "batch", "length", "activation")
 
-    def _attend(self, x_BxLxD, angles_BxLxK2, mask_BxLxL):
+    def _attend(self, x_BxLxD, angles_BxLxK2, segment_ids_BxL):
         config = self.config
         batch, length, hidden = x_BxLxD.shape
         x_TxD = self._flat_norm(x_BxLxD, self.attention_norm)
@@ -225,7 +169,11 @@ class Layer(nnx.Module):
             "kv_heads",
         )
         mixed_BxLxHxK = attend(
-            rotate(query, angles_BxLxK2), rotate(key, angles_BxLxK2), value, mask_BxLxL
+            rotate(query, angles_BxLxK2),
+            rotate(key, angles_BxLxK2),
+            value,
+            segment_ids_BxL,
+            config.sliding_window,
         )
         out_TxD = mixed_BxLxHxK.reshape(batch * length, -1) @ self.output[...].astype(
             self.dtype
@@ -272,11 +220,13 @@ class Decoder(nnx.Module):
         x_BxLxD = constrain(x_BxLxD, "batch", "length", "activation")
         frequencies_K2 = rope_frequencies(self.config)
         angles = positions_BxL[:, :, None] * frequencies_K2[None, None, :]
-        mask = attention_mask(segment_ids_BxL, self.config.sliding_window)
         layer_graphdef, layer_params = nnx.split(self.layers)
 
         def layer(x, params):
-            return nnx.merge(layer_graphdef, params)(x, angles, mask), None
+            # Without the barrier XLA casts the parameters of all layers at once, ahead
+            # of the loop, and keeps the copies.
+            params = jax.lax.optimization_barrier(params)
+            return nnx.merge(layer_graphdef, params)(x, angles, segment_ids_BxL), None
 
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
@@ -313,11 +263,21 @@ def make_forward(
     return forward
 
 
-def unembedding(params: Params) -> jax.Array:
-    """The `[D, V]` matrix from hidden states to logits; the embedding's when tied."""
+def unembedding(params: Params) -> tuple[jax.Array, bool]:
+    """The matrix from hidden states to logits as it is stored.
+
+    Returns:
+      `[D, V]` and False, or when the embeddings are tied `[V, D]` and True.
+    """
     if "unembedding" in params:
-        return params["unembedding"]
-    return params["embedding"].T
+        return params["unembedding"], False
+    return params["embedding"], True
+
+
+def logits(params: Params, hidden: jax.Array) -> jax.Array:
+    """`[..., D]` to dense `[..., V]`, for few tokens; training never does this."""
+    matrix, vocab_first = unembedding(params)
+    return hidden @ (matrix.T if vocab_first else matrix).astype(hidden.dtype)
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32) -> Params:

@@ -34,6 +34,22 @@ RULES: Mapping[str, Any] = {
 }
 
 
+def device_kind() -> str:
+    """What computations are traced for: the mesh's devices, else the default ones.
+
+    As `jax.Device.device_kind`: "cpu", "TPU v5 lite" and so on. A mesh may be of
+    devices that are not there, to compile for them.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu", for the same devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, int, int]:
     """Fills in the one axis that is -1 so that the mesh takes every device.
 

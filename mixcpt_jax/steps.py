@@ -66,7 +66,8 @@ def make_train_step(
         if teacher_forward is not None:
             frozen_params = jax.lax.stop_gradient(frozen_params)
             teacher_hidden = _flatten(teacher_forward(frozen_params, *_inputs(batch)))
-            teacher_unembedding = model.unembedding(frozen_params)
+            teacher_unembedding, _ = model.unembedding(frozen_params)
+        unembedding, vocab_first = model.unembedding(params)
         weights = fused.TokenWeights(
             *(
                 _flatten(batch[f"{name}_weights"]) * scale
@@ -75,11 +76,12 @@ def make_train_step(
         )
         loss, statistics = fused.head_loss(
             hidden,
-            model.unembedding(params),
+            unembedding,
             teacher_hidden,
             teacher_unembedding,
             _flatten(batch["targets"]),
             weights,
+            vocab_first=vocab_first,
             **head_options,
         )
         return loss, _token_metrics(
@@ -137,13 +139,15 @@ def make_eval_step(
         hidden = _flatten(forward(params, *_inputs(batch)))
         targets = _flatten(batch["targets"])
         weight = jnp.zeros(targets.shape, jnp.float32)
+        unembedding, vocab_first = model.unembedding(params)
         _, statistics = fused.head_loss(
             hidden,
-            model.unembedding(params),
+            unembedding,
             None,
             None,
             targets,
             fused.TokenWeights(weight, weight, weight),
+            vocab_first=vocab_first,
             **(head_options or {}),
         )
         shape = batch["targets"].shape

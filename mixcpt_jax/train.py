@@ -122,11 +122,6 @@ def check_model(
             f"mesh: data x fsdp = {data} x {fsdp} cannot be shared by "
             f"{jax.process_count()} hosts; make mesh.tensor smaller"
         )
-    if config.head.vocab_parallel and model_config.vocab_size % (fsdp * tensor):
-        raise InputError(
-            f"head.vocab_parallel: mesh.fsdp x mesh.tensor = {fsdp} x {tensor} does not "
-            f"divide the vocabulary of {model_config.vocab_size}; set it to False"
-        )
     for axis, size, dimension, value in (
         ("tensor", tensor, "attention heads", model_config.num_heads),
         ("tensor", tensor, "key-value heads", model_config.num_kv_heads),
@@ -157,8 +152,11 @@ def _run(
         if config.sources[name].weight
     )
     head_options = {
-        "chunk_size": config.head.chunk_size or None,
         "vocab_parallel": config.head.vocab_parallel,
+        **{
+            key: config.head[key] or None
+            for key in ("chunk_size", "block_size", "vocab_tile")
+        },
     }
     compute_dtype = config.model.compute_dtype
     forward = model.make_forward(model_config, compute_dtype, config.model.remat)

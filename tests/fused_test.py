@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mixcpt_jax import fused, losses, sharding
 
@@ -172,10 +174,11 @@ def test_vocabularies_must_match():
         fused.head_loss(hidden, kernel[:, :60], teacher_hidden, teacher_kernel, *rest)
 
 
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
+
+
 @pytest.mark.parametrize("vocab_parallel", [False, True])
-@pytest.mark.parametrize(
-    "shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
-)
+@pytest.mark.parametrize("shape", MESHES)
 def test_any_mesh_gives_the_same(shape, vocab_parallel):
     """The swap crosses shards: argmax and gold lie on different devices."""
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
@@ -190,6 +193,167 @@ def test_any_mesh_gives_the_same(shape, vocab_parallel):
     assert_same(statistics, fused.head_loss(*problem())[1])
 
 
+def swap_oracle(student, teacher, targets, weights):
+    """Loss and gradient for the student's logits, literally, in float64."""
+    student, teacher = student.astype(np.float64), teacher.astype(np.float64)
+    rows = np.arange(len(targets))
+    swapped = teacher.copy()
+    top = teacher.argmax(-1)
+    swapped[rows, top] = teacher[rows, targets]
+    swapped[rows, targets] = teacher[rows, top]
+
+    def log_softmax(x):
+        x = x - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    log_p, log_q = log_softmax(swapped), log_softmax(student)
+    losses_T = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    gradient = weights[:, None] * (np.exp(log_q) - np.exp(log_p))
+    return weights @ losses_T, gradient
+
+
+@st.composite
+def logit_problems(draw):
+    """Logits of both sides, targets and weights, the adversarial ones included."""
+    num_tokens = draw(st.sampled_from([1, 3, 8, 13]))
+    vocab = draw(st.sampled_from([2, 5, 31, 32, 61]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = (num_tokens, vocab)
+    kinds = {
+        "normal": lambda: 3 * rng.standard_normal(shape),
+        # Few values, so that the largest ties, also across tiles and shards.
+        "ties": lambda: rng.integers(-1, 2, shape),
+        "equal": lambda: np.zeros(shape),
+        "huge": lambda: rng.choice([-1e4, 0.0, 1e4], shape),
+        "one-hot": lambda: 1e4 * np.eye(vocab)[rng.integers(0, vocab, num_tokens)],
+    }
+    student, teacher = (
+        # Exact in bfloat16, so the same problem serves both dtypes.
+        np.asarray(jnp.asarray(kinds[kind](), jnp.bfloat16), np.float32)
+        for kind in (draw(st.sampled_from(sorted(kinds))) for _ in range(2))
+    )
+    targets = rng.integers(0, vocab, num_tokens)
+    if draw(st.booleans()):
+        targets = teacher.argmax(-1)
+    weights = rng.uniform(0, 1, num_tokens) * rng.integers(0, 2, num_tokens)
+    return student, teacher, targets, weights.astype(np.float32)
+
+
+def check_against_oracle(problem, dtype, **options):
+    """Hidden states are one-hot, so logits are exactly the rows of the unembedding."""
+    student, teacher, targets, weights = problem
+    value, d_logits = swap_oracle(*problem)
+    hidden = jnp.eye(len(targets), dtype=dtype)
+
+    def loss(hidden, kernel):
+        return fused.lssd(
+            hidden, kernel, hidden, jnp.asarray(teacher), targets, weights, **options
+        )
+
+    actual_value, (d_hidden, d_kernel) = jax.jit(jax.value_and_grad(loss, (0, 1)))(
+        hidden, jnp.asarray(student)
+    )
+    # A loss is a difference of numbers as large as the logits; its sums over the
+    # vocabulary lose a few bits of float32.
+    spread = np.ptp(student, axis=-1) + np.ptp(teacher, axis=-1) + 1
+    few_bits = 2.0**-20
+    assert abs(actual_value - value) <= few_bits * (weights @ spread)
+    # Rounding d to `dtype` and, for bfloat16, nothing else.
+    epsilon = few_bits if dtype == jnp.float32 else 2.0**-8
+    limit = epsilon * np.abs(d_logits) + few_bits * weights[:, None]
+    assert np.all(np.abs(np.asarray(d_kernel, np.float64) - d_logits) <= limit)
+    expected = d_logits @ student.astype(np.float64).T
+    limit = limit @ np.abs(student.T) + epsilon * np.abs(expected) + 1e-30
+    assert np.all(np.abs(np.asarray(d_hidden, np.float64) - expected) <= limit)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    problem=logit_problems(),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    chunk_size=st.integers(1, 15),
+    chunks_per_block=st.integers(1, 3),
+    vocab_tile=st.sampled_from([1, 2, 7, 16, 100]),
+    vocab_first=st.booleans(),
+)
+def test_any_chunks_and_tiles_equal_the_literal_swap(
+    problem, dtype, chunk_size, chunks_per_block, vocab_tile, vocab_first
+):
+    student, teacher, targets, weights = problem
+    options = {
+        "chunk_size": chunk_size,
+        "block_size": chunk_size * chunks_per_block,
+        "vocab_tile": vocab_tile,
+    }
+    check_against_oracle(problem, dtype, **options)
+    if vocab_first:
+        hidden = jnp.eye(len(targets))
+        value = functools.partial(fused.lssd, **options)
+        np.testing.assert_allclose(
+            value(hidden, student.T, hidden, teacher.T, targets, weights,
+                  vocab_first=True),
+            value(hidden, student, hidden, teacher, targets, weights),
+            rtol=1e-6, atol=1e-6,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("over", ["tensor", "fsdp"])
+@settings(max_examples=4, deadline=None)
+@given(problem=logit_problems(), vocab_tile=st.sampled_from([3, 100]))
+def test_any_vocabulary_sharding_equals_the_literal_swap(
+    over, num_shards, problem, vocab_tile
+):
+    """Neither tokens nor vocabulary nor hidden size are multiples of the shards."""
+    mesh = sharding.make_mesh(
+        {"data": 8 // num_shards, "fsdp": 1, "tensor": 1} | {over: num_shards}
+    )
+    with jax.set_mesh(mesh):
+        check_against_oracle(
+            problem,
+            jnp.float32,
+            chunk_size=4,
+            vocab_tile=vocab_tile,
+            vocab_parallel=over == "fsdp",
+        )
+
+
+def test_tied_embeddings_are_used_as_they_lie():
+    """`[V, D]` unembeddings give the transposed gradient and the same value."""
+    hidden, kernel, teacher_hidden, teacher_kernel, *rest = problem()
+    value, (d_hidden, d_kernel) = value_and_gradients(
+        fused.head_loss, hidden, kernel.T, teacher_hidden, teacher_kernel.T, *rest,
+        chunk_size=10, vocab_first=True,
+    )  # fmt: skip
+    assert_same((value, (d_hidden, d_kernel.T)), value_and_gradients(dense, *problem()))
+
+
+def test_a_constant_added_to_the_logits_changes_nothing():
+    rng = np.random.default_rng(0)
+    student, teacher = (rng.standard_normal((4, 9)).astype(np.float32) for _ in "st")
+    # Whole numbers, so that adding 2^12 is exact.
+    student, teacher = np.round(student * 4), np.round(teacher * 4)
+    hidden, targets, ones = jnp.eye(4), np.arange(4), np.ones(4, np.float32)
+    value = fused.lssd(hidden, student, hidden, teacher, targets, ones)
+    moved = fused.lssd(hidden, student + 4096, hidden, teacher - 4096, targets, ones)
+    np.testing.assert_array_equal(moved, value)
+
+
+def test_block_size_must_be_a_multiple_of_chunk_size():
+    with pytest.raises(ValueError, match="block_size: 10 is not a multiple.*4"):
+        fused.head_loss(*problem(), chunk_size=4, block_size=10)
+
+
+def test_evaluation_holds_one_tile_of_logits():
+    text = (
+        jax.jit(functools.partial(fused.head_loss, chunk_size=6, vocab_tile=16))
+        .lower(*problem())
+        .as_text()
+    )
+    assert "16x6xf32" in text
+    assert f"{V}x6x" not in text
+
+
 def test_no_array_of_tokens_by_vocabulary_exists():
     """Outside of a chunk nothing has T x V entries, forward or backward."""
     chunk = 6
@@ -200,5 +364,6 @@ def test_no_array_of_tokens_by_vocabulary_exists():
         )
     )
     text = step.lower(*problem()[:2]).as_text()
-    assert f"{chunk}x{V}xf32" in text
+    assert f"{V}x{chunk}xf32" in text
     assert f"{T}x{V}x" not in text
+    assert f"{V}x{T}x" not in text

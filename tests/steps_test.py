@@ -106,7 +106,7 @@ def test_the_loss_is_the_weighted_mean_of_the_dense_losses():
     inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
     forward = model.make_forward(CONFIG)
     student, teacher = (
-        forward(p, *inputs) @ model.unembedding(p) for p in (params(), params(1))
+        model.logits(p, forward(p, *inputs)) for p in (params(), params(1))
     )
     targets = batch["targets"]
     total = (

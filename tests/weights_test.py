@@ -59,7 +59,7 @@ def logits_of(config, params, tokens_BxL):
     positions = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
     forward = jax.jit(model.make_forward(config))
     hidden = forward(params, tokens_BxL, positions, jnp.ones_like(tokens_BxL))
-    return np.asarray(hidden @ model.unembedding(params))
+    return np.asarray(model.logits(params, hidden))
 
 
 def sample_tokens(config, length=48):

@@ -1,0 +1,83 @@
+"""Attention: both forms against jax.nn's, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixcpt_jax import attention, sharding
+
+
+def operands(length, heads=(6, 2, 2), head_size=16, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value = (
+        jax.random.normal(k, (2, length, n, head_size)).astype(dtype)
+        for k, n in zip(keys, heads)
+    )
+    segments = jnp.sort(jax.random.randint(keys[3], (2, length), 1, 4), axis=1)
+    return query, key, value, segments
+
+
+def library(query, key, value, segments, sliding_window=None):
+    positions = jnp.arange(segments.shape[1])
+    distance = positions[:, None] - positions[None]
+    mask = (distance >= 0) & (distance < (sliding_window or segments.shape[1]))
+    mask = mask[None] & (segments[:, :, None] == segments[:, None, :])
+    return jax.nn.dot_product_attention(
+        *(x.astype(jnp.float32) for x in (query, key, value)), mask=mask[:, None]
+    )
+
+
+def splash(query, key, value, segments, sliding_window=None):
+    query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    return attention.splash(query, key, value, segments, sliding_window, interpret=True)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 7])
+@pytest.mark.parametrize("length", [1, 5, 128, 129, 300])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_blocks_equal_the_library(length, dtype, sliding_window):
+    query, key, value, segments = operands(length, dtype=dtype)
+    actual = attention.attend(query, key, value, segments, sliding_window)
+    assert actual.dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 2**-6
+    np.testing.assert_allclose(
+        actual.astype(jnp.float32),
+        library(query, key, value, segments, sliding_window),
+        atol=tolerance,
+    )
+
+
+@pytest.mark.parametrize("form", [attention.attend, splash])
+@pytest.mark.parametrize("sliding_window", [None, 40])
+def test_values_and_gradients_equal_the_librarys(form, sliding_window):
+    """The TPU kernel is interpreted; 256 tokens are two of its smallest blocks."""
+    query, key, value, segments = operands(256, (4, 2, 2), 128)
+
+    def squares(attend, *qkv):
+        out = attend(*qkv, segments, sliding_window)
+        return jnp.sum(out**2), out
+
+    (_, actual), actual_gradients = jax.value_and_grad(
+        functools.partial(squares, form), (0, 1, 2), has_aux=True
+    )(query, key, value)
+    (_, expected), expected_gradients = jax.value_and_grad(
+        functools.partial(squares, library), (0, 1, 2), has_aux=True
+    )(query, key, value)
+    for a, e in zip(
+        (actual, *actual_gradients), (expected, *expected_gradients), strict=True
+    ):
+        np.testing.assert_allclose(a, e, atol=1e-5 * np.abs(e).max())
+
+
+def test_splash_is_the_same_on_any_mesh():
+    arrays = operands(128, (4, 2, 2), 128)
+    expected = splash(*arrays)
+    for shape in ((2, 1, 1), (1, 2, 2)):
+        mesh = sharding.make_mesh(
+            dict(zip(sharding.MESH_AXES, shape)), jax.devices()[: np.prod(shape)]
+        )
+        with jax.set_mesh(mesh):
+            np.testing.assert_allclose(jax.jit(splash)(*arrays), expected, atol=1e-6)
