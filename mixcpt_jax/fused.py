@@ -113,7 +113,7 @@ def head_loss(
     vocab_size: int | None = None,
     vocab_first: bool = False,
     soft_cap: float | None = None,
-    vocab_parallel: bool = False,
+    vocab_parallel: bool = True,
 ) -> tuple[jax.Array, TokenStatistics]:
     """Weighted sum of all objectives over all tokens, in one sweep.
 

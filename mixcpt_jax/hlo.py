@@ -49,8 +49,12 @@ class Array:
     in_hbm: bool = True
 
     @property
+    def num_elements(self) -> int:
+        return math.prod(self.dimensions)
+
+    @property
     def num_bytes(self) -> int:
-        return _BYTES.get(self.dtype, 0) * math.prod(self.dimensions)
+        return _BYTES.get(self.dtype, 0) * self.num_elements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +131,7 @@ class Module:
         """Time if each instruction ran at the chip's peak, one after another.
 
         An instruction takes the longer of its products' time and its HBM traffic's.
+        What crosses between chips takes none.
         """
         seconds = 0.0
         for instruction, computation, times in self._executed(into_fusions=False):
@@ -145,10 +150,18 @@ class Module:
 
     def _hbm_bytes(self, instruction: Instruction, computation) -> int:
         """What an instruction reads and writes; of a slice, the slice alone."""
+        opcode = instruction.opcode
+        kind = opcode.removesuffix("-start")
+        if opcode.endswith("-done") or kind in (*_COLLECTIVES, "async"):
+            return 0
+        if kind != opcode:
+            # A copy in flight: source and destination are the first two, in any order.
+            ends = instruction.arrays[:2]
+            return min(a.num_bytes for a in ends) * sum(a.in_hbm for a in ends)
         operands = [computation[name] for name in instruction.operands]
         written = list(instruction.arrays)
         read = [operand.arrays for operand in operands]
-        if instruction.opcode == "fusion":
+        if opcode == "fusion":
             inside = self.computations[_called(instruction)[0]]
             parameters = sorted(
                 (i for i in inside.values() if i.opcode == "parameter"),
@@ -167,10 +180,10 @@ class Module:
                     tuple(a for a in arrays if a.dimensions != target)
                     for arrays in read
                 ]
-        elif instruction.opcode == _UPDATE:
+        elif opcode == _UPDATE:
             written = list(operands[1].arrays)
             read = [operands[1].arrays]
-        elif instruction.opcode in ("dynamic-slice", "slice", "gather"):
+        elif opcode in ("dynamic-slice", "slice", "gather"):
             read = [instruction.arrays]
         arrays = [*written, *(a for arrays in read for a in arrays)]
         return sum(array.num_bytes for array in arrays if array.in_hbm)

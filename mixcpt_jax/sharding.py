@@ -6,11 +6,13 @@ the vocabulary); `data` holds copies of them. All axes are Auto: the compiler pl
 the collectives, `constrain` only tells it where activations live.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -81,6 +83,28 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
         devices=devices,
     )
+
+
+def make_topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
+    """A mesh over the chips of a TPU slice that is not there, to compile for it.
+
+    Needs the `libtpu` package and no TPU. `jit(f).lower(...)` takes
+    `jax.ShapeDtypeStruct`s with shardings of this mesh.
+
+    Args:
+      topology: such as "v5e:4x4" or "v5p:2x2x1".
+      sizes: as for `make_mesh`, for as many of the slice's chips as their product says;
+        one may be -1.
+    """
+    # The library asks a metadata server that only cloud machines have, and locks
+    # itself against a second process as if there were a chip to share.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology
+    ).devices
+    wanted = int(np.prod([sizes[axis] for axis in MESH_AXES]))
+    return make_mesh(sizes, devices[:wanted] if wanted > 0 else devices)
 
 
 def spec(logical_axes: tuple[str | None, ...]) -> P:

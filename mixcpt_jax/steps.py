@@ -17,9 +17,16 @@ from mixcpt_jax import fused, model
 from mixcpt_jax.optim import global_norm
 from mixcpt_jax.sharding import constrain
 
-# For `jax.jit`, by platform. On CPU, YNNPACK's matrix products are 10-15% slower than
-# XLA's own for the head's shapes (jax 0.10 and 0.12).
-COMPILER_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+# For `jax.jit`, by platform.
+COMPILER_OPTIONS = {
+    # YNNPACK's matrix products are 10-15% slower than XLA's own for the head's shapes
+    # (jax 0.10 and 0.12).
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
+    # Weights are gathered whole, ahead of their product. In the compiler's model a
+    # product that passes them around in pieces makes the step of Llama-3-8B on v5e:4x4
+    # half as long again, and it takes 0.2 GiB more.
+    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+}
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -40,7 +47,7 @@ def make_train_step(
     schedule: optax.Schedule,
     source_names: tuple[str, ...],
     accumulation_steps: int = 1,
-    head_options: dict[str, Any] | None = None,
+    head_loss: Callable[..., tuple[jax.Array, fused.TokenStatistics]] = fused.head_loss,
 ) -> Callable[[TrainState, model.Params, Batch], tuple[TrainState, Metrics]]:
     """Builds the step of any phase whose loss is a weighted sum over tokens.
 
@@ -56,9 +63,8 @@ def make_train_step(
       schedule: the learning rate, reported as a metric.
       source_names: names of the sources, in the order of `source_ids`.
       accumulation_steps: microbatches per step; B must be a multiple.
-      head_options: passed on to `fused.head_loss`.
+      head_loss: `fused.head_loss` with its settings.
     """
-    head_options = head_options or {}
 
     def loss_sum(params, frozen_params, batch: Batch, scale):
         hidden = _flatten(forward(params, *_inputs(batch)))
@@ -74,7 +80,7 @@ def make_train_step(
                 for name in fused.TokenWeights._fields
             )
         )
-        loss, statistics = fused.head_loss(
+        loss, statistics = head_loss(
             hidden,
             unembedding,
             teacher_hidden,
@@ -82,7 +88,6 @@ def make_train_step(
             _flatten(batch["targets"]),
             weights,
             vocab_first=vocab_first,
-            **head_options,
         )
         return loss, _token_metrics(
             statistics, batch, source_names, teacher_forward is not None
@@ -131,7 +136,8 @@ def make_train_step(
 
 
 def make_eval_step(
-    forward: model.Forward, head_options: dict[str, Any] | None = None
+    forward: model.Forward,
+    head_loss: Callable[..., tuple[jax.Array, fused.TokenStatistics]] = fused.head_loss,
 ) -> Callable[[model.Params, Batch], dict[str, jax.Array]]:
     """Builds `(params, batch) -> {"ntp", "correct"}`, `[B, L]` float32 per target."""
 
@@ -140,7 +146,7 @@ def make_eval_step(
         targets = _flatten(batch["targets"])
         weight = jnp.zeros(targets.shape, jnp.float32)
         unembedding, vocab_first = model.unembedding(params)
-        _, statistics = fused.head_loss(
+        _, statistics = head_loss(
             hidden,
             unembedding,
             None,
@@ -148,7 +154,6 @@ def make_eval_step(
             targets,
             fused.TokenWeights(weight, weight, weight),
             vocab_first=vocab_first,
-            **(head_options or {}),
         )
         shape = batch["targets"].shape
         return {

@@ -5,6 +5,7 @@ hand-over checkpoint `init_from`, the pretrained weights `model.path`. The froze
 teacher is always what the phase started from.
 """
 
+import functools
 import json
 import math
 import time
@@ -19,6 +20,7 @@ from etils import epath
 from mixcpt_jax import (
     checkpoint,
     evaluate,
+    fused,
     metrics,
     model,
     optim,
@@ -151,13 +153,13 @@ def _run(
         for name, objective in data.objectives.items()
         if config.sources[name].weight
     )
-    head_options = {
-        "vocab_parallel": config.head.vocab_parallel,
-        **{
-            key: config.head[key] or None
-            for key in ("chunk_size", "block_size", "vocab_tile")
-        },
-    }
+    head_loss = functools.partial(
+        fused.head_loss,
+        chunk_size=config.head.chunk_size or None,
+        block_size=config.head.block_size or None,
+        vocab_tile=config.head.vocab_tile or None,
+        vocab_parallel=config.head.vocab_parallel,
+    )
     compute_dtype = config.model.compute_dtype
     forward = model.make_forward(model_config, compute_dtype, config.model.remat)
     transforms, schedule = optim.make_optimizer(config.optimizer, num_steps)
@@ -173,7 +175,7 @@ def _run(
             schedule,
             tuple(data.objectives),
             config.optimizer.accumulation_steps,
-            head_options,
+            head_loss,
         ),
         donate_argnums=0,
         out_shardings=(
@@ -183,7 +185,7 @@ def _run(
         compiler_options=compiler_options,
     )
     eval_step = jax.jit(
-        steps.make_eval_step(forward, head_options),
+        steps.make_eval_step(forward, head_loss),
         out_shardings=replicated,
         compiler_options=compiler_options,
     )

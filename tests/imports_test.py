@@ -23,7 +23,7 @@ ALLOWED = {
     "evaluate": {"data"},
     "report": {"metrics"},
     "train": {
-        "checkpoint", "config", "data", "evaluate", "metrics", "model", "optim",
+        "checkpoint", "config", "data", "evaluate", "fused", "metrics", "model", "optim",
         "sharding", "steps", "tokenizer", "weights",
     },
     "main": {"config", "report", "train"},

@@ -1,0 +1,85 @@
+"""Reading compiled modules: against programs whose work is known."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mixcpt_jax import hlo, sharding
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+REPLICATED = P()
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_topology_mesh("v5e:2x2", {"data": 1, "fsdp": 4, "tensor": 1})
+
+
+def compile_on(mesh, function, *shapes, spec=REPLICATED):
+    operands = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+        for shape in shapes
+    ]
+    with jax.set_mesh(mesh):
+        return hlo.Module(jax.jit(function).lower(*operands).compile().as_text())
+
+
+def test_loops_count_in_full(mesh):
+    def repeated(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=7)[0]
+
+    module = compile_on(mesh, repeated, (256, 512), (512, 512))
+    assert module.flops == 7 * 2 * 256 * 512 * 512
+    once = compile_on(mesh, lambda x, w: jnp.tanh(x @ w), (256, 512), (512, 512))
+    assert once.flops == 2 * 256 * 512 * 512
+    assert 5 * once.cycles < module.cycles < 9 * once.cycles
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "flops"),
+    [
+        ("ab,bc->ac", ((256, 384), (384, 128)), 2 * 256 * 384 * 128),
+        ("nab,nbc->nac", ((8, 256, 384), (8, 384, 128)), 8 * 2 * 256 * 384 * 128),
+        ("nab,nac->bc", ((4, 256, 384), (4, 256, 128)), 4 * 2 * 256 * 384 * 128),
+        ("anb,cnb->nca", ((64, 4, 128), (32, 4, 128)), 4 * 2 * 64 * 128 * 32),
+    ],
+)
+def test_every_product_is_two_flops_per_multiply_add(mesh, equation, shapes, flops):
+    module = compile_on(mesh, lambda a, b: jnp.einsum(equation, a, b), *shapes)
+    assert module.flops == flops
+
+
+def test_the_roofline_is_that_of_the_slower_of_work_and_traffic(mesh):
+    module = compile_on(mesh, jnp.matmul, (2048, 2048), (2048, 2048))
+    flops, traffic = 2 * 2048**3, 3 * 2 * 2048**2
+    assert module.roofline_seconds(flops, 1e30) == pytest.approx(1.0)
+    assert module.roofline_seconds(1e30, traffic) == pytest.approx(1.0, rel=0.01)
+
+
+def test_collectives_are_listed_with_their_bytes(mesh):
+    @jax.shard_map(mesh=mesh, in_specs=P("fsdp"), out_specs=P(), check_vma=False)
+    def gather(x):
+        return jax.lax.all_gather(x, "fsdp", tiled=True)
+
+    module = compile_on(mesh, gather, (1024, 256), spec=P("fsdp"))
+    (collective,) = module.collectives
+    assert collective.kind == "all-gather"
+    assert collective.num_bytes == 1024 * 256 * 2
+    assert collective.times == 1
+
+
+def test_unknown_trip_counts_are_refused(mesh):
+    def until_small(x):
+        return jax.lax.while_loop(lambda x: jnp.any(x > 1), lambda x: x @ x, x)
+
+    module = compile_on(mesh, until_small, (128, 128))
+    with pytest.raises(ValueError, match="trip count is not a constant"):
+        _ = module.flops
