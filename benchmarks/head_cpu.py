@@ -44,8 +44,8 @@ from mixcpt_jax import fused, losses, steps
 
 _LOGIT_DEVIATION = 3.0
 _TEACHER_NOISE = 0.1  # relative to the student's hidden states and unembedding
-# Of float32 sums in different orders, relative to the largest entry.
-_TOLERANCE = 2e-5
+# Relative to the largest entry: float32 sums over a vocabulary in different orders.
+_TOLERANCE = 1e-4
 
 Operands = tuple[jax.Array, ...]
 
@@ -313,15 +313,18 @@ def _peak_bytes() -> int:
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
 
 
-def print_table(args: argparse.Namespace) -> None:
-    """Measures and prints, for `args.{tokens,hidden,vocabulary,rounds}`."""
+SMOLLM2 = Shape(tokens=2048, hidden=576, vocabulary=49152)
+
+
+def print_table(shape: Shape = SMOLLM2, rounds: int = 5) -> None:
+    """Measures and prints every form that is installed."""
     if jax.default_backend() != "cpu":
         raise SystemExit("this compares forms on a CPU: set JAX_PLATFORMS=cpu")
-    rows = measure(Shape(args.tokens, args.hidden, args.vocabulary), args.rounds)
+    rows = measure(shape, rounds)
     versions = [f"{p} {v}" for p in _PACKAGES if (v := _version(p))]
     print(
-        f"{args.tokens} tokens, {args.hidden} hidden, {args.vocabulary} vocabulary; "
-        f"{args.rounds} rounds; {', '.join(versions)}\n\n"
+        f"\n{shape.tokens} tokens, {shape.hidden} hidden, {shape.vocabulary} "
+        f"vocabulary; {rounds} rounds; {', '.join(versions)}\n\n"
         "| objective | form | seconds | times the bare products | times streamed "
         "| temporary MB | resident MB | loss |\n|---|---|--:|--:|--:|--:|--:|--:|"
     )
@@ -343,11 +346,11 @@ def print_table(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--vocabulary", type=int, default=49152)
+    for name, default in SMOLLM2._asdict().items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rounds", type=int, default=5)
-    print_table(parser.parse_args())
+    args = parser.parse_args()
+    print_table(Shape(args.tokens, args.hidden, args.vocabulary), args.rounds)
 
 
 if __name__ == "__main__":

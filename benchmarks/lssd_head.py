@@ -22,6 +22,7 @@ Loops count in full in both.
 import argparse
 import functools
 import importlib.util
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -340,9 +341,8 @@ def temporary(compiled: jax.stages.Compiled) -> int:
 
 def needed_memory(error: Exception) -> str:
     """What the compiler says it would take."""
-    text = str(error)
-    start = text.find("Used ")
-    return text[start : text.find(" hbm", start)] if start >= 0 else text[:80]
+    found = re.search(r"\(([\d.]+)G\) exceeds", str(error))
+    return f"temporary {found[1]} GiB" if found else str(error)[:80]
 
 
 if __name__ == "__main__":
