@@ -219,7 +219,7 @@ def default_sizes(num_columns: int) -> tuple[int, int]:
     """
     kind = device_kind()
     if kind == "cpu":
-        return 512, 512
+        return 128, 128
     busy = math.ceil(_FLOPS_PER_BYTE.get(kind, 256) / 256) * 256
     chunk_size = max(
         busy, min(_MAX_CHUNK, _LOGITS_PER_CHUNK // num_columns // 256 * 256)
