@@ -178,7 +178,7 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     path: a file, a folder, a glob or a comma-separated list of them; for reader
       "docstrings" names of installed packages.
     reader: "jsonl", "text" or "docstrings"; empty: from the file name.
-    format: "document", "instruction" or "preference".
+    format: "document", "instruction", "preference" or "chat".
     fields: names of the record's fields where they are not the format's own.
     preference_side: "chosen", "rejected" or "both" go into the plain text.
     weight: share of the mixture's tokens, relative to the other sources.
@@ -345,10 +345,10 @@ def _check_sources(config) -> None:
             for key in ("weight", "holdout", "max_records"):
                 _check(entry[key] >= 0, config, f"{place}.{key}", "0 or more")
             _check(
-                entry.format in ("document", "instruction", "preference"),
+                entry.format in ("document", "instruction", "preference", "chat"),
                 config,
                 f"{place}.format",
-                "one of document, instruction, preference",
+                "one of document, instruction, preference, chat",
             )
     for name, entry in config.sources.items():
         if name == "eval" or (entry.holdout and name in config.eval.texts):

@@ -1,8 +1,9 @@
 """The objectives, dense and literal: the readable reference.
 
-Every function takes logits `[..., V]` and integer targets `[...]`, computes in float32
-(float64 stays float64) and returns one loss per position, in nats. Training uses
-`fused`, which computes the same numbers without holding the logits of a whole batch.
+Every function computes in float32 (float64 stays float64). Those of the head take
+logits `[..., V]` and integer targets `[...]` and return one loss per position, in nats;
+training uses `fused`, which computes the same numbers without holding the logits of a
+whole batch. `preference_loss` takes the log-probabilities of whole answers.
 
 Notation of the Mix-CPT paper (arXiv 2407.10804): teacher logits `t`, student logits
 `s`, gold token `y`, `a = argmax t` with the lowest index winning a tie,
@@ -86,6 +87,89 @@ def distillation(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Ar
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Next-token prediction: `-log q_y`, `[...]`, nats."""
     return -_pick(jax.nn.log_softmax(_at_least_float32(logits)), targets)
+
+
+def preference_loss(
+    chosen_logps_P: jax.Array,
+    rejected_logps_P: jax.Array,
+    reference_chosen_logps_P: jax.Array,
+    reference_rejected_logps_P: jax.Array,
+    *,
+    beta: float,
+    kind: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
+    chosen_lengths_P: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Prefers the chosen answer of each of P pairs to the rejected one.
+
+    With the log-ratio `r = logp - reference logp` of an answer, the margin
+    `m = r_chosen - r_rejected` of a pair and `e = label_smoothing`:
+
+      `sigmoid`: `-(1 - e) log sigmoid(beta m) - e log sigmoid(-beta m)`. With `e = 0`
+        DPO (Rafailov et al., arXiv 2305.18290, eq. 7); with `e > 0` conservative DPO,
+        where `e` is the probability that a pair is the wrong way round. (TRL's
+        `robust` is another correction of the same noise.)
+      `ipo`: `(m - 1 / (2 beta))^2` (Azar et al., arXiv 2310.12036, eq. 17, where beta
+        is tau). The log-probabilities are per-token means, as in TRL, and the caller
+        passes them so; nothing is divided here.
+
+    For `sigmoid` sums over an answer's tokens are the paper's loss. Means give its
+    length-normalised variant (TRL's `sigmoid_norm`), and means with references of 0 are
+    SimPO's loss (Meng et al., arXiv 2405.14734) without its target margin gamma.
+
+    `sft_weight` adds `sft_weight * NLL(chosen)`, in nats per token of that answer:
+    `-sft_weight * chosen_logps_P / chosen_lengths_P` (Pang et al., arXiv 2404.19733,
+    called RPO; `rpo_alpha` in older TRL, in 1.16 the loss type `sft`, which averages
+    over the tokens of the batch, where this and the paper average over each answer's).
+
+    Args:
+      chosen_logps_P: `[P]`, nats, policy's log-probability of the chosen answer.
+      rejected_logps_P: `[P]`, nats, policy's, rejected answer.
+      reference_chosen_logps_P: `[P]`, nats, reference's; no gradient flows into it.
+      reference_rejected_logps_P: `[P]`, nats, reference's; no gradient either.
+      beta: positive; how much a nat of the margin counts. Larger stays nearer to the
+        reference.
+      kind: `sigmoid` or `ipo`.
+      label_smoothing: in [0, 0.5), for `sigmoid` alone.
+      sft_weight: of the chosen answer's negative log-likelihood.
+      chosen_lengths_P: `[P]`, tokens that `chosen_logps_P` sums over; ones where it is
+        a mean. Needed with `sft_weight`; 0 counts as 1, so an empty answer has no NLL.
+
+    Returns:
+      `(loss_P, chosen_rewards_P, rejected_rewards_P)`, `[P]` each. Rewards are
+      `beta * r` of what was passed (of means if those were), without gradient; a pair
+      is ranked right where the chosen reward is the larger.
+    """
+    if kind not in ("sigmoid", "ipo"):
+        raise ValueError(f"kind must be 'sigmoid' or 'ipo', not {kind!r}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), not {label_smoothing}")
+    if kind == "ipo" and label_smoothing:
+        raise ValueError("label_smoothing must be 0 for kind 'ipo', which has none")
+    if sft_weight and chosen_lengths_P is None:
+        raise ValueError("sft_weight needs chosen_lengths_P")
+
+    chosen_ratio_P = _log_ratio(chosen_logps_P, reference_chosen_logps_P)
+    rejected_ratio_P = _log_ratio(rejected_logps_P, reference_rejected_logps_P)
+    margin_P = chosen_ratio_P - rejected_ratio_P
+    if kind == "sigmoid":
+        right_P = jax.nn.log_sigmoid(beta * margin_P)
+        wrong_P = jax.nn.log_sigmoid(-beta * margin_P)
+        loss_P = -(1 - label_smoothing) * right_P - label_smoothing * wrong_P
+    else:
+        loss_P = jnp.square(margin_P - 1 / (2 * beta))
+    if sft_weight:
+        lengths_P = jnp.maximum(chosen_lengths_P, 1)
+        loss_P -= sft_weight * _at_least_float32(chosen_logps_P) / lengths_P
+    chosen_rewards_P = jax.lax.stop_gradient(beta * chosen_ratio_P)
+    rejected_rewards_P = jax.lax.stop_gradient(beta * rejected_ratio_P)
+    return loss_P, chosen_rewards_P, rejected_rewards_P
+
+
+def _log_ratio(logps_P: jax.Array, reference_logps_P: jax.Array) -> jax.Array:
+    reference_logps_P = jax.lax.stop_gradient(_at_least_float32(reference_logps_P))
+    return jnp.subtract(_at_least_float32(logps_P), reference_logps_P)
 
 
 def _pick(values: jax.Array, ids: jax.Array) -> jax.Array:

@@ -2,7 +2,8 @@
 
 Plain text is data, and data is untrusted: `encode` never turns a special token's
 spelling inside a text, such as `<|im_end|>`, into that token. Text that a chat template
-wrote goes through `encode_with_special`, which does.
+wrote goes through `encode_with_special`, which does. `encode_chat` does the one to what
+the template wrote and the other to what it was given.
 
 Data workers are processes that import this file and receive tokenizers by pickle, so it
 does not import jax.
@@ -11,6 +12,7 @@ does not import jax.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -29,6 +31,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from mixcpt_jax import paths
 from mixcpt_jax.errors import InputError
 
+# The day on which training conversations take place; Llama 3's templates say it too.
+_TODAY = datetime(2024, 7, 26)
+
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 CHATML = (
@@ -45,7 +50,7 @@ class _JsonModel:
 
     def __init__(self, source: str):
         self.source = source
-        self._plain = self._build(special_as_text=True)
+        self._plain = self._build(source, special_as_text=True)
         vocabulary = self._plain.get_vocab(with_added_tokens=True)
         # Ids may have holes, so this is not the number of tokens.
         self.vocab_size = max(vocabulary.values()) + 1
@@ -53,8 +58,9 @@ class _JsonModel:
     def __reduce__(self):
         return _JsonModel, (self.source,)
 
-    def _build(self, special_as_text: bool) -> tokenizers.Tokenizer:
-        model = tokenizers.Tokenizer.from_str(self.source)
+    @staticmethod
+    def _build(source: str, special_as_text: bool) -> tokenizers.Tokenizer:
+        model = tokenizers.Tokenizer.from_str(source)
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = special_as_text
@@ -63,13 +69,49 @@ class _JsonModel:
     @functools.cached_property
     def _special(self) -> tokenizers.Tokenizer:
         # A second copy, because switching the flag back and forth is not thread-safe.
-        return self._build(special_as_text=False)
+        return self._build(self.source, special_as_text=False)
+
+    @functools.cached_property
+    def _after_mark(self) -> tokenizers.Tokenizer:
+        return self._without_leading_space(after_mark=True)
+
+    @functools.cached_property
+    def _after_text(self) -> tokenizers.Tokenizer:
+        return self._without_leading_space(after_mark=False)
+
+    def _without_leading_space(self, after_mark: bool) -> tokenizers.Tokenizer:
+        raw = json.loads(self.source)
+        steps = {
+            key: _drop_leading_space(raw.get(key), after_mark)
+            for key in ("normalizer", "pre_tokenizer")
+        }
+        if all(raw.get(key) == step for key, step in steps.items()):
+            return self._plain
+        return self._build(json.dumps(raw | steps), special_as_text=True)
+
+    @functools.cached_property
+    def marks(self) -> tuple[re.Pattern, list[int]]:
+        """See `_marks`."""
+        added = self._plain.get_added_tokens_decoder()
+        return _marks(
+            {
+                token_id: (r"\s*" if token.lstrip else "")
+                + re.escape(token.content)
+                + (r"\s*" if token.rstrip else "")
+                for token_id, token in added.items()
+                if token.content.strip()
+            }
+        )
 
     def encode(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def encode_with_special(self, text: str) -> list[int]:
         return self._special.encode(text, add_special_tokens=False).ids
+
+    def encode_next(self, text: str, after_mark: bool) -> list[int]:
+        model = self._after_mark if after_mark else self._after_text
+        return model.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -127,6 +169,31 @@ class _SentencePieceModel:
         for part in re.split(f"({pattern})", text):
             ids += [special[part]] if part in special else self._model.encode(part)
         return ids
+
+    @functools.cached_property
+    def _after_text(self) -> sentencepiece.SentencePieceProcessor:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self.source)
+        proto.normalizer_spec.add_dummy_prefix = False
+        model = sentencepiece.SentencePieceProcessor()
+        model.LoadFromSerializedProto(proto.SerializeToString())
+        return model
+
+    @functools.cached_property
+    def marks(self) -> tuple[re.Pattern, list[int]]:
+        """See `_marks`."""
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self.source)
+        piece = proto.SentencePiece
+        return _marks(
+            {
+                i: re.escape(token.piece)
+                for i, token in enumerate(proto.pieces)
+                if token.type in (piece.CONTROL, piece.USER_DEFINED)
+                and token.piece.strip("▁ ")
+            }
+        )
+
+    def encode_next(self, text: str, after_mark: bool) -> list[int]:
+        return (self._model if after_mark else self._after_text).encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts))
@@ -226,19 +293,200 @@ class Tokenizer:
         Raises:
           InputError: the template is malformed or refuses the messages.
         """
+        return self._render(messages, add_generation_prompt)
+
+    def _render(self, messages, add_generation_prompt: bool, **variables) -> str:
         ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
         try:
             return _compile(self.chat_template or CHATML).render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
                 **{
                     f"{name}_token": self.model.id_to_token(token_id)
                     for name, token_id in ids.items()
                     if token_id is not None
                 },
+                **variables,
             )
-        except jinja2.TemplateError as error:
-            raise InputError(f"chat template: {error}") from error
+        except Exception as error:  # A template can raise whatever Python can.
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"chat template: {reason}; mend the messages or the template"
+            ) from error
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Encodes a conversation and says which tokens the assistant writes in it.
+
+        Those are, of every assistant's turn, all that follows the generation prompt,
+        up to and with the first special token behind the content, which ends the turn.
+
+        Tokens are cut where generation cuts them: the prompt of each response is
+        encoded by itself, and the response goes on from there. So the tokens of
+        `messages[:n]` with a generation prompt are the first ones of the tokens of
+        `messages`. Apart from these cuts they are those of `encode_with_special` on
+        the rendered text, except that what the messages say is plain text: only the
+        template's own text makes special tokens, BOS among them. To know one from the
+        other, the template is rendered a second time with placeholders for contents.
+
+        Templates that print today's date print that of `_TODAY`, lest the tokens
+        change from day to day.
+
+        Args:
+          messages: dicts with `role` and `content`.
+          add_generation_prompt: end with the opening of an assistant's turn.
+
+        Returns:
+          (ids, whether the assistant writes the token).
+
+        Raises:
+          InputError: the template is malformed, refuses the messages, or does not
+            render a conversation as a growing text; or a message has the text of a
+            special token that the tokenizer cannot take for text.
+        """
+        messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+        text = self._render_stable(messages, add_generation_prompt)
+        spans = self._content_spans(messages, text, add_generation_prompt)
+        turns = self._assistant_turns(messages, text, spans)
+        marks = self._find_marks(text, spans, [start for start, *_ in turns])
+        # (start, stop) of what is learnt: ends with the token that ends the turn.
+        learnt = []
+        for start, content_stop, stop in turns:
+            ends = [end for at, end, _ in marks if content_stop <= at and end <= stop]
+            if not ends:
+                raise InputError(
+                    "chat template: no special token ends the assistant's turn (found "
+                    f"{text[content_stop:stop]!r} behind its content), so the model "
+                    "would never learn to stop; use a template that writes one the "
+                    "vocabulary has, such as eos_token"
+                )
+            learnt.append((start, ends[0]))
+        return self._encode_spans(text, marks, learnt)
+
+    def _render_stable(self, messages, add_generation_prompt: bool) -> str:
+        return self._render(
+            messages, add_generation_prompt, strftime_now=_TODAY.strftime
+        )
+
+    def _content_spans(self, messages, text: str, add_generation_prompt: bool):
+        """Where `text` has which message's content: (start, stop, message), in order.
+
+        Contents may be trimmed. Blank ones are left out; nothing hides in them.
+        """
+        marked = [
+            message | {"content": f"\ufdd0{i}\ufdd1"}
+            if message["content"].strip()
+            else message
+            for i, message in enumerate(messages)
+        ]
+        skeleton = self._render_stable(marked, add_generation_prompt)
+        first, *rest = re.split("\ufdd0(\\d+)\ufdd1", skeleton)
+        spans = []
+        at = len(first) if text.startswith(first) else -1
+        for number, following in zip(rest[::2], rest[1::2], strict=True):
+            content = messages[int(number)]["content"]
+            variants = (content, content.strip(), content.rstrip(), content.lstrip())
+            for variant in variants:
+                stop = at + len(variant)
+                if at >= 0 and text.startswith(variant + following, at):
+                    spans.append((at, stop, int(number)))
+                    at = stop + len(following)
+                    break
+            else:
+                at = -1
+        if at != len(text):
+            raise InputError(
+                "chat template: what it writes around messages or makes of them depends "
+                "on what they say (it may cut thinking out of earlier turns); mend the "
+                "messages or use a template that writes them as they are"
+            )
+        return spans
+
+    def _assistant_turns(self, messages, text: str, spans):
+        """Per response: ends of its prompt, its content and its turn in `text`."""
+        turns, before = [], 0
+        places = {number: (start, stop) for start, stop, number in spans}
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                before = max(before, places.get(number, (0, 0))[1])
+                continue
+            prompt = self._render_stable(messages[:number], True)
+            turn = self._render_stable(messages[: number + 1], False)
+            for shorter, what in ((prompt, "prompt"), (turn, "turn")):
+                if not text.startswith(shorter):
+                    differ = (a != b for a, b in zip(shorter, text, strict=False))
+                    at = next((i for i, d in enumerate(differ) if d), len(text))
+                    here = slice(at, at + 40)
+                    raise InputError(
+                        f"chat template: the {what} of messages[{number}] is not how "
+                        f"the whole conversation begins: {shorter[here]!r} against "
+                        f"{text[here]!r}; use a template that rewrites no earlier turns"
+                    )
+            if [n for *_, n in spans].count(number) != 1:
+                raise InputError(
+                    f"chat template: it does not write the content of "
+                    f"messages[{number}] exactly once; use another template"
+                )
+            start, stop = places[number]
+            lead = text[len(prompt) : start]
+            if not before <= len(prompt) <= start or stop > len(turn):
+                raise InputError(
+                    f"chat template: it writes messages[{number}] out of order; use "
+                    "another template"
+                )
+            if lead.strip() and prompt == self._render_stable(messages[:number], False):
+                raise InputError(
+                    f"chat template: it ignores add_generation_prompt, yet writes "
+                    f"{lead!r} before a response; let it write that when "
+                    "add_generation_prompt is true"
+                )
+            turns.append((len(prompt), stop, len(turn)))
+            before = stop
+        return turns
+
+    def _find_marks(self, text: str, spans, cuts) -> list[tuple[int, int, int]]:
+        """Special tokens that the template wrote: (start, stop, id), in order."""
+        pattern, ids = self.model.marks
+        edges = {0, len(text), *cuts}
+        edges.update(edge for start, stop, _ in spans for edge in (start, stop))
+        contents = {start for start, stop, _ in spans if stop > start}
+        return [
+            (*match.span(), ids[match.lastindex - 1])
+            for start, stop in itertools.pairwise(sorted(edges))
+            if start not in contents
+            for match in pattern.finditer(text, start, stop)
+        ]
+
+    def _encode_spans(self, text: str, marks, learnt) -> tuple[list[int], list[bool]]:
+        known = {start: token_id for start, _, token_id in marks}
+        after_mark = {stop for _, stop, _ in marks}
+        names = set(known.values())
+        edges = {0, len(text), *known, *after_mark, *(start for start, _ in learnt)}
+        ids, mask = [], []
+        for start, stop in itertools.pairwise(sorted(edges)):
+            if start in known:
+                part = [known[start]]
+            elif start == 0:
+                part = self.model.encode(text[:stop])
+            else:
+                part = self.model.encode_next(text[start:stop], start in after_mark)
+            if start not in known and names.intersection(part):
+                token = self.model.id_to_token(min(names.intersection(part)))
+                raise InputError(
+                    f"a message has {token!r} in it, which the chat template uses and "
+                    "the tokenizer cannot take for text; drop the record or mark the "
+                    "token as special in the tokenizer"
+                )
+            ids += part
+            mask += [any(a <= start < b for a, b in learnt)] * len(part)
+        if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
+            raise InputError(
+                "chat template: it begins with the BOS token twice; take one out"
+            )
+        return ids, mask
 
     def save(self, folder: str) -> None:
         """Writes the files from which transformers' AutoTokenizer builds its own."""
@@ -381,6 +629,42 @@ def _chat_template(config: dict[str, Any], file: epath.Path) -> str | None:
     if isinstance(template, list):  # Several named templates.
         template = {t["name"]: t["template"] for t in template}.get("default")
     return template
+
+
+def _marks(spellings: dict[int, str]) -> tuple[re.Pattern, list[int]]:
+    """Finds tokens that are taken out of a text whole, before the rest is cut up.
+
+    Returns:
+      (pattern, ids): where group `i + 1` matches stands token `ids[i]`.
+    """
+    longest_first = sorted(spellings, key=lambda i: -len(spellings[i]))
+    pattern = "|".join(f"({spellings[i]})" for i in longest_first)
+    return re.compile(pattern or "(?!)"), longest_first
+
+
+def _drop_leading_space(step: dict | None, after_mark: bool) -> dict | None:
+    """A step of `tokenizer.json` that puts no space before text within a text.
+
+    Args:
+      step: a normalizer or a pre-tokenizer.
+      after_mark: what the library itself does after an added token; otherwise the text
+        goes on from other text.
+    """
+    match step:
+        case {"type": "Sequence"}:
+            key = "normalizers" if "normalizers" in step else "pretokenizers"
+            steps = (_drop_leading_space(part, after_mark) for part in step[key])
+            return step | {key: [part for part in steps if part is not None]}
+        case {"type": "Metaspace"} if (
+            not after_mark or step.get("prepend_scheme") == "first"
+        ):
+            step = {k: v for k, v in step.items() if k != "add_prefix_space"}
+            return step | {"prepend_scheme": "never"}
+        case {"type": "Prepend"} if not after_mark:
+            return None
+        case {"type": "ByteLevel"} if not after_mark:
+            return step | {"add_prefix_space": False}
+    return step
 
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"

@@ -36,7 +36,7 @@ BAD = [
     ("model.remat", "some", "model.remat='some': one of none, dots, full"),
     ("sources.domain.path", "", "sources.domain.path='': a path"),
     ("sources.domain.weight", 0.0, "sources: none has a weight above 0"),
-    ("sources.domain.format", "chat", "sources.domain.format='chat': one of document"),
+    ("sources.domain.format", "poem", "sources.domain.format='poem': one of document"),
     ("sources.domain.lssd_weight", 0.0, "sources.domain: objective weights"),
     ("sources.domain.lssd_weight", "1", "sources.domain.lssd_weight='1'.*number"),
     ("sources.domain.holdout", -1, "sources.domain.holdout=-1: 0 or more"),

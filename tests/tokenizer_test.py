@@ -10,7 +10,14 @@ import gguf
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from mixcpt_jax import paths, tokenizer
 from mixcpt_jax.errors import InputError
@@ -472,6 +479,50 @@ def test_chat_template_errors(template, message, json_folder, tmp_path):
     loaded = with_template(json_folder, tmp_path, template)
     with pytest.raises(InputError, match=message):
         loaded.apply_chat_template([{"role": "system", "content": "Be brief."}])
+
+
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("space", ["sentencepiece", "prepend", "always", "first"])
+def test_a_response_goes_on_without_another_space(
+    space, sentencepiece_folder, json_folder, tmp_path
+):
+    """Tokenizers that put a space before a text do not put one inside of it."""
+    if space == "sentencepiece":
+        loaded = with_template(sentencepiece_folder, tmp_path, INST)
+    else:
+        letters = [*"▁[]/INSTHello,2+?=4"]
+        words = {"<s>": 0, "</s>": 1}
+        for token in [*letters, "▁H", "▁4"]:
+            words.setdefault(token, len(words))
+        bpe = tokenizers.Tokenizer(models.BPE(words, [("▁", "H"), ("▁", "4")]))
+        bpe.add_special_tokens(["<s>", "</s>"])
+        if space == "prepend":
+            bpe.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            )
+        else:
+            bpe.pre_tokenizer = pre_tokenizers.Metaspace(
+                prepend_scheme=space, split=False
+            )
+        bpe.save(str(tmp_path / "tokenizer.json"))
+        names = {"bos_token": "<s>", "eos_token": "</s>"}
+        edit_tokenizer_config(tmp_path, chat_template=INST, **names)
+        loaded = tokenizer.load(str(tmp_path))
+    messages = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4"},
+    ]
+    ids, mask = loaded.encode_chat(messages * 2)
+    assert ids == loaded.encode_with_special(loaded.apply_chat_template(messages * 2))
+    learnt = [loaded.model.id_to_token(i) for i, m in zip(ids, mask) if m]
+    assert "".join(learnt) == "▁4</s>" * 2
+    assert ids.count(loaded.bos_id) == 2
 
 
 def test_bad_files(json_folder, tmp_path):

@@ -1,7 +1,8 @@
 """Records to examples: the tokens of a text and which of them are learnt.
 
 Continual pre-training reads everything as plain text: no chat template, no role
-names, a loss on every token. Chat formats belong to format alignment, later.
+names, a loss on every token. Format alignment comes after it and reads conversations,
+which the tokenizer's chat template writes and of which the assistant's turns are learnt.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +23,10 @@ FIELDS = {
     "document": ("text",),
     "instruction": ("instruction", "input", "output", "prompt", "response"),
     "preference": ("prompt", "chosen", "rejected"),
+    "chat": ("messages", "instruction", "input", "output", "prompt", "response"),
+    "chat_preference": ("prompt", "chosen", "rejected"),
 }
+ROLES = ("system", "user", "assistant")
 PREFERENCE_SIDES = ("chosen", "rejected", "both")
 
 # What stands between a question and its answer, as between two paragraphs.
@@ -97,6 +102,21 @@ def _open_examples(folder: str) -> Examples:
     )
 
 
+class Pair(NamedTuple):
+    """A preference: two conversations that begin with the same prompt.
+
+    Attributes:
+      chosen, rejected: int32 [tokens], prompt and all.
+      chosen_mask, rejected_mask: bool, same shapes; the assistant's tokens after the
+        prompt.
+    """
+
+    chosen: np.ndarray
+    chosen_mask: np.ndarray
+    rejected: np.ndarray
+    rejected_mask: np.ndarray
+
+
 def encode(
     records: Iterable[Record],
     format: str,
@@ -104,7 +124,11 @@ def encode(
     fields: Mapping[str, str] | None = None,
     preference_side: str = "chosen",
 ) -> Examples:
-    """Turns records into examples: [BOS if the tokenizer adds it] + text + [end].
+    """Turns records into examples.
+
+    Plain texts become [BOS if the tokenizer adds it] + text + [end], all learnt but BOS.
+    Conversations become what the tokenizer's chat template makes of them and no more;
+    learnt is what the assistant writes, the token that ends its turn with it.
 
     Args:
       records: see `sources.read`; they are read once and not kept.
@@ -112,23 +136,154 @@ def encode(
         'document': its `text`;
         'instruction': `instruction`, `input` if there is one, and `output`, or
         `prompt` and `response`, with a blank line between;
-        'preference': `prompt` and the answer of `preference_side`, likewise.
-      tokenizer: has `encode_batch`, `add_bos`, `bos_id` and `end_of_document_id`.
+        'preference': `prompt` and the answer of `preference_side`, likewise;
+        'chat': `messages`, a list of `{role, content}` whose role is system, user or
+        assistant (other keys are not read), or else the fields of 'instruction' as a
+        user's message and the assistant's.
+      tokenizer: has `encode_batch`, `add_bos`, `bos_id` and `end_of_document_id`; for
+        'chat' `encode_chat`.
       fields: our field name -> the source's name for it, where they differ.
       preference_side: 'chosen', 'rejected', or 'both' for two examples a record.
 
     Raises:
       InputError: an unknown format, side or field name; a record that lacks a field,
-        or whose field is not a string or is blank (`input` may be).
+        or whose field is not a string or is blank (`input` and a system message may
+        be); a conversation without an assistant's turn, or which the chat template
+        cannot write.
     """
     fields = dict(fields or {})
     _check_settings(format, fields, preference_side)
+    if format == "chat_preference":
+        raise InputError(
+            "format 'chat_preference' makes pairs, which are no examples of a mixture; "
+            "use `chat_pair`, or format 'preference' for plain text"
+        )
+    if format == "chat":
+        return Examples.collect(
+            _encode_chat(_conversation(record, fields), tokenizer, record.place)
+            for record in records
+        )
     texts = (
         text
         for record in records
         for text in _texts(record, format, fields, preference_side)
     )
     return Examples.collect(_tokenize(texts, tokenizer))
+
+
+def chat_pair(
+    record: Record, tokenizer, fields: Mapping[str, str] | None = None
+) -> Pair:
+    """Encodes a preference between two ways on from one prompt.
+
+    Args:
+      record: `prompt` is a user's message or a list of messages; `chosen` and
+        `rejected` are the assistant's message or lists of messages that end with one,
+        with or without the prompt's messages before them. Every turn of the assistant
+        after the prompt counts.
+      tokenizer: has `encode_chat`.
+      fields: our field name -> the source's name for it, where they differ.
+
+    Raises:
+      InputError: see `encode`, format 'chat'; also if the prompt ends with the
+        assistant's message.
+    """
+    fields = dict(fields or {})
+    _check_settings("chat_preference", fields, "both")
+
+    def read(name: str, role: str) -> list[dict[str, str]]:
+        name = fields.get(name, name)
+        if isinstance(record.fields.get(name), list):
+            return _read_messages(record, name)
+        return [{"role": role, "content": _read_field(record, name, "a list or ")}]
+
+    prompt = read("prompt", "user")
+    if prompt[-1]["role"] == "assistant":
+        raise InputError(
+            f"{record.place}: field {fields.get('prompt', 'prompt')!r} ends with the "
+            "assistant's message; end it with the user's"
+        )
+    arrays = []
+    for side in PREFERENCE_SIDES[:2]:
+        answer = read(side, "assistant")
+        if answer[-1]["role"] != "assistant":
+            raise InputError(
+                f"{record.place}: field {fields.get(side, side)!r} ends with a message "
+                f"of role {answer[-1]['role']!r}; end it with the assistant's"
+            )
+        if answer[: len(prompt)] == prompt:
+            answer = answer[len(prompt) :]
+        ids, mask = _encode_chat([*prompt, *answer], tokenizer, record.place)
+        # The assistant's turns within the prompt are given, as all of the prompt is.
+        opening, _ = _encode_chat(prompt, tokenizer, record.place, True)
+        arrays += [np.array(ids, np.int32), np.array(mask, bool)]
+        arrays[-1][: len(opening)] = False
+    return Pair(*arrays)
+
+
+def _encode_chat(
+    messages: list[dict[str, str]], tokenizer, place: str, prompt: bool = False
+) -> tuple[list[int], list[bool]]:
+    try:
+        return tokenizer.encode_chat(messages, add_generation_prompt=prompt)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def _conversation(record: Record, fields: dict) -> list[dict[str, str]]:
+    name = fields.get("messages", "messages")
+    if name in record.fields:
+        messages = _read_messages(record, name)
+        if all(message["role"] != "assistant" for message in messages):
+            raise InputError(
+                f"{record.place}: field {name!r} has no message of the assistant, so "
+                "there is nothing to learn; drop the record"
+            )
+        return messages
+    if not any(_has(record, fields, name) for name in ("instruction", "prompt")):
+        found = ", ".join(sorted(record.fields)) or "none"
+        raise InputError(
+            f"{record.place}: no field {name!r}, 'instruction' or 'prompt' (found: "
+            f"{found}); map one with the source's `fields`"
+        )
+    *question, answer = _instruction(record, fields)
+    return [
+        {"role": "user", "content": _SEPARATOR.join(question)},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def _read_messages(record: Record, name: str) -> list[dict[str, str]]:
+    value = record.fields[name]
+    if not isinstance(value, list) or not value:
+        found = "empty" if value == [] else f"of type {type(value).__name__}"
+        raise InputError(
+            f"{record.place}: field {name!r} is {found}, a list of "
+            '{"role": ..., "content": ...} is wanted'
+        )
+    messages = []
+    for number, message in enumerate(value):
+        where = f"{name}[{number}]"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            found = (
+                f"has the keys {sorted(message)}"
+                if isinstance(message, dict)
+                else f"is of type {type(message).__name__}"
+            )
+            raise InputError(
+                f"{record.place}: {where} {found}, an object with role and content is "
+                "wanted"
+            )
+        role = message["role"]
+        if role not in ROLES:
+            raise InputError(
+                f"{record.place}: {where}.role is {role!r}; use one of {list(ROLES)}"
+            )
+        _check_text(
+            message["content"], f"{where}.content", record.place, role == "system"
+        )
+        messages.append({"role": role, "content": message["content"]})
+    return messages
 
 
 def _tokenize(texts: Iterator[str], tokenizer) -> Iterator[tuple[list, np.ndarray]]:
@@ -151,20 +306,29 @@ def _texts(record: Record, format: str, fields: dict, side: str) -> list[str]:
         sides = ("chosen", "rejected") if side == "both" else (side,)
         prompt = read("prompt")
         return [_SEPARATOR.join([prompt, read(answer)]) for answer in sides]
+    return [_SEPARATOR.join(_instruction(record, fields))]
+
+
+def _instruction(record: Record, fields: dict) -> list[str]:
+    """What is asked, in one or two parts, and the answer."""
+
+    def read(name: str) -> str:
+        return _read_field(record, fields.get(name, name))
+
     if _has(record, fields, "prompt") and not _has(record, fields, "instruction"):
-        return [_SEPARATOR.join([read("prompt"), read("response")])]
+        return [read("prompt"), read("response")]
     parts = [read("instruction")]
     # Many instruction sets have the field in every record and leave it blank.
     if record.fields.get(fields.get("input", "input")):
         parts.append(read("input"))
-    return [_SEPARATOR.join([*parts, read("output")])]
+    return [*parts, read("output")]
 
 
 def _has(record: Record, fields: dict, name: str) -> bool:
     return fields.get(name, name) in record.fields
 
 
-def _read_field(record: Record, name: str) -> str:
+def _read_field(record: Record, name: str, also: str = "") -> str:
     if name not in record.fields:
         found = ", ".join(sorted(record.fields)) or "none"
         raise InputError(
@@ -172,21 +336,27 @@ def _read_field(record: Record, name: str) -> str:
             "source's `fields`"
         )
     value = record.fields[name]
+    _check_text(value, f"field {name!r}", record.place, also=also)
+    return value
+
+
+def _check_text(
+    value: Any, what: str, place: str, may_be_blank: bool = False, also: str = ""
+) -> None:
     if not isinstance(value, str):
         raise InputError(
-            f"{record.place}: field {name!r} is of type {type(value).__name__}, "
-            "a string is wanted"
+            f"{place}: {what} is of type {type(value).__name__}, "
+            f"{also}a string is wanted"
         )
     try:
         value.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{record.place}: field {name!r} has half of a surrogate pair, which is no "
+            f"{place}: {what} has half of a surrogate pair, which is no "
             "text; drop the record"
         ) from None
-    if not value.strip():
-        raise InputError(f"{record.place}: field {name!r} is blank; drop the record")
-    return value
+    if not value.strip() and not may_be_blank:
+        raise InputError(f"{place}: {what} is blank; drop the record")
 
 
 def _check_settings(format: str, fields: dict, preference_side: str) -> None:
