@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import head_cpu, head_forms
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import fused, hlo, losses, model, optim, sharding, steps
+from mixcpt_jax import fused, hlo, losses, model, optim, phase, sharding, steps
 
 GIB = 2**30
 
@@ -166,12 +166,15 @@ def print_collectives() -> None:
 def print_steps() -> None:
     chip = CHIPS["v5e"]
     gathered = functools.partial(fused.head_loss, vocab_parallel=False)
+    lora = model.Lora(16, 16.0, model.LORA_TARGETS)
     rows = [
-        ("plain CE, dense head", dense_head, False, 1),
-        ("LSSD, dense head", dense_head, True, 1),
-        ("LSSD, unembedding gathered", gathered, True, 1),
-        ("LSSD, vocabulary-parallel", fused.head_loss, True, 1),
-        ("LSSD, vocabulary-parallel", fused.head_loss, True, 2),
+        ("plain CE, dense head", dense_head, False, 1, None),
+        ("LSSD, dense head", dense_head, True, 1, None),
+        ("LSSD, unembedding gathered", gathered, True, 1, None),
+        ("LSSD, vocabulary-parallel", fused.head_loss, True, 1, None),
+        ("LSSD, vocabulary-parallel", fused.head_loss, True, 2, None),
+        ("plain CE, adapters of rank 16", fused.head_loss, False, 2, lora),
+        ("LSSD, adapters of rank 16", fused.head_loss, True, 2, lora),
     ]
     print(
         "\nWhole step, Llama-3-8B on v5e:4x4, FSDP over 16 chips, 4,096 tokens a "
@@ -182,17 +185,17 @@ def print_steps() -> None:
         "| roofline s | schedule s | GiB sent a chip |"
     )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name, head_loss, has_teacher, sequences in rows:
+    for name, head_loss, has_teacher, sequences, lora in rows:
         row = f"| {name} | {sequences} "
         try:
             compiled = compile_step(
-                LLAMA_3_8B, "v5e:4x4", head_loss, has_teacher, sequences, 4096
+                LLAMA_3_8B, "v5e:4x4", head_loss, has_teacher, sequences, 4096, lora
             )
         except jax.errors.JaxRuntimeError as error:
             print(row + f"| does not fit: {needed_memory(error)} |||||", flush=True)
             continue
         module = hlo.Module(compiled.as_text())
-        needed = needed_flops(LLAMA_3_8B, has_teacher) * sequences * 4096
+        needed = needed_flops(LLAMA_3_8B, has_teacher, lora) * sequences * 4096
         sent = sum(collective.num_bytes for collective in module.collectives)
         print(
             row + f"| {compiled.memory_analysis().peak_memory_in_bytes / GIB:.2f} "
@@ -236,23 +239,20 @@ def compile_step(
     has_teacher: bool,
     sequences_per_chip: int,
     length: int,
+    lora: model.Lora | None = None,
 ) -> jax.stages.Compiled:
     """The training step of `steps`, sharded over `fsdp`, from shapes alone."""
     mesh = sharding.make_topology_mesh(topology, {"data": 1, "fsdp": -1, "tensor": 1})
-    param_shardings = sharding.shardings(mesh, model.param_axes(config))
     replicated = sharding.replicated(mesh)
-
-    def place(arrays, shardings):
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            arrays,
-            shardings,
-        )
-
-    params = place(model.abstract_params(config), param_shardings)
-    teacher = place(model.abstract_params(config, jnp.bfloat16), param_shardings)
+    params = phase.abstract_params(config, mesh, "float32")
+    if lora:
+        params = phase.abstract_adapters(config, lora, mesh, "float32")
+    frozen = None
+    if has_teacher or lora:
+        frozen = phase.abstract_params(config, mesh, "bfloat16")
+    param_shardings = jax.tree.map(lambda x: x.sharding, params)
     transforms, schedule = optim.make_optimizer(config_lib.default().optimizer, 1000)
-    opt_state = place(
+    opt_state = sharding.place(
         jax.eval_shape(transforms.init, params),
         optim.state_shardings(transforms, params, param_shardings, replicated),
     )
@@ -270,13 +270,14 @@ def compile_step(
         key: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
         for key, dtype in dtypes.items()
     }
-    train_step = steps.make_train_step(
-        model.make_forward(config, jnp.bfloat16, "full"),
+    objective = steps.token_objective(
+        model.make_forward(config, jnp.bfloat16, "full", lora),
         model.make_forward(config, jnp.bfloat16) if has_teacher else None,
-        transforms,
-        schedule,
         ("all",),
-        head_loss=head_loss,
+        head_loss,
+    )
+    train_step = steps.make_train_step(
+        objective, transforms, schedule, has_adapters=lora is not None
     )
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     with jax.set_mesh(mesh):
@@ -287,7 +288,7 @@ def compile_step(
                 out_shardings=(state_shardings, replicated),
                 compiler_options=steps.COMPILER_OPTIONS["tpu"],
             )
-            .lower(state, teacher if has_teacher else None, batch)
+            .lower(state, frozen, batch)
             .compile()
         )
 
@@ -324,14 +325,21 @@ def dense_head(
     return jnp.sum(weights.ntp * ntp + weights.lssd * lssd), statistics
 
 
-def needed_flops(config: model.ModelConfig, has_teacher: bool) -> int:
-    """Per token, matrix products alone: 2 for each weight of each pass over it."""
+def needed_flops(
+    config: model.ModelConfig, has_teacher: bool, lora: model.Lora | None = None
+) -> int:
+    """Per token, matrix products alone: 2 for each weight of each pass over it.
+
+    With adapters the gradients of the weights are not needed; the adapters' own
+    products are left out.
+    """
     heads = config.num_heads + config.num_kv_heads
     attention = 2 * config.hidden_size * heads * config.head_size
     projection = config.hidden_size * config.mlp_size
     layer = attention + 3 * projection
-    passes = 4 * layer - projection + (layer if has_teacher else 0)
-    head = (4 if has_teacher else 3) * config.hidden_size * config.vocab_size
+    passes = (3 if lora else 4) * layer - projection + (layer if has_teacher else 0)
+    head_passes = (2 if lora else 3) + (1 if has_teacher else 0)
+    head = head_passes * config.hidden_size * config.vocab_size
     return 2 * (config.num_layers * passes + head)
 
 

@@ -85,11 +85,13 @@ def make_jax_step(config, student, teacher, ids):
     transforms, schedule = optim.make_optimizer(config, num_steps=1000)
     train_step = jax.jit(
         steps.make_train_step(
-            model.make_forward(SMOLLM2, remat="dots"),
-            model.make_forward(SMOLLM2),
+            steps.token_objective(
+                model.make_forward(SMOLLM2, remat="dots"),
+                model.make_forward(SMOLLM2),
+                ("all",),
+            ),
             transforms,
             schedule,
-            ("all",),
         ),
         donate_argnums=0,
         compiler_options=steps.COMPILER_OPTIONS[jax.default_backend()],

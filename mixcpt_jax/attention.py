@@ -1,11 +1,11 @@
-"""Causal grouped-query attention within packed documents.
+"""Causal grouped-query attention within packed documents, and over a cache.
 
 On a TPU it is jax's splash attention kernel, which holds no scores in memory and skips
 the blocks that causality hides; elsewhere, and for shapes the kernel does not take, the
 same numbers come block by block from XLA.
 
-Shape suffixes: B batch rows, L row length, H query heads, G key-value heads, R query
-heads per key-value head, K head size.
+Shape suffixes: B batch rows, L row length, S cache slots, M keys looked at, H query
+heads, G key-value heads, R query heads per key-value head, K head size.
 """
 
 import jax
@@ -54,33 +54,89 @@ def in_blocks(
     and no `[L, L]` array of all heads exists at once. The division by the sum of the
     softmax comes after the product with the values.
     """
-    batch, length, heads, head_size = query_BxLxHxK.shape
-    groups = key_BxLxGxK.shape[2]
+    length = query_BxLxHxK.shape[1]
     mask_BxLxL = _mask(segment_ids_BxL, sliding_window)
-    query = query_BxLxHxK.reshape(batch, length, groups, heads // groups, head_size)
-    block = max(_MIN_QUERY_BLOCK, -(-length // _MAX_QUERY_BLOCKS))
-    outputs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        scores = jnp.einsum(
-            "blgrk,bmgk->bgrlm",
-            query[:, start:stop],
+    outputs = [
+        _mix(
+            query_BxLxHxK[:, start:stop],
             key_BxLxGxK[:, :stop],
-            preferred_element_type=jnp.float32,
-        )
-        scores = jnp.where(mask_BxLxL[:, None, None, start:stop, :stop], scores, -1e30)
-        scores -= jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-        weights = jnp.exp(scores)
-        mixed = jnp.einsum(
-            "bgrlm,bmgk->bgrlk",
-            weights.astype(value_BxLxGxK.dtype),
             value_BxLxGxK[:, :stop],
-            preferred_element_type=jnp.float32,
+            mask_BxLxL[:, start:stop, :stop],
         )
-        mixed /= weights.sum(-1)[..., None]
-        outputs.append(mixed.astype(value_BxLxGxK.dtype))
-    output_BxGxRxLxK = jnp.concatenate(outputs, axis=3)
-    return output_BxGxRxLxK.transpose(0, 3, 1, 2, 4).reshape(query_BxLxHxK.shape)
+        for start, stop in _query_blocks(length)
+    ]
+    return jnp.concatenate(outputs, axis=1)
+
+
+def attend_to_cache(
+    query_BxLxHxK: jax.Array,
+    key_BxSxGxK: jax.Array,
+    value_BxSxGxK: jax.Array,
+    positions_BxL: jax.Array,
+    sliding_window: int | None = None,
+) -> jax.Array:
+    """Softmax attention of new tokens over a cache, as `attend` otherwise.
+
+    Args:
+      key_BxSxGxK, value_BxSxGxK: slot `s` holds the token of position `s`. A token sees
+        the slots up to its own position, and of those the last `sliding_window`.
+      positions_BxL: the positions of the queries.
+
+    Returns:
+      `[B, L, H, K]` in the dtype of the queries.
+    """
+    dtype = query_BxLxHxK.dtype
+    query_BxLxHxK = query_BxLxHxK * jnp.asarray(query_BxLxHxK.shape[-1] ** -0.5, dtype)
+    slots_S = jnp.arange(key_BxSxGxK.shape[1])
+    distance_BxLxS = positions_BxL[:, :, None] - slots_S[None, None, :]
+    mask_BxLxS = distance_BxLxS >= 0
+    if sliding_window is not None:
+        mask_BxLxS &= distance_BxLxS < sliding_window
+    outputs = [
+        _mix(
+            query_BxLxHxK[:, start:stop],
+            key_BxSxGxK.astype(dtype),
+            value_BxSxGxK.astype(dtype),
+            mask_BxLxS[:, start:stop],
+        )
+        for start, stop in _query_blocks(query_BxLxHxK.shape[1])
+    ]
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _query_blocks(length: int) -> list[tuple[int, int]]:
+    block = max(_MIN_QUERY_BLOCK, -(-length // _MAX_QUERY_BLOCKS))
+    return [(at, min(at + block, length)) for at in range(0, length, block)]
+
+
+def _mix(
+    query_BxLxHxK: jax.Array,
+    key_BxMxGxK: jax.Array,
+    value_BxMxGxK: jax.Array,
+    mask_BxLxM: jax.Array,
+) -> jax.Array:
+    """One block of queries, which come scaled, over all keys that are given."""
+    shape = query_BxLxHxK.shape
+    batch, length, heads, head_size = shape
+    groups = key_BxMxGxK.shape[2]
+    scores_BxGxRxLxM = jnp.einsum(
+        "blgrk,bmgk->bgrlm",
+        query_BxLxHxK.reshape(batch, length, groups, heads // groups, head_size),
+        key_BxMxGxK,
+        preferred_element_type=jnp.float32,
+    )
+    scores_BxGxRxLxM = jnp.where(mask_BxLxM[:, None, None], scores_BxGxRxLxM, -1e30)
+    peaks = jax.lax.stop_gradient(scores_BxGxRxLxM.max(-1, keepdims=True))
+    weights_BxGxRxLxM = jnp.exp(scores_BxGxRxLxM - peaks)
+    mixed_BxGxRxLxK = jnp.einsum(
+        "bgrlm,bmgk->bgrlk",
+        weights_BxGxRxLxM.astype(value_BxMxGxK.dtype),
+        value_BxMxGxK,
+        preferred_element_type=jnp.float32,
+    )
+    mixed_BxGxRxLxK /= weights_BxGxRxLxM.sum(-1)[..., None]
+    mixed_BxGxRxLxK = mixed_BxGxRxLxK.astype(value_BxMxGxK.dtype)
+    return mixed_BxGxRxLxK.transpose(0, 3, 1, 2, 4).reshape(shape)
 
 
 def splash(

@@ -1,17 +1,21 @@
 """Checkpoints with Orbax: what resumes a phase exactly, and hands over to the next.
 
 A checkpoint at step n holds everything the steps after n depend on: the items `params`
-and `optimizer` (step count and moments), and as metadata the config and a hash of each
-source. The data iterator's position is n itself, since the stream is a function of
-sources, seed and batch number; the hashes tell whether the sources are still the same.
-The next phase reads `params` alone. The frozen teacher is in no checkpoint: it is
-reloaded from where it came from.
+and `optimizer` (step count and moments), and as metadata the config, a hash of each
+source, and the provenance: what the phase started from and which files it read. The data
+iterator's position is n itself, since the stream is a function of sources, seed and batch
+number; the hashes tell whether the sources are still the same. The next phase reads
+`params` alone. The frozen model is in no checkpoint: it is reloaded from where it came
+from, and the provenance tells whether that is still the same.
 
 Saves are asynchronous and atomic: a checkpoint appears under its number when it is
 whole, so a kill leaves the last whole one in place.
 """
 
+import contextlib
 import json
+import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -70,6 +74,7 @@ class Checkpoints:
         step: int,
         config: dict[str, Any],
         sources: dict[str, str],
+        provenance: dict[str, Any],
         loss: float | None = None,
     ) -> None:
         """Starts a save and returns once the device's arrays are copied.
@@ -79,6 +84,7 @@ class Checkpoints:
           step: the checkpoint's number.
           config: written beside the arrays.
           sources: source name -> hash of its tokens, checked by `restore`.
+          provenance: `start`, also checked, and whatever else there is to know.
           loss: what `keep_best` compares.
         """
         self._checkpointer.save_checkpointables_async(
@@ -89,24 +95,43 @@ class Checkpoints:
             },
             force=True,
             metrics=None if loss is None else {"loss": loss},
-            custom_metadata={"config": json.dumps(config), "sources": sources},
+            custom_metadata={
+                "id": uuid.uuid4().hex,
+                "config": json.dumps(config),
+                "sources": sources,
+                "provenance": json.dumps(provenance),
+            },
         )
 
+    def wait(self) -> None:
+        """Returns when every save is on disk."""
+        self._checkpointer.wait()
+
     def restore(
-        self, abstract_state: TrainState, sources: dict[str, str]
+        self,
+        abstract_state: TrainState,
+        sources: dict[str, str],
+        provenance: dict[str, Any],
     ) -> TrainState:
         """Loads the newest checkpoint.
 
         Args:
           abstract_state: shapes, dtypes and shardings wanted.
           sources: as given to `save`.
+          provenance: as given to `save`.
 
         Raises:
-          InputError: a source no longer holds what the run was trained on.
+          InputError: a source no longer holds what the run was trained on, or
+            `init_from` is no longer what it started from.
         """
-        stored = self._checkpointer.checkpointables_metadata().custom_metadata[
-            "sources"
-        ]
+        metadata = self._checkpointer.checkpointables_metadata().custom_metadata
+        start = json.loads(metadata["provenance"])["start"]
+        if start != provenance["start"]:
+            raise InputError(
+                f"init_from: {self._folder} was trained from {start}, which is now "
+                f"{provenance['start']}; put that back, or start a new --workdir"
+            )
+        stored = metadata["sources"]
         for name in sorted(stored.keys() | sources.keys()):
             if stored.get(name) != sources.get(name):
                 raise InputError(
@@ -128,8 +153,28 @@ class Checkpoints:
         return TrainState(optimizer["step"], loaded["params"], optimizer["moments"])
 
 
+def phase_folder(folder: str) -> epath.Path:
+    """The phase's folder, of itself or of its `checkpoints`."""
+    path = paths.absolute(folder)
+    return path.parent if path.name == FOLDER else path
+
+
+def identity(folder: str) -> dict[str, Any]:
+    """`step` and `id` of a folder's newest checkpoint; no two saves have one id."""
+    with _newest(folder) as checkpointer:
+        metadata = checkpointer.checkpointables_metadata(None).custom_metadata
+        return {"step": checkpointer.latest.step, "id": metadata["id"]}
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    """The config that a folder's newest checkpoint was trained with."""
+    with _newest(folder) as checkpointer:
+        metadata = checkpointer.checkpointables_metadata(None).custom_metadata
+        return json.loads(metadata["config"])
+
+
 def load_params(folder: str, abstract_params: Any) -> Any:
-    """Reads only the parameters of a folder's newest checkpoint: the hand-over.
+    """Reads only the trained parameters of a folder's newest checkpoint.
 
     Args:
       folder: a phase's folder, or its `checkpoints`.
@@ -138,18 +183,27 @@ def load_params(folder: str, abstract_params: Any) -> Any:
     Raises:
       InputError: no checkpoint there, or of another model.
     """
-    path = paths.absolute(folder)
-    if (path / FOLDER).exists():
-        path = path / FOLDER
-    if not path.exists():
-        raise InputError(f"init_from={folder}: no such folder")
-    with ocp.training.Checkpointer(path) as checkpointer:
-        if checkpointer.latest is None:
-            raise InputError(f"init_from={folder}: no whole checkpoint in {path}")
+    with _newest(folder) as checkpointer:
         stored = checkpointer.checkpointables_metadata(None).metadata["params"]
         _check_same_model(stored, abstract_params, folder)
         loaded = checkpointer.load_checkpointables(None, {"params": abstract_params})
     return loaded["params"]
+
+
+@contextlib.contextmanager
+def _newest(folder: str) -> Iterator[ocp.training.Checkpointer]:
+    """Opens a folder that has a checkpoint, to read.
+
+    Raises:
+      InputError: it has none.
+    """
+    path = phase_folder(folder) / FOLDER
+    if not path.exists():
+        raise InputError(f"init_from={folder}: has no folder {path}")
+    with ocp.training.Checkpointer(path) as checkpointer:
+        if checkpointer.latest is None:
+            raise InputError(f"init_from={folder}: no whole checkpoint in {path}")
+        yield checkpointer
 
 
 def _check_same_model(stored: Any, wanted: Any, folder: str) -> None:

@@ -15,8 +15,19 @@ from ml_collections import config_dict
 from mixcpt_jax.errors import InputError
 
 OBJECTIVES = ("ntp", "lssd", "kd")
+FORMATS = ("document", "instruction", "preference", "chat", "chat_preference")
+
+# Stands for the folder of an earlier phase of the same run, in any path of a phase.
+_PHASE = "phase:"
 
 _CHOICES = {
+    "job": ("train", "select", "evaluate", "export"),
+    "objective.kind": ("tokens", "preference"),
+    "preference.loss": ("sigmoid", "ipo"),
+    "preference.reference": ("step", "precomputed"),
+    "select.method": ("perplexity", "format_alignment", "random"),
+    "data.overlong": ("split", "truncate", "drop", "refuse"),
+    "export.dtype": ("float32", "bfloat16", "float16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.teacher_dtype": ("float32", "bfloat16"),
@@ -33,6 +44,11 @@ _POSITIVE = (
     "train.log_every",
     "train.keep_last",
     "eval.batch_size",
+    "eval.max_new_tokens",
+    "preference.beta",
+    "lora.alpha",
+    "select.max_tokens",
+    "select.origin_share",
 )
 _NOT_NEGATIVE = (
     "data.num_workers",
@@ -49,6 +65,11 @@ _NOT_NEGATIVE = (
     "head.chunk_size",
     "head.block_size",
     "head.vocab_tile",
+    "preference.label_smoothing",
+    "preference.sft_weight",
+    "lora.rank",
+    "select.min_tokens",
+    "select.near_duplicates",
 )
 
 # What may change between two runs of one workdir without changing what is computed.
@@ -70,11 +91,15 @@ def default() -> ml_collections.ConfigDict:
     """Every key there is, with its default and its meaning."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    # The phase starts from the parameters of this checkpoint folder (a phase's
-    # `checkpoints`); empty: from the pretrained weights of `model.path`.
+    # What the phase does: train; select samples (see `select`); evaluate; export to a
+    # Hugging Face folder.
+    config.job = "train"
+    # The phase starts from the parameters of this phase's folder (its last checkpoint);
+    # empty: from the pretrained weights of `model.path`.
     config.init_from = ""
     # Names of phases run one after the other, each in its own folder under the workdir;
     # `overrides[name]` holds what differs in that phase. Empty: one phase, this config.
+    # Within a phase a path that begins with "phase:NAME" is in the folder of phase NAME.
     config.phases = ()
     config.overrides = ml_collections.ConfigDict()
 
@@ -84,6 +109,8 @@ def default() -> ml_collections.ConfigDict:
             "path": "",
             # Folder or file of the tokenizer; empty: where the model is.
             "tokenizer": "",
+            # File of a Jinja chat template; empty: the tokenizer's own, or ChatML.
+            "chat_template": "",
             "param_dtype": "float32",
             "compute_dtype": "bfloat16",
             "teacher_dtype": "bfloat16",
@@ -113,9 +140,36 @@ def default() -> ml_collections.ConfigDict:
         }
     )
 
-    # What a source's tokens count for, unless the source says otherwise.
+    # Low-rank adapters (LoRA). With a rank above 0 only they are trained, kept in
+    # checkpoints and in the optimizer; the frozen model under them is the teacher, or the
+    # reference, and is held once.
+    config.lora = ml_collections.ConfigDict(
+        {
+            "rank": 0,
+            "alpha": 16.0,  # the adapters' product is scaled by alpha / rank
+            "targets": ("query", "key", "value", "output", "gate", "up", "down"),
+        }
+    )
+
+    # What is learnt. Kind "tokens": each token counts for the weights below, unless its
+    # source says otherwise. Kind "preference": pairs of answers, see `preference`.
     config.objective = ml_collections.ConfigDict(
-        {"ntp_weight": 0.0, "lssd_weight": 1.0, "kd_weight": 0.0}
+        {"kind": "tokens", "ntp_weight": 0.0, "lssd_weight": 1.0, "kd_weight": 0.0}
+    )
+
+    # DPO and its relatives (`losses.preference_loss`), for objective.kind "preference".
+    # The reference is the frozen model that the phase starts from.
+    config.preference = ml_collections.ConfigDict(
+        {
+            "loss": "sigmoid",  # sigmoid: DPO; ipo
+            "beta": 0.1,
+            "label_smoothing": 0.0,  # share of pairs taken to be the wrong way round
+            "length_normalised": False,  # means over tokens for sums; ipo always does
+            "sft_weight": 0.0,  # of the chosen answer's NLL per token (RPO)
+            # Where the reference's log-probabilities come from: "step" runs it beside
+            # the policy, "precomputed" once over all pairs before the first step.
+            "reference": "step",
+        }
     )
 
     # The knowledge mixture: name -> source(...).
@@ -125,6 +179,10 @@ def default() -> ml_collections.ConfigDict:
             "row_length": 2048,  # tokens per row
             "batch_size": 8,  # rows per step over all devices
             "packing": "split",  # split: full rows; best_fit: documents kept whole
+            # Examples longer than a row, or pairs that do not fit one together: split
+            # (documents go on in the next row), truncate (cut at their end; of a pair
+            # each side to half of a row), drop, or refuse. All but refuse are counted.
+            "overlong": "split",
             "num_workers": 0,  # processes that build batches; 0: threads
         }
     )
@@ -164,8 +222,36 @@ def default() -> ml_collections.ConfigDict:
             "texts": ml_collections.ConfigDict(),
             # Multiple choice: name -> exam(...).
             "exams": ml_collections.ConfigDict(),
+            # Preference pairs: name -> source(format="chat_preference", ...). Like a
+            # text it may have a `holdout`: then the pairs that a source of the same
+            # path and holdout keeps out of training are measured.
+            "pairs": ml_collections.ConfigDict(),
+            # JSONL of {"prompt"} or {"messages"}: answered greedily before and after.
+            "prompts": "",
+            "max_new_tokens": 128,
         }
     )
+
+    # Which samples of the mixture go to format alignment (job "select").
+    config.select = ml_collections.ConfigDict(
+        {
+            "method": "format_alignment",  # perplexity, format_alignment or random
+            # Source -> how many of its samples are wanted.
+            "keep": ml_collections.ConfigDict(),
+            # Length of a sample in its chat format, in tokens; others are left out.
+            "min_tokens": 1,
+            "max_tokens": 1024,
+            # Samples at least so similar (Jaccard, of word 5-grams) to an earlier one
+            # are left out; 0: only exact copies are.
+            "near_duplicates": 0.8,
+            # Field that says where a sample comes from, and the largest share of the
+            # kept samples that may come from one place; 1: no limit.
+            "origin_field": "origin",
+            "origin_share": 1.0,
+        }
+    )
+
+    config.export = ml_collections.ConfigDict({"dtype": "bfloat16"})
     config.metrics = ml_collections.ConfigDict(
         {"tensorboard": True, "wandb_project": "", "progress": True}
     )
@@ -178,12 +264,14 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     path: a file, a folder, a glob or a comma-separated list of them; for reader
       "docstrings" names of installed packages.
     reader: "jsonl", "text" or "docstrings"; empty: from the file name.
-    format: "document", "instruction", "preference" or "chat".
+    format: "document", "instruction" or "preference", as plain text; "chat"; or
+      "chat_preference" for pairs.
     fields: names of the record's fields where they are not the format's own.
     preference_side: "chosen", "rejected" or "both" go into the plain text.
     weight: share of the mixture's tokens, relative to the other sources.
     max_records: only the first so many are read; 0: all.
-    holdout: records kept out of training and measured instead.
+    holdout: records kept out of training and measured instead. In `eval.texts` and
+      `eval.pairs`: only these records are measured.
     ntp_weight, lssd_weight, kd_weight: objectives on this source; None: the config's.
     """
     values = ml_collections.ConfigDict(
@@ -240,6 +328,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         _check_keys(entry, source(), f"sources.{name}.")
     for name, entry in config.eval.texts.items():
         _check_keys(entry, source(), f"eval.texts.{name}.")
+    for name, entry in config.eval.pairs.items():
+        _check_keys(entry, source(), f"eval.pairs.{name}.")
     for name, entry in config.eval.exams.items():
         _check_keys(entry, exam(), f"eval.exams.{name}.")
     for key, choices in _CHOICES.items():
@@ -270,6 +360,22 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         raise InputError(
             "metrics.wandb_project: wandb is not installed; pip install it"
         )
+    preference, lora = config.preference, config.lora
+    _check(
+        preference.label_smoothing < 0.5, config, "preference.label_smoothing", "< 0.5"
+    )
+    if preference.loss == "ipo" and preference.label_smoothing:
+        raise InputError(
+            "preference.label_smoothing: preference.loss=ipo has none; set it to 0"
+        )
+    unknown = sorted(set(lora.targets) - set(default().lora.targets))
+    if unknown or not lora.targets:
+        raise InputError(
+            f"lora.targets={tuple(lora.targets)}: some of "
+            f"{', '.join(default().lora.targets)} are wanted"
+        )
+    for key in ("near_duplicates", "origin_share"):
+        _check(config.select[key] <= 1, config, f"select.{key}", "at most 1")
     train = config.train
     if train.keep_best and not (
         train.eval_every
@@ -281,6 +387,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
             "of train.eval_every, both above 0, so that every checkpoint is measured"
         )
     _check_sources(config)
+    _check_formats(config)
+    _check_selection(config)
     _check_batch(config, num_devices)
 
 
@@ -316,6 +424,21 @@ def for_phase(
     return merged
 
 
+def resolve_phases(
+    config: ml_collections.ConfigDict, run_folder: str
+) -> ml_collections.ConfigDict:
+    """The same config with every "phase:NAME/..." a path under the run's folder."""
+
+    def resolve(value):
+        if isinstance(value, dict):
+            return {key: resolve(entry) for key, entry in value.items()}
+        if isinstance(value, str):
+            return value.replace(_PHASE, f"{run_folder}/")
+        return value
+
+    return ml_collections.ConfigDict(resolve(config.to_dict()))
+
+
 def first_difference(
     config: ml_collections.ConfigDict, stored: dict[str, Any]
 ) -> tuple[str, Any, Any] | None:
@@ -338,24 +461,28 @@ def _check_sources(config) -> None:
         raise InputError(
             "sources: none has a weight above 0; give at least one something to learn"
         )
-    for section in ("sources", "eval.texts"):
+    for section in ("sources", "eval.texts", "eval.pairs"):
         for name, entry in config[section].items():
             place = f"{section}.{name}"
             _check(bool(entry.path), config, f"{place}.path", "a path")
             for key in ("weight", "holdout", "max_records"):
                 _check(entry[key] >= 0, config, f"{place}.{key}", "0 or more")
             _check(
-                entry.format in ("document", "instruction", "preference", "chat"),
+                entry.format in FORMATS,
                 config,
                 f"{place}.format",
-                "one of document, instruction, preference, chat",
+                f"one of {', '.join(FORMATS)}",
             )
     for name, entry in config.sources.items():
-        if name == "eval" or (entry.holdout and name in config.eval.texts):
+        is_pair = entry.format == "chat_preference"
+        measured = config.eval.pairs if is_pair else config.eval.texts
+        if name == "eval" or (entry.holdout and name in measured):
             raise InputError(
                 f"sources.{name}: this name is taken by eval; choose another"
             )
         weights = objective_weights(config, name)
+        if config.objective.kind != "tokens":
+            continue
         if entry.weight and (min(weights.values()) < 0 or not any(weights.values())):
             raise InputError(
                 f"sources.{name}: objective weights {weights}: one must be above 0 and "
@@ -374,6 +501,50 @@ def _check_sources(config) -> None:
                 "a source whose reader is docstrings",
             )
             _check(entry.num_questions > 0, config, f"{place}.num_questions", "above 0")
+
+
+def _check_formats(config) -> None:
+    """Pairs are for preference objectives alone, and these for pairs alone."""
+    kind = config.objective.kind
+    for name, entry in config.sources.items():
+        is_pair = entry.format == "chat_preference"
+        if config.job == "train" and entry.weight and is_pair != (kind == "preference"):
+            raise InputError(
+                f"sources.{name}.format={entry.format!r} does not go with "
+                f"objective.kind={kind!r}: pairs ('chat_preference') are learnt with "
+                "'preference', all other formats with 'tokens'"
+            )
+    for section, is_pair in (("texts", False), ("pairs", True)):
+        for name, entry in config.eval[section].items():
+            _check(
+                (entry.format == "chat_preference") == is_pair,
+                config,
+                f"eval.{section}.{name}.format",
+                "chat_preference" if is_pair else "no chat_preference",
+            )
+    if kind == "preference" and config.data.overlong == "split":
+        raise InputError(
+            "data.overlong='split': a pair cannot be split; use truncate, drop or refuse"
+        )
+
+
+def _check_selection(config) -> None:
+    for name, count in config.select.keep.items():
+        place = f"select.keep.{name}"
+        if name not in config.sources:
+            raise InputError(
+                f"{place}: no such source; known: {', '.join(config.sources)}"
+            )
+        if not _same_type(count, 0) or count < 1:
+            raise InputError(f"{place}={count!r}: a number of samples is wanted")
+        _check(
+            config.sources[name].format in ("instruction", "preference", "chat"),
+            config,
+            f"sources.{name}.format",
+            "instruction, preference or chat (for select.keep)",
+        )
+    if config.job == "select" and not config.select.keep:
+        raise InputError("select.keep: names no source; say how many samples of which")
 
 
 def _check_batch(config, num_devices: int | None) -> None:

@@ -1,4 +1,5 @@
-"""What a model knows: perplexity and top-1 accuracy on text, and multiple choice.
+"""What a model knows and prefers: perplexity and top-1 accuracy on text, multiple choice,
+and which answer of a pair it finds likelier.
 
 Perplexity alone understates what logit swap self-distillation teaches: at its optimum
 the gold token is the top token with no more than the teacher's own confidence. So
@@ -6,19 +7,103 @@ accuracy always stands beside it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+import ml_collections
 import numpy as np
 
-from mixcpt_jax.data import mixture
+from mixcpt_jax import metrics, sample
+from mixcpt_jax import phase as phase_lib
+from mixcpt_jax.data import mixture, pipeline
 from mixcpt_jax.data.exams import Exam
 
 HostBatch = dict[str, np.ndarray]
+Score = Callable[[HostBatch], Mapping[str, Any]]
 
 
-def evaluate(
-    score: Callable[[HostBatch], Mapping[str, Any]],
+class Measure:
+    """Everything that a phase measures of given parameters, compiled once."""
+
+    def __init__(
+        self,
+        phase: phase_lib.Phase,
+        data: pipeline.Data,
+        references: Mapping[str, np.ndarray] | None = None,
+    ):
+        """
+        Args:
+          phase: whose evaluation settings and model it is.
+          data: what the phase reads.
+          references: "pairs/NAME" -> the reference's log-probabilities of the examples
+            of `data.pairs[NAME]`; without them pairs have no rewards.
+        """
+        self._config = phase.config
+        self._data = data
+        self._references = references or {}
+        self._score = phase.eval_step(phase.lora)
+        self._sampler = sample.Sampler(
+            phase.model_config,
+            phase.tokenizer,
+            compute_dtype=phase.config.model.compute_dtype,
+            lora=phase.lora,
+        )
+
+    def __call__(self, params) -> dict[str, float]:
+        """Runs `measure` on the whole parameters, adapters and all."""
+
+        def score(batch):
+            return self._score(params, batch)
+
+        data, batch_size = self._data, self._config.eval.batch_size
+        results = measure(score, data.texts, data.exams, batch_size)
+        for name, rows in data.pairs.items():
+            results |= compare_pairs(
+                name,
+                sums_per_example(score, rows, batch_size),
+                self._references.get(f"pairs/{name}"),
+                self._config.preference.beta,
+            )
+        return results
+
+    def answers(self, params) -> list[str]:
+        """Greedy answers to the phase's prompts."""
+        if not self._data.prompts:
+            return []
+        return self._sampler.chat(
+            params, self._data.prompts, self._config.eval.max_new_tokens
+        )
+
+
+def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str, Any]:
+    """The job "evaluate": measures what the phase starts from.
+
+    Returns:
+      What `results.json` holds: `after`, as of a training phase.
+
+    Raises:
+      InputError: config, data, weights or workdir are wrong.
+    """
+    results = phase_lib.finished(config, workdir)
+    if results is not None:
+        return results
+    phase = phase_lib.start(config, workdir, name)
+    data = phase.load_data()
+    with jax.set_mesh(phase.mesh):
+        params = phase.starting_params(phase.config.model.param_dtype)
+        measures = Measure(phase, data)
+        results = {"before": None, "after": measures(params)}
+        with metrics.Writer(
+            phase.folder, phase.config.metrics, -1, {}, jax.process_index() == 0
+        ) as writer:
+            writer.write(0, {f"eval/{k}": v for k, v in results["after"].items()})
+            writer.write_samples(0, data.prompts, measures.answers(params))
+    return phase.finish(results)
+
+
+def measure(
+    score: Score,
     texts: Mapping[str, mixture.PackedRows],
     exams: Mapping[str, Exam],
     batch_size: int,
@@ -38,21 +123,73 @@ def evaluate(
     """
     results = {}
     for name, rows in texts.items():
-        loss, correct, count = _sums_per_example(score, rows, batch_size).sum(axis=1)
+        loss, correct, count = sums_per_example(score, rows, batch_size).sum(axis=1)
         results[f"{name}/loss"] = float(loss / count)
         results[f"{name}/perplexity"] = math.exp(loss / count)
         results[f"{name}/accuracy"] = float(correct / count)
     for name, exam in exams.items():
-        loss, _, _ = _sums_per_example(score, exam.rows, batch_size)
+        loss, _, _ = sums_per_example(score, exam.rows, batch_size)
         results[f"{name}/exam"] = float(exam.grade(-loss).mean())
     return results
 
 
-def _sums_per_example(score, rows: mixture.PackedRows, batch_size: int) -> np.ndarray:
+def compare_pairs(
+    name: str, sums: np.ndarray, reference_logps: np.ndarray | None, beta: float
+) -> dict[str, float]:
+    """How often, and by how much, the chosen answers of pairs are preferred.
+
+    Args:
+      name: of the pairs.
+      sums: `sums_per_example` of their rows, [3, 2 pairs].
+      reference_logps: the reference's summed log-probabilities, nats, [2 pairs].
+      beta: of the rewards.
+
+    Returns:
+      `{name}/pair_accuracy`: share of pairs whose chosen answer is likelier per token.
+      With a reference also `{name}/reward_accuracy`, the share whose chosen answer has
+      the larger reward `beta (logp - reference logp)`, and `{name}/reward_margin`, the
+      mean difference of the two rewards.
+    """
+    loss, _, count = sums
+    chosen, rejected = (-loss / np.maximum(count, 1)).reshape(-1, 2).T
+    results = {f"{name}/pair_accuracy": float((chosen > rejected).mean())}
+    if reference_logps is not None:
+        rewards = beta * (-loss - reference_logps).reshape(-1, 2)
+        margins = rewards[:, 0] - rewards[:, 1]
+        results[f"{name}/reward_accuracy"] = float((margins > 0).mean())
+        results[f"{name}/reward_margin"] = float(margins.mean())
+    return results
+
+
+def sums_per_example(
+    score: Score, rows: mixture.PackedRows, batch_size: int
+) -> np.ndarray:
     """Sums of loss, correct and count over each example's targets, [3, examples]."""
-    num_examples = len(rows.source.examples)
-    sums = np.zeros((3, num_examples))
-    for number, batch in enumerate(mixture.evaluation_batches(rows, batch_size)):
+    sums = np.zeros((3, len(rows.source.examples)))
+    for _ in add_sums(sums, score, rows, batch_size):
+        pass
+    return sums
+
+
+def add_sums(
+    sums: np.ndarray,
+    score: Score,
+    rows: mixture.PackedRows,
+    batch_size: int,
+    first_batch: int = 0,
+) -> Iterator[int]:
+    """Adds to `sums` what `sums_per_example` returns, batch by batch.
+
+    Args:
+      sums: [3, examples], changed in place; holds the sums of the batches before.
+      score, rows, batch_size: as for `measure`.
+      first_batch: where to begin.
+
+    Yields:
+      After each batch, how many batches `sums` holds.
+    """
+    batches = mixture.evaluation_batches(rows, batch_size, first_batch)
+    for number, batch in enumerate(batches, first_batch):
         scores = score(batch)
         first = number * batch_size
         owners = np.stack(
@@ -67,6 +204,6 @@ def _sums_per_example(score, rows: mixture.PackedRows, batch_size: int) -> np.nd
             total += np.bincount(
                 owners[counted],
                 np.asarray(values, np.float64)[counted],
-                minlength=num_examples,
+                minlength=sums.shape[1],
             )
-    return sums
+        yield number + 1

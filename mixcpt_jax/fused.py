@@ -211,6 +211,48 @@ def lssd(
     return value
 
 
+def log_probabilities(
+    hidden_TxD: jax.Array,
+    unembedding_DxV: jax.Array,
+    targets_T: jax.Array,
+    **options,
+) -> jax.Array:
+    """Log-probability of each gold token, `[T]` float32 nats; options of `head_loss`.
+
+    For losses that are no weighted sum over tokens with weights known ahead, such as
+    DPO's: differentiable for `hidden_TxD` and `unembedding_DxV`. The backward pass
+    knows each token's weight and sweeps with gradients; the forward pass only looks.
+    So it takes `8 T D V` FLOPs, where a known weighted sum takes `6 T D V`.
+    """
+
+    def sweep(hidden_TxD, unembedding_DxV, weights_T):
+        none_T = jnp.zeros_like(weights_T)
+        return head_loss(
+            hidden_TxD,
+            unembedding_DxV,
+            None,
+            None,
+            targets_T,
+            TokenWeights(ntp=weights_T, lssd=none_T, kd=none_T),
+            **options,
+        )
+
+    @jax.custom_vjp
+    def logps(hidden_TxD, unembedding_DxV):
+        none_T = jnp.zeros(targets_T.shape, jnp.float32)
+        return -sweep(hidden_TxD, unembedding_DxV, none_T)[1].ntp
+
+    def forward(hidden_TxD, unembedding_DxV):
+        return logps(hidden_TxD, unembedding_DxV), (hidden_TxD, unembedding_DxV)
+
+    def backward(operands, cotangents_T):
+        gradient = jax.grad(lambda *x: sweep(*x, -cotangents_T)[0], (0, 1))
+        return gradient(*operands)
+
+    logps.defvjp(forward, backward)
+    return logps(hidden_TxD, unembedding_DxV)
+
+
 def default_sizes(num_columns: int) -> tuple[int, int]:
     """Tokens per chunk and per block for a device with `num_columns` of the vocabulary.
 

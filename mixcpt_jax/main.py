@@ -33,7 +33,14 @@ def main(argv: list[str]) -> None:
     import jax
 
     from mixcpt_jax import config as config_lib
-    from mixcpt_jax import paths, report, train
+    from mixcpt_jax import evaluate, export, phase, report, select, train
+
+    jobs = {
+        "train": train.run,
+        "select": select.run,
+        "evaluate": evaluate.run,
+        "export": export.run,
+    }
 
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
@@ -43,18 +50,18 @@ def main(argv: list[str]) -> None:
     except OSError as error:  # A config file that did not load says so on first use.
         raise InputError(str(error)) from error
     workdir = _WORKDIR.value or _default_workdir()
-    phases = {phase: config_lib.for_phase(config, phase) for phase in names} or {
+    configs = {name: config_lib.for_phase(config, name) for name in names} or {
         pathlib.PurePath(workdir).name: config
     }
-    for phase_config in phases.values():
+    for phase_config in configs.values():
         config_lib.validate(phase_config, jax.device_count())
-    folders = {phase: f"{workdir}/{phase}" if names else workdir for phase in phases}
+    folders = {name: f"{workdir}/{name}" if names else workdir for name in configs}
     # All before the first: hours of training must not end in a refusal.
-    for phase, phase_config in phases.items():
-        train.check_workdir(paths.absolute(folders[phase]), phase_config)
+    for name, phase_config in configs.items():
+        phase.finished(phase_config, folders[name])
     results = {
-        phase: train.run(phase_config, folders[phase], phase)
-        for phase, phase_config in phases.items()
+        name: jobs[phase_config.job](phase_config, folders[name], name)
+        for name, phase_config in configs.items()
     }
     if jax.process_index() == 0:
         report.write(workdir, folders, results)

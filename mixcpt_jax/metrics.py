@@ -15,7 +15,11 @@ from etils import epath
 from rich import console as rich_console
 from rich import progress as rich_progress
 
+from mixcpt_jax import paths
+
 FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+SAMPLES_PAGE = "samples.md"
 _SECONDS_BETWEEN_LINES = 20.0
 
 
@@ -52,10 +56,13 @@ class Writer:
         self._file = self._tensorboard = self._wandb = None
         if not is_first_host:
             return
-        self._path = workdir / FILE
-        kept = [row for row in read(workdir) if row["step"] <= resume_step]
-        replace(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self._path.open("a")
+        self._workdir = workdir
+        for name in (FILE, SAMPLES_FILE):
+            if (workdir / name).exists():
+                rows = read(workdir, name)
+                kept = [row for row in rows if row["step"] <= resume_step]
+                _write_lines(workdir / name, kept)
+        self._file = (workdir / FILE).open("a")
         if config.tensorboard:
             import tensorboardX  # its import is slow
 
@@ -93,10 +100,28 @@ class Writer:
         if self._wandb:
             self._wandb.log(scalars, step=step)
 
+    def write_samples(
+        self, step: int, conversations: list[list[dict[str, str]]], answers: list[str]
+    ) -> None:
+        """Adds answers to `samples.jsonl`, and to `samples.md` beside earlier ones."""
+        if not self._file or not answers:
+            return
+        rows = read(self._workdir, SAMPLES_FILE)
+        rows += [
+            {"step": step, "messages": messages, "answer": answer}
+            for messages, answer in zip(conversations, answers, strict=True)
+        ]
+        _write_lines(self._workdir / SAMPLES_FILE, rows)
+        paths.replace(self._workdir / SAMPLES_PAGE, _samples_page(rows))
+        if self._tensorboard:
+            for number, row in enumerate(rows[-len(answers) :]):
+                text = f"{row['messages'][-1]['content']}\n\n---\n\n{row['answer']}"
+                self._tensorboard.add_text(f"samples/{number}", text, step)
 
-def read(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl`; a last line cut short by a kill is left out."""
-    path = workdir / FILE
+
+def read(workdir: epath.Path, name: str = FILE) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; a last line cut short by a kill is left out."""
+    path = workdir / name
     if not path.exists():
         return []
     rows = []
@@ -178,8 +203,16 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([line(cells[0]), line(rules), *map(line, cells[1:])])
 
 
-def replace(path: epath.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
+def _samples_page(rows: list[dict[str, Any]]) -> str:
+    """Each prompt with its answers, the earliest first."""
+    answers: dict[str, list[str]] = {}
+    for row in rows:
+        prompt = "\n\n".join(f"**{m['role']}** {m['content']}" for m in row["messages"])
+        quoted = row["answer"].replace("\n", "\n> ")
+        answers.setdefault(prompt, []).append(f"*step {row['step']}*\n\n> {quoted}")
+    pages = ("\n\n".join([prompt, *texts]) for prompt, texts in answers.items())
+    return "\n\n---\n\n".join(pages) + "\n"
+
+
+def _write_lines(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
+    paths.replace(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -9,7 +9,7 @@ Shape suffixes:
   B batch rows         L row length        T = B * L tokens
   D hidden size        F MLP size          V vocabulary
   H query heads        G key-value heads   K head size
-  N layers
+  N layers             S cache slots       R rank of an adapter
 """
 
 import dataclasses
@@ -19,8 +19,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from mixcpt_jax.attention import attend
+from mixcpt_jax.attention import attend, attend_to_cache
+from mixcpt_jax.errors import InputError
 from mixcpt_jax.sharding import constrain
 
 
@@ -69,9 +71,48 @@ class ModelConfig:
     tie_embeddings: bool = False
 
 
+LORA_TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside frozen kernels (Hu et al., arXiv 2106.09685).
+
+    A kernel `W` acts as `W + (alpha / rank) a b`, with `a` of `[in, rank]` and `b` of
+    `[rank, out]`.
+
+    Attributes:
+      rank: columns of `a`.
+      alpha: scales the update, so that the learning rate need not follow the rank.
+      targets: which kernels have adapters, of `LORA_TARGETS`.
+
+    Raises:
+      InputError: a target is not a kernel, or the rank is not positive.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self):
+        unknown = set(self.targets) - set(LORA_TARGETS)
+        if unknown or not self.targets:
+            raise InputError(
+                f"lora: targets {self.targets}: choose one or more of "
+                f"{', '.join(LORA_TARGETS)}"
+            )
+        if self.rank < 1:
+            raise InputError(f"lora: rank {self.rank}: it must be 1 or more")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # By name and not by primitive: an adapter's own products are not worth keeping.
+    "dots": jax.checkpoint_policies.save_only_these_names("projection"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -109,11 +150,34 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
     return normed.astype(x.dtype) * scale
 
 
-class Layer(nnx.Module):
-    """Pre-norm attention and SwiGLU, each with a residual connection."""
+Params = dict
+Cache = dict[str, jax.Array]
+Forward = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
+Decode = Callable[[Params, Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        self.config, self.dtype = config, dtype
+_CACHE_AXES = ("layers", "batch", None, "kv_heads", None)
+
+
+class Adapter(nnx.Param):
+    """A factor of a low-rank update, trained while the kernels are frozen."""
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and SwiGLU, each with a residual connection.
+
+    The caller runs attention between `project_heads` and `finish`, over the row in
+    training and over a cache in decoding.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        lora: Lora | None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.dtype, self.lora = config, dtype, lora
         d, f = config.hidden_size, config.mlp_size
         heads = config.num_heads * config.head_size
         kv_heads = config.num_kv_heads * config.head_size
@@ -136,56 +200,57 @@ class Layer(nnx.Module):
         self.gate = kernel(d, f)
         self.up = kernel(d, f)
         self.down = kernel(f, d, branch_std)
+        if lora is not None:
+            # Only their places in the tree; `init_adapters` makes them.
+            for name in lora.targets:
+                rows, columns = getattr(self, name).shape
+                a, b = jnp.zeros((rows, lora.rank)), jnp.zeros((lora.rank, columns))
+                setattr(self, f"{name}_lora_a", Adapter(a))
+                setattr(self, f"{name}_lora_b", Adapter(b))
 
-    def __call__(self, x_BxLxD, angles_BxLxK2, segment_ids_BxL):
-        x = x_BxLxD + self._attend(x_BxLxD, angles_BxLxK2, segment_ids_BxL)
+    def project_heads(self, x_BxLxD, angles_BxLxK2):
+        """Queries `[B, L, H, K]`, keys and values `[B, L, G, K]`, rotated."""
+        config = self.config
+        x_TxD = self._flat_norm(x_BxLxD, self.attention_norm)
+
+        def heads(name, number, axis):
+            shape = (*x_BxLxD.shape[:2], number, config.head_size)
+            y_BxLxHxK = self._project(name, x_TxD).reshape(shape)
+            return constrain(y_BxLxHxK, "batch", "length", axis, None)
+
+        query = heads("query", config.num_heads, "heads")
+        key = heads("key", config.num_kv_heads, "kv_heads")
+        value = heads("value", config.num_kv_heads, "kv_heads")
+        return rotate(query, angles_BxLxK2), rotate(key, angles_BxLxK2), value
+
+    def finish(self, x_BxLxD, mixed_BxLxHxK):
+        """The layer's output from its input and what attention mixed."""
+        mixed_TxHK = mixed_BxLxHxK.reshape(-1, self.output.shape[0])
+        x = x_BxLxD + self._project("output", mixed_TxHK).reshape(x_BxLxD.shape)
         x = constrain(x, "batch", "length", "activation")
         x = x + self._mlp(x)
         return constrain(x, "batch", "length", "activation")
 
-    def _attend(self, x_BxLxD, angles_BxLxK2, segment_ids_BxL):
-        config = self.config
-        batch, length, hidden = x_BxLxD.shape
-        x_TxD = self._flat_norm(x_BxLxD, self.attention_norm)
-        bias = config.qkv_bias
-
-        def project(kernel, bias_param, heads, axis):
-            y = x_TxD @ kernel[...].astype(self.dtype)
-            if bias_param is not None:
-                y = y + bias_param[...].astype(self.dtype)[None]
-            y = y.reshape(batch, length, heads, config.head_size)
-            return constrain(y, "batch", "length", axis, None)
-
-        query = project(
-            self.query, self.query_bias if bias else None, config.num_heads, "heads"
-        )
-        key = project(
-            self.key, self.key_bias if bias else None, config.num_kv_heads, "kv_heads"
-        )
-        value = project(
-            self.value,
-            self.value_bias if bias else None,
-            config.num_kv_heads,
-            "kv_heads",
-        )
-        mixed_BxLxHxK = attend(
-            rotate(query, angles_BxLxK2),
-            rotate(key, angles_BxLxK2),
-            value,
-            segment_ids_BxL,
-            config.sliding_window,
-        )
-        out_TxD = mixed_BxLxHxK.reshape(batch * length, -1) @ self.output[...].astype(
-            self.dtype
-        )
-        return out_TxD.reshape(batch, length, hidden)
-
     def _mlp(self, x_BxLxD):
         x_TxD = self._flat_norm(x_BxLxD, self.mlp_norm)
-        gate_TxF = jax.nn.silu(x_TxD @ self.gate[...].astype(self.dtype))
-        up_TxF = x_TxD @ self.up[...].astype(self.dtype)
-        down_TxD = (gate_TxF * up_TxF) @ self.down[...].astype(self.dtype)
-        return down_TxD.reshape(x_BxLxD.shape)
+        gate_TxF = jax.nn.silu(self._project("gate", x_TxD))
+        up_TxF = self._project("up", x_TxD)
+        return self._project("down", gate_TxF * up_TxF).reshape(x_BxLxD.shape)
+
+    def _project(self, name, x_TxI):
+        """The product with a kernel, plus its adapter's and its bias, if it has them."""
+
+        def param(suffix=""):
+            return getattr(self, name + suffix)[...].astype(self.dtype)
+
+        y_TxO = x_TxI @ param()
+        if self.lora is not None and name in self.lora.targets:
+            # Never a merged kernel: its gradient would be as large as the kernel.
+            narrow_TxR = (x_TxI @ param("_lora_a")) * self.lora.scale
+            y_TxO = y_TxO + narrow_TxR @ param("_lora_b")
+        if hasattr(self, f"{name}_bias"):
+            y_TxO = y_TxO + param("_bias")[None]
+        return checkpoint_name(y_TxO, "projection")
 
     def _flat_norm(self, x_BxLxD, scale):
         """Norm, then one row per token: XLA on CPU runs 2-D products 1.5-3x faster."""
@@ -197,7 +262,13 @@ class Decoder(nnx.Module):
     """Token ids to last hidden states; parameters of all layers are stacked."""
 
     def __init__(
-        self, config: ModelConfig, dtype: jnp.dtype, remat: str, *, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        remat: str,
+        lora: Lora | None,
+        *,
+        rngs: nnx.Rngs,
     ):
         self.config, self.dtype, self.remat = config, dtype, remat
         shape = (config.vocab_size, config.hidden_size)
@@ -206,7 +277,7 @@ class Decoder(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
         def stack(rngs):
-            return Layer(config, dtype, rngs=rngs)
+            return Layer(config, dtype, lora, rngs=rngs)
 
         self.layers = stack(rngs)
         self.final_norm = nnx.Param(jnp.ones(config.hidden_size))
@@ -216,31 +287,71 @@ class Decoder(nnx.Module):
             )
 
     def __call__(self, tokens_BxL, positions_BxL, segment_ids_BxL):
-        x_BxLxD = self.embedding[...].astype(self.dtype)[tokens_BxL]
-        x_BxLxD = constrain(x_BxLxD, "batch", "length", "activation")
-        frequencies_K2 = rope_frequencies(self.config)
-        angles = positions_BxL[:, :, None] * frequencies_K2[None, None, :]
-        layer_graphdef, layer_params = nnx.split(self.layers)
+        x_BxLxD, angles_BxLxK2 = self._embed(tokens_BxL, positions_BxL)
+        layer_graphdef, *layer_params = nnx.split(self.layers, Adapter, ...)
 
-        def layer(x, params):
-            # Without the barrier XLA casts the parameters of all layers at once, ahead
-            # of the loop, and keeps the copies.
-            params = jax.lax.optimization_barrier(params)
-            return nnx.merge(layer_graphdef, params)(x, angles, segment_ids_BxL), None
+        def run(x_BxLxD, params):
+            # Without barriers XLA casts the parameters of all layers at once, ahead of
+            # the loop, and keeps the copies. Adapters have their own, because all that
+            # passes one barrier is differentiated if any of it is.
+            layer = nnx.merge(
+                layer_graphdef, *map(jax.lax.optimization_barrier, params)
+            )
+            query, key, value = layer.project_heads(x_BxLxD, angles_BxLxK2)
+            mixed_BxLxHxK = attend(
+                query, key, value, segment_ids_BxL, self.config.sliding_window
+            )
+            return layer.finish(x_BxLxD, mixed_BxLxHxK), None
 
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        x_BxLxD, _ = jax.lax.scan(layer, x_BxLxD, layer_params)
+            run = jax.checkpoint(run, policy=policy, prevent_cse=False)
+        x_BxLxD, _ = jax.lax.scan(run, x_BxLxD, layer_params)
         return rms_norm(x_BxLxD, self.final_norm[...], self.config.norm_epsilon)
 
+    def decode(self, cache: Cache, tokens_BxL, positions_BxL):
+        """See `make_decode`."""
+        x_BxLxD, angles_BxLxK2 = self._embed(tokens_BxL, positions_BxL)
+        layer_graphdef, layer_params = nnx.split(self.layers)
 
-Params = dict
-Forward = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
+        # The cache is carried, not scanned over: so it is written in place.
+        def run(carry, numbered_params):
+            x_BxLxD, cache = carry
+            number, params = numbered_params
+            layer = nnx.merge(layer_graphdef, params)
+            query, key, value = layer.project_heads(x_BxLxD, angles_BxLxK2)
+            cache = {
+                "key": _write(cache["key"], number, positions_BxL, key),
+                "value": _write(cache["value"], number, positions_BxL, value),
+            }
+            mixed_BxLxHxK = attend_to_cache(
+                query,
+                cache["key"][number],
+                cache["value"][number],
+                positions_BxL,
+                self.config.sliding_window,
+            )
+            return (layer.finish(x_BxLxD, mixed_BxLxHxK), cache), None
+
+        numbers_N = jnp.arange(self.config.num_layers)
+        (x_BxLxD, cache), _ = jax.lax.scan(
+            run, (x_BxLxD, cache), (numbers_N, layer_params)
+        )
+        return rms_norm(x_BxLxD, self.final_norm[...], self.config.norm_epsilon), cache
+
+    def _embed(self, tokens_BxL, positions_BxL):
+        """The first layer's input, and by how much RoPE turns at each position."""
+        x_BxLxD = self.embedding[...].astype(self.dtype)[tokens_BxL]
+        frequencies_K2 = rope_frequencies(self.config)
+        angles_BxLxK2 = positions_BxL[:, :, None] * frequencies_K2[None, None, :]
+        return constrain(x_BxLxD, "batch", "length", "activation"), angles_BxLxK2
 
 
 def make_forward(
-    config: ModelConfig, dtype=jnp.float32, remat: str = "none"
+    config: ModelConfig,
+    dtype=jnp.float32,
+    remat: str = "none",
+    lora: Lora | None = None,
 ) -> Forward:
     """The network as a pure function of its parameters.
 
@@ -248,19 +359,80 @@ def make_forward(
       config: the architecture.
       dtype: what activations and products are computed in. Parameters are cast to it
         where they are used; norms, RoPE and softmax are float32 inside.
-      remat: what the backward pass recomputes: "none", "dots" (all but the matrix
-        products) or "full" (each layer from its input).
+      remat: what the backward pass recomputes: "none", "dots" (all but the
+        projections) or "full" (each layer from its input).
+      lora: the adapters that the parameters hold, see `with_adapters`.
 
     Returns:
       `forward(params, tokens_BxL, positions_BxL, segment_ids_BxL) -> hidden_BxLxD`.
       Tokens attend within their own segment only.
     """
-    graphdef = nnx.graphdef(_abstract_decoder(config, dtype, remat))
+    graphdef = nnx.graphdef(_abstract_decoder(config, dtype, remat, lora))
 
     def forward(params, tokens_BxL, positions_BxL, segment_ids_BxL):
         return nnx.merge(graphdef, params)(tokens_BxL, positions_BxL, segment_ids_BxL)
 
     return forward
+
+
+def make_decode(
+    config: ModelConfig, dtype=jnp.float32, lora: Lora | None = None
+) -> Decode:
+    """The network on the next tokens of rows whose earlier ones are in a cache.
+
+    The new tokens' keys and values go to the slots that are their positions; then each
+    token attends to the slots up to its own, within the sliding window. Slots behind
+    it do not count, whatever they hold. So prompts may be padded on the right: their
+    positions are 0, 1, ..., and what padding left in a slot is overwritten by the
+    token that belongs there before any token looks at it.
+
+    Args:
+      config: the architecture.
+      dtype: as for `make_forward`.
+      lora: as for `make_forward`.
+
+    Returns:
+      `decode(params, cache, tokens_BxL, positions_BxL) -> (hidden_BxLxD, cache)`. The
+      positions of a row differ from each other; the cache is from `init_cache`.
+    """
+    graphdef = nnx.graphdef(_abstract_decoder(config, dtype, "none", lora))
+
+    def decode(params, cache, tokens_BxL, positions_BxL):
+        return nnx.merge(graphdef, params).decode(cache, tokens_BxL, positions_BxL)
+
+    return decode
+
+
+def init_cache(
+    config: ModelConfig, batch: int, length: int, dtype=jnp.float32
+) -> Cache:
+    """Room for the keys and values of `length` positions, `[N, B, S, G, K]` each.
+
+    Rows are spread over the mesh as a batch is, and key-value heads as their kernels
+    are; that takes a call within `jit`.
+    """
+    shape = (
+        config.num_layers, batch, length, config.num_kv_heads, config.head_size,
+    )  # fmt: skip
+    return {
+        name: constrain(jnp.zeros(shape, dtype), *_CACHE_AXES)
+        for name in ("key", "value")
+    }
+
+
+def _write(cache_NxBxSxGxK, number, positions_BxL, new_BxLxGxK) -> jax.Array:
+    """Puts the new tokens of one layer into their slots."""
+
+    # Mapped over rows, so that the compiler knows that rows stay on their device.
+    def write_row(cache_NxSxGxK, positions_L, new_LxGxK):
+        return cache_NxSxGxK.at[number, positions_L].set(
+            new_LxGxK.astype(cache_NxSxGxK.dtype)
+        )
+
+    written = jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)(
+        cache_NxBxSxGxK, positions_BxL, new_BxLxGxK
+    )
+    return constrain(written, *_CACHE_AXES)
 
 
 def unembedding(params: Params) -> tuple[jax.Array, bool]:
@@ -275,14 +447,22 @@ def unembedding(params: Params) -> tuple[jax.Array, bool]:
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
-    """`[..., D]` to dense `[..., V]`, for few tokens; training never does this."""
+    """`[..., D]` to dense `[..., V]`, for few tokens; training never does this.
+
+    At least float32, whatever the hidden states are: bfloat16 would make ties of what
+    the largest logits differ by.
+    """
     matrix, vocab_first = unembedding(params)
-    return hidden @ (matrix.T if vocab_first else matrix).astype(hidden.dtype)
+    return jnp.matmul(
+        hidden,
+        (matrix.T if vocab_first else matrix).astype(hidden.dtype),
+        preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
+    )
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32) -> Params:
     """Random parameters; jit it with `out_shardings` to have them born sharded."""
-    decoder = Decoder(config, dtype, "none", rngs=nnx.Rngs(params=key))
+    decoder = Decoder(config, dtype, "none", None, rngs=nnx.Rngs(params=key))
     params = nnx.to_pure_dict(nnx.state(decoder))
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
@@ -321,7 +501,80 @@ def param_axes(config: ModelConfig) -> Params:
     return axes
 
 
-def _abstract_decoder(config: ModelConfig, dtype, remat: str) -> Decoder:
+def abstract_adapters(config: ModelConfig, lora: Lora, dtype=jnp.float32) -> Params:
+    """Shapes and dtypes of the adapters: `{"layers": {"query_lora_a": ...}}`.
+
+    `a` is `[N, in, rank]` and `b` is `[N, rank, out]`, for each target.
+    """
+    kernels = abstract_params(config, dtype)["layers"]
+    adapters = {}
+    for name in lora.targets:
+        layers, rows, columns = kernels[name].shape
+        for suffix, shape in (("a", (rows, lora.rank)), ("b", (lora.rank, columns))):
+            adapters[f"{name}_lora_{suffix}"] = jax.ShapeDtypeStruct(
+                (layers, *shape), dtype
+            )
+    return {"layers": adapters}
+
+
+def init_adapters(
+    config: ModelConfig, lora: Lora, key: jax.Array, dtype=jnp.float32
+) -> Params:
+    """Adapters under which the network is the base's: `b` is zero.
+
+    `a` is normal of variance `1 / in`, so what it makes of normed activations is of
+    their size. Jit it with `out_shardings` to have the adapters born sharded.
+    """
+
+    def init(path, leaf, key):
+        if path[-1].key.endswith("_b"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        normal = jax.random.normal(key, leaf.shape) / math.sqrt(leaf.shape[1])
+        return normal.astype(leaf.dtype)
+
+    abstract = abstract_adapters(config, lora, dtype)
+    leaves, structure = jax.tree.flatten(abstract)
+    keys = jax.tree.unflatten(structure, jax.random.split(key, len(leaves)))
+    return jax.tree.map_with_path(init, abstract, keys)
+
+
+def adapter_axes(config: ModelConfig, lora: Lora) -> Params:
+    """The logical axes of the adapters; the outer dimensions lie as the kernel's do."""
+    kernels = param_axes(config)["layers"]
+    axes = {}
+    for name in lora.targets:
+        layers, rows, columns = kernels[name]
+        axes[f"{name}_lora_a"] = (layers, rows, None)
+        axes[f"{name}_lora_b"] = (layers, None, columns)
+    return {"layers": axes}
+
+
+def with_adapters(params: Params, adapters: Params) -> Params:
+    """One tree for a forward pass with adapters; copies no array."""
+    return params | {"layers": params["layers"] | adapters["layers"]}
+
+
+def merge_adapters(params: Params, adapters: Params, lora: Lora) -> Params:
+    """The base's parameters with the adapters added in: `W + (alpha / rank) a b`.
+
+    The sum is float32 and rounded to the base's dtype once. Jittable.
+    """
+    layers = dict(params["layers"])
+    for name in lora.targets:
+        a_NxIxR, b_NxRxO = (
+            adapters["layers"][f"{name}_lora_{suffix}"].astype(jnp.float32)
+            for suffix in ("a", "b")
+        )
+        # Highest: a TPU would round the factors to bfloat16.
+        update_NxIxO = lora.scale * jnp.matmul(a_NxIxR, b_NxRxO, precision="highest")
+        kernel = layers[name]
+        layers[name] = (kernel.astype(jnp.float32) + update_NxIxO).astype(kernel.dtype)
+    return params | {"layers": layers}
+
+
+def _abstract_decoder(
+    config: ModelConfig, dtype, remat: str, lora: Lora | None = None
+) -> Decoder:
     return nnx.eval_shape(
-        lambda: Decoder(config, jnp.dtype(dtype), remat, rngs=nnx.Rngs(0))
+        lambda: Decoder(config, jnp.dtype(dtype), remat, lora, rngs=nnx.Rngs(0))
     )

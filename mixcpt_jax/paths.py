@@ -48,3 +48,12 @@ def require_file(path: str) -> epath.Path:
     if resolved.is_dir():
         raise InputError(f"{path}: is a folder, a file is wanted")
     return resolved
+
+
+def replace(path: epath.Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.parent / f"{path.name}.tmp"
+    if isinstance(content, str):
+        content = content.encode()
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -14,6 +14,7 @@ _MEASURES = (
     ("perplexity", "perplexity", "{:.2f}", "{:+.2f}"),
     ("accuracy", "token accuracy, %", "{:.1%}", "{:+.1%}"),
     ("exam", "exam, %", "{:.1%}", "{:+.1%}"),
+    ("pair_accuracy", "chosen answer likelier, %", "{:.1%}", "{:+.1%}"),
 )
 
 
@@ -30,15 +31,19 @@ def write(
     folder = paths.absolute(workdir)
     text = comparison(results)
     print(f"\n{text}\n")
-    metrics.replace(folder / TABLE_FILE, text + "\n")
-    metrics.replace(folder / "report.json", json.dumps(results, indent=2))
+    paths.replace(folder / TABLE_FILE, text + "\n")
+    paths.replace(folder / "report.json", json.dumps(results, indent=2))
     phases = {name: metrics.read(paths.absolute(f)) for name, f in folders.items()}
     _draw_curves(folder / CURVES_FILE, phases)
     print(f"Table, curves and metrics are in {workdir}")
 
 
 def comparison(results: dict[str, dict[str, Any]]) -> str:
-    """One Markdown table: each measure before, and after each phase with its change."""
+    """One Markdown table: each measure before, and after each phase with its change.
+
+    Phases that measure nothing, such as a selection, are left out.
+    """
+    results = {name: r for name, r in results.items() if "after" in r}
     before = next((r["before"] for r in results.values() if r["before"]), {})
     header = ["", "before"]
     for phase in results:

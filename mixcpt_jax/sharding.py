@@ -121,6 +121,13 @@ def shardings(mesh: Mesh, logical_axes: Any) -> Any:
     )
 
 
+def place(abstract: Any, shardings: Any) -> Any:
+    """Gives every `jax.ShapeDtypeStruct` of a tree its sharding."""
+    return jax.tree.map(
+        lambda leaf, where: leaf.update(sharding=where), abstract, shardings
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

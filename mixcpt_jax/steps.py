@@ -2,8 +2,14 @@
 
 A batch is a dict of `[B, L]` arrays: `tokens`, `targets`, `positions`, `segment_ids`,
 `source_ids`, `loss_mask` (1 where the target is learnt) and a weight per objective,
-`ntp_weights`, `lssd_weights`, `kd_weights`. A metric is a pair (sum, count), so sums
-over microbatches, batches and hosts stay exact; the mean is taken when it is read.
+`ntp_weights`, `lssd_weights`, `kd_weights`. Where the log-probabilities of a reference
+are known ahead it also has them per segment, `reference_logps`, `[B, S]`.
+
+A metric is a pair (sum, count), so sums over microbatches, batches and hosts stay exact;
+the mean is taken when it is read.
+
+Shape suffixes: B batch rows, L row length, T = B * L tokens, S segments of a row,
+P = B * S / 2 pairs.
 """
 
 from collections.abc import Callable
@@ -33,71 +39,60 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class TrainState(NamedTuple):
-    """What training changes, and all of it. The frozen teacher is not in here."""
+    """What training changes, and all of it. The frozen model is not in here."""
 
     step: jax.Array
     params: model.Params
     opt_state: Any
 
 
+class Objective(NamedTuple):
+    """What a phase minimises.
+
+    Attributes:
+      count: `batch -> (number, metrics)`: how much the loss is a mean over, a float32
+        scalar, and counts to report. It is asked of the global batch, before any
+        microbatch runs.
+      loss_sum: `(student, frozen_params, batch, scale) -> (loss, metrics)`: the sum over
+        a (micro)batch times `scale`, and its metrics.
+    """
+
+    count: Callable[[Batch], tuple[jax.Array, Metrics]]
+    loss_sum: Callable[..., tuple[jax.Array, Metrics]]
+
+
 def make_train_step(
-    forward: model.Forward,
-    teacher_forward: model.Forward | None,
+    objective: Objective,
     transforms: optax.GradientTransformation,
     schedule: optax.Schedule,
-    source_names: tuple[str, ...],
     accumulation_steps: int = 1,
-    head_loss: Callable[..., tuple[jax.Array, fused.TokenStatistics]] = fused.head_loss,
+    has_adapters: bool = False,
 ) -> Callable[[TrainState, model.Params, Batch], tuple[TrainState, Metrics]]:
-    """Builds the step of any phase whose loss is a weighted sum over tokens.
-
-    The loss is the sum over tokens of the weighted objectives, divided by the number
-    of learnt tokens in the global batch; weights therefore keep their meaning when a
-    source has weight 0 for some objective.
+    """Builds the step of any phase.
 
     Args:
-      forward: the student, from `model.make_forward`.
-      teacher_forward: the frozen teacher, or None when no objective needs one; then
-        `frozen_params` is ignored.
+      objective: from `token_objective` or `preference_objective`.
       transforms: the optimizer.
       schedule: the learning rate, reported as a metric.
-      source_names: names of the sources, in the order of `source_ids`.
       accumulation_steps: microbatches per step; B must be a multiple.
-      head_loss: `fused.head_loss` with its settings.
+      has_adapters: the state's parameters are adapters of `frozen_params`; else they are
+        the whole student.
     """
 
     def loss_sum(params, frozen_params, batch: Batch, scale):
-        hidden = _flatten(forward(params, *_inputs(batch)))
-        teacher_hidden = teacher_unembedding = None
-        if teacher_forward is not None:
+        student = params
+        if frozen_params is not None:
             frozen_params = jax.lax.stop_gradient(frozen_params)
-            teacher_hidden = _flatten(teacher_forward(frozen_params, *_inputs(batch)))
-            teacher_unembedding, _ = model.unembedding(frozen_params)
-        unembedding, vocab_first = model.unembedding(params)
-        weights = fused.TokenWeights(
-            *(
-                _flatten(batch[f"{name}_weights"]) * scale
-                for name in fused.TokenWeights._fields
-            )
-        )
-        loss, statistics = head_loss(
-            hidden,
-            unembedding,
-            teacher_hidden,
-            teacher_unembedding,
-            _flatten(batch["targets"]),
-            weights,
-            vocab_first=vocab_first,
-        )
-        return loss, _token_metrics(
-            statistics, batch, source_names, teacher_forward is not None
-        )
+        if has_adapters:
+            student = model.with_adapters(frozen_params, params)
+        return objective.loss_sum(student, frozen_params, batch, scale)
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
 
     def train_step(state: TrainState, frozen_params, batch: Batch):
         # The denominator is known before any microbatch runs.
-        scale = 1.0 / jnp.maximum(jnp.sum(batch["loss_mask"], dtype=jnp.float32), 1.0)
+        count, count_metrics = objective.count(batch)
+        scale = 1.0 / jnp.maximum(count, 1.0)
 
         def totals(batch):
             (loss, metrics), grads = gradient(state.params, frozen_params, batch, scale)
@@ -121,10 +116,7 @@ def make_train_step(
         updates, opt_state = transforms.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         one = jnp.ones(())
-        metrics |= {
-            f"{prefix}tokens": (metrics[f"{prefix}ntp"][1], one)
-            for prefix in ("", *(f"{source}/" for source in source_names))
-        }
+        metrics |= count_metrics
         metrics |= {
             "loss": (loss, one),
             "grad_norm": (global_norm(grads), one),
@@ -133,6 +125,140 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+def token_objective(
+    forward: model.Forward,
+    teacher_forward: model.Forward | None,
+    source_names: tuple[str, ...],
+    head_loss: Callable[..., tuple[jax.Array, fused.TokenStatistics]] = fused.head_loss,
+) -> Objective:
+    """A weighted sum over tokens of next-token prediction, LSSD and distillation.
+
+    The sum is divided by the number of learnt tokens in the global batch; weights
+    therefore keep their meaning when a source has weight 0 for some objective.
+
+    Args:
+      forward: the student, from `model.make_forward`.
+      teacher_forward: the frozen teacher, or None when no objective needs one.
+      source_names: names of the sources, in the order of `source_ids`.
+      head_loss: `fused.head_loss` with its settings.
+    """
+
+    def loss_sum(student, frozen_params, batch: Batch, scale):
+        hidden = _flatten(forward(student, *_inputs(batch)))
+        teacher_hidden = teacher_unembedding = None
+        if teacher_forward is not None:
+            teacher_hidden = _flatten(teacher_forward(frozen_params, *_inputs(batch)))
+            teacher_unembedding, _ = model.unembedding(frozen_params)
+        unembedding, vocab_first = model.unembedding(student)
+        weights = fused.TokenWeights(
+            *(
+                _flatten(batch[f"{name}_weights"]) * scale
+                for name in fused.TokenWeights._fields
+            )
+        )
+        loss, statistics = head_loss(
+            hidden,
+            unembedding,
+            teacher_hidden,
+            teacher_unembedding,
+            _flatten(batch["targets"]),
+            weights,
+            vocab_first=vocab_first,
+        )
+        values_T = statistics._asdict()
+        if teacher_forward is None:
+            values_T = {name: values_T[name] for name in ("ntp", "correct")}
+        mask_T = _flatten(batch["loss_mask"]).astype(jnp.float32)
+        source_ids_T = _flatten(batch["source_ids"])
+        return loss, _means(values_T, mask_T, source_ids_T, source_names)
+
+    def num_tokens(batch: Batch):
+        counts = _token_counts(batch, source_names)
+        return counts["tokens"][0], counts
+
+    return Objective(num_tokens, loss_sum)
+
+
+def preference_objective(
+    forward: model.Forward,
+    reference_forward: model.Forward | None,
+    source_names: tuple[str, ...],
+    num_segments: int,
+    preference_loss: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
+    length_normalised: bool = False,
+    log_probabilities: Callable[..., jax.Array] = fused.log_probabilities,
+) -> Objective:
+    """The mean over pairs of `losses.preference_loss`.
+
+    Segments `2 i + 1` and `2 i + 2` of a row are the chosen and the rejected answer of a
+    pair, each with its prompt; only learnt tokens count.
+
+    Args:
+      forward: the policy, from `model.make_forward`.
+      reference_forward: the frozen reference; None where the batch has its
+        `reference_logps`.
+      source_names: names of the sources, in the order of `source_ids`.
+      num_segments: of the row that has most; even.
+      preference_loss: `losses.preference_loss` with its settings.
+      length_normalised: log-probabilities are means over an answer's tokens, not sums.
+      log_probabilities: `fused.log_probabilities` with its settings.
+    """
+
+    def answers(params, forward, batch: Batch):
+        """Summed log-probability of each segment's learnt tokens, `[B, S]`."""
+        unembedding, vocab_first = model.unembedding(params)
+        logps_T = log_probabilities(
+            _flatten(forward(params, *_inputs(batch))),
+            unembedding,
+            _flatten(batch["targets"]),
+            vocab_first=vocab_first,
+        )
+        logps_BxL = logps_T.reshape(batch["targets"].shape) * batch["loss_mask"]
+        return _sum_per_segment(logps_BxL, batch, num_segments)
+
+    def loss_sum(student, frozen_params, batch: Batch, scale):
+        logps_BxS = answers(student, forward, batch)
+        if reference_forward is None:
+            reference_BxS = batch["reference_logps"]
+        else:
+            reference_BxS = answers(frozen_params, reference_forward, batch)
+        lengths_BxS = _sum_per_segment(batch["loss_mask"], batch, num_segments)
+        chosen_lengths_P, rejected_lengths_P = _pairs(lengths_BxS)
+        if length_normalised:
+            divisors_BxS = jnp.maximum(lengths_BxS, 1.0)
+            logps_BxS, reference_BxS = (
+                x / divisors_BxS for x in (logps_BxS, reference_BxS)
+            )
+            chosen_lengths_P = jnp.ones_like(chosen_lengths_P)
+        chosen_P, rejected_P = _pairs(logps_BxS)
+        loss_P, chosen_rewards_P, rejected_rewards_P = preference_loss(
+            chosen_P,
+            rejected_P,
+            *_pairs(reference_BxS),
+            chosen_lengths_P=chosen_lengths_P,
+        )
+        is_pair_P = (rejected_lengths_P > 0).astype(jnp.float32)
+        values_P = {
+            "chosen_reward": chosen_rewards_P,
+            "rejected_reward": rejected_rewards_P,
+            "margin": chosen_rewards_P - rejected_rewards_P,
+            "accuracy": (chosen_rewards_P > rejected_rewards_P).astype(jnp.float32),
+            "chosen_logp": chosen_P,
+            "rejected_logp": rejected_P,
+        }
+        source_ids_P = jnp.repeat(batch["source_ids"][:, 0], num_segments // 2)
+        loss = jnp.sum(jnp.where(is_pair_P > 0, loss_P, 0.0)) * scale
+        return loss, _means(values_P, is_pair_P, source_ids_P, source_names)
+
+    def num_pairs(batch: Batch):
+        lengths_BxS = _sum_per_segment(batch["loss_mask"], batch, num_segments)
+        count = jnp.sum(_pairs(lengths_BxS)[1] > 0, dtype=jnp.float32)
+        counts = _token_counts(batch, source_names) | {"pairs": (count, jnp.ones(()))}
+        return count, counts
+
+    return Objective(num_pairs, loss_sum)
 
 
 def make_eval_step(
@@ -183,25 +309,48 @@ def _split(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def _token_metrics(
-    statistics: fused.TokenStatistics,
-    batch: Batch,
+def _sum_per_segment(x_BxL: jax.Array, batch: Batch, num_segments: int) -> jax.Array:
+    """`[B, S]`: the sum over each segment of a row, padding left out."""
+    segments_S = jnp.arange(1, num_segments + 1)
+    is_in_BxLxS = batch["segment_ids"][:, :, None] == segments_S[None, None]
+    # Highest: a TPU would round the terms to bfloat16.
+    return jnp.einsum("bl,bls->bs", x_BxL, is_in_BxLxS * 1.0, precision="highest")
+
+
+def _pairs(x_BxS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The chosen and the rejected answers', `[P]` each."""
+    return x_BxS[:, 0::2].reshape(-1), x_BxS[:, 1::2].reshape(-1)
+
+
+def _means(
+    values_N: dict[str, jax.Array],
+    mask_N: jax.Array,
+    source_ids_N: jax.Array,
     source_names: tuple[str, ...],
-    has_teacher: bool,
 ) -> Metrics:
-    """Means over learnt tokens, of the whole batch and of each source."""
-    fields = fused.TokenStatistics._fields if has_teacher else ("ntp", "correct")
-    mask_T = _flatten(batch["loss_mask"]).astype(jnp.float32)
-    membership_TxS = mask_T[:, None] * jax.nn.one_hot(
-        _flatten(batch["source_ids"]), len(source_names), dtype=jnp.float32
+    """Means over what is masked in, of the whole batch and of each source."""
+    membership_NxM = mask_N[:, None] * jax.nn.one_hot(
+        source_ids_N, len(source_names), dtype=jnp.float32
     )
-    values_TxK = jnp.stack([getattr(statistics, name) for name in fields], axis=1)
+    values_NxK = jnp.stack(list(values_N.values()), axis=1)
     # Highest: a TPU would round the sums' terms to bfloat16.
-    sums_SxK = jnp.matmul(membership_TxS.T, values_TxK, precision="highest")
-    counts_S = membership_TxS.sum(0)
+    sums_MxK = jnp.matmul(membership_NxM.T, values_NxK, precision="highest")
+    counts_M = membership_NxM.sum(0)
     metrics: Metrics = {}
-    for k, field in enumerate(fields):
-        metrics[field] = (sums_SxK[:, k].sum(), counts_S.sum())
-        for s, source in enumerate(source_names):
-            metrics[f"{source}/{field}"] = (sums_SxK[s, k], counts_S[s])
+    for k, name in enumerate(values_N):
+        metrics[name] = (sums_MxK[:, k].sum(), counts_M.sum())
+        for m, source in enumerate(source_names):
+            metrics[f"{source}/{name}"] = (sums_MxK[m, k], counts_M[m])
     return metrics
+
+
+def _token_counts(batch: Batch, source_names: tuple[str, ...]) -> Metrics:
+    """How many tokens are learnt, in the batch and of each source."""
+    mask_T = _flatten(batch["loss_mask"]).astype(jnp.float32)
+    source_ids_T = _flatten(batch["source_ids"])
+    one = jnp.ones(())
+    counts = {
+        f"{source}/tokens": (jnp.sum(jnp.where(source_ids_T == i, mask_T, 0.0)), one)
+        for i, source in enumerate(source_names)
+    }
+    return counts | {"tokens": (jnp.sum(mask_T), one)}

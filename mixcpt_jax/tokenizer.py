@@ -506,16 +506,25 @@ class Tokenizer:
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
-def load(path: str) -> Tokenizer:
+def load(path: str, chat_template: str = "") -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
       path: a folder with `tokenizer.json` or `tokenizer.model`, or a `.json`, `.model`
         or `.gguf` file. A `tokenizer_config.json` beside it is read too.
+      chat_template: a file with a Jinja template to use instead of its own; empty: none.
 
     Raises:
       InputError: a file is missing, malformed or of an unsupported kind.
     """
+    loaded = _load(path)
+    if chat_template:
+        template = paths.require_file(chat_template).read_text()
+        loaded = dataclasses.replace(loaded, chat_template=template)
+    return loaded
+
+
+def _load(path: str) -> Tokenizer:
     resolved = paths.resolve(path)
     if resolved.is_dir():
         names = ("tokenizer.json", "tokenizer.model")

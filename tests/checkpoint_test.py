@@ -10,6 +10,7 @@ from mixcpt_jax.errors import InputError
 from mixcpt_jax.steps import TrainState
 
 SOURCES = {"domain": "00ff"}
+PROVENANCE = {"start": {"weights": "somewhere"}, "files": {}}
 
 
 def make_state(step, mesh_sizes=(1, 8, 1)):
@@ -32,13 +33,18 @@ def save(folder, steps, **options):
     with checkpoint.Checkpoints(epath.Path(folder), **options) as checkpoints:
         for step in steps:
             checkpoints.save(
-                make_state(step), step, {"seed": 0}, SOURCES, loss=abs(step - 3.0)
+                make_state(step),
+                step,
+                {"seed": 0},
+                SOURCES,
+                PROVENANCE,
+                loss=abs(step - 3.0),
             )
 
 
-def restore(folder, template, sources=SOURCES):
+def restore(folder, template, sources=SOURCES, provenance=PROVENANCE):
     with checkpoint.Checkpoints(epath.Path(folder)) as checkpoints:
-        return checkpoints.restore(abstract(template), sources)
+        return checkpoints.restore(abstract(template), sources, provenance)
 
 
 def assert_equal(actual, expected):
@@ -84,6 +90,22 @@ def test_changed_sources_are_named(tmp_path):
         restore(tmp_path, make_state(1), SOURCES | {"general": "1234"})
 
 
+def test_another_start_is_named(tmp_path):
+    save(tmp_path, [1])
+    other = {"start": {"init_from": "elsewhere", "step": 3, "id": "ab"}}
+    with pytest.raises(InputError, match="trained from .*somewhere.*elsewhere"):
+        restore(tmp_path, make_state(1), provenance=other)
+
+
+def test_no_two_saves_have_one_identity(tmp_path):
+    save(tmp_path / "a", [1, 2])
+    save(tmp_path / "b", [2])
+    a, b = (checkpoint.identity(str(tmp_path / name)) for name in "ab")
+    assert a["step"] == b["step"] == 2
+    assert a["id"] != b["id"]
+    assert checkpoint.read_config(str(tmp_path / "a")) == {"seed": 0}
+
+
 def test_hand_over_reads_parameters_alone(tmp_path):
     save(tmp_path, [4, 5])
     params = make_state(5).params
@@ -106,7 +128,7 @@ def test_hand_over_names_what_does_not_fit(tmp_path):
 
 
 def test_hand_over_from_nothing(tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="has no folder"):
         checkpoint.load_params(str(tmp_path / "none"), {})
     (tmp_path / checkpoint.FOLDER).mkdir()
     with pytest.raises(InputError, match="no whole checkpoint"):

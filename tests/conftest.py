@@ -32,7 +32,7 @@ def tiny_model(tmp_path_factory) -> str:
     bpe.train_from_iterator(
         (json.loads(line)["output"] for line in lines),
         vocab_size=512,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         show_progress=False,
     )
     bpe.save(str(folder / "tokenizer.json"))

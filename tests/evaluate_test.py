@@ -34,7 +34,7 @@ def test_perplexity_and_accuracy_count_every_learnt_target_once(row_length, batc
     texts = [rng.integers(2, 90, n) for n in (30, 5, 2, 17, 9)]
     masks = [rng.random(len(text)) < 0.7 for text in texts]
     rows = mixture.pack_text("t", Examples.collect(zip(texts, masks)), row_length)
-    results = evaluate.evaluate(score, {"t": rows}, {}, batch_size)
+    results = evaluate.measure(score, {"t": rows}, {}, batch_size)
     learnt = np.concatenate([t[1:][m[1:]] for t, m in zip(texts, masks)])
     loss = np.mean((learnt % 7) / 3.0)
     assert results["t/loss"] == pytest.approx(loss)
@@ -51,7 +51,7 @@ QUESTIONS = [
 
 def test_an_exam_is_graded_by_log_likelihood_per_byte():
     exam = exams.encode(QUESTIONS, Letters(), row_length=64)
-    results = evaluate.evaluate(score, {}, {"quiz": exam}, batch_size=2)
+    results = evaluate.measure(score, {}, {"quiz": exam}, batch_size=2)
     right = []
     for question in QUESTIONS:
         per_byte = [

@@ -122,7 +122,6 @@ def test_a_bad_record_is_named(name, fields, words):
     ("settings", "words"),
     [
         ({"name": "dialogue"}, "format 'dialogue' is unknown"),
-        ({"name": "chat_preference"}, "'chat_preference' makes pairs"),
         ({"name": "chat", "fields": {"text": "x"}}, "not a field of format 'chat'"),
         ({"fields": {"body": "text"}}, "'body' is not a field of format 'document'"),
         ({"preference_side": "best"}, "preference_side 'best' is unknown"),

@@ -20,13 +20,21 @@ ALLOWED = {
     "steps": {"fused", "model", "optim", "sharding"},
     "checkpoint": {"steps"},
     "metrics": set(),
-    "evaluate": {"data"},
+    "phase": {
+        "checkpoint", "config", "data", "fused", "model", "sharding", "steps",
+        "tokenizer", "weights",
+    },
+    "sample": {"model", "sharding", "tokenizer"},
+    "evaluate": {"data", "metrics", "phase", "sample"},
+    "reference": {"data", "evaluate"},
+    "select": {"data", "evaluate", "metrics", "phase"},
+    "export": {"phase", "weights"},
     "report": {"metrics"},
     "train": {
-        "checkpoint", "config", "data", "evaluate", "fused", "metrics", "model", "optim",
-        "sharding", "steps", "tokenizer", "weights",
+        "checkpoint", "data", "evaluate", "fused", "losses", "metrics", "model", "optim",
+        "phase", "reference", "sharding", "steps",
     },
-    "main": {"config", "report", "train"},
+    "main": {"config", "evaluate", "export", "phase", "report", "select", "train"},
     "data": {"config", "data"},
 }  # fmt: skip
 FREE = {"errors", "paths"}

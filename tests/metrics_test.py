@@ -5,7 +5,7 @@ from etils import epath
 from tensorboardX.proto import event_pb2
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import metrics
+from mixcpt_jax import metrics, paths
 
 
 def open_writer(folder, resume_step, tensorboard=False):
@@ -61,8 +61,8 @@ def test_what_is_not_finite_is_left_out_since_json_has_no_word_for_it(tmp_path):
 
 def test_replace_writes_whole_files(tmp_path):
     path = epath.Path(tmp_path) / "file"
-    metrics.replace(path, "one")
-    metrics.replace(path, "two")
+    paths.replace(path, "one")
+    paths.replace(path, "two")
     assert path.read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 

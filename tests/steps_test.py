@@ -63,7 +63,10 @@ def take_step(batch, accumulation_steps=1, mesh_sizes=None, num_steps=1, remat="
     transforms, schedule = optim.make_optimizer(config, 10)
     forward = model.make_forward(CONFIG, remat=remat)
     train_step = steps.make_train_step(
-        forward, forward, transforms, schedule, SOURCES, accumulation_steps
+        steps.token_objective(forward, forward, SOURCES),
+        transforms,
+        schedule,
+        accumulation_steps,
     )
     state = steps.TrainState(jnp.zeros((), jnp.int32), params(), None)
     if mesh_sizes is None:

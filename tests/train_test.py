@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mixcpt_jax import checkpoint, metrics, model, train, weights
+from mixcpt_jax import checkpoint, metrics, model, phase, train, weights
 from mixcpt_jax.errors import InputError
 
 
@@ -40,7 +40,7 @@ def test_a_phase_learns_and_leaves_its_record(tiny_config, tmp_path):
             assert f"{name}/{measure}" in results["before"]
             assert f"{name}/{measure}" in results["after"]
     assert results["after"]["domain/loss"] < results["before"]["domain/loss"]
-    stored = json.loads((tmp_path / "run" / train.RESULTS_FILE).read_text())
+    stored = json.loads((tmp_path / "run" / phase.RESULTS_FILE).read_text())
     assert stored["after"] == results["after"]
     asked = {row["name"]: row["share_asked"] for row in results["mixture"]}
     assert asked == pytest.approx({"domain": 0.6, "instructions": 0.4})
@@ -101,7 +101,7 @@ def test_hand_over_starts_the_next_phase_where_the_last_one_ended(
     train.run(tiny_config, str(tmp_path / "first"), "cpt")
     tiny_config.init_from = str(tmp_path / "first")
     results = train.run(tiny_config, str(tmp_path / "second"), "cpt")
-    end = json.loads((tmp_path / "first" / train.RESULTS_FILE).read_text())["after"]
+    end = json.loads((tmp_path / "first" / phase.RESULTS_FILE).read_text())["after"]
     for name, value in results["before"].items():
         if name != "step":
             assert value == pytest.approx(end[name], rel=1e-5)
@@ -200,4 +200,4 @@ def test_kill_at_a_random_moment_changes_nothing(
     last = subprocess.run(command("killed"), env=env, capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    assert (tmp_path / "killed" / train.RESULTS_FILE).exists()
+    assert (tmp_path / "killed" / phase.RESULTS_FILE).exists()

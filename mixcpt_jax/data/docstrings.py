@@ -6,6 +6,7 @@ imported or run.
 
 import ast
 import difflib
+import importlib.metadata
 import importlib.util
 import pathlib
 import random
@@ -73,6 +74,12 @@ def records(packages: Sequence[str]) -> list[dict]:
     if not unique:
         raise InputError(f"{', '.join(packages)}: no public docstring was found")
     return list(unique.values())
+
+
+def version(package: str) -> str:
+    """The version of the distribution that an import name belongs to, or "unknown"."""
+    names = importlib.metadata.packages_distributions().get(package, [])
+    return " ".join(importlib.metadata.version(name) for name in names) or "unknown"
 
 
 def _parse_package(package: str) -> dict[str, tuple[ast.Module, bool]]:

@@ -30,7 +30,7 @@ ROLES = ("system", "user", "assistant")
 PREFERENCE_SIDES = ("chosen", "rejected", "both")
 
 # What stands between a question and its answer, as between two paragraphs.
-_SEPARATOR = "\n\n"
+SEPARATOR = "\n\n"
 _TEXTS_PER_BLOCK = 1024
 
 
@@ -139,7 +139,8 @@ def encode(
         'preference': `prompt` and the answer of `preference_side`, likewise;
         'chat': `messages`, a list of `{role, content}` whose role is system, user or
         assistant (other keys are not read), or else the fields of 'instruction' as a
-        user's message and the assistant's.
+        user's message and the assistant's;
+        'chat_preference': two examples a record, see `chat_pair`.
       tokenizer: has `encode_batch`, `add_bos`, `bos_id` and `end_of_document_id`; for
         'chat' `encode_chat`.
       fields: our field name -> the source's name for it, where they differ.
@@ -154,9 +155,9 @@ def encode(
     fields = dict(fields or {})
     _check_settings(format, fields, preference_side)
     if format == "chat_preference":
-        raise InputError(
-            "format 'chat_preference' makes pairs, which are no examples of a mixture; "
-            "use `chat_pair`, or format 'preference' for plain text"
+        pairs = (chat_pair(record, tokenizer, fields) for record in records)
+        return Examples.collect(
+            side for pair in pairs for side in (pair[:2], pair[2:])
         )
     if format == "chat":
         return Examples.collect(
@@ -213,12 +214,88 @@ def chat_pair(
             )
         if answer[: len(prompt)] == prompt:
             answer = answer[len(prompt) :]
-        ids, mask = _encode_chat([*prompt, *answer], tokenizer, record.place)
-        # The assistant's turns within the prompt are given, as all of the prompt is.
-        opening, _ = _encode_chat(prompt, tokenizer, record.place, True)
-        arrays += [np.array(ids, np.int32), np.array(mask, bool)]
-        arrays[-1][: len(opening)] = False
+        arrays += encode_answer(prompt, answer, tokenizer, record.place)
     return Pair(*arrays)
+
+
+def encode_answer(
+    prompt: list[dict[str, str]], answer: list[dict[str, str]], tokenizer, place: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes a conversation of which `answer` alone is learnt.
+
+    Returns:
+      Tokens of both, int32 [tokens], and the mask, bool [tokens]: the assistant's
+      tokens in `answer`, the one that ends each turn with them.
+
+    Raises:
+      InputError: the chat template cannot write it; begins with `place`.
+    """
+    ids, mask = _encode_chat([*prompt, *answer], tokenizer, place)
+    # The assistant's turns within the prompt are given, as all of the prompt is.
+    opening, _ = _encode_chat(prompt, tokenizer, place, True)
+    mask[: len(opening)] = [False] * len(opening)
+    return np.array(ids, np.int32), np.array(mask, bool)
+
+
+def prompt_and_response(
+    record: Record, format: str, fields: Mapping[str, str] | None = None
+) -> tuple[list[dict[str, str]], str]:
+    """A record as the messages of a prompt and the assistant's response to it.
+
+    The contents of the messages and the response, joined by `SEPARATOR`, are the plain
+    text that `encode` makes of an instruction or a preference.
+
+    Args:
+      record: see `encode`.
+      format: 'instruction'; 'preference', whose response is the chosen one; or 'chat',
+        whose response is the assistant's last message.
+      fields: our field name -> the source's name for it, where they differ.
+
+    Raises:
+      InputError: see `encode`; also if no message with a content comes before the
+        response.
+    """
+    fields = dict(fields or {})
+    _check_settings(format, fields, "chosen")
+    if format in ("instruction", "preference"):
+        if format == "instruction":
+            *question, response = _instruction(record, fields)
+        else:
+            names = (fields.get(name, name) for name in ("prompt", "chosen"))
+            *question, response = (_read_field(record, name) for name in names)
+        return [{"role": "user", "content": SEPARATOR.join(question)}], response
+    if format != "chat":
+        raise InputError(
+            f"format {format!r} has no prompt with a response; use 'instruction', "
+            "'preference' or 'chat'"
+        )
+    messages = _conversation(record, fields)
+    while messages[-1]["role"] != "assistant":
+        messages.pop()
+    *prompt, response = messages
+    if not any(message["content"].strip() for message in prompt):
+        raise InputError(
+            f"{record.place}: nothing comes before the assistant's last message; drop "
+            "the record"
+        )
+    return prompt, response["content"]
+
+
+def read_prompt(record: Record) -> list[dict[str, str]]:
+    """The conversation to answer: `messages`, or `prompt` as a user's message.
+
+    Raises:
+      InputError: neither is there, or it is malformed or ends with the assistant.
+    """
+    if "messages" not in record.fields:
+        return [{"role": "user", "content": _read_field(record, "prompt")}]
+    messages = _read_messages(record, "messages")
+    if messages[-1]["role"] == "assistant":
+        raise InputError(
+            f"{record.place}: field 'messages' ends with the assistant's message; end "
+            "it with the user's"
+        )
+    return messages
 
 
 def _encode_chat(
@@ -248,7 +325,7 @@ def _conversation(record: Record, fields: dict) -> list[dict[str, str]]:
         )
     *question, answer = _instruction(record, fields)
     return [
-        {"role": "user", "content": _SEPARATOR.join(question)},
+        {"role": "user", "content": SEPARATOR.join(question)},
         {"role": "assistant", "content": answer},
     ]
 
@@ -305,8 +382,8 @@ def _texts(record: Record, format: str, fields: dict, side: str) -> list[str]:
     if format == "preference":
         sides = ("chosen", "rejected") if side == "both" else (side,)
         prompt = read("prompt")
-        return [_SEPARATOR.join([prompt, read(answer)]) for answer in sides]
-    return [_SEPARATOR.join(_instruction(record, fields))]
+        return [SEPARATOR.join([prompt, read(answer)]) for answer in sides]
+    return [SEPARATOR.join(_instruction(record, fields))]
 
 
 def _instruction(record: Record, fields: dict) -> list[str]:

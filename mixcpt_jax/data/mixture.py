@@ -6,7 +6,9 @@ it is the same for any number of hosts and worker processes, and reading can sta
 again anywhere.
 
 Terms: an example of `n` tokens has `n - 1` targets. A piece is a run of one example's
-targets together with their inputs. A row is one or more pieces, then padding.
+targets together with their inputs. A row is one or more pieces, then padding. A pair is
+two examples, `2 i` and `2 i + 1` of its source: the chosen and the rejected answer to one
+prompt; it lies whole in one row, as two pieces that follow each other.
 """
 
 import bisect
@@ -43,6 +45,9 @@ class Source:
         positive scale); 0 leaves it out and keeps its name and number.
       ntp_weight, lssd_weight, kd_weight: weight of each objective on its tokens:
         next-token prediction, logit swap self-distillation, plain distillation.
+      has_pairs: its examples are pairs.
+      reference_logps: log-probability of each example's learnt tokens under the
+        reference, nats, float32 [examples]; None where it is not known ahead.
     """
 
     name: str
@@ -51,6 +56,8 @@ class Source:
     ntp_weight: float = 0.0
     lssd_weight: float = 1.0
     kd_weight: float = 0.0
+    has_pairs: bool = False
+    reference_logps: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,6 +82,65 @@ class PackingPlan:
 
     def __len__(self) -> int:
         return len(self.row_splits) - 1
+
+    @property
+    def max_pieces(self) -> int:
+        """Pieces of the row that has most."""
+        return int(np.diff(self.row_splits).max(initial=0))
+
+
+def fit(
+    examples: Examples,
+    row_length: int,
+    rule: str,
+    places: Sequence[str] = (),
+    group: int = 1,
+) -> tuple[Examples, dict[str, int]]:
+    """Applies a rule to what is too long for a row.
+
+    Args:
+      examples: in groups of `group` that have to lie in one row together.
+      row_length: targets in a row.
+      rule: 'split' changes nothing: `pack` lets examples go on in the next row.
+        'truncate' cuts each example of an over-long group at its end, to
+        `row_length / group` targets, and drops the group if nothing is left to learn in
+        one of them. 'drop' drops the group, 'refuse' raises.
+      places: where each group comes from, for the error.
+      group: 1, or 2 for pairs.
+
+    Returns:
+      The examples, and how many groups were `truncated` and `dropped`.
+
+    Raises:
+      InputError: the rule is 'refuse' and a group is too long.
+    """
+    counts = {"truncated": 0, "dropped": 0}
+    if rule == "split":
+        return examples, counts
+    targets = np.maximum(examples.lengths - 1, 0).reshape(-1, group).sum(1)
+    kept = []
+    for number, total in enumerate(targets.tolist()):
+        members = range(number * group, (number + 1) * group)
+        parts = [slice(*examples.offsets[i : i + 2]) for i in members]
+        if total > row_length:
+            if rule == "refuse":
+                place = f"{places[number]}: " if places else ""
+                raise InputError(
+                    f"{place}{total} tokens, data.row_length is {row_length}; make it "
+                    "larger or set data.overlong to truncate or drop"
+                )
+            size = row_length // group + 1
+            parts = [slice(p.start, min(p.stop, p.start + size)) for p in parts]
+            learnt = [examples.loss_mask[p.start + 1 : p.stop].any() for p in parts]
+            if rule == "drop" or not all(learnt):
+                counts["dropped"] += 1
+                continue
+            counts["truncated"] += 1
+        kept += parts
+    if not any(counts.values()):
+        return examples, counts
+    pairs = ((examples.tokens[part], examples.loss_mask[part]) for part in kept)
+    return Examples.collect(pairs), counts
 
 
 def pack(
@@ -133,6 +199,26 @@ def pack(
     )
 
 
+def pack_pairs(lengths: np.ndarray, row_length: int, seed: int = 0) -> PackingPlan:
+    """Plans rows of whole pairs, best fit as in `pack`.
+
+    Args:
+      lengths: tokens of each example, int [2 pairs]; a pair's targets fit a row.
+      row_length, seed: as for `pack`.
+    """
+    targets_Px2 = np.asarray(lengths, np.int64).reshape(-1, 2) - 1
+    order = np.random.default_rng(seed).permutation(len(targets_Px2))
+    row = _best_fit(targets_Px2.sum(1)[order], row_length)
+    pair = order[np.argsort(row, kind="stable")]
+    return PackingPlan(
+        row_length=row_length,
+        example=(2 * pair[:, None] + np.arange(2)).reshape(-1),
+        start=np.zeros(2 * len(pair), np.int64),
+        length=targets_Px2[pair].reshape(-1),
+        row_splits=np.concatenate([[0], np.cumsum(2 * np.bincount(row))]),
+    )
+
+
 def _best_fit(sizes: np.ndarray, row_length: int) -> np.ndarray:
     """The row of each piece, int64 [pieces]; sizes are 1 to `row_length`.
 
@@ -176,13 +262,24 @@ class PackedRows:
       loss_mask: float32, 1 where the target is learnt.
       ntp_weights, lssd_weights, kd_weights: float32, the mask times the source's
         weight for the objective.
+    Rows of pairs whose reference is known have one more, [num_segments]:
+      reference_logps: float32, that of segment `i + 1` at `i`, 0 behind the last.
+    Their segments `2 i + 1` and `2 i + 2` are a pair.
     """
 
-    def __init__(self, source: Source, source_id: int, plan: PackingPlan, pad_id: int):
+    def __init__(
+        self,
+        source: Source,
+        source_id: int,
+        plan: PackingPlan,
+        pad_id: int,
+        num_segments: int = 0,
+    ):
         self.source = source
         self.source_id = source_id
         self.plan = plan
         self.pad_id = pad_id
+        self.num_segments = num_segments
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -211,6 +308,10 @@ class PackedRows:
         arrays["ntp_weights"] = mask * np.float32(self.source.ntp_weight)
         arrays["lssd_weights"] = mask * np.float32(self.source.lssd_weight)
         arrays["kd_weights"] = mask * np.float32(self.source.kd_weight)
+        if self.source.reference_logps is not None:
+            logps = self.source.reference_logps[plan.example[pieces]]
+            arrays["reference_logps"] = np.zeros(self.num_segments, np.float32)
+            arrays["reference_logps"][: len(logps)] = logps
         return arrays
 
     def example_ids(self, row: int) -> np.ndarray:
@@ -264,14 +365,16 @@ def pack_sources(
             )
     if not any(source.share for source in sources):
         raise InputError("the share of every source is 0; give one a share")
-    return [
-        PackedRows(
-            source,
-            number,
-            pack(source.examples.lengths, row_length, strategy, _seed(seed, number)),
-            pad_id or 0,
-        )
+    plans = [
+        pack_pairs(source.examples.lengths, row_length, _seed(seed, number))
+        if source.has_pairs
+        else pack(source.examples.lengths, row_length, strategy, _seed(seed, number))
         for number, source in enumerate(sources)
+    ]
+    num_segments = max(plan.max_pieces for plan in plans)
+    return [
+        PackedRows(source, number, plan, pad_id or 0, num_segments)
+        for number, (source, plan) in enumerate(zip(sources, plans, strict=True))
     ]
 
 
@@ -342,24 +445,13 @@ def mixture(
 
 
 def evaluation_batches(
-    rows: PackedRows, batch_size: int, num_hosts: int = 1, host: int = 0
+    rows: PackedRows, batch_size: int, first_batch: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every row once, in order, in batches of one shape.
-
-    The last global batch is filled up with empty rows, and hosts get equally many
-    batches: [batch_size / num_hosts, row_length].
-
-    Raises:
-      InputError: the hosts cannot share the batch evenly.
-    """
-    if batch_size < 1 or batch_size % num_hosts:
-        raise InputError(
-            f"batch_size is {batch_size}, a multiple of the {num_hosts} hosts is wanted"
-        )
-    for first in range(0, len(rows), batch_size):
+    """Every row once, in order, in whole batches; empty rows fill up the last one."""
+    for first in range(first_batch * batch_size, len(rows), batch_size):
         batch = [
             rows[row] if row < len(rows) else rows.empty_row()
-            for row in range(first + host, first + batch_size, num_hosts)
+            for row in range(first, first + batch_size)
         ]
         yield {name: np.stack([row[name] for row in batch]) for name in batch[0]}
 

@@ -3,14 +3,16 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import grain
 import ml_collections
+import numpy as np
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.data import docstrings, exams, format, mixture, sources
+from mixcpt_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,19 +23,28 @@ class Data:
       packed: the sources of the training stream, in the order of `source_ids`.
       objectives: source name -> weight of each objective, same order.
       texts: name -> rows that are measured and never trained on.
+      pairs: name -> the same of preference pairs.
       exams: name -> multiple choice.
+      prompts: conversations to answer before and after.
+      files: what was read, name -> {file: hash}.
       report: one dict per source: what it holds and what the mixture gives of it.
     """
 
     packed: list[mixture.PackedRows]
     objectives: dict[str, dict[str, float]]
     texts: dict[str, mixture.PackedRows]
+    pairs: dict[str, mixture.PackedRows]
     exams: dict[str, exams.Exam]
+    prompts: list[list[dict[str, str]]]
+    files: dict[str, dict[str, str]]
     report: list[dict[str, Any]]
 
 
 def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
-    """Reads, encodes and packs every source of the config.
+    """Reads, encodes and packs what the phase reads of the config.
+
+    Sources without weight or holdout are not read: a phase may name files that only a
+    later one has.
 
     Args:
       config: a validated config.
@@ -42,34 +53,31 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
     Raises:
       InputError: names the file, line or setting that is wrong.
     """
-    held_in, texts = {}, {}
+    row_length = config.data.row_length
+    is_training = config.job == "train"
+    asked = {exam.source for exam in config.eval.exams.values()}
+    held_in, texts, pairs, files = {}, {}, {}, {}
     for name, source in config.sources.items():
-        held_in[name], held_out = sources.split_holdout(
-            _read(source), source.holdout, config.seed
-        )
-        if held_out:
-            texts[name] = _encode(held_out, source, tokenizer)
+        held_in[name] = []
+        if (is_training and source.weight) or source.holdout or name in asked:
+            held_in[name], held_out = read_source(config, source)
+            files[name] = sources.hashes(source.path, source.reader)
+            if held_out:
+                is_pair = source.format == "chat_preference"
+                measured = pairs if is_pair else texts
+                measured[name] = _encode(held_out, source, tokenizer)
     for name, source in config.eval.texts.items():
-        texts[name] = _encode(_read(source), source, tokenizer)
+        texts[name] = _encode(_measured(config, source), source, tokenizer)
+        files[f"eval.texts.{name}"] = sources.hashes(source.path, source.reader)
+    for name, source in config.eval.pairs.items():
+        pairs[name] = _encode(_measured(config, source), source, tokenizer)
+        files[f"eval.pairs.{name}"] = sources.hashes(source.path, source.reader)
+    packed, report = [], []
     objectives = {
         name: config_lib.objective_weights(config, name) for name in config.sources
     }
-    row_length = config.data.row_length
-    packed = mixture.pack_sources(
-        [
-            mixture.Source(
-                name,
-                _encode(held_in[name], source, tokenizer),
-                share=source.weight,
-                **{f"{key}_weight": w for key, w in objectives[name].items()},
-            )
-            for name, source in config.sources.items()
-        ],
-        row_length,
-        config.data.packing,
-        config.seed,
-        tokenizer.pad_id,
-    )
+    if is_training:
+        packed, report = _pack(config, held_in, objectives, tokenizer)
     return Data(
         packed=packed,
         objectives=objectives,
@@ -77,12 +85,64 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
             name: mixture.pack_text(name, examples, row_length)
             for name, examples in texts.items()
         },
+        pairs={
+            name: _pack_pairs(name, examples, row_length)
+            for name, examples in pairs.items()
+        },
         exams={
             name: _load_exam(config, exam, held_in, tokenizer)
             for name, exam in config.eval.exams.items()
         },
-        report=mixture.describe(packed),
+        prompts=_load_prompts(config.eval.prompts),
+        files=files,
+        report=report,
     )
+
+
+def read_source(
+    config: ml_collections.ConfigDict, source: ml_collections.ConfigDict
+) -> tuple[list[sources.Record], list[sources.Record]]:
+    """The records of a source: those in training and those held out of it."""
+    records = sources.read(source.path, source.reader)
+    return sources.split_holdout(
+        itertools.islice(records, source.max_records or None),
+        source.holdout,
+        config.seed,
+    )
+
+
+def _pack(config, held_in, objectives, tokenizer):
+    """The training stream's sources, and the table of what they give."""
+    used, counts = [], []
+    for name, source in config.sources.items():
+        has_pairs = source.format == "chat_preference"
+        records = held_in[name] if source.weight else []
+        examples, cut = mixture.fit(
+            _encode(records, source, tokenizer),
+            config.data.row_length,
+            config.data.overlong,
+            [record.place for record in records],
+            group=2 if has_pairs else 1,
+        )
+        counts.append(cut)
+        used.append(
+            mixture.Source(
+                name,
+                examples,
+                share=source.weight,
+                has_pairs=has_pairs,
+                **{f"{key}_weight": w for key, w in objectives[name].items()},
+            )
+        )
+    packed = mixture.pack_sources(
+        used,
+        config.data.row_length,
+        config.data.packing,
+        config.seed,
+        tokenizer.pad_id,
+    )
+    rows = zip(mixture.describe(packed), counts, strict=True)
+    return packed, [row | cut for row, cut in rows]
 
 
 def batches(
@@ -108,6 +168,25 @@ def batches(
     )
 
 
+def with_references(data: Data, references: Mapping[str, np.ndarray]) -> Data:
+    """The same, whose training rows of pairs have the reference's log-probabilities.
+
+    Args:
+      data: what a phase reads.
+      references: "sources/NAME" -> log-probabilities, nats, [examples].
+    """
+    packed = []
+    for rows in data.packed:
+        logps = references.get(f"sources/{rows.source.name}")
+        if logps is not None:
+            source = dataclasses.replace(rows.source, reference_logps=logps)
+            rows = mixture.PackedRows(
+                source, rows.source_id, rows.plan, rows.pad_id, rows.num_segments
+            )
+        packed.append(rows)
+    return dataclasses.replace(data, packed=packed)
+
+
 def fingerprint(data: Data) -> dict[str, str]:
     """Source name -> a hash of its tokens: tells whether the stream is still the same."""
     return {
@@ -118,9 +197,10 @@ def fingerprint(data: Data) -> dict[str, str]:
     }
 
 
-def _read(source: ml_collections.ConfigDict) -> Iterator[sources.Record]:
-    records = sources.read(source.path, source.reader)
-    return itertools.islice(records, source.max_records or None)
+def _measured(config, source) -> list[sources.Record]:
+    """Of a source with a holdout that part, else all of it."""
+    held_in, held_out = read_source(config, source)
+    return held_out if source.holdout else held_in
 
 
 def _encode(records, source, tokenizer) -> format.Examples:
@@ -131,6 +211,23 @@ def _encode(records, source, tokenizer) -> format.Examples:
         source.fields.to_dict(),
         source.preference_side,
     )
+
+
+def _pack_pairs(name: str, examples: format.Examples, row_length: int):
+    """Pairs that are measured: none is split, and none is lost."""
+    fitting, counts = mixture.fit(examples, row_length, "truncate", group=2)
+    if counts["dropped"]:
+        raise InputError(
+            f"{name}: of {counts['dropped']} held-out pairs the prompt alone fills half "
+            f"of data.row_length={row_length}; make it larger or shorten them"
+        )
+    return mixture.pack_text(name, fitting, row_length)
+
+
+def _load_prompts(path: str) -> list[list[dict[str, str]]]:
+    if not path:
+        return []
+    return [format.read_prompt(record) for record in sources.read(path, "jsonl")]
 
 
 def _load_exam(config, exam, held_in, tokenizer) -> exams.Exam:

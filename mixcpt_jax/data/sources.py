@@ -60,6 +60,22 @@ def read(path: str, reader: str = "") -> Iterator[Record]:
     )
 
 
+def hashes(path: str, reader: str = "") -> dict[str, str]:
+    """What `read` reads: file -> 16 hex digits of its hash, or package -> version."""
+    reader = reader or _guess_reader(path)
+    if reader == "docstrings":
+        names = [name.strip() for name in path.split(",")]
+        return {name: docstrings.version(name) for name in names}
+    suffixes = _TEXT_SUFFIXES if reader == "text" else (".jsonl",)
+    return {str(file): _file_hash(file) for file in _find(path, suffixes)}
+
+
+def _file_hash(file: epath.Path) -> str:
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=8))
+    return digest.hexdigest()
+
+
 def split_holdout(
     records: Iterable[Record], num_records: int, seed: int
 ) -> tuple[list[Record], list[Record]]:

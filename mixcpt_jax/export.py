@@ -1,0 +1,40 @@
+"""The job "export": what a phase starts from, as a Hugging Face folder."""
+
+from typing import Any
+
+import jax
+import ml_collections
+
+from mixcpt_jax import phase as phase_lib
+from mixcpt_jax import weights
+
+FOLDER = "hf"
+
+
+def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str, Any]:
+    """Writes `hf/` in the phase's folder: weights, config and tokenizer.
+
+    Adapters are merged into the weights they adapt. The conversion is atomic.
+
+    Returns:
+      What `results.json` holds: the folder's path and the dtype of the weights.
+
+    Raises:
+      InputError: config, weights or workdir are wrong.
+    """
+    results = phase_lib.finished(config, workdir)
+    if results is not None:
+        return results
+    phase = phase_lib.start(config, workdir, name)
+    phase.claim()
+    dtype = phase.config.export.dtype
+    with jax.set_mesh(phase.mesh):
+        params = phase.starting_params(phase.config.model.param_dtype)
+        weights.save_pretrained(
+            str(phase.folder / FOLDER),
+            params,
+            phase.model_config,
+            phase.tokenizer,
+            dtype=dtype,
+        )
+    return phase.finish({"folder": str(phase.folder / FOLDER), "dtype": dtype})

@@ -1,0 +1,313 @@
+"""What every phase has: a folder, a config, a model, a mesh, and where it starts from.
+
+A phase starts from the end of another one, `init_from`, or else from the pretrained
+weights of `model.path`. Where it starts from is also its frozen model: the teacher of
+continual pre-training, the reference of DPO, and what adapters adapt.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+from mixcpt_jax import (
+    checkpoint,
+    fused,
+    model,
+    paths,
+    sharding,
+    steps,
+    tokenizer,
+    weights,
+)
+from mixcpt_jax import config as config_lib
+from mixcpt_jax.data import pipeline
+from mixcpt_jax.errors import InputError
+
+CONFIG_FILE = "config.json"
+RESULTS_FILE = "results.json"
+PROVENANCE_FILE = "provenance.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase of a run, before anything is computed.
+
+    Attributes:
+      name: for the terminal.
+      folder: where it keeps what it makes.
+      given: its config as it is kept in the folder.
+      config: the same with "phase:NAME" paths resolved.
+      model_config: the architecture.
+      tokenizer: the model's.
+      mesh: over all devices of all hosts.
+    """
+
+    name: str
+    folder: epath.Path
+    given: ml_collections.ConfigDict
+    config: ml_collections.ConfigDict
+    model_config: model.ModelConfig
+    tokenizer: tokenizer.Tokenizer
+    mesh: jax.sharding.Mesh
+
+    @property
+    def lora(self) -> model.Lora | None:
+        return _lora(self.config.lora)
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """The settings of `fused.head_loss`."""
+        head = self.config.head
+        return {
+            "chunk_size": head.chunk_size or None,
+            "block_size": head.block_size or None,
+            "vocab_tile": head.vocab_tile or None,
+            "vocab_parallel": head.vocab_parallel,
+        }
+
+    @property
+    def compiler_options(self) -> dict[str, str] | None:
+        return steps.COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform)
+
+    def forward(self, remat: str = "none", lora: model.Lora | None = None):
+        """The network, in the phase's compute dtype."""
+        dtype = self.config.model.compute_dtype
+        return model.make_forward(self.model_config, dtype, remat, lora)
+
+    def starting_params(self, dtype: str) -> model.Params:
+        """The parameters the phase starts from, sharded, whole.
+
+        Raises:
+          InputError: they are missing, damaged or of another model.
+        """
+        return _start(self.config, self.model_config, self.mesh, dtype)
+
+    def eval_step(self, lora: model.Lora | None = None) -> Callable[..., Any]:
+        """`(params, batch on the host) -> {"ntp", "correct"}` on the host, `[B, L]`."""
+        step = jax.jit(
+            steps.make_eval_step(
+                self.forward(lora=lora),
+                functools.partial(fused.head_loss, **self.head_options),
+            ),
+            out_shardings=sharding.replicated(self.mesh),
+            compiler_options=self.compiler_options,
+        )
+        where = sharding.batch_sharding(self.mesh)
+
+        def run(params, batch):
+            on_devices = {
+                key: jax.make_array_from_callback(value.shape, where, value.__getitem__)
+                for key, value in batch.items()
+            }
+            return jax.device_get(step(params, on_devices))
+
+        return run
+
+    def load_data(self) -> pipeline.Data:
+        """Reads all data, then claims the folder.
+
+        Only in this order: a mistake in a path, once mended, must not find the folder
+        taken.
+        """
+        data = pipeline.load(self.config, self.tokenizer)
+        self.claim(data.files)
+        return data
+
+    def claim(self, files: dict[str, dict[str, str]] | None = None) -> None:
+        """Writes the config and the provenance; the folder is this config's from now."""
+        if jax.process_index() != 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / CONFIG_FILE).exists():
+            text = self.given.to_json(indent=2)
+            paths.replace(self.folder / CONFIG_FILE, text)
+        text = json.dumps(self.provenance(files or {}), indent=2)
+        paths.replace(self.folder / PROVENANCE_FILE, text)
+
+    def provenance(self, files: dict[str, dict[str, str]]) -> dict[str, Any]:
+        """Which checkpoint or weights the phase starts from, and the files it reads."""
+        config = self.config
+        start = {"weights": config.model.path}
+        if config.init_from:
+            start = {"init_from": self.given.init_from}
+            start |= checkpoint.identity(config.init_from)
+        return {"start": start, "files": files}
+
+    def finish(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Writes the results, which mark the phase as done; returns them."""
+        if jax.process_index() == 0:
+            text = json.dumps(results, indent=2)
+            paths.replace(self.folder / RESULTS_FILE, text)
+        return results
+
+
+def start(config: ml_collections.ConfigDict, workdir: str, name: str) -> Phase:
+    """Checks a phase's config against its folder and its model.
+
+    Args:
+      config: a validated config without phases.
+      workdir: the phase's folder; other phases' lie beside it.
+      name: of the phase, for the terminal.
+
+    Raises:
+      InputError: the folder, the model or the tokenizer is wrong.
+    """
+    folder = paths.absolute(workdir)
+    check_workdir(folder, config)
+    given, config = config, config_lib.resolve_phases(config, str(folder.parent))
+    model_config = weights.read_model_config(config.model.path)
+    check_model(config, model_config)
+    source = config.model.tokenizer or config.model.path
+    vocabulary = tokenizer.load(source, config.model.chat_template)
+    tokenizer.check_vocabulary(vocabulary, model_config.vocab_size, source)
+    mesh = sharding.make_mesh(config.mesh)
+    return Phase(name, folder, given, config, model_config, vocabulary, mesh)
+
+
+def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] | None:
+    """The results of a phase that has come to its end, or None.
+
+    Raises:
+      InputError: the folder belongs to another config.
+    """
+    folder = paths.absolute(workdir)
+    check_workdir(folder, config)
+    path = folder / RESULTS_FILE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def check_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+    """A workdir that is in use must hold the same config.
+
+    Raises:
+      InputError: names the first setting that differs, or the damaged file.
+    """
+    path = workdir / CONFIG_FILE
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"{workdir}: is a file; give another --workdir")
+    if not path.exists():
+        return
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(
+            f"{path}: damaged ({error}); delete it if the run in {workdir} had this config"
+        ) from error
+    difference = config_lib.first_difference(config, stored)
+    if difference is not None:
+        key, then, now = difference
+        raise InputError(
+            f"{workdir}: belongs to a run with {key}={then!r}, this one has {now!r}; "
+            "give another --workdir (and --config.init_from to start from this run's "
+            "end), or the same config to go on"
+        )
+
+
+def check_model(
+    config: ml_collections.ConfigDict, model_config: model.ModelConfig
+) -> None:
+    """Settings that must suit the model, checked before its weights are read.
+
+    Raises:
+      InputError: names the setting and the remedy.
+    """
+    if config.data.row_length > model_config.max_positions:
+        raise InputError(
+            f"data.row_length={config.data.row_length}: longer than the model's context "
+            f"of {model_config.max_positions}; use at most that"
+        )
+    data, fsdp, tensor = sharding.mesh_shape(config.mesh, jax.device_count())
+    if data * fsdp % jax.process_count():
+        raise InputError(
+            f"mesh: data x fsdp = {data} x {fsdp} cannot be shared by "
+            f"{jax.process_count()} hosts; make mesh.tensor smaller"
+        )
+    for axis, size, dimension, value in (
+        ("tensor", tensor, "attention heads", model_config.num_heads),
+        ("tensor", tensor, "key-value heads", model_config.num_kv_heads),
+        ("tensor", tensor, "MLP columns", model_config.mlp_size),
+        ("tensor", tensor, "vocabulary entries", model_config.vocab_size),
+        ("fsdp", fsdp, "hidden size", model_config.hidden_size),
+    ):
+        if value % size:
+            raise InputError(
+                f"mesh.{axis}={size} does not divide the model's {value} {dimension}; "
+                f"choose a divisor and give the rest of the devices to mesh.data"
+            )
+
+
+def abstract_params(
+    model_config: model.ModelConfig, mesh: jax.sharding.Mesh, dtype: str
+) -> model.Params:
+    """Shapes, dtypes and shardings of the whole parameters."""
+    return sharding.place(
+        model.abstract_params(model_config, dtype),
+        sharding.shardings(mesh, model.param_axes(model_config)),
+    )
+
+
+def abstract_adapters(
+    model_config: model.ModelConfig,
+    lora: model.Lora,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+) -> model.Params:
+    """The same of the adapters."""
+    return sharding.place(
+        model.abstract_adapters(model_config, lora, dtype),
+        sharding.shardings(mesh, model.adapter_axes(model_config, lora)),
+    )
+
+
+def load_params(
+    folder: str, model_config: model.ModelConfig, mesh: jax.sharding.Mesh, dtype: str
+) -> model.Params:
+    """The whole parameters at the end of a phase: the hand-over.
+
+    Where the phase trained adapters, they are merged into what that phase started from.
+
+    Args:
+      folder: the phase's folder, or its `checkpoints`.
+      model_config: the architecture.
+      mesh: where the parameters shall lie.
+      dtype: of the parameters.
+
+    Raises:
+      InputError: no checkpoint there, or of another model.
+    """
+    stored = ml_collections.ConfigDict(checkpoint.read_config(folder))
+    lora = _lora(stored.get("lora"))
+    whole = abstract_params(model_config, mesh, dtype)
+    if lora is None:
+        return checkpoint.load_params(folder, whole)
+    adapters = checkpoint.load_params(
+        folder, abstract_adapters(model_config, lora, mesh, stored.model.param_dtype)
+    )
+    run_folder = checkpoint.phase_folder(folder).parent
+    stored = config_lib.resolve_phases(stored, str(run_folder))
+    merge = jax.jit(
+        functools.partial(model.merge_adapters, lora=lora),
+        donate_argnums=0,
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, whole),
+    )
+    return merge(_start(stored, model_config, mesh, dtype), adapters)
+
+
+def _start(config, model_config, mesh, dtype) -> model.Params:
+    if config.init_from:
+        return load_params(config.init_from, model_config, mesh, dtype)
+    return weights.load_params(
+        config.model.path, abstract_params(model_config, mesh, dtype)
+    )
+
+
+def _lora(config: ml_collections.ConfigDict | None) -> model.Lora | None:
+    if config is None or not config.rank:
+        return None
+    return model.Lora(config.rank, config.alpha, tuple(config.targets))

@@ -1,0 +1,143 @@
+"""The job "select": which few general samples of the mixture go to format alignment.
+
+The model after continual pre-training scores every general sample that it was trained
+on, once as plain text and once in its chat template; `data.selection` says what becomes
+of the scores. Each source's ranking is a JSONL file, best first, that SFT and DPO read
+the first lines of.
+"""
+
+import hashlib
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from mixcpt_jax import evaluate, metrics, paths
+from mixcpt_jax import phase as phase_lib
+from mixcpt_jax.data import mixture, pipeline, selection, sources
+from mixcpt_jax.data.format import Examples
+from mixcpt_jax.errors import InputError
+
+_SECONDS_BETWEEN_SAVES = 30.0
+
+
+def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str, Any]:
+    """Ranks the samples of every source in `select.keep`.
+
+    Writes `SOURCE.jsonl` (see `selection.write`). A run that was killed goes on with the
+    batches it has not scored.
+
+    Returns:
+      What `results.json` holds: source -> `selection.summary`, and the seconds it took.
+
+    Raises:
+      InputError: config, data, weights or workdir are wrong.
+    """
+    results = phase_lib.finished(config, workdir)
+    if results is not None:
+        return results
+    phase = phase_lib.start(config, workdir, name)
+    config, settings = phase.config, phase.config.select
+    if settings.max_tokens > phase.model_config.max_positions:
+        raise InputError(
+            f"select.max_tokens={settings.max_tokens}: longer than the model's context "
+            f"of {phase.model_config.max_positions}; use at most that"
+        )
+    wanted = {source: config.sources[source] for source in settings.keep}
+    found = {
+        source: selection.candidates(
+            pipeline.read_source(config, entry)[0],
+            entry.format,
+            phase.tokenizer,
+            entry.fields.to_dict(),
+            max_tokens=settings.max_tokens,
+            min_tokens=settings.min_tokens,
+            near_duplicates=settings.near_duplicates,
+        )
+        for source, entry in wanted.items()
+    }
+    phase.claim({s: sources.hashes(e.path, e.reader) for s, e in wanted.items()})
+    is_first_host = jax.process_index() == 0
+    with (
+        jax.set_mesh(phase.mesh),
+        metrics.Progress(
+            name, 0, 1, config.metrics.progress and is_first_host
+        ) as progress,
+    ):
+        params = phase.starting_params(config.model.param_dtype)
+        eval_step = phase.eval_step()
+        start = repr(phase.provenance({})["start"])
+        results = {}
+        for source, candidates in found.items():
+            progress.say(
+                f"{name}: scoring {len(candidates.records)} samples of {source}; "
+                f"left out: {candidates.filtered}"
+            )
+            measured = [
+                _measure(
+                    lambda batch: eval_step(params, batch),
+                    examples,
+                    config,
+                    phase.folder / f"{source}.{form}.npz",
+                    start,
+                )
+                for form, examples in (
+                    ("plain", candidates.plain),
+                    ("chat", candidates.chat),
+                )
+            ]
+            ranking = selection.rank(
+                candidates,
+                selection.Measured(*measured[0], *measured[1]),
+                settings.method,
+                settings.keep[source],
+                config.seed,
+                settings.origin_field,
+                settings.origin_share,
+            )
+            results[source] = selection.summary(ranking)
+            if is_first_host:
+                selection.write(phase.folder / f"{source}.jsonl", ranking)
+    return phase.finish({"selection": results})
+
+
+def _measure(
+    score: Callable[..., Any],
+    examples: Examples,
+    config: ml_collections.ConfigDict,
+    file: epath.Path,
+    start: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """NLL summed over each example's response, and its tokens; kept in `file`."""
+    row_length = max(config.data.row_length, int(examples.lengths.max()) - 1)
+    rows = mixture.pack_text("samples", examples, row_length)
+    batch_size = config.eval.batch_size
+    # What is stored belongs to these tokens in these batches and to this model.
+    key = hashlib.blake2b(
+        examples.tokens.tobytes() + f"{start} {row_length} {batch_size}".encode()
+    ).hexdigest()
+    sums, first_batch = np.zeros((3, len(examples))), 0
+    if file.exists():
+        stored = np.load(io.BytesIO(file.read_bytes()))
+        if str(stored["key"]) == key:
+            sums, first_batch = stored["sums"], int(stored["done"])
+    saved = time.monotonic()
+    num_batches = -(-len(rows) // batch_size)
+    for done in evaluate.add_sums(sums, score, rows, batch_size, first_batch):
+        if done == num_batches or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+            _save(file, key, sums, done)
+            saved = time.monotonic()
+    return sums[0], sums[2]
+
+
+def _save(file: epath.Path, key: str, sums: np.ndarray, done: int) -> None:
+    if jax.process_index() != 0:
+        return
+    buffer = io.BytesIO()
+    np.savez(buffer, sums=sums, done=done, key=key)
+    paths.replace(file, buffer.getvalue())
