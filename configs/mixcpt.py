@@ -68,7 +68,7 @@ def get_config(size: str = ""):
         entry.fields = leader.fields
     follow(sources.sft, "max_records", config.select.keep, "instructions")
     follow(sources.dpo, "max_records", config.select.keep, "preferences")
-    for key in ("path", "holdout", "max_records"):
+    for key in ("path", "holdout", "max_records", "on_bad_record"):
         follow(config.eval.pairs.preferences, key, sources.preferences)
 
     config.data.row_length = 4096

@@ -70,24 +70,30 @@ def in_blocks(
 
 def attend_to_cache(
     query_BxLxHxK: jax.Array,
-    key_BxSxGxK: jax.Array,
-    value_BxSxGxK: jax.Array,
+    key_BxSxGK: jax.Array,
+    value_BxSxGK: jax.Array,
     positions_BxL: jax.Array,
     sliding_window: int | None = None,
 ) -> jax.Array:
-    """Softmax attention of new tokens over a cache, as `attend` otherwise.
+    """Softmax attention of new tokens over a cache, otherwise as `attend`.
 
     Args:
-      key_BxSxGxK, value_BxSxGxK: slot `s` holds the token of position `s`. A token sees
-        the slots up to its own position, and of those the last `sliding_window`.
-      positions_BxL: the positions of the queries.
+      query_BxLxHxK: the queries of the new tokens.
+      key_BxSxGK, value_BxSxGK: in slot `s` those of the row's token at position `s`,
+        heads side by side. A token sees the slots up to its own position, of these at
+        most the last `sliding_window`; what the others hold does not count.
+      positions_BxL: the positions of the new tokens.
 
     Returns:
       `[B, L, H, K]` in the dtype of the queries.
     """
-    dtype = query_BxLxHxK.dtype
-    query_BxLxHxK = query_BxLxHxK * jnp.asarray(query_BxLxHxK.shape[-1] ** -0.5, dtype)
-    slots_S = jnp.arange(key_BxSxGxK.shape[1])
+    head_size, dtype = query_BxLxHxK.shape[-1], query_BxLxHxK.dtype
+    query_BxLxHxK = query_BxLxHxK * jnp.asarray(head_size**-0.5, dtype)
+    key_BxSxGxK, value_BxSxGxK = (
+        x.astype(dtype).reshape(*x.shape[:2], -1, head_size)
+        for x in (key_BxSxGK, value_BxSxGK)
+    )
+    slots_S = jnp.arange(key_BxSxGK.shape[1])
     distance_BxLxS = positions_BxL[:, :, None] - slots_S[None, None, :]
     mask_BxLxS = distance_BxLxS >= 0
     if sliding_window is not None:
@@ -95,8 +101,8 @@ def attend_to_cache(
     outputs = [
         _mix(
             query_BxLxHxK[:, start:stop],
-            key_BxSxGxK.astype(dtype),
-            value_BxSxGxK.astype(dtype),
+            key_BxSxGxK,
+            value_BxSxGxK,
             mask_BxLxS[:, start:stop],
         )
         for start, stop in _query_blocks(query_BxLxHxK.shape[1])

@@ -69,6 +69,7 @@ _NOT_NEGATIVE = (
     "preference.sft_weight",
     "lora.rank",
     "select.min_tokens",
+    "select.min_response_tokens",
     "select.near_duplicates",
 )
 
@@ -241,6 +242,8 @@ def default() -> ml_collections.ConfigDict:
             # Length of a sample in its chat format, in tokens; others are left out.
             "min_tokens": 1,
             "max_tokens": 1024,
+            # Length of its response alone; the scores of shorter ones are mostly noise.
+            "min_response_tokens": 8,
             # Samples at least so similar (Jaccard, of word 5-grams) to an earlier one
             # are left out; 0: only exact copies are.
             "near_duplicates": 0.8,
@@ -270,6 +273,8 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     preference_side: "chosen", "rejected" or "both" go into the plain text.
     weight: share of the mixture's tokens, relative to the other sources.
     max_records: only the first so many are read; 0: all.
+    on_bad_record: "refuse", or "skip" for a warning and going on without a record that
+      lacks a field, has a blank one or is no conversation.
     holdout: records kept out of training and measured instead. In `eval.texts` and
       `eval.pairs`: only these records are measured.
     ntp_weight, lssd_weight, kd_weight: objectives on this source; None: the config's.
@@ -283,6 +288,7 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
             "preference_side": "chosen",
             "weight": 1.0,
             "max_records": 0,
+            "on_bad_record": "refuse",
             "holdout": 0,
             "ntp_weight": config_dict.placeholder(float),
             "lssd_weight": config_dict.placeholder(float),
@@ -467,6 +473,12 @@ def _check_sources(config) -> None:
             _check(bool(entry.path), config, f"{place}.path", "a path")
             for key in ("weight", "holdout", "max_records"):
                 _check(entry[key] >= 0, config, f"{place}.{key}", "0 or more")
+            _check(
+                entry.on_bad_record in ("refuse", "skip"),
+                config,
+                f"{place}.on_bad_record",
+                "refuse or skip",
+            )
             _check(
                 entry.format in FORMATS,
                 config,

@@ -155,7 +155,7 @@ Cache = dict[str, jax.Array]
 Forward = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
 Decode = Callable[[Params, Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
 
-_CACHE_AXES = ("layers", "batch", None, "kv_heads", None)
+_CACHE_AXES = ("layers", "batch", None, "kv_heads")
 
 
 class Adapter(nnx.Param):
@@ -406,33 +406,28 @@ def make_decode(
 def init_cache(
     config: ModelConfig, batch: int, length: int, dtype=jnp.float32
 ) -> Cache:
-    """Room for the keys and values of `length` positions, `[N, B, S, G, K]` each.
+    """Room for the keys and values of `length` positions, `[N, B, S, G * K]` each.
 
-    Rows are spread over the mesh as a batch is, and key-value heads as their kernels
-    are; that takes a call within `jit`.
+    Heads lie side by side: a TPU stores the last two dimensions in tiles, of which a
+    few heads would leave most empty. Call it within `jit`, to have rows and heads where
+    activations have them.
     """
-    shape = (
-        config.num_layers, batch, length, config.num_kv_heads, config.head_size,
-    )  # fmt: skip
-    return {
-        name: constrain(jnp.zeros(shape, dtype), *_CACHE_AXES)
-        for name in ("key", "value")
-    }
+    width = config.num_kv_heads * config.head_size
+    zeros = jnp.zeros((config.num_layers, batch, length, width), dtype)
+    return {name: constrain(zeros, *_CACHE_AXES) for name in ("key", "value")}
 
 
-def _write(cache_NxBxSxGxK, number, positions_BxL, new_BxLxGxK) -> jax.Array:
+def _write(cache_NxBxSxGK, layer, positions_BxL, new_BxLxGxK) -> jax.Array:
     """Puts the new tokens of one layer into their slots."""
+    new_BxLxGK = new_BxLxGxK.reshape(*positions_BxL.shape, -1)
 
     # Mapped over rows, so that the compiler knows that rows stay on their device.
-    def write_row(cache_NxSxGxK, positions_L, new_LxGxK):
-        return cache_NxSxGxK.at[number, positions_L].set(
-            new_LxGxK.astype(cache_NxSxGxK.dtype)
-        )
+    def write_row(cache_NxSxGK, positions_L, new_LxGK):
+        return cache_NxSxGK.at[layer, positions_L].set(new_LxGK)
 
-    written = jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)(
-        cache_NxBxSxGxK, positions_BxL, new_BxLxGxK
-    )
-    return constrain(written, *_CACHE_AXES)
+    write = jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)
+    new_BxLxGK = new_BxLxGK.astype(cache_NxBxSxGK.dtype)
+    return constrain(write(cache_NxBxSxGK, positions_BxL, new_BxLxGK), *_CACHE_AXES)
 
 
 def unembedding(params: Params) -> tuple[jax.Array, bool]:

@@ -57,6 +57,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
             entry.fields.to_dict(),
             max_tokens=settings.max_tokens,
             min_tokens=settings.min_tokens,
+            min_response_tokens=settings.min_response_tokens,
             near_duplicates=settings.near_duplicates,
         )
         for source, entry in wanted.items()

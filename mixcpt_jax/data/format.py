@@ -156,9 +156,7 @@ def encode(
     _check_settings(format, fields, preference_side)
     if format == "chat_preference":
         pairs = (chat_pair(record, tokenizer, fields) for record in records)
-        return Examples.collect(
-            side for pair in pairs for side in (pair[:2], pair[2:])
-        )
+        return Examples.collect(side for pair in pairs for side in (pair[:2], pair[2:]))
     if format == "chat":
         return Examples.collect(
             _encode_chat(_conversation(record, fields), tokenizer, record.place)
@@ -191,6 +189,36 @@ def chat_pair(
     """
     fields = dict(fields or {})
     _check_settings("chat_preference", fields, "both")
+    prompt, *answers = _read_pair(record, fields)
+    arrays = []
+    for answer in answers:
+        arrays += encode_answer(prompt, answer, tokenizer, record.place)
+    return Pair(*arrays)
+
+
+def check(
+    record: Record,
+    format: str,
+    fields: Mapping[str, str] | None = None,
+    preference_side: str = "chosen",
+) -> None:
+    """Reads what `encode` would encode, and nothing more; arguments as there.
+
+    Raises:
+      InputError: see `encode`; what the chat template refuses is not found.
+    """
+    fields = dict(fields or {})
+    _check_settings(format, fields, preference_side)
+    if format == "chat":
+        _conversation(record, fields)
+    elif format == "chat_preference":
+        _read_pair(record, fields)
+    else:
+        _texts(record, format, fields, preference_side)
+
+
+def _read_pair(record: Record, fields: dict) -> list[list[dict[str, str]]]:
+    """The messages of the prompt, and those that the two answers add."""
 
     def read(name: str, role: str) -> list[dict[str, str]]:
         name = fields.get(name, name)
@@ -204,7 +232,7 @@ def chat_pair(
             f"{record.place}: field {fields.get('prompt', 'prompt')!r} ends with the "
             "assistant's message; end it with the user's"
         )
-    arrays = []
+    answers = []
     for side in PREFERENCE_SIDES[:2]:
         answer = read(side, "assistant")
         if answer[-1]["role"] != "assistant":
@@ -214,8 +242,8 @@ def chat_pair(
             )
         if answer[: len(prompt)] == prompt:
             answer = answer[len(prompt) :]
-        arrays += encode_answer(prompt, answer, tokenizer, record.place)
-    return Pair(*arrays)
+        answers.append(answer)
+    return [prompt, *answers]
 
 
 def encode_answer(

@@ -9,6 +9,7 @@ from typing import Any
 import grain
 import ml_collections
 import numpy as np
+from absl import logging
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.data import docstrings, exams, format, mixture, sources
@@ -100,15 +101,37 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
 
 
 def read_source(
-    config: ml_collections.ConfigDict, source: ml_collections.ConfigDict
+    config: ml_collections.ConfigDict,
+    source: ml_collections.ConfigDict,
 ) -> tuple[list[sources.Record], list[sources.Record]]:
-    """The records of a source: those in training and those held out of it."""
+    """The records of a source: those in training and those held out of it.
+
+    The choice is made among all records, so it is the same whatever the format; then
+    those that the format cannot use are left out, where the source says so.
+
+    """
     records = sources.read(source.path, source.reader)
-    return sources.split_holdout(
+    parts = sources.split_holdout(
         itertools.islice(records, source.max_records or None),
         source.holdout,
         config.seed,
     )
+    if source.on_bad_record == "refuse":
+        return parts
+    settings = source.format, source.fields.to_dict(), source.preference_side
+    held_in, held_out = (
+        [record for record in part if _is_usable(record, *settings)] for part in parts
+    )
+    return held_in, held_out
+
+
+def _is_usable(record: sources.Record, *settings) -> bool:
+    try:
+        format.check(record, *settings)
+    except InputError as error:
+        logging.warning("skipped: %s", error)
+        return False
+    return True
 
 
 def _pack(config, held_in, objectives, tokenizer):

@@ -19,13 +19,21 @@ import datasketch
 import numpy as np
 from etils import epath
 
+from mixcpt_jax import paths
 from mixcpt_jax.data import format as format_lib
 from mixcpt_jax.data.format import Examples
 from mixcpt_jax.data.sources import Record
 from mixcpt_jax.errors import InputError
 
 METHODS = ("perplexity", "format_alignment", "random")
-REASONS = ("no_preference", "too_short", "too_long", "duplicate", "near_duplicate")
+REASONS = (
+    "no_preference",
+    "short_response",
+    "too_short",
+    "too_long",
+    "duplicate",
+    "near_duplicate",
+)
 # What is found about a record stands under this key of its line.
 FIELD = "selection"
 
@@ -124,14 +132,16 @@ def candidates(
     *,
     max_tokens: int,
     min_tokens: int = 1,
+    min_response_tokens: int = 1,
     near_duplicates: float = 0.8,
 ) -> Candidates:
     """Reads, filters and encodes the samples to choose from.
 
     Left out are, in this order, preferences with `no_preference`, whose rejected answer
-    is blank or the chosen one; records that are `too_short` or `too_long`; `duplicate`,
-    whose prompt and response are an earlier one's but for case and white space; and
-    `near_duplicate`. The earliest of several stays.
+    is blank or the chosen one; those with a `short_response`; records that are
+    `too_short` or `too_long`; `duplicate`, whose prompt and response are an earlier
+    one's but for case and white space; and `near_duplicate`. The earliest of several
+    stays.
 
     Args:
       records: see `sources.read`; they are read once.
@@ -142,6 +152,8 @@ def candidates(
       fields: our field name -> the source's name for it, where they differ.
       max_tokens, min_tokens: bounds of the chat form's length, inclusive; of a
         preference, of the longer side's.
+      min_response_tokens: of the response alone. Ratios of one or two tokens' NLLs are
+        mostly noise, and extreme ones.
       near_duplicates: from this Jaccard similarity of the sets of word 5-grams on, as
         MinHash estimates it, a record is a near duplicate; 0: none is. A text of fewer
         words, or without spaces, is a single shingle.
@@ -177,7 +189,9 @@ def candidates(
         )
         words = (question + response).casefold().split()
         digest = hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
-        if length < min_tokens:
+        if mask.sum() < min_response_tokens:
+            filtered["short_response"] += 1
+        elif length < min_tokens:
             filtered["too_short"] += 1
         elif length > max_tokens:
             filtered["too_long"] += 1
@@ -310,11 +324,9 @@ def write(path: epath.PathLike, ranking: Ranking) -> None:
         fields = ranking.candidates.records[row.candidate].fields
         line = {FIELD: ours} | {k: v for k, v in fields.items() if k != FIELD}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    target = epath.Path(path)
-    temporary = target.parent / f"{target.name}.tmp"
     # Half of a surrogate pair is no UTF-8; JSON spells it as Python's escapes do.
-    temporary.write_bytes("".join(lines).encode("utf-8", "backslashreplace"))
-    temporary.replace(target)
+    content = "".join(lines).encode("utf-8", "backslashreplace")
+    paths.replace(epath.Path(path), content)
 
 
 def summary(ranking: Ranking) -> dict[str, Any]:
