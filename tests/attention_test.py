@@ -1,4 +1,4 @@
-"""Attention: both forms against jax.nn's, forward and backward."""
+"""Attention: all forms against jax.nn's, forward and backward."""
 
 import functools
 
@@ -81,3 +81,29 @@ def test_splash_is_the_same_on_any_mesh():
         )
         with jax.set_mesh(mesh):
             np.testing.assert_allclose(jax.jit(splash)(*arrays), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 7])
+@pytest.mark.parametrize("new_tokens", [1, 5, 129])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_cache_stands_for_the_row(new_tokens, dtype, sliding_window):
+    """The last queries of rows of different lengths, with leftovers behind them."""
+    query, key, value, segments = operands(200, dtype=dtype)
+    expected = library(query, key, value, jnp.ones_like(segments), sliding_window)
+    last = jnp.array([150, 199])
+    positions = last[:, None] - jnp.arange(new_tokens)[None, ::-1]
+    is_row = jnp.arange(200)[None] <= last[:, None]
+    cache = (
+        jnp.where(is_row[..., None, None], x, 1e3).reshape(2, 200, -1)
+        for x in (key, value)
+    )
+    at = positions[..., None, None]
+    actual = attention.attend_to_cache(
+        jnp.take_along_axis(query, at, axis=1), *cache, positions, sliding_window
+    )
+    assert actual.dtype == dtype
+    np.testing.assert_allclose(
+        actual.astype(jnp.float32),
+        jnp.take_along_axis(expected, at, axis=1),
+        atol=1e-5 if dtype == jnp.float32 else 2**-6,
+    )

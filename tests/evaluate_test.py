@@ -113,3 +113,16 @@ def test_exams_are_read_back(tmp_path):
     file.write_text("")
     with pytest.raises(InputError, match="no questions"):
         exams.read(str(file))
+
+
+def test_pairs_are_compared_per_token_and_rewards_by_the_sums():
+    losses = np.array([4.0, 9.0, 6.0, 2.0])  # pairs (4, 9) and (6, 2)
+    counts = np.array([2.0, 3.0, 6.0, 1.0])  # per token (2, 3) and (1, 2)
+    sums = np.stack([losses, np.zeros(4), counts])
+    results = evaluate.compare_pairs("p", sums, None, 0.1)
+    assert results == {"p/pair_accuracy": 1.0}
+    # Log-ratios: (1, 2) and (3, -1)
+    reference = np.array([-5.0, -11.0, -9.0, -1.0])
+    results = evaluate.compare_pairs("p", sums, reference, 0.1)
+    assert results["p/reward_accuracy"] == 0.5
+    assert results["p/reward_margin"] == pytest.approx(0.1 * (-1 + 4) / 2)

@@ -367,3 +367,40 @@ def test_no_array_of_tokens_by_vocabulary_exists():
     assert f"{V}x{chunk}xf32" in text
     assert f"{T}x{V}x" not in text
     assert f"{V}x{T}x" not in text
+
+
+@pytest.mark.parametrize("chunk_size", [7, 16, 1000])
+def test_log_probabilities_are_the_dense_ones_in_value_and_gradient(chunk_size):
+    hidden, kernel, _, _, targets, weights = problem()
+
+    # Any function of them that is no weighted sum.
+    def streamed(hidden, kernel):
+        logps_T = fused.log_probabilities(
+            hidden, kernel, targets, chunk_size=chunk_size
+        )
+        return jnp.sum(weights.ntp * jnp.tanh(logps_T))
+
+    def literal(hidden, kernel):
+        logps_T = -losses.cross_entropy(hidden @ kernel, targets)
+        return jnp.sum(weights.ntp * jnp.tanh(logps_T))
+
+    actual, expected = (
+        jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, kernel)
+        for f in (streamed, literal)
+    )
+    assert_same(actual, expected)
+
+
+def test_without_a_gradient_for_the_unembedding_none_is_accumulated():
+    """What trains adapters: the compiler drops the product and its accumulator."""
+    *operands, weights = problem()
+
+    def loss(hidden, kernel):
+        return fused.head_loss(hidden, kernel, *operands[2:], weights, chunk_size=16)[0]
+
+    def flops(argnums):
+        lowered = jax.jit(jax.grad(loss, argnums)).lower(*operands[:2])
+        return lowered.compile().cost_analysis()["flops"]
+
+    # cost_analysis counts a loop's body once, so only the chunk's products show.
+    assert flops(0) <= flops((0, 1)) - 2 * 16 * D * V

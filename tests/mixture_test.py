@@ -1,3 +1,4 @@
+import itertools
 import pickle
 
 import grain
@@ -356,3 +357,73 @@ def test_a_bad_packing_setting_is_named(row_length, strategy, words):
 def test_hosts_must_share_the_batch_evenly():
     with pytest.raises(InputError, match="batch_size is 6, a multiple of the 4 hosts"):
         mixture.mixture(_mixture(), 6, 0, num_hosts=4)
+
+
+@st.composite
+def _pair_lengths(draw):
+    row_length = draw(st.integers(6, 40))
+    side = st.integers(2, row_length // 2 + 1)
+    return row_length, draw(st.lists(st.tuples(side, side), max_size=30))
+
+
+@hypothesis.given(_pair_lengths(), st.integers(0, 3))
+def test_pairs_lie_whole_and_in_order_in_one_row(case, seed):
+    row_length, pairs = case
+    lengths = np.array(pairs, int).reshape(-1)
+    plan = mixture.pack_pairs(lengths, row_length, seed)
+    np.testing.assert_array_equal(np.sort(plan.example), np.arange(len(lengths)))
+    np.testing.assert_array_equal(plan.example[1::2], plan.example[::2] + 1)
+    assert not np.any(plan.example[::2] % 2)
+    np.testing.assert_array_equal(plan.length, lengths[plan.example] - 1)
+    assert not plan.start.any()
+    for first, last in itertools.pairwise(plan.row_splits):
+        assert first % 2 == last % 2 == 0
+        assert 0 < plan.length[first:last].sum() <= row_length
+
+
+def _sided(lengths, learnt_from):
+    return Examples.collect(
+        (np.arange(n) + 100 * i, np.arange(n) >= start)
+        for i, (n, start) in enumerate(zip(lengths, learnt_from))
+    )
+
+
+def test_what_is_too_long_is_cut_dropped_or_refused():
+    # Pairs of 4 + 4, 3 + 9 and 9 + 9 targets; the prompt of the last fills half a row.
+    examples = _sided([5, 5, 4, 10, 10, 10], [2, 2, 2, 2, 6, 6])
+    kept, counts = mixture.fit(examples, 8, "truncate", group=2)
+    np.testing.assert_array_equal(kept.lengths, [5, 5, 4, 5])
+    np.testing.assert_array_equal(kept.tokens[-5:], np.arange(5) + 300)
+    assert counts == {"truncated": 1, "dropped": 1}
+    kept, counts = mixture.fit(examples, 8, "drop", group=2)
+    np.testing.assert_array_equal(kept.lengths, [5, 5])
+    assert counts == {"truncated": 0, "dropped": 2}
+    kept, counts = mixture.fit(examples, 8, "split", group=2)
+    assert kept is examples
+    with pytest.raises(InputError, match="f:2: 12 tokens, data.row_length is 8"):
+        mixture.fit(examples, 8, "refuse", ["f:1", "f:2", "f:3"], group=2)
+    kept, counts = mixture.fit(examples, 9, "refuse")
+    assert kept is examples
+    assert not any(counts.values())
+
+
+def test_rows_of_pairs_know_their_reference():
+    examples = _sided([5, 4, 6, 3, 3, 3], [2] * 6)
+    logps = -np.arange(1, 7, dtype=np.float32)
+    source = mixture.Source("p", examples, has_pairs=True, reference_logps=logps)
+    (rows,) = mixture.pack_sources([source], 12)
+    seen = {}
+    for number in range(len(rows)):
+        row = rows[number]
+        assert row["reference_logps"].shape == (rows.num_segments,)
+        owners = rows.example_ids(number)
+        for segment in range(1, rows.num_segments + 1):
+            mine = owners[row["segment_ids"] == segment]
+            value = row["reference_logps"][segment - 1]
+            if not len(mine):
+                assert value == 0
+                continue
+            assert len(set(mine)) == 1
+            assert mine[0] % 2 == (segment - 1) % 2  # the chosen answer comes first
+            seen[mine[0]] = value
+    assert seen == dict(enumerate(logps))

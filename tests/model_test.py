@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
-from mixcpt_jax import model
+from mixcpt_jax import model, sharding
+from mixcpt_jax.errors import InputError
 
 CONFIG = model.ModelConfig(
     family="llama",
@@ -21,6 +23,8 @@ CONFIG = model.ModelConfig(
     max_positions=64,
     rope_theta=1e4,
 )
+LORA = model.Lora(rank=3, alpha=6.0, targets=model.LORA_TARGETS)
+BIASED = dataclasses.replace(CONFIG, family="qwen2", qkv_bias=True)
 
 
 def run(tokens, config=CONFIG, positions=None, segment_ids=None, **options):
@@ -103,3 +107,255 @@ def test_shapes_axes_and_parameters_agree(tied, bias):
     ranks = jax.tree.map(len, axes, is_leaf=lambda x: isinstance(x, tuple))
     assert ranks == jax.tree.map(lambda x: x.ndim, params)
     assert model.logits(params, jnp.ones((3, 24))).shape == (3, 50)
+
+
+def adapted(config=CONFIG, lora=LORA):
+    """Parameters and adapters that all show in the result."""
+    params = model.init_params(config, jax.random.key(0))
+    adapters = model.init_adapters(config, lora, jax.random.key(1))
+    leaves, structure = jax.tree.flatten((params, adapters))
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return jax.tree.unflatten(
+        structure,
+        [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)],
+    )
+
+
+def inputs(rows=2, length=9):
+    tokens = jax.random.randint(jax.random.key(3), (rows, length), 0, 50)
+    return tokens, jnp.broadcast_to(jnp.arange(length), tokens.shape), tokens * 0
+
+
+def adapter_loss(config, lora, remat="none"):
+    """Of (adapters, params): a weighted sum of the hidden states."""
+    forward = model.make_forward(config, remat=remat, lora=lora)
+    weights = jax.random.normal(jax.random.key(4), (2, 9, config.hidden_size))
+
+    def loss(adapters, params):
+        hidden = forward(model.with_adapters(params, adapters), *inputs())
+        return jnp.sum(hidden * weights)
+
+    return loss
+
+
+def assert_close(actual, expected, relative=1e-5):
+    """Float32 noise of sums of a few dozen terms, against the largest entry."""
+
+    def check(a, e):
+        scale = np.abs(e).max()
+        np.testing.assert_allclose(a, e, rtol=0, atol=relative * scale)
+
+    jax.tree.map(check, actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_fresh_adapters_change_no_bit(dtype):
+    params = model.init_params(BIASED, jax.random.key(0))
+    adapters = model.init_adapters(BIASED, LORA, jax.random.key(1))
+    base = jax.jit(model.make_forward(BIASED, dtype))(params, *inputs())
+    forward = jax.jit(model.make_forward(BIASED, dtype, lora=LORA))
+    hidden = forward(model.with_adapters(params, adapters), *inputs())
+    np.testing.assert_array_equal(hidden, base)
+    merged = model.merge_adapters(params, adapters, LORA)
+    jax.tree.map(np.testing.assert_array_equal, merged, params)
+
+
+def test_fresh_adapters_keep_the_size_of_activations():
+    config = dataclasses.replace(CONFIG, hidden_size=512, mlp_size=1024, head_size=64)
+    lora = dataclasses.replace(LORA, rank=64)
+    adapters = model.init_adapters(config, lora, jax.random.key(0))["layers"]
+    for name in model.LORA_TARGETS:
+        a = np.asarray(adapters[f"{name}_lora_a"])
+        # Relative noise of a deviation from n samples: 1 / sqrt(2 n), here five times.
+        spread = a.std() * np.sqrt(a.shape[1])
+        assert abs(spread - 1) < 5 / np.sqrt(2 * a.size)
+        assert not np.any(adapters[f"{name}_lora_b"])
+
+
+@pytest.mark.parametrize(
+    "targets", [model.LORA_TARGETS, ("query", "value"), ("down",)], ids="-".join
+)
+def test_merged_weights_give_the_same_network(targets):
+    lora = dataclasses.replace(LORA, targets=targets)
+    params, adapters = adapted(BIASED, lora)
+    forward = jax.jit(model.make_forward(BIASED, lora=lora))
+    hidden = forward(model.with_adapters(params, adapters), *inputs())
+    merge = jax.jit(model.merge_adapters, static_argnames="lora")
+    merged = merge(params, adapters, lora=lora)
+    base = jax.jit(model.make_forward(BIASED))
+    assert_close(hidden, base(merged, *inputs()))
+    assert np.abs(hidden - base(params, *inputs())).max() > 0.1
+
+
+def test_merging_rounds_once_to_the_bases_dtype():
+    params, adapters = adapted()
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    merged = model.merge_adapters(rounded, adapters, LORA)
+    for name, kernel in merged["layers"].items():
+        exact = np.float64(rounded["layers"][name])
+        if name in LORA.targets:
+            a, b = (np.float64(adapters["layers"][f"{name}_lora_{x}"]) for x in "ab")
+            exact += LORA.alpha / LORA.rank * a @ b
+        assert kernel.dtype == jnp.bfloat16
+        # Half a unit in the last place, and float32's noise where it is near a tie.
+        bound = 2**-9 * 2 ** np.ceil(np.log2(np.abs(exact) + 1e-9))
+        assert np.all(np.abs(np.float64(kernel) - exact) <= 1.001 * bound)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_adapter_gradients_follow_the_chain_rule(remat):
+    params, adapters = adapted(BIASED)
+    gradients = jax.jit(jax.grad(adapter_loss(BIASED, LORA, remat)))(adapters, params)
+    forward = model.make_forward(BIASED)
+    weights = jax.random.normal(jax.random.key(4), (2, 9, BIASED.hidden_size))
+    merged = model.merge_adapters(params, adapters, LORA)
+    through_kernels = jax.jit(
+        jax.grad(lambda merged: jnp.sum(forward(merged, *inputs()) * weights))
+    )(merged)
+    expected = {}
+    for name in LORA.targets:
+        a, b = (adapters["layers"][f"{name}_lora_{x}"] for x in "ab")
+        kernel_gradient = through_kernels["layers"][name] * LORA.alpha / LORA.rank
+        expected[f"{name}_lora_a"] = kernel_gradient @ b.mT
+        expected[f"{name}_lora_b"] = a.mT @ kernel_gradient
+    assert_close(gradients, {"layers": expected})
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 2)])
+def test_adapters_do_not_depend_on_the_mesh(sizes):
+    config = dataclasses.replace(BIASED, vocab_size=48)
+    params, adapters = adapted(config)
+    tokens = jax.random.randint(jax.random.key(3), (8, 9), 0, 48)
+    positions = jnp.broadcast_to(jnp.arange(9), tokens.shape)
+    forward = model.make_forward(config, lora=LORA)
+
+    def loss(adapters, params):
+        both = model.with_adapters(params, adapters)
+        return jnp.mean(forward(both, tokens, positions, tokens * 0) ** 3)
+
+    def both(adapters, params):
+        merged = model.merge_adapters(params, adapters, LORA)
+        return jax.value_and_grad(loss)(adapters, params), merged
+
+    expected = jax.jit(both)(adapters, params)
+    all_axes = model.adapter_axes(config, LORA), model.param_axes(config)
+    mesh = sharding.make_mesh(
+        dict(zip(sharding.MESH_AXES, sizes)), jax.devices()[: np.prod(sizes)]
+    )
+    with jax.set_mesh(mesh):
+        placed = (
+            jax.device_put(tree, sharding.shardings(mesh, axes))
+            for tree, axes in zip((adapters, params), all_axes)
+        )
+        actual = jax.jit(both)(*placed)
+    assert_close(actual, expected)
+
+
+def test_adapters_lie_as_their_kernels_do():
+    axes = model.adapter_axes(CONFIG, LORA)["layers"]
+    assert axes["query_lora_a"] == ("layers", "hidden", None)
+    assert axes["query_lora_b"] == ("layers", None, "heads")
+    assert axes["down_lora_a"] == ("layers", "mlp", None)
+    assert axes["down_lora_b"] == ("layers", None, "hidden")
+    abstract = model.abstract_adapters(CONFIG, LORA, jnp.bfloat16)
+    adapters = model.init_adapters(CONFIG, LORA, jax.random.key(0), jnp.bfloat16)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), adapters) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), abstract
+    )
+    assert adapters["layers"]["gate_lora_a"].shape == (2, 24, 3)
+    assert adapters["layers"]["gate_lora_b"].shape == (2, 3, 40)
+    assert set(axes) == set(adapters["layers"])
+
+
+def product_shapes(jaxpr):
+    """Shapes of the results of all matrix products, those inside of loops too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval.shape
+        for inner in jaxprs_in_params(equation.params):
+            yield from product_shapes(inner)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_the_backward_pass_makes_no_gradient_of_a_kernel(remat):
+    params, adapters = adapted()
+    kernels = {params["layers"][name].shape[1:] for name in LORA.targets}
+    kernels |= {shape[::-1] for shape in kernels}
+    loss = adapter_loss(CONFIG, LORA, remat)
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(adapters, params)
+    shapes = list(product_shapes(jaxpr.jaxpr))
+    assert (24, 3) in shapes or (3, 24) in shapes
+    assert not kernels.intersection(shapes)
+    # It would be seen.
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=1))(adapters, params)
+    assert kernels.intersection(product_shapes(jaxpr.jaxpr))
+
+
+WINDOWED = dataclasses.replace(CONFIG, family="mistral", sliding_window=4)
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, BIASED, WINDOWED], ids=["llama", "qwen2", "window"]
+)
+@pytest.mark.parametrize("lora", [None, LORA], ids=["base", "lora"])
+def test_decoding_in_pieces_equals_the_forward_pass(config, lora):
+    params, adapters = adapted(config)
+    if lora is not None:
+        params = model.with_adapters(params, adapters)
+    tokens, positions, segments = inputs(length=20)
+    forward = jax.jit(model.make_forward(config, lora=lora))
+    expected = forward(params, tokens, positions, segments)
+    decode = jax.jit(model.make_decode(config, lora=lora))
+    cache = model.init_cache(config, batch=2, length=24)
+    pieces = []
+    for start, stop in ((0, 7), (7, 8), (8, 9), (9, 20)):
+        piece = np.s_[:, start:stop]
+        hidden, cache = decode(params, cache, tokens[piece], positions[piece])
+        pieces.append(hidden)
+    assert_close(jnp.concatenate(pieces, axis=1), expected)
+
+
+def test_a_token_takes_the_slot_that_padding_had():
+    params, _ = adapted()
+    tokens, positions, segments = inputs(length=12)
+    lengths = np.array([5, 9])
+    is_prompt = np.arange(12)[None] < lengths[:, None]
+    decode = jax.jit(model.make_decode(CONFIG))
+    cache = model.init_cache(CONFIG, batch=2, length=16)
+    padded = jnp.where(is_prompt, tokens, 49)
+    _, cache = decode(params, cache, padded, positions)
+    expected = jax.jit(model.make_forward(CONFIG))(params, tokens, positions, segments)
+    for step in range(3):
+        at = (lengths + step)[:, None]
+        hidden, cache = decode(params, cache, jnp.take_along_axis(tokens, at, 1), at)
+        wanted = jnp.take_along_axis(expected, at[:, :, None], axis=1)
+        assert_close(hidden, wanted)
+
+
+def test_the_cache_is_written_in_place():
+    config = dataclasses.replace(CONFIG, num_layers=16)
+    params = model.abstract_params(config)
+    cache = jax.eval_shape(lambda: model.init_cache(config, 8, 4096))
+    new = jax.ShapeDtypeStruct((8, 1), jnp.int32)
+    decode = jax.jit(model.make_decode(config), donate_argnums=1)
+    memory = decode.lower(params, cache, new, new).compile().memory_analysis()
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert memory.alias_size_in_bytes == size
+    # The keys and values of one layer may be copied, and there are scores of its heads.
+    assert memory.temp_size_in_bytes < 4 * size / config.num_layers
+
+
+def test_logits_of_rounded_states_are_not_rounded():
+    params = model.init_params(CONFIG, jax.random.key(0))
+    hidden = jax.random.normal(jax.random.key(1), (5, 24)).astype(jnp.bfloat16)
+    logits = model.logits(params, hidden)
+    assert logits.dtype == jnp.float32
+    kernel = params["unembedding"].astype(jnp.bfloat16).astype(jnp.float32)
+    assert_close(logits, hidden.astype(jnp.float32) @ kernel)
+
+
+def test_only_kernels_have_adapters():
+    with pytest.raises(InputError, match="choose one or more of query, key"):
+        model.Lora(rank=4, alpha=8.0, targets=("query", "norm"))
+    with pytest.raises(InputError, match="rank 0"):
+        model.Lora(rank=0, alpha=8.0, targets=("query",))

@@ -1,5 +1,6 @@
 """The step's arithmetic: packing, masks, accumulation, meshes, objectives per source."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import losses, model, optim, sharding, steps
+from mixcpt_jax import evaluate, losses, model, optim, sharding, steps
 from mixcpt_jax.data import format, mixture
 
 CONFIG = model.ModelConfig(
@@ -204,3 +205,214 @@ def test_several_steps_lower_the_loss():
     _, first = take_step(batch)
     _, last = take_step(batch, num_steps=10)
     assert last["loss"][0] < 0.8 * first["loss"][0]
+
+
+# Preference pairs.
+
+PREFERENCE = {"beta": 0.5, "label_smoothing": 0.1, "sft_weight": 0.3}
+
+
+def make_pairs(rows=8, row_length=48, reference_params=None, seed=0):
+    """Rows of whole pairs of two sources; with the reference's numbers if asked for."""
+    rng = np.random.default_rng(seed)
+    packed = mixture.pack_sources(
+        [
+            mixture.Source(
+                name,
+                format.Examples.collect(
+                    (rng.integers(0, 64, n), np.arange(n) >= n // 2)
+                    for n in rng.integers(4, 20, 2 * 30)
+                ),
+                has_pairs=True,
+            )
+            for name in SOURCES
+        ],
+        row_length,
+    )
+    if reference_params is not None:
+        score = jax.jit(steps.make_eval_step(model.make_forward(CONFIG)))
+        for number, part in enumerate(packed):
+            sums = evaluate.sums_per_example(
+                lambda batch: score(reference_params, batch), part, rows
+            )
+            source = dataclasses.replace(
+                part.source, reference_logps=-sums[0].astype(np.float32)
+            )
+            packed[number] = mixture.PackedRows(
+                source, part.source_id, part.plan, part.pad_id, part.num_segments
+            )
+    stream = mixture.mixture(packed, rows, seed=3)
+    return next(iter(stream)), packed[0].num_segments
+
+
+def take_preference_step(
+    batch, num_segments, accumulation_steps=1, normalised=False, mesh_sizes=None, **loss
+):
+    config = config_lib.default().optimizer
+    config.learning_rate = 1e-2
+    transforms, schedule = optim.make_optimizer(config, 10)
+    forward = model.make_forward(CONFIG)
+    objective = steps.preference_objective(
+        forward,
+        None if "reference_logps" in batch else forward,
+        SOURCES,
+        num_segments,
+        functools.partial(losses.preference_loss, **(PREFERENCE | loss)),
+        normalised,
+    )
+    step = jax.jit(
+        steps.make_train_step(objective, transforms, schedule, accumulation_steps)
+    )
+    state = steps.TrainState(
+        jnp.zeros((), jnp.int32), params(), transforms.init(params())
+    )
+    if mesh_sizes is None:
+        return step(state, params(1), batch)
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=True)))
+    with jax.set_mesh(mesh):
+        where = sharding.shardings(mesh, model.param_axes(CONFIG))
+        reference = jax.device_put(params(1), where)
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+        return step(state, reference, batch)
+
+
+def assert_same_step(actual, expected):
+    """Rewards are small differences of log-probabilities, and have their noise."""
+    noise = 4 * np.finfo(np.float32).eps * abs(float(expected[1]["chosen_logp"][0]))
+    for name, pair in expected[1].items():
+        np.testing.assert_allclose(
+            actual[1][name], pair, rtol=1e-4, atol=noise, err_msg=name
+        )
+    assert_close(actual[0].opt_state, expected[0].opt_state)
+
+
+def pairs_alone(batch, normalised):
+    """Dense log-probabilities of each answer by itself: `(policy, reference)`, pairs."""
+    forward = jax.jit(model.make_forward(CONFIG))
+    answers = []
+    for row in range(len(batch["tokens"])):
+        for segment in range(1, batch["segment_ids"][row].max() + 1):
+            here = batch["segment_ids"][row] == segment
+            tokens, targets, mask = (
+                batch[name][row][here] for name in ("tokens", "targets", "loss_mask")
+            )
+            inputs = (
+                tokens[None],
+                np.arange(len(tokens))[None],
+                np.ones_like(tokens)[None],
+            )
+            logps = []
+            for which in (params(), params(1)):
+                logits = model.logits(which, forward(which, *inputs))[0]
+                each = -losses.cross_entropy(logits, targets) * mask
+                logps.append(float(each.sum()) / (mask.sum() if normalised else 1))
+            answers.append((*logps, 1.0 if normalised else mask.sum()))
+    return np.array(answers).reshape(-1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("normalised", "loss"),
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"kind": "ipo", "label_smoothing": 0.0, "sft_weight": 0.0}),
+    ],
+)
+def test_the_loss_of_pairs_is_the_mean_over_answers_taken_alone(normalised, loss):
+    batch, num_segments = make_pairs()
+    _, metrics = take_preference_step(
+        batch, num_segments, normalised=normalised, **loss
+    )
+    answers = pairs_alone(batch, normalised)
+    expected, chosen, rejected = losses.preference_loss(
+        answers[:, 0, 0],
+        answers[:, 1, 0],
+        answers[:, 0, 1],
+        answers[:, 1, 1],
+        chosen_lengths_P=answers[:, 0, 2],
+        **(PREFERENCE | loss),
+    )
+    assert metrics["pairs"][0] == len(answers) == metrics["margin"][1]
+    np.testing.assert_allclose(metrics["loss"][0], expected.mean(), rtol=2e-5)
+    for name, value in (
+        ("chosen_reward", chosen),
+        ("rejected_reward", rejected),
+        ("margin", chosen - rejected),
+        ("accuracy", chosen > rejected),
+        ("chosen_logp", answers[:, 0, 0]),
+    ):
+        total, count = metrics[name]
+        np.testing.assert_allclose(total / count, value.mean(), rtol=1e-4, atol=1e-5)
+        parts = [metrics[f"{source}/{name}"] for source in SOURCES]
+        np.testing.assert_allclose(
+            (total, count), np.sum(parts, axis=0), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_the_reference_may_run_ahead():
+    batch, num_segments = make_pairs()
+    ahead, _ = make_pairs(reference_params=params(1))
+    assert ahead["reference_logps"].shape == (8, num_segments)
+    expected = take_preference_step(batch, num_segments)
+    actual = take_preference_step(ahead, num_segments)
+    assert_same_step(actual, expected)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_any_mesh_and_any_accumulation_take_the_same_preference_step(shape):
+    batch, num_segments = make_pairs(rows=16)
+    expected = take_preference_step(batch, num_segments)
+    for parts in (1, 2):
+        actual = take_preference_step(
+            batch, num_segments, accumulation_steps=parts, mesh_sizes=shape
+        )
+        assert_same_step(actual, expected)
+
+
+def test_padding_and_pairs_of_no_answer_count_nothing():
+    batch, num_segments = make_pairs()
+    altered = dict(batch)
+    padding = batch["segment_ids"] == 0
+    assert padding.any()
+    altered["tokens"] = np.where(padding, 63, batch["tokens"])
+    altered["targets"] = np.where(padding, 1, batch["targets"])
+    expected = take_preference_step(batch, num_segments)
+    # More room than any row needs changes nothing either.
+    actual = take_preference_step(altered, num_segments + 4)
+    assert_same_step(actual, expected)
+
+
+# Adapters.
+
+
+def test_adapters_train_and_what_they_adapt_stays():
+    lora = model.Lora(4, 8.0, ("query", "value", "down"))
+    config = config_lib.default().optimizer
+    config.learning_rate = 1e-2
+    transforms, schedule = optim.make_optimizer(config, 10)
+    objective = steps.token_objective(
+        model.make_forward(CONFIG, lora=lora), model.make_forward(CONFIG), SOURCES
+    )
+    step = jax.jit(
+        steps.make_train_step(objective, transforms, schedule, has_adapters=True)
+    )
+    adapters = model.init_adapters(CONFIG, lora, jax.random.key(3), jnp.float32)
+    state = steps.TrainState(
+        jnp.zeros((), jnp.int32), adapters, transforms.init(adapters)
+    )
+    batch = make_batch()
+    state, first = step(state, params(), batch)
+    # The base is the teacher, and fresh adapters change nothing.
+    assert first["kd"][0] == pytest.approx(0.0, abs=1e-3)
+    assert first["agree"][0] == first["agree"][1]
+    for _ in range(20):
+        state, last = step(state, params(), batch)
+    assert last["loss"][0] < first["loss"][0]
+    assert set(state.params["layers"]) == {
+        f"{name}_lora_{part}" for name in lora.targets for part in "ab"
+    }
+    merged = model.merge_adapters(params(), state.params, lora)
+    score = jax.jit(steps.make_eval_step(model.make_forward(CONFIG)))
+    ntp = np.asarray(score(merged, batch)["ntp"])[batch["loss_mask"] > 0].mean()
+    _, after = step(state, params(), batch)
+    np.testing.assert_allclose(ntp, after["ntp"][0] / after["ntp"][1], rtol=1e-5)
