@@ -395,7 +395,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     _check_sources(config)
     _check_formats(config)
     _check_selection(config)
-    _check_batch(config, num_devices)
+    if config.job != "export":
+        _check_batch(config, num_devices)
 
 
 def objective_weights(config: ml_collections.ConfigDict, name: str) -> dict[str, float]:
@@ -463,7 +464,8 @@ def first_difference(
 
 
 def _check_sources(config) -> None:
-    if not any(entry.weight > 0 for entry in config.sources.values()):
+    is_training = config.job == "train"
+    if is_training and not any(entry.weight > 0 for entry in config.sources.values()):
         raise InputError(
             "sources: none has a weight above 0; give at least one something to learn"
         )

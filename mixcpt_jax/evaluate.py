@@ -14,7 +14,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from mixcpt_jax import metrics, sample
+from mixcpt_jax import metrics, model, sample
 from mixcpt_jax import phase as phase_lib
 from mixcpt_jax.data import mixture, pipeline
 from mixcpt_jax.data.exams import Exam
@@ -31,6 +31,7 @@ class Measure:
         phase: phase_lib.Phase,
         data: pipeline.Data,
         references: Mapping[str, np.ndarray] | None = None,
+        lora: model.Lora | None = None,
     ):
         """
         Args:
@@ -38,16 +39,17 @@ class Measure:
           data: what the phase reads.
           references: "pairs/NAME" -> the reference's log-probabilities of the examples
             of `data.pairs[NAME]`; without them pairs have no rewards.
+          lora: the adapters in the parameters that will be given.
         """
         self._config = phase.config
         self._data = data
         self._references = references or {}
-        self._score = phase.eval_step(phase.lora)
+        self._score = phase.eval_step(lora)
         self._sampler = sample.Sampler(
             phase.model_config,
             phase.tokenizer,
             compute_dtype=phase.config.model.compute_dtype,
-            lora=phase.lora,
+            lora=lora,
         )
 
     def __call__(self, params) -> dict[str, float]:

@@ -217,7 +217,8 @@ def check_model(
     Raises:
       InputError: names the setting and the remedy.
     """
-    if config.data.row_length > model_config.max_positions:
+    is_read = config.job != "export"
+    if is_read and config.data.row_length > model_config.max_positions:
         raise InputError(
             f"data.row_length={config.data.row_length}: longer than the model's context "
             f"of {model_config.max_positions}; use at most that"

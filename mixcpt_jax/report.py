@@ -23,19 +23,26 @@ def write(
 ) -> None:
     """Prints the table and writes it, with the curves, to the workdir.
 
+    Where no phase measures or trains, as in an export, there is none.
+
     Args:
       workdir: the run's folder.
       folders: phase -> its folder.
       results: phase -> what `train.run` returned.
     """
     folder = paths.absolute(workdir)
-    text = comparison(results)
-    print(f"\n{text}\n")
-    paths.replace(folder / TABLE_FILE, text + "\n")
     paths.replace(folder / "report.json", json.dumps(results, indent=2))
+    if any("after" in result for result in results.values()):
+        text = comparison(results)
+        print(f"\n{text}\n")
+        paths.replace(folder / TABLE_FILE, text + "\n")
     phases = {name: metrics.read(paths.absolute(f)) for name, f in folders.items()}
-    _draw_curves(folder / CURVES_FILE, phases)
-    print(f"Table, curves and metrics are in {workdir}")
+    trained = {
+        name: rows for name, rows in phases.items() if any("loss" in r for r in rows)
+    }
+    if trained:
+        _draw_curves(folder / CURVES_FILE, trained)
+    print(f"Done; everything is in {workdir}")
 
 
 def comparison(results: dict[str, dict[str, Any]]) -> str:

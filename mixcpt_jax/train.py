@@ -100,7 +100,7 @@ def _run(
         out_shardings=(state_shardings, sharding.replicated(mesh)),
         compiler_options=phase.compiler_options,
     )
-    measure = evaluate.Measure(phase, data, references)
+    measure = evaluate.Measure(phase, data, references, lora)
 
     def student() -> model.Params:
         return model.with_adapters(frozen, state.params) if lora else state.params
@@ -162,7 +162,7 @@ def _run(
                 writer.write(step, _prefixed(results))
                 text_losses = [v for k, v in results.items() if k.endswith("/loss")]
                 loss = float(np.mean(text_losses)) if text_losses else None
-                clock = _Clock()
+                clock.restart(step)
             if is_last:
                 writer.write_samples(step, data.prompts, measure.answers(student()))
             if is_saved:
@@ -170,7 +170,7 @@ def _run(
                 checkpoints.save(
                     state, step, phase.given.to_dict(), fingerprint, provenance, loss
                 )
-                clock = _Clock()
+                clock.restart(step)
 
     checkpoints.wait()
     return phase.finish(_results(phase.folder, data)) if is_first_host else {}
@@ -299,6 +299,10 @@ class _Clock:
 
     def __init__(self):
         self._last = None
+
+    def restart(self, step: int) -> None:
+        """What passed since the last read was not training."""
+        self._last = step, time.monotonic()
 
     def rate(self, step: int, tokens_per_step: float) -> float:
         now = time.monotonic()

@@ -25,7 +25,7 @@ ALLOWED = {
         "tokenizer", "weights",
     },
     "sample": {"model", "sharding", "tokenizer"},
-    "evaluate": {"data", "metrics", "phase", "sample"},
+    "evaluate": {"data", "metrics", "model", "phase", "sample"},
     "reference": {"data", "evaluate"},
     "select": {"data", "evaluate", "metrics", "phase"},
     "export": {"phase", "weights"},

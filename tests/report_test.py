@@ -29,3 +29,17 @@ def test_the_table_shows_before_after_and_change_of_every_phase():
         "-6.00",
     ]
     assert cells[3] == ["domain: exam, %", "25.0", "50.0", "+25.0", "12.5", "-12.5"]
+
+
+def test_phases_that_measure_nothing_are_left_out(tmp_path, capsys):
+    results = {
+        "cpt": {"before": evaluation(a__perplexity=2.0), "after": evaluation()},
+        "select": {"selection": {}},
+    }
+    header, *_ = report.comparison(results).splitlines()
+    assert "after cpt" in header
+    assert "select" not in header
+    folders = {"export": str(tmp_path / "export")}
+    report.write(str(tmp_path), folders, {"export": {"folder": "hf"}})
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json"}
+    assert str(tmp_path) in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 
+import jax
 import pytest
 
 from benchmarks import lssd_head
@@ -83,3 +84,27 @@ def test_the_step_holds_a_block_of_logits_and_computes_nothing_twice():
     assert seen
     needed = lssd_head.needed_flops(SMALL, has_teacher=True) * length
     assert module.flops <= 1.05 * needed
+
+
+def test_with_adapters_the_teacher_costs_no_second_copy():
+    lora = model.Lora(8, 8.0, model.LORA_TARGETS)
+    length = 1024
+
+    def compiled(has_teacher, lora):
+        return lssd_head.compile_step(
+            SMALL, "v5e:2x2", fused.head_loss, has_teacher, 1, length, lora
+        )
+
+    def arguments(compiled):
+        return compiled.memory_analysis().argument_size_in_bytes
+
+    distilled = compiled(True, lora)
+    assert arguments(distilled) == arguments(compiled(False, lora))
+    weights = sum(x.size for x in jax.tree.leaves(model.abstract_params(SMALL))) / 4
+    # Frozen weights in bfloat16, and adapters with their moments in float32; against
+    # weights and moments in float32, and a teacher in bfloat16.
+    assert 2 * weights <= arguments(distilled) <= 2.5 * weights
+    assert arguments(compiled(True, None)) >= (3 * 4 + 2) * weights
+    # No gradient of a frozen weight is computed, that of the unembedding included.
+    needed = lssd_head.needed_flops(SMALL, True, lora) * length
+    assert hlo.Module(distilled.as_text()).flops <= 1.1 * needed

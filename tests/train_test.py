@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mixcpt_jax import checkpoint, metrics, model, phase, train, weights
+from mixcpt_jax import (
+    checkpoint,
+    metrics,
+    model,
+    phase,
+    reference,
+    sharding,
+    train,
+    weights,
+)
+from mixcpt_jax import config as config_lib
 from mixcpt_jax.errors import InputError
 
 
@@ -201,3 +211,127 @@ def test_kill_at_a_random_moment_changes_nothing(
     assert last.returncode == 0, last.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert (tmp_path / "killed" / phase.RESULTS_FILE).exists()
+
+
+@pytest.fixture
+def dpo_config(tiny_config):
+    """A short preference phase on the pairs that ship with the package."""
+    config = tiny_config
+    for source in config.sources.values():
+        source.weight, source.holdout = 0.0, 0
+    pairs = "package:mixcpt_jax/assets/preferences.jsonl"
+    config.sources.dpo = config_lib.source(
+        path=pairs, format="chat_preference", holdout=8, max_records=60
+    )
+    config.objective.kind = "preference"
+    config.data.row_length = 128
+    config.data.overlong = "truncate"
+    config.train.num_steps = 4
+    return config
+
+
+def assert_same_losses(actual, expected, rtol):
+    assert list(actual) == list(expected)
+    for step, row in expected.items():
+        assert row.keys() == actual[step].keys()
+        for name, value in row.items():
+            # While the two rewards are equal, noise says which is larger.
+            if name.endswith("accuracy") and step == 1:
+                continue
+            # Log-probabilities near -1000 make the noise of rewards.
+            assert actual[step][name] == pytest.approx(value, rel=rtol, abs=1e-3), name
+
+
+def test_a_preference_phase_learns_and_its_reference_may_run_ahead(
+    dpo_config, tmp_path
+):
+    # So few pairs that every batch holds all of them.
+    dpo_config.sources.dpo.max_records = 16
+    dpo_config.optimizer.learning_rate = 1e-3
+    results = train.run(dpo_config, str(tmp_path / "step"), "dpo")
+    rows = losses(tmp_path / "step")
+    # The policy starts as the reference.
+    assert rows[1]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert rows[1]["margin"] == pytest.approx(0, abs=1e-4)
+    assert rows[4]["loss"] < rows[1]["loss"]
+    assert rows[4]["margin"] > 0
+    before, after = results["before"], results["after"]
+    assert before["dpo/reward_margin"] == pytest.approx(0, abs=1e-4)
+    assert after["dpo/reward_margin"] != 0
+    assert 0 <= after["dpo/reward_accuracy"] <= 1
+    assert 0 <= after["dpo/pair_accuracy"] <= 1
+
+    dpo_config.preference.reference = "precomputed"
+    train.run(dpo_config, str(tmp_path / "ahead"), "dpo")
+    assert (tmp_path / "ahead" / reference.FILE).exists()
+    assert_same_losses(losses(tmp_path / "ahead"), rows, rtol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["step", "precomputed"])
+def test_a_preference_phase_resumes_exactly(where, dpo_config, tmp_path):
+    dpo_config.preference.reference = where
+    dpo_config.train.save_every = 2
+    train.run(dpo_config, str(tmp_path / "whole"), "dpo")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(dpo_config, str(tmp_path / "halves"), "dpo")
+    train.run(dpo_config, str(tmp_path / "halves"), "dpo")
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+
+
+def test_adapters_alone_are_trained_kept_and_handed_over_merged(tiny_config, tmp_path):
+    config = tiny_config
+    config.lora.rank = 2
+    config.objective.ntp_weight = 1.0
+    config.optimizer.learning_rate = 1e-2
+    config.train.num_steps = 12
+    results = train.run(config, str(tmp_path / "first"), "cpt")
+    rows = losses(tmp_path / "first")
+    assert rows[1]["agree"] == 1.0
+    assert rows[1]["kd"] == pytest.approx(0, abs=1e-6)
+    assert rows[12]["ntp"] < rows[1]["ntp"]
+    model_config = weights.read_model_config(config.model.path)
+    mesh = sharding.make_mesh(config.mesh)
+    loaded = phase.load_params(str(tmp_path / "first"), model_config, mesh, "float32")
+    base = weights.load_params(
+        config.model.path, phase.abstract_params(model_config, mesh, "float32")
+    )
+    np.testing.assert_array_equal(loaded["embedding"], base["embedding"])
+    assert np.any(loaded["layers"]["query"] != base["layers"]["query"])
+    lora = model.Lora(2, config.lora.alpha, tuple(config.lora.targets))
+    with pytest.raises(InputError, match=r"\['embedding'\] is absent there"):
+        checkpoint.load_params(str(tmp_path / "first"), base)
+    adapters = checkpoint.load_params(
+        str(tmp_path / "first"),
+        phase.abstract_adapters(model_config, lora, mesh, "float32"),
+    )
+    assert set(adapters) == {"layers"}
+
+    # The next phase starts from base and adapters, with adapters of its own or without.
+    config.train.num_steps = 2
+    config.init_from = str(tmp_path / "first")
+    for rank in (0, 3):
+        config.lora.rank = rank
+        after = train.run(config, str(tmp_path / f"next{rank}"), "sft")["before"]
+        for name, value in results["after"].items():
+            if name != "step":
+                assert after[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_a_start_that_has_changed_is_refused(tiny_config, tmp_path):
+    train.run(tiny_config, str(tmp_path / "first"), "cpt")
+    tiny_config.init_from = str(tmp_path / "first")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(tiny_config, str(tmp_path / "second"), "cpt")
+    # Trained again, the same folder holds another model.
+    tiny_config.init_from = ""
+    tiny_config.seed = 1
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    train.run(tiny_config, str(tmp_path / "first"), "cpt")
+    tiny_config.init_from = str(tmp_path / "first")
+    tiny_config.seed = 0
+    with pytest.raises(InputError, match="init_from: .*was trained from.*'step': 6"):
+        train.run(tiny_config, str(tmp_path / "second"), "cpt")

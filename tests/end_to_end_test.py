@@ -1,0 +1,365 @@
+"""All six phases by one command: what they leave, killed in every one, with adapters."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from safetensors import numpy as safetensors
+
+from mixcpt_jax import checkpoint, metrics, model, paths, phase, sharding, weights
+from mixcpt_jax import config as config_lib
+
+ASSETS = "package:mixcpt_jax/assets"
+PHASES = ("cpt", "select", "sft", "dpo", "evaluate", "export")
+TRAINED = ("cpt", "sft", "dpo")
+RANKED = ("instructions", "preferences")
+MOMENTS = ("before", "after")
+# As configs/mixcpt.py:tiny has them.
+HOLDOUT, KEEP = 8, 16
+STEPS = 6
+# Steps large enough that every phase shows in the weights, and checkpoints on every
+# other one, so that a kill loses work.
+SETTINGS = (
+    f"--config.train.num_steps={STEPS}",
+    "--config.train.save_every=2",
+    "--config.optimizer.learning_rate=3e-3",
+    *(
+        f"--config.overrides.{name}.{setting}"
+        for name in ("sft", "dpo")
+        for setting in (
+            f"train.num_steps={STEPS}",
+            "train.eval_before=True",
+            "optimizer.learning_rate=3e-3",
+        )
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def start(project, tiny_model):
+    """Starts the command in a workdir; its output goes to a file beside that."""
+
+    def start(workdir, *settings):
+        with open(f"{workdir}.log", "a") as log:
+            return subprocess.Popen(
+                [
+                    sys.executable, "-m", "mixcpt_jax.main",
+                    f"--config={project / 'configs' / 'mixcpt.py'}:tiny",
+                    f"--workdir={workdir}",
+                    f"--config.model.path={tiny_model}",
+                    *SETTINGS, *settings,
+                ],
+                env=os.environ | {"PYTHONPATH": str(project)},
+                stdout=log,
+                stderr=log,
+            )  # fmt: skip
+
+    return start
+
+
+def finish(process, workdir):
+    assert process.wait() == 0, epath.Path(f"{workdir}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """The workdir of a run that nothing disturbed."""
+    workdir = epath.Path(tmp_path_factory.mktemp("whole")) / "run"
+    finish(start(workdir), workdir)
+    return workdir
+
+
+def read_json(folder, name=phase.RESULTS_FILE):
+    return json.loads((folder / name).read_text())
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def training_metrics(folder):
+    """step -> every training metric of that step but the speed; no step twice."""
+    rows = [row for row in metrics.read(folder) if "loss" in row]
+    steps = {row.pop("step"): row for row in rows}
+    assert len(steps) == len(rows)
+    for row in rows:
+        row.pop("tokens_per_second", None)
+    return steps
+
+
+def final_params(folder, tiny_model):
+    """The whole parameters at a phase's end, on the host."""
+    mesh = sharding.make_mesh(config_lib.default().mesh)
+    model_config = weights.read_model_config(tiny_model)
+    with jax.set_mesh(mesh):
+        return jax.device_get(
+            phase.load_params(str(folder), model_config, mesh, "float32")
+        )
+
+
+def assert_same_bits(tree, other):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(
+            a.view(np.uint32), b.view(np.uint32), strict=True
+        ),
+        tree,
+        other,
+    )
+
+
+def assert_hand_over(workdir):
+    """Each phase names the checkpoint that the one before it left."""
+    ends = {name: checkpoint.identity(str(workdir / name)) for name in TRAINED}
+    assert {end["step"] for end in ends.values()} == {STEPS}
+    assert len({end["id"] for end in ends.values()}) == len(TRAINED)
+    for name, earlier in {
+        "select": "cpt",
+        "sft": "cpt",
+        "dpo": "sft",
+        "evaluate": "dpo",
+        "export": "dpo",
+    }.items():
+        start = read_json(workdir / name, phase.PROVENANCE_FILE)["start"]
+        assert start == {"init_from": f"phase:{earlier}"} | ends[earlier]
+
+
+def assert_measured_alike(results, other):
+    """The same losses but for float32 noise; accuracies jump where two tokens tie."""
+    names = [name for name in results if name.endswith("/loss")]
+    assert len(names) == 3
+    for name in names:
+        assert results[name] == pytest.approx(other[name], rel=1e-6)
+
+
+def assert_each_phase_begins_at_the_end_of_the_last(workdir):
+    results = {name: read_json(workdir / name) for name in (*TRAINED, "evaluate")}
+    for earlier, later in [("cpt", "sft"), ("sft", "dpo")]:
+        assert_measured_alike(results[later]["before"], results[earlier]["after"])
+    assert_measured_alike(results["evaluate"]["after"], results["dpo"]["after"])
+    # And no phase ends where it began.
+    for name in TRAINED:
+        before, after = (results[name][moment] for moment in MOMENTS)
+        assert after["domain/loss"] != pytest.approx(before["domain/loss"], rel=1e-5)
+    first = training_metrics(workdir / "dpo")[1]
+    assert first["margin"] == pytest.approx(0.0, abs=1e-5)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def rounded(params, dtype="bfloat16"):
+    return jax.tree.map(lambda p: jnp.asarray(p, dtype).astype(jnp.float32), params)
+
+
+def test_every_phase_leaves_what_it_should(whole):
+    for name in PHASES:
+        for file in (phase.CONFIG_FILE, phase.PROVENANCE_FILE, phase.RESULTS_FILE):
+            assert read_json(whole / name, file)
+    for name in TRAINED:
+        kept = [path.name for path in (whole / name / checkpoint.FOLDER).iterdir()]
+        assert kept == [str(STEPS)]
+        assert [*training_metrics(whole / name)] == [*range(1, STEPS + 1)]
+    for name, steps in {**dict.fromkeys(TRAINED, (0, STEPS)), "evaluate": (0,)}.items():
+        samples = read_lines(whole / name / metrics.SAMPLES_FILE)
+        prompts = read_lines(paths.require_file(f"{ASSETS}/prompts.jsonl"))
+        assert [row["step"] for row in samples] == np.repeat(
+            steps, len(prompts)
+        ).tolist()
+        page = (whole / name / metrics.SAMPLES_PAGE).read_text()
+        for step in (0, STEPS):
+            shown = len(prompts) if step in steps else 0
+            assert page.count(f"*step {step}*") == shown
+    table = (whole / "report.md").read_text().splitlines()[0]
+    for name in (*TRAINED, "evaluate"):
+        assert f"after {name}" in table
+
+
+def test_each_phase_begins_at_the_end_of_the_last(whole):
+    assert_hand_over(whole)
+    assert_each_phase_begins_at_the_end_of_the_last(whole)
+
+
+def test_every_phase_learns(whole):
+    results = {name: read_json(whole / name) for name in TRAINED}
+    for source in ("domain", *RANKED):
+        before, after = (results["cpt"][m][f"{source}/loss"] for m in MOMENTS)
+        assert after < before
+    first = training_metrics(whole / "cpt")[1]
+    assert first["agree"] == 1.0  # the student starts as the teacher
+    rows = training_metrics(whole / "sft")
+    assert rows[STEPS]["ntp"] < rows[1]["ntp"]
+    rows = training_metrics(whole / "dpo")
+    assert rows[STEPS]["margin"] > rows[1]["margin"]
+
+
+@pytest.mark.parametrize("source", RANKED)
+def test_selection_ranks_the_samples_that_alignment_reads(whole, source):
+    lines = read_lines(whole / "select" / f"{source}.jsonl")
+    found = [line.pop("selection") for line in lines]
+    assert [row["rank"] for row in found] == [*range(1, len(lines) + 1)]
+    assert [row["selected"] for row in found] == [i < KEEP for i in range(len(lines))]
+    scores = [row["score"] for row in found]
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(scores)) > 1
+    # A line is a sample as it stands in its source, and each stands there once.
+    originals = [
+        json.dumps(line)
+        for line in read_lines(paths.require_file(f"{ASSETS}/{source}.jsonl"))
+    ]
+    samples = [json.dumps(line) for line in lines]
+    assert len(set(samples)) == len(samples)
+    assert set(samples) <= set(originals)
+    summary = read_json(whole / "select")["selection"][source]
+    assert summary["read"] == len(originals) - HOLDOUT
+    assert summary["candidates"] == len(lines)
+    assert summary["selected"] == KEEP
+
+    reader, examples = {"instructions": ("sft", 1), "preferences": ("dpo", 2)}[source]
+    mixture = read_json(whole / reader)["mixture"]
+    assert {row["name"]: row["documents"] for row in mixture if row["documents"]} == {
+        reader: KEEP * examples
+    }
+    files = read_json(whole / reader, phase.PROVENANCE_FILE)["files"][reader]
+    assert [*files] == [str(whole / "select" / f"{source}.jsonl")]
+
+
+def test_the_export_is_the_end_of_dpo_to_transformers(whole, tiny_model):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    results = read_json(whole / "export")
+    assert results == {"folder": str(whole / "export" / "hf"), "dtype": "bfloat16"}
+    params = final_params(whole / "dpo", tiny_model)
+    model_config = weights.read_model_config(results["folder"])
+    assert model_config == weights.read_model_config(tiny_model)
+    tokens_BxL = np.random.default_rng(0).integers(0, model_config.vocab_size, (2, 48))
+    positions = jnp.broadcast_to(jnp.arange(48), tokens_BxL.shape)
+    forward = jax.jit(model.make_forward(model_config))
+
+    def logits_of(params):
+        hidden = forward(params, tokens_BxL, positions, jnp.ones_like(positions))
+        return np.asarray(model.logits(params, hidden))
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        results["folder"], dtype="float32", attn_implementation="eager"
+    )
+    with torch.no_grad():
+        actual = theirs(torch.tensor(tokens_BxL)).logits.numpy()
+    # Once the weights are rounded as the export's are, only float32 noise is left.
+    expected = logits_of(rounded(params))
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
+    # Unrounded, they differ by bfloat16's own noise.
+    assert np.abs(actual - logits_of(params)).max() < 2**-6 * np.abs(expected).max()
+
+
+# When the process of each phase is killed: after a training step of this number (before
+# the first checkpoint, between two, after the last step), or once there is this file.
+KILLED_AT = {
+    "cpt": 3,
+    "select": "instructions.plain.npz",
+    "sft": 1,
+    "dpo": STEPS,
+    "evaluate": metrics.FILE,
+    "export": phase.CONFIG_FILE,
+}
+
+
+def is_under_way(folder, moment):
+    if isinstance(moment, str):
+        return (folder / moment).exists()
+    return any(row["step"] >= moment for row in metrics.read(folder) if "loss" in row)
+
+
+def test_killed_in_every_phase_it_ends_the_same(whole, start, tmp_path, tiny_model):
+    workdir, landed = epath.Path(tmp_path) / "run", []
+    for name in PHASES:
+        folder, process = workdir / name, start(workdir)
+        while process.poll() is None and not is_under_way(folder, KILLED_AT[name]):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (
+            is_under_way(folder, KILLED_AT[name])
+            and not (folder / phase.RESULTS_FILE).exists()
+        ):
+            landed.append(name)
+    finish(start(workdir), workdir)
+    # A phase may come to its end before the signal arrives.
+    assert len(landed) >= 4, landed
+
+    assert_hand_over(workdir)
+    for name in TRAINED:
+        assert training_metrics(workdir / name) == training_metrics(whole / name)
+        assert_same_bits(
+            final_params(workdir / name, tiny_model),
+            final_params(whole / name, tiny_model),
+        )
+    for name in (*TRAINED, "evaluate"):
+        results, expected = (read_json(run / name) for run in (workdir, whole))
+        for key in MOMENTS:
+            assert results[key] == expected[key]
+        samples = metrics.SAMPLES_FILE
+        assert (workdir / name / samples).read_text() == (
+            whole / name / samples
+        ).read_text()
+    for file in (
+        *(f"select/{source}.jsonl" for source in RANKED),
+        "select/results.json",
+        "export/hf/model.safetensors",
+    ):
+        hashes = [
+            hashlib.blake2b((run / file).read_bytes()).digest()
+            for run in (workdir, whole)
+        ]
+        assert hashes[0] == hashes[1], file
+    # Nothing half-written stays behind.
+    assert not [*workdir.glob("*/*.tmp"), *workdir.glob("*/*.incomplete")]
+    for name in TRAINED:
+        kept = [path.name for path in (workdir / name / checkpoint.FOLDER).iterdir()]
+        assert kept == [str(STEPS)]
+
+
+def test_adapters_go_through_all_phases(start, tmp_path, tiny_model):
+    workdir = epath.Path(tmp_path) / "run"
+    finish(start(workdir, "--config.lora.rank=4"), workdir)
+    model_config = weights.read_model_config(tiny_model)
+    settings = config_lib.default().lora
+    lora = model.Lora(4, settings.alpha, tuple(settings.targets))
+    adapters = model.abstract_adapters(model_config, lora)["layers"]
+    for name in TRAINED:
+        params = workdir / name / checkpoint.FOLDER / str(STEPS) / "params"
+        stored = read_json(params, "_METADATA")["tree_metadata"].values()
+        assert {
+            "/".join(key["key"] for key in leaf["key_metadata"]) for leaf in stored
+        } == {f"layers/{adapter}" for adapter in adapters}
+    assert_hand_over(workdir)
+    assert_each_phase_begins_at_the_end_of_the_last(workdir)
+
+    base = safetensors.load_file(epath.Path(tiny_model) / "model.safetensors")
+    folder = workdir / "export" / "hf"
+    found = safetensors.load_file(folder / "model.safetensors")
+    assert found.keys() == base.keys()
+    for name, tensor in found.items():
+        is_adapted = "_proj." in name
+        as_exported = np.asarray(rounded(base[name]))
+        assert (tensor.astype(np.float32) != as_exported).any() == is_adapted, name
+    params = final_params(workdir / "dpo", tiny_model)
+    abstract = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(
+            p.shape,
+            p.dtype,
+            sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        ),
+        params,
+    )
+    assert_same_bits(
+        jax.device_get(weights.load_params(str(folder), abstract)),
+        jax.device_get(rounded(params)),
+    )
