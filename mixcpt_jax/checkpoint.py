@@ -15,7 +15,7 @@ whole, so a kill leaves the last whole one in place.
 import contextlib
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -121,10 +121,22 @@ class Checkpoints:
           provenance: as given to `save`.
 
         Raises:
-          InputError: a source no longer holds what the run was trained on, or
-            `init_from` is no longer what it started from.
+          InputError: the parameters have other shapes or dtypes, a source no longer
+            holds what the run was trained on, or `init_from` is no longer what it
+            started from.
         """
-        metadata = self._checkpointer.checkpointables_metadata().custom_metadata
+        checkpoint = self._checkpointer.checkpointables_metadata()
+        # Orbax would cast and say nothing.
+        for name, found, wanted in _differences(
+            checkpoint.metadata["params"],
+            abstract_state.params,
+            lambda leaf: (tuple(leaf.shape), str(leaf.dtype)),
+        ):
+            raise InputError(
+                f"{self._folder}: parameter {name} is {found} there and {wanted} now; "
+                "start a new --workdir"
+            )
+        metadata = checkpoint.custom_metadata
         start = json.loads(metadata["provenance"])["start"]
         if start != provenance["start"]:
             raise InputError(
@@ -178,7 +190,7 @@ def load_params(folder: str, abstract_params: Any) -> Any:
 
     Args:
       folder: a phase's folder, or its `checkpoints`.
-      abstract_params: shapes, dtypes and shardings wanted.
+      abstract_params: shapes, shardings and the dtypes to cast to.
 
     Raises:
       InputError: no checkpoint there, or of another model.
@@ -207,17 +219,24 @@ def _newest(folder: str) -> Iterator[ocp.training.Checkpointer]:
 
 
 def _check_same_model(stored: Any, wanted: Any, folder: str) -> None:
-    shapes = [
-        {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
-        for leaves in (
-            jax.tree_util.tree_leaves_with_path(stored),
-            jax.tree_util.tree_leaves_with_path(wanted),
+    for name, found, expected in _differences(stored, wanted, lambda x: tuple(x.shape)):
+        raise InputError(
+            f"init_from={folder}: parameter {name} is {found} there and {expected} in "
+            "model.path; give the checkpoint's own model"
         )
-    ]
-    for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        found, expected = (s.get(name, "absent") for s in shapes)
-        if found != expected:
-            raise InputError(
-                f"init_from={folder}: parameter {name} is {found} there and {expected} "
-                "in model.path; give the checkpoint's own model"
-            )
+
+
+def _differences(
+    stored: Any, wanted: Any, describe: Callable[[Any], Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Leaves of two trees that are described otherwise: `(name, stored, wanted)`."""
+    found, expected = (
+        {
+            jax.tree_util.keystr(path): describe(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (stored, wanted)
+    )
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            yield name, found.get(name, "absent"), expected.get(name, "absent")

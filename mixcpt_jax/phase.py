@@ -8,6 +8,7 @@ continual pre-training, the reference of DPO, and what adapters adapt.
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,7 @@ class Phase:
       model_config: the architecture.
       tokenizer: the model's.
       mesh: over all devices of all hosts.
+      started: when this process began with it, on the monotonic clock.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Phase:
     model_config: model.ModelConfig
     tokenizer: tokenizer.Tokenizer
     mesh: jax.sharding.Mesh
+    started: float
 
     @property
     def lora(self) -> model.Lora | None:
@@ -140,7 +143,11 @@ class Phase:
         return {"start": start, "files": files}
 
     def finish(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Writes the results, which mark the phase as done; returns them."""
+        """Writes the results, which mark the phase as done, and returns them.
+
+        `seconds` is added: the wall time of the process that came to the end.
+        """
+        results = results | {"seconds": time.monotonic() - self.started}
         if jax.process_index() == 0:
             text = json.dumps(results, indent=2)
             paths.replace(self.folder / RESULTS_FILE, text)
@@ -158,6 +165,7 @@ def start(config: ml_collections.ConfigDict, workdir: str, name: str) -> Phase:
     Raises:
       InputError: the folder, the model or the tokenizer is wrong.
     """
+    started = time.monotonic()
     folder = paths.absolute(workdir)
     check_workdir(folder, config)
     given, config = config, config_lib.resolve_phases(config, str(folder.parent))
@@ -167,7 +175,7 @@ def start(config: ml_collections.ConfigDict, workdir: str, name: str) -> Phase:
     vocabulary = tokenizer.load(source, config.model.chat_template)
     tokenizer.check_vocabulary(vocabulary, model_config.vocab_size, source)
     mesh = sharding.make_mesh(config.mesh)
-    return Phase(name, folder, given, config, model_config, vocabulary, mesh)
+    return Phase(name, folder, given, config, model_config, vocabulary, mesh, started)
 
 
 def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] | None:

@@ -71,6 +71,10 @@ def comparison(results: dict[str, dict[str, Any]]) -> str:
             rows.append(
                 [cell.replace("%", "") if i else cell for i, cell in enumerate(row)]
             )
+    seconds = [result.get("seconds") for result in results.values()]
+    if any(seconds):
+        cells = ["" if s is None else f"{s:.0f}" for s in seconds]
+        rows.append(["wall time, s", ""] + [x for cell in cells for x in (cell, "")])
     return metrics.table(header, rows)
 
 

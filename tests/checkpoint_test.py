@@ -97,6 +97,14 @@ def test_another_start_is_named(tmp_path):
         restore(tmp_path, make_state(1), provenance=other)
 
 
+def test_another_dtype_is_not_cast_in_silence(tmp_path):
+    save(tmp_path, [1])
+    state = make_state(1)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
+    with pytest.raises(InputError, match=r"\['kernel'\] is .*float32.*bfloat16"):
+        restore(tmp_path, state._replace(params=half))
+
+
 def test_no_two_saves_have_one_identity(tmp_path):
     save(tmp_path / "a", [1, 2])
     save(tmp_path / "b", [2])

