@@ -5,7 +5,7 @@ the blocks that causality hides; elsewhere, and for shapes the kernel does not t
 same numbers come block by block from XLA.
 
 Shape suffixes: B batch rows, L row length, S cache slots, M keys looked at, H query
-heads, G key-value heads, R query heads per key-value head, K head size.
+heads, G key-value heads, R query heads per key-value head, K head size, GK = G * K.
 """
 
 import jax
@@ -81,7 +81,7 @@ def attend_to_cache(
       query_BxLxHxK: the queries of the new tokens.
       key_BxSxGK, value_BxSxGK: in slot `s` those of the row's token at position `s`,
         heads side by side. A token sees the slots up to its own position, of these at
-        most the last `sliding_window`; what the others hold does not count.
+        most the last `sliding_window`; what the others hold does not count, if finite.
       positions_BxL: the positions of the new tokens.
 
     Returns:

@@ -10,6 +10,7 @@ Shape suffixes:
   D hidden size        F MLP size          V vocabulary
   H query heads        G key-value heads   K head size
   N layers             S cache slots       R rank of an adapter
+  I, O inputs and outputs of a kernel      HK, GK = H * K, G * K
 """
 
 import dataclasses
@@ -155,7 +156,7 @@ Cache = dict[str, jax.Array]
 Forward = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
 Decode = Callable[[Params, Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
 
-_CACHE_AXES = ("layers", "batch", None, "kv_heads")
+_CACHE_AXES = ("batch", "layers", None, "kv_heads")
 
 
 class Adapter(nnx.Param):
@@ -314,28 +315,28 @@ class Decoder(nnx.Module):
         x_BxLxD, angles_BxLxK2 = self._embed(tokens_BxL, positions_BxL)
         layer_graphdef, layer_params = nnx.split(self.layers)
 
-        # The cache is carried, not scanned over: so it is written in place.
-        def run(carry, numbered_params):
+        def run(carry, indexed_params):
             x_BxLxD, cache = carry
-            number, params = numbered_params
+            index, params = indexed_params
             layer = nnx.merge(layer_graphdef, params)
             query, key, value = layer.project_heads(x_BxLxD, angles_BxLxK2)
             cache = {
-                "key": _write(cache["key"], number, positions_BxL, key),
-                "value": _write(cache["value"], number, positions_BxL, value),
+                "key": _write(cache["key"], index, positions_BxL, key),
+                "value": _write(cache["value"], index, positions_BxL, value),
             }
             mixed_BxLxHxK = attend_to_cache(
                 query,
-                cache["key"][number],
-                cache["value"][number],
+                cache["key"][:, index],
+                cache["value"][:, index],
                 positions_BxL,
                 self.config.sliding_window,
             )
             return (layer.finish(x_BxLxD, mixed_BxLxHxK), cache), None
 
-        numbers_N = jnp.arange(self.config.num_layers)
+        # The cache is carried, not scanned over, and so written in place.
+        indices_N = jnp.arange(self.config.num_layers)
         (x_BxLxD, cache), _ = jax.lax.scan(
-            run, (x_BxLxD, cache), (numbers_N, layer_params)
+            run, (x_BxLxD, cache), (indices_N, layer_params)
         )
         return rms_norm(x_BxLxD, self.final_norm[...], self.config.norm_epsilon), cache
 
@@ -406,28 +407,29 @@ def make_decode(
 def init_cache(
     config: ModelConfig, batch: int, length: int, dtype=jnp.float32
 ) -> Cache:
-    """Room for the keys and values of `length` positions, `[N, B, S, G * K]` each.
+    """Room for the keys and values of `length` positions, `[B, N, S, G * K]` each.
 
     Heads lie side by side: a TPU stores the last two dimensions in tiles, of which a
-    few heads would leave most empty. Call it within `jit`, to have rows and heads where
-    activations have them.
+    few heads would leave most empty. Call it within `jit`: there rows and heads are
+    placed as those of activations.
     """
     width = config.num_kv_heads * config.head_size
-    zeros = jnp.zeros((config.num_layers, batch, length, width), dtype)
+    zeros = jnp.zeros((batch, config.num_layers, length, width), dtype)
     return {name: constrain(zeros, *_CACHE_AXES) for name in ("key", "value")}
 
 
-def _write(cache_NxBxSxGK, layer, positions_BxL, new_BxLxGxK) -> jax.Array:
+def _write(cache_BxNxSxGK, layer, positions_BxL, new_BxLxGxK) -> jax.Array:
     """Puts the new tokens of one layer into their slots."""
     new_BxLxGK = new_BxLxGxK.reshape(*positions_BxL.shape, -1)
 
-    # Mapped over rows, so that the compiler knows that rows stay on their device.
-    def write_row(cache_NxSxGK, positions_L, new_LxGK):
+    # Mapped over rows, so that the compiler knows that rows stay on their device. Rows
+    # come first in the cache, or it would be transposed for this.
+    @jax.vmap
+    def write(cache_NxSxGK, positions_L, new_LxGK):
         return cache_NxSxGK.at[layer, positions_L].set(new_LxGK)
 
-    write = jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)
-    new_BxLxGK = new_BxLxGK.astype(cache_NxBxSxGK.dtype)
-    return constrain(write(cache_NxBxSxGK, positions_BxL, new_BxLxGK), *_CACHE_AXES)
+    new_BxLxGK = new_BxLxGK.astype(cache_BxNxSxGK.dtype)
+    return constrain(write(cache_BxNxSxGK, positions_BxL, new_BxLxGK), *_CACHE_AXES)
 
 
 def unembedding(params: Params) -> tuple[jax.Array, bool]:

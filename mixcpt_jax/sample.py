@@ -4,6 +4,9 @@ Prompts are padded on the right to one of few lengths, so that little is compile
 program does the rest: it runs the prompts, then makes a token for each row at a time,
 until every row has met a stop token or made as many as it may.
 
+For each token all weights are read, and under `fsdp` gathered from all devices, too; a
+mesh that is `tensor` as far as heads allow decodes quickest.
+
 What a row says depends on its prompt, the seed and its number among the prompts, not on
 the rows beside it, the padding or the mesh (but for rounding).
 
@@ -266,7 +269,7 @@ class Sampler:
                 )
         mesh = jax.sharding.get_abstract_mesh()
         ways = math.prod(mesh.shape.get(axis, 1) for axis in sharding.BATCH_AXES)
-        batch = -(-min(self._batch_size, len(prompts)) // ways) * ways
+        batch = -(-min(self._batch_size, len(prompts) or 1) // ways) * ways
         results = []
         for first in range(0, len(prompts), batch):
             part = prompts[first : first + batch]

