@@ -1,7 +1,7 @@
 """Direct preference optimisation alone, from any earlier phase or a pretrained model.
 
     python -m mixcpt_jax.main --config=configs/dpo.py --workdir=runs/dpo \\
-        --config.model.path=/models/Llama-3.2-1B \\
+        --config.model.path=/models/Llama-3.2-1B-Instruct \\
         --config.init_from=runs/sft \\
         --config.sources.dpo.path=/data/preferences.jsonl
 

@@ -1,7 +1,7 @@
 """All of Mix-CPT in one command: continual pre-training, selection, SFT, DPO.
 
     python -m mixcpt_jax.main --config=configs/mixcpt.py --workdir=runs/mine \\
-        --config.model.path=/models/Llama-3.2-1B \\
+        --config.model.path=/models/Llama-3.2-1B-Instruct \\
         --config.sources.domain.path='/data/domain/*.jsonl' \\
         --config.sources.instructions.path=/data/instructions.jsonl \\
         --config.sources.preferences.path=/data/preferences.jsonl
@@ -89,7 +89,7 @@ def get_config(size: str = ""):
     config.overrides.sft = alignment | {
         "init_from": "phase:cpt",
         "sources": only("sft"),
-        "objective": {"ntp_weight": 1.0, "lssd_weight": 0.0},
+        "objective": {"ntp_weight": 1.0, "lssd_weight": 0.0, "kd_weight": 0.0},
     }
     config.overrides.dpo = alignment | {
         "init_from": "phase:sft",
@@ -98,8 +98,10 @@ def get_config(size: str = ""):
     }
     sft, dpo = config.overrides.sft, config.overrides.dpo
     sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 1e-5, 5e-7
-    sft.train.num_steps, dpo.train.num_steps = 20, 20
+    # About three epochs of 200 samples of 300 tokens, and of 200 pairs of 600.
+    sft.train.num_steps, dpo.train.num_steps = 12, 12
     sft.data.batch_size, dpo.data.batch_size = 16, 16
+    sft.data.row_length, dpo.data.row_length = 1024, 2048
     config.overrides.evaluate = {"job": "evaluate", "init_from": "phase:dpo"}
     config.overrides.export = {"job": "export", "init_from": "phase:dpo"}
 
@@ -125,6 +127,7 @@ def get_config(size: str = ""):
         for phase in (sft, dpo):
             phase.train.num_steps = 3
             phase.data.batch_size = 8
+            phase.data.row_length = 128
     return config
 
 

@@ -1,7 +1,7 @@
 """Supervised fine-tuning alone, from any earlier phase or from a pretrained model.
 
     python -m mixcpt_jax.main --config=configs/sft.py --workdir=runs/sft \\
-        --config.model.path=/models/Llama-3.2-1B \\
+        --config.model.path=/models/Llama-3.2-1B-Instruct \\
         --config.init_from=runs/mine \\
         --config.sources.sft.path=/data/conversations.jsonl
 
@@ -20,6 +20,7 @@ def get_config():
     config.sources.sft = config_lib.source(format="chat", holdout=16)
     config.objective.ntp_weight = 1.0
     config.objective.lssd_weight = 0.0
+    config.objective.kd_weight = 0.0
     config.data.packing = "best_fit"
     config.data.overlong = "truncate"
     config.data.batch_size = 16

@@ -178,6 +178,18 @@ def identity(folder: str) -> dict[str, Any]:
         return {"step": checkpointer.latest.step, "id": metadata["id"]}
 
 
+def exists(folder: str) -> bool:
+    """Whether a phase's folder has checkpoints."""
+    return (phase_folder(folder) / FOLDER).exists()
+
+
+def read_provenance(folder: str) -> dict[str, Any]:
+    """What the newest checkpoint's phase started from, and the files it read."""
+    with _newest(folder) as checkpointer:
+        metadata = checkpointer.checkpointables_metadata(None).custom_metadata
+        return json.loads(metadata["provenance"])
+
+
 def read_config(folder: str) -> dict[str, Any]:
     """The config that a folder's newest checkpoint was trained with."""
     with _newest(folder) as checkpointer:

@@ -6,6 +6,7 @@ combination with others, and says what to do.
 """
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ OBJECTIVES = ("ntp", "lssd", "kd")
 FORMATS = ("document", "instruction", "preference", "chat", "chat_preference")
 
 # Stands for the folder of an earlier phase of the same run, in any path of a phase.
-_PHASE = "phase:"
+_PHASE = re.compile(r"(?:^|(?<=,)|(?<=, ))phase:")
 
 _CHOICES = {
     "job": ("train", "select", "evaluate", "export"),
@@ -86,6 +87,21 @@ FREE_ON_RESUME = (
     "train.keep_last",
     "train.keep_best",
 )
+
+
+# Sections that a job does not read, so that a mistake in a later phase can be mended
+# without making the earlier ones anew.
+_UNREAD = {
+    "train": ("select", "export"),
+    "select": ("export", "optimizer", "train", "objective", "preference", "lora"),
+    "evaluate": (
+        "select", "export", "optimizer", "train", "objective", "preference", "lora",
+    ),
+    "export": (
+        "select", "optimizer", "train", "objective", "preference", "lora", "data",
+        "sources", "eval",
+    ),
+}  # fmt: skip
 
 
 def default() -> ml_collections.ConfigDict:
@@ -428,19 +444,30 @@ def for_phase(
     overrides = config.overrides.get(phase, {})
     _check_keys(overrides, merged, f"overrides.{phase}.")
     merged.update(overrides)
+    earlier = tuple(config.phases)[: list(config.phases).index(phase)]
+    for key, value in _leaves(merged.to_dict()):
+        for part in _PHASE.split(value)[1:] if isinstance(value, str) else ():
+            name = re.split("[/,]", part)[0]
+            # A source of a later phase may be named where it is not read.
+            known = earlier if key == "init_from" else tuple(config.phases)
+            if name not in known:
+                raise InputError(
+                    f"{key}={value!r} (phase {phase}): there is no phase {name!r}"
+                    f"{' before it' if key == 'init_from' else ''}; known: {known}"
+                )
     return merged
 
 
 def resolve_phases(
     config: ml_collections.ConfigDict, run_folder: str
 ) -> ml_collections.ConfigDict:
-    """The same config with every "phase:NAME/..." a path under the run's folder."""
+    """The same config with every path "phase:NAME/..." one under the run's folder."""
 
     def resolve(value):
         if isinstance(value, dict):
             return {key: resolve(entry) for key, entry in value.items()}
         if isinstance(value, str):
-            return value.replace(_PHASE, f"{run_folder}/")
+            return _PHASE.sub(lambda _: f"{run_folder}/", value)
         return value
 
     return ml_collections.ConfigDict(resolve(config.to_dict()))
@@ -455,12 +482,26 @@ def first_difference(
       (key, stored value, value now).
     """
     now, then = dict(_leaves(config.to_dict())), dict(_leaves(stored))
+    free = (*FREE_ON_RESUME, *_unread(config))
     for key in sorted(now.keys() | then.keys()):
-        if any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME):
+        if any(key == name or key.startswith(f"{name}.") for name in free):
             continue
         if now.get(key) != then.get(key):
             return key, then.get(key), now.get(key)
     return None
+
+
+def _unread(config) -> Iterator[str]:
+    """What the config's job does not read."""
+    yield from _UNREAD.get(config.job, ())
+    if config.job != "train":
+        return
+    if config.objective.kind != "preference":
+        yield "preference"
+    asked = {exam.source for exam in config.eval.exams.values()}
+    for name, entry in config.sources.items():
+        if not (entry.weight or entry.holdout or name in asked):
+            yield f"sources.{name}"
 
 
 def _check_sources(config) -> None:
@@ -528,8 +569,14 @@ def _check_formats(config) -> None:
                 f"objective.kind={kind!r}: pairs ('chat_preference') are learnt with "
                 "'preference', all other formats with 'tokens'"
             )
+    trained = {e.path: name for name, e in config.sources.items() if e.weight}
     for section, is_pair in (("texts", False), ("pairs", True)):
         for name, entry in config.eval[section].items():
+            if config.job == "train" and entry.path in trained and not entry.holdout:
+                raise InputError(
+                    f"eval.{section}.{name}: sources.{trained[entry.path]} trains on the "
+                    "same files; set holdout of both to the same number above 0"
+                )
             _check(
                 (entry.format == "chat_preference") == is_pair,
                 config,

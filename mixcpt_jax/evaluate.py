@@ -65,7 +65,7 @@ class Measure:
                 name,
                 sums_per_example(score, rows, batch_size),
                 self._references.get(f"pairs/{name}"),
-                self._config.preference.beta,
+                self._config.preference,
             )
         return results
 
@@ -136,7 +136,10 @@ def measure(
 
 
 def compare_pairs(
-    name: str, sums: np.ndarray, reference_logps: np.ndarray | None, beta: float
+    name: str,
+    sums: np.ndarray,
+    reference_logps: np.ndarray | None,
+    config: ml_collections.ConfigDict,
 ) -> dict[str, float]:
     """How often, and by how much, the chosen answers of pairs are preferred.
 
@@ -144,19 +147,22 @@ def compare_pairs(
       name: of the pairs.
       sums: `sums_per_example` of their rows, [3, 2 pairs].
       reference_logps: the reference's summed log-probabilities, nats, [2 pairs].
-      beta: of the rewards.
+      config: `config.preference`; rewards are those of its loss.
 
     Returns:
       `{name}/pair_accuracy`: share of pairs whose chosen answer is likelier per token.
       With a reference also `{name}/reward_accuracy`, the share whose chosen answer has
       the larger reward `beta (logp - reference logp)`, and `{name}/reward_margin`, the
-      mean difference of the two rewards.
+      mean difference of the two rewards; of means over tokens where the loss is.
     """
     loss, _, count = sums
-    chosen, rejected = (-loss / np.maximum(count, 1)).reshape(-1, 2).T
+    count = np.maximum(count, 1)
+    chosen, rejected = (-loss / count).reshape(-1, 2).T
     results = {f"{name}/pair_accuracy": float((chosen > rejected).mean())}
     if reference_logps is not None:
-        rewards = beta * (-loss - reference_logps).reshape(-1, 2)
+        divisor = count if config.length_normalised or config.loss == "ipo" else 1
+        ratios = (-loss - reference_logps) / divisor
+        rewards = config.beta * ratios.reshape(-1, 2)
         margins = rewards[:, 0] - rewards[:, 1]
         results[f"{name}/reward_accuracy"] = float((margins > 0).mean())
         results[f"{name}/reward_margin"] = float(margins.mean())

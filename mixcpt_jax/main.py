@@ -59,6 +59,11 @@ def main(argv: list[str]) -> None:
     # All before the first: hours of training must not end in a refusal.
     for name, phase_config in configs.items():
         phase.finished(phase_config, folders[name])
+        if phase_config.job == "export" and "://" in workdir:
+            raise InputError(
+                f"--workdir={workdir}: {name} writes to a local disk only; leave it out "
+                "of config.phases and export to a local --workdir by configs/export.py"
+            )
     results = {
         name: jobs[phase_config.job](phase_config, folders[name], name)
         for name, phase_config in configs.items()

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import ml_collections
 from etils import epath
+from jax.experimental import multihost_utils
 
 from mixcpt_jax import (
     checkpoint,
@@ -91,6 +92,20 @@ class Phase:
         """
         return _start(self.config, self.model_config, self.mesh, dtype)
 
+    @property
+    def frozen_dtype(self) -> str:
+        """What the frozen model is kept in.
+
+        Adapters that the start itself has are merged into it, and would be lost in
+        rounding to fewer digits than they were trained with.
+        """
+        model_settings = self.config.model
+        if self.config.init_from and self.lora:
+            stored = checkpoint.read_config(self.config.init_from)
+            if stored.get("lora", {}).get("rank"):
+                return model_settings.param_dtype
+        return model_settings.teacher_dtype
+
     def eval_step(self, lora: model.Lora | None = None) -> Callable[..., Any]:
         """`(params, batch on the host) -> {"ntp", "correct"}` on the host, `[B, L]`."""
         step = jax.jit(
@@ -119,38 +134,56 @@ class Phase:
         taken.
         """
         data = pipeline.load(self.config, self.tokenizer)
+        self._check_prompts(data.prompts)
         self.claim(data.files)
         return data
 
+    def _check_prompts(self, prompts: list[list[dict[str, str]]]) -> None:
+        """What would fail when they are answered, after hours of training."""
+        room = self.model_config.max_positions - self.config.eval.max_new_tokens
+        for number, messages in enumerate(prompts, 1):
+            ids, _ = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
+            if len(ids) > room:
+                raise InputError(
+                    f"{self.config.eval.prompts}: prompt {number} has {len(ids)} tokens, "
+                    f"which with eval.max_new_tokens={self.config.eval.max_new_tokens} do "
+                    f"not fit the model's context of {self.model_config.max_positions}; "
+                    "shorten one of them"
+                )
+
     def claim(self, files: dict[str, dict[str, str]] | None = None) -> None:
-        """Writes the config and the provenance; the folder is this config's from now."""
+        """Writes the config and the provenance; the folder is this config's from now.
+
+        Raises:
+          InputError: `init_from` has no checkpoint; then nothing is written.
+        """
+        # On every host: opening a checkpoint waits for the others.
+        provenance = self.provenance(files or {})
         if jax.process_index() != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / CONFIG_FILE).exists():
             text = self.given.to_json(indent=2)
             paths.replace(self.folder / CONFIG_FILE, text)
-        text = json.dumps(self.provenance(files or {}), indent=2)
+        text = json.dumps(provenance, indent=2)
         paths.replace(self.folder / PROVENANCE_FILE, text)
 
     def provenance(self, files: dict[str, dict[str, str]]) -> dict[str, Any]:
         """Which checkpoint or weights the phase starts from, and the files it reads."""
-        config = self.config
-        start = {"weights": config.model.path}
-        if config.init_from:
-            start = {"init_from": self.given.init_from}
-            start |= checkpoint.identity(config.init_from)
-        return {"start": start, "files": files}
+        return {"start": _start_identity(self.given, self.config), "files": files}
 
     def finish(self, results: dict[str, Any]) -> dict[str, Any]:
         """Writes the results, which mark the phase as done, and returns them.
 
-        `seconds` is added: the wall time of the process that came to the end.
+        `seconds` is added: the wall time of the process that came to the end. Every host
+        calls this, and none goes on before the first has written.
         """
         results = results | {"seconds": time.monotonic() - self.started}
         if jax.process_index() == 0:
             text = json.dumps(results, indent=2)
             paths.replace(self.folder / RESULTS_FILE, text)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"end of {self.name}")
         return results
 
 
@@ -182,12 +215,36 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
     """The results of a phase that has come to its end, or None.
 
     Raises:
-      InputError: the folder belongs to another config.
+      InputError: the folder belongs to another config, or the phase started from a
+        checkpoint that has been made anew since.
     """
     folder = paths.absolute(workdir)
     check_workdir(folder, config)
     path = folder / RESULTS_FILE
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    provenance = json.loads((folder / PROVENANCE_FILE).read_text())
+    resolved = config_lib.resolve_phases(config, str(folder.parent))
+    if resolved.init_from and checkpoint.exists(resolved.init_from):
+        _check_start(folder, provenance, _start_identity(config, resolved))
+    return json.loads(path.read_text())
+
+
+def _start_identity(given, config) -> dict[str, Any]:
+    """What a phase starts from, in a few words that no other start has."""
+    if not config.init_from:
+        return {"weights": config.model.path}
+    return {"init_from": given.init_from} | checkpoint.identity(config.init_from)
+
+
+def _check_start(
+    folder: epath.Path, provenance: dict[str, Any], now: dict[str, Any]
+) -> None:
+    if provenance["start"] != now:
+        raise InputError(
+            f"{folder}: was made from {provenance['start']}, which is now {now}; delete "
+            f"{folder} to make it anew, or put that back"
+        )
 
 
 def check_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
@@ -275,20 +332,28 @@ def abstract_adapters(
 
 
 def load_params(
-    folder: str, model_config: model.ModelConfig, mesh: jax.sharding.Mesh, dtype: str
+    folder: str,
+    model_config: model.ModelConfig,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    model_path: str = "",
 ) -> model.Params:
     """The whole parameters at the end of a phase: the hand-over.
 
     Where the phase trained adapters, they are merged into what that phase started from.
+    The sum is rounded to `dtype`; in bfloat16 that swallows most of a small update.
 
     Args:
       folder: the phase's folder, or its `checkpoints`.
       model_config: the architecture.
       mesh: where the parameters shall lie.
       dtype: of the parameters.
+      model_path: the pretrained weights under adapters; empty: where that phase found
+        them.
 
     Raises:
-      InputError: no checkpoint there, or of another model.
+      InputError: no checkpoint there, or of another model; or adapters whose start has
+        been made anew since.
     """
     stored = ml_collections.ConfigDict(checkpoint.read_config(folder))
     lora = _lora(stored.get("lora"))
@@ -299,7 +364,15 @@ def load_params(
         folder, abstract_adapters(model_config, lora, mesh, stored.model.param_dtype)
     )
     run_folder = checkpoint.phase_folder(folder).parent
-    stored = config_lib.resolve_phases(stored, str(run_folder))
+    if model_path:
+        stored.model.path = model_path
+    given, stored = stored, config_lib.resolve_phases(stored, str(run_folder))
+    if stored.init_from:
+        _check_start(
+            checkpoint.phase_folder(folder),
+            checkpoint.read_provenance(folder),
+            _start_identity(given, stored),
+        )
     merge = jax.jit(
         functools.partial(model.merge_adapters, lora=lora),
         donate_argnums=0,
@@ -310,7 +383,9 @@ def load_params(
 
 def _start(config, model_config, mesh, dtype) -> model.Params:
     if config.init_from:
-        return load_params(config.init_from, model_config, mesh, dtype)
+        return load_params(
+            config.init_from, model_config, mesh, dtype, config.model.path
+        )
     return weights.load_params(
         config.model.path, abstract_params(model_config, mesh, dtype)
     )

@@ -19,7 +19,7 @@ from mixcpt_jax import evaluate, paths
 from mixcpt_jax.data import pipeline
 
 FILE = "reference.npz"
-_KEY = "__sources__"
+_KEY = "__key__"
 
 # "sources/NAME" or "pairs/NAME" -> summed log-probability of each example's learnt
 # tokens, nats, float32 [examples].
@@ -55,21 +55,27 @@ def compute(
     }
 
 
-def save(folder: epath.Path, sources: dict[str, str], references: References) -> None:
-    """Writes them whole or not at all; the first host does."""
+def save(folder: epath.Path, key: dict[str, Any], references: References) -> None:
+    """Writes them whole or not at all; the first host does.
+
+    Args:
+      folder: the phase's.
+      key: what they belong to: hashes of the pairs, and the start of the phase.
+      references: from `compute`.
+    """
     if jax.process_index() != 0:
         return
     buffer = io.BytesIO()
-    np.savez(buffer, **references, **{_KEY: json.dumps(sources, sort_keys=True)})
+    np.savez(buffer, **references, **{_KEY: json.dumps(key, sort_keys=True)})
     paths.replace(folder / FILE, buffer.getvalue())
 
 
-def load(folder: epath.Path, sources: dict[str, str]) -> References | None:
-    """What `save` wrote, or None if there is nothing for sources of these hashes."""
+def load(folder: epath.Path, key: dict[str, Any]) -> References | None:
+    """What `save` wrote, or None if there is nothing of this key."""
     path = folder / FILE
     if not path.exists():
         return None
     stored = dict(np.load(io.BytesIO(path.read_bytes())))
-    if str(stored.pop(_KEY)) != json.dumps(sources, sort_keys=True):
+    if str(stored.pop(_KEY)) != json.dumps(key, sort_keys=True):
         return None
     return stored

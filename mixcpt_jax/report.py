@@ -50,24 +50,29 @@ def comparison(results: dict[str, dict[str, Any]]) -> str:
 
     Phases that measure nothing, such as a selection, are left out.
     """
-    results = {name: r for name, r in results.items() if "after" in r}
+    results = {name: r for name, r in results.items() if r.get("after")}
     before = next((r["before"] for r in results.values() if r["before"]), {})
+    measured = set(before).union(*(r["after"] for r in results.values()))
     header = ["", "before"]
     for phase in results:
         header += [f"after {phase}", "change"]
     rows = []
     for suffix, label, form, change_form in _MEASURES:
-        for key in sorted(k for k in before if k.endswith(f"/{suffix}")):
+        for key in sorted(k for k in measured if k.endswith(f"/{suffix}")):
             row = [
                 f"{key.removesuffix('/' + suffix)}: {label}",
-                form.format(before[key]),
+                form.format(before[key]) if key in before else "",
             ]
             for result in results.values():
                 if key not in result["after"]:
                     row += ["", ""]
                     continue
                 after = result["after"][key]
-                row += [form.format(after), change_form.format(after - before[key])]
+                change = after - before[key] if key in before else None
+                row += [
+                    form.format(after),
+                    "" if change is None else change_form.format(change),
+                ]
             rows.append(
                 [cell.replace("%", "") if i else cell for i, cell in enumerate(row)]
             )

@@ -15,7 +15,6 @@ C candidates for the next token, D hidden size.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -215,7 +214,7 @@ class Sampler:
             self._tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
             for messages in conversations
         ]
-        stop_ids = {*self._document_ends(), self._end_of_turn_id}
+        stop_ids = {*self._document_ends(), self._tokenizer.end_of_turn_id}
         choice = Choice(temperature, top_k, top_p)
         answers = self.generate(params, prompts, max_new_tokens, stop_ids, choice, seed)
         return [self._tokenizer.decode(answer) for answer in answers]
@@ -292,14 +291,6 @@ class Sampler:
 
     def _document_ends(self) -> set[int]:
         return {self._tokenizer.end_of_document_id, self._tokenizer.eos_id} - {None}
-
-    @functools.cached_property
-    def _end_of_turn_id(self) -> int:
-        """The last token that the assistant learns to write in a turn."""
-        ids, learnt = self._tokenizer.encode_chat(
-            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
-        )
-        return [i for i, is_learnt in zip(ids, learnt, strict=True) if is_learnt][-1]
 
 
 def _pad(

@@ -59,6 +59,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
             min_tokens=settings.min_tokens,
             min_response_tokens=settings.min_response_tokens,
             near_duplicates=settings.near_duplicates,
+            on_bad_record=entry.on_bad_record,
         )
         for source, entry in wanted.items()
     }
@@ -102,6 +103,11 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
                 settings.origin_share,
             )
             results[source] = selection.summary(ranking)
+            if ranking.num_selected < ranking.keep:
+                progress.say(
+                    f"{name}: only {ranking.num_selected} of {ranking.keep} samples of "
+                    f"{source} are left to select"
+                )
             if is_first_host:
                 selection.write(phase.folder / f"{source}.jsonl", ranking)
     return phase.finish({"selection": results})

@@ -36,6 +36,7 @@ _TODAY = datetime(2024, 7, 26)
 
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
+_END_OF_TURN = "<|im_end|>"
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
@@ -43,6 +44,8 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# For vocabularies without that token.
+CHATML_WITH_EOS = CHATML.replace("'<|im_end|>\n'", "eos_token + '\n'")
 
 
 class _JsonModel:
@@ -255,6 +258,29 @@ class Tokenizer:
         return self.eos_id
 
     @property
+    def template(self) -> str:
+        """The Jinja template of conversations: the model's own, or else ChatML.
+
+        A vocabulary without ChatML's end of a turn gets its end of a text in that place.
+        """
+        if self.chat_template is not None:
+            return self.chat_template
+        has_end = self.token_to_id(_END_OF_TURN) is not None or self.eos_id is None
+        return CHATML if has_end else CHATML_WITH_EOS
+
+    @functools.cached_property
+    def end_of_turn_id(self) -> int:
+        """The last token that the assistant writes in a turn.
+
+        Raises:
+          InputError: the template does not end turns with a token.
+        """
+        ids, is_learnt = self.encode_chat(
+            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
+        )
+        return [i for i, learnt in zip(ids, is_learnt, strict=True) if learnt][-1]
+
+    @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with anything that changes an encoding."""
         parts = repr((self.model.source, *dataclasses.astuple(self)[1:]))
@@ -298,7 +324,7 @@ class Tokenizer:
     def _render(self, messages, add_generation_prompt: bool, **variables) -> str:
         ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
         try:
-            return _compile(self.chat_template or CHATML).render(
+            return _compile(self.template).render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
@@ -360,8 +386,9 @@ class Tokenizer:
                 raise InputError(
                     "chat template: no special token ends the assistant's turn (found "
                     f"{text[content_stop:stop]!r} behind its content), so the model "
-                    "would never learn to stop; use a template that writes one the "
-                    "vocabulary has, such as eos_token"
+                    "would never learn to stop; name a template "
+                    "(model.chat_template) that writes one the vocabulary has, such as "
+                    "eos_token"
                 )
             learnt.append((start, ends[0]))
         return self._encode_spans(text, marks, learnt)

@@ -80,7 +80,9 @@ def _run(
     first_step = resumed or 0
     frozen, references = None, {}
     if first_step < num_steps:
-        frozen, references = _load_frozen(phase, data, fingerprint)
+        frozen, references = _load_frozen(
+            phase, data, fingerprint | provenance["start"]
+        )
     if config.preference.reference == "precomputed":
         data = pipeline.with_references(data, references)
     if resumed is None:
@@ -173,7 +175,7 @@ def _run(
                 clock.restart(step)
 
     checkpoints.wait()
-    return phase.finish(_results(phase.folder, data)) if is_first_host else {}
+    return phase.finish(_results(phase.folder, data) if is_first_host else {})
 
 
 def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> steps.Objective:
@@ -215,13 +217,13 @@ def _needs_teacher(config, data: pipeline.Data) -> bool:
 
 
 def _load_frozen(
-    phase: phase_lib.Phase, data: pipeline.Data, fingerprint: dict[str, str]
+    phase: phase_lib.Phase, data: pipeline.Data, key: dict[str, Any]
 ) -> tuple[model.Params | None, reference.References]:
     """The frozen model, if the steps need it, and what it says about pairs ahead."""
     config = phase.config
 
     def load() -> model.Params:
-        return phase.starting_params(config.model.teacher_dtype)
+        return phase.starting_params(phase.frozen_dtype)
 
     is_preference = config.objective.kind == "preference"
     frozen, references = None, {}
@@ -232,12 +234,13 @@ def _load_frozen(
     ):
         frozen = load()
     if is_preference:
-        references = reference.load(phase.folder, fingerprint)
+        key = key | {f"pairs/{k}": v for k, v in pipeline.hashes(data.pairs).items()}
+        references = reference.load(phase.folder, key)
         if references is None:
             references = reference.compute(
                 phase.eval_step(), load() if frozen is None else frozen, config, data
             )
-            reference.save(phase.folder, fingerprint, references)
+            reference.save(phase.folder, key, references)
     return frozen, references
 
 

@@ -159,6 +159,7 @@ def save_pretrained(
     tokenizer: Tokenizer | None = None,
     *,
     dtype: str = "bfloat16",
+    stop_ids: Iterable[int] = (),
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """Writes a folder that transformers' `from_pretrained` loads.
@@ -173,6 +174,7 @@ def save_pretrained(
       config: their architecture.
       tokenizer: saved alongside; its BOS and EOS go into `config.json` too.
       dtype: what weights are cast to: "bfloat16", "float16" or "float32".
+      stop_ids: where generation ends, for `generation_config.json`.
       max_shard_bytes: weights are split into files of at most this size (or of one
         tensor). The host holds one such file at a time.
 
@@ -193,6 +195,8 @@ def save_pretrained(
     if tokenizer is not None:
         tokenizer.save(str(temporary))
     _write_json(temporary / "config.json", _config_to_hf(config, tokenizer, dtype))
+    if stop_ids := sorted(stop_ids):
+        _write_json(temporary / "generation_config.json", {"eos_token_id": stop_ids})
     outdated = target.parent / f"{target.name}.outdated"
     outdated.rmtree(missing_ok=True)
     if target.exists():
@@ -661,7 +665,7 @@ def _write_json(file: epath.Path, value: Any) -> None:
 
 
 _EXPORTED = re.compile(
-    r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer(_config)?\.json|tokenizer\.model"
 )
 

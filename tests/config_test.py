@@ -1,5 +1,6 @@
 """A bad config is named before anything is loaded."""
 
+import importlib.util
 import json
 
 import ml_collections
@@ -42,6 +43,19 @@ BAD = [
     ("sources.domain.holdout", -1, "sources.domain.holdout=-1: 0 or more"),
     ("optimizer.beta1", 1.5, "optimizer.beta1=1.5: 0 to below 1"),
     ("train.keep_best", 1, "train.keep_best=1: needs train.save_every"),
+    ("job", "learn", "job='learn': one of train, select, evaluate, export"),
+    ("objective.kind", "dpo", "objective.kind='dpo': one of tokens, preference"),
+    ("objective.kind", "preference", "format='document' does not go with objective.ki"),
+    ("sources.domain.format", "chat_preference", "does not go with.*kind='tokens'"),
+    ("sources.domain.on_bad_record", "drop", "on_bad_record='drop': refuse or skip"),
+    ("data.overlong", "cut", "data.overlong='cut': one of split, truncate, drop"),
+    ("preference.label_smoothing", 0.5, "preference.label_smoothing=0.5: < 0.5"),
+    ("lora.targets", ["query", "bias"], "lora.targets=.*'bias'.*some of query, key"),
+    ("select.origin_share", 0.0, "select.origin_share=0.0: a number above 0"),
+    ("select.origin_share", 1.5, "select.origin_share=1.5: at most 1"),
+    ("select.keep", {"other": 3}, "select.keep.other: no such source; known: domain"),
+    ("select.keep", {"domain": 0}, "select.keep.domain=0: a number of samples"),
+    ("select.keep", {"domain": 3}, "sources.domain.format='document': instruction"),
 ]
 
 
@@ -106,3 +120,110 @@ def test_what_may_change_between_runs_of_a_workdir():
     config.optimizer.learning_rate = 0.5
     key, then, now = config_lib.first_difference(config, stored)
     assert (key, then, now) == ("optimizer.learning_rate", 1e-5, 0.5)
+
+
+def preference_config():
+    config = valid()
+    config.sources.domain.format = "chat_preference"
+    config.objective.kind = "preference"
+    config.data.overlong = "drop"
+    return config
+
+
+def test_pairs_are_for_preferences_and_are_never_split():
+    config_lib.validate(preference_config(), 8)
+    config = preference_config()
+    config.data.overlong = "split"
+    with pytest.raises(InputError, match="a pair cannot be split; use truncate"):
+        config_lib.validate(config, 8)
+    config = preference_config()
+    config.preference.loss, config.preference.label_smoothing = "ipo", 0.1
+    with pytest.raises(InputError, match="preference.loss=ipo has none"):
+        config_lib.validate(config, 8)
+    config = valid()
+    config.eval.pairs.some = config_lib.source(path="b.jsonl", format="document")
+    with pytest.raises(InputError, match=r"eval.pairs.some.format='document': chat_"):
+        config_lib.validate(config, 8)
+
+
+def test_phase_paths_lie_under_the_run():
+    config = valid()
+    config.init_from = "phase:cpt"
+    config.sources.domain.path = "phase:select/a.jsonl,/data/b.jsonl"
+    resolved = config_lib.resolve_phases(config, "/runs/mine")
+    assert resolved.init_from == "/runs/mine/cpt"
+    assert resolved.sources.domain.path == "/runs/mine/select/a.jsonl,/data/b.jsonl"
+    assert config.init_from == "phase:cpt"
+
+
+@pytest.mark.parametrize("name", ["mixcpt", "sft", "dpo", "cpt", "quickstart"])
+def test_the_configs_of_the_project_are_valid(name, project):
+    spec = importlib.util.spec_from_file_location(name, project / f"configs/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.model.path = "somewhere"
+    for source in config.sources.values():
+        source.path = source.path or "a.jsonl"
+    for phase in config.phases or [None]:
+        one = config_lib.for_phase(config, phase) if phase else config
+        config_lib.validate(one)
+
+
+def test_what_follows_a_setting_in_the_config_of_all_phases(project):
+    spec = importlib.util.spec_from_file_location("c", project / "configs/mixcpt.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("tiny")
+    config.sources.preferences.path = "mine.jsonl"
+    config.sources.preferences.fields.chosen = "good"
+    config.select.keep.preferences = 7
+    dpo = config_lib.for_phase(config, "dpo")
+    assert dpo.eval.pairs.preferences.path == "mine.jsonl"
+    assert dpo.eval.pairs.preferences.holdout == dpo.sources.preferences.holdout
+    assert dpo.sources.dpo.max_records == 7
+    assert dpo.sources.dpo.fields.chosen == "good"
+    assert json.loads(dpo.to_json())["sources"]["dpo"]["max_records"] == 7
+
+
+def test_what_is_trained_on_is_not_measured_as_if_it_were_not():
+    config = valid()
+    config.eval.texts.same = config_lib.source(path="a.jsonl")
+    with pytest.raises(InputError, match="eval.texts.same: sources.domain trains on"):
+        config_lib.validate(config, 8)
+    config.eval.texts.same.holdout = config.sources.domain.holdout = 5
+    config_lib.validate(config, 8)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("init_from", "phase:b"), ("init_from", "phase:d"), ("eval.prompts", "phase:d/x")],
+)
+def test_a_phase_that_is_not_there_is_named(key, value):
+    config = valid()
+    config.phases = ("a", "b")
+    config.overrides.b = (
+        {key: value} if "." not in key else {"eval": {"prompts": value}}
+    )
+    config_lib.for_phase(config, "a")
+    with pytest.raises(InputError, match=f"{key}='{value}'.*there is no phase"):
+        config_lib.for_phase(config, "b")
+
+
+def test_only_what_a_job_reads_ties_its_folder():
+    config = valid()
+    config.sources.later = config_lib.source(path="phase:x/b.jsonl", weight=0.0)
+    stored = json.loads(config.to_json())
+    config.select.origin_share = 0.5
+    config.preference.beta = 0.3
+    config.export.dtype = "float32"
+    config.sources.later.max_records = 3
+    assert config_lib.first_difference(config, stored) is None
+    config.sources.later.weight = 1.0
+    assert config_lib.first_difference(config, stored)[0].startswith("sources.later.")
+    config.sources.later.weight = 0.0
+    config.objective.kind = "preference"
+    stored["objective"]["kind"] = "preference"
+    assert config_lib.first_difference(config, stored) == ("preference.beta", 0.1, 0.3)
+    config.job = stored["job"] = "select"
+    assert config_lib.first_difference(config, stored)[0] == "select.origin_share"

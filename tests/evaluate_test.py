@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from mixcpt_jax import config as config_lib
 from mixcpt_jax import evaluate
 from mixcpt_jax.data import exams, mixture
 from mixcpt_jax.data.format import Examples
@@ -119,10 +120,15 @@ def test_pairs_are_compared_per_token_and_rewards_by_the_sums():
     losses = np.array([4.0, 9.0, 6.0, 2.0])  # pairs (4, 9) and (6, 2)
     counts = np.array([2.0, 3.0, 6.0, 1.0])  # per token (2, 3) and (1, 2)
     sums = np.stack([losses, np.zeros(4), counts])
-    results = evaluate.compare_pairs("p", sums, None, 0.1)
+    config = config_lib.default().preference
+    results = evaluate.compare_pairs("p", sums, None, config)
     assert results == {"p/pair_accuracy": 1.0}
     # Log-ratios: (1, 2) and (3, -1)
     reference = np.array([-5.0, -11.0, -9.0, -1.0])
-    results = evaluate.compare_pairs("p", sums, reference, 0.1)
+    results = evaluate.compare_pairs("p", sums, reference, config)
     assert results["p/reward_accuracy"] == 0.5
     assert results["p/reward_margin"] == pytest.approx(0.1 * (-1 + 4) / 2)
+    config.length_normalised = True
+    results = evaluate.compare_pairs("p", sums, reference, config)
+    # Per token (1/2, 2/3) and (3/6, -1/1)
+    assert results["p/reward_margin"] == pytest.approx(0.1 * (-1 / 6 + 1.5) / 2)

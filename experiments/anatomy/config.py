@@ -56,6 +56,7 @@ def get_config(data: str = "../shared/data"):
     sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 3e-5, 3e-6
     for phase in (sft, dpo):
         phase.data.batch_size = 4
+        phase.data.row_length = 512
         phase.train.num_steps = 8
         phase.train.save_every = 4
     return config

@@ -73,6 +73,11 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
     for name, source in config.eval.pairs.items():
         pairs[name] = _encode(_measured(config, source), source, tokenizer)
         files[f"eval.pairs.{name}"] = sources.hashes(source.path, source.reader)
+    for name, exam in config.eval.exams.items():
+        if exam.path:
+            files[f"eval.exams.{name}"] = sources.hashes(exam.path, "jsonl")
+    if config.eval.prompts:
+        files["eval.prompts"] = sources.hashes(config.eval.prompts, "jsonl")
     packed, report = [], []
     objectives = {
         name: config_lib.objective_weights(config, name) for name in config.sources
@@ -119,19 +124,20 @@ def read_source(
     if source.on_bad_record == "refuse":
         return parts
     settings = source.format, source.fields.to_dict(), source.preference_side
-    held_in, held_out = (
-        [record for record in part if _is_usable(record, *settings)] for part in parts
-    )
+    problems = []
+
+    def is_usable(record: sources.Record) -> bool:
+        try:
+            format.check(record, *settings)
+        except InputError as error:
+            problems.append(str(error))
+            return False
+        return True
+
+    held_in, held_out = ([r for r in part if is_usable(r)] for part in parts)
+    if problems:
+        logging.warning("skipped %d records, such as %s", len(problems), problems[0])
     return held_in, held_out
-
-
-def _is_usable(record: sources.Record, *settings) -> bool:
-    try:
-        format.check(record, *settings)
-    except InputError as error:
-        logging.warning("skipped: %s", error)
-        return False
-    return True
 
 
 def _pack(config, held_in, objectives, tokenizer):
@@ -147,6 +153,11 @@ def _pack(config, held_in, objectives, tokenizer):
             [record.place for record in records],
             group=2 if has_pairs else 1,
         )
+        if cut["dropped"] and not len(examples):
+            raise InputError(
+                f"sources.{name}: all of its {cut['dropped']} samples are longer than "
+                f"data.row_length={config.data.row_length} and dropped; make it larger"
+            )
         counts.append(cut)
         used.append(
             mixture.Source(
@@ -212,11 +223,16 @@ def with_references(data: Data, references: Mapping[str, np.ndarray]) -> Data:
 
 def fingerprint(data: Data) -> dict[str, str]:
     """Source name -> a hash of its tokens: tells whether the stream is still the same."""
+    return hashes({rows.source.name: rows for rows in data.packed})
+
+
+def hashes(rows_by_name: Mapping[str, mixture.PackedRows]) -> dict[str, str]:
+    """A hash of each one's tokens, by name."""
     return {
-        rows.source.name: hashlib.blake2b(
+        name: hashlib.blake2b(
             rows.source.examples.tokens.tobytes(), digest_size=8
         ).hexdigest()
-        for rows in data.packed
+        for name, rows in rows_by_name.items()
     }
 
 
@@ -239,6 +255,13 @@ def _encode(records, source, tokenizer) -> format.Examples:
 def _pack_pairs(name: str, examples: format.Examples, row_length: int):
     """Pairs that are measured: none is split, and none is lost."""
     fitting, counts = mixture.fit(examples, row_length, "truncate", group=2)
+    if counts["truncated"]:
+        logging.warning(
+            "%s: %d held-out pairs are cut to fit data.row_length=%d",
+            name,
+            counts["truncated"],
+            row_length,
+        )
     if counts["dropped"]:
         raise InputError(
             f"{name}: of {counts['dropped']} held-out pairs the prompt alone fills half "

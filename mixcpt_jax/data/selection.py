@@ -27,6 +27,7 @@ from mixcpt_jax.errors import InputError
 
 METHODS = ("perplexity", "format_alignment", "random")
 REASONS = (
+    "unusable",
     "no_preference",
     "short_response",
     "too_short",
@@ -134,14 +135,16 @@ def candidates(
     min_tokens: int = 1,
     min_response_tokens: int = 1,
     near_duplicates: float = 0.8,
+    on_bad_record: str = "refuse",
 ) -> Candidates:
     """Reads, filters and encodes the samples to choose from.
 
-    Left out are, in this order, preferences with `no_preference`, whose rejected answer
-    is blank or the chosen one; those with a `short_response`; records that are
-    `too_short` or `too_long`; `duplicate`, whose prompt and response are an earlier
-    one's but for case and white space; and `near_duplicate`. The earliest of several
-    stays.
+    Left out are, in this order, with `on_bad_record='skip'` records that are `unusable`,
+    because they lack what they need or the chat template refuses them; preferences with
+    `no_preference`, whose rejected answer is blank or the chosen one; those with a
+    `short_response`; records that are `too_short` or `too_long`; `duplicate`, whose
+    prompt and response are an earlier one's but for case and white space; and
+    `near_duplicate`. The earliest of several stays.
 
     Args:
       records: see `sources.read`; they are read once.
@@ -154,6 +157,7 @@ def candidates(
         preference, of the longer side's.
       min_response_tokens: of the response alone. Ratios of one or two tokens' NLLs are
         mostly noise, and extreme ones.
+      on_bad_record: 'refuse' or 'skip'.
       near_duplicates: from this Jaccard similarity of the sets of word 5-grams on, as
         MinHash estimates it, a record is a near duplicate; 0: none is. A text of fewer
         words, or without spaces, is a single shingle.
@@ -167,20 +171,26 @@ def candidates(
     distinct = _Distinct(near_duplicates)
     for record in records:
         _check_field_is_free(record)
-        prompt, response = format_lib.prompt_and_response(record, format, fields)
-        if format == "preference":
-            if not _prefers(record, response, fields or {}):
+        try:
+            prompt, response = format_lib.prompt_and_response(record, format, fields)
+            if format != "preference":
+                answer = [{"role": "assistant", "content": response}]
+                ids, mask = format_lib.encode_answer(
+                    prompt, answer, tokenizer, record.place
+                )
+                length = len(ids)
+            elif _prefers(record, response, fields or {}):
+                pair = format_lib.chat_pair(record, tokenizer, fields)
+                ids, mask = pair.chosen, pair.chosen_mask
+                length = max(len(pair.chosen), len(pair.rejected))
+            else:
                 filtered["no_preference"] += 1
                 continue
-            pair = format_lib.chat_pair(record, tokenizer, fields)
-            ids, mask = pair.chosen, pair.chosen_mask
-            length = max(len(pair.chosen), len(pair.rejected))
-        else:
-            answer = [{"role": "assistant", "content": response}]
-            ids, mask = format_lib.encode_answer(
-                prompt, answer, tokenizer, record.place
-            )
-            length = len(ids)
+        except InputError:
+            if on_bad_record == "refuse":
+                raise
+            filtered["unusable"] += 1
+            continue
         mask[np.flatnonzero(mask)[-1]] = False  # the end of the turn
         question = "".join(
             message["content"] + format_lib.SEPARATOR
