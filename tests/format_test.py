@@ -184,9 +184,19 @@ GENERATION = (
     " + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Qwen2's adds a system message of its own where there is none.
+QWEN2 = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
+    " + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # Template -> what ends the assistant's turn.
 TEMPLATES = {
     "chatml": (None, "<|im_end|>"),
+    "qwen2": (QWEN2, "<|im_end|>"),
     "llama3": (LLAMA3, "<|eot_id|>"),
     "llama2": (LLAMA2, "</s>"),
     "generation": (GENERATION, "<|im_end|>"),

@@ -550,3 +550,24 @@ def test_check_vocabulary(json_folder):
     tokenizer.check_vocabulary(loaded, loaded.vocab_size + 12, "here")
     with pytest.raises(InputError, match=r"here: the tokenizer has \d+ tokens"):
         tokenizer.check_vocabulary(loaded, loaded.vocab_size - 1, "here")
+
+
+def test_without_chatmls_end_a_turn_ends_as_a_text_does(tmp_path):
+    """The vocabulary of a base model, such as Llama 3's."""
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        ["Hello there, how are you?"],
+        vocab_size=300,
+        special_tokens=["<|end_of_text|>"],
+        show_progress=False,
+    )
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    edit_tokenizer_config(tmp_path, eos_token="<|end_of_text|>")
+    loaded = tokenizer.load(str(tmp_path))
+    assert loaded.chat_template is None
+    assert loaded.end_of_turn_id == loaded.eos_id
+    ids, is_learnt = loaded.encode_chat(
+        [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "you"}]
+    )
+    learnt = [i for i, m in zip(ids, is_learnt) if m]
+    assert learnt == [*loaded.encode("you"), loaded.eos_id]
