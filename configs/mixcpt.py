@@ -114,7 +114,7 @@ def get_config(size: str = ""):
         sources.preferences.path = f"{ASSETS}/preferences.jsonl"
         for name in ("domain", "instructions", "preferences"):
             sources[name].holdout = 8
-            sources[name].max_records = 80
+            sources[name].max_records = 160
         config.select.keep.instructions = 16
         config.select.keep.preferences = 16
         config.select.max_tokens = 128
