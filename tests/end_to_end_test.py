@@ -16,7 +16,16 @@ import pytest
 from etils import epath
 from safetensors import numpy as safetensors
 
-from mixcpt_jax import checkpoint, metrics, model, paths, phase, sharding, weights
+from mixcpt_jax import (
+    checkpoint,
+    metrics,
+    model,
+    paths,
+    phase,
+    sharding,
+    tokenizer,
+    weights,
+)
 from mixcpt_jax import config as config_lib
 
 ASSETS = "package:mixcpt_jax/assets"
@@ -237,6 +246,19 @@ def test_the_export_is_the_end_of_dpo_to_transformers(whole, tiny_model):
     results = read_json(whole / "export")
     assert results["folder"] == str(whole / "export" / "hf")
     assert results["dtype"] == "bfloat16"
+    # It speaks the format it was trained in, and stops where a turn ends.
+    vocabulary = tokenizer.load(tiny_model)
+    ends = {vocabulary.end_of_turn_id, vocabulary.eos_id}
+    folder = whole / "export" / "hf"
+    assert set(read_json(folder, "generation_config.json")["eos_token_id"]) == ends
+    exported = transformers.AutoTokenizer.from_pretrained(str(folder))
+    messages = [{"role": "user", "content": "Hello"}]
+    assert (
+        exported.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        == (vocabulary.encode_chat(messages, add_generation_prompt=True)[0])
+    )
     params = final_params(whole / "dpo", tiny_model)
     model_config = weights.read_model_config(results["folder"])
     assert model_config == weights.read_model_config(tiny_model)

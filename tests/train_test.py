@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,3 +336,32 @@ def test_a_start_that_has_changed_is_refused(tiny_config, tmp_path):
     tiny_config.seed = 0
     with pytest.raises(InputError, match="init_from: .*was trained from.*'step': 6"):
         train.run(tiny_config, str(tmp_path / "second"), "cpt")
+
+
+def test_a_finished_phase_is_not_taken_for_one_of_another_start(tiny_config, tmp_path):
+    tiny_config.train.num_steps = 1
+    tiny_config.train.eval_before = False
+    train.run(tiny_config, str(tmp_path / "first"), "cpt")
+    tiny_config.init_from = "phase:first"
+    results = train.run(tiny_config, str(tmp_path / "second"), "sft")
+    assert train.run(tiny_config, str(tmp_path / "second"), "sft") == results
+    # A run's folder may be moved.
+    (tmp_path / "moved").mkdir()
+    for name in ("first", "second"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    second = str(tmp_path / "moved" / "second")
+    assert train.run(tiny_config, second, "sft") == results
+    # The first phase, made anew, is another start.
+    shutil.rmtree(tmp_path / "moved" / "first")
+    tiny_config.init_from = ""
+    train.run(tiny_config, str(tmp_path / "moved" / "first"), "cpt")
+    tiny_config.init_from = "phase:first"
+    with pytest.raises(InputError, match="second: was made from .*delete .*second"):
+        train.run(tiny_config, second, "sft")
+
+
+def test_a_wrong_start_does_not_take_the_folder(tiny_config, tmp_path):
+    tiny_config.init_from = str(tmp_path / "none")
+    with pytest.raises(InputError, match="init_from=.*none: has no folder"):
+        train.run(tiny_config, str(tmp_path / "run"), "sft")
+    assert not (tmp_path / "run").exists()
