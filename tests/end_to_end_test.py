@@ -34,7 +34,7 @@ TRAINED = ("cpt", "sft", "dpo")
 RANKED = ("instructions", "preferences")
 MOMENTS = ("before", "after")
 # As configs/mixcpt.py:tiny has them.
-HOLDOUT, KEEP = 8, 16
+MAX_RECORDS, HOLDOUT, KEEP = 160, 8, 16
 STEPS = 6
 # Steps large enough that every phase shows in the weights, and checkpoints on every
 # other one, so that a kill loses work.
@@ -222,7 +222,7 @@ def test_selection_ranks_the_samples_that_alignment_reads(whole, source):
     originals = [
         json.dumps(line)
         for line in read_lines(paths.require_file(f"{ASSETS}/{source}.jsonl"))
-    ]
+    ][:MAX_RECORDS]
     samples = [json.dumps(line) for line in lines]
     assert len(set(samples)) == len(samples)
     assert set(samples) <= set(originals)
