@@ -71,6 +71,8 @@ def get_config(size: str = ""):
     for key in ("path", "holdout", "max_records", "on_bad_record"):
         follow(config.eval.pairs.preferences, key, sources.preferences)
 
+    # All phases are measured on rows of one length, so that their numbers compare.
+    config.eval.row_length = config.data.get_ref("row_length")
     config.data.row_length = 4096
     config.data.batch_size = 64
     config.eval.batch_size = 64

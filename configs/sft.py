@@ -2,7 +2,7 @@
 
     python -m mixcpt_jax.main --config=configs/sft.py --workdir=runs/sft \\
         --config.model.path=/models/Llama-3.2-1B-Instruct \\
-        --config.init_from=runs/mine \\
+        --config.init_from=runs/mine/cpt \\
         --config.sources.sft.path=/data/conversations.jsonl
 
 `init_from` is the folder of a phase; without it training starts from `model.path`.

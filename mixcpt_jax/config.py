@@ -69,6 +69,7 @@ _NOT_NEGATIVE = (
     "preference.label_smoothing",
     "preference.sft_weight",
     "lora.rank",
+    "eval.row_length",
     "select.min_tokens",
     "select.min_response_tokens",
     "select.near_duplicates",
@@ -235,6 +236,9 @@ def default() -> ml_collections.ConfigDict:
     config.eval = ml_collections.ConfigDict(
         {
             "batch_size": 8,
+            # Tokens per row of what is measured; 0: data.row_length. Phases whose numbers
+            # are compared want the same: longer rows give more context.
+            "row_length": 0,
             # Text that is measured and never trained on: name -> source(...).
             "texts": ml_collections.ConfigDict(),
             # Multiple choice: name -> exam(...).

@@ -282,12 +282,13 @@ def check_model(
     Raises:
       InputError: names the setting and the remedy.
     """
-    is_read = config.job != "export"
-    if is_read and config.data.row_length > model_config.max_positions:
-        raise InputError(
-            f"data.row_length={config.data.row_length}: longer than the model's context "
-            f"of {model_config.max_positions}; use at most that"
-        )
+    for section in ("data", "eval") if config.job != "export" else ():
+        row_length = config[section].row_length
+        if row_length > model_config.max_positions:
+            raise InputError(
+                f"{section}.row_length={row_length}: longer than the model's context "
+                f"of {model_config.max_positions}; use at most that"
+            )
     data, fsdp, tensor = sharding.mesh_shape(config.mesh, jax.device_count())
     if data * fsdp % jax.process_count():
         raise InputError(

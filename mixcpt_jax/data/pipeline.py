@@ -54,7 +54,7 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
     Raises:
       InputError: names the file, line or setting that is wrong.
     """
-    row_length = config.data.row_length
+    row_length = config.eval.row_length or config.data.row_length
     is_training = config.job == "train"
     asked = {exam.source for exam in config.eval.exams.values()}
     held_in, texts, pairs, files = {}, {}, {}, {}
@@ -282,4 +282,5 @@ def _load_exam(config, exam, held_in, tokenizer) -> exams.Exam:
     else:
         documents = [record.fields for record in held_in[exam.source]]
         questions = docstrings.exam(documents, exam.num_questions, config.seed)
-    return exams.encode(questions, tokenizer, config.data.row_length)
+    row_length = config.eval.row_length or config.data.row_length
+    return exams.encode(questions, tokenizer, row_length)
