@@ -106,14 +106,12 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
 
 
 def read_source(
-    config: ml_collections.ConfigDict,
-    source: ml_collections.ConfigDict,
+    config: ml_collections.ConfigDict, source: ml_collections.ConfigDict
 ) -> tuple[list[sources.Record], list[sources.Record]]:
     """The records of a source: those in training and those held out of it.
 
     The choice is made among all records, so it is the same whatever the format; then
     those that the format cannot use are left out, where the source says so.
-
     """
     records = sources.read(source.path, source.reader)
     parts = sources.split_holdout(
