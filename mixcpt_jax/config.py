@@ -15,8 +15,10 @@ from ml_collections import config_dict
 
 from mixcpt_jax.errors import InputError
 
-OBJECTIVES = ("ntp", "lssd", "kd")
-FORMATS = ("document", "instruction", "preference", "chat", "chat_preference")
+OBJECTIVES = ("ntp", "lssd", "kd", "selective")
+FORMATS = (
+    "document", "instruction", "preference", "cloze", "chat", "chat_preference",
+)  # fmt: skip
 
 # Stands for the folder of an earlier phase of the same run, in any path of a phase.
 _PHASE = re.compile(r"(?:^|(?<=,)|(?<=, ))phase:")
@@ -24,6 +26,8 @@ _PHASE = re.compile(r"(?:^|(?<=,)|(?<=, ))phase:")
 _CHOICES = {
     "job": ("train", "select", "evaluate", "export"),
     "objective.kind": ("tokens", "preference"),
+    "objective.anneal": ("none", "to_ntp", "from_ntp"),
+    "model.weights": ("pretrained", "random"),
     "preference.loss": ("sigmoid", "ipo"),
     "preference.reference": ("step", "precomputed"),
     "select.method": ("perplexity", "format_alignment", "random"),
@@ -46,6 +50,7 @@ _POSITIVE = (
     "train.keep_last",
     "eval.batch_size",
     "eval.max_new_tokens",
+    "objective.teacher_temperature",
     "preference.beta",
     "lora.alpha",
     "select.max_tokens",
@@ -60,6 +65,7 @@ _NOT_NEGATIVE = (
     "objective.ntp_weight",
     "objective.lssd_weight",
     "objective.kd_weight",
+    "objective.selective_weight",
     "train.save_every",
     "train.eval_every",
     "train.keep_best",
@@ -113,7 +119,7 @@ def default() -> ml_collections.ConfigDict:
     # Hugging Face folder.
     config.job = "train"
     # The phase starts from the parameters of this phase's folder (its last checkpoint);
-    # empty: from the pretrained weights of `model.path`.
+    # empty: from the weights of `model.path`.
     config.init_from = ""
     # Names of phases run one after the other, each in its own folder under the workdir;
     # `overrides[name]` holds what differs in that phase. Empty: one phase, this config.
@@ -125,6 +131,9 @@ def default() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict(
         {
             "path": "",
+            # "random": not the weights at `path`, but new ones from `seed`; of an HF
+            # folder config.json is enough then.
+            "weights": "pretrained",
             # Folder or file of the tokenizer; empty: where the model is.
             "tokenizer": "",
             # File of a Jinja chat template; empty: the tokenizer's own, or ChatML.
@@ -172,7 +181,21 @@ def default() -> ml_collections.ConfigDict:
     # What is learnt. Kind "tokens": each token counts for the weights below, unless its
     # source says otherwise. Kind "preference": pairs of answers, see `preference`.
     config.objective = ml_collections.ConfigDict(
-        {"kind": "tokens", "ntp_weight": 0.0, "lssd_weight": 1.0, "kd_weight": 0.0}
+        {
+            "kind": "tokens",
+            "ntp_weight": 0.0,  # next-token prediction
+            "lssd_weight": 1.0,  # logit swap self-distillation
+            "kd_weight": 0.0,  # plain distillation
+            # Next-token prediction where the teacher's top token is not the gold one,
+            # plain distillation where it is. With weights m here and 1 - m for LSSD the
+            # gold token's target is m + (1 - m) p_a wherever the teacher is wrong.
+            "selective_weight": 0.0,
+            # Divides the teacher's logits. Below 1 its targets are sharper.
+            "teacher_temperature": 1.0,
+            # Linear in the steps: "to_ntp" turns each token's weights into one of
+            # next-token prediction, "from_ntp" begins with that and ends with them.
+            "anneal": "none",
+        }
     )
 
     # DPO and its relatives (`losses.preference_loss`), for objective.kind "preference".
@@ -239,7 +262,8 @@ def default() -> ml_collections.ConfigDict:
             # Tokens per row of what is measured; 0: data.row_length. Phases whose numbers
             # are compared want the same: longer rows give more context.
             "row_length": 0,
-            # Text that is measured and never trained on: name -> source(...).
+            # Text that is measured and never trained on: name -> source(...). Of
+            # format "cloze" also counts how often all of the target is right.
             "texts": ml_collections.ConfigDict(),
             # Multiple choice: name -> exam(...).
             "exams": ml_collections.ConfigDict(),
@@ -287,8 +311,9 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     path: a file, a folder, a glob or a comma-separated list of them; for reader
       "docstrings" names of installed packages.
     reader: "jsonl", "text" or "docstrings"; empty: from the file name.
-    format: "document", "instruction" or "preference", as plain text; "chat"; or
-      "chat_preference" for pairs.
+    format: "document", "instruction" or "preference", as plain text; "chat";
+      "chat_preference" for pairs; or "cloze", a context and the target it is to be
+      continued with, which alone is learnt or measured.
     fields: names of the record's fields where they are not the format's own.
     preference_side: "chosen", "rejected" or "both" go into the plain text.
     weight: share of the mixture's tokens, relative to the other sources.
@@ -297,7 +322,8 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
       lacks a field, has a blank one or is no conversation.
     holdout: records kept out of training and measured instead. In `eval.texts` and
       `eval.pairs`: only these records are measured.
-    ntp_weight, lssd_weight, kd_weight: objectives on this source; None: the config's.
+    ntp_weight, lssd_weight, kd_weight, selective_weight: objectives on this source;
+      None: the config's.
     """
     values = ml_collections.ConfigDict(
         {
@@ -313,6 +339,7 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
             "ntp_weight": config_dict.placeholder(float),
             "lssd_weight": config_dict.placeholder(float),
             "kd_weight": config_dict.placeholder(float),
+            "selective_weight": config_dict.placeholder(float),
         }
     )
     return _fill(values, settings, "source")

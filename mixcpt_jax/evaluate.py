@@ -121,14 +121,19 @@ def measure(
 
     Returns:
       `{text}/loss` (nats per token), `{text}/perplexity`, `{text}/accuracy` (share of
-      tokens that are the top token) and `{exam}/exam` (share answered rightly).
+      tokens that are the top token) and `{exam}/exam` (share answered rightly). Where
+      examples begin with what is given (formats cloze and chat), also `{text}/exact`,
+      the share of them of which greedy decoding finds all that is not.
     """
     results = {}
     for name, rows in texts.items():
-        loss, correct, count = sums_per_example(score, rows, batch_size).sum(axis=1)
+        sums = sums_per_example(score, rows, batch_size)
+        loss, correct, count = sums.sum(axis=1)
         results[f"{name}/loss"] = float(loss / count)
         results[f"{name}/perplexity"] = math.exp(loss / count)
         results[f"{name}/accuracy"] = float(correct / count)
+        if rows.source.examples.is_continuation:
+            results[f"{name}/exact"] = float((sums[1] == sums[2]).mean())
     for name, exam in exams.items():
         loss, _, _ = sums_per_example(score, exam.rows, batch_size)
         results[f"{name}/exam"] = float(exam.grade(-loss).mean())

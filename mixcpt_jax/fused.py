@@ -57,6 +57,23 @@ class TokenWeights(NamedTuple):
     ntp: jax.Array  # next-token prediction
     lssd: jax.Array  # logit swap self-distillation
     kd: jax.Array  # plain distillation, KL(teacher || student)
+    selective: jax.Array  # ntp where the teacher is wrong, kd where it is right
+
+    @classmethod
+    def of(cls, num_tokens: int, **weights_T: jax.Array) -> "TokenWeights":
+        """The given weights; the others are 0."""
+        zeros_T = jnp.zeros(num_tokens, jnp.float32)
+        return cls(**dict.fromkeys(cls._fields, zeros_T) | weights_T)
+
+    def resolve(self, swapped_T: jax.Array) -> "TokenWeights":
+        """The same sum without `selective`, given where the teacher is wrong."""
+        wrong_T = self.selective * swapped_T
+        return TokenWeights(
+            self.ntp + wrong_T,
+            self.lssd,
+            self.kd + (self.selective - wrong_T),
+            jnp.zeros_like(wrong_T),
+        )
 
 
 class TokenStatistics(NamedTuple):
@@ -198,14 +215,13 @@ def lssd(
     **options,
 ) -> jax.Array:
     """The weighted sum of `losses.lssd` over tokens; options as for `head_loss`."""
-    zeros_T = jnp.zeros_like(weights_T)
     value, _ = head_loss(
         hidden_TxD,
         unembedding_DxV,
         teacher_hidden_TxE,
         teacher_unembedding_ExV,
         targets_T,
-        TokenWeights(ntp=zeros_T, lssd=weights_T, kd=zeros_T),
+        TokenWeights.of(len(weights_T), lssd=weights_T),
         **options,
     )
     return value
@@ -226,21 +242,20 @@ def log_probabilities(
     """
 
     def sweep(hidden_TxD, unembedding_DxV, weights_T):
-        none_T = jnp.zeros_like(weights_T)
         return head_loss(
             hidden_TxD,
             unembedding_DxV,
             None,
             None,
             targets_T,
-            TokenWeights(ntp=weights_T, lssd=none_T, kd=none_T),
+            TokenWeights.of(len(weights_T), ntp=weights_T),
             **options,
         )
 
     @jax.custom_vjp
     def logps(hidden_TxD, unembedding_DxV):
-        none_T = jnp.zeros(targets_T.shape, jnp.float32)
-        return -sweep(hidden_TxD, unembedding_DxV, none_T)[1].ntp
+        no_weights_T = jnp.zeros(targets_T.shape, jnp.float32)
+        return -sweep(hidden_TxD, unembedding_DxV, no_weights_T)[1].ntp
 
     def forward(hidden_TxD, unembedding_DxV):
         return logps(hidden_TxD, unembedding_DxV), (hidden_TxD, unembedding_DxV)
@@ -515,9 +530,11 @@ def _chunk(
         seen = _merge(jax.tree.map(lambda x: jax.lax.all_gather(x, columns.axes), seen))
 
     statistics = seen.statistics(targets_C)
+    weights_C = weights_C.resolve(statistics.swapped)
     value = sum(
         jnp.sum(jnp.where(w != 0, w * getattr(statistics, name), 0.0))
         for name, w in weights_C._asdict().items()
+        if name != "selective"
     )
     if not with_gradients:
         return value, statistics, None

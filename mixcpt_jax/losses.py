@@ -84,6 +84,30 @@ def distillation(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Ar
     return jnp.sum(jnp.exp(log_p) * log_ratio, axis=-1)
 
 
+def selective(
+    student_logits: jax.Array, teacher_logits: jax.Array, targets: jax.Array
+) -> jax.Array:
+    """Next-token prediction where the teacher is wrong, distillation where it is right.
+
+    Right means that its top token is the gold one. `(1 - m) lssd + m selective` is, up to
+    a constant, the divergence from `(1 - m) p~ + m e_y` where the teacher is wrong, and
+    from `p` where it is right: LSSD whose ceiling of the gold token's probability is
+    raised from `p_a` to `m + (1 - m) p_a`.
+
+    Args:
+      student_logits, teacher_logits: `[..., V]`; no gradient for the teacher's.
+      targets: `[...]`, gold token ids.
+
+    Returns:
+      `[...]`, nats.
+    """
+    return jnp.where(
+        jnp.argmax(teacher_logits, axis=-1) == targets,
+        distillation(student_logits, teacher_logits),
+        cross_entropy(student_logits, targets),
+    )
+
+
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Next-token prediction: `-log q_y`, `[...]`, nats."""
     return -_pick(jax.nn.log_softmax(_at_least_float32(logits)), targets)

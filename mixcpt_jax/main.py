@@ -8,8 +8,9 @@ The same command run again goes on where the last one stopped.
 
 import pathlib
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -32,8 +33,37 @@ def main(argv: list[str]) -> None:
     # Imported here so that --help does not wait for jax.
     import jax
 
+    from mixcpt_jax import report
+
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    config = _CONFIG.value
+    try:
+        config.phases  # noqa: B018
+    except OSError as error:  # A config file that did not load says so on first use.
+        raise InputError(str(error)) from error
+    workdir = _WORKDIR.value or _default_workdir()
+    folders, results = run(config, workdir)
+    if jax.process_index() == 0:
+        report.write(workdir, folders, results)
+
+
+def run(
+    config: ml_collections.ConfigDict, workdir: str
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Runs the phases of a config that are not done yet, one after the other.
+
+    Returns:
+      Phase -> its folder, and phase -> its results.
+
+    Raises:
+      InputError: config, data, weights or workdir are wrong.
+      FloatingPointError: a loss is no longer finite.
+    """
+    import jax
+
     from mixcpt_jax import config as config_lib
-    from mixcpt_jax import evaluate, export, phase, report, select, train
+    from mixcpt_jax import evaluate, export, phase, select, train
 
     jobs = {
         "train": train.run,
@@ -41,15 +71,7 @@ def main(argv: list[str]) -> None:
         "evaluate": evaluate.run,
         "export": export.run,
     }
-
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
-    config = _CONFIG.value
-    try:
-        names = config.phases
-    except OSError as error:  # A config file that did not load says so on first use.
-        raise InputError(str(error)) from error
-    workdir = _WORKDIR.value or _default_workdir()
+    names = config.phases
     configs = {name: config_lib.for_phase(config, name) for name in names} or {
         pathlib.PurePath(workdir).name: config
     }
@@ -68,8 +90,7 @@ def main(argv: list[str]) -> None:
         name: jobs[phase_config.job](phase_config, folders[name], name)
         for name, phase_config in configs.items()
     }
-    if jax.process_index() == 0:
-        report.write(workdir, folders, results)
+    return folders, results
 
 
 def _default_workdir() -> str:

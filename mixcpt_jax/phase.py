@@ -1,8 +1,9 @@
 """What every phase has: a folder, a config, a model, a mesh, and where it starts from.
 
-A phase starts from the end of another one, `init_from`, or else from the pretrained
-weights of `model.path`. Where it starts from is also its frozen model: the teacher of
-continual pre-training, the reference of DPO, and what adapters adapt.
+A phase starts from the end of another one, `init_from`, else from the pretrained weights
+of `model.path`, or from random ones if the config says so. Where it starts from is also
+its frozen model: the teacher of continual pre-training, the reference of DPO, and what
+adapters adapt.
 """
 
 import dataclasses
@@ -232,6 +233,8 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
 
 def _start_identity(given, config) -> dict[str, Any]:
     """What a phase starts from, in a few words that no other start has."""
+    if not config.init_from and config.model.weights == "random":
+        return {"random": config.seed}
     if not config.init_from:
         return {"weights": config.model.path}
     return {"init_from": given.init_from} | checkpoint.identity(config.init_from)
@@ -387,9 +390,14 @@ def _start(config, model_config, mesh, dtype) -> model.Params:
         return load_params(
             config.init_from, model_config, mesh, dtype, config.model.path
         )
-    return weights.load_params(
-        config.model.path, abstract_params(model_config, mesh, dtype)
-    )
+    wanted = abstract_params(model_config, mesh, dtype)
+    if config.model.weights == "random":
+        make = jax.jit(
+            functools.partial(model.init_params, model_config, dtype=dtype),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted),
+        )
+        return make(jax.random.key(config.seed))
+    return weights.load_params(config.model.path, wanted)
 
 
 def _lora(config: ml_collections.ConfigDict | None) -> model.Lora | None:

@@ -13,6 +13,7 @@ CURVES_FILE = "curves.png"
 _MEASURES = (
     ("perplexity", "perplexity", "{:.2f}", "{:+.2f}"),
     ("accuracy", "token accuracy, %", "{:.1%}", "{:+.1%}"),
+    ("exact", "continued exactly, %", "{:.1%}", "{:+.1%}"),
     ("exam", "exam, %", "{:.1%}", "{:+.1%}"),
     ("pair_accuracy", "chosen answer likelier, %", "{:.1%}", "{:+.1%}"),
 )

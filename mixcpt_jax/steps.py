@@ -2,8 +2,8 @@
 
 A batch is a dict of `[B, L]` arrays: `tokens`, `targets`, `positions`, `segment_ids`,
 `source_ids`, `loss_mask` (1 where the target is learnt) and a weight per objective,
-`ntp_weights`, `lssd_weights`, `kd_weights`. Where the log-probabilities of a reference
-are known ahead it also has them per segment, `reference_logps`, `[B, S]`.
+`ntp_weights` and so on, see `fused.TokenWeights`. Where the log-probabilities of a
+reference are known ahead it also has them per segment, `reference_logps`, `[B, S]`.
 
 A metric is a pair (sum, count), so sums over microbatches, batches and hosts stay exact;
 the mean is taken when it is read.
@@ -132,8 +132,9 @@ def token_objective(
     teacher_forward: model.Forward | None,
     source_names: tuple[str, ...],
     head_loss: Callable[..., tuple[jax.Array, fused.TokenStatistics]] = fused.head_loss,
+    teacher_temperature: float = 1.0,
 ) -> Objective:
-    """A weighted sum over tokens of next-token prediction, LSSD and distillation.
+    """A weighted sum over tokens of the objectives of `fused.TokenWeights`.
 
     The sum is divided by the number of learnt tokens in the global batch; weights
     therefore keep their meaning when a source has weight 0 for some objective.
@@ -143,6 +144,7 @@ def token_objective(
       teacher_forward: the frozen teacher, or None when no objective needs one.
       source_names: names of the sources, in the order of `source_ids`.
       head_loss: `fused.head_loss` with its settings.
+      teacher_temperature: what the teacher's logits are divided by.
     """
 
     def loss_sum(student, frozen_params, batch: Batch, scale):
@@ -150,6 +152,8 @@ def token_objective(
         teacher_hidden = teacher_unembedding = None
         if teacher_forward is not None:
             teacher_hidden = _flatten(teacher_forward(frozen_params, *_inputs(batch)))
+            # Logits are linear in hidden states.
+            teacher_hidden /= teacher_temperature
             teacher_unembedding, _ = model.unembedding(frozen_params)
         unembedding, vocab_first = model.unembedding(student)
         weights = fused.TokenWeights(
@@ -270,7 +274,6 @@ def make_eval_step(
     def eval_step(params, batch: Batch):
         hidden = _flatten(forward(params, *_inputs(batch)))
         targets = _flatten(batch["targets"])
-        weight = jnp.zeros(targets.shape, jnp.float32)
         unembedding, vocab_first = model.unembedding(params)
         _, statistics = head_loss(
             hidden,
@@ -278,7 +281,7 @@ def make_eval_step(
             None,
             None,
             targets,
-            fused.TokenWeights(weight, weight, weight),
+            fused.TokenWeights.of(len(targets)),
             vocab_first=vocab_first,
         )
         shape = batch["targets"].shape

@@ -27,6 +27,7 @@ from mixcpt_jax import (
     sharding,
     steps,
 )
+from mixcpt_jax import config as config_lib
 from mixcpt_jax import phase as phase_lib
 from mixcpt_jax.data import pipeline
 
@@ -147,7 +148,8 @@ def _run(
             progress.update(step, scalars["loss"], rate)
 
         for step in range(first_step + 1, num_steps + 1):
-            batch = _put_rows(next(batches), config, mesh)
+            batch = _anneal(next(batches), config.objective.anneal, step, num_steps)
+            batch = _put_rows(batch, config, mesh)
             state, step_metrics = train_step(state, frozen, batch)
             # The device is busy with this step while the host reads the one before.
             read_pending()
@@ -189,6 +191,7 @@ def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> steps.Objective:
             phase.forward() if _needs_teacher(config, data) else None,
             names,
             functools.partial(fused.head_loss, **phase.head_options),
+            config.objective.teacher_temperature,
         )
     preference = config.preference
     return steps.preference_objective(
@@ -210,7 +213,7 @@ def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> steps.Objective:
 
 def _needs_teacher(config, data: pipeline.Data) -> bool:
     return config.objective.kind == "tokens" and any(
-        objective["lssd"] or objective["kd"]
+        any(weight for kind, weight in objective.items() if kind != "ntp")
         for name, objective in data.objectives.items()
         if config.sources[name].weight
     )
@@ -286,6 +289,22 @@ def _starting_state(
     )
 
 
+def _anneal(
+    batch: dict[str, np.ndarray], anneal: str, step: int, num_steps: int
+) -> dict[str, np.ndarray]:
+    """Weights of the batch of a step, see `config.objective.anneal`."""
+    if anneal == "none":
+        return batch
+    share = (step - 1) / max(num_steps - 1, 1)
+    if anneal == "from_ntp":
+        share = 1 - share
+    names = [f"{objective}_weights" for objective in config_lib.OBJECTIVES]
+    moved = share * sum(batch[name] for name in names)
+    scaled = {name: np.float32(1 - share) * batch[name] for name in names}
+    scaled["ntp_weights"] += moved
+    return batch | {k: v.astype(np.float32) for k, v in scaled.items()}
+
+
 def _put_rows(batch: dict[str, np.ndarray], config, mesh) -> steps.Batch:
     """This host's rows of a global batch, to its devices."""
     where = sharding.batch_sharding(mesh)
@@ -349,7 +368,9 @@ def _first_line(phase, abstract_state: steps.TrainState, resumed: int | None) ->
     if resumed is not None:
         start = f"going on after step {resumed}"
     else:
-        start = f"starting from {config.init_from or config.model.path}"
+        random = f"random weights (seed {config.seed})"
+        weights = random if config.model.weights == "random" else config.model.path
+        start = f"starting from {config.init_from or weights}"
     return (
         f"{phase.name}: {mesh.devices.flat[0].device_kind} x {mesh.size} ({shape}); "
         f"{size:.1f} M parameters{adapters}; "

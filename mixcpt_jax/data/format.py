@@ -23,6 +23,7 @@ FIELDS = {
     "document": ("text",),
     "instruction": ("instruction", "input", "output", "prompt", "response"),
     "preference": ("prompt", "chosen", "rejected"),
+    "cloze": ("context", "target"),
     "chat": ("messages", "instruction", "input", "output", "prompt", "response"),
     "chat_preference": ("prompt", "chosen", "rejected"),
 }
@@ -81,6 +82,11 @@ class Examples:
         first = self.offsets[:-1][self.lengths > 0]
         return int(self.loss_mask.sum()) - int(self.loss_mask[first].sum())
 
+    @property
+    def is_continuation(self) -> bool:
+        """Whether some targets are given and others are to be found."""
+        return self.num_learnt < int(np.maximum(self.lengths - 1, 0).sum())
+
     @functools.cached_property
     def _folder(self) -> str:
         folder = tempfile.mkdtemp(prefix="mixcpt-tokens-")
@@ -137,6 +143,8 @@ def encode(
         'instruction': `instruction`, `input` if there is one, and `output`, or
         `prompt` and `response`, with a blank line between;
         'preference': `prompt` and the answer of `preference_side`, likewise;
+        'cloze': `context` and `target` with nothing between, of which the target is
+        learnt and no token ends it, see `_cloze`;
         'chat': `messages`, a list of `{role, content}` whose role is system, user or
         assistant (other keys are not read), or else the fields of 'instruction' as a
         user's message and the assistant's;
@@ -162,6 +170,8 @@ def encode(
             _encode_chat(_conversation(record, fields), tokenizer, record.place)
             for record in records
         )
+    if format == "cloze":
+        return Examples.collect(_cloze(record, tokenizer, fields) for record in records)
     texts = (
         text
         for record in records
@@ -213,6 +223,8 @@ def check(
         _conversation(record, fields)
     elif format == "chat_preference":
         _read_pair(record, fields)
+    elif format == "cloze":
+        _context_and_target(record, fields)
     else:
         _texts(record, format, fields, preference_side)
 
@@ -399,6 +411,30 @@ def _tokenize(texts: Iterator[str], tokenizer) -> Iterator[tuple[list, np.ndarra
             mask = np.ones(len(start) + len(ids) + len(end), bool)
             mask[: len(start)] = False
             yield start + ids + end, mask
+
+
+def _cloze(record: Record, tokenizer, fields: dict) -> tuple[list[int], list[bool]]:
+    """A context and the target it is to be continued with.
+
+    As lm-evaluation-harness does it: white space at the end of the context goes to the
+    target, the whole is cut into tokens as one text, and the target's are those behind as
+    many as the context alone has.
+    """
+    context, target = _context_and_target(record, fields)
+    start = [tokenizer.bos_id] if tokenizer.add_bos else []
+    alone = context.rstrip()
+    opening, ids = tokenizer.encode_batch([alone, context + target])
+    if len(ids) <= len(opening):
+        raise InputError(
+            f"{record.place}: the target {target!r} has no token of its own behind its "
+            "context; let it begin with a space or a new word"
+        )
+    given = len(start) + len(opening)
+    return start + ids, [False] * given + [True] * (len(ids) - len(opening))
+
+
+def _context_and_target(record: Record, fields: dict) -> list[str]:
+    return [_read_field(record, fields.get(n, n)) for n in FIELDS["cloze"]]
 
 
 def _texts(record: Record, format: str, fields: dict, side: str) -> list[str]:

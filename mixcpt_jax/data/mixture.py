@@ -13,12 +13,13 @@ prompt; it lies whole in one row, as two pieces that follow each other.
 
 import bisect
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 from absl import flags
 
+from mixcpt_jax.config import OBJECTIVES
 from mixcpt_jax.data.format import Examples
 from mixcpt_jax.errors import InputError
 
@@ -43,8 +44,8 @@ class Source:
       examples: what it holds.
       share: its share of the learnt tokens relative to the other sources' (any
         positive scale); 0 leaves it out and keeps its name and number.
-      ntp_weight, lssd_weight, kd_weight: weight of each objective on its tokens:
-        next-token prediction, logit swap self-distillation, plain distillation.
+      objectives: weight of each objective on its tokens, such as {"lssd": 1.0}; its
+        rows have an array of weights for each of `OBJECTIVES`.
       has_pairs: its examples are pairs.
       reference_logps: log-probability of each example's learnt tokens under the
         reference, nats, float32 [examples]; None where it is not known ahead.
@@ -53,9 +54,9 @@ class Source:
     name: str
     examples: Examples
     share: float = 1.0
-    ntp_weight: float = 0.0
-    lssd_weight: float = 1.0
-    kd_weight: float = 0.0
+    objectives: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"lssd": 1.0}
+    )
     has_pairs: bool = False
     reference_logps: np.ndarray | None = None
 
@@ -260,8 +261,8 @@ class PackedRows:
       segment_ids: int32, 1, 2, ... for the pieces of the row, 0 for padding.
       source_ids: int32, the number of the source throughout, padding too.
       loss_mask: float32, 1 where the target is learnt.
-      ntp_weights, lssd_weights, kd_weights: float32, the mask times the source's
-        weight for the objective.
+      ntp_weights, ..., one for each objective: float32, the mask times the source's
+        weight for it.
     Rows of pairs whose reference is known have one more, [num_segments]:
       reference_logps: float32, that of segment `i + 1` at `i`, 0 behind the last.
     Their segments `2 i + 1` and `2 i + 2` are a pair.
@@ -305,9 +306,8 @@ class PackedRows:
         arrays["segment_ids"][here] = np.repeat(np.arange(1, len(length) + 1), length)
         mask = arrays["loss_mask"]
         mask[here] = examples.loss_mask[inputs + 1]
-        arrays["ntp_weights"] = mask * np.float32(self.source.ntp_weight)
-        arrays["lssd_weights"] = mask * np.float32(self.source.lssd_weight)
-        arrays["kd_weights"] = mask * np.float32(self.source.kd_weight)
+        for name, weight in self.source.objectives.items():
+            arrays[f"{name}_weights"] = mask * np.float32(weight)
         if self.source.reference_logps is not None:
             logps = self.source.reference_logps[plan.example[pieces]]
             arrays["reference_logps"] = np.zeros(self.num_segments, np.float32)
@@ -333,10 +333,7 @@ class PackedRows:
             "segment_ids": np.zeros(shape, np.int32),
             "source_ids": np.full(shape, self.source_id, np.int32),
             "loss_mask": np.zeros(shape, np.float32),
-            "ntp_weights": np.zeros(shape, np.float32),
-            "lssd_weights": np.zeros(shape, np.float32),
-            "kd_weights": np.zeros(shape, np.float32),
-        }
+        } | {f"{name}_weights": np.zeros(shape, np.float32) for name in OBJECTIVES}
 
 
 def pack_sources(

@@ -163,7 +163,7 @@ def _pack(config, held_in, objectives, tokenizer):
                 examples,
                 share=source.weight,
                 has_pairs=has_pairs,
-                **{f"{key}_weight": w for key, w in objectives[name].items()},
+                objectives=objectives[name],
             )
         )
     packed = mixture.pack_sources(
