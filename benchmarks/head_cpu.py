@@ -135,15 +135,13 @@ def _three_products(*operands):
 @_with_gradients
 def _streamed_distillation(hidden, kernel, *rest_and_weights):
     *rest, weights = rest_and_weights
-    none = jnp.zeros_like(weights)
-    token_weights = fused.TokenWeights(ntp=none, lssd=none, kd=weights)
+    token_weights = fused.TokenWeights.of(len(weights), kd=weights)
     return fused.head_loss(hidden, kernel, *rest, token_weights, vocab_first=True)[0]
 
 
 @_with_gradients
 def _streamed_cross_entropy(hidden, kernel, _, __, targets, weights):
-    none = jnp.zeros_like(weights)
-    token_weights = fused.TokenWeights(ntp=weights, lssd=none, kd=none)
+    token_weights = fused.TokenWeights.of(len(weights), ntp=weights)
     return fused.head_loss(
         hidden, kernel, None, None, targets, token_weights, vocab_first=True
     )[0]

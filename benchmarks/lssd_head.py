@@ -262,9 +262,8 @@ def compile_step(
     dtypes: dict[str, Any] = dict.fromkeys(
         ("tokens", "targets", "positions", "segment_ids", "source_ids"), jnp.int32
     )
-    dtypes |= dict.fromkeys(
-        ("loss_mask", "ntp_weights", "lssd_weights", "kd_weights"), jnp.float32
-    )
+    weights = (f"{objective}_weights" for objective in config_lib.OBJECTIVES)
+    dtypes |= dict.fromkeys(("loss_mask", *weights), jnp.float32)
     rows = sharding.batch_sharding(mesh)
     batch = {
         key: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)

@@ -105,10 +105,9 @@ def make_jax_step(config, student, teacher, ids):
         "segment_ids": jnp.ones(shape, jnp.int32),
         "source_ids": jnp.zeros(shape, jnp.int32),
         "loss_mask": ones,
-        "ntp_weights": zeros,
-        "lssd_weights": ones,
-        "kd_weights": zeros,
     }
+    batch |= {f"{objective}_weights": zeros for objective in config_lib.OBJECTIVES}
+    batch["lssd_weights"] = ones
     # The step consumes its state, and torch has yet to read these parameters.
     params = jax.tree.map(jnp.copy, student)
     state = steps.TrainState(jnp.zeros((), jnp.int32), params, transforms.init(params))

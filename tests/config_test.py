@@ -18,7 +18,9 @@ def valid():
 
 
 def test_a_good_config_passes():
-    config_lib.validate(valid(), num_devices=8)
+    config = valid()
+    config.eval.texts.facts = config_lib.source(path="b.jsonl", format="cloze")
+    config_lib.validate(config, num_devices=8)
 
 
 BAD = [
@@ -35,11 +37,16 @@ BAD = [
     ("mesh.tensor", 3, "mesh:.*does not lay out 8 devices"),
     ("model.path", "", "model.path='': a folder or a GGUF file"),
     ("model.remat", "some", "model.remat='some': one of none, dots, full"),
+    ("model.weights", "new", "model.weights='new': one of pretrained, random"),
     ("sources.domain.path", "", "sources.domain.path='': a path"),
     ("sources.domain.weight", 0.0, "sources: none has a weight above 0"),
     ("sources.domain.format", "poem", "sources.domain.format='poem': one of document"),
     ("sources.domain.lssd_weight", 0.0, "sources.domain: objective weights"),
     ("sources.domain.lssd_weight", "1", "sources.domain.lssd_weight='1'.*number"),
+    ("sources.domain.selective_weight", -0.5, "sources.domain: objective weights"),
+    ("objective.selective_weight", -0.5, "selective_weight=-0.5: 0 or more"),
+    ("objective.teacher_temperature", 0.0, "teacher_temperature=0.0: a number above 0"),
+    ("objective.anneal", "ntp", "objective.anneal='ntp': one of none, to_ntp, from_ntp"),
     ("sources.domain.holdout", -1, "sources.domain.holdout=-1: 0 or more"),
     ("optimizer.beta1", 1.5, "optimizer.beta1=1.5: 0 to below 1"),
     ("train.keep_best", 1, "train.keep_best=1: needs train.save_every"),
@@ -109,7 +116,8 @@ def test_sources_inherit_objectives():
     config = valid()
     config.sources.domain.ntp_weight = 0.25
     weights = config_lib.objective_weights(config, "domain")
-    assert weights == {"ntp": 0.25, "lssd": 1.0, "kd": 0.0}
+    others = dict.fromkeys(config_lib.OBJECTIVES, 0.0)
+    assert weights == others | {"ntp": 0.25, "lssd": 1.0}
 
 
 def test_what_may_change_between_runs_of_a_workdir():

@@ -16,7 +16,7 @@ T, D, E, V = 48, 16, 24, 64
 
 @functools.cache
 def problem(dtype=jnp.float32, vocab=V):
-    keys = jax.random.split(jax.random.key(0), 8)
+    keys = jax.random.split(jax.random.key(0), 9)
     hidden, teacher_hidden = (
         jax.random.normal(k, (T, n)).astype(dtype) for k, n in zip(keys[:2], (D, E))
     )
@@ -27,7 +27,7 @@ def problem(dtype=jnp.float32, vocab=V):
     targets = targets.at[::3].set(
         jnp.argmax(teacher_hidden.astype(jnp.float32) @ teacher_kernel, -1)[::3]
     )
-    weights = fused.TokenWeights(*(jax.random.uniform(k, (T,)) for k in keys[5:8]))
+    weights = fused.TokenWeights(*(jax.random.uniform(k, (T,)) for k in keys[5:]))
     # A fifth of the tokens is masked.
     weights = jax.tree.map(lambda w: w.at[::5].set(0.0), weights)
     return hidden, kernel, teacher_hidden, teacher_kernel, targets, weights
@@ -41,6 +41,7 @@ def dense(hidden, kernel, teacher_hidden, teacher_kernel, targets, weights, cap=
         weights.ntp * losses.cross_entropy(student, targets)
         + weights.lssd * losses.lssd(student, teacher, targets)
         + weights.kd * losses.distillation(student, teacher)
+        + weights.selective * losses.selective(student, teacher, targets)
     )
 
 
@@ -107,8 +108,7 @@ def test_no_gradient_reaches_the_teacher():
 
 def test_without_a_teacher_it_is_cross_entropy():
     hidden, kernel, _, _, targets, weights = problem()
-    zeros = jnp.zeros_like(weights.ntp)
-    weights = fused.TokenWeights(weights.ntp, zeros, zeros)
+    weights = fused.TokenWeights.of(T, ntp=weights.ntp)
     actual = value_and_gradients(
         fused.head_loss, hidden, kernel, None, None, targets, weights, chunk_size=10
     )
@@ -120,8 +120,8 @@ def test_mft_target_is_a_choice_of_weights():
     """KL((1 - m) p + m e_y || q) has the gradient of (1 - m) KD + m NTP."""
     hidden, kernel, teacher_hidden, teacher_kernel, targets, _ = problem()
     share = 0.3
-    ones, zeros = jnp.ones(T), jnp.zeros(T)
-    weights = fused.TokenWeights(share * ones, zeros, (1 - share) * ones)
+    ones = jnp.ones(T)
+    weights = fused.TokenWeights.of(T, ntp=share * ones, kd=(1 - share) * ones)
 
     def mft(hidden, kernel):
         p = jax.nn.softmax(teacher_hidden @ teacher_kernel)
@@ -193,8 +193,11 @@ def test_any_mesh_gives_the_same(shape, vocab_parallel):
     assert_same(statistics, fused.head_loss(*problem())[1])
 
 
-def swap_oracle(student, teacher, targets, weights):
-    """Loss and gradient for the student's logits, literally, in float64."""
+def swap_oracle(student, teacher, targets, weights, share):
+    """Loss and gradient for the student's logits, literally, in float64.
+
+    Of `share` selective and the rest LSSD: plain distillation where the teacher is right.
+    """
     student, teacher = student.astype(np.float64), teacher.astype(np.float64)
     rows = np.arange(len(targets))
     swapped = teacher.copy()
@@ -208,13 +211,19 @@ def swap_oracle(student, teacher, targets, weights):
 
     log_p, log_q = log_softmax(swapped), log_softmax(student)
     losses_T = (np.exp(log_p) * (log_p - log_q)).sum(-1)
-    gradient = weights[:, None] * (np.exp(log_q) - np.exp(log_p))
-    return weights @ losses_T, gradient
+    share_T = np.where(top == targets, 0.0, share)
+    losses_T = (1 - share_T) * losses_T - share_T * log_q[rows, targets]
+    target = (1 - share_T)[:, None] * np.exp(log_p)
+    target[rows, targets] += share_T
+    return weights @ losses_T, weights[:, None] * (np.exp(log_q) - target)
 
 
 @st.composite
 def logit_problems(draw):
-    """Logits of both sides, targets and weights, the adversarial ones included."""
+    """Logits of both sides, targets, weights and how much of each is selective.
+
+    The adversarial ones included.
+    """
     num_tokens = draw(st.sampled_from([1, 3, 8, 13]))
     vocab = draw(st.sampled_from([2, 5, 31, 32, 61]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -236,19 +245,22 @@ def logit_problems(draw):
     if draw(st.booleans()):
         targets = teacher.argmax(-1)
     weights = rng.uniform(0, 1, num_tokens) * rng.integers(0, 2, num_tokens)
-    return student, teacher, targets, weights.astype(np.float32)
+    share = draw(st.sampled_from([0.0, 0.25, 1.0]))
+    return student, teacher, targets, weights.astype(np.float32), share
 
 
 def check_against_oracle(problem, dtype, **options):
     """Hidden states are one-hot, so logits are exactly the rows of the unembedding."""
-    student, teacher, targets, weights = problem
+    student, teacher, targets, weights, share = problem
     value, d_logits = swap_oracle(*problem)
     hidden = jnp.eye(len(targets), dtype=dtype)
+    token_weights = fused.TokenWeights.of(
+        len(targets), lssd=(1 - share) * weights, selective=share * weights
+    )
 
     def loss(hidden, kernel):
-        return fused.lssd(
-            hidden, kernel, hidden, jnp.asarray(teacher), targets, weights, **options
-        )
+        operands = hidden, kernel, hidden, jnp.asarray(teacher), targets
+        return fused.head_loss(*operands, token_weights, **options)[0]
 
     actual_value, (d_hidden, d_kernel) = jax.jit(jax.value_and_grad(loss, (0, 1)))(
         hidden, jnp.asarray(student)
@@ -279,7 +291,7 @@ def check_against_oracle(problem, dtype, **options):
 def test_any_chunks_and_tiles_equal_the_literal_swap(
     problem, dtype, chunk_size, chunks_per_block, vocab_tile, vocab_first
 ):
-    student, teacher, targets, weights = problem
+    student, teacher, targets, weights, _ = problem
     options = {
         "chunk_size": chunk_size,
         "block_size": chunk_size * chunks_per_block,

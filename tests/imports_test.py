@@ -31,8 +31,8 @@ ALLOWED = {
     "export": {"phase", "weights"},
     "report": {"metrics"},
     "train": {
-        "checkpoint", "data", "evaluate", "fused", "losses", "metrics", "model", "optim",
-        "phase", "reference", "sharding", "steps",
+        "checkpoint", "config", "data", "evaluate", "fused", "losses", "metrics",
+        "model", "optim", "phase", "reference", "sharding", "steps",
     },
     "main": {"config", "evaluate", "export", "phase", "report", "select", "train"},
     "data": {"config", "data"},

@@ -38,6 +38,14 @@ def oracle_lssd(student, teacher, gold):
     return value, np.exp(log_q) - np.exp(log_p)
 
 
+def oracle_selective(student, teacher, gold):
+    """The same for next-token prediction where the teacher is wrong."""
+    log_p, log_q = oracle_log_softmax(teacher), oracle_log_softmax(student)
+    if np.argmax(teacher) == gold:
+        return np.sum(np.exp(log_p) * (log_p - log_q)), np.exp(log_q) - np.exp(log_p)
+    return -log_q[gold], np.exp(log_q) - np.eye(V)[gold]
+
+
 def draw(seed, shape=(40,), scale=3.0):
     """Student logits, teacher logits and targets; every third target is the top."""
     rng = np.random.default_rng(seed)
@@ -53,27 +61,28 @@ def float64():
         yield
 
 
-FORMS = [losses.lssd, losses.lssd_by_identity]
+SWAPS = [losses.lssd, losses.lssd_by_identity]
+ORACLES = dict.fromkeys(SWAPS, oracle_lssd) | {losses.selective: oracle_selective}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ORACLES)
 @pytest.mark.parametrize("scale", [0.1, 3.0, 50.0])
-def test_lssd_equals_its_definition_in_value_and_gradient(form, scale):
+def test_a_loss_equals_its_definition_in_value_and_gradient(form, scale):
     student, teacher, targets = draw(0, scale=scale)
-    expected = [oracle_lssd(*row) for row in zip(student, teacher, targets)]
+    expected = [ORACLES[form](*row) for row in zip(student, teacher, targets)]
     values = form(student, teacher, targets)
     gradients = jax.grad(lambda s: form(s, teacher, targets).sum())(student)
     np.testing.assert_allclose(values, [v for v, _ in expected], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(gradients, [g for _, g in expected], atol=1e-14)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ORACLES)
 def test_ties_go_to_the_lowest_index(form):
     teacher = np.zeros(V)
     teacher[[3, 9]] = 2.0
     student = np.linspace(-1, 1, V)
     for gold in (3, 9, 5):
-        expected, _ = oracle_lssd(student, teacher, gold)
+        expected, _ = ORACLES[form](student, teacher, gold)
         np.testing.assert_allclose(
             form(student, teacher, jnp.array(gold)), expected, rtol=1e-12
         )
@@ -97,8 +106,8 @@ def test_swap_keeps_entropy():
         )
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_where_the_teacher_is_right_lssd_is_plain_distillation(form):
+@pytest.mark.parametrize("form", ORACLES)
+def test_where_the_teacher_is_right_it_is_plain_distillation(form):
     student, teacher, _ = draw(3)
     np.testing.assert_allclose(
         form(student, teacher, teacher.argmax(-1)),
@@ -107,7 +116,7 @@ def test_where_the_teacher_is_right_lssd_is_plain_distillation(form):
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SWAPS)
 def test_lssd_is_never_negative_and_zero_at_the_swapped_teacher(form):
     student, teacher, targets = draw(4, shape=(500,))
     assert np.all(form(student, teacher, targets) > 0)
@@ -115,7 +124,7 @@ def test_lssd_is_never_negative_and_zero_at_the_swapped_teacher(form):
     np.testing.assert_allclose(form(at_optimum, teacher, targets), 0.0, atol=1e-13)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ORACLES)
 def test_constants_added_to_logits_change_nothing(form):
     student, teacher, targets = draw(5)
     np.testing.assert_allclose(
@@ -125,21 +134,21 @@ def test_constants_added_to_logits_change_nothing(form):
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ORACLES)
 def test_no_gradient_reaches_the_teacher(form):
     student, teacher, targets = draw(6)
     gradient = jax.grad(lambda t: form(student, t, targets).sum())(teacher)
     np.testing.assert_array_equal(gradient, 0.0)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ORACLES)
 def test_huge_logits_stay_finite_in_float32(form):
     student, teacher, targets = draw(7, scale=1e4)
     student, teacher = student.astype(np.float32), teacher.astype(np.float32)
     values = form(student, teacher, targets)
     gradients = jax.grad(lambda s: form(s, teacher, targets).sum())(student)
     expected = [
-        oracle_lssd(s.astype(float), t.astype(float), y)
+        ORACLES[form](s.astype(float), t.astype(float), y)
         for s, t, y in zip(student, teacher, targets)
     ]
     assert values.dtype == jnp.float32
@@ -148,7 +157,7 @@ def test_huge_logits_stay_finite_in_float32(form):
     np.testing.assert_allclose(gradients, [g for _, g in expected], atol=1e-2)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ORACLES)
 def test_masked_vocabulary_contributes_nothing(form):
     student, teacher, targets = draw(8)
     padding = np.full((*targets.shape, 5), -np.inf)
@@ -162,13 +171,13 @@ def test_masked_vocabulary_contributes_nothing(form):
     np.testing.assert_array_equal(gradient[:, V:], 0.0)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ORACLES)
 def test_bfloat16_logits_are_reduced_in_float32(form):
     student, teacher, targets = draw(9)
     student, teacher = (jnp.asarray(x, jnp.bfloat16) for x in (student, teacher))
     values = form(student, teacher, targets)
     expected = [
-        oracle_lssd(np.asarray(s, float), np.asarray(t, float), y)[0]
+        ORACLES[form](np.asarray(s, float), np.asarray(t, float), y)[0]
         for s, t, y in zip(student, teacher, targets)
     ]
     assert values.dtype == jnp.float32
@@ -197,6 +206,25 @@ def test_cross_entropy_has_the_floor_that_the_teacher_sets():
     np.testing.assert_allclose(
         losses.cross_entropy(optimum, targets), -np.log(top), rtol=1e-12
     )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_selective_raises_the_ceiling_of_lssd(share):
+    """Both together have one target, which says more of the gold token than `p~`."""
+    student, teacher, targets = draw(12)
+
+    def mixed(student):
+        lssd, selective = (
+            form(student, teacher, targets) for form in (losses.lssd, losses.selective)
+        )
+        return jnp.sum((1 - share) * lssd + share * selective)
+
+    for s, t, y, gradient in zip(student, teacher, targets, jax.grad(mixed)(student)):
+        target = oracle_softmax(oracle_swap(t, y))
+        if np.argmax(t) != y:
+            target = (1 - share) * target + share * np.eye(V)[y]
+        # The gradient of KL(target || q).
+        np.testing.assert_allclose(gradient, oracle_softmax(s) - target, atol=1e-14)
 
 
 def oracle_log_sigmoid(x):

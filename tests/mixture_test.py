@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from mixcpt_jax import config
 from mixcpt_jax.data import mixture
 from mixcpt_jax.data.format import Examples
 from mixcpt_jax.errors import InputError
@@ -52,7 +53,7 @@ def test_every_target_occurs_once_after_its_own_input(
         # Padding stands at the end only, and is nothing.
         assert real[0]
         assert not np.diff(real.astype(int)).clip(0).any()
-        for name in ("tokens", "targets", "positions", "loss_mask", "ntp_weights"):
+        for name in row.keys() - {"source_ids"}:
             assert not row[name][~real].any()
         # A piece's positions count from 0, and its tokens follow one another.
         for segment in range(1, row["segment_ids"].max() + 1):
@@ -109,12 +110,13 @@ def test_neighbours_do_not_stay_together():
 
 
 def test_weights_are_the_mask_times_the_objective():
-    rows = _rows([9, 4], 8, ntp_weight=0.5, lssd_weight=2.0, kd_weight=0.0)
+    objectives = {"ntp": 0.5, "selective": 2.0}
+    rows = _rows([9, 4], 8, objectives=objectives)
     for number in range(len(rows)):
         row = rows[number]
-        np.testing.assert_array_equal(row["ntp_weights"], 0.5 * row["loss_mask"])
-        np.testing.assert_array_equal(row["lssd_weights"], 2.0 * row["loss_mask"])
-        assert not row["kd_weights"].any()
+        for name in config.OBJECTIVES:
+            expected = objectives.get(name, 0.0) * row["loss_mask"]
+            np.testing.assert_array_equal(row[f"{name}_weights"], expected)
         assert all(array.shape == (8,) for array in row.values())
         assert {str(array.dtype) for array in row.values()} == {"int32", "float32"}
         assert {name: array.dtype for name, array in row.items()} == {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import evaluate, losses, model, optim, sharding, steps
+from mixcpt_jax import evaluate, fused, losses, model, optim, sharding, steps
 from mixcpt_jax.data import format, mixture
 
 CONFIG = model.ModelConfig(
@@ -47,9 +47,7 @@ def make_batch(row_length=32, rows=8, seed=0):
             mixture.Source(
                 "general",
                 documents([12, 7, 25] * 6, seed + 1),
-                ntp_weight=0.7,
-                lssd_weight=0.2,
-                kd_weight=0.1,
+                objectives=dict(zip(config_lib.OBJECTIVES, (0.7, 0.2, 0.1, 0.4))),
             ),
         ],
         row_length,
@@ -58,13 +56,22 @@ def make_batch(row_length=32, rows=8, seed=0):
     return next(iter(stream))
 
 
-def take_step(batch, accumulation_steps=1, mesh_sizes=None, num_steps=1, remat="none"):
+def take_step(
+    batch,
+    accumulation_steps=1,
+    mesh_sizes=None,
+    num_steps=1,
+    remat="none",
+    teacher_temperature=1.0,
+):
     config = config_lib.default().optimizer
     config.learning_rate = 1e-2
     transforms, schedule = optim.make_optimizer(config, 10)
     forward = model.make_forward(CONFIG, remat=remat)
     train_step = steps.make_train_step(
-        steps.token_objective(forward, forward, SOURCES),
+        steps.token_objective(
+            forward, forward, SOURCES, teacher_temperature=teacher_temperature
+        ),
         transforms,
         schedule,
         accumulation_steps,
@@ -104,19 +111,25 @@ def assert_close(actual, expected, rtol=1e-4):
         )
 
 
-def test_the_loss_is_the_weighted_mean_of_the_dense_losses():
+def test_every_objective_of_the_config_has_its_weights():
+    assert fused.TokenWeights._fields == config_lib.OBJECTIVES
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_loss_is_the_weighted_mean_of_the_dense_losses(temperature):
     batch = make_batch()
-    _, metrics = take_step(batch)
+    _, metrics = take_step(batch, teacher_temperature=temperature)
     inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
     forward = model.make_forward(CONFIG)
     student, teacher = (
         model.logits(p, forward(p, *inputs)) for p in (params(), params(1))
     )
-    targets = batch["targets"]
+    targets, teacher = batch["targets"], teacher / temperature
     total = (
         batch["ntp_weights"] * losses.cross_entropy(student, targets)
         + batch["lssd_weights"] * losses.lssd(student, teacher, targets)
         + batch["kd_weights"] * losses.distillation(student, teacher)
+        + batch["selective_weights"] * losses.selective(student, teacher, targets)
     ).sum()
     np.testing.assert_allclose(
         metrics["loss"][0], total / batch["loss_mask"].sum(), rtol=1e-5

@@ -1,0 +1,281 @@
+"""One cell of the controlled study: a base, or an arm at one learning rate on a base.
+
+    python -m mixcpt_jax.main --workdir=runs/cell \\
+        --config=experiments/controlled/config.py:world=FOLDER,base=chat,arm=base
+    python -m mixcpt_jax.main --workdir=runs/cell-2 \\
+        --config=experiments/controlled/config.py:world=FOLDER,start=runs/cell,arm=mixture_lssd,rate=1e-3
+
+`run.py` runs all of them; FOLDER is made by `world.write`.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from mixcpt_jax import config as config_lib
+
+ROW_LENGTH, BATCH_SIZE = 128, 16
+GENERAL = ("instructions", "preferences")
+NTP = {"ntp": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What is learnt from what.
+
+    Attributes:
+      domain: objective weights on domain documents.
+      general: the same on what is mixed with them; None where nothing is.
+      replay: it is general documents that are mixed in, not instructions.
+      share: of the domain in the tokens, where something is mixed in.
+      settings: further settings of the objective.
+      lora_rank: of adapters; 0: all weights are trained.
+      rate_scale: multiplies the learning rates of the sweep.
+    """
+
+    domain: dict[str, float]
+    general: dict[str, float] | None = None
+    replay: bool = False
+    share: float = 0.5
+    settings: dict[str, float | str] = dataclasses.field(default_factory=dict)
+    lora_rank: int = 0
+    rate_scale: float = 1.0
+
+
+def _everywhere(settings=None, **weights: float) -> Arm:
+    return Arm(weights, weights, settings=settings or {})
+
+
+ARMS = {
+    "plain": Arm(NTP),
+    "mixture_ntp": _everywhere(ntp=1.0),
+    "mixture_lssd": _everywhere(lssd=1.0),
+    # MFT's target (1 - m) p + m e_y, m = 0.8 and 0.5; the latter is also next-token
+    # prediction and vanilla distillation half and half.
+    "mixture_mft80": _everywhere(ntp=0.8, kd=0.2),
+    "mixture_mft50": _everywhere(ntp=0.5, kd=0.5),
+    "mixture_lssd20": _everywhere(ntp=0.8, lssd=0.2),
+    "mixture_lssd50": _everywhere(ntp=0.5, lssd=0.5),
+    "lssd": Arm({"lssd": 1.0}),
+    "lssd20": Arm({"ntp": 0.8, "lssd": 0.2}),
+    "ntp_kl": Arm(NTP, {"kd": 1.0}),
+    "lssd_ntp": Arm({"lssd": 1.0}, NTP),
+    "lssd50_ntp": Arm({"ntp": 0.5, "lssd": 0.5}, NTP),
+    "lssd20_ntp": Arm({"ntp": 0.8, "lssd": 0.2}, NTP),
+    "replay": Arm(NTP, NTP, replay=True),
+    "lora_lssd20": dataclasses.replace(
+        _everywhere(ntp=0.8, lssd=0.2), lora_rank=16, rate_scale=4.0
+    ),
+    # How the target's confidence should grow where the teacher is wrong.
+    "selective50": _everywhere(lssd=0.5, selective=0.5),
+    "selective80": _everywhere(lssd=0.2, selective=0.8),
+    "selective": _everywhere(selective=1.0),
+    "sharp": _everywhere({"teacher_temperature": 0.5}, lssd=1.0),
+    "to_ntp": _everywhere({"anneal": "to_ntp"}, lssd=1.0),
+    "from_ntp": _everywhere({"anneal": "from_ntp"}, lssd=1.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+      world: folder of the world.
+      arm: of `ARMS`, or "base" for the training of a base.
+      base: the kind of base: "documents" or "chat".
+      start: workdir of the base's run, for an arm.
+      rate: peak learning rate of continual pre-training.
+      share: of the domain in the mixture's tokens; 0: the arm's own.
+      seed: of the order of the data and of a base's weights.
+      align: what follows: "" for nothing, "sft", or "dpo" for both.
+      rule, samples: how the samples for SFT and DPO are selected, and how many; "first"
+        are those that the files begin with.
+      domain_steps: steps of `BATCH_SIZE` rows that read the domain alone.
+      base_steps: steps of a base.
+    """
+
+    world: str
+    arm: str = "base"
+    base: str = "chat"
+    start: str = ""
+    rate: float = 1e-3
+    share: float = 0.0
+    seed: int = 0
+    align: str = ""
+    rule: str = "first"
+    samples: int = 50
+    domain_steps: int = 56
+    base_steps: int = 900
+
+
+def get_config(settings: str) -> ml_collections.ConfigDict:
+    """The config of a cell given as `world=FOLDER,arm=NAME,...`, see `Cell`."""
+    fields = {field.name: field.type for field in dataclasses.fields(Cell)}
+    given = dict(pair.split("=", 1) for pair in settings.split(","))
+    return make(
+        Cell(
+            **{
+                key: value in ("True", "1")
+                if fields[key] is bool
+                else fields[key](value)
+                for key, value in given.items()
+            }
+        )
+    )
+
+
+def make(cell: Cell) -> ml_collections.ConfigDict:
+    """The config of a cell."""
+    config = _shared(cell)
+    if cell.arm == "base":
+        return _base(config, cell)
+    return _arm(config, cell, ARMS[cell.arm])
+
+
+def _shared(cell: Cell) -> ml_collections.ConfigDict:
+    config = config_lib.default()
+    config.seed = cell.seed
+    config.model.path = cell.world
+    config.model.compute_dtype = "float32"
+    config.model.teacher_dtype = "float32"
+    config.model.remat = "none"
+    config.mesh.fsdp = 1
+    config.data.row_length = ROW_LENGTH
+    config.data.batch_size = BATCH_SIZE
+    config.eval.batch_size = BATCH_SIZE
+    config.eval.max_new_tokens = 16
+    config.optimizer.warmup_steps = 5
+    config.optimizer.weight_decay = 0.01
+    config.train.eval_before = False
+    config.train.log_every = 4
+    config.train.save_every = 0
+    config.metrics.tensorboard = False
+    config.metrics.progress = False
+    texts = config.eval.texts
+    for group in ("domain", "untold", "kept"):
+        for measure in ("use", "memory"):
+            texts[f"{group}_{measure}"] = config_lib.source(
+                path=f"{cell.world}/{group}_{measure}.jsonl", format="cloze"
+            )
+    texts.untold_documents = config_lib.source(
+        path=f"{cell.world}/untold_documents.jsonl"
+    )
+    return config
+
+
+def _base(config, cell: Cell) -> ml_collections.ConfigDict:
+    """Trained from random weights on all that is said about general people."""
+    config.model.weights = "random"
+    for name, weight in (("general_documents", 0.45), ("strangers", 0.25)):
+        config.sources[name] = config_lib.source(
+            path=f"{cell.world}/{name}.jsonl", weight=weight
+        )
+    if cell.base == "chat":
+        config.sources.questions = config_lib.source(
+            path=f"{cell.world}/general_questions.jsonl",
+            format="instruction",
+            weight=0.3,
+        )
+    config.objective.ntp_weight, config.objective.lssd_weight = 1.0, 0.0
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = min(50, cell.base_steps - 1)
+    config.train.num_steps = cell.base_steps
+    return config
+
+
+def _arm(config, cell: Cell, arm: Arm) -> ml_collections.ConfigDict:
+    sources = config.sources
+    config.init_from = cell.start
+    has_mixture = arm.general is not None
+    share = (cell.share or arm.share) if has_mixture else 1.0
+    sources.domain = config_lib.source(
+        path=f"{cell.world}/domain_documents.jsonl",
+        weight=share,
+        **_weights(arm.domain),
+    )
+    mixed = {"replay": 1.0} if arm.replay else {"instructions": 0.6, "preferences": 0.4}
+    for name, part in mixed.items():
+        format = {"instructions": "instruction", "preferences": "preference"}.get(
+            name, "document"
+        )
+        file = "kept_documents" if arm.replay else name
+        sources[name] = config_lib.source(
+            path=f"{cell.world}/{file}.jsonl",
+            format=format,
+            weight=(1 - share) * part if has_mixture else 0.0,
+            **_weights(arm.general or NTP),
+        )
+    config.objective.update(arm.settings)
+    config.optimizer.learning_rate = cell.rate * arm.rate_scale
+    # Every arm reads the same tokens of the domain.
+    config.train.num_steps = round(cell.domain_steps / share)
+    config.lora.rank = arm.lora_rank
+    config.phases = ("cpt",)
+    if cell.align:
+        _align(config, cell)
+    return config
+
+
+def _align(config, cell: Cell) -> None:
+    """SFT and DPO on a few general samples, in the chat format."""
+    path, sources = cell.world, config.sources
+    for group in ("domain", "untold", "kept"):
+        config.eval.texts[f"{group}_chat"] = config_lib.source(
+            path=f"{path}/{group}_chat.jsonl", format="chat"
+        )
+    config.eval.pairs.untold = config_lib.source(
+        path=f"{path}/untold_pairs.jsonl", format="chat_preference"
+    )
+    config.eval.prompts = f"{path}/prompts.jsonl"
+    # The files are in a random order, so the first of them are a random choice.
+    folder = path if cell.rule == "first" else "phase:select"
+    for name, file, format in (
+        ("sft", "instructions", "chat"),
+        ("dpo", "preferences", "chat_preference"),
+    ):
+        sources[name] = config_lib.source(
+            path=f"{folder}/{file}.jsonl",
+            format=format,
+            weight=0.0,
+            max_records=cell.samples,
+            **_weights(NTP),
+        )
+    # Few steps, whatever the number of samples.
+    shared = {
+        "data": {"packing": "best_fit", "overlong": "truncate", "batch_size": 4},
+        "optimizer": {"warmup_steps": 2, "weight_decay": 0.0},
+        "train": {"num_steps": 24},
+        "lora": {"rank": 0},
+    }
+    only = {name: {"weight": 0.0} for name in sources}
+    select = () if cell.rule == "first" else ("select",)
+    config.phases = ("cpt", *select, "sft", "dpo")
+    config.overrides.cpt = {"eval": {"prompts": ""}}
+    config.overrides.sft = shared | {
+        "init_from": "phase:cpt",
+        "sources": only | {"sft": {"weight": 1.0}},
+        "objective": {"anneal": "none"},
+    }
+    config.overrides.dpo = shared | {
+        "init_from": "phase:sft",
+        "sources": only | {"dpo": {"weight": 1.0}},
+        "objective": {"kind": "preference"},
+    }
+    sft, dpo = config.overrides.sft, config.overrides.dpo
+    sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 1e-3, 1e-4
+    if cell.rule != "first":
+        config.select.method = cell.rule
+        config.select.min_response_tokens = 1
+        config.select.near_duplicates = 0.0
+        for name in GENERAL:
+            config.select.keep[name] = cell.samples
+        config.overrides.select = {"job": "select", "init_from": "phase:cpt"}
+    if cell.align == "sft":
+        config.phases = config.phases[:-1]
+        del config.overrides.dpo
+
+
+def _weights(objectives: dict[str, float]) -> dict[str, float]:
+    """The settings of a source that give its tokens these weights and no others."""
+    return {f"{o}_weight": objectives.get(o, 0.0) for o in config_lib.OBJECTIVES}
