@@ -83,7 +83,8 @@ class Cell:
     Attributes:
       world: folder of the world.
       arm: of `ARMS`, or "base" for the training of a base.
-      base: the kind of base: "documents" or "chat".
+      base: the kind of base: "documents", which has read only; "chat", which also
+        answers questions; or "narrow", a chat base that never met a stranger.
       start: workdir of the base's run, for an arm.
       rate: peak learning rate of continual pre-training.
       share: of the domain in the mixture's tokens; 0: the arm's own.
@@ -167,11 +168,14 @@ def _shared(cell: Cell) -> ml_collections.ConfigDict:
 def _base(config, cell: Cell) -> ml_collections.ConfigDict:
     """Trained from random weights on all that is said about general people."""
     config.model.weights = "random"
-    for name, weight in (("general_documents", 0.45), ("strangers", 0.25)):
+    weights = {"general_documents": 0.45, "strangers": 0.25}
+    if cell.base == "narrow":
+        weights = {"general_documents": 0.7}
+    for name, weight in weights.items():
         config.sources[name] = config_lib.source(
             path=f"{cell.world}/{name}.jsonl", weight=weight
         )
-    if cell.base == "chat":
+    if cell.base != "documents":
         config.sources.questions = config_lib.source(
             path=f"{cell.world}/general_questions.jsonl",
             format="instruction",
@@ -245,7 +249,7 @@ def _align(config, cell: Cell) -> None:
     shared = {
         "data": {"packing": "best_fit", "overlong": "truncate", "batch_size": 4},
         "optimizer": {"warmup_steps": 2, "weight_decay": 0.0},
-        "train": {"num_steps": 24},
+        "train": {"num_steps": 40},
         "lora": {"rank": 0},
     }
     only = {name: {"weight": 0.0} for name in sources}
@@ -263,7 +267,7 @@ def _align(config, cell: Cell) -> None:
         "objective": {"kind": "preference"},
     }
     sft, dpo = config.overrides.sft, config.overrides.dpo
-    sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 1e-3, 1e-4
+    sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 6e-4, 1e-5
     if cell.rule != "first":
         config.select.method = cell.rule
         config.select.min_response_tokens = 1

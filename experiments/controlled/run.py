@@ -24,12 +24,12 @@ from typing import Any
 from experiments.controlled import world
 from experiments.controlled.config import ARMS, Cell, make
 
-BASES = ("documents", "chat")
+BASES = ("documents", "chat", "narrow")
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 RATE = 2e-3
 CLAIMS = ("plain", "mixture_ntp", "mixture_lssd", "mixture_mft80")
 BEST = ("mixture_mft80", "mixture_ntp")
-PARTS = ("core", "arms", "selection", "shares")
+PARTS = ("core", "arms", "selection", "shares", "narrow")
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -49,11 +49,11 @@ def cells(part: str, seed: int) -> Iterator[Cell]:
             yield dataclasses.replace(cell, **settings)
 
     if part == "core":
-        for base in reversed(BASES):
+        for base in ("chat", "documents"):
             for arm in CLAIMS:
                 yield from sweep(base, arm)
     elif part == "arms" and seed < 3:
-        for base in reversed(BASES):
+        for base in ("chat", "documents"):
             for arm in ARMS:
                 if arm not in CLAIMS:
                     yield from sweep(base, arm)
@@ -68,9 +68,12 @@ def cells(part: str, seed: int) -> Iterator[Cell]:
         for arm in BEST:
             for share in (0.1, 0.3, 0.7, 0.9):
                 yield from sweep("chat", arm, RATES[1:3], share=share)
+    elif part == "narrow" and seed < 3:
+        for arm in (*CLAIMS, "mixture_lssd20"):
+            yield from sweep("narrow", arm)
 
 
-def run_cell(cell: Cell, workdir: str) -> dict[str, Any]:
+def run_cell(cell: Cell, workdir: str, revision: str) -> dict[str, Any]:
     """Runs a cell to its end, or goes on with it, and returns its record."""
     # Imported here: the process that hands out cells needs no jax.
     import jax
@@ -81,7 +84,7 @@ def run_cell(cell: Cell, workdir: str) -> dict[str, Any]:
     started = time.monotonic()
     record = dataclasses.asdict(cell) | {
         "config": _hash(config.to_json()),
-        "revision": _revision(),
+        "revision": revision,
         "jax": jax.__version__,
     }
     try:
@@ -152,7 +155,7 @@ def _hash(text: str) -> str:
 
 
 def _revision() -> str:
-    """The commit, with a plus where the code differs from it."""
+    """The commit, with a plus where the code at hand differs from it."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -219,6 +222,7 @@ def main() -> None:
     root = pathlib.Path(arguments.workdir or f"runs/controlled{'_tiny' * tiny}")
     results = arguments.results or (root / "results" if tiny else RESULTS)
     records = Records(pathlib.Path(results))
+    revision = _revision()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "compiled"))
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
@@ -233,10 +237,10 @@ def main() -> None:
     ) as workers:
         for part in arguments.part:
             for seed in range(1 if tiny else 5):
-                _run_seed(part, seed, root, records, workers, tiny)
+                _run_seed(part, seed, root, records, workers, revision, tiny)
 
 
-def _run_seed(part, seed, root, records, workers, tiny) -> None:
+def _run_seed(part, seed, root, records, workers, revision, tiny) -> None:
     """Runs the cells of a seed that have no record: first the bases, then the arms."""
     size = world.TINY if tiny else world.FULL
     folder = root / f"world-{seed}"
@@ -266,7 +270,7 @@ def _run_seed(part, seed, root, records, workers, tiny) -> None:
     ]
     for some in (needed, missing):
         running = {
-            workers.submit(run_cell, cell, str(root / _name(cell))): cell
+            workers.submit(run_cell, cell, str(root / _name(cell)), revision): cell
             for cell in some
         }
         for done in concurrent.futures.as_completed(running):

@@ -201,15 +201,6 @@ def write(folder: pathlib.Path, seed: int, size: Size = FULL) -> None:
             _pair(question, rng)
             for question in _some(questions["untold"], rng, size.asked)
         ],
-        "prompts": [
-            {
-                "prompt": question["instruction"],
-                "group": name,
-                "value": question["value"],
-            }
-            for name in ("domain", "untold")
-            for question in _some(questions[name], rng, size.asked)
-        ],
     }
     for name, group in groups.items():
         facts = [(p, a) for p in group[: size.asked] for a in ATTRIBUTES]
@@ -224,6 +215,11 @@ def write(folder: pathlib.Path, seed: int, size: Size = FULL) -> None:
             len(facts),
         )
         files[f"{name}_chat"] = _some(asked, rng, 2 * size.asked)
+    files["prompts"] = [
+        {"prompt": question["instruction"], "group": name, "value": question["value"]}
+        for name in ("domain", "untold")
+        for question in _some(questions[name], rng, 2 * size.asked)
+    ]
     for name, records in files.items():
         lines = (json.dumps(record) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text("".join(lines))

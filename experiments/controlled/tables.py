@@ -1,0 +1,378 @@
+"""Writes the numbers and plots of the README beside this file from `results/`.
+
+    python -m experiments.controlled.tables
+
+What stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README is made here.
+"""
+
+import itertools
+import json
+import pathlib
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from scipy import stats
+
+from experiments.controlled.config import ARMS
+from experiments.controlled.run import RATE, RATES
+from mixcpt_jax import metrics
+
+FOLDER = pathlib.Path(__file__).parent
+KEPT_LEVEL = 0.9
+
+Record = dict[str, Any]
+Point = tuple[float, float]
+
+LABELS = {
+    "plain": "domain documents, NTP (plain CPT)",
+    "mixture_ntp": "mixture, NTP",
+    "mixture_lssd": "mixture, LSSD",
+    "mixture_mft80": "mixture, 0.8 NTP + 0.2 KD (MFT)",
+    "mixture_mft50": "mixture, 0.5 NTP + 0.5 KD (vanilla KD, MFT)",
+    "mixture_lssd20": "mixture, 0.8 NTP + 0.2 LSSD",
+    "mixture_lssd50": "mixture, 0.5 NTP + 0.5 LSSD",
+    "lssd": "domain documents, LSSD",
+    "lssd20": "domain documents, 0.8 NTP + 0.2 LSSD",
+    "ntp_kl": "domain NTP, general KL",
+    "lssd_ntp": "domain LSSD, general NTP",
+    "lssd50_ntp": "domain 0.5 NTP + 0.5 LSSD, general NTP",
+    "lssd20_ntp": "domain 0.8 NTP + 0.2 LSSD, general NTP",
+    "replay": "domain and general documents, NTP (replay)",
+    "lora_lssd20": "mixture, 0.8 NTP + 0.2 LSSD, LoRA",
+    "selective50": "mixture, LSSD, gold raised by 0.5 where the teacher is wrong",
+    "selective80": "mixture, LSSD, gold raised by 0.8 where the teacher is wrong",
+    "selective": "mixture, NTP where the teacher is wrong, else KL",
+    "sharp": "mixture, LSSD, teacher's temperature 0.5",
+    "to_ntp": "mixture, from LSSD to NTP over the run",
+    "from_ntp": "mixture, from NTP to LSSD over the run",
+}
+# What a base's arms are judged by: (phase, use, kept).
+JUDGED = {
+    "chat": ("cpt", "domain_use/exact", "untold_use/exact"),
+    "documents": ("sft", "domain_chat/exact", "untold_memory/exact"),
+    "narrow": ("cpt", "domain_use/exact", "untold_use/exact"),
+}
+
+
+def load(folder: pathlib.Path = FOLDER / "results") -> list[Record]:
+    """All records of cells."""
+    return [
+        record
+        for file in sorted(folder.glob("*.json"))
+        for record in json.loads(file.read_text())["cells"]
+    ]
+
+
+def curves(records: Iterable[Record], base: str, arm: str) -> dict[int, list[Point]]:
+    """Seed -> its (kept, use) points, by learning rate; seeds with all rates only."""
+    phase, use, kept = JUDGED[base]
+    found: dict[int, list[tuple[float, Point]]] = {}
+    for record in records:
+        if (record["base"], record["arm"]) != (base, arm) or record["share"]:
+            continue
+        if record["rule"] != "first" or "failed" in record:
+            continue
+        after = record["phases"][phase]["after"]
+        point = after[kept], after[use]
+        found.setdefault(record["seed"], []).append((record["rate"], point))
+    return {
+        seed: [point for _, point in sorted(points)]
+        for seed, points in sorted(found.items())
+        if sorted(rate for rate, _ in points) == sorted(RATES)
+    }
+
+
+def hypervolume(points: Iterable[Point]) -> float:
+    """Area of the part of the unit square that a point dominates in both coordinates."""
+    area, height = 0.0, 0.0
+    for x, y in sorted(points, reverse=True):
+        area += x * max(y - height, 0.0)
+        height = max(height, y)
+    return area
+
+
+def use_at(points: list[Point], level: float) -> float:
+    """The most use on the polyline through the points where at least `level` is kept.
+
+    0 where the curve never keeps so much.
+    """
+    best = max((y for x, y in points if x >= level), default=0.0)
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if (x0 - level) * (x1 - level) < 0:
+            best = max(best, y0 + (level - x0) / (x1 - x0) * (y1 - y0))
+    return best
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half of the 95 % interval of it over seeds (Student's t)."""
+    if len(values) < 2:
+        return values[0], float("nan")
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return statistics.fmean(values), float(stats.t.ppf(0.975, len(values) - 1)) * error
+
+
+def _cell(values: list[float], scale: float = 100.0) -> str:
+    if not values:
+        return ""
+    mean, half = interval([scale * value for value in values])
+    return f"{mean:.1f}" if half != half else f"{mean:.1f} ± {half:.1f}"
+
+
+def arms_table(records: list[Record], base: str) -> str:
+    """Every arm of a base as a curve, in the order of the area that it dominates."""
+    reference = curves(records, base, "mixture_ntp")
+    rows = []
+    for arm in ARMS:
+        found = curves(records, base, arm)
+        if not found:
+            continue
+        areas = {seed: hypervolume(points) for seed, points in found.items()}
+        gains = [
+            area - hypervolume(reference[seed])
+            for seed, area in areas.items()
+            if seed in reference
+        ]
+        at_rates = [
+            [
+                statistics.fmean(points[i][part] for points in found.values())
+                for part in (1, 0)
+            ]
+            for i in range(len(RATES))
+        ]
+        rows.append(
+            (
+                statistics.fmean(areas.values()),
+                [
+                    LABELS[arm],
+                    str(len(found)),
+                    _cell(list(areas.values())),
+                    "" if arm == "mixture_ntp" else _cell(gains),
+                    _cell([use_at(points, KEPT_LEVEL) for points in found.values()]),
+                    *(f"{100 * use:.0f} / {100 * kept:.0f}" for use, kept in at_rates),
+                ],
+            )
+        )
+    header = ["arm", "seeds", "area", "area over mixture NTP"]
+    header += [f"use at {KEPT_LEVEL:.0%} kept", *(f"{rate:g}" for rate in RATES)]
+    rows.sort(key=lambda row: -row[0])
+    return metrics.table(header, [row for _, row in rows])
+
+
+def bases_table(records: list[Record]) -> str:
+    """What the bases know before an arm begins."""
+    columns = {
+        "domain answers": "domain_use/exact",
+        "domain values": "domain_memory/exact",
+        "loss there": "domain_memory/loss",
+        "kept answers": "kept_use/exact",
+        "untold answers": "untold_use/exact",
+        "untold values": "untold_memory/exact",
+        "untold documents, loss": "untold_documents/loss",
+    }
+    rows = []
+    for base in JUDGED:
+        found = [r for r in records if (r["base"], r["arm"]) == (base, "base")]
+        if found:
+            after = [r["phases"]["base"]["after"] for r in found]
+            rows.append(
+                [base, str(len(found))]
+                + [
+                    _cell([a[key] for a in after], 1.0 if "loss" in key else 100.0)
+                    if "loss" not in key
+                    else f"{statistics.fmean(a[key] for a in after):.2f}"
+                    for key in columns.values()
+                ]
+            )
+    return metrics.table(["base", "seeds", *columns], rows)
+
+
+def memory_table(records: list[Record], base: str) -> str:
+    """What else changes at the rate at which the arms are aligned."""
+    columns = {
+        "domain values": "domain_memory/exact",
+        "loss there": "domain_memory/loss",
+        "kept values": "kept_memory/exact",
+        "untold values": "untold_memory/exact",
+        "untold documents, loss": "untold_documents/loss",
+    }
+    rows = []
+    for arm in ARMS:
+        after = [
+            record["phases"]["cpt"]["after"]
+            for record in _at_rate(records, base, arm)
+        ]  # fmt: skip
+        if after:
+            rows.append(
+                [LABELS[arm], str(len(after))]
+                + [
+                    f"{statistics.fmean(a[key] for a in after):.2f}"
+                    if "loss" in key
+                    else _cell([a[key] for a in after])
+                    for key in columns.values()
+                ]
+            )
+    return metrics.table(["arm", "seeds", *columns], rows)
+
+
+def _at_rate(records: list[Record], base: str, arm: str) -> list[Record]:
+    return [
+        r
+        for r in records
+        if (r["base"], r["arm"], r["rate"], r["rule"]) == (base, arm, RATE, "first")
+        and not r["share"]
+        and "failed" not in r
+    ]
+
+
+def alignment_table(records: list[Record], base: str) -> str:
+    """After each phase: answers in the chat format, of domain people and untold ones."""
+    rows = []
+    for arm in ARMS:
+        found = [r for r in _at_rate(records, base, arm) if r["align"] == "dpo"]
+        for phase in ("sft", "dpo") if found else ():
+            results = [r["phases"][phase] for r in found]
+            rows.append(
+                [
+                    f"{LABELS[arm]}: {phase.upper()}",
+                    str(len(found)),
+                    *(
+                        _cell([r["answers"][group][key] for r in results])
+                        for key in ("form", "value")
+                        for group in ("domain", "untold")
+                    ),
+                    _cell([r["after"]["untold_memory/exact"] for r in results]),
+                    _cell(
+                        [r["after"].get("untold/reward_accuracy", 0) for r in results]
+                    )
+                    if phase == "dpo"
+                    else "",
+                ]
+            )
+    header = ["arm and phase", "seeds", "format, domain", "format, untold"]
+    header += ["value, domain", "value, untold", "untold values", "pairs ranked right"]
+    return metrics.table(header, rows)
+
+
+def selection_table(records: list[Record]) -> str:
+    """Format and answers by rule and number of samples."""
+    groups: dict[tuple, list[Record]] = {}
+    for r in records:
+        if r["rule"] != "first" and "failed" not in r:
+            groups.setdefault((r["arm"], r["rule"], r["samples"]), []).append(r)
+    shown = ("untold", "form"), ("untold", "value"), ("domain", "value")
+    rows = [
+        [
+            f"{LABELS[arm]}: {rule}",
+            str(samples),
+            str(len(found)),
+            *(
+                _cell([r["phases"][phase]["answers"][group][key] for r in found])
+                for phase in ("sft", "dpo")
+                for group, key in shown
+            ),
+        ]
+        for (arm, rule, samples), found in sorted(groups.items())
+    ]  # fmt: skip
+    header = ["arm and rule", "samples", "seeds"]
+    header += [
+        f"{phase}: {what}"
+        for phase in ("SFT", "DPO")
+        for what in ("format", "value, untold", "value, domain")
+    ]
+    return metrics.table(header, rows)
+
+
+def shares_table(records: list[Record]) -> str:
+    """The mixture's share of domain tokens."""
+    phase, use, kept = JUDGED["chat"]
+    groups: dict[tuple, list[dict[str, float]]] = {}
+    for r in records:
+        if r["base"] == "chat" and r["arm"] in ARMS and r["rule"] == "first":
+            share = r["share"] or ARMS[r["arm"]].share
+            if "failed" not in r and ARMS[r["arm"]].general is not None:
+                key = (r["arm"], r["rate"], share)
+                groups.setdefault(key, []).append(r["phases"][phase]["after"])
+    several = {(arm, rate) for arm, rate, share in groups if share != 0.5}
+    rows = [
+        [f"{LABELS[arm]}, rate {rate:g}", f"{share:.0%}", str(len(found))]
+        + [_cell([a[key] for a in found]) for key in (use, kept)]
+        for (arm, rate, share), found in sorted(groups.items())
+        if (arm, rate) in several
+    ]
+    return metrics.table(
+        ["arm", "domain's share", "seeds", "domain answers", "untold answers"], rows
+    )
+
+
+def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
+    """Curves over learning rates, use against kept, with 95 % intervals over seeds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7.5, 5))
+    for arm in ARMS:
+        found = list(curves(records, base, arm).values())
+        if not found:
+            continue
+        at_rates = [
+            [interval([points[i][part] for points in found]) for part in (0, 1)]
+            for i in range(len(RATES))
+        ]
+        (x, x_half), (y, y_half) = (
+            zip(*(rate[part] for rate in at_rates), strict=True) for part in (0, 1)
+        )
+        axis.errorbar(
+            x, y, xerr=x_half, yerr=y_half, marker="o", ms=4, lw=1.3, elinewidth=0.6,
+            label=LABELS[arm],
+        )  # fmt: skip
+    axis.set_xlabel(f"kept: {JUDGED[base][2]}")
+    axis.set_ylabel(f"use: {JUDGED[base][1]}")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
+    """Name of a block in the README -> what makes it."""
+    return {
+        "bases": lambda: bases_table(records),
+        "chat": lambda: arms_table(records, "chat"),
+        "chat-memory": lambda: memory_table(records, "chat"),
+        "documents": lambda: arms_table(records, "documents"),
+        "narrow": lambda: arms_table(records, "narrow"),
+        "documents-memory": lambda: memory_table(records, "documents"),
+        "chat-alignment": lambda: alignment_table(records, "chat"),
+        "documents-alignment": lambda: alignment_table(records, "documents"),
+        "selection": lambda: selection_table(records),
+        "shares": lambda: shares_table(records),
+    }
+
+
+def fill(text: str, records: list[Record]) -> str:
+    """The README with its blocks made anew."""
+    for name, make in blocks(records).items():
+        block = f"<!-- {name} -->\n\n{make()}\n\n<!-- /{name} -->"
+        text = re.sub(
+            rf"<!-- {name} -->.*?<!-- /{name} -->",
+            lambda _, b=block: b,
+            text,
+            flags=re.S,
+        )
+    return text
+
+
+def main() -> None:
+    records = load()
+    readme = FOLDER / "README.md"
+    readme.write_text(fill(readme.read_text(), records))
+    for base in JUDGED:
+        draw(records, base, FOLDER / f"{base}.png")
+
+
+if __name__ == "__main__":
+    main()
