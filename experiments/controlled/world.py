@@ -12,6 +12,7 @@ make a base unsure about people it does not know, as the long tail of the web do
 """
 
 import dataclasses
+import io
 import json
 import pathlib
 import random
@@ -230,7 +231,7 @@ def write(folder: pathlib.Path, seed: int, size: Size = FULL) -> None:
         + [f"{q['instruction']}\n\n{q['output']}" for q in files["general_questions"]]
         + [pair["rejected"] for pair in files["preferences"]]
         # Names of nobody: those who come later shall not be made of other pieces.
-        + [_name(rng) for _ in range(4000)],
+        + [_name(random.Random(f"name {i}")) for i in range(4000)],
     )
     architecture = _MODEL | {
         "hidden_size": size.hidden_size,
@@ -314,9 +315,10 @@ def _some(records: list, rng: random.Random, most: int | None = None) -> list:
 
 
 def _train_vocabulary(folder: pathlib.Path, texts: list[str]) -> None:
+    trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=trained,
         model_type="bpe",
         vocab_size=VOCAB_SIZE,
         hard_vocab_limit=False,
@@ -331,3 +333,4 @@ def _train_vocabulary(folder: pathlib.Path, texts: list[str]) -> None:
         pad_id=-1,
         minloglevel=2,
     )
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
