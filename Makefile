@@ -1,14 +1,19 @@
 # make quickstart   run the main job on this machine
 # make test         run the tests
-# Both make .venv first; PYTHON=python3.12 chooses another interpreter.
+# make experiments-controlled   the study of experiments/README.md, about two hours
+# All make .venv first; PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint clean experiments-controlled
 
 quickstart: .venv/installed
 	$(BIN)/python -m mixcpt_jax.main --config=configs/quickstart.py
+
+experiments-controlled: .venv/installed
+	$(BIN)/python -m experiments.controlled.run --part core
+	$(BIN)/python -m experiments.tables
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

@@ -513,12 +513,15 @@ def first_difference(
       (key, stored value, value now).
     """
     now, then = dict(_leaves(config.to_dict())), dict(_leaves(stored))
+    # A setting that the stored config is too old to have had its default's effect.
+    defaults = dict(_leaves(default().to_dict()))
     free = (*FREE_ON_RESUME, *_unread(config))
     for key in sorted(now.keys() | then.keys()):
         if any(key == name or key.startswith(f"{name}.") for name in free):
             continue
-        if now.get(key) != then.get(key):
-            return key, then.get(key), now.get(key)
+        before = then.get(key, defaults.get(key))
+        if now.get(key) != before:
+            return key, before, now.get(key)
     return None
 
 

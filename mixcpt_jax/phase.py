@@ -233,7 +233,7 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
 
 def _start_identity(given, config) -> dict[str, Any]:
     """What a phase starts from, in a few words that no other start has."""
-    if not config.init_from and config.model.weights == "random":
+    if not config.init_from and _is_random(config):
         return {"random": config.seed}
     if not config.init_from:
         return {"weights": config.model.path}
@@ -391,13 +391,18 @@ def _start(config, model_config, mesh, dtype) -> model.Params:
             config.init_from, model_config, mesh, dtype, config.model.path
         )
     wanted = abstract_params(model_config, mesh, dtype)
-    if config.model.weights == "random":
+    if _is_random(config):
         make = jax.jit(
             functools.partial(model.init_params, model_config, dtype=dtype),
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted),
         )
         return make(jax.random.key(config.seed))
     return weights.load_params(config.model.path, wanted)
+
+
+def _is_random(config: ml_collections.ConfigDict) -> bool:
+    # Stored configs may be older than the setting.
+    return config.model.get("weights") == "random"
 
 
 def _lora(config: ml_collections.ConfigDict | None) -> model.Lora | None:

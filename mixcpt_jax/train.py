@@ -7,12 +7,13 @@ a format of its data and an objective; the loop is the same.
 import functools
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from etils import epath
 
 from mixcpt_jax import (
@@ -71,9 +72,7 @@ def _run(
 ) -> dict[str, Any]:
     config, mesh, lora = phase.config, phase.mesh, phase.lora
     num_steps = config.train.num_steps
-    transforms, schedule = optim.make_optimizer(config.optimizer, num_steps)
-    abstract_state = _abstract_state(phase, transforms)
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    program = make_program(phase, data)
 
     fingerprint = pipeline.fingerprint(data)
     provenance = phase.provenance(data.files)
@@ -87,22 +86,9 @@ def _run(
     if config.preference.reference == "precomputed":
         data = pipeline.with_references(data, references)
     if resumed is None:
-        state = _starting_state(phase, transforms, state_shardings)
+        state = _starting_state(phase, program)
     else:
-        state = checkpoints.restore(abstract_state, fingerprint, provenance)
-
-    train_step = jax.jit(
-        steps.make_train_step(
-            _objective(phase, data),
-            transforms,
-            schedule,
-            config.optimizer.accumulation_steps,
-            has_adapters=lora is not None,
-        ),
-        donate_argnums=0,
-        out_shardings=(state_shardings, sharding.replicated(mesh)),
-        compiler_options=phase.compiler_options,
-    )
+        state = checkpoints.restore(program.state, fingerprint, provenance)
     measure = evaluate.Measure(phase, data, references, lora)
 
     def student() -> model.Params:
@@ -126,7 +112,7 @@ def _run(
             phase.name, first_step, num_steps, config.metrics.progress and is_first_host
         ) as progress,
     ):
-        progress.say(_first_line(phase, abstract_state, resumed))
+        progress.say(_first_line(phase, program.state, resumed))
         if first_step == 0 and config.train.eval_before:
             progress.say(f"{phase.name}: measuring the start")
             writer.write(0, _prefixed(measure(student())))
@@ -150,7 +136,7 @@ def _run(
         for step in range(first_step + 1, num_steps + 1):
             batch = _anneal(next(batches), config.objective.anneal, step, num_steps)
             batch = _put_rows(batch, config, mesh)
-            state, step_metrics = train_step(state, frozen, batch)
+            state, step_metrics = program.train_step(state, frozen, batch)
             # The device is busy with this step while the host reads the one before.
             read_pending()
             is_last = step == num_steps
@@ -178,6 +164,52 @@ def _run(
 
     checkpoints.wait()
     return phase.finish(_results(phase.folder, data) if is_first_host else {})
+
+
+class Program(NamedTuple):
+    """What a phase runs on its devices, before anything is loaded or compiled.
+
+    Attributes:
+      train_step: the jitted `(state, frozen, batch) -> (state, metrics)`.
+      transforms: the optimizer.
+      state, frozen: shapes, dtypes and shardings of the step's arguments; `frozen` is
+        None where the step needs no frozen model.
+    """
+
+    train_step: Any
+    transforms: optax.GradientTransformation
+    state: steps.TrainState
+    frozen: model.Params | None
+
+
+def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
+    """Builds the training step of a phase."""
+    config = phase.config
+    transforms, schedule = optim.make_optimizer(
+        config.optimizer, config.train.num_steps
+    )
+    state = _abstract_state(phase, transforms)
+    train_step = jax.jit(
+        steps.make_train_step(
+            _objective(phase, data),
+            transforms,
+            schedule,
+            config.optimizer.accumulation_steps,
+            has_adapters=phase.lora is not None,
+        ),
+        donate_argnums=0,
+        out_shardings=(
+            jax.tree.map(lambda leaf: leaf.sharding, state),
+            sharding.replicated(phase.mesh),
+        ),
+        compiler_options=phase.compiler_options,
+    )
+    frozen = None
+    if _needs_frozen(phase, data):
+        frozen = phase_lib.abstract_params(
+            phase.model_config, phase.mesh, phase.frozen_dtype
+        )
+    return Program(train_step, transforms, state, frozen)
 
 
 def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> steps.Objective:
@@ -219,6 +251,16 @@ def _needs_teacher(config, data: pipeline.Data) -> bool:
     )
 
 
+def _needs_frozen(phase: phase_lib.Phase, data: pipeline.Data) -> bool:
+    config = phase.config
+    in_step = config.preference.reference == "step"
+    return (
+        phase.lora is not None
+        or _needs_teacher(config, data)
+        or (config.objective.kind == "preference" and in_step)
+    )
+
+
 def _load_frozen(
     phase: phase_lib.Phase, data: pipeline.Data, key: dict[str, Any]
 ) -> tuple[model.Params | None, reference.References]:
@@ -228,15 +270,9 @@ def _load_frozen(
     def load() -> model.Params:
         return phase.starting_params(phase.frozen_dtype)
 
-    is_preference = config.objective.kind == "preference"
-    frozen, references = None, {}
-    if (
-        phase.lora
-        or _needs_teacher(config, data)
-        or (is_preference and config.preference.reference == "step")
-    ):
-        frozen = load()
-    if is_preference:
+    frozen = load() if _needs_frozen(phase, data) else None
+    references = {}
+    if config.objective.kind == "preference":
         key = key | {f"pairs/{k}": v for k, v in pipeline.hashes(data.pairs).items()}
         references = reference.load(phase.folder, key)
         if references is None:
@@ -265,14 +301,13 @@ def _abstract_state(phase: phase_lib.Phase, transforms) -> steps.TrainState:
     return steps.TrainState(step, params, moments)
 
 
-def _starting_state(
-    phase: phase_lib.Phase, transforms, state_shardings: steps.TrainState
-) -> steps.TrainState:
+def _starting_state(phase: phase_lib.Phase, program: Program) -> steps.TrainState:
     dtype = phase.config.model.param_dtype
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
 
     def init(params):
         return steps.TrainState(
-            jnp.zeros((), jnp.int32), params, transforms.init(params)
+            jnp.zeros((), jnp.int32), params, program.transforms.init(params)
         )
 
     if phase.lora:

@@ -46,7 +46,7 @@ BAD = [
     ("sources.domain.selective_weight", -0.5, "sources.domain: objective weights"),
     ("objective.selective_weight", -0.5, "selective_weight=-0.5: 0 or more"),
     ("objective.teacher_temperature", 0.0, "teacher_temperature=0.0: a number above 0"),
-    ("objective.anneal", "ntp", "objective.anneal='ntp': one of none, to_ntp, from_ntp"),
+    ("objective.anneal", "ntp", "objective.anneal='ntp': one of none, to_ntp, from_"),
     ("sources.domain.holdout", -1, "sources.domain.holdout=-1: 0 or more"),
     ("optimizer.beta1", 1.5, "optimizer.beta1=1.5: 0 to below 1"),
     ("train.keep_best", 1, "train.keep_best=1: needs train.save_every"),

@@ -1,15 +1,19 @@
 """Measures against their definitions, with a scorer whose answers are known."""
 
+import functools
+import itertools
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import evaluate
-from mixcpt_jax.data import exams, mixture
+from mixcpt_jax import evaluate, model, sample, steps, tokenizer, weights
+from mixcpt_jax.data import exams, format, mixture
 from mixcpt_jax.data.format import Examples
+from mixcpt_jax.data.sources import Record
 from mixcpt_jax.errors import InputError
 
 
@@ -30,9 +34,10 @@ def score(batch):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("row_length", [8, 50])
-def test_perplexity_and_accuracy_count_every_learnt_target_once(row_length, batch_size):
+def test_measures_of_a_text_count_every_learnt_target_once(row_length, batch_size):
     rng = np.random.default_rng(0)
     texts = [rng.integers(2, 90, n) for n in (30, 5, 2, 17, 9)]
+    texts[0] *= 2  # right throughout, and the only one: longer than a row
     masks = [rng.random(len(text)) < 0.7 for text in texts]
     rows = mixture.pack_text("t", Examples.collect(zip(texts, masks)), row_length)
     results = evaluate.measure(score, {"t": rows}, {}, batch_size)
@@ -41,6 +46,44 @@ def test_perplexity_and_accuracy_count_every_learnt_target_once(row_length, batc
     assert results["t/loss"] == pytest.approx(loss)
     assert results["t/perplexity"] == pytest.approx(math.exp(loss))
     assert results["t/accuracy"] == pytest.approx(np.mean(learnt % 2 == 0))
+    right = [np.all(t[1:][m[1:]] % 2 == 0) for t, m in zip(texts, masks)]
+    assert results["t/exact"] == pytest.approx(np.mean(right))
+
+
+def test_exact_is_what_greedy_decoding_finds(tiny_model):
+    vocabulary = tokenizer.load(tiny_model)
+    model_config = weights.read_model_config(tiny_model)
+    params = model.init_params(model_config, jax.random.key(0))
+    contexts = [f"{a} {b}" for a in ("The sum", "To write", "Use") for b in "abcd"]
+    sampler = sample.Sampler(model_config, vocabulary)
+    # Every second target is as the model goes on, others are what it says elsewhere.
+    found = sampler.complete(params, contexts, 2)
+    targets = [found[i - i % 2] for i in range(len(found))]
+    records = [
+        Record({"context": context, "target": target}, "f:1")
+        for context, target in zip(contexts, targets)
+    ]
+    examples = format.encode(records, "cloze", vocabulary)
+    right = []
+    for first, last in itertools.pairwise(examples.offsets):
+        tokens, mask = examples.tokens[first:last], examples.loss_mask[first:last]
+        (new,) = sampler.generate(
+            params, [tokens[~mask].tolist()], int(mask.sum()), set(), sample.Choice()
+        )
+        right.append(new == tokens[mask].tolist())
+    assert 0 < np.mean(right) < 1
+    documents = [Record({"text": context}, "f:1") for context in contexts]
+    texts = {
+        "cloze": mixture.pack_text("cloze", examples, 64),
+        "plain": mixture.pack_text(
+            "plain", format.encode(documents, "document", vocabulary), 64
+        ),
+    }
+    score = jax.jit(steps.make_eval_step(model.make_forward(model_config)))
+    results = evaluate.measure(functools.partial(score, params), texts, {}, 4)
+    assert results["cloze/exact"] == pytest.approx(np.mean(right))
+    assert "plain/accuracy" in results
+    assert "plain/exact" not in results
 
 
 QUESTIONS = [

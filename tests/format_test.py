@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -105,17 +106,68 @@ def test_fields_are_mapped():
         ("instruction", {"instruction": "x", "input": 1, "output": "y"}, "'input'"),
         ("instruction", {}, "no field 'instruction' (found: none)"),
         ("preference", {"prompt": "x", "rejected": "y"}, "no field 'chosen'"),
+        ("cloze", {"context": "x"}, "no field 'target' (found: context)"),
+        ("cloze", {"context": " ", "target": "y"}, "field 'context' is blank"),
+        ("cloze", {"context": "x", "target": " \n"}, "field 'target' is blank"),
     ],
 )
 def test_a_bad_record_is_named(name, fields, words):
     good = {
         "text": "t", "instruction": "i", "output": "o", "prompt": "p", "chosen": "c",
+        "context": "k", "target": "g",
     }  # fmt: skip
     with pytest.raises(InputError) as error:
         _encode([good, fields], name)
     assert str(error.value).startswith("f.jsonl:2: ")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+    format.check(Record(good, "f.jsonl:1"), name)
+    with pytest.raises(InputError, match=re.escape(str(error.value))):
+        format.check(Record(fields, "f.jsonl:2"), name)
+
+
+# The tokens' text of what is learnt; spaces at the context's end belong to it.
+CLOZES = [
+    ({"context": "What is\n2 +", "target": " 2?"}, " 2?"),
+    ({"context": "What is  ", "target": "four: two"}, "  four: two"),
+    ({"context": "What is", "target": "  four: two"}, "  four: two"),
+    ({"context": "a\n\n", "target": "b"}, "b"),
+    ({"context": "日本", "target": " naïve 日"}, " naïve 日"),
+]
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("is_bpe", [False, True])
+def test_of_a_cloze_the_target_is_learnt_and_nothing_ends_it(base, add_bos, is_bpe):
+    tok = dataclasses.replace(base, add_bos=add_bos) if is_bpe else _Bytes(add_bos)
+    records = [Record(fields, f"f:{i}") for i, (fields, _) in enumerate(CLOZES)]
+    examples = format.encode(records, "cloze", tok)
+    assert examples.is_continuation
+    for i, (fields, learnt) in enumerate(CLOZES):
+        here = slice(*examples.offsets[i : i + 2])
+        tokens, mask = examples.tokens[here], examples.loss_mask[here]
+        text = fields["context"] + fields["target"]
+        assert tokens.tolist() == [tok.bos_id] * add_bos + tok.encode_batch([text])[0]
+        assert not np.any(np.diff(mask.astype(int)) < 0)
+        (expected,) = tok.encode_batch([text.removesuffix(learnt)])
+        assert tokens[~mask].tolist() == [tok.bos_id] * add_bos + expected
+    whole = format.encode([Record({"text": "a b"}, "f:1")], "document", tok)
+    assert not whole.is_continuation
+
+
+def test_a_target_without_a_token_of_its_own_is_named():
+    class Words(_Bytes):
+        def encode_batch(self, texts):
+            return [[len(word) for word in text.split()] for text in texts]
+
+    good, bad = ({"context": "a b", "target": target} for target in (" c", "c"))
+    records = [
+        Record(fields, f"f.jsonl:{i}") for i, fields in enumerate((good, bad), 1)
+    ]
+    with pytest.raises(
+        InputError, match="f.jsonl:2: the target 'c' has no token of its"
+    ):
+        format.encode(records, "cloze", Words())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The loop, whole: it learns, resumes exactly, and stops with a clear word."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -118,6 +119,81 @@ def test_hand_over_starts_the_next_phase_where_the_last_one_ended(
             assert value == pytest.approx(end[name], rel=1e-5)
     # The teacher, too, is what this phase started from.
     assert losses(tmp_path / "second")[1]["kd"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_random_weights_are_the_seeds_on_any_mesh(tiny_config, tiny_model, tmp_path):
+    """Of the model's folder its config.json is all that is read."""
+    shutil.copy(f"{tiny_model}/config.json", tmp_path)
+    config = tiny_config
+    config.model.path, config.model.tokenizer = str(tmp_path), tiny_model
+    config.model.weights = "random"
+
+    def draw(num_devices=8, dtype="float32", **mesh):
+        started = dataclasses.replace(
+            phase.start(config, str(tmp_path / "run"), "cpt"),
+            mesh=sharding.make_mesh(
+                {"data": -1, "fsdp": 1, "tensor": 1} | mesh, jax.devices()[:num_devices]
+            ),
+        )
+        return jax.device_get(started.starting_params(dtype))
+
+    first = draw(num_devices=1)
+    jax.tree.map(np.testing.assert_array_equal, draw(fsdp=4, tensor=2), first)
+    # The frozen model is kept in fewer digits, and is the same but for them.
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16"), first)
+    jax.tree.map(np.testing.assert_array_equal, draw(dtype="bfloat16"), rounded)
+    provenance = phase.start(config, str(tmp_path / "run"), "cpt").provenance({})
+    assert provenance["start"] == {"random": config.seed}
+    config.seed += 1
+    other = draw(num_devices=1)
+    for before, now in zip(jax.tree.leaves(first), jax.tree.leaves(other)):
+        # Norms begin with ones.
+        assert np.all(before == 1) or np.mean(before == now) < 0.01
+
+
+def test_from_random_weights_a_phase_is_its_own_teacher_and_anneals(
+    tiny_config, tmp_path
+):
+    tiny_config.model.weights = "random"
+    tiny_config.objective.anneal = "to_ntp"
+    tiny_config.objective.lssd_weight = tiny_config.objective.selective_weight = 0.5
+    tiny_config.sources.instructions.selective_weight = 0.0
+    for source in tiny_config.sources.values():
+        source.holdout = 0
+    tiny_config.train.num_steps = 3
+    tiny_config.train.eval_before = False
+    train.run(tiny_config, str(tmp_path / "run"), "cpt")
+    rows = losses(tmp_path / "run")
+    assert rows[1]["agree"] == 1.0
+    assert rows[1]["kd"] == pytest.approx(0.0, abs=1e-5)
+    assert rows[1]["loss"] != pytest.approx(rows[1]["ntp"], rel=0.01)
+    # The weights of a token add up to 1.
+    assert rows[3]["loss"] == pytest.approx(rows[3]["ntp"], rel=1e-5)
+
+
+@pytest.mark.parametrize("anneal", ["to_ntp", "from_ntp"])
+def test_annealing_moves_weights_to_next_token_prediction_and_loses_none(anneal):
+    rng = np.random.default_rng(0)
+    names = [f"{objective}_weights" for objective in config_lib.OBJECTIVES]
+    batch = {name: rng.random((2, 9), np.float32) for name in names}
+    batch |= {"loss_mask": rng.random((2, 9), np.float32)}
+    whole = sum(batch[name] for name in names)
+    steps = [train._anneal(batch, anneal, step, 5) for step in range(1, 6)]
+    if anneal == "from_ntp":
+        steps.reverse()
+    alone = dict.fromkeys(names, 0 * whole) | {"ntp_weights": whole}
+    for share, now in zip(np.linspace(0, 1, 5), steps):
+        assert {array.dtype for array in now.values()} == {np.dtype("float32")}
+        np.testing.assert_array_equal(now["loss_mask"], batch["loss_mask"])
+        np.testing.assert_allclose(sum(now[name] for name in names), whole, rtol=1e-6)
+        for name in names:
+            expected = (1 - share) * batch[name] + share * alone[name]
+            np.testing.assert_allclose(now[name], expected, rtol=1e-6)
+    # The ends are exact, so a weight of 0 stays one that leaves tokens out.
+    for name in names:
+        np.testing.assert_array_equal(steps[0][name], batch[name])
+        np.testing.assert_array_equal(steps[-1][name], alone[name])
+    assert train._anneal(batch, "none", 3, 5) is batch
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_remedy(

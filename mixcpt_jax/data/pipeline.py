@@ -144,11 +144,12 @@ def _pack(config, held_in, objectives, tokenizer):
     for name, source in config.sources.items():
         has_pairs = source.format == "chat_preference"
         records = held_in[name] if source.weight else []
+        is_doubled = source.format == "preference" and source.preference_side == "both"
         examples, cut = mixture.fit(
             _encode(records, source, tokenizer),
             config.data.row_length,
             config.data.overlong,
-            [record.place for record in records],
+            [r.place for r in records for _ in range(2 if is_doubled else 1)],
             group=2 if has_pairs else 1,
         )
         if cut["dropped"] and not len(examples):

@@ -1,6 +1,6 @@
-"""Writes the numbers and plots of the README beside this file from `results/`.
+"""Writes the numbers and plots of the README beside this file from the studies' results.
 
-    python -m experiments.controlled.tables
+    python -m experiments.tables
 
 What stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README is made here.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 from scipy import stats
 
+from experiments.controlled import run
 from experiments.controlled.config import ARMS
 from experiments.controlled.run import RATE, RATES
 from mixcpt_jax import metrics
@@ -48,16 +49,30 @@ LABELS = {
     "to_ntp": "mixture, from LSSD to NTP over the run",
     "from_ntp": "mixture, from NTP to LSSD over the run",
 }
-# What a base's arms are judged by: (phase, use, kept).
+# What a base's arms are judged by: after which phase, and the names of kept and use.
 JUDGED = {
-    "chat": ("cpt", "domain_use/exact", "untold_use/exact"),
-    "documents": ("sft", "domain_chat/exact", "untold_memory/exact"),
-    "narrow": ("cpt", "domain_use/exact", "untold_use/exact"),
+    "chat": ("cpt", "untold answers, %", "domain answers, %"),
+    "documents": (
+        "sft",
+        "untold values in documents, %",
+        "domain values in answers, %",
+    ),
+    "narrow": ("cpt", "untold answers, %", "domain answers, %"),
 }
 
 
-def load(folder: pathlib.Path = FOLDER / "results") -> list[Record]:
-    """All records of cells."""
+def judge(record: Record) -> Point:
+    """(kept, use) of a cell, each in [0, 1]."""
+    base = record["base"]
+    phase = record["phases"][JUDGED[base][0]]
+    after = phase["after"]
+    if base == "documents":
+        return after["untold_memory/exact"], phase["answers"]["domain"]["value"]
+    return after["untold_use/exact"], after["domain_use/exact"]
+
+
+def load(folder: pathlib.Path = run.RESULTS) -> list[Record]:
+    """All records of the controlled study's cells."""
     return [
         record
         for file in sorted(folder.glob("*.json"))
@@ -67,16 +82,13 @@ def load(folder: pathlib.Path = FOLDER / "results") -> list[Record]:
 
 def curves(records: Iterable[Record], base: str, arm: str) -> dict[int, list[Point]]:
     """Seed -> its (kept, use) points, by learning rate; seeds with all rates only."""
-    phase, use, kept = JUDGED[base]
     found: dict[int, list[tuple[float, Point]]] = {}
     for record in records:
         if (record["base"], record["arm"]) != (base, arm) or record["share"]:
             continue
         if record["rule"] != "first" or "failed" in record:
             continue
-        after = record["phases"][phase]["after"]
-        point = after[kept], after[use]
-        found.setdefault(record["seed"], []).append((record["rate"], point))
+        found.setdefault(record["seed"], []).append((record["rate"], judge(record)))
     return {
         seed: [point for _, point in sorted(points)]
         for seed, points in sorted(found.items())
@@ -120,6 +132,10 @@ def _cell(values: list[float], scale: float = 100.0) -> str:
     return f"{mean:.1f}" if half != half else f"{mean:.1f} ± {half:.1f}"
 
 
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return metrics.table(header, rows) if rows else "Not run yet."
+
+
 def arms_table(records: list[Record], base: str) -> str:
     """Every arm of a base as a curve, in the order of the area that it dominates."""
     reference = curves(records, base, "mixture_ntp")
@@ -157,7 +173,7 @@ def arms_table(records: list[Record], base: str) -> str:
     header = ["arm", "seeds", "area", "area over mixture NTP"]
     header += [f"use at {KEPT_LEVEL:.0%} kept", *(f"{rate:g}" for rate in RATES)]
     rows.sort(key=lambda row: -row[0])
-    return metrics.table(header, [row for _, row in rows])
+    return _table(header, [row for _, row in rows])
 
 
 def bases_table(records: list[Record]) -> str:
@@ -185,7 +201,7 @@ def bases_table(records: list[Record]) -> str:
                     for key in columns.values()
                 ]
             )
-    return metrics.table(["base", "seeds", *columns], rows)
+    return _table(["base", "seeds", *columns], rows)
 
 
 def memory_table(records: list[Record], base: str) -> str:
@@ -213,7 +229,7 @@ def memory_table(records: list[Record], base: str) -> str:
                     for key in columns.values()
                 ]
             )
-    return metrics.table(["arm", "seeds", *columns], rows)
+    return _table(["arm", "seeds", *columns], rows)
 
 
 def _at_rate(records: list[Record], base: str, arm: str) -> list[Record]:
@@ -252,7 +268,7 @@ def alignment_table(records: list[Record], base: str) -> str:
             )
     header = ["arm and phase", "seeds", "format, domain", "format, untold"]
     header += ["value, domain", "value, untold", "untold values", "pairs ranked right"]
-    return metrics.table(header, rows)
+    return _table(header, rows)
 
 
 def selection_table(records: list[Record]) -> str:
@@ -281,27 +297,26 @@ def selection_table(records: list[Record]) -> str:
         for phase in ("SFT", "DPO")
         for what in ("format", "value, untold", "value, domain")
     ]
-    return metrics.table(header, rows)
+    return _table(header, rows)
 
 
 def shares_table(records: list[Record]) -> str:
     """The mixture's share of domain tokens."""
-    phase, use, kept = JUDGED["chat"]
-    groups: dict[tuple, list[dict[str, float]]] = {}
+    groups: dict[tuple, list[Point]] = {}
     for r in records:
         if r["base"] == "chat" and r["arm"] in ARMS and r["rule"] == "first":
             share = r["share"] or ARMS[r["arm"]].share
             if "failed" not in r and ARMS[r["arm"]].general is not None:
                 key = (r["arm"], r["rate"], share)
-                groups.setdefault(key, []).append(r["phases"][phase]["after"])
+                groups.setdefault(key, []).append(judge(r))
     several = {(arm, rate) for arm, rate, share in groups if share != 0.5}
     rows = [
         [f"{LABELS[arm]}, rate {rate:g}", f"{share:.0%}", str(len(found))]
-        + [_cell([a[key] for a in found]) for key in (use, kept)]
+        + [_cell([point[part] for point in found]) for part in (1, 0)]
         for (arm, rate, share), found in sorted(groups.items())
         if (arm, rate) in several
     ]
-    return metrics.table(
+    return _table(
         ["arm", "domain's share", "seeds", "domain answers", "untold answers"], rows
     )
 
@@ -319,7 +334,7 @@ def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
         if not found:
             continue
         at_rates = [
-            [interval([points[i][part] for points in found]) for part in (0, 1)]
+            [interval([100 * points[i][part] for points in found]) for part in (0, 1)]
             for i in range(len(RATES))
         ]
         (x, x_half), (y, y_half) = (
@@ -329,8 +344,9 @@ def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
             x, y, xerr=x_half, yerr=y_half, marker="o", ms=4, lw=1.3, elinewidth=0.6,
             label=LABELS[arm],
         )  # fmt: skip
-    axis.set_xlabel(f"kept: {JUDGED[base][2]}")
-    axis.set_ylabel(f"use: {JUDGED[base][1]}")
+    _, kept, use = JUDGED[base]
+    axis.set_xlabel(f"kept: {kept}")
+    axis.set_ylabel(f"use: {use}")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
@@ -357,12 +373,8 @@ def fill(text: str, records: list[Record]) -> str:
     """The README with its blocks made anew."""
     for name, make in blocks(records).items():
         block = f"<!-- {name} -->\n\n{make()}\n\n<!-- /{name} -->"
-        text = re.sub(
-            rf"<!-- {name} -->.*?<!-- /{name} -->",
-            lambda _, b=block: b,
-            text,
-            flags=re.S,
-        )
+        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
     return text
 
 
@@ -371,7 +383,7 @@ def main() -> None:
     readme = FOLDER / "README.md"
     readme.write_text(fill(readme.read_text(), records))
     for base in JUDGED:
-        draw(records, base, FOLDER / f"{base}.png")
+        draw(records, base, FOLDER / "controlled" / f"{base}.png")
 
 
 if __name__ == "__main__":

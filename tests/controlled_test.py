@@ -1,0 +1,214 @@
+"""The controlled study: its world, its records, its summaries and a tiny run of it."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments import tables
+from experiments.controlled import run, world
+from experiments.controlled.config import ARMS, Cell, make
+from mixcpt_jax import config as config_lib
+from mixcpt_jax import tokenizer, weights
+
+POINTS = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("world")
+    world.write(path, 0, world.TINY)
+    return path
+
+
+def read(folder, name):
+    return [
+        json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()
+    ]
+
+
+def names(records):
+    text = json.dumps(records)
+    return set(re.findall(r"[A-Z][a-z]+ [A-Z][a-z]+(?=[ ?.])", text))
+
+
+def test_a_world_is_a_function_of_its_seed(folder, tmp_path):
+    world.write(tmp_path / "same", 0, world.TINY)
+    world.write(tmp_path / "other", 1, world.TINY)
+    for file in folder.iterdir():
+        assert file.read_bytes() == (tmp_path / "same" / file.name).read_bytes()
+    assert read(folder, "prompts") != read(tmp_path / "other", "prompts")
+
+
+def test_domain_people_are_told_of_in_their_documents_alone(folder):
+    text = {f.stem: f.read_text() for f in folder.glob("*.jsonl")}
+    people = {question["context"] for question in read(folder, "domain_use")}
+    assert len(people) == world.TINY.domain * len(world.ATTRIBUTES)
+    domain = names([r["text"] for r in read(folder, "domain_documents")])
+    domain = {name for name in domain if text["domain_use"].count(name) > 1}
+    assert len(domain) == world.TINY.domain
+    for file in ("general_documents", "strangers", "general_questions", "preferences"):
+        assert not any(name in text[file] for name in domain), file
+
+
+def test_the_mixture_never_names_the_untold(folder):
+    told = (folder / "instructions.jsonl").read_text()
+    told += (folder / "preferences.jsonl").read_text()
+    asked = " ".join(q["instruction"] for q in read(folder, "untold_chat"))
+    untold = {name for name in names(read(folder, "untold_documents")) if name in asked}
+    assert untold
+    assert not any(name in told for name in untold)
+
+
+@pytest.mark.parametrize("group", ["domain", "untold", "kept"])
+def test_what_is_asked_can_be_known_and_is_true(folder, group):
+    documents = " ".join(r["text"] for r in read(folder, "general_documents"))
+    documents += " ".join(r["text"] for r in read(folder, "domain_documents"))
+    for probe in read(folder, f"{group}_memory"):
+        assert probe["context"] + probe["target"] in documents
+    values = {v for words, _, _ in world.ATTRIBUTES.values() for v in words.split()}
+    for question in read(folder, f"{group}_use"):
+        assert question["target"].strip() in values
+        assert question["context"].endswith("\n\nAnswer:")
+
+
+def test_pairs_differ_in_form_only(folder):
+    for pair in read(folder, "preferences"):
+        value = re.fullmatch(r"Answer: (\w+)\.", pair["chosen"])[1]
+        assert re.search(rf"\b{value}\b", pair["rejected"])
+        assert not pair["rejected"].startswith("Answer")
+
+
+def test_the_vocabulary_knows_everything_and_fits_the_model(folder):
+    loaded = tokenizer.load(str(folder))
+    texts = [record["text"] for record in read(folder, "domain_documents")]
+    for ids, text in zip(loaded.encode_batch(texts), texts):
+        assert loaded.decode(ids) == text
+    tokenizer.check_vocabulary(
+        loaded, weights.read_model_config(str(folder)).vocab_size, ""
+    )
+
+
+@pytest.mark.parametrize("arm", ["base", *ARMS])
+def test_every_cell_is_a_valid_config(folder, arm):
+    for base in run.BASES:
+        cell = Cell(str(folder), arm, base, start="runs/base", align="dpo", samples=10)
+        config = make(cell)
+        for phase in config.phases or (None,):
+            one = config_lib.for_phase(config, phase) if phase else config
+            config_lib.validate(one, num_devices=1)
+        if arm != "base" and ARMS[arm].general is not None:
+            total = sum(source.weight for source in config.sources.values())
+            assert total == pytest.approx(1)
+
+
+def test_arms_read_the_same_tokens_of_the_domain(folder):
+    tokens = set()
+    for arm in ARMS:
+        config = make(Cell(str(folder), arm, start="runs/base"))
+        tokens.add(round(config.train.num_steps * config.sources.domain.weight))
+    assert len(tokens) == 1
+
+
+def test_cells_have_names_of_their_own(tmp_path):
+    cells = [
+        cell
+        for part in run.PARTS
+        for seed in range(5)
+        for cell in run.cells(part, seed)
+    ]
+    cells = [
+        Cell(**{**vars(c), "world": "w", "start": "s"}) for c in dict.fromkeys(cells)
+    ]
+    assert len({run._name(cell) for cell in cells}) == len(cells)
+    claims = [c for c in cells if c.arm in run.CLAIMS and c.base == "chat"]
+    for arm in run.CLAIMS:
+        sweep = [
+            c for c in claims if c.arm == arm and c.rule == "first" and not c.share
+        ]
+        assert len({c.seed for c in sweep}) >= 5
+        assert len({c.rate for c in sweep}) >= 4
+
+
+def test_records_replace_their_cells_and_ask_for_changed_ones(folder, tmp_path):
+    records = run.Records(tmp_path)
+    cell = Cell(str(folder), "plain", start="runs/base")
+    other = Cell(str(folder), "plain", start="runs/base", rate=2e-3)
+    record = vars(cell) | {"config": run._hash(make(cell).to_json())}
+    assert not records.has(cell)
+    records.add(cell, record | {"n": 1})
+    records.add(other, vars(other) | {"config": "that of an older program"})
+    records.add(cell, record | {"n": 2})
+    stored = json.loads((tmp_path / "chat-plain.json").read_text())["cells"]
+    assert [r.get("n") for r in stored] == [2, None]
+    assert records.has(cell)
+    assert not records.has(other)
+
+
+def test_grade_tells_form_from_value():
+    prompts = [{"group": "domain", "value": "owl"}] * 4
+    answers = ["Answer: owl.", "Answer: cat.", "It is owl.", "Answer: owl. owl."]
+    assert run.grade(prompts, answers) == {"domain": {"form": 0.5, "value": 0.75}}
+
+
+@given(POINTS)
+def test_hypervolume_is_the_dominated_area(points):
+    # The area of a union of rectangles, cell by cell of the grid their corners make.
+    xs, ys = (np.unique([0.0, *column]) for column in zip(*points))
+    area = sum(
+        (x1 - x0) * (y1 - y0)
+        for x0, x1 in itertools.pairwise(xs)
+        for y0, y1 in itertools.pairwise(ys)
+        if any(x >= x1 and y >= y1 for x, y in points)
+    )
+    assert tables.hypervolume(points) == pytest.approx(area, abs=1e-12)
+
+
+@given(POINTS, st.floats(0.01, 0.99))
+def test_use_at_a_level_is_on_the_curve_and_at_least_that_of_its_points(points, level):
+    use = tables.use_at(points, level)
+    assert use >= max([y for x, y in points if x >= level], default=0.0)
+    assert use <= max([y for _, y in points])
+    if all(x < level for x, _ in points):
+        assert use == 0
+
+
+def test_the_page_holds_what_the_records_say():
+    readme = (tables.FOLDER / "README.md").read_text()
+    assert tables.fill(readme, tables.load()) == readme
+
+
+def test_a_tiny_study_runs_and_runs_nothing_twice(project, tmp_path):
+    command = [sys.executable, "-m", "experiments.controlled.run", "--tiny"]
+    command += [
+        "--workdir",
+        str(tmp_path / "run"),
+        "--results",
+        str(tmp_path / "results"),
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+    def once():
+        done = subprocess.run(
+            command, cwd=project, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()
+
+    first = once()
+    assert len(first) == 1 + len(run.CLAIMS)
+    assert once() == []
+    records = tables.load(tmp_path / "results")
+    assert len(records) == len(first)
+    for record in records:
+        if record["arm"] != "base":
+            assert set(record["phases"]) == {"cpt", "sft", "dpo"}
+            assert set(record["phases"]["dpo"]["answers"]) == {"domain", "untold"}
+            assert record["phases"]["cpt"]["after"]["domain_use/loss"] > 0
