@@ -6,15 +6,14 @@ What stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README is made h
 """
 
 import itertools
-import json
 import pathlib
 import re
 import statistics
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from scipy import stats
 
+from experiments import cells
 from experiments.controlled import run
 from experiments.controlled.config import ARMS
 from experiments.controlled.run import RATE, RATES
@@ -23,7 +22,7 @@ from mixcpt_jax import metrics
 FOLDER = pathlib.Path(__file__).parent
 KEPT_LEVEL = 0.9
 
-Record = dict[str, Any]
+Record = cells.Record
 Point = tuple[float, float]
 
 LABELS = {
@@ -69,15 +68,6 @@ def judge(record: Record) -> Point:
     if base == "documents":
         return after["untold_memory/exact"], phase["answers"]["domain"]["value"]
     return after["untold_use/exact"], after["domain_use/exact"]
-
-
-def load(folder: pathlib.Path = run.RESULTS) -> list[Record]:
-    """All records of the controlled study's cells."""
-    return [
-        record
-        for file in sorted(folder.glob("*.json"))
-        for record in json.loads(file.read_text())["cells"]
-    ]
 
 
 def curves(records: Iterable[Record], base: str, arm: str) -> dict[int, list[Point]]:
@@ -379,7 +369,7 @@ def fill(text: str, records: list[Record]) -> str:
 
 
 def main() -> None:
-    records = load()
+    records = cells.load(run.RESULTS)
     readme = FOLDER / "README.md"
     readme.write_text(fill(readme.read_text(), records))
     for base in JUDGED:

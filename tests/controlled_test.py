@@ -1,5 +1,6 @@
 """The controlled study: its world, its records, its summaries and a tiny run of it."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import tables
+from experiments import cells, tables
 from experiments.controlled import run, world
 from experiments.controlled.config import ARMS, Cell, make
 from mixcpt_jax import config as config_lib
@@ -117,31 +118,29 @@ def test_arms_read_the_same_tokens_of_the_domain(folder):
     assert len(tokens) == 1
 
 
-def test_cells_have_names_of_their_own(tmp_path):
-    cells = [
-        cell
+def test_cells_have_names_of_their_own():
+    planned = {
+        dataclasses.replace(cell, world="w", start="s")
         for part in run.PARTS
         for seed in range(5)
-        for cell in run.cells(part, seed)
-    ]
-    cells = [
-        Cell(**{**vars(c), "world": "w", "start": "s"}) for c in dict.fromkeys(cells)
-    ]
-    assert len({run._name(cell) for cell in cells}) == len(cells)
-    claims = [c for c in cells if c.arm in run.CLAIMS and c.base == "chat"]
+        for cell in run.plan(part, seed)
+    }
+    assert len({run.name(cell) for cell in planned}) == len(planned)
     for arm in run.CLAIMS:
         sweep = [
-            c for c in claims if c.arm == arm and c.rule == "first" and not c.share
+            cell
+            for cell in planned
+            if (cell.base, cell.arm, cell.rule) == ("chat", arm, "first")
         ]
-        assert len({c.seed for c in sweep}) >= 5
-        assert len({c.rate for c in sweep}) >= 4
+        assert len({cell.seed for cell in sweep}) >= 5
+        assert len({cell.rate for cell in sweep}) >= 4
 
 
 def test_records_replace_their_cells_and_ask_for_changed_ones(folder, tmp_path):
-    records = run.Records(tmp_path)
+    records = run.open_records(tmp_path)
     cell = Cell(str(folder), "plain", start="runs/base")
     other = Cell(str(folder), "plain", start="runs/base", rate=2e-3)
-    record = vars(cell) | {"config": run._hash(make(cell).to_json())}
+    record = vars(cell) | {"config": cells.digest(make(cell))}
     assert not records.has(cell)
     records.add(cell, record | {"n": 1})
     records.add(other, vars(other) | {"config": "that of an older program"})
@@ -182,7 +181,7 @@ def test_use_at_a_level_is_on_the_curve_and_at_least_that_of_its_points(points, 
 
 def test_the_page_holds_what_the_records_say():
     readme = (tables.FOLDER / "README.md").read_text()
-    assert tables.fill(readme, tables.load()) == readme
+    assert tables.fill(readme, cells.load(run.RESULTS)) == readme
 
 
 def test_a_tiny_study_runs_and_runs_nothing_twice(project, tmp_path):
@@ -205,7 +204,7 @@ def test_a_tiny_study_runs_and_runs_nothing_twice(project, tmp_path):
     first = once()
     assert len(first) == 1 + len(run.CLAIMS)
     assert once() == []
-    records = tables.load(tmp_path / "results")
+    records = cells.load(tmp_path / "results")
     assert len(records) == len(first)
     for record in records:
         if record["arm"] != "base":

@@ -8,19 +8,13 @@ run again: the same command goes on where it was stopped.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
-import hashlib
 import json
-import multiprocessing
-import os
 import pathlib
 import shutil
-import subprocess
-import time
 from collections.abc import Iterable, Iterator
-from typing import Any
 
+from experiments import cells
 from experiments.controlled import world
 from experiments.controlled.config import ARMS, Cell, make
 
@@ -33,7 +27,7 @@ PARTS = ("core", "arms", "selection", "shares", "narrow")
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def cells(part: str, seed: int) -> Iterator[Cell]:
+def plan(part: str, seed: int) -> Iterator[Cell]:
     """The cells of a part of the study with one seed; worlds and starts are not set.
 
     A base that has read documents only cannot answer before SFT, so SFT follows every
@@ -73,58 +67,14 @@ def cells(part: str, seed: int) -> Iterator[Cell]:
             yield from sweep("narrow", arm)
 
 
-def run_cell(cell: Cell, workdir: str, revision: str) -> dict[str, Any]:
+def run_cell(cell: Cell, workdir: str) -> cells.Record:
     """Runs a cell to its end, or goes on with it, and returns its record."""
-    # Imported here: the process that hands out cells needs no jax.
-    import jax
-
-    from mixcpt_jax import main
-
-    config = make(cell)
-    started = time.monotonic()
-    record = dataclasses.asdict(cell) | {
-        "config": _hash(config.to_json()),
-        "revision": revision,
-        "jax": jax.__version__,
-    }
-    try:
-        folders, results = main.run(config, workdir)
-    except FloatingPointError as error:
-        return record | {"failed": str(error)}
-    finally:
-        # Else a worker that runs a hundred cells keeps what it compiled for each.
-        jax.clear_caches()
-    phases = {
-        name if config.phases else cell.arm: _phase_record(
-            pathlib.Path(folders[name]), result
-        )
-        for name, result in results.items()
-    }
-    first = pathlib.Path(next(iter(folders.values())))
-    files = json.loads((first / "provenance.json").read_text())["files"]
-    return record | {
-        "data": {name: "".join(hashes.values()) for name, hashes in files.items()},
-        "phases": phases,
-        "seconds": time.monotonic() - started,
-    }
-
-
-def _phase_record(folder: pathlib.Path, result: dict[str, Any]) -> dict[str, Any]:
-    wanted = ("after", "seconds", "tokens_per_second", "selection")
-    record = {key: result[key] for key in wanted if result.get(key) is not None}
-    record["after"] = {
-        key: float(f"{value:.5g}")
-        for key, value in record.get("after", {}).items()
-        if not key.endswith(("/perplexity", "step"))
-    }
-    samples = folder / "samples.jsonl"
-    if samples.exists():
-        rows = [json.loads(line) for line in samples.read_text().splitlines()]
-        config = json.loads((folder / "config.json").read_text())
-        prompts = pathlib.Path(config["eval"]["prompts"]).read_text().splitlines()
-        record["answers"] = grade(
-            map(json.loads, prompts), (row["answer"] for row in rows)
-        )
+    record = cells.run(cell, make(cell), workdir)
+    for phase in record.get("phases", {}).values():
+        if "answers" in phase:
+            lines = pathlib.Path(cell.world, "prompts.jsonl").read_text().splitlines()
+            answers = (answer for _, answer in phase["answers"])
+            phase["answers"] = grade(map(json.loads, lines), answers)
     return record
 
 
@@ -150,64 +100,6 @@ def grade(
     }
 
 
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _revision() -> str:
-    """The commit, with a plus where the code at hand differs from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "mixcpt_jax", "experiments/*.py")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-
-
-class Records:
-    """What is known of all cells: a JSON file per base and arm."""
-
-    def __init__(self, folder: pathlib.Path):
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def _file(self, cell: Cell) -> pathlib.Path:
-        return self._folder / f"{cell.base}-{cell.arm}.json"
-
-    def _read(self, cell: Cell) -> list[dict[str, Any]]:
-        file = self._file(cell)
-        return json.loads(file.read_text())["cells"] if file.exists() else []
-
-    def has(self, cell: Cell) -> bool:
-        """Whether a record of this cell, with this config, is there."""
-        wanted = _hash(make(cell).to_json())
-        return any(record["config"] == wanted for record in self._read(cell))
-
-    def add(self, cell: Cell, record: dict[str, Any]) -> None:
-        """Writes the record in the place of an earlier one of the same cell."""
-        mine = dataclasses.asdict(cell)
-        others = [
-            r for r in self._read(cell) if any(r[k] != v for k, v in mine.items())
-        ]
-        ordered = sorted(
-            [*others, record], key=lambda r: (r["seed"], r["rate"], repr(r))
-        )
-        content = {"config": json.loads(make(cell).to_json()), "cells": ordered}
-        temporary = self._file(cell).with_suffix(".incomplete")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.rename(self._file(cell))
-
-
-def _start_worker(cores: multiprocessing.Queue) -> None:
-    os.sched_setaffinity(0, {cores.get()})
-    # What is compiled for one seed serves the others.
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-    os.environ["JAX_PLATFORMS"] = "cpu"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--part", nargs="+", choices=PARTS, default=["core"])
@@ -221,31 +113,22 @@ def main() -> None:
     tiny = arguments.tiny
     root = pathlib.Path(arguments.workdir or f"runs/controlled{'_tiny' * tiny}")
     results = arguments.results or (root / "results" if tiny else RESULTS)
-    records = Records(pathlib.Path(results))
-    revision = _revision()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "compiled"))
-    context = multiprocessing.get_context("spawn")
-    cores = context.Queue()
-    available = sorted(os.sched_getaffinity(0))
-    for core in available:
-        cores.put(core)
-    with concurrent.futures.ProcessPoolExecutor(
-        min(arguments.workers or len(available), len(available)),
-        context,
-        _start_worker,
-        (cores,),
-    ) as workers:
+    records = open_records(pathlib.Path(results))
+    with cells.Workers(arguments.workers, root / "compiled") as workers:
         for part in arguments.part:
             for seed in range(1 if tiny else 5):
-                _run_seed(part, seed, root, records, workers, revision, tiny)
+                _run_seed(part, seed, root, records, workers, tiny)
 
 
-def _run_seed(part, seed, root, records, workers, revision, tiny) -> None:
+def open_records(folder: pathlib.Path) -> cells.Records:
+    return cells.Records(folder, lambda cell: f"{cell.base}-{cell.arm}", make)
+
+
+def _run_seed(part, seed, root, records, workers, tiny) -> None:
     """Runs the cells of a seed that have no record: first the bases, then the arms."""
-    size = world.TINY if tiny else world.FULL
     folder = root / f"world-{seed}"
     if not (folder / "world.json").exists():
-        world.write(folder, seed, size)
+        world.write(folder, seed, world.TINY if tiny else world.FULL)
     bases = {
         base: Cell(str(folder), base=base, seed=seed, base_steps=20 if tiny else 800)
         for base in BASES
@@ -254,10 +137,10 @@ def _run_seed(part, seed, root, records, workers, revision, tiny) -> None:
         dataclasses.replace(
             cell,
             world=str(folder),
-            start=str(root / _name(bases[cell.base])),
+            start=str(root / name(bases[cell.base])),
             domain_steps=6 if tiny else 56,
         )
-        for cell in cells(part, seed)
+        for cell in plan(part, seed)
         if not tiny or (cell.rate == RATE and cell.base == "documents")
     ]
     missing = [cell for cell in arms if not records.has(cell)]
@@ -266,32 +149,29 @@ def _run_seed(part, seed, root, records, workers, revision, tiny) -> None:
     needed = [
         base
         for base in needed
-        if not (records.has(base) and (root / _name(base)).exists())
+        if not (records.has(base) and (root / name(base)).exists())
     ]
+    revision = cells.revision()
     for some in (needed, missing):
-        running = {
-            workers.submit(run_cell, cell, str(root / _name(cell)), revision): cell
-            for cell in some
-        }
-        for done in concurrent.futures.as_completed(running):
-            cell, record = running[done], done.result()
-            records.add(cell, record)
+        calls = [(cell, str(root / name(cell))) for cell in some]
+        for (cell, workdir), record in workers.run(run_cell, calls):
+            records.add(cell, record | {"revision": revision})
             if cell.arm != "base":
-                shutil.rmtree(root / _name(cell))
-            print(
-                f"{_name(cell)}: {record.get('failed') or _summary(record)}", flush=True
-            )
+                shutil.rmtree(workdir)
+            print(f"{name(cell)}: {_summary(record)}", flush=True)
 
 
-def _name(cell: Cell) -> str:
+def name(cell: Cell) -> str:
     """A folder's name, unlike any other cell's and any other config's."""
     parts = [cell.base, cell.arm, f"seed{cell.seed}"]
     if cell.arm != "base":
         parts += [f"{cell.rate:g}", cell.rule, str(cell.samples), f"{cell.share:g}"]
-    return "-".join([*parts, _hash(make(cell).to_json())])
+    return "-".join([*parts, cells.digest(make(cell))])
 
 
-def _summary(record: dict[str, Any]) -> str:
+def _summary(record: cells.Record) -> str:
+    if "failed" in record:
+        return record["failed"]
     phase, last = list(record["phases"].items())[-1]
     shown = ("domain_use/exact", "untold_use/exact", "untold_memory/exact")
     values = ", ".join(f"{key} {last['after'][key]:.2f}" for key in shown)

@@ -321,6 +321,7 @@ def _train_vocabulary(folder: pathlib.Path, texts: list[str]) -> None:
         model_writer=trained,
         model_type="bpe",
         vocab_size=VOCAB_SIZE,
+        character_coverage=1.0,
         hard_vocab_limit=False,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
