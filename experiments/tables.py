@@ -6,6 +6,7 @@ What stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README is made h
 """
 
 import itertools
+import json
 import pathlib
 import re
 import statistics
@@ -14,8 +15,8 @@ from collections.abc import Callable, Iterable
 from scipy import stats
 
 from experiments import cells
-from experiments.controlled import run
-from experiments.controlled.config import ARMS
+from experiments.arms import ARMS
+from experiments.controlled import cost, run
 from experiments.controlled.run import RATE, RATES
 from mixcpt_jax import metrics
 
@@ -25,29 +26,6 @@ KEPT_LEVEL = 0.9
 Record = cells.Record
 Point = tuple[float, float]
 
-LABELS = {
-    "plain": "domain documents, NTP (plain CPT)",
-    "mixture_ntp": "mixture, NTP",
-    "mixture_lssd": "mixture, LSSD",
-    "mixture_mft80": "mixture, 0.8 NTP + 0.2 KD (MFT)",
-    "mixture_mft50": "mixture, 0.5 NTP + 0.5 KD (vanilla KD, MFT)",
-    "mixture_lssd20": "mixture, 0.8 NTP + 0.2 LSSD",
-    "mixture_lssd50": "mixture, 0.5 NTP + 0.5 LSSD",
-    "lssd": "domain documents, LSSD",
-    "lssd20": "domain documents, 0.8 NTP + 0.2 LSSD",
-    "ntp_kl": "domain NTP, general KL",
-    "lssd_ntp": "domain LSSD, general NTP",
-    "lssd50_ntp": "domain 0.5 NTP + 0.5 LSSD, general NTP",
-    "lssd20_ntp": "domain 0.8 NTP + 0.2 LSSD, general NTP",
-    "replay": "domain and general documents, NTP (replay)",
-    "lora_lssd20": "mixture, 0.8 NTP + 0.2 LSSD, LoRA",
-    "selective50": "mixture, LSSD, gold raised by 0.5 where the teacher is wrong",
-    "selective80": "mixture, LSSD, gold raised by 0.8 where the teacher is wrong",
-    "selective": "mixture, NTP where the teacher is wrong, else KL",
-    "sharp": "mixture, LSSD, teacher's temperature 0.5",
-    "to_ntp": "mixture, from LSSD to NTP over the run",
-    "from_ntp": "mixture, from NTP to LSSD over the run",
-}
 # What a base's arms are judged by: after which phase, and the names of kept and use.
 JUDGED = {
     "chat": ("cpt", "untold answers, %", "domain answers, %"),
@@ -151,7 +129,7 @@ def arms_table(records: list[Record], base: str) -> str:
             (
                 statistics.fmean(areas.values()),
                 [
-                    LABELS[arm],
+                    ARMS[arm].label,
                     str(len(found)),
                     _cell(list(areas.values())),
                     "" if arm == "mixture_ntp" else _cell(gains),
@@ -211,7 +189,7 @@ def memory_table(records: list[Record], base: str) -> str:
         ]  # fmt: skip
         if after:
             rows.append(
-                [LABELS[arm], str(len(after))]
+                [ARMS[arm].label, str(len(after))]
                 + [
                     f"{statistics.fmean(a[key] for a in after):.2f}"
                     if "loss" in key
@@ -241,7 +219,7 @@ def alignment_table(records: list[Record], base: str) -> str:
             results = [r["phases"][phase] for r in found]
             rows.append(
                 [
-                    f"{LABELS[arm]}: {phase.upper()}",
+                    f"{ARMS[arm].label}: {phase.upper()}",
                     str(len(found)),
                     *(
                         _cell([r["answers"][group][key] for r in results])
@@ -270,7 +248,7 @@ def selection_table(records: list[Record]) -> str:
     shown = ("untold", "form"), ("untold", "value"), ("domain", "value")
     rows = [
         [
-            f"{LABELS[arm]}: {rule}",
+            f"{ARMS[arm].label}: {rule}",
             str(samples),
             str(len(found)),
             *(
@@ -301,7 +279,7 @@ def shares_table(records: list[Record]) -> str:
                 groups.setdefault(key, []).append(judge(r))
     several = {(arm, rate) for arm, rate, share in groups if share != 0.5}
     rows = [
-        [f"{LABELS[arm]}, rate {rate:g}", f"{share:.0%}", str(len(found))]
+        [f"{ARMS[arm].label}, rate {rate:g}", f"{share:.0%}", str(len(found))]
         + [_cell([point[part] for point in found]) for part in (1, 0)]
         for (arm, rate, share), found in sorted(groups.items())
         if (arm, rate) in several
@@ -309,6 +287,36 @@ def shares_table(records: list[Record]) -> str:
     return _table(
         ["arm", "domain's share", "seeds", "domain answers", "untold answers"], rows
     )
+
+
+def cost_table(records: list[Record], costs: dict[str, dict[str, float]]) -> str:
+    """What an arm costs beside plain CPT: a step, and a cell's pre-training as a whole."""
+    rows = []
+    first: list[float] = []
+    for arm, step in costs.items():
+        phases = [
+            r["phases"]["cpt"]
+            for r in records
+            if (r["base"], r["arm"], r["share"]) == ("chat", arm, 0) and "phases" in r
+        ]
+        if not phases:
+            continue
+        speed, seconds = (
+            statistics.median(phase[key] for phase in phases)
+            for key in ("tokens_per_second", "seconds")
+        )
+        memory = (step["argument_bytes"] + step["temporary_bytes"]) / 2**20
+        values = [step["flops_per_token"] / 1e6, memory, speed, seconds]
+        first = first or values
+        rows.append(
+            [ARMS[arm].label]
+            + [
+                f"{value:,.{digits}f} ({value / one:.2f})"
+                for value, one, digits in zip(values, first, (1, 0, 0, 0), strict=True)
+            ]
+        )
+    header = ["arm", "MFLOP a token", "MiB", "tokens/s on a core", "seconds of CPT"]
+    return _table(header, rows)
 
 
 def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
@@ -332,7 +340,7 @@ def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
         )
         axis.errorbar(
             x, y, xerr=x_half, yerr=y_half, marker="o", ms=4, lw=1.3, elinewidth=0.6,
-            label=LABELS[arm],
+            label=ARMS[arm].label,
         )  # fmt: skip
     _, kept, use = JUDGED[base]
     axis.set_xlabel(f"kept: {kept}")
@@ -356,6 +364,7 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "documents-alignment": lambda: alignment_table(records, "documents"),
         "selection": lambda: selection_table(records),
         "shares": lambda: shares_table(records),
+        "cost": lambda: cost_table(records, json.loads(cost.FILE.read_text())),
     }
 
 

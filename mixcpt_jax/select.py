@@ -76,9 +76,10 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
         start = repr(phase.provenance({})["start"])
         results = {}
         for source, candidates in found.items():
+            left_out = {why: n for why, n in candidates.filtered.items() if n}
             progress.say(
                 f"{name}: scoring {len(candidates.records)} samples of {source}; "
-                f"left out: {candidates.filtered}"
+                f"left out: {left_out}"
             )
             measured = [
                 _measure(

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import cells, tables
+from experiments.arms import ARMS
 from experiments.controlled import run, world
-from experiments.controlled.config import ARMS, Cell, make
+from experiments.controlled.config import Cell, make
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import tokenizer, weights
 

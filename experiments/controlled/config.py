@@ -12,68 +12,11 @@ import dataclasses
 
 import ml_collections
 
+from experiments import arms
 from mixcpt_jax import config as config_lib
 
 ROW_LENGTH, BATCH_SIZE = 128, 16
 GENERAL = ("instructions", "preferences")
-NTP = {"ntp": 1.0}
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """What is learnt from what.
-
-    Attributes:
-      domain: objective weights on domain documents.
-      general: the same on what is mixed with them; None where nothing is.
-      replay: it is general documents that are mixed in, not instructions.
-      share: of the domain in the tokens, where something is mixed in.
-      settings: further settings of the objective.
-      lora_rank: of adapters; 0: all weights are trained.
-      rate_scale: multiplies the learning rates of the sweep.
-    """
-
-    domain: dict[str, float]
-    general: dict[str, float] | None = None
-    replay: bool = False
-    share: float = 0.5
-    settings: dict[str, float | str] = dataclasses.field(default_factory=dict)
-    lora_rank: int = 0
-    rate_scale: float = 1.0
-
-
-def _everywhere(settings=None, **weights: float) -> Arm:
-    return Arm(weights, weights, settings=settings or {})
-
-
-ARMS = {
-    "plain": Arm(NTP),
-    "mixture_ntp": _everywhere(ntp=1.0),
-    "mixture_lssd": _everywhere(lssd=1.0),
-    # MFT's target (1 - m) p + m e_y, m = 0.8 and 0.5; the latter is also next-token
-    # prediction and vanilla distillation half and half.
-    "mixture_mft80": _everywhere(ntp=0.8, kd=0.2),
-    "mixture_mft50": _everywhere(ntp=0.5, kd=0.5),
-    "mixture_lssd20": _everywhere(ntp=0.8, lssd=0.2),
-    "mixture_lssd50": _everywhere(ntp=0.5, lssd=0.5),
-    "lssd": Arm({"lssd": 1.0}),
-    "lssd20": Arm({"ntp": 0.8, "lssd": 0.2}),
-    "ntp_kl": Arm(NTP, {"kd": 1.0}),
-    "lssd_ntp": Arm({"lssd": 1.0}, NTP),
-    "lssd50_ntp": Arm({"ntp": 0.5, "lssd": 0.5}, NTP),
-    "lssd20_ntp": Arm({"ntp": 0.8, "lssd": 0.2}, NTP),
-    "replay": Arm(NTP, NTP, replay=True),
-    "lora_lssd20": dataclasses.replace(
-        _everywhere(ntp=0.8, lssd=0.2), lora_rank=16, rate_scale=4.0
-    ),
-    # How the target's confidence should grow where the teacher is wrong.
-    "selective50": _everywhere(lssd=0.5, selective=0.5),
-    "selective80": _everywhere(lssd=0.2, selective=0.8),
-    "selective": _everywhere(selective=1.0),
-    "sharp": _everywhere({"teacher_temperature": 0.5}, lssd=1.0),
-    "to_ntp": _everywhere({"anneal": "to_ntp"}, lssd=1.0),
-    "from_ntp": _everywhere({"anneal": "from_ntp"}, lssd=1.0),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +25,7 @@ class Cell:
 
     Attributes:
       world: folder of the world.
-      arm: of `ARMS`, or "base" for the training of a base.
+      arm: of `arms.ARMS`, or "base" for the training of a base.
       base: the kind of base: "documents", which has read only; "chat", which also
         answers questions; or "narrow", a chat base that never met a stranger.
       start: workdir of the base's run, for an arm.
@@ -131,7 +74,7 @@ def make(cell: Cell) -> ml_collections.ConfigDict:
     config = _shared(cell)
     if cell.arm == "base":
         return _base(config, cell)
-    return _arm(config, cell, ARMS[cell.arm])
+    return _arm(config, cell, arms.ARMS[cell.arm])
 
 
 def _shared(cell: Cell) -> ml_collections.ConfigDict:
@@ -188,7 +131,7 @@ def _base(config, cell: Cell) -> ml_collections.ConfigDict:
     return config
 
 
-def _arm(config, cell: Cell, arm: Arm) -> ml_collections.ConfigDict:
+def _arm(config, cell: Cell, arm: arms.Arm) -> ml_collections.ConfigDict:
     sources = config.sources
     config.init_from = cell.start
     has_mixture = arm.general is not None
@@ -196,7 +139,7 @@ def _arm(config, cell: Cell, arm: Arm) -> ml_collections.ConfigDict:
     sources.domain = config_lib.source(
         path=f"{cell.world}/domain_documents.jsonl",
         weight=share,
-        **_weights(arm.domain),
+        **arms.source_weights(arm.domain),
     )
     mixed = {"replay": 1.0} if arm.replay else {"instructions": 0.6, "preferences": 0.4}
     for name, part in mixed.items():
@@ -208,7 +151,7 @@ def _arm(config, cell: Cell, arm: Arm) -> ml_collections.ConfigDict:
             path=f"{cell.world}/{file}.jsonl",
             format=format,
             weight=(1 - share) * part if has_mixture else 0.0,
-            **_weights(arm.general or NTP),
+            **arms.source_weights(arm.general or arms.NTP),
         )
     config.objective.update(arm.settings)
     config.optimizer.learning_rate = cell.rate * arm.rate_scale
@@ -243,7 +186,7 @@ def _align(config, cell: Cell) -> None:
             format=format,
             weight=0.0,
             max_records=cell.samples,
-            **_weights(NTP),
+            **arms.source_weights(arms.NTP),
         )
     # Few steps, whatever the number of samples.
     shared = {
@@ -278,8 +221,3 @@ def _align(config, cell: Cell) -> None:
     if cell.align == "sft":
         config.phases = config.phases[:-1]
         del config.overrides.dpo
-
-
-def _weights(objectives: dict[str, float]) -> dict[str, float]:
-    """The settings of a source that give its tokens these weights and no others."""
-    return {f"{o}_weight": objectives.get(o, 0.0) for o in config_lib.OBJECTIVES}

@@ -13,8 +13,9 @@ import tempfile
 
 import jax
 
+from experiments.arms import ARMS
 from experiments.controlled import world
-from experiments.controlled.config import ARMS, BATCH_SIZE, ROW_LENGTH, Cell, make
+from experiments.controlled.config import BATCH_SIZE, ROW_LENGTH, Cell, make
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import hlo, main, phase, train
 

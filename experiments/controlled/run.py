@@ -15,8 +15,9 @@ import shutil
 from collections.abc import Iterable, Iterator
 
 from experiments import cells
+from experiments.arms import ARMS
 from experiments.controlled import world
-from experiments.controlled.config import ARMS, Cell, make
+from experiments.controlled.config import Cell, make
 
 BASES = ("documents", "chat", "narrow")
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)

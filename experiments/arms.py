@@ -1,0 +1,97 @@
+"""The objectives that the studies compare: what is learnt, from what."""
+
+import dataclasses
+
+from mixcpt_jax import config as config_lib
+
+NTP = {"ntp": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What is learnt from what.
+
+    Attributes:
+      label: for tables.
+      domain: objective weights on domain documents.
+      general: the same on what is mixed with them; None where nothing is.
+      replay: it is general documents that are mixed in, not instructions.
+      share: of the domain in the tokens, where something is mixed in.
+      settings: further settings of the objective.
+      lora_rank: of adapters; 0: all weights are trained.
+      rate_scale: multiplies the learning rates of the sweep.
+    """
+
+    label: str
+    domain: dict[str, float]
+    general: dict[str, float] | None = None
+    replay: bool = False
+    share: float = 0.5
+    settings: dict[str, float | str] = dataclasses.field(default_factory=dict)
+    lora_rank: int = 0
+    rate_scale: float = 1.0
+
+
+def _everywhere(label: str, settings=None, **weights: float) -> Arm:
+    return Arm(label, weights, weights, settings=settings or {})
+
+
+ARMS = {
+    "plain": Arm("domain documents, NTP (plain CPT)", NTP),
+    "mixture_ntp": _everywhere("mixture, NTP", ntp=1.0),
+    "mixture_lssd": _everywhere("mixture, LSSD", lssd=1.0),
+    # MFT's target (1 - m) p + m e_y, m = 0.8 and 0.5; the latter is also next-token
+    # prediction and vanilla distillation half and half.
+    "mixture_mft80": _everywhere("mixture, 0.8 NTP + 0.2 KD (MFT)", ntp=0.8, kd=0.2),
+    "mixture_mft50": _everywhere(
+        "mixture, 0.5 NTP + 0.5 KD (vanilla KD, MFT)", ntp=0.5, kd=0.5
+    ),
+    "mixture_lssd20": _everywhere("mixture, 0.8 NTP + 0.2 LSSD", ntp=0.8, lssd=0.2),
+    "mixture_lssd50": _everywhere("mixture, 0.5 NTP + 0.5 LSSD", ntp=0.5, lssd=0.5),
+    "lssd": Arm("domain documents, LSSD", {"lssd": 1.0}),
+    "lssd20": Arm("domain documents, 0.8 NTP + 0.2 LSSD", {"ntp": 0.8, "lssd": 0.2}),
+    "ntp_kl": Arm("domain NTP, general KL", NTP, {"kd": 1.0}),
+    "lssd_ntp": Arm("domain LSSD, general NTP", {"lssd": 1.0}, NTP),
+    "lssd50_ntp": Arm(
+        "domain 0.5 NTP + 0.5 LSSD, general NTP", {"ntp": 0.5, "lssd": 0.5}, NTP
+    ),
+    "lssd20_ntp": Arm(
+        "domain 0.8 NTP + 0.2 LSSD, general NTP", {"ntp": 0.8, "lssd": 0.2}, NTP
+    ),
+    "replay": Arm("domain and general documents, NTP (replay)", NTP, NTP, replay=True),
+    "lora_lssd20": dataclasses.replace(
+        _everywhere("mixture, 0.8 NTP + 0.2 LSSD, LoRA", ntp=0.8, lssd=0.2),
+        lora_rank=16,
+        rate_scale=4.0,
+    ),
+    # How the target's confidence should grow where the teacher is wrong.
+    "selective50": _everywhere(
+        "mixture, LSSD, gold raised by 0.5 where the teacher is wrong",
+        lssd=0.5,
+        selective=0.5,
+    ),
+    "selective80": _everywhere(
+        "mixture, LSSD, gold raised by 0.8 where the teacher is wrong",
+        lssd=0.2,
+        selective=0.8,
+    ),
+    "selective": _everywhere(
+        "mixture, NTP where the teacher is wrong, else KL", selective=1.0
+    ),
+    "sharp": _everywhere(
+        "mixture, LSSD, teacher's temperature 0.5",
+        {"teacher_temperature": 0.5},
+        lssd=1.0,
+    ),
+    "to_ntp": _everywhere(
+        "mixture, from LSSD to NTP over the run", {"anneal": "to_ntp"}, lssd=1.0
+    ),
+    "from_ntp": _everywhere(
+        "mixture, from NTP to LSSD over the run", {"anneal": "from_ntp"}, lssd=1.0
+    ),
+}
+
+
+def source_weights(objectives: dict[str, float]) -> dict[str, float]:
+    """The settings of a source that give its tokens these weights and no others."""
+    return {f"{o}_weight": objectives.get(o, 0.0) for o in config_lib.OBJECTIVES}

@@ -1,0 +1,56 @@
+"""Cuts the data of the study of a book to what its cells read and measure."""
+
+import json
+import pathlib
+import random
+
+# Modules of the book that nothing trains on.
+NUM_UNREAD = 20
+# Characters of WikiText and passages of LAMBADA that are measured.
+WIKITEXT_CHARACTERS, LAMBADA_PASSAGES = 240_000, 500
+
+
+def write(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes what the cells read.
+
+    The book's modules are split once, at random, into those that are read and those that
+    are not, and the book's exam with them: a question belongs to the module that it tests.
+
+    Args:
+      source: the folder that the README beside this file describes.
+      folder: where the files go; `done` is the last of them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = _read(source / "anatomy/docs.jsonl")
+    unread = {m["id"] for m in random.Random(0).sample(modules, NUM_UNREAD)}
+    _write(folder / "book.jsonl", [m for m in modules if m["id"] not in unread])
+    _write(folder / "unread_modules.jsonl", [m for m in modules if m["id"] in unread])
+    questions = _read(source / "anatomy/exam.jsonl")
+    for name, is_unread in (("read_modules", False), ("unread_modules", True)):
+        asked = [q for q in questions if (q["doc_id"] in unread) == is_unread]
+        _write(folder / f"{name}_exam.jsonl", asked)
+    for name in ("instructions", "preferences"):
+        _write(folder / f"{name}.jsonl", _read(source / f"general/{name}.jsonl"))
+    for name in ("arc_easy", "piqa", "openbook_qa"):
+        exam = _read(source / f"general_eval/{name}.jsonl")
+        random.Random(0).shuffle(exam)
+        _write(folder / f"{name}_exam.jsonl", exam)
+    passages = _read(source / "general_eval/lambada.jsonl")[:LAMBADA_PASSAGES]
+    _write(
+        folder / "lambada.jsonl",
+        [
+            {"context": p["context"], "target": f" {p['continuation']}"}
+            for p in passages
+        ],
+    )
+    text = (source / "general_eval/wikitext2_valid.txt").read_text()
+    _write(folder / "wikitext.jsonl", [{"text": text[:WIKITEXT_CHARACTERS]}])
+    (folder / "done").touch()
+
+
+def _read(file: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _write(file: pathlib.Path, records: list[dict]) -> None:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
