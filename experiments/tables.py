@@ -16,7 +16,7 @@ from scipy import stats
 
 from experiments import cells
 from experiments.arms import ARMS
-from experiments.controlled import cost, run
+from experiments.controlled import confidence, cost, run
 from experiments.controlled.run import RATE, RATES
 from mixcpt_jax import metrics
 
@@ -319,6 +319,26 @@ def cost_table(records: list[Record], costs: dict[str, dict[str, float]]) -> str
     return _table(header, rows)
 
 
+def confidence_table(found: dict[str, list[dict[str, float]]]) -> str:
+    """How sure the bases are of what they cannot know."""
+    columns = {
+        "p_a": "mean p_a",
+        "p_y": "mean p_y",
+        "swapped": "tokens swapped, %",
+        "ceiling": "least loss under LSSD",
+    }
+    rows = [
+        [base, str(len(seeds))]
+        + [
+            f"{100 * mean:.1f}" if key == "swapped" else f"{mean:.2f}"
+            for key in columns
+            for mean in [statistics.fmean(seed[key] for seed in seeds)]
+        ]
+        for base, seeds in found.items()
+    ]
+    return _table(["base", "seeds", *columns.values()], rows)
+
+
 def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
     """Curves over learning rates, use against kept, with 95 % intervals over seeds."""
     import matplotlib
@@ -364,6 +384,7 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "documents-alignment": lambda: alignment_table(records, "documents"),
         "selection": lambda: selection_table(records),
         "shares": lambda: shares_table(records),
+        "confidence": lambda: confidence_table(json.loads(confidence.FILE.read_text())),
         "cost": lambda: cost_table(records, json.loads(cost.FILE.read_text())),
     }
 

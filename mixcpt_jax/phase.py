@@ -169,9 +169,18 @@ class Phase:
         text = json.dumps(provenance, indent=2)
         paths.replace(self.folder / PROVENANCE_FILE, text)
 
+    @functools.cached_property
+    def starts_from(self) -> dict[str, Any]:
+        """Which checkpoint or weights the phase starts from; looked up once.
+
+        Raises:
+          InputError: `init_from` has no checkpoint.
+        """
+        return _start_identity(self.given, self.config)
+
     def provenance(self, files: dict[str, dict[str, str]]) -> dict[str, Any]:
-        """Which checkpoint or weights the phase starts from, and the files it reads."""
-        return {"start": _start_identity(self.given, self.config), "files": files}
+        """What the phase starts from, and the files it reads."""
+        return {"start": self.starts_from, "files": files}
 
     def finish(self, results: dict[str, Any]) -> dict[str, Any]:
         """Writes the results, which mark the phase as done, and returns them.

@@ -73,7 +73,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     ):
         params = phase.starting_params(config.model.param_dtype)
         eval_step = phase.eval_step()
-        start = repr(phase.provenance({})["start"])
+        start = repr(phase.starts_from)
         results = {}
         for source, candidates in found.items():
             left_out = {why: n for why, n in candidates.filtered.items() if n}

@@ -1,0 +1,79 @@
+"""How sure a base is of the values in domain documents, which it cannot know.
+
+    python -m experiments.controlled.confidence [--workdir=runs/controlled]
+
+Logit swap gives the gold token the teacher's own top probability `p_a`, so what it can
+teach ends where `p_a` does. Writes `confidence.json`: base -> a list over seeds of the mean
+of `p_a` and of the gold token's `p_y`, over the value tokens, the share of tokens that are
+swapped, and the ceiling of the loss, the mean of `-log p_a`.
+"""
+
+import argparse
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from experiments import cells
+from experiments.controlled import run
+from experiments.controlled.config import Cell, make
+from mixcpt_jax import model, phase
+from mixcpt_jax.data import mixture
+
+FILE = pathlib.Path(__file__).parent / "confidence.json"
+
+
+def measure(base: Cell, start: pathlib.Path, workdir: pathlib.Path) -> dict[str, float]:
+    """Of one base; `start` is its workdir, `workdir` a folder for what this makes."""
+    config = make(base)
+    config.job, config.init_from = "evaluate", str(start)
+    begun = phase.start(config, str(workdir), "confidence")
+    rows = begun.load_data().texts["domain_memory"]
+    forward = begun.forward()
+    with jax.set_mesh(begun.mesh):
+        params = begun.starting_params("float32")
+
+        @jax.jit
+        def probabilities(batch):
+            hidden = forward(
+                params, batch["tokens"], batch["positions"], batch["segment_ids"]
+            )
+            return jax.nn.softmax(model.logits(params, hidden))
+
+        top, gold, swapped = [], [], []
+        for batch in mixture.evaluation_batches(rows, config.eval.batch_size):
+            p_BxLxV = np.asarray(probabilities(batch))
+            counted = batch["loss_mask"] > 0
+            targets_N = batch["targets"][counted]
+            p_NxV = p_BxLxV[counted]
+            top.append(p_NxV.max(-1))
+            gold.append(np.take_along_axis(p_NxV, targets_N[:, None], 1)[:, 0])
+            swapped.append(p_NxV.argmax(-1) != targets_N)
+    top_N, gold_N, swapped_N = map(np.concatenate, (top, gold, swapped))
+    return {
+        "p_a": float(top_N.mean()),
+        "p_y": float(gold_N.mean()),
+        "swapped": float(swapped_N.mean()),
+        "ceiling": float(-np.log(top_N).mean()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", default="runs/controlled")
+    root = pathlib.Path(parser.parse_args().workdir)
+    found: dict[str, list[dict[str, float]]] = {}
+    for record in cells.load(run.RESULTS):
+        if record["arm"] == "base":
+            fields = Cell.__dataclass_fields__
+            base = Cell(**{k: v for k, v in record.items() if k in fields})
+            start = root / run.name(base)
+            if start.exists():
+                workdir = root / f"confidence-{start.name}"
+                found.setdefault(base.base, []).append(measure(base, start, workdir))
+    FILE.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
