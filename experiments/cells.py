@@ -19,12 +19,15 @@ from typing import Any
 
 import ml_collections
 
+from mixcpt_jax import config as config_lib
+
 Record = dict[str, Any]
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
-    """A few characters that no other config has."""
-    return hashlib.blake2b(config.to_json().encode(), digest_size=8).hexdigest()
+    """A few characters that no config has which says something else."""
+    text = json.dumps(config_lib.changed(config.to_dict()), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def revision() -> str:

@@ -3,8 +3,8 @@
 A checkpoint at step n holds everything the steps after n depend on: the items `params`
 and `optimizer` (step count and moments), and as metadata the config, a hash of each
 source, and the provenance: what the phase started from and which files it read. The data
-iterator's position is n itself, since the stream is a function of sources, seed and batch
-number; the hashes tell whether the sources are still the same. The next phase reads
+iterator's position is the number of rows taken, since the stream is a function of sources,
+seed and row; the hashes tell whether the sources are still the same. The next phase reads
 `params` alone. The frozen model is in no checkpoint: it is reloaded from where it came
 from, and the provenance tells whether that is still the same.
 
@@ -68,10 +68,18 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
+    def latest_rows(self) -> int:
+        """How many rows of the stream the newest checkpoint has seen; 0 without one."""
+        if self.latest_step() is None:
+            return 0
+        metadata = self._checkpointer.checkpointables_metadata().custom_metadata
+        return metadata["rows"]
+
     def save(
         self,
         state: TrainState,
         step: int,
+        rows: int,
         config: dict[str, Any],
         sources: dict[str, str],
         provenance: dict[str, Any],
@@ -82,6 +90,7 @@ class Checkpoints:
         Args:
           state: the state after `step` steps.
           step: the checkpoint's number.
+          rows: of the stream, taken by then.
           config: written beside the arrays.
           sources: source name -> hash of its tokens, checked by `restore`.
           provenance: `start`, also checked, and whatever else there is to know.
@@ -97,6 +106,7 @@ class Checkpoints:
             metrics=None if loss is None else {"loss": loss},
             custom_metadata={
                 "id": uuid.uuid4().hex,
+                "rows": rows,
                 "config": json.dumps(config),
                 "sources": sources,
                 "provenance": json.dumps(provenance),

@@ -38,14 +38,13 @@ _CHOICES = {
     "model.teacher_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
-    "data.packing": ("split", "best_fit"),
+    "data.packing": ("split", "best_fit", "first_fit"),
 }
 _POSITIVE = (
     "data.row_length",
     "data.batch_size",
     "optimizer.learning_rate",
     "optimizer.accumulation_steps",
-    "train.num_steps",
     "train.log_every",
     "train.keep_last",
     "eval.batch_size",
@@ -66,9 +65,11 @@ _NOT_NEGATIVE = (
     "objective.lssd_weight",
     "objective.kd_weight",
     "objective.selective_weight",
+    "train.num_steps",
     "train.save_every",
     "train.eval_every",
     "train.keep_best",
+    "data.temperature",
     "head.chunk_size",
     "head.block_size",
     "head.vocab_tile",
@@ -219,7 +220,12 @@ def default() -> ml_collections.ConfigDict:
         {
             "row_length": 2048,  # tokens per row
             "batch_size": 8,  # rows per step over all devices
-            "packing": "split",  # split: full rows; best_fit: documents kept whole
+            # split: full rows, documents go on in the next; best_fit and first_fit keep
+            # documents whole and leave a little padding.
+            "packing": "split",
+            # Above 0: sources are sampled by size^(1 / temperature) x weight, size being
+            # the tokens to learn; 1 in proportion to size, large ones nearly alike.
+            "temperature": 0.0,
             # Examples longer than a row, or pairs that do not fit one together: split
             # (documents go on in the next row), truncate (cut at their end; of a pair
             # each side to half of a row), drop, or refuse. All but refuse are counted.
@@ -246,6 +252,8 @@ def default() -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict(
         {
+            # 0: to the end of the data, which every source's `epochs` or `max_tokens`
+            # sets.
             "num_steps": 1000,
             "log_every": 1,  # steps between lines of metrics.jsonl
             "save_every": 200,  # 0: only at the end
@@ -309,17 +317,24 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     """One source of text.
 
     path: a file, a folder, a glob or a comma-separated list of them; for reader
-      "docstrings" names of installed packages.
-    reader: "jsonl", "text" or "docstrings"; empty: from the file name.
+      "docstrings" names of installed packages. A folder is read by what lies in it.
+    reader: "jsonl", "text", "parquet", "arrow" (of Hugging Face datasets), "tfds",
+      "array_record" or "docstrings"; empty: from the file names, see `sources.read`.
+    split: of a TFDS or Hugging Face dataset that has several.
     format: "document", "instruction" or "preference", as plain text; "chat";
       "chat_preference" for pairs; or "cloze", a context and the target it is to be
       continued with, which alone is learnt or measured.
     fields: names of the record's fields where they are not the format's own.
     preference_side: "chosen", "rejected" or "both" go into the plain text.
     weight: share of the mixture's tokens, relative to the other sources.
+    final_weight: the same at the end of the phase, reached linearly; None: it stays.
+    epochs: how often the source is read at most; 0: as often as its share asks.
+    max_tokens: how many of its tokens are learnt at most, to a row; 0: no limit. What
+      a source at its limit leaves free, the others take up.
     max_records: only the first so many are read; 0: all.
     on_bad_record: "refuse", or "skip" for a warning and going on without a record that
-      lacks a field, has a blank one or is no conversation.
+      cannot be read, lacks a field, has a blank one or is no conversation, and without
+      the rest of a damaged file.
     holdout: records kept out of training and measured instead. In `eval.texts` and
       `eval.pairs`: only these records are measured.
     ntp_weight, lssd_weight, kd_weight, selective_weight: objectives on this source;
@@ -329,10 +344,14 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
         {
             "path": "",
             "reader": "",
+            "split": "",
             "format": "document",
             "fields": ml_collections.ConfigDict(),
             "preference_side": "chosen",
             "weight": 1.0,
+            "final_weight": config_dict.placeholder(float),
+            "epochs": 0.0,
+            "max_tokens": 0,
             "max_records": 0,
             "on_bad_record": "refuse",
             "holdout": 0,
@@ -391,24 +410,12 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         _check(config[key] > 0, config, key, "a number above 0")
     for key in _NOT_NEGATIVE:
         _check(config[key] >= 0, config, key, "0 or more")
-    _check(
-        config.optimizer.warmup_steps < config.train.num_steps,
-        config,
-        "optimizer.warmup_steps",
-        f"less than train.num_steps={config.train.num_steps}",
-    )
+    if config.train.num_steps:
+        check_schedule(config, config.train.num_steps)
     _check(bool(config.model.path), config, "model.path", "a folder or a GGUF file")
     optimizer = config.optimizer
     for key in ("beta1", "beta2"):
         _check(0 <= optimizer[key] < 1, config, f"optimizer.{key}", "0 to below 1")
-    if optimizer.schedule == "wsd":
-        decay_steps = round(optimizer.decay_fraction * config.train.num_steps)
-        _check(
-            0 < decay_steps <= config.train.num_steps - optimizer.warmup_steps,
-            config,
-            "optimizer.decay_fraction",
-            "a share of the steps that leaves room for optimizer.warmup_steps",
-        )
     if config.metrics.wandb_project and importlib.util.find_spec("wandb") is None:
         raise InputError(
             "metrics.wandb_project: wandb is not installed; pip install it"
@@ -444,6 +451,29 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     _check_selection(config)
     if config.job != "export":
         _check_batch(config, num_devices)
+
+
+def check_schedule(config: ml_collections.ConfigDict, num_steps: int) -> None:
+    """Checks the learning rate's schedule against the length of the phase.
+
+    Raises:
+      InputError: its parts do not fit into `num_steps`.
+    """
+    optimizer = config.optimizer
+    _check(
+        optimizer.warmup_steps < num_steps,
+        config,
+        "optimizer.warmup_steps",
+        f"less than train.num_steps={num_steps}",
+    )
+    if optimizer.schedule == "wsd":
+        decay_steps = round(optimizer.decay_fraction * num_steps)
+        _check(
+            0 < decay_steps <= num_steps - optimizer.warmup_steps,
+            config,
+            "optimizer.decay_fraction",
+            "a share of the steps that leaves room for optimizer.warmup_steps",
+        )
 
 
 def objective_weights(config: ml_collections.ConfigDict, name: str) -> dict[str, float]:
@@ -504,6 +534,28 @@ def resolve_phases(
     return ml_collections.ConfigDict(resolve(config.to_dict()))
 
 
+def changed(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config that are not at their defaults, by dotted key.
+
+    What a stored config is too old to have is at its default, so two configs say the
+    same if this does.
+    """
+    sections = [
+        (re.compile(r"(?:sources|eval\.texts|eval\.pairs)\.[^.]+\.(.+)"), source()),
+        (re.compile(r"eval\.exams\.[^.]+\.(.+)"), exam()),
+        (re.compile("(.+)"), default()),
+    ]
+    known = [(pattern, dict(_leaves(part.to_dict()))) for pattern, part in sections]
+
+    def is_default(key: str, value: Any) -> bool:
+        for pattern, defaults in known:
+            if found := pattern.fullmatch(key):
+                return found[1] in defaults and defaults[found[1]] == value
+        return False
+
+    return {k: v for k, v in _leaves(config) if not is_default(k, v)}
+
+
 def first_difference(
     config: ml_collections.ConfigDict, stored: dict[str, Any]
 ) -> tuple[str, Any, Any] | None:
@@ -512,17 +564,23 @@ def first_difference(
     Returns:
       (key, stored value, value now).
     """
-    now, then = dict(_leaves(config.to_dict())), dict(_leaves(stored))
-    # A setting that the stored config is too old to have had its default's effect.
-    defaults = dict(_leaves(default().to_dict()))
+    now, then = (dict(_leaves(c)) for c in (config.to_dict(), stored))
     free = (*FREE_ON_RESUME, *_unread(config))
-    for key in sorted(now.keys() | then.keys()):
+    if config.train.num_steps and not _anneals(config):
+        # The stream does not depend on it, but for when it ends.
+        free = (*free, "data.batch_size")
+    changed_now, changed_then = changed(config.to_dict()), changed(stored)
+    for key in sorted(changed_now.keys() | changed_then.keys()):
         if any(key == name or key.startswith(f"{name}.") for name in free):
             continue
-        before = then.get(key, defaults.get(key))
-        if now.get(key) != before:
-            return key, before, now.get(key)
+        if changed_now.get(key) != changed_then.get(key):
+            return key, then.get(key), now.get(key)
     return None
+
+
+def _anneals(config) -> bool:
+    """Whether shares of the mixture change in the course of the phase."""
+    return any(entry.final_weight is not None for entry in config.sources.values())
 
 
 def _unread(config) -> Iterator[str]:
@@ -548,8 +606,15 @@ def _check_sources(config) -> None:
         for name, entry in config[section].items():
             place = f"{section}.{name}"
             _check(bool(entry.path), config, f"{place}.path", "a path")
-            for key in ("weight", "holdout", "max_records"):
+            for key in ("weight", "holdout", "max_records", "epochs", "max_tokens"):
                 _check(entry[key] >= 0, config, f"{place}.{key}", "0 or more")
+            if entry.final_weight is not None and not (
+                entry.weight > 0 and entry.final_weight >= 0
+            ):
+                raise InputError(
+                    f"{place}.final_weight={entry.final_weight}: 0 or more is wanted, and "
+                    f"{place}.weight above 0 (as little as 1e-6 will do)"
+                )
             _check(
                 entry.on_bad_record in ("refuse", "skip"),
                 config,
@@ -563,6 +628,12 @@ def _check_sources(config) -> None:
                 f"one of {', '.join(FORMATS)}",
             )
     for name, entry in config.sources.items():
+        has_limit = entry.epochs or entry.max_tokens
+        if is_training and entry.weight and not (config.train.num_steps or has_limit):
+            raise InputError(
+                f"sources.{name}: train.num_steps=0 reads all sources to their end, and "
+                "this one has none; set its epochs or max_tokens, or train.num_steps"
+            )
         is_pair = entry.format == "chat_preference"
         measured = config.eval.pairs if is_pair else config.eval.texts
         if name == "eval" or (entry.holdout and name in measured):
@@ -603,12 +674,15 @@ def _check_formats(config) -> None:
                 f"objective.kind={kind!r}: pairs ('chat_preference') are learnt with "
                 "'preference', all other formats with 'tokens'"
             )
-    trained = {e.path: name for name, e in config.sources.items() if e.weight}
+    trained = {
+        (e.path, e.split): name for name, e in config.sources.items() if e.weight
+    }
     for section, is_pair in (("texts", False), ("pairs", True)):
         for name, entry in config.eval[section].items():
-            if config.job == "train" and entry.path in trained and not entry.holdout:
+            files = entry.path, entry.split
+            if config.job == "train" and files in trained and not entry.holdout:
                 raise InputError(
-                    f"eval.{section}.{name}: sources.{trained[entry.path]} trains on the "
+                    f"eval.{section}.{name}: sources.{trained[files]} trains on the "
                     "same files; set holdout of both to the same number above 0"
                 )
             _check(

@@ -71,13 +71,13 @@ def _run(
     checkpoints: checkpoint.Checkpoints,
 ) -> dict[str, Any]:
     config, mesh, lora = phase.config, phase.mesh, phase.lora
-    num_steps = config.train.num_steps
+    num_steps = data.num_steps
     program = make_program(phase, data)
 
     fingerprint = pipeline.fingerprint(data)
     provenance = phase.provenance(data.files)
     resumed = checkpoints.latest_step()
-    first_step = resumed or 0
+    first_step, first_row = resumed or 0, checkpoints.latest_rows()
     frozen, references = None, {}
     if first_step < num_steps:
         frozen, references = _load_frozen(
@@ -96,7 +96,7 @@ def _run(
 
     batches = iter(
         pipeline.batches(
-            config, data, first_step, jax.process_count(), jax.process_index()
+            config, data, first_row, jax.process_count(), jax.process_index()
         )
     )
     is_first_host = jax.process_index() == 0
@@ -113,6 +113,7 @@ def _run(
         ) as progress,
     ):
         progress.say(_first_line(phase, program.state, resumed))
+        progress.say(_mixture_table(data.report))
         if first_step == 0 and config.train.eval_before:
             progress.say(f"{phase.name}: measuring the start")
             writer.write(0, _prefixed(measure(student())))
@@ -158,7 +159,13 @@ def _run(
             if is_saved:
                 read_pending()
                 checkpoints.save(
-                    state, step, phase.given.to_dict(), fingerprint, provenance, loss
+                    state,
+                    step,
+                    first_row + (step - first_step) * config.data.batch_size,
+                    phase.given.to_dict(),
+                    fingerprint,
+                    provenance,
+                    loss,
                 )
                 clock.restart(step)
 
@@ -185,9 +192,7 @@ class Program(NamedTuple):
 def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
     """Builds the training step of a phase."""
     config = phase.config
-    transforms, schedule = optim.make_optimizer(
-        config.optimizer, config.train.num_steps
-    )
+    transforms, schedule = optim.make_optimizer(config.optimizer, data.num_steps)
     state = _abstract_state(phase, transforms)
     train_step = jax.jit(
         steps.make_train_step(
@@ -410,6 +415,26 @@ def _first_line(phase, abstract_state: steps.TrainState, resumed: int | None) ->
         f"{phase.name}: {mesh.devices.flat[0].device_kind} x {mesh.size} ({shape}); "
         f"{size:.1f} M parameters{adapters}; "
         f"{config.data.batch_size * config.data.row_length:,} tokens a step; {start}"
+    )
+
+
+def _mixture_table(report: list[dict[str, Any]]) -> str:
+    """What is about to be read of each source."""
+    columns = {
+        "documents": "{documents:,}",
+        "tokens": "{tokens:,}",
+        "share asked": "{share_asked:.1%}",
+        "delivered": "{share_delivered:.1%}",
+        "epochs": "{epochs:.2f}",
+        "padding": "{padding:.1%}",
+    }
+    return metrics.table(
+        ["source", *columns],
+        (
+            [source["name"], *(form.format(**source) for form in columns.values())]
+            for source in report
+            if source["share_asked"]
+        ),
     )
 
 

@@ -35,6 +35,7 @@ def save(folder, steps, **options):
             checkpoints.save(
                 make_state(step),
                 step,
+                8 * step,
                 {"seed": 0},
                 SOURCES,
                 PROVENANCE,
@@ -53,6 +54,8 @@ def assert_equal(actual, expected):
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     save(tmp_path, [1, 2])
+    with checkpoint.Checkpoints(epath.Path(tmp_path)) as checkpoints:
+        assert (checkpoints.latest_step(), checkpoints.latest_rows()) == (2, 16)
     state = make_state(2)
     restored = restore(tmp_path, state)
     assert_equal(restored, state)

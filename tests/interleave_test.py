@@ -14,9 +14,12 @@ from mixcpt_jax.data.interleave import Interleaving
 SHARES = st.lists(st.floats(0.01, 1), min_size=1, max_size=4)
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(interleave, "_BLOCK", 16)
+@pytest.fixture(params=[16, 4096], autouse=True, scope="module")
+def block(request):
+    """Few rows need several blocks, and one that is far from full."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interleave, "_BLOCK", request.param)
+        yield
 
 
 def integral(shares, final, end, limits, num_rows):

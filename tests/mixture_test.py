@@ -88,6 +88,16 @@ def test_best_fit_cuts_only_what_is_longer_than_a_row(lengths, row_length):
     assert sum(np.sort(filled)[:2]) > row_length or len(filled) < 2
 
 
+def test_first_fit_cuts_only_what_is_longer_than_a_row_and_pads_more():
+    lengths = np.random.default_rng(0).integers(2, 400, 5000)
+    best, first = (
+        mixture.pack(lengths, 512, strategy) for strategy in ("best_fit", "first_fit")
+    )
+    assert sorted(best.length) == sorted(first.length)
+    # Less than a tenth of what one document a row would pad.
+    assert len(best) <= len(first) <= 1.05 * len(best)
+
+
 def test_best_fit_is_quick_and_tight():
     rng = np.random.default_rng(0)
     lengths = 2 + rng.lognormal(5, 1, 100_000).astype(int)
@@ -159,11 +169,11 @@ def _assert_same(batches, others):
 @pytest.mark.parametrize("shares", [(0.5, 0.3, 0.2), (5, 0, 95), (1, 1, 1e-3)])
 def test_tokens_have_the_shares_asked_for(shares):
     rows = _mixture(shares)
-    report = mixture.describe(rows)
+    report = mixture.describe(rows, 1600)
     asked = np.array(shares) / sum(shares)
     delivered = np.array([source["share_delivered"] for source in report])
-    # The period holds 100 rows of the rarest source, and rounded numbers of the others.
-    np.testing.assert_allclose(delivered, asked, rtol=0.01)
+    # A row a source, of 1600.
+    np.testing.assert_allclose(delivered, asked, atol=3 / 1600)
     np.testing.assert_allclose([source["share_asked"] for source in report], asked)
 
     batches = _read(mixture.mixture(rows, 16, seed=0), 100)
@@ -173,13 +183,108 @@ def test_tokens_have_the_shares_asked_for(shares):
         source_ids = batch["source_ids"][:, 0]
         read += np.bincount(source_ids, minlength=3)
         learnt += np.bincount(source_ids, batch["loss_mask"].sum(axis=1), minlength=3)
-    # Interleaving is even: after any number of rows each source is within one row a
-    # source of its due.
-    due = 1600 * np.array([source["row_share"] for source in report])
-    assert (abs(read - due) <= 3).all()
+    epochs = [source["epochs"] * source["rows"] for source in report]
+    np.testing.assert_allclose(read, epochs)
     # The last epoch of a source is unfinished, and its rows are not all alike.
     rows_off = 3 + np.array([source["rows"] for source in report])
     assert (abs(learnt - learnt.sum() * delivered) <= rows_off * 32).all()
+
+
+def test_ten_million_tokens_have_the_shares_asked_for():
+    shares = (0.55, 0.3, 0.15)
+    rng = np.random.default_rng(0)
+    sources = [
+        mixture.Source(f"source {i}", _examples(rng.integers(*span, 3000)), share)
+        for i, (share, span) in enumerate(
+            zip(shares, [(2, 3000), (2, 300), (100, 120)])
+        )
+    ]
+    packed = mixture.pack_sources(sources, 1024, "best_fit")
+    learnt = np.zeros(3)
+    for batch in mixture.mixture(packed, 64, seed=0):
+        counts = batch["loss_mask"].sum(axis=1)
+        learnt += np.bincount(batch["source_ids"][:, 0], counts, minlength=3)
+        if learnt.sum() > 1e7:
+            break
+    assert (abs(learnt / learnt.sum() - shares) < 0.005).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_every_token_is_read_as_often_as_its_source_says(batch_size):
+    rng = np.random.default_rng(2)
+    epochs = (3, 1, 2)
+    sources = [
+        mixture.Source(f"source {i}", _examples(rng.integers(2, 40, 30)), 1.0, epochs=n)
+        for i, n in enumerate(epochs)
+    ]
+    packed = mixture.pack_sources(sources, 32, "split")
+    read = [[], [], []]
+    for batch in mixture.mixture(packed, batch_size, seed=0):
+        for row, number in enumerate(batch["source_ids"][:, 0]):
+            real = batch["segment_ids"][row] > 0
+            read[number] += batch["targets"][row][real].tolist()
+        assert batch["tokens"].shape == (batch_size, 32)
+    for number, times in enumerate(epochs):
+        expected = np.repeat(_expected_targets(sources[number].examples), times)
+        np.testing.assert_array_equal(np.sort(read[number]), np.sort(expected))
+
+
+def _learnt(batches):
+    """Learnt tokens of each of two sources, batch by batch, [batches, 2]."""
+    return np.array(
+        [
+            np.bincount(
+                batch["source_ids"][:, 0], batch["loss_mask"].sum(axis=1), minlength=2
+            )
+            for batch in batches
+        ]
+    )
+
+
+def test_a_budget_of_tokens_is_kept_to_a_row():
+    sources = [
+        mixture.Source("a", _examples([30] * 40), 1.0, epochs=1, max_tokens=200),
+        mixture.Source("b", _examples([30] * 40), 1.0),
+    ]
+    packed = mixture.pack_sources(sources, 32, "split")
+    learnt = _learnt(_read(mixture.mixture(packed, 4, seed=0), 30))
+    per_row = sources[0].examples.num_learnt / len(packed[0])
+    assert 200 / per_row <= mixture.describe(packed, 120)[0]["epochs"] * len(packed[0])
+    # The rows of a source are not all alike: by so much may any of them differ.
+    off = max(
+        abs(packed[0][i]["loss_mask"].sum() - per_row) for i in range(len(packed[0]))
+    )
+    assert abs(learnt[:, 0].sum() - 200) <= per_row + off * (200 / per_row + 1)
+    assert learnt[-10:, 0].sum() == 0
+
+
+def test_shares_move_to_the_last_ones():
+    sources = [
+        mixture.Source("a", _examples([30] * 40), 0.9, final_share=0.1),
+        mixture.Source("b", _examples([30] * 40), 0.1, final_share=0.9),
+    ]
+    packed = mixture.pack_sources(sources, 32, "split")
+    dataset = mixture.mixture(packed, 10, seed=0, num_rows=2000)
+    learnt = _learnt(_read(dataset, 240))
+
+    def share(part):
+        return learnt[part, 1].sum() / learnt[part].sum()
+
+    assert share(slice(0, 20)) == pytest.approx(0.14, abs=0.02)
+    assert share(slice(0, 200)) == pytest.approx(0.5, abs=0.01)
+    assert share(slice(200, 240)) == pytest.approx(0.9, abs=0.01)
+    report = mixture.describe(packed, 2000)
+    assert report[0]["share_delivered"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_size_of_batches_may_change_on_the_way():
+    rows = _mixture()
+    whole = _read(mixture.mixture(rows, 4, seed=0), 12)
+    wanted = np.concatenate([batch["tokens"] for batch in whole])
+    first = _read(mixture.mixture(rows, 8, seed=0), 3)
+    then = _read(mixture.mixture(rows, 12, seed=0, first_row=24), 2)
+    read = np.concatenate([batch["tokens"] for batch in first + then])
+    np.testing.assert_array_equal(read, wanted)
 
 
 def test_a_source_without_share_is_left_out_and_keeps_its_number():
@@ -190,10 +295,9 @@ def test_a_source_without_share_is_left_out_and_keeps_its_number():
         for i in b["source_ids"][:, 0]
     }
     assert seen == {0, 2}
-    left_out = mixture.describe(rows)[1]
+    left_out = mixture.describe(rows, 160)[1]
     assert left_out["name"] == "source 1"
-    assert left_out["share_delivered"] == left_out["row_share"] == 0
-    assert left_out["epoch_rows"] is None
+    assert left_out["share_delivered"] == left_out["epochs"] == 0
 
 
 def test_every_epoch_is_a_new_permutation():
@@ -206,7 +310,7 @@ def test_every_epoch_is_a_new_permutation():
         assert sorted(epoch.tolist()) == expected
     assert (epochs[0] != epochs[1]).any()
     assert (epochs[1] != epochs[2]).any()
-    assert mixture.describe([rows])[0]["epoch_rows"] == len(rows)
+    assert mixture.describe([rows], 3 * len(rows))[0]["epochs"] == 3
 
 
 def test_one_row_is_enough():
@@ -244,9 +348,9 @@ def test_global_batches_are_the_same_for_any_number_of_hosts(num_hosts):
 def test_the_stream_can_be_entered_anywhere():
     rows = _mixture()
     whole = _read(mixture.mixture(rows, 8, seed=0), 9)
-    _assert_same(_read(mixture.mixture(rows, 8, 0, first_batch=6), 3), whole[6:])
+    _assert_same(_read(mixture.mixture(rows, 8, 0, first_row=48), 3), whole[6:])
     # Another number of hosts goes on where one has stopped.
-    second = _read(mixture.mixture(rows, 8, 0, 2, 1, first_batch=6), 1)[0]
+    second = _read(mixture.mixture(rows, 8, 0, 2, 1, first_row=48), 1)[0]
     np.testing.assert_array_equal(second["tokens"], whole[6]["tokens"][1::2])
 
 
@@ -308,7 +412,7 @@ def test_targets_know_their_example():
 
 def test_describe_counts():
     rows = _rows([9, 1, 4], 8)
-    (report,) = mixture.describe([rows])
+    (report,) = mixture.describe([rows], 3)
     assert report == {
         "name": "a",
         "documents": 3,
@@ -319,8 +423,7 @@ def test_describe_counts():
         "padding": 5 / 16,
         "share_asked": 1.0,
         "share_delivered": 1.0,
-        "row_share": 1.0,
-        "epoch_rows": 2.0,
+        "epochs": 1.5,
     }
 
 
@@ -347,7 +450,7 @@ def test_a_source_with_nothing_to_learn_is_named():
 @pytest.mark.parametrize(
     ("row_length", "strategy", "words"),
     [
-        (8, "first_fit", "packing 'first_fit' is unknown"),
+        (8, "next_fit", "packing 'next_fit' is unknown"),
         (0, "split", "row_length is 0"),
     ],
 )

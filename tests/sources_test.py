@@ -1,9 +1,34 @@
+import functools
+import gzip
 import json
+import os
+import tracemalloc
 
+import hypothesis
+import pyarrow as pa
 import pytest
+from array_record.python import array_record_module
+from etils.epath import testing as epath_testing
+from hypothesis import strategies as st
+from pyarrow import parquet as pq
 
-from mixcpt_jax.data import sources
+from mixcpt_jax import config as config_lib
+from mixcpt_jax.data import pipeline, readers, sources
 from mixcpt_jax.errors import InputError
+
+RECORDS = [
+    {
+        "text": f"dócument {i}",
+        "n": i,
+        "score": i / 8,
+        "messages": [
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": f"Because {i}."},
+        ],
+        "tags": ["a"] * (i % 3),
+    }
+    for i in range(300)
+]
 
 
 def _write(path, *records):
@@ -95,8 +120,9 @@ def test_sources_without_records_are_named(tmp_path):
         ("no_such.jsonl", "", "no_such.jsonl: no file matches"),
         ("no_such_*.txt", "", "no file matches"),
         ("docs/**/*.txt", "", r"\*\* is not supported; name the folder"),
-        ("a.csv", "", "no reader goes with the suffix '.csv'"),
-        ("a.jsonl", "csv", "unknown reader 'csv'"),
+        ("a.csv", "", "no file matches"),
+        ("gs:", "tfds", "no file matches"),
+        ("a.jsonl", "csv", "unknown reader 'csv'; use one of jsonl, text, parquet"),
         (" , ", "text", "is empty"),
         ("package:no_such_package/a.txt", "", "pip install no_such_package"),
     ],
@@ -104,6 +130,589 @@ def test_sources_without_records_are_named(tmp_path):
 def test_a_bad_setting_is_named_before_reading(path, reader, words):
     with pytest.raises(InputError, match=words):
         sources.read(path, reader)
+
+
+def _jsonl_bytes(records):
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def _zstd(content):
+    packed = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(content)
+    return packed.getvalue().to_pybytes()
+
+
+def _write_jsonl(file, records, pack=bytes):
+    file.write_bytes(pack(_jsonl_bytes(records)))
+
+
+def _write_parquet(file, records, **options):
+    options = {"row_group_size": 100} | options
+    pq.write_table(pa.Table.from_pylist(records), file, **options)
+
+
+def _write_arrow(file, records, new=pa.ipc.new_stream):
+    table = pa.Table.from_pylist(records)
+    with file.open("wb") as content, new(content, table.schema) as writer:
+        writer.write_table(table, max_chunksize=40)
+
+
+def _write_array_record(file, records, group_size=1):
+    writer = array_record_module.ArrayRecordWriter(
+        str(file), f"group_size:{group_size}"
+    )
+    for record in records:
+        is_raw = isinstance(record, bytes)
+        writer.write(record if is_raw else json.dumps(record).encode())
+    writer.close()
+
+
+def _write_saved(folder, records):
+    """As `datasets.save_to_disk` does, the shards not in the order of their names."""
+    folder.mkdir()
+    half = len(records) // 2
+    _write_arrow(folder / "data-2.arrow", records[:half])
+    _write_arrow(folder / "data-1.arrow", records[half:])
+    shards = [{"filename": "data-2.arrow"}, {"filename": "data-1.arrow"}]
+    (folder / "state.json").write_text(json.dumps({"_data_files": shards}))
+    (folder / "dataset_info.json").write_text("{}")
+
+
+WRITERS = {
+    "a.jsonl": _write_jsonl,
+    "a.jsonl.gz": functools.partial(_write_jsonl, pack=gzip.compress),
+    "a.jsonl.zst": functools.partial(_write_jsonl, pack=_zstd),
+    "a.JSONL.gz-00000-of-00001": functools.partial(_write_jsonl, pack=gzip.compress),
+    "a.parquet": _write_parquet,
+    "a.arrow": _write_arrow,
+    "b.arrow": functools.partial(_write_arrow, new=pa.ipc.new_file),
+    "a.array_record": _write_array_record,
+    "a.array_record-00000-of-00001": functools.partial(
+        _write_array_record, group_size=50
+    ),
+    "saved": _write_saved,
+}
+SUFFIXES = sorted({*readers.READER_OF_SUFFIX})
+DAMAGED = [name for name in WRITERS if name not in ("saved", "a.jsonl")]
+PLACES = {
+    "a.jsonl": ":{0}",
+    "a.parquet": ":row group {1}, row {2}",
+    "a.arrow": "#{3}",
+    "a.array_record": "#{3}",
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_records(tmp_path, name):
+    WRITERS[name](tmp_path / name, RECORDS)
+    records = list(sources.read(str(tmp_path / name)))
+    assert [record.fields for record in records] == RECORDS
+    assert records == list(sources.read(str(tmp_path)))
+    if name in PLACES:
+        place = PLACES[name].format(213, 2, 12, 212)
+        assert records[212].place == str(tmp_path / name) + place
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_hashes_cover_what_is_read(tmp_path, name):
+    WRITERS[name](tmp_path / name, RECORDS)
+    hashes = sources.hashes(str(tmp_path))
+    files = {f for f in tmp_path.rglob("*") if f.is_file()}
+    assert set(hashes) == {str(f) for f in files if f.name != "dataset_info.json"}
+    WRITERS[name](tmp_path / f"b{name}", RECORDS[::-1])
+    assert not set(hashes.values()) & set(
+        sources.hashes(str(tmp_path / f"b{name}")).values()
+    ) - {hashes.get(str(tmp_path / name / "state.json"))}
+
+
+def test_gs_is_read_where_the_library_can(tmp_path):
+    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "saved"):
+        WRITERS[name](tmp_path / name, RECORDS)
+
+    def here(function, path, *args):
+        return function(str(path).replace("gs://bucket", str(tmp_path)), *args)
+
+    mocked = dict.fromkeys(("exists", "isdir", "listdir", "open"), here)
+    with epath_testing.mock_epath(**mocked):
+        read = list(sources.read("gs://bucket"))
+        assert [record.fields for record in read] == RECORDS * 5
+        assert read[0].place == "gs://bucket/a.arrow#0"
+        assert len(sources.hashes("gs://bucket")) == 7
+        _write_array_record(tmp_path / "a.array_record", RECORDS)
+        with pytest.raises(InputError, match="array_record is read from local disks"):
+            sources.read("gs://bucket/a.array_record")
+
+
+def test_a_folder_is_read_by_what_lies_in_it(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(sources.logging, "warning", lambda *args: warnings.append(args))
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        _write_jsonl(tmp_path / name / "one.jsonl", [{"text": f"{name} one"}])
+        _write_parquet(tmp_path / name / "two.parquet", [{"text": f"{name} two"}])
+        (tmp_path / name / "zero.md").write_text(f"{name} zero")
+        (tmp_path / name / "x.csv").write_text("x")
+    (tmp_path / "LICENSE").write_text("x")
+    _write_saved(tmp_path / "b" / "dataset", [{"text": "first"}, {"text": "second"}])
+    in_a = ["a one", "a two", "a zero"]
+    in_b = ["first", "second", "b one", "b two", "b zero"]
+    assert _texts(tmp_path) == in_a + in_b
+    ((_, *values),) = warnings
+    assert values[1:3] == [3, "2 .csv, 1 no suffix"]
+    assert _texts(tmp_path / "*") == in_a + in_b
+    assert _texts(tmp_path, "jsonl") == ["a one", "b one"]
+    assert _texts(tmp_path, "arrow") == ["first", "second"]
+    assert _texts(tmp_path / "a" / "x.csv", "text") == ["x"]
+    assert len(warnings) == 2
+    with pytest.raises(InputError, match=r"'tfds' goes with what is there \(.*2 .csv"):
+        sources.read(str(tmp_path), "tfds")
+
+
+def test_what_cannot_be_read_is_listed(tmp_path):
+    with pytest.raises(InputError, match="no file matches"):
+        sources.read(str(tmp_path))
+    for name in ("a.csv", "b.csv", "c.pdf"):
+        (tmp_path / name).write_text("x")
+    words = r"no reader .*\(2 .csv, 1 .pdf\); known are .jsonl, .jsonl.gz, .jsonl.zst, "
+    with pytest.raises(InputError, match=words):
+        sources.read(str(tmp_path))
+    with pytest.raises(InputError, match=r"a.csv: no reader .*\(1 .csv\)"):
+        sources.read(str(tmp_path / "a.csv"))
+
+
+def _read_on(path, **settings):
+    """Texts and problems."""
+    problems = []
+    records = list(sources.read(str(path), on_bad=problems.append, **settings))
+    messages = [str(problem) for problem in problems]
+    assert not any("\n" in message for message in messages)
+    return [record.fields for record in records], messages
+
+
+def _assert_damage(path, least):
+    """At least so many records before the damage; one problem, which is raised else."""
+    fields, (problem,) = _read_on(path)
+    assert least <= len(fields) < len(RECORDS)
+    assert fields == RECORDS[: len(fields)]
+    place = f"{path}:" if len(fields) == 0 else str(path)
+    assert problem.startswith(place)
+    with pytest.raises(InputError) as error:
+        list(sources.read(str(path)))
+    assert str(error.value) == problem
+    return problem
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_named(tmp_path, name, kept):
+    file = tmp_path / name
+    WRITERS[name](file, RECORDS)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content))])
+    if kept == 0 and ".gz" in name:
+        fields, (problem,) = _read_on(file)  # no members, which gzip allows
+        assert (fields, problem) == ([], f"{file}: has no records; remove it, or write")
+    # Formats whose index is at the end have nothing before it.
+    has_stream = name in ("a.jsonl.gz", "a.jsonl.zst", "a.arrow")
+    _assert_damage(file, 30 if kept > 0.1 and has_stream else 0)
+
+
+def test_a_stream_cut_between_two_batches_is_named(tmp_path):
+    file = tmp_path / "a.arrow"
+    _write_arrow(file, RECORDS)
+    content = file.read_bytes()
+    assert content.endswith(b"\xff\xff\xff\xff\0\0\0\0")
+    file.write_bytes(content[:-8])
+    fields, (problem,) = _read_on(file)
+    assert fields == RECORDS
+    assert problem.startswith(f"{file}#299: after this record the file is damaged")
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_flipped_bits_never_escape(tmp_path, name):
+    file = tmp_path / name
+    WRITERS[name](file, RECORDS)
+    content = file.read_bytes()
+    for place in range(0, len(content), max(1, len(content) // 60)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        _read_on(file)
+
+
+def test_a_flipped_bit_in_a_page_is_found_by_its_checksum(tmp_path):
+    file = tmp_path / "a.parquet"
+    options = {"compression": "none", "use_dictionary": False}
+    _write_parquet(file, RECORDS, write_page_checksum=True, **options)
+    content = bytearray(file.read_bytes())
+    content[content.index("dócument 150".encode()) + 9] ^= 1
+    file.write_bytes(content)
+    problem = _assert_damage(file, 100)
+    assert problem.startswith(f"{file}:row group 0, row 99: after this record")
+    assert "CRC" in problem
+
+
+def test_a_flipped_bit_in_an_array_record_is_found(tmp_path):
+    file = tmp_path / "a.array_record"
+    _write_array_record(file, RECORDS, group_size=50)
+    content = bytearray(file.read_bytes())
+    content[2 * len(content) // 5] ^= 1
+    file.write_bytes(content)
+    _assert_damage(file, 0)
+
+
+def test_a_shard_that_was_not_closed_is_named(tmp_path):
+    file = tmp_path / "a.array_record"
+    writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
+    writer.write(b"x" * 100)
+    assert "no ArrayRecord index at its end" in _assert_damage(file, 0)
+    writer.close()
+    assert _texts(file) == ["x" * 100]
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    _write_saved(tmp_path / "saved", RECORDS)
+    (tmp_path / "saved" / "data-2.arrow").unlink()
+    fields, (problem,) = _read_on(tmp_path / "saved")
+    assert fields == RECORDS[150:]
+    assert problem.startswith(f"{tmp_path}/saved/data-2.arrow: cannot be read as arrow")
+    assert "No such file" in problem
+    hashes = sources.hashes(str(tmp_path / "saved"))
+    assert hashes[f"{tmp_path}/saved/data-2.arrow"] == "missing"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"_data_files": [3]}', "\udcff"])
+def test_a_bad_marker_is_named(tmp_path, content):
+    _write_saved(tmp_path / "saved", RECORDS)
+    file = tmp_path / "saved" / "state.json"
+    file.write_text(content, errors="surrogateescape")
+    with pytest.raises(InputError, match="state.json: not what a saved dataset has"):
+        sources.read(str(tmp_path))
+
+
+def test_splits_of_a_dataset_dict(tmp_path):
+    file = tmp_path / "dataset_dict.json"
+    file.write_text(json.dumps({"splits": ["train", "test"]}))
+    _write_saved(tmp_path / "train", RECORDS)
+    _write_saved(tmp_path / "test", RECORDS[:9])
+    assert len(list(sources.read(str(tmp_path), split="test"))) == 9
+    assert len(sources.hashes(str(tmp_path), split="test")) == 3
+    words = "has the splits train, test; set the source's `split` to one of them"
+    with pytest.raises(InputError, match=f"{tmp_path}: {words}$"):
+        sources.read(str(tmp_path))
+    with pytest.raises(InputError, match=f"{words}, not 'dev'"):
+        sources.read(str(tmp_path), split="dev")
+    with pytest.raises(InputError, match=r"split='test\[:1\]'; of these only one"):
+        sources.read(str(tmp_path), split="test[:1]")
+    with pytest.raises(InputError, match="split='test', but nothing there has splits"):
+        sources.read(str(tmp_path / "test"), split="test")
+    file.write_text(json.dumps({"splits": ["test"]}))
+    assert len(list(sources.read(str(tmp_path)))) == 9
+
+
+def test_what_datasets_saves_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_list(RECORDS)
+    dataset.shuffle(seed=0).save_to_disk(tmp_path / "one", num_shards=3)
+    fields = [record.fields for record in sources.read(str(tmp_path / "one"))]
+    assert fields == list(datasets.load_from_disk(tmp_path / "one"))
+    splits = datasets.DatasetDict({"train": dataset, "test": dataset.select([7, 3])})
+    splits.save_to_disk(tmp_path / "both")
+    test = sources.read(str(tmp_path / "both"), split="test")
+    assert [record.fields["n"] for record in test] == [7, 3]
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+    import numpy as np
+    import tensorflow_datasets as tfds
+
+    class Toy(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            text = tfds.features.Text()
+            features = {
+                "text": text,
+                "n": tfds.features.Scalar(np.int64),
+                "score": tfds.features.Scalar(np.float64),
+                "messages": tfds.features.Sequence({"role": text, "content": text}),
+                "tags": tfds.features.Sequence(text),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, _):
+            return {
+                "train": self._examples(RECORDS),
+                "test": self._examples(RECORDS[:9]),
+            }
+
+        def _examples(self, records):
+            return ((record["n"], record) for record in records)
+
+        _generate_examples = _examples
+
+    folder = tmp_path_factory.mktemp("tfds")
+    builder = Toy(data_dir=folder, file_format="array_record")
+    builder.download_and_prepare()
+    return folder / "toy" / "1.0.0"
+
+
+def test_tfds(tfds_folder):
+    records = list(sources.read(str(tfds_folder), split="train"))
+    fields = [record.fields for record in records]
+    assert sorted(fields, key=lambda record: record["n"]) == RECORDS
+    assert records[3].place == f"{tfds_folder}:train#3"
+    ten = sources.read(str(tfds_folder), split="train[:10%]")
+    assert [record.fields for record in ten] == fields[:30]
+    assert len(list(sources.read(str(tfds_folder), split="all"))) == 309
+    hashes = sources.hashes(str(tfds_folder), split="test")
+    assert {os.path.basename(file) for file in hashes} == {
+        "dataset_info.json", "features.json", "toy-test.array_record-00000-of-00001",
+    }  # fmt: skip
+    # As one of the folders below another.
+    assert len(list(sources.read(str(tfds_folder.parent), split="test"))) == 9
+
+
+@pytest.mark.parametrize("split", ["", "dev", "train[:", "train+dev"])
+def test_a_split_that_tfds_does_not_have(tfds_folder, split):
+    words = r"splits train, test; set" if split != "train[:" else "parsing split"
+    with pytest.raises(InputError, match=words):
+        list(sources.read(str(tfds_folder), split=split))
+    if split != "train[:":
+        with pytest.raises(InputError, match=words):
+            sources.read(str(tfds_folder), split=split)
+
+
+@pytest.fixture
+def tfds_copy(tfds_folder, tmp_path):
+    for file in tfds_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def test_tfds_of_another_file_format(tfds_copy):
+    file = tfds_copy / "dataset_info.json"
+    file.write_text(file.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(InputError, match="TFDS dataset as tfrecord; build it with"):
+        sources.read(str(tfds_copy), split="train")
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "empty", "features", "info"]
+)
+def test_a_damaged_tfds_folder(tfds_copy, damage):
+    shard = tfds_copy / "toy-train.array_record-00000-of-00001"
+    content = shard.read_bytes()
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "features":
+        (tfds_copy / "features.json").write_text("{}")
+    elif damage == "info":
+        info = tfds_copy / "dataset_info.json"
+        info.write_text(info.read_text().replace("300", '"x"'))
+    else:
+        shard.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
+    fields, (problem,) = _read_on(tfds_copy, split="train")
+    assert fields == []
+    assert problem.startswith(f"{tfds_copy}: cannot be read as tfds")
+
+
+def test_a_shard_of_tfds_is_no_text(tfds_folder):
+    shard = tfds_folder / "toy-test.array_record-00000-of-00001"
+    fields, problems = _read_on(shard)
+    assert fields == []
+    assert len(problems) == 9
+    assert all("of serialized tf.Examples name the TFDS folder" in p for p in problems)
+
+
+def test_reading_goes_on_after_a_bad_line(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "a"}\n{"text": \n{"text": "\xff"}\n3\n{"text": "b"}\n')
+    fields, problems = _read_on(file)
+    assert fields == [{"text": "a"}, {"text": "b"}]
+    assert [p.split(": ")[0] for p in problems] == [f"{file}:{n}" for n in (2, 3, 4)]
+
+
+def test_reading_goes_on_after_a_bad_record(tmp_path):
+    file = tmp_path / "a.array_record"
+    contents = [b'{"text": "a"}', b"\xff", "plain tÿxt".encode(), b"\0\1", b"[3]"]
+    _write_array_record(file, contents)
+    fields, problems = _read_on(file)
+    assert fields == [{"text": t} for t in ("a", "plain tÿxt", "[3]")]
+    assert [p.split(": ")[0] for p in problems] == [f"{file}#1", f"{file}#3"]
+    with pytest.raises(InputError, match=r"a.array_record#1: neither JSON nor UTF-8"):
+        list(sources.read(str(file)))
+
+
+def test_values_become_what_json_has(tmp_path):
+    import datetime
+    import decimal
+
+    row = {
+        "text": b"caf\xc3\xa9",
+        "when": datetime.date(2026, 11, 3),
+        "price": decimal.Decimal("1.50"),
+        "parts": {"a": [b"x", None]},
+    }
+    _write_parquet(tmp_path / "a.parquet", [row, row | {"text": b"\xff\xd8"}, row])
+    fields, (problem,) = _read_on(tmp_path / "a.parquet")
+    text = {"text": "café", "when": "2026-11-03", "price": "1.50"}
+    assert fields == [text | {"parts": {"a": ["x", None]}}] * 2
+    assert problem.startswith(
+        f"{tmp_path}/a.parquet:row group 0, row 1: a value is not"
+    )
+    assert json.loads(json.dumps(fields)) == fields
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", os.urandom(5000), b"PAR1" * 40, b"ARROW1\0\0" * 40]
+)
+def test_garbage_is_named(tmp_path, suffix, content):
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(content)
+    if suffix in (".txt", ".md") and content.isascii() and content.strip():
+        return
+    with pytest.raises(InputError) as error:
+        list(sources.read(str(file)))
+    assert str(error.value).startswith(str(file))
+
+
+def _peak(path, **settings):
+    """The number of records, and bytes that Python and pyarrow had at most."""
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    count = most = 0
+    for _ in sources.read(str(path), **settings):
+        count += 1
+        most = max(most, pa.total_allocated_bytes() - before)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return count, most + peak
+
+
+@pytest.mark.parametrize("pack", [bytes, _zstd])
+def test_a_line_of_50_megabytes_is_read(tmp_path, pack):
+    file = tmp_path / ("a.jsonl" if pack is bytes else "a.jsonl.zst")
+    _write_jsonl(file, [{"text": "x" * 50_000_000}, {"text": "b"}], pack)
+    count, peak = _peak(file)
+    assert count == 2
+    assert peak < 5 * 50_000_000
+
+
+def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path):
+    file = tmp_path / "a.jsonl.zst"
+    line = b'{"text": "' + b"x" * (3 * readers.MAX_LINE_BYTES) + b'"}\n{"text": "b"}\n'
+    file.write_bytes(_zstd(line))
+    problems = []
+    count, peak = _peak(file, on_bad=problems.append)
+    assert (count, len(problems)) == (1, 1)
+    assert f"{file}:1: the line is longer than 64 MiB" in str(problems[0])
+    assert peak < 2.5 * readers.MAX_LINE_BYTES
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "b.arrow"]
+)
+def test_memory_does_not_grow_with_the_file(tmp_path, name):
+    file = tmp_path / name
+    records = [{"text": os.urandom(2000).hex()} for _ in range(10_000)]
+    if name == "a.parquet":  # all of it one row group
+        _write_parquet(file, records, row_group_size=10_000, use_dictionary=False)
+    else:
+        WRITERS[name](file, records)
+    assert file.stat().st_size > 20e6
+    count, peak = _peak(file)
+    assert count == 10_000
+    assert peak < 8e6
+
+
+def test_skipping_counts_files_lines_and_records_together(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(
+        pipeline.logging, "warning", lambda text, *args: warnings.append(text % args)
+    )
+    lines = b'{"text": "a"}\n3\n{"text": 3}\n{"text": " "}\n{"text": "b"}\n'
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(_jsonl_bytes(RECORDS))[:-9])
+    config = config_lib.default()
+    source = config_lib.source(path=str(tmp_path), on_bad_record="skip")
+    held_in, held_out = pipeline.read_source(config, source)
+    assert [record.fields["text"] for record in held_in[:2]] == ["a", "b"]
+    assert 200 < len(held_in) < 302
+    assert held_out == []
+    words = "skipped 4 bad records or ends of damaged files, such as"
+    assert warnings == [
+        f"{tmp_path}: {words} {tmp_path}/a.jsonl:2: a JSON int, an object such as "
+        '{"text": "..."} is wanted'
+    ]
+    source.on_bad_record = "refuse"
+    with pytest.raises(InputError, match="a.jsonl:2"):
+        pipeline.read_source(config, source)
+    (tmp_path / "a.jsonl").write_bytes(b"3\n4\n")
+    source = config_lib.source(path=f"{tmp_path}/a.jsonl", on_bad_record="skip")
+    with pytest.raises(InputError, match="no record is left, 2 are skipped"):
+        pipeline.read_source(config, source)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+IN_TMP = [hypothesis.HealthCheck.function_scoped_fixture]
+
+
+def _outcome(path):
+    """Records or an error, twice the same."""
+    outcomes = []
+    for _ in range(2):
+        try:
+            outcomes.append(repr(list(sources.read(str(path)))))
+        except InputError as error:
+            outcomes.append(f"error: {error}")
+    assert outcomes[0] == outcomes[1]
+    assert "\n" not in outcomes[0]
+    return outcomes[0]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@hypothesis.settings(max_examples=40, deadline=None, suppress_health_check=IN_TMP)
+@hypothesis.given(content=st.binary(max_size=200))
+def test_any_bytes_are_records_or_an_error(tmp_path, suffix, content):
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(content)
+    _outcome(file)
+    _read_on(file)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=IN_TMP)
+@hypothesis.given(values=st.lists(JSON, min_size=1))
+def test_any_json_is_records_or_an_error(tmp_path, values):
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, values)))
+    outcome = _outcome(tmp_path / "a.jsonl")
+    assert outcome.startswith("error: ") != all(isinstance(v, dict) for v in values)
+    _write_array_record(tmp_path / "a.array_record", values)
+    _outcome(tmp_path / "a.array_record")
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@hypothesis.settings(max_examples=40, deadline=None, suppress_health_check=IN_TMP)
+@hypothesis.given(data=st.data())
+def test_any_damage_is_records_or_an_error(tmp_path, name, data):
+    file = tmp_path / name
+    WRITERS[name](file, RECORDS[:9])
+    content = bytearray(file.read_bytes())
+    start = data.draw(st.integers(0, len(content) - 1))
+    damage = data.draw(st.binary(min_size=1, max_size=16))
+    content[start : start + len(damage)] = damage
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    _outcome(file)
+    _read_on(file)
 
 
 def _records(count):

@@ -94,6 +94,59 @@ def test_resuming_on_another_mesh_goes_on_with_the_same_losses(tiny_config, tmp_
         assert actual[step]["loss"] == pytest.approx(row["loss"], rel=2e-4)
 
 
+def test_a_phase_reads_its_sources_to_the_end(tiny_config, tmp_path):
+    config = tiny_config
+    config.train.num_steps = 0
+    config.sources.domain.epochs = 1.0
+    config.sources.instructions.max_tokens = 2000
+    results = train.run(config, str(tmp_path / "run"), "cpt")
+    domain, instructions = results["mixture"]
+    assert domain["epochs"] == 1
+    rows = losses(tmp_path / "run")
+    read = {
+        name: sum(row[f"{name}/tokens"] for row in rows.values())
+        for name in ("domain", "instructions")
+    }
+    assert read["domain"] == domain["learnt_tokens"]
+    assert 2000 <= read["instructions"] < 2000 + 2 * config.data.row_length
+    num_rows = domain["rows"] + instructions["epochs"] * instructions["rows"]
+    assert len(rows) == -(-num_rows // config.data.batch_size)
+
+    config.train.num_steps = len(rows) + 1
+    with pytest.raises(InputError, match=f"end after {len(rows)} steps"):
+        train.run(config, str(tmp_path / "more"), "cpt")
+
+
+def test_the_batch_size_may_change_on_the_way(tiny_config, tmp_path):
+    """The rows go on where they stopped: none is lost, none read twice."""
+    config = tiny_config
+    config.train.num_steps = 5
+    tokens = []
+    original = train.pipeline.batches
+    with pytest.MonkeyPatch.context() as patch:
+
+        def batches(*args):
+            for batch in original(*args):
+                tokens.append(batch["tokens"])
+                yield batch
+
+        patch.setattr(train.pipeline, "batches", batches)
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, str(tmp_path / "run"), "cpt")
+        first = tokens[:2]
+        tokens.clear()
+        patch.setattr(train.pipeline, "batches", batches)
+        config.data.batch_size = 16
+        train.run(config, str(tmp_path / "run"), "cpt")
+    read = np.concatenate([*first, *tokens[:3]])
+    config.data.batch_size = 8
+    data = train.pipeline.load(config, phase.start(config, str(tmp_path), "").tokenizer)
+    whole = original(config, data, 0)
+    expected = np.concatenate([b["tokens"] for b, _ in zip(whole, range(8))])
+    np.testing.assert_array_equal(read, expected)
+
+
 def stop_after(patch, num_batches):
     """Makes the data stream raise KeyboardInterrupt after so many batches."""
     original = train.pipeline.batches

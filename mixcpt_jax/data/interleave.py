@@ -6,7 +6,7 @@ read in the order in which they are due. So every source is always within a row 
 and row `i` of the stream is found without those before it: time is cut into blocks, and
 the rows that are due in a block are counted and sorted on their own.
 
-Shape suffixes: M sources, K rows of a block.
+Shape suffixes: M sources, K rows of a block, N times in it.
 """
 
 import functools
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 _BLOCK = 4096  # rows, give or take one per source
+_TIMES = 65  # at which C_s is evaluated in a block
 
 
 class _Piece(NamedTuple):
@@ -93,7 +94,6 @@ class Interleaving:
 
     def _make_block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Sources and their rows, int64 [K] each, in the order in which they are due."""
-        begin_M, end_M = (self._should(t * _BLOCK) for t in (number, number + 1))
         first_M, last_M = (self._due(t * _BLOCK) for t in (number, number + 1))
         sources_K = np.repeat(np.arange(len(first_M)), last_M - first_M)
         rows_K = np.concatenate(
@@ -102,9 +102,19 @@ class Interleaving:
                 for first, last in zip(first_M, last_M, strict=True)
             ]
         )
-        # Within a block shares are taken to be constant.
-        rate_M = np.maximum(end_M - begin_M, 1e-300)
-        due_K = (rows_K + 0.5 - begin_M[sources_K]) / rate_M[sources_K]
+        # Between these times shares are taken to be constant.
+        begin, end = number * _BLOCK, (number + 1) * _BLOCK
+        knots = [p.start for p in self._pieces if begin < p.start < end]
+        times = np.union1d(np.linspace(begin, end, _TIMES), knots)
+        should_MxN = np.stack([self._should(time) for time in times], axis=1)
+        due_K = np.concatenate(
+            [
+                np.interp(np.arange(first, last) + 0.5, should_N, times)
+                for first, last, should_N in zip(
+                    first_M, last_M, should_MxN, strict=True
+                )
+            ]
+        )
         order_K = np.argsort(due_K, kind="stable")
         return sources_K[order_K], rows_K[order_K]
 

@@ -2,8 +2,8 @@
 
 The whole stream is planned from the lengths of the examples. Packing is computed
 once; from then on row `i` of the stream is a function of (sources, seed, i) alone, so
-it is the same for any number of hosts and worker processes, and reading can start
-again anywhere.
+it is the same for any number of hosts and worker processes and any size of batches, and
+reading can start again anywhere. `interleave` says which source row `i` is from.
 
 Terms: an example of `n` tokens has `n - 1` targets. A piece is a run of one example's
 targets together with their inputs. A row is one or more pieces, then padding. A pair is
@@ -13,6 +13,7 @@ prompt; it lies whole in one row, as two pieces that follow each other.
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import grain
@@ -21,18 +22,17 @@ from absl import flags
 
 from mixcpt_jax.config import OBJECTIVES
 from mixcpt_jax.data.format import Examples
+from mixcpt_jax.data.interleave import Interleaving
 from mixcpt_jax.errors import InputError
 
-STRATEGIES = ("best_fit", "split")
+STRATEGIES = ("best_fit", "first_fit", "split")
+
+# Rows that `first_fit` has in hand.
+_OPEN_ROWS = 64
 
 # Rows of the stream. Grain computes lengths in floating point, which overflows at the
 # greatest integer, the length of a dataset repeated without end.
 _ENDLESS = 2**62
-
-# Rows of the rarest source in one period of the interleaving. Grain scales weights to
-# this and cuts them to whole numbers; rounding them here first halves the error and
-# lets `describe` state what is delivered.
-_ROWS_OF_RAREST = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,10 @@ class Source:
       examples: what it holds.
       share: its share of the learnt tokens relative to the other sources' (any
         positive scale); 0 leaves it out and keeps its name and number.
+      final_share: the same at the end of the stream; between, shares move linearly in
+        rows. None: it stays.
+      epochs: how often each of its rows occurs in the stream, at most; 0: no limit.
+      max_tokens: how many of its learnt tokens do, at most, to a row; 0: no limit.
       objectives: weight of each objective on its tokens, such as {"lssd": 1.0}; its
         rows have an array of weights for each of `OBJECTIVES`.
       has_pairs: its examples are pairs.
@@ -54,6 +58,9 @@ class Source:
     name: str
     examples: Examples
     share: float = 1.0
+    final_share: float | None = None
+    epochs: float = 0.0
+    max_tokens: int = 0
     objectives: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"lssd": 1.0}
     )
@@ -159,6 +166,9 @@ def pack(
         in the last row. 'best_fit' cuts only what is longer than a row, and puts the
         pieces, longest first, each into the fullest row that has room for it
         (Ding et al. 2024, arXiv 2404.10830): no needless cut, a little padding.
+        'first_fit' cuts the same, and puts the pieces, in their random order, each into
+        the first of the last `_OPEN_ROWS` rows that has room: what a stream allows that
+        is not known to its end, with more padding.
       seed: of the random order.
 
     Raises:
@@ -189,7 +199,13 @@ def pack(
     # Examples without targets share their beginning with the next one; `ends` tells
     # them apart.
     owner = np.searchsorted(ends, cuts, side="right")
-    row = cuts // row_length if strategy == "split" else _best_fit(length, row_length)
+    match strategy:
+        case "split":
+            row = cuts // row_length
+        case "best_fit":
+            row = _best_fit(length, row_length)
+        case "first_fit":
+            row = _first_fit(length, row_length)
     by_row = np.argsort(row, kind="stable")
     return PackingPlan(
         row_length=row_length,
@@ -252,6 +268,25 @@ def _best_fit(sizes: np.ndarray, row_length: int) -> np.ndarray:
     return row_of
 
 
+def _first_fit(sizes: np.ndarray, row_length: int) -> np.ndarray:
+    """As `_best_fit`, a piece after the other into one of the last rows opened."""
+    row_of = np.empty(len(sizes), np.int64)
+    open_rows: list[tuple[int, int]] = []  # (row, its room), the oldest first
+    num_rows = 0
+    for piece, size in enumerate(sizes.tolist()):
+        for at, (row, room) in enumerate(open_rows):
+            if room >= size:
+                open_rows[at] = row, room - size
+                break
+        else:
+            row = num_rows
+            num_rows += 1
+            del open_rows[: len(open_rows) - _OPEN_ROWS + 1]
+            open_rows.append((row, row_length - size))
+        row_of[piece] = row
+    return row_of
+
+
 class PackedRows:
     """The rows of one source, by index; a grain random access data source.
 
@@ -310,7 +345,6 @@ class PackedRows:
             arrays[f"{name}_weights"] = mask * np.float32(weight)
         if self.source.reference_logps is not None:
             logps = self.source.reference_logps[plan.example[pieces]]
-            arrays["reference_logps"] = np.zeros(self.num_segments, np.float32)
             arrays["reference_logps"][: len(logps)] = logps
         return arrays
 
@@ -326,7 +360,7 @@ class PackedRows:
     def empty_row(self) -> dict[str, np.ndarray]:
         """A row of padding: it has no weight in any sum."""
         shape = (self.plan.row_length,)
-        return {
+        arrays = {
             "tokens": np.full(shape, self.pad_id, np.int32),
             "targets": np.full(shape, self.pad_id, np.int32),
             "positions": np.zeros(shape, np.int32),
@@ -334,6 +368,9 @@ class PackedRows:
             "source_ids": np.full(shape, self.source_id, np.int32),
             "loss_mask": np.zeros(shape, np.float32),
         } | {f"{name}_weights": np.zeros(shape, np.float32) for name in OBJECTIVES}
+        if self.source.reference_logps is not None:
+            arrays["reference_logps"] = np.zeros(self.num_segments, np.float32)
+        return arrays
 
 
 def pack_sources(
@@ -388,26 +425,29 @@ def mixture(
     num_hosts: int = 1,
     host: int = 0,
     num_workers: int = 0,
-    first_batch: int = 0,
+    first_row: int = 0,
+    num_rows: int = 0,
 ) -> grain.IterDataset:
-    """An endless stream of batches in which tokens have the shares asked for.
+    """A stream of batches in which tokens have the shares asked for.
 
     Rows of the sources are interleaved evenly; each source is read in a new random
-    order every epoch. Host `h` of `H` takes rows `h::H` of the stream, so global batch
-    `k` has the same rows for every `H`.
+    order every epoch. Host `h` of `H` takes rows `h::H` of the stream, so a global batch
+    has the same rows for every `H`. The stream has no end unless every source has a
+    limit; then empty rows fill up the last batch.
 
     Args:
       sources: see `pack_sources`.
       batch_size: rows of the global batch, over all hosts.
       seed: of the order of rows.
       num_workers: worker processes; 0 prefetches in a thread of this one.
-      first_batch: where in the stream to begin.
+      first_row: where in the stream to begin.
+      num_rows: when final shares are reached; not needed where there are none.
 
     Returns:
       A dataset of batches: the arrays of `PackedRows`, [batch_size / num_hosts,
       row_length]. To go on after `k` batches, restore the iterator's `get_state`, or
-      make the dataset anew with `first_batch=k`; only the second way lets the numbers
-      of hosts and workers change.
+      make the dataset anew with `first_row`; only the second way lets the numbers of
+      hosts and workers and the batch size change.
 
     Raises:
       InputError: the hosts cannot share the batch evenly.
@@ -416,18 +456,9 @@ def mixture(
         raise InputError(
             f"batch_size is {batch_size}, a multiple of the {num_hosts} hosts is wanted"
         )
-    used = [rows for rows in sources if rows.source.share]
-    streams = [
-        grain.MapDataset.source(rows)
-        .shuffle(seed=_seed(seed, rows.source_id))
-        .repeat(None)
-        for rows in used
-    ]
-    counts = _row_counts(used)
-    dataset = grain.MapDataset.mix(streams, weights=counts.tolist())
-    dataset = dataset[host:_ENDLESS:num_hosts].batch(batch_size // num_hosts)
-    dataset = dataset[first_batch:]
-    dataset = dataset.to_iter_dataset(
+    dataset = grain.MapDataset.source(_Stream(sources, seed, num_rows, batch_size))
+    dataset = dataset[first_row + host : len(dataset) : num_hosts]
+    dataset = dataset.batch(batch_size // num_hosts).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     )
     if not num_workers:
@@ -439,6 +470,73 @@ def mixture(
     return dataset.mp_prefetch(
         grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
     )
+
+
+class _Stream:
+    """The rows of all sources in the order of the stream; a grain data source."""
+
+    def __init__(self, sources, seed: int, num_rows: int, batch_size: int):
+        self._used = [rows for rows in sources if rows.source.share]
+        self._epochs = [
+            grain.MapDataset.source(rows)
+            .shuffle(seed=_seed(seed, rows.source_id))
+            .repeat(None)
+            for rows in self._used
+        ]
+        self._order = interleaving(self._used, num_rows)
+        self._length = _ENDLESS
+        if self._order.num_rows < _ENDLESS:
+            self._length = math.ceil(self._order.num_rows / batch_size) * batch_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self) -> str:
+        # Grain compares it when an iterator's state is restored.
+        return f"Stream({self._used})"
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        if row >= self._order.num_rows:
+            return self._used[0].empty_row()
+        source, nth = self._order[row]
+        return self._epochs[source][nth]
+
+
+def interleaving(sources: Sequence[PackedRows], num_rows: int) -> Interleaving:
+    """The order of the rows of sources that have a share.
+
+    Args:
+      sources: see `pack_sources`.
+      num_rows: when final shares are reached.
+    """
+    density_M = np.array([_density(rows) for rows in sources])
+    shares_M = np.array([rows.source.share for rows in sources], float)
+    final_M = np.array(
+        [
+            rows.source.share
+            if rows.source.final_share is None
+            else rows.source.final_share
+            for rows in sources
+        ],
+        float,
+    )
+    moves = bool((final_M != shares_M).any())
+    return Interleaving(
+        (shares_M / density_M).tolist(),
+        (final_M / density_M).tolist() if moves else None,
+        num_rows if moves else 0,
+        [_limit(rows) for rows in sources],
+    )
+
+
+def _limit(rows: PackedRows) -> float:
+    """Rows that a source gives at most."""
+    source = rows.source
+    epochs = round(source.epochs * len(rows)) if source.epochs else math.inf
+    budget = math.inf
+    if source.max_tokens:
+        budget = math.ceil(source.max_tokens / _density(rows))
+    return max(1, min(epochs, budget))
 
 
 def evaluation_batches(
@@ -453,48 +551,51 @@ def evaluation_batches(
         yield {name: np.stack([row[name] for row in batch]) for name in batch[0]}
 
 
-def describe(sources: Sequence[PackedRows]) -> list[dict]:
-    """What each source holds and what `mixture` gives of it, one dict a source.
+def describe(sources: Sequence[PackedRows], num_rows: int) -> list[dict]:
+    """What each source holds and what the first rows of the stream give of it.
 
-    Keys: name, documents, tokens, learnt_tokens (an epoch's targets with a loss),
-    rows, pieces, padding (share of an epoch's row positions), share_asked and
-    share_delivered (of the learnt tokens), row_share (of the stream's rows), epoch_rows
-    (rows of the whole stream in which the source is read once; None if it never is).
+    Args:
+      sources: see `pack_sources`.
+      num_rows: how many rows of the stream are read.
+
+    Returns:
+      One dict a source: name, documents, tokens, learnt_tokens (an epoch's targets with
+      a loss), rows, pieces, padding (share of an epoch's row positions), share_asked (of
+      the learnt tokens, at the beginning), share_delivered (of those in the `num_rows`)
+      and epochs (how often the source is read in them).
     """
-    counts = np.zeros(len(sources))
-    used = [number for number, rows in enumerate(sources) if rows.source.share]
-    counts[used] = _row_counts([sources[number] for number in used])
-    row_shares = (counts / counts.sum()).tolist()
-    learnt = counts * [_density(rows) for rows in sources]
-    delivered = (learnt / learnt.sum()).tolist()
-    asked = sum(rows.source.share for rows in sources)
+    used = [rows for rows in sources if rows.source.share]
+    given = dict(
+        zip(
+            (rows.source.name for rows in used),
+            interleaving(used, num_rows).given(num_rows).tolist(),
+            strict=True,
+        )
+    )
+    learnt = {
+        rows.source.name: given.get(rows.source.name, 0) * _density(rows)
+        for rows in sources
+    }
+    total, asked = sum(learnt.values()), sum(rows.source.share for rows in sources)
     table = []
-    for number, rows in enumerate(sources):
-        examples, plan = rows.source.examples, rows.plan
+    for rows in sources:
+        source, plan = rows.source, rows.plan
         positions = max(1, len(plan) * plan.row_length)
-        row_share = row_shares[number]
         table.append(
             {
-                "name": rows.source.name,
-                "documents": len(examples),
-                "tokens": len(examples.tokens),
-                "learnt_tokens": examples.num_learnt,
+                "name": source.name,
+                "documents": len(source.examples),
+                "tokens": len(source.examples.tokens),
+                "learnt_tokens": source.examples.num_learnt,
                 "rows": len(plan),
                 "pieces": len(plan.length),
                 "padding": 1 - int(plan.length.sum()) / positions,
-                "share_asked": rows.source.share / asked,
-                "share_delivered": delivered[number],
-                "row_share": row_share,
-                "epoch_rows": len(plan) / row_share if row_share else None,
+                "share_asked": source.share / asked,
+                "share_delivered": learnt[source.name] / total,
+                "epochs": given.get(source.name, 0) / max(1, len(plan)),
             }
         )
     return table
-
-
-def _row_counts(used: Sequence[PackedRows]) -> np.ndarray:
-    """Rows of each source in one period of the mixture, int64 [sources]."""
-    rows = np.array([rows.source.share / _density(rows) for rows in used])
-    return np.round(_ROWS_OF_RAREST * rows / rows.min()).astype(np.int64)
 
 
 def _density(rows: PackedRows) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ class Data:
       prompts: conversations to answer before and after.
       files: what was read, name -> {file: hash}.
       report: one dict per source: what it holds and what the mixture gives of it.
+      num_steps: how many the phase takes.
     """
 
     packed: list[mixture.PackedRows]
@@ -39,6 +41,7 @@ class Data:
     prompts: list[list[dict[str, str]]]
     files: dict[str, dict[str, str]]
     report: list[dict[str, Any]]
+    num_steps: int
 
 
 def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
@@ -62,28 +65,35 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
         held_in[name] = []
         if (is_training and source.weight) or source.holdout or name in asked:
             held_in[name], held_out = read_source(config, source)
-            files[name] = sources.hashes(source.path, source.reader)
+            files[name] = sources.hashes(source.path, source.reader, source.split)
             if held_out:
                 is_pair = source.format == "chat_preference"
                 measured = pairs if is_pair else texts
                 measured[name] = _encode(held_out, source, tokenizer)
     for name, source in config.eval.texts.items():
         texts[name] = _encode(_measured(config, source), source, tokenizer)
-        files[f"eval.texts.{name}"] = sources.hashes(source.path, source.reader)
+        files[f"eval.texts.{name}"] = sources.hashes(
+            source.path, source.reader, source.split
+        )
     for name, source in config.eval.pairs.items():
         pairs[name] = _encode(_measured(config, source), source, tokenizer)
-        files[f"eval.pairs.{name}"] = sources.hashes(source.path, source.reader)
+        files[f"eval.pairs.{name}"] = sources.hashes(
+            source.path, source.reader, source.split
+        )
     for name, exam in config.eval.exams.items():
         if exam.path:
             files[f"eval.exams.{name}"] = sources.hashes(exam.path, "jsonl")
     if config.eval.prompts:
         files["eval.prompts"] = sources.hashes(config.eval.prompts, "jsonl")
-    packed, report = [], []
+    packed, report, num_steps = [], [], 0
     objectives = {
         name: config_lib.objective_weights(config, name) for name in config.sources
     }
     if is_training:
-        packed, report = _pack(config, held_in, objectives, tokenizer)
+        packed, counts = _pack(config, held_in, objectives, tokenizer)
+        num_steps = _num_steps(config, packed)
+        rows = mixture.describe(packed, num_steps * config.data.batch_size)
+        report = [row | cut for row, cut in zip(rows, counts, strict=True)]
     return Data(
         packed=packed,
         objectives=objectives,
@@ -102,6 +112,7 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
         prompts=_load_prompts(config.eval.prompts),
         files=files,
         report=report,
+        num_steps=num_steps,
     )
 
 
@@ -111,35 +122,58 @@ def read_source(
     """The records of a source: those in training and those held out of it.
 
     The choice is made among all records, so it is the same whatever the format; then
-    those that the format cannot use are left out, where the source says so.
+    those that the format cannot use are left out, where the source says so, as are
+    those that cannot be read.
+
+    Raises:
+      InputError: see `sources.read`, `sources.split_holdout` and `format.check`; or no
+        record is left.
     """
-    records = sources.read(source.path, source.reader)
+    refuses = source.on_bad_record == "refuse"
+    num_bad, example = 0, ""
+
+    def note(error: InputError) -> None:
+        nonlocal num_bad, example
+        num_bad += 1
+        example = example or str(error)
+
+    records = sources.read(
+        source.path, source.reader, source.split, None if refuses else note
+    )
     parts = sources.split_holdout(
         itertools.islice(records, source.max_records or None),
         source.holdout,
         config.seed,
     )
-    if source.on_bad_record == "refuse":
+    if refuses:
         return parts
     settings = source.format, source.fields.to_dict(), source.preference_side
-    problems = []
 
     def is_usable(record: sources.Record) -> bool:
         try:
             format.check(record, *settings)
         except InputError as error:
-            problems.append(str(error))
+            note(error)
             return False
         return True
 
     held_in, held_out = ([r for r in part if is_usable(r)] for part in parts)
-    if problems:
-        logging.warning("skipped %d records, such as %s", len(problems), problems[0])
+    if num_bad and not held_in:
+        raise InputError(
+            f"{source.path}: no record is left, {num_bad} are skipped, such as {example}"
+        )
+    if num_bad:
+        logging.warning(
+            "%s: skipped %d bad records or ends of damaged files, such as %s",
+            source.path,
+            num_bad,
+            example,
+        )
     return held_in, held_out
 
 
 def _pack(config, held_in, objectives, tokenizer):
-    """The training stream's sources, and the table of what they give."""
+    """The training stream's sources, and of each how many examples were cut."""
     used, counts = [], []
     for name, source in config.sources.items():
         has_pairs = source.format == "chat_preference"
@@ -158,11 +192,18 @@ def _pack(config, held_in, objectives, tokenizer):
                 f"data.row_length={config.data.row_length} and dropped; make it larger"
             )
         counts.append(cut)
+        scale = 1.0
+        if config.data.temperature:
+            scale = max(examples.num_learnt, 1) ** (1 / config.data.temperature)
+        final = source.final_weight
         used.append(
             mixture.Source(
                 name,
                 examples,
-                share=source.weight,
+                share=scale * source.weight,
+                final_share=None if final is None else scale * final,
+                epochs=source.epochs,
+                max_tokens=source.max_tokens,
                 has_pairs=has_pairs,
                 objectives=objectives[name],
             )
@@ -174,21 +215,38 @@ def _pack(config, held_in, objectives, tokenizer):
         config.seed,
         tokenizer.pad_id,
     )
-    rows = zip(mixture.describe(packed), counts, strict=True)
-    return packed, [row | cut for row, cut in rows]
+    return packed, counts
+
+
+def _num_steps(config, packed: list[mixture.PackedRows]) -> int:
+    """How many steps the phase takes, from the config or from the data."""
+    batch_size, asked = config.data.batch_size, config.train.num_steps
+    used = [rows for rows in packed if rows.source.share]
+    rows = mixture.interleaving(used, asked * batch_size).num_rows
+    if rows == math.inf:
+        return asked
+    most = math.ceil(rows / batch_size)
+    if not asked:
+        config_lib.check_schedule(config, most)
+    if asked > most:
+        raise InputError(
+            f"train.num_steps={asked}: the epochs and max_tokens of the sources end after "
+            f"{most} steps; set it to at most that (0: all of them), or raise a limit"
+        )
+    return asked or most
 
 
 def batches(
     config: ml_collections.ConfigDict,
     data: Data,
-    first_batch: int,
+    first_row: int,
     num_hosts: int = 1,
     host: int = 0,
 ) -> grain.IterDataset:
-    """This host's share of the training stream from global batch `first_batch` on.
+    """This host's share of the training stream from row `first_row` on.
 
-    The stream is a function of the sources and the seed, so the number of batches
-    taken is all there is to its position.
+    The stream is a function of the sources and the seed, so the number of rows taken is
+    all there is to its position.
     """
     return mixture.mixture(
         data.packed,
@@ -197,7 +255,8 @@ def batches(
         num_hosts,
         host,
         config.data.num_workers,
-        first_batch,
+        first_row,
+        data.num_steps * config.data.batch_size,
     )
 
 
