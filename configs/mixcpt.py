@@ -68,7 +68,7 @@ def get_config(size: str = ""):
         entry.fields = leader.fields
     follow(sources.sft, "max_records", config.select.keep, "instructions")
     follow(sources.dpo, "max_records", config.select.keep, "preferences")
-    for key in ("path", "holdout", "max_records", "on_bad_record"):
+    for key in ("path", "reader", "split", "holdout", "max_records", "on_bad_record"):
         follow(config.eval.pairs.preferences, key, sources.preferences)
 
     # All phases are measured on rows of one length, so that their numbers compare.

@@ -63,7 +63,9 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
         )
         for source, entry in wanted.items()
     }
-    phase.claim({s: sources.hashes(e.path, e.reader) for s, e in wanted.items()})
+    phase.claim(
+        {s: sources.hashes(e.path, e.reader, e.split) for s, e in wanted.items()}
+    )
     is_first_host = jax.process_index() == 0
     with (
         jax.set_mesh(phase.mesh),

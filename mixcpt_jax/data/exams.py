@@ -7,7 +7,7 @@ import numpy as np
 
 from mixcpt_jax.data import mixture
 from mixcpt_jax.data.format import Examples
-from mixcpt_jax.data.sources import parse_line
+from mixcpt_jax.data.readers import parse_line
 from mixcpt_jax.errors import InputError
 from mixcpt_jax.paths import require_file
 

@@ -1,76 +1,109 @@
-"""Files to records: JSON lines, plain text and the docstrings of installed packages."""
+"""From the path of a source to its records, their hashes and the held-out split."""
 
-import dataclasses
+import collections
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
+from absl import logging
 from etils import epath
 
 from mixcpt_jax import paths
-from mixcpt_jax.data import docstrings
+from mixcpt_jax.data import docstrings, readers
+from mixcpt_jax.data.readers import OnBad, Record
 from mixcpt_jax.errors import InputError
 
-_READER_OF_SUFFIX = {".jsonl": "jsonl", ".txt": "text", ".md": "text"}
-_TEXT_SUFFIXES = (".txt", ".md")
+READERS = ("jsonl", "text", "parquet", "arrow", "array_record", "tfds", "docstrings")
+_READ_FILE = {
+    "jsonl": readers.jsonl,
+    "text": readers.text,
+    "parquet": readers.parquet,
+    "arrow": readers.arrow,
+    "array_record": readers.array_record,
+}
+_LOCAL_ONLY = ("array_record", "tfds")
 _WILDCARD = re.compile(r"[*?\[]")
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One document or sample as it stands in its source.
+class _Part(NamedTuple):
+    """A file, or the folder of a TFDS dataset and its split."""
 
-    Attributes:
-      fields: field name -> value, as read.
-      place: where it was found, `file:line` or a file or a dotted name; error
-        messages begin with it.
-    """
-
-    fields: dict
-    place: str
+    path: epath.Path
+    reader: str
+    split: str = ""
 
 
-def read(path: str, reader: str = "") -> Iterator[Record]:
+def read(
+    path: str, reader: str = "", split: str = "", on_bad: OnBad | None = None
+) -> Iterator[Record]:
     """Reads the records of `path`, in a fixed order.
 
+    That is: the parts of the list as they stand; of a folder or a glob the files, and
+    the folders in it, by name; lines, rows and records as they lie in the file; of a
+    saved dataset the shards in its own order.
+
     Args:
-      path: for 'jsonl' and 'text' a file, a folder ('text': the tree of its .txt and
-        .md files; 'jsonl': the tree of its .jsonl files), a glob, or several of these
-        separated by commas, each local, `gs://` or `package:NAME/FILE`. For
-        'docstrings' the names of installed packages, separated by commas.
-      reader: 'jsonl' (one object a line), 'text' (one record `{'id', 'text'}` a
-        file), 'docstrings' (see `docstrings.records`), or '' to go by the suffix.
+      path: a file, a folder, a glob, or several of these separated by commas, each
+        local, `gs://` (but ArrayRecord and TFDS) or `package:NAME/FILE`. A folder is
+        read by what lies in it, at any depth: files by their suffix, others passed over
+        with a warning; folders that `datasets.save_to_disk` or TFDS (as ArrayRecord)
+        wrote as the datasets they are. For 'docstrings' the names of installed packages.
+      reader: 'jsonl' (an object a line; .jsonl, .jsonl.gz, .jsonl.zst), 'text' (one
+        record `{'id', 'text'}` a file; .txt, .md), 'parquet', 'arrow' (IPC streams and
+        files, and saved datasets), 'array_record' (JSON objects or else texts
+        `{'text'}`), 'tfds', 'docstrings' (see `docstrings.records`), or '' to go by the
+        suffixes. With a reader, a file that is named may have any suffix, and of a
+        folder only the files of that reader are read.
+      split: of a TFDS dataset, as TFDS writes it ('train', 'train[:10%]'), or of a saved
+        DatasetDict; '' if there is only one.
+      on_bad: is told of each record that cannot be read, after which reading goes on,
+        and of each damaged file, after what stands before the damage. None raises.
 
     Raises:
-      InputError: at once if the reader is unknown or no file matches; while reading,
-        for a line that is not UTF-8, not JSON or not an object, and for a file or a
-        source without records.
+      InputError: at once if the reader or the split is unknown or nothing is found;
+        while reading, unless there is `on_bad`, for a line or record that is not what
+        its reader wants, for a damaged file, and for one without records (of 'text'
+        for a source without).
     """
-    reader = reader or _guess_reader(path)
     if reader == "docstrings":
         return _read_docstrings(path)
-    if reader == "text":
-        return _read_text(_find(path, _TEXT_SUFFIXES), path)
-    if reader == "jsonl":
-        return _read_jsonl(_find(path, (".jsonl",)))
-    raise InputError(
-        f"{path}: unknown reader {reader!r}; use 'jsonl', 'text' or 'docstrings'"
-    )
+    parts, passed_over = _find(path, reader, split)
+    if passed_over and not reader:
+        logging.warning(
+            "%s: passed over %d files that no reader goes with (%s), such as %s",
+            path,
+            len(passed_over),
+            _suffixes(passed_over),
+            passed_over[0],
+        )
+    return _read_parts(parts, path, on_bad or _raise)
 
 
-def hashes(path: str, reader: str = "") -> dict[str, str]:
+def hashes(path: str, reader: str = "", split: str = "") -> dict[str, str]:
     """What `read` reads: file -> 16 hex digits of its hash, or package -> version."""
-    reader = reader or _guess_reader(path)
     if reader == "docstrings":
         names = [name.strip() for name in path.split(",")]
         return {name: docstrings.version(name) for name in names}
-    suffixes = _TEXT_SUFFIXES if reader == "text" else (".jsonl",)
-    return {str(file): _file_hash(file) for file in _find(path, suffixes)}
+    files = []
+    for part in _find(path, reader, split)[0]:
+        if part.reader == "tfds":
+            try:
+                files += readers.tfds_files(part.path, part.split)
+            except Exception as error:
+                raise _damaged(part, None, error) from error
+        else:
+            files.append(part.path)
+        if part.reader == "arrow" and (part.path.parent / "state.json").exists():
+            files.append(part.path.parent / "state.json")  # the order of the shards
+    return {str(file): _file_hash(file) for file in files}
 
 
 def _file_hash(file: epath.Path) -> str:
+    if not file.exists():
+        return "missing"  # a shard of a dataset, which `read` complains of
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=8))
     return digest.hexdigest()
@@ -113,113 +146,195 @@ def _content_key(record: Record, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed} {content}".encode()).digest()
 
 
-def _guess_reader(path: str) -> str:
-    suffix = epath.Path(path.split(",")[-1].strip()).suffix
-    if suffix in _READER_OF_SUFFIX:
-        return _READER_OF_SUFFIX[suffix]
-    if paths.resolve(path.split(",")[0].strip()).is_dir():
-        return "text"
-    raise InputError(
-        f"{path}: no such folder, and no reader goes with the suffix {suffix!r}; check "
-        "the path or set the source's `reader` to 'jsonl', 'text' or 'docstrings'"
+def _read_parts(parts: list[_Part], path: str, on_bad: OnBad) -> Iterator[Record]:
+    num_records = num_problems = 0
+
+    def note(error: InputError) -> None:
+        nonlocal num_problems
+        num_problems += 1
+        on_bad(error)
+
+    for part in parts:
+        place = None
+        try:
+            for record in _read_part(part, note):
+                num_records += 1
+                place = record.place
+                yield record
+        except InputError:
+            raise
+        except Exception as error:  # the libraries raise all sorts at damaged files
+            note(_damaged(part, place, error))
+    if not num_records and not num_problems:  # other files without records say so
+        on_bad(InputError(f"{path}: has no text; every file found is empty"))
+
+
+def _read_part(part: _Part, on_bad: OnBad) -> Iterator[Record]:
+    if part.reader == "tfds":
+        return readers.tfds(part.path, part.split, on_bad)
+    return _READ_FILE[part.reader](part.path, on_bad)
+
+
+def _damaged(part: _Part, place: str | None, error: Exception) -> InputError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(":")
+    if place:
+        return InputError(
+            f"{place}: after this record the file is damaged ({reason}); write or fetch "
+            "it anew"
+        )
+    return InputError(
+        f"{part.path}: cannot be read as {part.reader} ({reason}); write or fetch it anew"
     )
 
 
-def _find(path: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
-    """The files that a path setting stands for, each part's in sorted order."""
-    files = []
-    for part in filter(None, (part.strip() for part in path.split(","))):
-        found = _find_one(part, suffixes)
-        if not found:
-            raise InputError(f"{part}: no file matches; check the path")
-        files += found
-    if not files:
+def _raise(error: InputError) -> None:
+    raise error
+
+
+def _find(path: str, reader: str, split: str) -> tuple[list[_Part], list[epath.Path]]:
+    """What a path setting stands for, in order, and the files that are passed over."""
+    if reader and reader not in READERS:
+        raise InputError(
+            f"{path}: unknown reader {reader!r}; use one of {', '.join(READERS)}"
+        )
+    parts, passed_over = [], []
+    for piece in filter(None, (piece.strip() for piece in path.split(","))):
+        found = list(_find_one(piece, reader, split))
+        passed = [part.path for part in found if not part.reader]
+        if len(passed) == len(found):
+            raise InputError(_nothing(piece, reader, passed))
+        passed_over += passed
+        parts += [part for part in found if part.reader]
+    if not parts:
         raise InputError("the path of a source is empty; name a file")
-    return files
+    for part in parts:  # libraries would see an empty file there
+        if part.reader in _LOCAL_ONLY and "://" in str(part.path):
+            raise InputError(
+                f"{part.path}: {part.reader} is read from local disks alone; copy it to one"
+            )
+    if split and not any(part.split for part in parts):
+        raise InputError(
+            f"{path}: split={split!r}, but nothing there has splits; leave it empty"
+        )
+    return parts, passed_over
 
 
-def _find_one(part: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
-    resolved = paths.resolve(part)
+def _nothing(piece: str, reader: str, passed_over: list[epath.Path]) -> str:
+    if not passed_over:
+        return f"{piece}: no file matches; check the path"
+    known = [s for s, r in readers.READER_OF_SUFFIX.items() if reader in ("", r)]
+    return (
+        f"{piece}: {f'reader {reader!r}' if reader else 'no reader'} goes with what is "
+        f"there ({_suffixes(passed_over)}); known are {', '.join(known)} and the folders "
+        "of TFDS and save_to_disk; name other files one by one and their `reader`"
+    )
+
+
+def _suffixes(files: list[epath.Path]) -> str:
+    counts = collections.Counter(readers.suffix(f.name) or "no suffix" for f in files)
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common(8))
+
+
+def _find_one(piece: str, reader: str, split: str) -> Iterator[_Part]:
+    """The parts of one piece of the list; those passed over have no reader."""
+    resolved = paths.resolve(piece)
     if resolved.is_dir():
-        return list(_tree(resolved, suffixes))
+        yield from _in_folder(resolved, reader, split)
+        return
     if resolved.exists():
-        return [resolved]
-    if "**" in part:
-        raise InputError(f"{part}: ** is not supported; name the folder instead")
+        yield _Part(resolved, reader or _reader_of(resolved))
+        return
+    if "**" in piece:
+        raise InputError(f"{piece}: ** is not supported; name the folder instead")
     wildcard = _WILDCARD.search(str(resolved))
     if not wildcard:
-        return []
+        return
     # The folder above the first wildcard; a glob is relative to it.
     root, slash, _ = str(resolved)[: wildcard.start()].rpartition("/")
     pattern = str(resolved)[len(root + slash) :]
-    matches = epath.Path(root + slash or ".").glob(pattern)
-    return sorted(file for file in matches if file.is_file())
+    for match in sorted(epath.Path(root + slash or ".").glob(pattern)):
+        if match.is_dir():
+            yield from _in_folder(match, reader, split)
+        else:
+            yield _Part(match, reader or _reader_of(match))
 
 
-def _tree(folder: epath.Path, suffixes: tuple[str, ...]) -> Iterator[epath.Path]:
+def _reader_of(file: epath.Path) -> str:
+    return readers.READER_OF_SUFFIX.get(readers.suffix(file.name), "")
+
+
+def _in_folder(folder: epath.Path, reader: str, split: str) -> Iterator[_Part]:
     # `Path.walk` drops the `gs://` of its folders.
-    for child in sorted(folder.iterdir()):
-        if child.is_dir():
-            yield from _tree(child, suffixes)
-        elif child.name.endswith(suffixes):
-            yield child
-
-
-def _read_jsonl(files: list[epath.Path]) -> Iterator[Record]:
-    for file in files:
-        found = 0
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    place = f"{file}:{number}"
-                    yield Record(parse_line(line, place), place)
-                    found += 1
-        if not found:
+    children = sorted(folder.iterdir())
+    names = {child.name for child in children}
+    if reader in ("", "arrow") and "dataset_dict.json" in names:
+        splits = _load(folder / "dataset_dict.json", lambda content: content["splits"])
+        split = _choose(folder, split, splits)
+        if split not in splits:
             raise InputError(
-                f"{file}: has no records; one JSON object a line is wanted"
+                f"{folder}: split={split!r}; of these only one can be named"
             )
+        yield from _shards(folder / split, split)
+    elif reader in ("", "arrow") and {"state.json", "dataset_info.json"} <= names:
+        yield from _shards(folder)
+    elif reader in ("", "tfds") and {"features.json", "dataset_info.json"} <= names:
+        yield _tfds_part(folder, split)
+    else:
+        for child in children:
+            if child.is_dir():
+                yield from _in_folder(child, reader, split)
+            else:
+                known = _reader_of(child)
+                yield _Part(child, known if reader in ("", known) else "")
 
 
-def parse_line(line: bytes, place: str) -> dict:
-    """Parses one line of JSON lines.
+def _shards(folder: epath.Path, split: str = "") -> Iterator[_Part]:
+    names = _load(
+        folder / "state.json",
+        lambda content: [shard["filename"] for shard in content["_data_files"]],
+    )
+    for name in names:
+        yield _Part(folder / name, "arrow", split)
 
-    Raises:
-      InputError: it is not UTF-8, not JSON or not an object.
-    """
-    try:
-        fields = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
+
+def _tfds_part(folder: epath.Path, split: str) -> _Part:
+    file_format, splits = _load(
+        folder / "dataset_info.json",
+        lambda content: (
+            content.get("fileFormat", "tfrecord"),
+            [split["name"] for split in content["splits"]],
+        ),
+    )
+    if file_format != "array_record":
         raise InputError(
-            f"{place}: not UTF-8 (byte {error.start} of the line); convert the file"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{place}: not JSON ({error}); one object a line is wanted"
-        ) from error
-    if not isinstance(fields, dict):
-        raise InputError(
-            f"{place}: a JSON {type(fields).__name__}, an object such as "
-            '{"text": "..."} is wanted'
+            f"{folder}: a TFDS dataset as {file_format}; build it with "
+            "file_format='array_record', which is read without TensorFlow"
         )
-    return fields
+    return _Part(folder, "tfds", _choose(folder, split, splits))
 
 
-def _read_text(files: list[epath.Path], path: str) -> Iterator[Record]:
-    found = 0
-    for file in files:
-        content = file.read_bytes()
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            raise InputError(
-                f"{file}:{line}: not UTF-8 (byte {error.start} of the file); convert it"
-            ) from error
-        if text.strip():
-            yield Record({"id": str(file), "text": text}, str(file))
-            found += 1
-    if not found:
-        raise InputError(f"{path}: has no text; every file found is empty")
+def _choose(folder: epath.Path, split: str, splits: list[str]) -> str:
+    if not split and len(splits) == 1:
+        return splits[0]
+    # 'train[:50%]+test' names two.
+    named = [part.partition("[")[0].strip() for part in split.split("+")]
+    if not set(named) <= {*splits, "all"}:
+        raise InputError(
+            f"{folder}: has the splits {', '.join(splits)}; set the source's `split` to "
+            f"one of them{f', not {split!r}' if split else ''}"
+        )
+    return split
+
+
+def _load(file: epath.Path, get: Callable[[dict], Any]) -> Any:
+    """What `get` takes out of a JSON file of a saved dataset."""
+    try:
+        return get(json.loads(file.read_text()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file}: not what a saved dataset has there ({type(error).__name__}: "
+            f"{error}); save it anew"
+        ) from error
 
 
 def _read_docstrings(packages: str) -> Iterator[Record]:

@@ -1,0 +1,335 @@
+"""Records out of one file or dataset folder, one function for each format.
+
+Each is a generator `(file, on_bad)`. What is wrong with one record goes to `on_bad`, which
+raises it or notes it, and reading goes on. A library's exception at damage to the file
+ends it; `sources.read` says where. Nothing but a text file is held in memory whole.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from array_record.python import array_record_module
+from etils import epath
+from pyarrow import parquet as pq
+
+from mixcpt_jax.errors import InputError
+
+OnBad = Callable[[InputError], None]
+
+READER_OF_SUFFIX = {
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".jsonl.zst": "jsonl",
+    ".txt": "text",
+    ".md": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".array_record": "array_record",
+}
+MAX_LINE_BYTES = 64 << 20
+_CODECS = {".gz": "gzip", ".zst": "zstd"}
+_SHARD = re.compile(r"-\d+-of-\d+$")  # NAME.jsonl-00000-of-00008
+_BUFFER_BYTES = 1 << 20
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One document or sample as it stands in its source.
+
+    Attributes:
+      fields: field name -> value, of the types that JSON has.
+      place: where it was found: `file:line`, `file:row group 0, row 5`, `file#record`,
+        a file or a dotted name; error messages begin with it.
+    """
+
+    fields: dict
+    place: str
+
+
+def suffix(name: str) -> str:
+    """What a file's name says of its format, in lower case, or ''."""
+    endings = re.findall(r"\.[^.]*", _SHARD.sub("", name).lower())
+    last_two = "".join(endings[-2:])
+    return last_two if last_two in READER_OF_SUFFIX else "".join(endings[-1:])
+
+
+def jsonl(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
+    """One object a line, perhaps in a .gz or .zst; blank lines are passed over."""
+    found = 0
+    with _open(file) as content:
+        for number, line in enumerate(_lines(content), 1):
+            if line.isspace():
+                continue
+            found += 1
+            place = f"{file}:{number}"
+            try:
+                fields = parse_line(line, place)
+            except InputError as error:
+                on_bad(error)
+            else:
+                yield Record(fields, place)
+    _require(found, file, on_bad)
+
+
+def parse_line(line: bytes, place: str) -> dict:
+    """Parses one line of JSON lines.
+
+    Raises:
+      InputError: it is not UTF-8, not JSON, not an object or longer than
+        `MAX_LINE_BYTES`.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        raise InputError(
+            f"{place}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; one JSON object "
+            "a line is wanted, split the document"
+        )
+    try:
+        fields = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{place}: not UTF-8 (byte {error.start} of the line); convert the file"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{place}: not JSON ({error}); one object a line is wanted"
+        ) from error
+    if not isinstance(fields, dict):
+        raise InputError(
+            f"{place}: a JSON {type(fields).__name__}, an object such as "
+            '{"text": "..."} is wanted'
+        )
+    return fields
+
+
+@contextlib.contextmanager
+def _open(file: epath.Path) -> Iterator[io.BufferedReader]:
+    codec = _CODECS.get(epath.Path(_SHARD.sub("", file.name)).suffix.lower())
+    with file.open("rb") as stream:
+        if codec:
+            # Unlike the zstandard package, pyarrow refuses what ends too early.
+            stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), codec)
+        # Files of gs:// lack a `readline` with a limit. The buffer is small because what
+        # is in it when damage is met is lost.
+        with io.BufferedReader(stream) as content:
+            yield content
+
+
+def _lines(content: io.BufferedIOBase) -> Iterator[bytes]:
+    """The lines; of one that is longer than `MAX_LINE_BYTES` only the beginning."""
+    while line := content.readline(MAX_LINE_BYTES + 1):
+        rest = line
+        while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
+            rest = content.readline(_BUFFER_BYTES)
+        yield line
+
+
+def text(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
+    """One record `{'id', 'text'}`, none if the file is blank."""
+    content = file.read_bytes()
+    try:
+        document = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        on_bad(
+            InputError(
+                f"{file}:{line}: not UTF-8 (byte {error.start} of the file); convert it"
+            )
+        )
+        return
+    if document.strip():
+        yield Record({"id": str(file), "text": document}, str(file))
+
+
+def parquet(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
+    """The rows, row group by row group."""
+    # A buffer, because without one a whole column of a row group is read at once.
+    with (
+        file.open("rb") as content,
+        pq.ParquetFile(
+            content,
+            buffer_size=_BUFFER_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,
+        ) as table,
+    ):
+        for group in range(table.num_row_groups):
+            batches = table.iter_batches(64, row_groups=[group], use_threads=False)
+            for number, row in enumerate(_rows(batches)):
+                place = f"{file}:row group {group}, row {number}"
+                yield from _record(_read_row, row, place, on_bad)
+        _require(table.metadata.num_rows, file, on_bad)
+
+
+def arrow(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
+    """The rows of an Arrow IPC stream, as `datasets` saves it, or IPC file."""
+    found = 0
+    with file.open("rb") as content:
+        for found, row in enumerate(_rows(_arrow_batches(content)), 1):
+            yield from _record(_read_row, row, f"{file}#{found - 1}", on_bad)
+    _require(found, file, on_bad)
+
+
+def _arrow_batches(content) -> Iterator[pa.RecordBatch]:
+    is_file = content.read(6) == b"ARROW1"
+    content.seek(0)
+    if is_file:
+        table = pa.ipc.open_file(content)
+        batches = map(table.get_batch, range(table.num_record_batches))
+    else:
+        batches = pa.ipc.open_stream(content)
+    for batch in batches:
+        batch.validate(full=True)  # offsets that point anywhere would be followed
+        yield batch
+    # The format lets a stream just end, as one does that was cut between two batches;
+    # writers that are closed leave a mark.
+    content.seek(-len(_END_OF_STREAM), io.SEEK_END)
+    if not is_file and content.read() != _END_OF_STREAM:
+        raise EOFError("the mark at the end of the stream is missing")
+
+
+def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Batches of one row, so that text that is not UTF-8 takes no other row along."""
+    for batch in batches:
+        for row in range(batch.num_rows):
+            yield batch.slice(row, 1)
+
+
+def _read_row(row: pa.RecordBatch) -> dict:
+    return row.to_pylist()[0]
+
+
+def array_record(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
+    """The records: JSON objects, or else texts `{'text'}`."""
+    # With the default options a reader holds 100 MB and more, and is no faster. It is not
+    # closed, since of a damaged file that raises again, without a word.
+    reader = array_record_module.ArrayRecordReader(
+        str(file), "readahead_buffer_size:0,max_parallelism:0"
+    )
+    num_records = reader.num_records()
+    # A file without its index would pass for one without records.
+    if not reader.ok():
+        raise EOFError(
+            "there is no ArrayRecord index at its end: it was not closed by its writer, or "
+            "is another format"
+        )
+    for number in range(num_records):
+        content, place = reader.read(), f"{file}#{number}"
+        try:
+            yield Record(_parse_record(content, place), place)
+        except InputError as error:
+            on_bad(error)
+    _require(num_records, file, on_bad)
+
+
+def _parse_record(content: bytes, place: str) -> dict:
+    try:
+        document = content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{place}: neither JSON nor UTF-8 text (byte {error.start} of the record); "
+            "of serialized tf.Examples name the TFDS folder"
+        ) from error
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(fields := json.loads(document), dict):
+            return fields
+    # A tf.Example of ASCII text is UTF-8, with the lengths of its parts in between.
+    if control := _CONTROL.search(document):
+        raise InputError(
+            f"{place}: neither JSON nor text (byte {control[0].encode()[0]:#04x} in it); "
+            "of serialized tf.Examples name the TFDS folder"
+        )
+    return {"text": document}
+
+
+def tfds(folder: epath.Path, split: str, on_bad: OnBad) -> Iterator[Record]:
+    """The examples of a split, in the order of its shards; bytes become str."""
+    builder = _tfds_builder(folder)
+    sequences = _sequences(builder.info.features)
+    source = builder.as_data_source(split)
+
+    def read_example(number: int) -> dict:
+        example = dict(source[number])
+        for name in sequences:
+            columns = example[name]
+            example[name] = [
+                dict(zip(columns, row, strict=True))
+                for row in zip(*columns.values(), strict=True)
+            ]
+        return example
+
+    for number in range(len(source)):
+        place = f"{folder}:{split}#{number}"
+        yield from _record(read_example, number, place, on_bad)
+    _require(len(source), f"{folder}:{split}", on_bad)
+
+
+def tfds_files(folder: epath.Path, split: str) -> list[epath.Path]:
+    """The files that `tfds` reads."""
+    shards = _tfds_builder(folder).info.splits[split].filepaths
+    markers = [folder / "dataset_info.json", folder / "features.json"]
+    return [*markers, *map(epath.Path, shards)]
+
+
+def _tfds_builder(folder: epath.Path):
+    import tensorflow_datasets  # takes half a second, and few sources need it
+
+    return tensorflow_datasets.builder_from_directory(folder)
+
+
+def _sequences(features) -> list[str]:
+    """Fields that are lists of objects, which TFDS gives as objects of lists."""
+    from tensorflow_datasets import features as kinds
+
+    return [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, kinds.Sequence)
+        and isinstance(feature.feature, kinds.FeaturesDict)
+    ]
+
+
+def _record(
+    read: Callable[[Any], dict], key: Any, place: str, on_bad: OnBad
+) -> Iterator[Record]:
+    """The record that `read(key)` gives, or none if it is not UTF-8."""
+    try:
+        fields = _json_value(read(key))
+    except UnicodeDecodeError as error:
+        found = bytes(error.object[error.start : error.start + 1])
+        on_bad(
+            InputError(
+                f"{place}: a value is not UTF-8 (byte {found[0]:#04x} at {error.start}); "
+                "convert it, or leave the column out if it holds no text"
+            )
+        )
+    else:
+        yield Record(fields, place)
+
+
+def _json_value(value: Any) -> Any:
+    """Bytes as text, arrays as lists, and dates and the like as they are written."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, dict):
+        return {str(key): _json_value(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(entry) for entry in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _json_value(value.tolist())
+    return str(value)
+
+
+def _require(found: int, file: epath.Path | str, on_bad: OnBad) -> None:
+    if not found:
+        on_bad(InputError(f"{file}: has no records; remove it, or write it anew"))
