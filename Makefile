@@ -13,6 +13,8 @@ quickstart: .venv/installed
 
 experiments-controlled: .venv/installed
 	$(BIN)/python -m experiments.controlled.run --part core
+	$(BIN)/python -m experiments.controlled.confidence
+	$(BIN)/python -m experiments.controlled.cost
 	$(BIN)/python -m experiments.tables
 
 test: .venv/installed-test

@@ -69,10 +69,20 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def latest_rows(self) -> int:
-        """How many rows of the stream the newest checkpoint has seen; 0 without one."""
+        """How many rows of the stream the newest checkpoint has seen; 0 without one.
+
+        Raises:
+          InputError: an older version wrote it, which did not say.
+        """
         if self.latest_step() is None:
             return 0
         metadata = self._checkpointer.checkpointables_metadata().custom_metadata
+        if "rows" not in metadata:
+            raise InputError(
+                f"{self._folder}: written by a version that read the mixture in another "
+                "order, so the run cannot go on exactly; start a new --workdir with "
+                "--config.init_from set to this one"
+            )
         return metadata["rows"]
 
     def save(
