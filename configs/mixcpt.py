@@ -91,7 +91,13 @@ def get_config(size: str = ""):
     config.overrides.sft = alignment | {
         "init_from": "phase:cpt",
         "sources": only("sft"),
-        "objective": {"ntp_weight": 1.0, "lssd_weight": 0.0, "kd_weight": 0.0},
+        "objective": {
+            "ntp_weight": 1.0,
+            "lssd_weight": 0.0,
+            "kd_weight": 0.0,
+            "selective_weight": 0.0,
+            "anneal": "none",
+        },
     }
     config.overrides.dpo = alignment | {
         "init_from": "phase:sft",

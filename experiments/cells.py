@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -24,10 +24,49 @@ from mixcpt_jax import config as config_lib
 Record = dict[str, Any]
 
 
-def digest(config: ml_collections.ConfigDict) -> str:
-    """A few characters that no config has which says something else."""
+class Study(NamedTuple):
+    """What a study has to say about its cells.
+
+    Attributes:
+      make: cell -> its config. It reads no files.
+      run: `(cell, workdir) -> record`, see `run`; a function of a module, for workers.
+      group: cell -> name of the file that its record is in.
+      summary: record -> a few words, for the terminal.
+    """
+
+    make: Callable[[Any], ml_collections.ConfigDict]
+    run: Callable[[Any, str], Record]
+    group: Callable[[Any], str]
+    summary: Callable[[Record], str]
+
+
+def parse(cell_type: type, settings: str) -> Any:
+    """A cell from `field=value,...`."""
+    types = {field.name: field.type for field in dataclasses.fields(cell_type)}
+    given = (pair.split("=", 1) for pair in settings.split(","))
+    return cell_type(**{key: types[key](value) for key, value in given})
+
+
+def digest(cell: Any, make: Callable[[Any], ml_collections.ConfigDict]) -> str:
+    """A hash of a cell's config, wherever its files lie; defaults are not in it."""
+    config = make(_without_folders(cell))
     text = json.dumps(config_lib.changed(config.to_dict()), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def name(cell: Any, study: Study) -> str:
+    """Of a cell's folder, unlike any other cell's and any other config's."""
+    parts = (study.group(cell), f"seed{cell.seed}", digest(cell, study.make))
+    return "-".join(parts)
+
+
+def _without_folders(cell: Any) -> Any:
+    """The same cell with paths cut to their last part."""
+    fields = dataclasses.asdict(cell).items()
+    paths = {k: v for k, v in fields if isinstance(v, str) and "/" in v}
+    return dataclasses.replace(
+        cell, **{key: pathlib.PurePath(path).name for key, path in paths.items()}
+    )
 
 
 def revision() -> str:
@@ -43,12 +82,14 @@ def revision() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
-def run(cell: Any, config: ml_collections.ConfigDict, workdir: str) -> Record:
+def run(
+    cell: Any, make: Callable[[Any], ml_collections.ConfigDict], workdir: str
+) -> Record:
     """Runs a cell's phases to their end, or goes on with them; returns its record.
 
-    The record has the cell's fields, a digest of the config, hashes of the data that the
-    first phase read, and of each phase what was measured at its end, its seconds and its
-    speed, and its answers where it gives some: lists of (prompt, answer).
+    The record has the cell's fields, the digest of its config, hashes of the data that
+    the first phase read, and of each phase what was measured at its end, its seconds and
+    its speed, and its answers where it gives some: lists of (prompt, answer).
     """
     # Imported here: the process that hands out cells needs no jax.
     import jax
@@ -56,8 +97,9 @@ def run(cell: Any, config: ml_collections.ConfigDict, workdir: str) -> Record:
     from mixcpt_jax import main
 
     started = time.monotonic()
-    record = dataclasses.asdict(cell) | {
-        "config": digest(config),
+    config = make(cell)
+    record = dataclasses.asdict(_without_folders(cell)) | {
+        "config": digest(cell, make),
         "jax": jax.__version__,
     }
     try:
@@ -102,25 +144,14 @@ def _phase_record(folder: pathlib.Path, result: Record) -> Record:
 
 
 class Records:
-    """What is known of all cells: JSON files, each of the cells that share a group."""
+    """What is known of all cells: JSON files, each of the cells of a group."""
 
-    def __init__(
-        self,
-        folder: pathlib.Path,
-        group: Callable[[Any], str],
-        make: Callable[[Any], ml_collections.ConfigDict],
-    ):
-        """
-        Args:
-          folder: where the files are.
-          group: cell -> name of its file.
-          make: cell -> its config. A file holds the whole one of the cell added last.
-        """
-        self._folder, self._group, self._make = folder, group, make
+    def __init__(self, folder: pathlib.Path, study: Study):
+        self._folder, self._study = folder, study
         folder.mkdir(parents=True, exist_ok=True)
 
     def _file(self, cell: Any) -> pathlib.Path:
-        return self._folder / f"{self._group(cell)}.json"
+        return self._folder / f"{self._study.group(cell)}.json"
 
     def _read(self, cell: Any) -> list[Record]:
         file = self._file(cell)
@@ -128,19 +159,33 @@ class Records:
 
     def has(self, cell: Any) -> bool:
         """Whether a record of this cell, with this config, is there."""
-        wanted = digest(self._make(cell))
+        wanted = digest(cell, self._study.make)
         return any(record["config"] == wanted for record in self._read(cell))
 
+    def remove(self, cell: Any) -> None:
+        """Forgets the record of a cell with its config."""
+        content = json.loads(self._file(cell).read_text())
+        gone = digest(cell, self._study.make)
+        content["cells"] = [r for r in content["cells"] if r["config"] != gone]
+        self._write(cell, content)
+
     def add(self, cell: Any, record: Record) -> None:
-        """Writes the record in the place of an earlier one of the same cell."""
-        mine = dataclasses.asdict(cell)
+        """Writes the record, in the place of those of the same cell and other configs.
+
+        The file also gets the whole config of this cell.
+        """
+        cell = _without_folders(cell)
+        mine = {k: v for k, v in dataclasses.asdict(cell).items() if k != "start"}
         others = [
             r for r in self._read(cell) if any(r.get(k) != v for k, v in mine.items())
         ]
         ordered = sorted(
             [*others, record], key=lambda r: (r["seed"], r["rate"], repr(r))
         )
-        content = {"config": json.loads(self._make(cell).to_json()), "cells": ordered}
+        config = json.loads(self._study.make(cell).to_json())
+        self._write(cell, {"config": config, "cells": ordered})
+
+    def _write(self, cell: Any, content: dict[str, Any]) -> None:
         temporary = self._file(cell).with_suffix(".incomplete")
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         temporary.rename(self._file(cell))
@@ -173,6 +218,8 @@ class Workers:
         for core in available:
             cores.put(core)
         number = min(number or len(available), len(available))
+        # Workers keep the code that they begin with.
+        self._revision = revision()
         self._pool = concurrent.futures.ProcessPoolExecutor(
             number, context, _start_worker, (cores,)
         )
@@ -184,12 +231,25 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
 
     def run(
-        self, function: Callable[..., Record], calls: Iterable[tuple]
-    ) -> Iterator[tuple[tuple, Record]]:
-        """Yields each call's arguments with its result, in the order they are done."""
-        running = {self._pool.submit(function, *call): call for call in calls}
+        self, study: Study, planned: Iterable[Any], root: pathlib.Path, records: Records
+    ) -> Iterator[pathlib.Path]:
+        """Runs those of the cells that have no record, and adds it.
+
+        Yields:
+          The folder of each cell that is done, in `root`, as `name` calls it.
+        """
+        missing = [cell for cell in planned if not records.has(cell)]
+        running = {}
+        for cell in missing:
+            folder = root / name(cell, study)
+            running[self._pool.submit(study.run, cell, str(folder))] = cell, folder
         for done in concurrent.futures.as_completed(running):
-            yield running[done], done.result()
+            cell, folder = running[done]
+            record = done.result() | {"revision": self._revision}
+            records.add(cell, record)
+            words = record.get("failed") or study.summary(record)
+            print(f"{folder.name}: {words}", flush=True)
+            yield folder
 
 
 def _start_worker(cores: multiprocessing.Queue) -> None:

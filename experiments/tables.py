@@ -49,18 +49,30 @@ def judge(record: Record) -> Point:
 
 
 def curves(records: Iterable[Record], base: str, arm: str) -> dict[int, list[Point]]:
-    """Seed -> its (kept, use) points, by learning rate; seeds with all rates only."""
-    found: dict[int, list[tuple[float, Point]]] = {}
+    """Seed -> its (kept, use) points: the start, then the learning rates in order.
+
+    The start is where every curve begins, at a rate of 0. A run that diverged keeps and
+    knows nothing. Of seeds with all rates only.
+    """
+    starts: dict[int, Point] = {}
+    found: dict[int, dict[float, Point]] = {}
     for record in records:
-        if (record["base"], record["arm"]) != (base, arm) or record["share"]:
+        if record["base"] != base or record["share"] or record["rule"] != "first":
             continue
-        if record["rule"] != "first" or "failed" in record:
-            continue
-        found.setdefault(record["seed"], []).append((record["rate"], judge(record)))
+        if record["arm"] == "base":
+            after = record["phases"]["base"]["after"]
+            kept = "untold_memory/exact" if base == "documents" else "untold_use/exact"
+            starts[record["seed"]] = after[kept], after["domain_use/exact"]
+        elif record["arm"] == arm:
+            point = (0.0, 0.0) if "failed" in record else judge(record)
+            points = found.setdefault(record["seed"], {})
+            if record["rate"] in points:
+                raise ValueError(f"{base}, {arm}: two records of rate {record['rate']}")
+            points[record["rate"]] = point
     return {
-        seed: [point for _, point in sorted(points)]
+        seed: [starts[seed], *(points[rate] for rate in RATES)]
         for seed, points in sorted(found.items())
-        if sorted(rate for rate, _ in points) == sorted(RATES)
+        if set(points) == set(RATES)
     }
 
 
@@ -87,16 +99,17 @@ def use_at(points: list[Point], level: float) -> float:
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half of the 95 % interval of it over seeds (Student's t)."""
-    if len(values) < 2:
-        return values[0], float("nan")
+    if len(values) < 3:  # of two seeds it says next to nothing
+        return statistics.fmean(values), float("nan")
     error = statistics.stdev(values) / len(values) ** 0.5
     return statistics.fmean(values), float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
-def _cell(values: list[float], scale: float = 100.0) -> str:
-    if not values:
+def _cell(shares: list[float]) -> str:
+    """Shares in per cent, with their interval where there is one."""
+    if not shares:
         return ""
-    mean, half = interval([scale * value for value in values])
+    mean, half = interval([100 * share for share in shares])
     return f"{mean:.1f}" if half != half else f"{mean:.1f} ± {half:.1f}"
 
 
@@ -123,7 +136,7 @@ def arms_table(records: list[Record], base: str) -> str:
                 statistics.fmean(points[i][part] for points in found.values())
                 for part in (1, 0)
             ]
-            for i in range(len(RATES))
+            for i in range(1, len(RATES) + 1)
         ]
         rows.append(
             (
@@ -150,26 +163,20 @@ def bases_table(records: list[Record]) -> str:
         "domain answers": "domain_use/exact",
         "domain values": "domain_memory/exact",
         "loss there": "domain_memory/loss",
-        "kept answers": "kept_use/exact",
+        "rehearsed answers": "rehearsed_use/exact",
         "untold answers": "untold_use/exact",
         "untold values": "untold_memory/exact",
         "untold documents, loss": "untold_documents/loss",
     }
-    rows = []
-    for base in JUDGED:
-        found = [r for r in records if (r["base"], r["arm"]) == (base, "base")]
-        if found:
-            after = [r["phases"]["base"]["after"] for r in found]
-            rows.append(
-                [base, str(len(found))]
-                + [
-                    _cell([a[key] for a in after], 1.0 if "loss" in key else 100.0)
-                    if "loss" not in key
-                    else f"{statistics.fmean(a[key] for a in after):.2f}"
-                    for key in columns.values()
-                ]
-            )
-    return _table(["base", "seeds", *columns], rows)
+    found = {
+        base: [
+            r["phases"]["base"]["after"]
+            for r in records
+            if (r["base"], r["arm"]) == (base, "base")
+        ]
+        for base in JUDGED
+    }
+    return _measures_table("base", columns, found)
 
 
 def memory_table(records: list[Record], base: str) -> str:
@@ -177,27 +184,35 @@ def memory_table(records: list[Record], base: str) -> str:
     columns = {
         "domain values": "domain_memory/exact",
         "loss there": "domain_memory/loss",
-        "kept values": "kept_memory/exact",
+        "rehearsed values": "rehearsed_memory/exact",
         "untold values": "untold_memory/exact",
         "untold documents, loss": "untold_documents/loss",
     }
-    rows = []
-    for arm in ARMS:
-        after = [
-            record["phases"]["cpt"]["after"]
-            for record in _at_rate(records, base, arm)
-        ]  # fmt: skip
-        if after:
-            rows.append(
-                [ARMS[arm].label, str(len(after))]
-                + [
-                    f"{statistics.fmean(a[key] for a in after):.2f}"
-                    if "loss" in key
-                    else _cell([a[key] for a in after])
-                    for key in columns.values()
-                ]
-            )
-    return _table(["arm", "seeds", *columns], rows)
+    found = {
+        ARMS[arm].label: [
+            r["phases"]["cpt"]["after"] for r in _at_rate(records, base, arm)
+        ]
+        for arm in ARMS
+    }
+    return _measures_table("arm", columns, found)
+
+
+def _measures_table(
+    first: str, columns: dict[str, str], found: dict[str, list[dict[str, float]]]
+) -> str:
+    """A row of measures for each entry that has any, means over seeds."""
+    rows = [
+        [label, str(len(seeds))]
+        + [
+            f"{statistics.fmean(seed[key] for seed in seeds):.2f}"
+            if key.endswith("/loss")
+            else _cell([seed[key] for seed in seeds])
+            for key in columns.values()
+        ]
+        for label, seeds in found.items()
+        if seeds
+    ]
+    return _table([first, "seeds", *columns], rows)
 
 
 def _at_rate(records: list[Record], base: str, arm: str) -> list[Record]:
@@ -227,9 +242,7 @@ def alignment_table(records: list[Record], base: str) -> str:
                         for group in ("domain", "untold")
                     ),
                     _cell([r["after"]["untold_memory/exact"] for r in results]),
-                    _cell(
-                        [r["after"].get("untold/reward_accuracy", 0) for r in results]
-                    )
+                    _cell([r["after"]["untold/reward_accuracy"] for r in results])
                     if phase == "dpo"
                     else "",
                 ]
@@ -289,34 +302,23 @@ def shares_table(records: list[Record]) -> str:
     )
 
 
-def cost_table(records: list[Record], costs: dict[str, dict[str, float]]) -> str:
-    """What an arm costs beside plain CPT: a step, and a cell's pre-training as a whole."""
-    rows = []
-    first: list[float] = []
-    for arm, step in costs.items():
-        phases = [
-            r["phases"]["cpt"]
-            for r in records
-            if (r["base"], r["arm"], r["share"]) == ("chat", arm, 0) and "phases" in r
+def cost_table(costs: dict[str, dict[str, float]]) -> str:
+    """What a step of each arm costs, in brackets beside one of plain CPT."""
+    columns = {
+        "MFLOP a token": lambda cost: cost["flops_per_token"] / 1e6,
+        "MiB": lambda c: (c["argument_bytes"] + c["temporary_bytes"]) / 2**20,
+        "milliseconds a step": lambda cost: 1000 * cost["seconds"],
+        "steps": lambda cost: cost["steps"],
+    }
+    rows = [
+        [ARMS[arm].label]
+        + [
+            f"{value(cost):,.1f} ({value(cost) / value(costs['plain']):.2f})"
+            for value in columns.values()
         ]
-        if not phases:
-            continue
-        speed, seconds = (
-            statistics.median(phase[key] for phase in phases)
-            for key in ("tokens_per_second", "seconds")
-        )
-        memory = (step["argument_bytes"] + step["temporary_bytes"]) / 2**20
-        values = [step["flops_per_token"] / 1e6, memory, speed, seconds]
-        first = first or values
-        rows.append(
-            [ARMS[arm].label]
-            + [
-                f"{value:,.{digits}f} ({value / one:.2f})"
-                for value, one, digits in zip(values, first, (1, 0, 0, 0), strict=True)
-            ]
-        )
-    header = ["arm", "MFLOP a token", "MiB", "tokens/s on a core", "seconds of CPT"]
-    return _table(header, rows)
+        for arm, cost in costs.items()
+    ]
+    return _table(["arm", *columns], rows)
 
 
 def confidence_table(found: dict[str, list[dict[str, float]]]) -> str:
@@ -353,7 +355,7 @@ def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
             continue
         at_rates = [
             [interval([100 * points[i][part] for points in found]) for part in (0, 1)]
-            for i in range(len(RATES))
+            for i in range(len(RATES) + 1)
         ]
         (x, x_half), (y, y_half) = (
             zip(*(rate[part] for rate in at_rates), strict=True) for part in (0, 1)
@@ -385,7 +387,7 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "selection": lambda: selection_table(records),
         "shares": lambda: shares_table(records),
         "confidence": lambda: confidence_table(json.loads(confidence.FILE.read_text())),
-        "cost": lambda: cost_table(records, json.loads(cost.FILE.read_text())),
+        "cost": lambda: cost_table(json.loads(cost.FILE.read_text())),
     }
 
 

@@ -5,7 +5,9 @@ wants. `validate` names the first key that is unknown, of the wrong type or impo
 combination with others, and says what to do.
 """
 
+import functools
 import importlib.util
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -69,7 +71,6 @@ _NOT_NEGATIVE = (
     "train.save_every",
     "train.eval_every",
     "train.keep_best",
-    "data.temperature",
     "head.chunk_size",
     "head.block_size",
     "head.vocab_tile",
@@ -223,8 +224,9 @@ def default() -> ml_collections.ConfigDict:
             # split: full rows, documents go on in the next; best_fit and first_fit keep
             # documents whole and leave a little padding.
             "packing": "split",
-            # Above 0: sources are sampled by size^(1 / temperature) x weight, size being
-            # the tokens to learn; 1 in proportion to size, large ones nearly alike.
+            # 0: shares are the weights alone. From 1 on: weight x size^(1 / temperature),
+            # size being the tokens to learn: at 1 in proportion to size, the higher the
+            # more alike.
             "temperature": 0.0,
             # Examples longer than a row, or pairs that do not fit one together: split
             # (documents go on in the next row), truncate (cut at their end; of a pair
@@ -434,6 +436,13 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
             f"lora.targets={tuple(lora.targets)}: some of "
             f"{', '.join(default().lora.targets)} are wanted"
         )
+    temperature = config.data.temperature
+    _check(
+        temperature == 0 or temperature >= 1,
+        config,
+        "data.temperature",
+        "0, or 1 or more",
+    )
     for key in ("near_duplicates", "origin_share"):
         _check(config.select[key] <= 1, config, f"select.{key}", "at most 1")
     train = config.train
@@ -540,47 +549,55 @@ def changed(config: dict[str, Any]) -> dict[str, Any]:
     What a stored config is too old to have is at its default, so two configs say the
     same if this does.
     """
+    return {key: value for key, value in _leaves(config) if _default_of(key) != value}
+
+
+def _default_of(key: str) -> Any:
+    """The default of a dotted key, or None."""
+    for pattern, defaults in _defaults():
+        if found := pattern.fullmatch(key):
+            return defaults.get(found[1])
+    return None
+
+
+@functools.cache
+def _defaults() -> list[tuple[re.Pattern, dict[str, Any]]]:
     sections = [
-        (re.compile(r"(?:sources|eval\.texts|eval\.pairs)\.[^.]+\.(.+)"), source()),
-        (re.compile(r"eval\.exams\.[^.]+\.(.+)"), exam()),
-        (re.compile("(.+)"), default()),
+        (r"(?:sources|eval\.texts|eval\.pairs)\.[^.]+\.(.+)", source()),
+        (r"eval\.exams\.[^.]+\.(.+)", exam()),
+        ("(.+)", default()),
     ]
-    known = [(pattern, dict(_leaves(part.to_dict()))) for pattern, part in sections]
-
-    def is_default(key: str, value: Any) -> bool:
-        for pattern, defaults in known:
-            if found := pattern.fullmatch(key):
-                return found[1] in defaults and defaults[found[1]] == value
-        return False
-
-    return {k: v for k, v in _leaves(config) if not is_default(k, v)}
+    return [(re.compile(p), dict(_leaves(part.to_dict()))) for p, part in sections]
 
 
 def first_difference(
-    config: ml_collections.ConfigDict, stored: dict[str, Any]
+    config: ml_collections.ConfigDict,
+    stored: dict[str, Any],
+    is_finished: bool = False,
 ) -> tuple[str, Any, Any] | None:
     """The first setting in which a stored config computes something else, or None.
+
+    Args:
+      config: the config now.
+      stored: the one that a folder was begun with.
+      is_finished: whether the folder's phase is at its end. Before it, the batch size
+        may change, where the rows of the stream do not depend on it.
 
     Returns:
       (key, stored value, value now).
     """
-    now, then = (dict(_leaves(c)) for c in (config.to_dict(), stored))
+    now, then = (changed(c) for c in (config.to_dict(), stored))
     free = (*FREE_ON_RESUME, *_unread(config))
-    if config.train.num_steps and not _anneals(config):
-        # The stream does not depend on it, but for when it ends.
+    moves = any(entry.final_weight is not None for entry in config.sources.values())
+    if config.train.num_steps and not moves and not is_finished:
         free = (*free, "data.batch_size")
-    changed_now, changed_then = changed(config.to_dict()), changed(stored)
-    for key in sorted(changed_now.keys() | changed_then.keys()):
+    for key in sorted(now.keys() | then.keys()):
         if any(key == name or key.startswith(f"{name}.") for name in free):
             continue
-        if changed_now.get(key) != changed_then.get(key):
-            return key, then.get(key), now.get(key)
+        if now.get(key) != then.get(key):
+            default = _default_of(key)
+            return key, then.get(key, default), now.get(key, default)
     return None
-
-
-def _anneals(config) -> bool:
-    """Whether shares of the mixture change in the course of the phase."""
-    return any(entry.final_weight is not None for entry in config.sources.values())
 
 
 def _unread(config) -> Iterator[str]:
@@ -609,11 +626,11 @@ def _check_sources(config) -> None:
             for key in ("weight", "holdout", "max_records", "epochs", "max_tokens"):
                 _check(entry[key] >= 0, config, f"{place}.{key}", "0 or more")
             if entry.final_weight is not None and not (
-                entry.weight > 0 and entry.final_weight >= 0
+                entry.weight > 0 and 0 < entry.final_weight < math.inf
             ):
                 raise InputError(
-                    f"{place}.final_weight={entry.final_weight}: 0 or more is wanted, and "
-                    f"{place}.weight above 0 (as little as 1e-6 will do)"
+                    f"{place}.final_weight={entry.final_weight}: a number above 0 is "
+                    f"wanted, and {place}.weight above 0 (as little as 1e-6 will do)"
                 )
             _check(
                 entry.on_bad_record in ("refuse", "skip"),

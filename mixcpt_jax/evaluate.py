@@ -122,8 +122,8 @@ def measure(
     Returns:
       `{text}/loss` (nats per token), `{text}/perplexity`, `{text}/accuracy` (share of
       tokens that are the top token) and `{exam}/exam` (share answered rightly). Where
-      examples begin with what is given (formats cloze and chat), also `{text}/exact`,
-      the share of them of which greedy decoding finds all that is not.
+      examples begin with what is given (formats cloze and chat), also `{text}/exact`:
+      the share of examples whose rest greedy decoding would give to the last token.
     """
     results = {}
     for name, rows in texts.items():

@@ -51,10 +51,10 @@ def main(argv: list[str]) -> None:
 def run(
     config: ml_collections.ConfigDict, workdir: str
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Runs the phases of a config that are not done yet, one after the other.
+    """Runs the phases of a config one after the other, but for those done already.
 
     Returns:
-      Phase -> its folder, and phase -> its results.
+      Phase -> its folder, and phase -> its results, of all phases.
 
     Raises:
       InputError: config, data, weights or workdir are wrong.

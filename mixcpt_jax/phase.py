@@ -276,7 +276,8 @@ def check_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> Non
         raise InputError(
             f"{path}: damaged ({error}); delete it if the run in {workdir} had this config"
         ) from error
-    difference = config_lib.first_difference(config, stored)
+    is_finished = (workdir / RESULTS_FILE).exists()
+    difference = config_lib.first_difference(config, stored, is_finished)
     if difference is not None:
         key, then, now = difference
         raise InputError(

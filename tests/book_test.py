@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from experiments import cells
 from experiments.book import data, run
 from experiments.book.config import make
 from mixcpt_jax import config as config_lib
@@ -28,7 +29,7 @@ def test_arms_read_the_same_tokens_of_the_book():
 
 def test_cells_have_names_of_their_own():
     planned = [cell for part in run.PARTS for cell in run.plan(part, "data")]
-    assert len({run.name(cell) for cell in planned}) == len(planned)
+    assert len({cells.name(cell, run.STUDY) for cell in planned}) == len(planned)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the book is not in ../shared/data")
@@ -49,7 +50,8 @@ def test_unread_modules_and_their_questions_are_apart(tmp_path):
     )
     assert {q["doc_id"] for q in read_questions} <= book
     assert {q["doc_id"] for q in unread_questions} <= unread
-    assert len(read_questions) + len(unread_questions) == 708
+    exam = (SHARED / "anatomy/exam.jsonl").read_text().splitlines()
+    assert len(read_questions) + len(unread_questions) == len(exam)
     for passage in read("lambada.jsonl"):
         assert passage["target"].startswith(" ")
         assert not passage["context"].endswith(" ")

@@ -69,7 +69,7 @@ def test_the_mixture_never_names_the_untold(folder):
     assert not any(name in told for name in untold)
 
 
-@pytest.mark.parametrize("group", ["domain", "untold", "kept"])
+@pytest.mark.parametrize("group", ["domain", "untold", "rehearsed"])
 def test_what_is_asked_can_be_known_and_is_true(folder, group):
     documents = " ".join(r["text"] for r in read(folder, "general_documents"))
     documents += " ".join(r["text"] for r in read(folder, "domain_documents"))
@@ -126,7 +126,7 @@ def test_cells_have_names_of_their_own():
         for seed in range(5)
         for cell in run.plan(part, seed)
     }
-    assert len({run.name(cell) for cell in planned}) == len(planned)
+    assert len({cells.name(cell, run.STUDY) for cell in planned}) == len(planned)
     for arm in run.CLAIMS:
         sweep = [
             cell
@@ -137,19 +137,36 @@ def test_cells_have_names_of_their_own():
         assert len({cell.rate for cell in sweep}) >= 4
 
 
-def test_records_replace_their_cells_and_ask_for_changed_ones(folder, tmp_path):
-    records = run.open_records(tmp_path)
-    cell = Cell(str(folder), "plain", start="runs/base")
-    other = Cell(str(folder), "plain", start="runs/base", rate=2e-3)
-    record = vars(cell) | {"config": cells.digest(make(cell))}
+def test_records_replace_their_cells_and_ask_for_changed_ones(tmp_path):
+    records = cells.Records(tmp_path, run.STUDY)
+    cell = Cell("here/world-0", "plain", start="here/base")
+    other = dataclasses.replace(cell, rate=2e-3)
+
+    def record(cell, **more):
+        digest = cells.digest(cell, make)
+        return vars(cells._without_folders(cell)) | {"config": digest} | more
+
     assert not records.has(cell)
-    records.add(cell, record | {"n": 1})
-    records.add(other, vars(other) | {"config": "that of an older program"})
-    records.add(cell, record | {"n": 2})
-    stored = json.loads((tmp_path / "chat-plain.json").read_text())["cells"]
+    records.add(cell, record(cell, n=1))
+    records.add(other, record(other) | {"config": "that of an older program"})
+    records.add(cell, record(cell, n=2))
+    stored = cells.load(tmp_path)
     assert [r.get("n") for r in stored] == [2, None]
     assert records.has(cell)
+    assert records.has(dataclasses.replace(cell, world="there/world-0", start="base"))
+    assert not records.has(dataclasses.replace(cell, world="here/world-1"))
     assert not records.has(other)
+    records.remove(cell)
+    assert not records.has(cell)
+
+
+@pytest.mark.parametrize("form", [world.ANSWER, *world.REJECTED])
+def test_grade_finds_the_value_in_any_form(form):
+    prompt = {"group": "domain", "value": "owl"}
+    (marks,) = run.grade([prompt], [form.format(value="owl")]).values()
+    assert marks == {"form": form == world.ANSWER, "value": 1}
+    (marks,) = run.grade([prompt], [form.format(value="owls")]).values()
+    assert marks["value"] == 0
 
 
 def test_grade_tells_form_from_value():

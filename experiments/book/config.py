@@ -11,7 +11,7 @@ import dataclasses
 import ml_collections
 
 from configs import mixcpt
-from experiments import arms
+from experiments import arms, cells
 from mixcpt_jax import config as config_lib
 
 BATCH_SIZE, ROW_LENGTH = 4, 512
@@ -42,9 +42,7 @@ class Cell:
 
 def get_config(settings: str) -> ml_collections.ConfigDict:
     """The config of a cell given as `data=FOLDER,arm=NAME,...`, see `Cell`."""
-    types = {field.name: field.type for field in dataclasses.fields(Cell)}
-    given = (pair.split("=", 1) for pair in settings.split(","))
-    return make(Cell(**{key: types[key](value) for key, value in given}))
+    return make(cells.parse(Cell, settings))
 
 
 def make(cell: Cell) -> ml_collections.ConfigDict:

@@ -17,9 +17,16 @@ def write(source: pathlib.Path, folder: pathlib.Path) -> None:
     are not, and the book's exam with them: a question belongs to the module that it tests.
 
     Args:
-      source: the folder that the README beside this file describes.
+      source: a folder with `anatomy/docs.jsonl` (`{id, title, text}`, a module of the book
+        each) and `anatomy/exam.jsonl` (`{doc_id, question, choices, answer}`),
+        `general/instructions.jsonl` and `preferences.jsonl`, and in `general_eval/`
+        `arc_easy.jsonl`, `piqa.jsonl`, `openbook_qa.jsonl`, `lambada.jsonl`
+        (`{context, continuation}`) and `wikitext2_valid.txt`; `anatomy/README.md` of the
+        experiments says where they are from.
       folder: where the files go; `done` is the last of them.
     """
+    if (folder / "done").exists():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     modules = _read(source / "anatomy/docs.jsonl")
     unread = {m["id"] for m in random.Random(0).sample(modules, NUM_UNREAD)}

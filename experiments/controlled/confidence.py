@@ -11,6 +11,7 @@ swapped, and the ceiling of the loss, the mean of `-log p_a`.
 import argparse
 import json
 import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -66,12 +67,17 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {}
     for record in cells.load(run.RESULTS):
         if record["arm"] == "base":
-            fields = Cell.__dataclass_fields__
-            base = Cell(**{k: v for k, v in record.items() if k in fields})
-            start = root / run.name(base)
-            if start.exists():
-                workdir = root / f"confidence-{start.name}"
-                found.setdefault(base.base, []).append(measure(base, start, workdir))
+            given = {key: record[key] for key in Cell.__dataclass_fields__}
+            base = Cell(**given | {"world": str(root / record["world"])})
+            start = root / cells.name(base, run.STUDY)
+            if not start.exists():
+                print(
+                    f"{start}: this base is not here, nothing is written; train it anew"
+                )
+                return
+            with tempfile.TemporaryDirectory() as workdir:
+                numbers = measure(base, start, pathlib.Path(workdir))
+            found.setdefault(base.base, []).append(numbers)
     FILE.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -12,7 +12,7 @@ import dataclasses
 
 import ml_collections
 
-from experiments import arms
+from experiments import arms, cells
 from mixcpt_jax import config as config_lib
 
 ROW_LENGTH, BATCH_SIZE = 128, 16
@@ -50,23 +50,12 @@ class Cell:
     rule: str = "first"
     samples: int = 50
     domain_steps: int = 56
-    base_steps: int = 900
+    base_steps: int = 800
 
 
 def get_config(settings: str) -> ml_collections.ConfigDict:
     """The config of a cell given as `world=FOLDER,arm=NAME,...`, see `Cell`."""
-    fields = {field.name: field.type for field in dataclasses.fields(Cell)}
-    given = dict(pair.split("=", 1) for pair in settings.split(","))
-    return make(
-        Cell(
-            **{
-                key: value in ("True", "1")
-                if fields[key] is bool
-                else fields[key](value)
-                for key, value in given.items()
-            }
-        )
-    )
+    return make(cells.parse(Cell, settings))
 
 
 def make(cell: Cell) -> ml_collections.ConfigDict:
@@ -97,7 +86,7 @@ def _shared(cell: Cell) -> ml_collections.ConfigDict:
     config.metrics.tensorboard = False
     config.metrics.progress = False
     texts = config.eval.texts
-    for group in ("domain", "untold", "kept"):
+    for group in ("domain", "untold", "rehearsed"):
         for measure in ("use", "memory"):
             texts[f"{group}_{measure}"] = config_lib.source(
                 path=f"{cell.world}/{group}_{measure}.jsonl", format="cloze"
@@ -146,7 +135,7 @@ def _arm(config, cell: Cell, arm: arms.Arm) -> ml_collections.ConfigDict:
         format = {"instructions": "instruction", "preferences": "preference"}.get(
             name, "document"
         )
-        file = "kept_documents" if arm.replay else name
+        file = "rehearsed_documents" if arm.replay else name
         sources[name] = config_lib.source(
             path=f"{cell.world}/{file}.jsonl",
             format=format,
@@ -167,7 +156,7 @@ def _arm(config, cell: Cell, arm: arms.Arm) -> ml_collections.ConfigDict:
 def _align(config, cell: Cell) -> None:
     """SFT and DPO on a few general samples, in the chat format."""
     path, sources = cell.world, config.sources
-    for group in ("domain", "untold", "kept"):
+    for group in ("domain", "untold", "rehearsed"):
         config.eval.texts[f"{group}_chat"] = config_lib.source(
             path=f"{path}/{group}_chat.jsonl", format="chat"
         )

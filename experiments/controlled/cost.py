@@ -2,16 +2,19 @@
 
     python -m experiments.controlled.cost
 
-Writes `cost.json`: arm -> floating point operations of matrix products a token, and the
-bytes of the step's arguments (weights, optimizer, teacher) and of its temporary arrays.
-Seconds are in the records of the cells.
+Writes `cost.json`: arm -> floating point operations of matrix products a token, the bytes
+of the step's arguments (weights, optimizer, teacher) and of its temporary arrays, seconds a
+step, the median of `ROUNDS` in which all arms take turns, and the steps of a cell.
 """
 
 import json
 import pathlib
+import statistics
 import tempfile
+import time
 
 import jax
+import jax.numpy as jnp
 
 from experiments.arms import ARMS
 from experiments.controlled import world
@@ -20,13 +23,19 @@ from mixcpt_jax import config as config_lib
 from mixcpt_jax import hlo, main, phase, train
 
 FILE = pathlib.Path(__file__).parent / "cost.json"
+ROUNDS = 9
 
 
-def measure(arm: str, folder: pathlib.Path, start: pathlib.Path) -> dict[str, float]:
-    """The cost of an arm's step on one device; `start` is a base's workdir."""
+def prepare(arm: str, folder: pathlib.Path, start: pathlib.Path):
+    """An arm's cost but for the seconds, and a function that takes a step.
+
+    Args:
+      arm: of `ARMS`.
+      folder: of the world.
+      start: a base's workdir.
+    """
     cell = Cell(str(folder), arm, start=str(start))
     config = config_lib.for_phase(make(cell), "cpt")
-    config.mesh.data, config.mesh.fsdp = 1, 1
     begun = phase.start(config, str(folder / "runs" / arm), arm)
     data = begun.load_data()
     with jax.set_mesh(begun.mesh):
@@ -35,16 +44,29 @@ def measure(arm: str, folder: pathlib.Path, start: pathlib.Path) -> dict[str, fl
             name: jax.ShapeDtypeStruct((BATCH_SIZE, ROW_LENGTH), array.dtype)
             for name, array in data.packed[0].empty_row().items()
         }
-        lowered = program.train_step.lower(program.state, program.frozen, batch)
-        compiled = lowered.compile()
+        arguments = program.state, program.frozen, batch
+        compiled = program.train_step.lower(*arguments).compile()
     memory = compiled.memory_analysis()
-    return {
+    cost = {
         "flops_per_token": hlo.Module(compiled.as_text()).flops
         / BATCH_SIZE
         / ROW_LENGTH,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "steps": data.num_steps,
     }
+    # Zeros take as long as anything else.
+    state, frozen, batch = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), arguments
+    )
+
+    def step() -> None:
+        nonlocal state
+        state, metrics = compiled(state, frozen, batch)
+        jax.block_until_ready(metrics)
+
+    step()
+    return cost, step
 
 
 def run() -> None:
@@ -53,7 +75,17 @@ def run() -> None:
         world.write(folder, 0)
         start = folder / "base"
         main.run(make(Cell(str(folder), base_steps=1)), str(start))
-        costs = {arm: measure(arm, folder, start) for arm in ARMS}
+        prepared = {arm: prepare(arm, folder, start) for arm in ARMS}
+    seconds = {arm: [] for arm in ARMS}
+    for _ in range(ROUNDS):
+        for arm, (_, step) in prepared.items():
+            begun = time.perf_counter()
+            step()
+            seconds[arm].append(time.perf_counter() - begun)
+    costs = {
+        arm: cost | {"seconds": statistics.median(seconds[arm])}
+        for arm, (cost, _) in prepared.items()
+    }
     FILE.write_text(json.dumps(costs, indent=1) + "\n")
 
 

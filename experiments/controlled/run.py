@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 
@@ -70,7 +71,7 @@ def plan(part: str, seed: int) -> Iterator[Cell]:
 
 def run_cell(cell: Cell, workdir: str) -> cells.Record:
     """Runs a cell to its end, or goes on with it, and returns its record."""
-    record = cells.run(cell, make(cell), workdir)
+    record = cells.run(cell, make, workdir)
     for phase in record.get("phases", {}).values():
         if "answers" in phase:
             lines = pathlib.Path(cell.world, "prompts.jsonl").read_text().splitlines()
@@ -87,8 +88,7 @@ def grade(
     values = {v for words, _, _ in world.ATTRIBUTES.values() for v in words.split()}
     forms = {world.ANSWER.format(value=value) for value in values}
     for prompt, answer in zip(prompts, answers, strict=True):
-        words = answer.replace(".", " ").split()
-        marks = answer in forms, prompt["value"] in words
+        marks = answer in forms, prompt["value"] in re.findall(r"\w+", answer)
         groups.setdefault(prompt["group"], []).append(marks)
     return {
         group: {
@@ -99,6 +99,16 @@ def grade(
         }
         for group, marks in groups.items()
     }
+
+
+def _summary(record: cells.Record) -> str:
+    phase, last = list(record["phases"].items())[-1]
+    shown = ("domain_use/exact", "untold_use/exact", "untold_memory/exact")
+    values = ", ".join(f"{key} {last['after'][key]:.2f}" for key in shown)
+    return f"{record['seconds']:.0f} s; after {phase}: {values}"
+
+
+STUDY = cells.Study(make, run_cell, lambda cell: f"{cell.base}-{cell.arm}", _summary)
 
 
 def main() -> None:
@@ -114,69 +124,38 @@ def main() -> None:
     tiny = arguments.tiny
     root = pathlib.Path(arguments.workdir or f"runs/controlled{'_tiny' * tiny}")
     results = arguments.results or (root / "results" if tiny else RESULTS)
-    records = open_records(pathlib.Path(results))
+    records = cells.Records(pathlib.Path(results), STUDY)
     with cells.Workers(arguments.workers, root / "compiled") as workers:
         for part in arguments.part:
             for seed in range(1 if tiny else 5):
                 _run_seed(part, seed, root, records, workers, tiny)
 
 
-def open_records(folder: pathlib.Path) -> cells.Records:
-    return cells.Records(folder, lambda cell: f"{cell.base}-{cell.arm}", make)
-
-
 def _run_seed(part, seed, root, records, workers, tiny) -> None:
     """Runs the cells of a seed that have no record: first the bases, then the arms."""
     folder = root / f"world-{seed}"
-    if not (folder / "world.json").exists():
-        world.write(folder, seed, world.TINY if tiny else world.FULL)
-    bases = {
-        base: Cell(str(folder), base=base, seed=seed, base_steps=20 if tiny else 800)
-        for base in BASES
-    }
+    world.write(folder, seed, world.TINY if tiny else world.FULL)
+    steps = {"base_steps": 20, "domain_steps": 6} if tiny else {}
+    bases = {base: Cell(str(folder), base=base, seed=seed, **steps) for base in BASES}
+    starts = {base: root / cells.name(cell, STUDY) for base, cell in bases.items()}
     arms = [
         dataclasses.replace(
-            cell,
-            world=str(folder),
-            start=str(root / name(bases[cell.base])),
-            domain_steps=6 if tiny else 56,
+            cell, world=str(folder), start=str(starts[cell.base]), **steps
         )
         for cell in plan(part, seed)
         if not tiny or (cell.rate == RATE and cell.base == "documents")
     ]
-    missing = [cell for cell in arms if not records.has(cell)]
-    needed = [bases[base] for base in dict.fromkeys(c.base for c in missing)]
-    # A base's record without its checkpoint is of no use.
-    needed = [
-        base
-        for base in needed
-        if not (records.has(base) and (root / name(base)).exists())
-    ]
-    revision = cells.revision()
-    for some in (needed, missing):
-        calls = [(cell, str(root / name(cell))) for cell in some]
-        for (cell, workdir), record in workers.run(run_cell, calls):
-            records.add(cell, record | {"revision": revision})
-            if cell.arm != "base":
-                shutil.rmtree(workdir)
-            print(f"{name(cell)}: {_summary(record)}", flush=True)
-
-
-def name(cell: Cell) -> str:
-    """A folder's name, unlike any other cell's and any other config's."""
-    parts = [cell.base, cell.arm, f"seed{cell.seed}"]
-    if cell.arm != "base":
-        parts += [f"{cell.rate:g}", cell.rule, str(cell.samples), f"{cell.share:g}"]
-    return "-".join([*parts, cells.digest(make(cell))])
-
-
-def _summary(record: cells.Record) -> str:
-    if "failed" in record:
-        return record["failed"]
-    phase, last = list(record["phases"].items())[-1]
-    shown = ("domain_use/exact", "untold_use/exact", "untold_memory/exact")
-    values = ", ".join(f"{key} {last['after'][key]:.2f}" for key in shown)
-    return f"{record['seconds']:.0f} s; after {phase}: {values}"
+    needed = {cell.base for cell in arms if not records.has(cell)}
+    for base in sorted(needed):
+        if records.has(bases[base]) and not starts[base].exists():
+            # A base's record without its checkpoint is of no use.
+            records.remove(bases[base])
+    for _ in workers.run(
+        STUDY, (bases[base] for base in sorted(needed)), root, records
+    ):
+        pass
+    for workdir in workers.run(STUDY, arms, root, records):
+        shutil.rmtree(workdir)
 
 
 if __name__ == "__main__":

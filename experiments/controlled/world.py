@@ -5,8 +5,8 @@ list. Documents are biographies: a sentence per attribute, in one of several wor
 random order. Questions ask for one value. Preference pairs are two answers with the same
 value, of which one has the wanted form.
 
-There are three groups: `kept` people, whom the mixture rehearses, `untold` people, whom a
-base knows as well and the mixture never names, and `domain` people, who appear in
+There are three groups: `rehearsed` people, of whom the mixture speaks, `untold` people,
+whom a base knows as well and the mixture never names, and `domain` people, who appear in
 documents only and only after the base is trained. Strangers, each met in one document,
 make a base unsure about people it does not know, as the long tail of the web does.
 """
@@ -154,17 +154,21 @@ def write(folder: pathlib.Path, seed: int, size: Size = FULL) -> None:
 
     Documents are `{"text"}`, questions `{"instruction", "output"}`, pairs `{"prompt",
     "chosen", "rejected"}`. Of each group there are three measures: `GROUP_use.jsonl`, a
-    question about every fact, whose target is the value; `GROUP_memory.jsonl`, the same
+    question about each fact, whose target is the value; `GROUP_memory.jsonl`, the same
     of the documents; and `GROUP_chat.jsonl`, questions to be asked in the chat format.
     `world.json` is written last and marks the folder as whole.
     """
+    mark = json.dumps({"seed": seed, **dataclasses.asdict(size)})
+    done = folder / "world.json"
+    if done.exists() and done.read_text() == mark:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"world {seed}")
     people = _people(rng, size.general + size.domain + size.strangers)
     num_known = size.general + size.domain
     half = size.general // 2
     groups = {
-        "kept": people[:half],
+        "rehearsed": people[:half],
         "untold": people[half : size.general],
         "domain": people[size.general : num_known],
     }
@@ -188,14 +192,14 @@ def write(folder: pathlib.Path, seed: int, size: Size = FULL) -> None:
         for name, group in biographies.items()
     }
     files = {
-        "general_documents": documents["kept"] + documents["untold"],
+        "general_documents": documents["rehearsed"] + documents["untold"],
         "strangers": [{"text": _biography(p, rng).text} for p in people[num_known:]],
-        "general_questions": questions["kept"] + questions["untold"],
-        "kept_documents": documents["kept"],
+        "general_questions": questions["rehearsed"] + questions["untold"],
+        "rehearsed_documents": documents["rehearsed"],
         "domain_documents": documents["domain"],
-        "instructions": _some(questions["kept"], rng),
+        "instructions": _some(questions["rehearsed"], rng),
         "preferences": [
-            _pair(question, rng) for question in _some(questions["kept"], rng)
+            _pair(question, rng) for question in _some(questions["rehearsed"], rng)
         ],
         "untold_documents": _some(documents["untold"], rng, size.asked),
         "untold_pairs": [
@@ -241,9 +245,7 @@ def write(folder: pathlib.Path, seed: int, size: Size = FULL) -> None:
         "num_key_value_heads": 4,
     }
     (folder / "config.json").write_text(json.dumps(architecture, indent=2))
-    (folder / "world.json").write_text(
-        json.dumps({"seed": seed, **dataclasses.asdict(size)})
-    )
+    done.write_text(mark)
 
 
 def _people(rng: random.Random, number: int) -> list[Person]:

@@ -416,9 +416,9 @@ def _tokenize(texts: Iterator[str], tokenizer) -> Iterator[tuple[list, np.ndarra
 def _cloze(record: Record, tokenizer, fields: dict) -> tuple[list[int], list[bool]]:
     """A context and the target it is to be continued with.
 
-    As lm-evaluation-harness does it: spaces at the end of the context go to the target,
-    the whole is cut into tokens as one text, and the target's are those behind as many as
-    the context alone has.
+    As lm-evaluation-harness does it, but for line ends, which stay in the context: spaces
+    at its end go to the target, the whole is cut into tokens as one text, and the
+    target's are those behind as many as the context alone has.
     """
     context, target = _context_and_target(record, fields)
     start = [tokenizer.bos_id] if tokenizer.add_bos else []

@@ -392,6 +392,11 @@ def pack_sources(
                 f"source {source.name}: share is {source.share}, a number from 0 up "
                 "is wanted"
             )
+        final = source.final_share
+        if final is not None and not 0 < final < float("inf"):
+            raise InputError(
+                f"source {source.name}: final share is {final}, a number above 0 is wanted"
+            )
         if source.share and not source.examples.num_learnt:
             raise InputError(
                 f"source {source.name}: has no token to learn; set its share to 0 or "
@@ -456,8 +461,12 @@ def mixture(
         raise InputError(
             f"batch_size is {batch_size}, a multiple of the {num_hosts} hosts is wanted"
         )
-    dataset = grain.MapDataset.source(_Stream(sources, seed, num_rows, batch_size))
-    dataset = dataset[first_row + host : len(dataset) : num_hosts]
+    stream = _Stream(sources, seed, num_rows)
+    end = _ENDLESS
+    if stream.num_rows < _ENDLESS:
+        batches = math.ceil((stream.num_rows - first_row) / batch_size)
+        end = first_row + batches * batch_size
+    dataset = grain.MapDataset.source(stream)[first_row + host : end : num_hosts]
     dataset = dataset.batch(batch_size // num_hosts).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     )
@@ -473,9 +482,12 @@ def mixture(
 
 
 class _Stream:
-    """The rows of all sources in the order of the stream; a grain data source."""
+    """The rows of all sources in the order of the stream; a grain data source.
 
-    def __init__(self, sources, seed: int, num_rows: int, batch_size: int):
+    Behind its end come rows of padding, without end.
+    """
+
+    def __init__(self, sources, seed: int, num_rows: int):
         self._used = [rows for rows in sources if rows.source.share]
         self._epochs = [
             grain.MapDataset.source(rows)
@@ -484,19 +496,20 @@ class _Stream:
             for rows in self._used
         ]
         self._order = interleaving(self._used, num_rows)
-        self._length = _ENDLESS
-        if self._order.num_rows < _ENDLESS:
-            self._length = math.ceil(self._order.num_rows / batch_size) * batch_size
+
+    @property
+    def num_rows(self) -> float:
+        return self._order.num_rows
 
     def __len__(self) -> int:
-        return self._length
+        return _ENDLESS
 
     def __repr__(self) -> str:
         # Grain compares it when an iterator's state is restored.
         return f"Stream({self._used})"
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        if row >= self._order.num_rows:
+        if row >= self.num_rows:
             return self._used[0].empty_row()
         source, nth = self._order[row]
         return self._epochs[source][nth]
