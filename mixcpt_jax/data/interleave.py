@@ -56,6 +56,7 @@ class Interleaving:
         self._limits_M = np.array(limits or [math.inf] * len(shares), float)
         self._pieces = self._cut()
         self._block = functools.lru_cache(maxsize=4)(self._make_block)
+        self._first_row = functools.lru_cache(maxsize=16)(self._rows_before)
 
     def __reduce__(self):
         # What is cached is not worth sending to other processes.
@@ -86,11 +87,15 @@ class Interleaving:
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} of {self.num_rows}")
         number = row // _BLOCK
-        while self._due(number * _BLOCK).sum() > row:
+        while self._first_row(number) > row:
             number -= 1
-        while self._due((number + 1) * _BLOCK).sum() <= row:
+        while self._first_row(number + 1) <= row:
             number += 1
-        return number, row - int(self._due(number * _BLOCK).sum())
+        return number, row - self._first_row(number)
+
+    def _rows_before(self, number: int) -> int:
+        """Rows of the stream before a block."""
+        return int(self._due(number * _BLOCK).sum())
 
     def _make_block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Sources and their rows, int64 [K] each, in the order in which they are due."""
