@@ -405,7 +405,8 @@ def main() -> None:
     readme = FOLDER / "README.md"
     readme.write_text(fill(readme.read_text(), records))
     for base in JUDGED:
-        draw(records, base, FOLDER / "controlled" / f"{base}.png")
+        if any(curves(records, base, arm) for arm in ARMS):
+            draw(records, base, FOLDER / "controlled" / f"{base}.png")
 
 
 if __name__ == "__main__":
