@@ -105,12 +105,17 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
-def _cell(shares: list[float]) -> str:
+def _cell(shares: list[float], is_difference: bool = False) -> str:
     """Shares in per cent, with their interval where there is one."""
     if not shares:
         return ""
     mean, half = interval([100 * share for share in shares])
-    return f"{mean:.1f}" if half != half else f"{mean:.1f} ± {half:.1f}"
+    if half != half:
+        return f"{mean:.1f}"
+    if is_difference:
+        return f"{mean:+.1f} ± {half:.1f}"
+    low, high = max(mean - half, 0.0), min(mean + half, 100.0)
+    return f"{mean:.1f} ({low:.0f} to {high:.0f})"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -145,7 +150,7 @@ def arms_table(records: list[Record], base: str) -> str:
                     ARMS[arm].label,
                     str(len(found)),
                     _cell(list(areas.values())),
-                    "" if arm == "mixture_ntp" else _cell(gains),
+                    "" if arm == "mixture_ntp" else _cell(gains, True),
                     _cell([use_at(points, KEPT_LEVEL) for points in found.values()]),
                     *(f"{100 * use:.0f} / {100 * kept:.0f}" for use, kept in at_rates),
                 ],
@@ -302,8 +307,9 @@ def shares_table(records: list[Record]) -> str:
     )
 
 
-def cost_table(costs: dict[str, dict[str, float]]) -> str:
-    """What a step of each arm costs, in brackets beside one of plain CPT."""
+def cost_table(records: list[Record], costs: dict[str, dict[str, float]]) -> str:
+    """What a step of each arm costs that was run, in brackets beside plain CPT's."""
+    arms = {record["arm"] for record in records}
     columns = {
         "MFLOP a token": lambda cost: cost["flops_per_token"] / 1e6,
         "MiB": lambda c: (c["argument_bytes"] + c["temporary_bytes"]) / 2**20,
@@ -317,6 +323,7 @@ def cost_table(costs: dict[str, dict[str, float]]) -> str:
             for value in columns.values()
         ]
         for arm, cost in costs.items()
+        if arm in arms
     ]
     return _table(["arm", *columns], rows)
 
@@ -387,7 +394,7 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "selection": lambda: selection_table(records),
         "shares": lambda: shares_table(records),
         "confidence": lambda: confidence_table(json.loads(confidence.FILE.read_text())),
-        "cost": lambda: cost_table(json.loads(cost.FILE.read_text())),
+        "cost": lambda: cost_table(records, json.loads(cost.FILE.read_text())),
     }
 
 

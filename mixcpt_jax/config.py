@@ -469,11 +469,14 @@ def check_schedule(config: ml_collections.ConfigDict, num_steps: int) -> None:
       InputError: its parts do not fit into `num_steps`.
     """
     optimizer = config.optimizer
+    steps = f"train.num_steps={num_steps}"
+    if not config.train.num_steps:
+        steps = f"the {num_steps} steps that the limits of the sources make"
     _check(
         optimizer.warmup_steps < num_steps,
         config,
         "optimizer.warmup_steps",
-        f"less than train.num_steps={num_steps}",
+        f"less than {steps}",
     )
     if optimizer.schedule == "wsd":
         decay_steps = round(optimizer.decay_fraction * num_steps)

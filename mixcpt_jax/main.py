@@ -6,7 +6,9 @@
 The same command run again goes on where the last one stopped.
 """
 
+import ast
 import pathlib
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -118,8 +120,11 @@ def _run(argv: list[str]) -> None:
 
 def _explain(error: Exception) -> NoReturn:
     """What the user can mend is one line and exit status 1."""
-    # A KeyError's text is the quoted form of what it was given.
+    # A KeyError's text is the quoted form of what it was given, and ConfigDict makes one
+    # error of another's text.
     text = str(error.args[0] if isinstance(error, KeyError) else error)
+    if re.fullmatch(r"'.*'|\".*\"", text) and "\\" in text:
+        text = ast.literal_eval(text)
     print("error:", *text.split("\n"), file=sys.stderr)
     sys.exit(1)
 

@@ -421,8 +421,8 @@ def _first_line(phase, abstract_state: steps.TrainState, resumed: int | None) ->
 def _mixture_table(report: list[dict[str, Any]]) -> str:
     """What is about to be read of each source."""
     columns = {
-        "documents": "{documents:,}",
-        "tokens": "{tokens:,}",
+        "samples": "{documents:,}",
+        "tokens to learn": "{learnt_tokens:,}",
         "share asked": "{share_asked:.1%}",
         "delivered": "{share_delivered:.1%}",
         "epochs": "{epochs:.2f}",

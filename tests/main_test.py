@@ -128,9 +128,11 @@ def test_impossible_batch(project, write_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_unknown_override_on_the_command_line(project, write_config, tmp_path):
-    process = run(project, write_config({}), "--config.train.num_stepz=3")
-    assert_one_line(process, "num_stepz")
+@pytest.mark.parametrize("key", ["train.num_stepz", "sources.domain.epoch"])
+def test_unknown_override_on_the_command_line(project, write_config, key):
+    process = run(project, write_config({}), f"--config.{key}=3")
+    assert_one_line(process, key.split(".")[-1], "Did you mean")
+    assert "\\" not in process.stderr
 
 
 def test_missing_config_file(project, tmp_path):

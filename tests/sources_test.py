@@ -780,5 +780,5 @@ def test_copies_of_held_out_records_are_not_trained_on():
 
 
 def test_holding_out_everything_is_an_error():
-    with pytest.raises(InputError, match="cannot hold out 5 of 5 distinct records"):
+    with pytest.raises(InputError, match="cannot hold out 5 of the 5 distinct records"):
         sources.split_holdout(_records(5), 5, seed=0)

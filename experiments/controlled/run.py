@@ -25,6 +25,17 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 RATE = 2e-3
 CLAIMS = ("plain", "mixture_ntp", "mixture_lssd", "mixture_mft80")
 BEST = ("mixture_mft80", "mixture_ntp")
+# Other arms that are of interest where general questions are new to the base.
+OF_DOCUMENTS = (
+    "mixture_mft50",
+    "mixture_lssd20",
+    "lssd",
+    "ntp_kl",
+    "lssd_ntp",
+    "lssd50_ntp",
+    "lssd20_ntp",
+    "replay",
+)
 PARTS = ("core", "arms", "selection", "shares", "narrow")
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -49,8 +60,8 @@ def plan(part: str, seed: int) -> Iterator[Cell]:
             for arm in CLAIMS:
                 yield from sweep(base, arm)
     elif part == "arms" and seed < 3:
-        for base in ("chat", "documents"):
-            for arm in ARMS:
+        for base, arms in (("chat", ARMS), ("documents", OF_DOCUMENTS)):
+            for arm in arms:
                 if arm not in CLAIMS:
                     yield from sweep(base, arm)
     elif part == "selection" and seed < 3:
@@ -63,7 +74,7 @@ def plan(part: str, seed: int) -> Iterator[Cell]:
     elif part == "shares" and seed < 3:
         for arm in BEST:
             for share in (0.1, 0.3, 0.7, 0.9):
-                yield from sweep("chat", arm, RATES[1:3], share=share)
+                yield from sweep("chat", arm, (RATE,), share=share)
     elif part == "narrow" and seed < 3:
         for arm in (*CLAIMS, "mixture_lssd20"):
             yield from sweep("narrow", arm)

@@ -127,8 +127,8 @@ def split_holdout(
     if num_records and len(set(keys)) <= num_records:
         place = records[0].place if records else "source"
         raise InputError(
-            f"{place}: cannot hold out {num_records} of {len(set(keys))} distinct "
-            "records; hold out fewer"
+            f"{place}: cannot hold out {num_records} of the {len(set(keys))} distinct "
+            "records there are; make the source's `holdout` smaller"
         )
     held_in, held_out = [], {}
     for key, record in zip(keys, records, strict=True):
