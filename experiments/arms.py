@@ -31,6 +31,11 @@ class Arm:
     lora_rank: int = 0
     rate_scale: float = 1.0
 
+    @property
+    def domain_share(self) -> float:
+        """Of the domain in the tokens; all, where nothing is mixed in."""
+        return 1.0 if self.general is None else self.share
+
 
 def _everywhere(label: str, settings=None, **weights: float) -> Arm:
     return Arm(label, weights, weights, settings=settings or {})

@@ -26,26 +26,29 @@ KEPT_LEVEL = 0.9
 Record = cells.Record
 Point = tuple[float, float]
 
-# What a base's arms are judged by: after which phase, and the names of kept and use.
+# What a base's arms are judged by: after which phase, by which measure of what is kept,
+# and the names of kept and use.
+_ANSWERS = ("cpt", "untold_use/exact", "untold answers, %", "domain answers, %")
 JUDGED = {
-    "chat": ("cpt", "untold answers, %", "domain answers, %"),
+    "chat": _ANSWERS,
     "documents": (
         "sft",
+        "untold_memory/exact",
         "untold values in documents, %",
         "domain values in answers, %",
     ),
-    "narrow": ("cpt", "untold answers, %", "domain answers, %"),
+    "narrow": _ANSWERS,
 }
 
 
 def judge(record: Record) -> Point:
     """(kept, use) of a cell, each in [0, 1]."""
-    base = record["base"]
-    phase = record["phases"][JUDGED[base][0]]
+    name, kept, *_ = JUDGED[record["base"]]
+    phase = record["phases"][name]
     after = phase["after"]
-    if base == "documents":
-        return after["untold_memory/exact"], phase["answers"]["domain"]["value"]
-    return after["untold_use/exact"], after["domain_use/exact"]
+    if record["base"] == "documents":
+        return after[kept], phase["answers"]["domain"]["value"]
+    return after[kept], after["domain_use/exact"]
 
 
 def curves(records: Iterable[Record], base: str, arm: str) -> dict[int, list[Point]]:
@@ -61,8 +64,7 @@ def curves(records: Iterable[Record], base: str, arm: str) -> dict[int, list[Poi
             continue
         if record["arm"] == "base":
             after = record["phases"]["base"]["after"]
-            kept = "untold_memory/exact" if base == "documents" else "untold_use/exact"
-            starts[record["seed"]] = after[kept], after["domain_use/exact"]
+            starts[record["seed"]] = after[JUDGED[base][1]], after["domain_use/exact"]
         elif record["arm"] == arm:
             point = (0.0, 0.0) if "failed" in record else judge(record)
             points = found.setdefault(record["seed"], {})
@@ -371,7 +373,7 @@ def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
             x, y, xerr=x_half, yerr=y_half, marker="o", ms=4, lw=1.3, elinewidth=0.6,
             label=ARMS[arm].label,
         )  # fmt: skip
-    _, kept, use = JUDGED[base]
+    *_, kept, use = JUDGED[base]
     axis.set_xlabel(f"kept: {kept}")
     axis.set_ylabel(f"use: {use}")
     axis.grid(alpha=0.3)

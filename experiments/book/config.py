@@ -72,8 +72,7 @@ def make(cell: Cell) -> ml_collections.ConfigDict:
     config.lora.rank = arm.lora_rank
     config.optimizer.learning_rate = cell.rate * arm.rate_scale
     # Every arm reads the same tokens of the book.
-    share = arm.share if arm.general is not None else 1.0
-    config.train.num_steps = round(cell.domain_steps / share)
+    config.train.num_steps = round(cell.domain_steps / arm.domain_share)
     config.train.save_every = 8
     if not cell.align:
         config.phases = ("cpt",)
@@ -99,7 +98,7 @@ def _set_sources(config, cell: Cell) -> None:
     if cell.arm == "start":
         return
     arm = arms.ARMS[cell.arm]
-    share = arm.share if arm.general is not None else 1.0
+    share = arm.domain_share
     for name, weight in (
         ("domain", share),
         ("instructions", 0.6 * (1 - share)),

@@ -106,7 +106,7 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
             for name, examples in pairs.items()
         },
         exams={
-            name: _load_exam(config, exam, held_in, tokenizer)
+            name: _load_exam(config, exam, held_in, tokenizer, row_length)
             for name, exam in config.eval.exams.items()
         },
         prompts=_load_prompts(config.eval.prompts),
@@ -334,11 +334,10 @@ def _load_prompts(path: str) -> list[list[dict[str, str]]]:
     return [format.read_prompt(record) for record in sources.read(path, "jsonl")]
 
 
-def _load_exam(config, exam, held_in, tokenizer) -> exams.Exam:
+def _load_exam(config, exam, held_in, tokenizer, row_length: int) -> exams.Exam:
     if exam.path:
         questions = exams.read(exam.path)[: exam.num_questions or None]
     else:
         documents = [record.fields for record in held_in[exam.source]]
         questions = docstrings.exam(documents, exam.num_questions, config.seed)
-    row_length = config.eval.row_length or config.data.row_length
     return exams.encode(questions, tokenizer, row_length)
