@@ -271,7 +271,9 @@ def compile_step(
     }
     objective = steps.token_objective(
         model.make_forward(config, jnp.bfloat16, "full", lora),
-        model.make_forward(config, jnp.bfloat16) if has_teacher else None,
+        steps.running_teacher(model.make_forward(config, jnp.bfloat16))
+        if has_teacher
+        else None,
         ("all",),
         head_loss,
     )

@@ -87,7 +87,7 @@ def make_jax_step(config, student, teacher, ids):
         steps.make_train_step(
             steps.token_objective(
                 model.make_forward(SMOLLM2, remat="dots"),
-                model.make_forward(SMOLLM2),
+                steps.running_teacher(model.make_forward(SMOLLM2)),
                 ("all",),
             ),
             transforms,

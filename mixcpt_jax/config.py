@@ -28,6 +28,7 @@ _PHASE = re.compile(r"(?:^|(?<=,)|(?<=, ))phase:")
 _CHOICES = {
     "job": ("train", "select", "evaluate", "export"),
     "objective.kind": ("tokens", "preference"),
+    "objective.teacher": ("step", "prepared"),
     "objective.anneal": ("none", "to_ntp", "from_ntp"),
     "model.weights": ("pretrained", "random"),
     "preference.loss": ("sigmoid", "ipo"),
@@ -67,6 +68,13 @@ _NOT_NEGATIVE = (
     "objective.lssd_weight",
     "objective.kd_weight",
     "objective.selective_weight",
+    "objective.teacher_top_k",
+    "clean.near_duplicates",
+    "clean.min_characters",
+    "clean.max_characters",
+    "clean.min_letters",
+    "clean.max_repetition",
+    "clean.decontaminate",
     "train.num_steps",
     "train.save_every",
     "train.eval_every",
@@ -90,6 +98,7 @@ FREE_ON_RESUME = (
     "model.remat",
     "head",
     "data.num_workers",
+    "data.prepared",
     "train.log_every",
     "train.save_every",
     "train.eval_every",
@@ -194,6 +203,12 @@ def default() -> ml_collections.ConfigDict:
             "selective_weight": 0.0,
             # Divides the teacher's logits. Below 1 its targets are sharper.
             "teacher_temperature": 1.0,
+            # "step" runs the teacher in every step; "prepared" reads what it said from
+            # `data.prepared`, where `python -m mixcpt_jax.data.prepare --teacher` puts it.
+            "teacher": "step",
+            # What is prepared of it. 0: its last hidden states, in bfloat16. Above: so
+            # many most likely tokens and the gold one, all others as one outcome.
+            "teacher_top_k": 0,
             # Linear in the steps: "to_ntp" turns each token's weights into one of
             # next-token prediction, "from_ntp" begins with that and ends with them.
             "anneal": "none",
@@ -233,6 +248,34 @@ def default() -> ml_collections.ConfigDict:
             # each side to half of a row), drop, or refuse. All but refuse are counted.
             "overlong": "split",
             "num_workers": 0,  # processes that build batches; 0: threads
+            # Folder of tokens that `python -m mixcpt_jax.data.prepare` made; a source
+            # that it has, unchanged, is read from there. Empty: none.
+            "prepared": "",
+        }
+    )
+
+    # Which texts of the sources are not learnt; all rules are off unless set. They are
+    # applied after the holdout, so what is measured stays the same.
+    config.clean = ml_collections.ConfigDict(
+        {
+            # Texts that say the same as an earlier one of their source, but for case and
+            # blanks.
+            "exact_duplicates": False,
+            # Texts at least so similar (Jaccard, of word 5-grams) to an earlier one of
+            # their source; 0: off.
+            "near_duplicates": 0.0,
+            # Documents by their length in characters; 0: no limit. This rule and the
+            # next two are for format "document" only.
+            "min_characters": 0,
+            "max_characters": 0,
+            # Least share of letters, of any script, in a document's characters that are
+            # not blank.
+            "min_letters": 0.0,
+            # Greatest share of a document that repeats what stands before it there.
+            "max_repetition": 1.0,
+            # Texts with so many words in a row that are also in an exam of `eval.exams`;
+            # 13 is usual, 0: off.
+            "decontaminate": 0,
         }
     )
 
@@ -443,8 +486,15 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         "data.temperature",
         "0, or 1 or more",
     )
-    for key in ("near_duplicates", "origin_share"):
-        _check(config.select[key] <= 1, config, f"select.{key}", "at most 1")
+    for key in (
+        "select.near_duplicates",
+        "select.origin_share",
+        "clean.near_duplicates",
+        "clean.min_letters",
+        "clean.max_repetition",
+    ):
+        _check(config[key] <= 1, config, key, "at most 1")
+    _check_teacher(config)
     train = config.train
     if train.keep_best and not (
         train.eval_every
@@ -460,6 +510,21 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     _check_selection(config)
     if config.job != "export":
         _check_batch(config, num_devices)
+
+
+def _check_teacher(config) -> None:
+    """Raises InputError if what is prepared of the teacher does not suit the rest."""
+    objective = config.objective
+    if objective.teacher == "step":
+        if objective.teacher_top_k:
+            raise InputError(
+                f"objective.teacher_top_k={objective.teacher_top_k}: goes with "
+                "objective.teacher='prepared'"
+            )
+    elif config.job == "train" and not config.data.prepared:
+        raise InputError(
+            "objective.teacher=prepared: set data.prepared to the folder that holds it"
+        )
 
 
 def check_schedule(config: ml_collections.ConfigDict, num_steps: int) -> None:

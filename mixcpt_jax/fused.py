@@ -16,8 +16,13 @@ two such records merge into one. So the vocabulary may come in tiles, one after 
 other, and in shards, one per device: maxima, sums and picked entries cross as scalars
 per token. `WORKSPACE.md` derives all of this on a page.
 
+The teacher may also be what was stored of its distributions (`CompactTeacher`). Its
+logits are then spread over the vocabulary instead of computed, and what it does not list
+is one more outcome that joins the merged record.
+
 Shape suffixes: T tokens, C tokens of a chunk, N chunks of a block, D student hidden
-size, E teacher hidden size, V vocabulary (inside the sweep: this shard's slice of it).
+size, E teacher hidden size, V vocabulary (inside the sweep: this shard's slice of it),
+M listed tokens of a compact teacher.
 """
 
 import functools
@@ -90,6 +95,34 @@ class TokenStatistics(NamedTuple):
     swapped: jax.Array  # 1 where the teacher's top token is not gold
 
 
+class CompactTeacher(NamedTuple):
+    """What was stored of a teacher's distribution at each token.
+
+    Listed are its K most likely tokens and the gold one. The tail, all other tokens
+    together, is one outcome: with S the listed tokens,
+
+        kd = sum over S of p log(p / q) + p_tail log(p_tail / q_tail),
+
+    the divergence of distributions over S and the tail. By the data processing
+    inequality it is never above KL(p || q) over the whole vocabulary. Its gradient for
+    a logit `s_j` is `q_j - p_j` in S and `q_j (1 - p_tail / q_tail)` in the tail, where
+    the student keeps its own proportions.
+
+    Stored values are rounded, so `p` is them scaled to sum to 1, in float32. A token
+    of log-probability -inf counts as not listed.
+
+    Attributes:
+      ids: `[T, K + 1]` int32, the most likely token first, the gold one last.
+      logps: `[T, K + 1]`, any float dtype, nats; -inf in the last place where gold is
+        among the first K.
+      tail: `[T]` float32, nats, the log-probability of the tail; -inf if it is empty.
+    """
+
+    ids: jax.Array
+    logps: jax.Array
+    tail: jax.Array
+
+
 class Layout(NamedTuple):
     """How the head lies over the mesh: which axes split tokens, which the vocabulary.
 
@@ -124,6 +157,7 @@ def head_loss(
     targets_T: jax.Array,
     weights: TokenWeights,
     *,
+    compact: CompactTeacher | None = None,
     chunk_size: int | None = None,
     block_size: int | None = None,
     vocab_tile: int | None = None,
@@ -147,6 +181,8 @@ def head_loss(
       targets_T: gold token ids.
       weights: per token and objective. A weight of 0 removes a token from the value
         and the gradient exactly.
+      compact: the teacher instead of its hidden states and unembedding. Its values are
+        final; `soft_cap` is for the student alone.
       chunk_size: tokens whose logits exist at a time on a device, in float32. None:
         chosen from the device and the vocabulary, as are the next two.
       block_size: tokens whose logits' gradient is kept, in the dtype of `hidden_TxD`,
@@ -165,9 +201,14 @@ def head_loss(
       The weighted sum, a float32 scalar, and the statistics of every token.
 
     Raises:
-      ValueError: the two vocabularies differ, or `block_size` is not a multiple of
-        `chunk_size`.
+      ValueError: the two vocabularies differ, there are two teachers, or `block_size`
+        is not a multiple of `chunk_size`.
     """
+    if compact is not None and teacher_unembedding_ExV is not None:
+        raise ValueError(
+            "a compact teacher replaces the teacher's hidden states and unembedding: "
+            "give one or the other"
+        )
     vocab_dimension = 0 if vocab_first else 1
     num_columns = unembedding_DxV.shape[vocab_dimension]
     if teacher_unembedding_ExV is not None:
@@ -201,7 +242,7 @@ def head_loss(
         options,
         hidden_TxD,
         unembedding_DxV,
-        (teacher_hidden_TxE, teacher_unembedding_ExV, targets_T, weights),
+        (teacher_hidden_TxE, teacher_unembedding_ExV, compact, targets_T, weights),
     )
 
 
@@ -268,6 +309,80 @@ def log_probabilities(
     return logps(hidden_TxD, unembedding_DxV)
 
 
+def compact_teacher(
+    hidden_TxE: jax.Array,
+    unembedding_ExV: jax.Array,
+    targets_T: jax.Array,
+    top_k: int,
+    *,
+    vocab_first: bool = False,
+    vocab_size: int | None = None,
+    soft_cap: float | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> CompactTeacher:
+    """What `head_loss` needs of a teacher that does not run beside the student.
+
+    Args:
+      hidden_TxE: its last hidden states; their dtype is that of the products.
+      unembedding_ExV: any float dtype.
+      targets_T: gold token ids, listed besides the most likely ones.
+      top_k: how many most likely tokens to list; the lower id first among equals.
+      vocab_first, vocab_size, soft_cap: as for `head_loss`.
+      temperature: what the logits are divided by, after the cap.
+      chunk_size: tokens whose logits exist at a time, on all devices together.
+
+    Returns:
+      Float32 log-probabilities, for the caller to round.
+
+    Raises:
+      ValueError: `top_k` is not in [1, vocabulary size].
+    """
+    num_columns = unembedding_ExV.shape[0 if vocab_first else 1]
+    vocab_size = vocab_size or num_columns
+    if not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k: {top_k} is not in [1, {vocab_size}]")
+    if chunk_size is None:
+        num_devices = _axes_size(_layout(vocab_parallel=False).token_axes)
+        chunk_size = default_sizes(num_columns)[0] * num_devices
+    num_tokens = len(targets_T)
+    chunk_size = min(chunk_size, num_tokens)
+    num_chunks = math.ceil(num_tokens / chunk_size)
+    kernel = unembedding_ExV.astype(hidden_TxE.dtype)
+    sizes = (chunk_size, chunk_size, num_columns, vocab_size)
+    columns = _Columns(kernel, _Options(*sizes, vocab_first, soft_cap, Layout()))
+
+    def of_chunk(chunk):
+        hidden_CxE, targets_C = chunk
+        logits_VxC = columns.logits(kernel, hidden_CxE, start=0)[:vocab_size]
+        logps_VxC = jax.nn.log_softmax(logits_VxC / temperature, axis=0)
+        _, top_CxK = jax.lax.top_k(logits_VxC.T, top_k)
+        ids_MxC = jnp.concatenate([top_CxK.T, targets_C[None]])
+        logps_MxC = jnp.take_along_axis(logps_VxC, ids_MxC, axis=0)
+        is_repeated_C = jnp.any(ids_MxC[:-1] == targets_C[None], axis=0)
+        gold_C = jnp.where(is_repeated_C, -jnp.inf, logps_MxC[-1])
+        others_VxC = jnp.put_along_axis(
+            logps_VxC, ids_MxC, -jnp.inf, axis=0, inplace=False
+        )
+        return CompactTeacher(
+            ids_MxC.T,
+            logps_MxC.at[-1].set(gold_C).T,
+            jax.nn.logsumexp(others_VxC, axis=0),
+        )
+
+    # Every N-th token, so that each device of a mesh has its share of every chunk.
+    def in_chunks(x_T):
+        padding = num_chunks * chunk_size - num_tokens
+        x_T = jnp.pad(x_T, [(0, padding)] + [(0, 0)] * (x_T.ndim - 1))
+        return x_T.reshape(chunk_size, num_chunks, *x_T.shape[1:]).swapaxes(0, 1)
+
+    def by_token(x_NxC):
+        return x_NxC.swapaxes(0, 1).reshape(-1, *x_NxC.shape[2:])[:num_tokens]
+
+    chunks = jax.tree.map(in_chunks, (hidden_TxE, targets_T.astype(jnp.int32)))
+    return jax.tree.map(by_token, jax.lax.map(of_chunk, chunks))
+
+
 def default_sizes(num_columns: int) -> tuple[int, int]:
     """Tokens per chunk and per block for a device with `num_columns` of the vocabulary.
 
@@ -324,14 +439,14 @@ _weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
 
 def _sharded_sweep(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
     """Runs `_sweep` on each device's tokens and vocabulary slice."""
-    teacher_hidden_TxE, teacher_kernel, targets_T, weights = rest
+    teacher_hidden_TxE, teacher_kernel, compact, targets_T, weights = rest
     # Cast before anything is gathered: bfloat16 is half the bytes.
     kernel = unembedding_DxV.astype(hidden_TxD.dtype)
     if teacher_kernel is not None:
         teacher_kernel = teacher_kernel.astype(teacher_hidden_TxE.dtype)
     sweep = functools.partial(_sweep, options, with_gradients)
     token_axes, vocab_axes = options.layout
-    by_token = (hidden_TxD, teacher_hidden_TxE, targets_T, weights)
+    by_token = (hidden_TxD, teacher_hidden_TxE, compact, targets_T, weights)
     if not token_axes:
         value, statistics, gradients = sweep(by_token, kernel, teacher_kernel)
     else:
@@ -389,7 +504,7 @@ def _scatters(options: _Options, hidden_size: int) -> bool:
 
 def _sweep(options, with_gradients, by_token, kernel, teacher_kernel):
     """One pass over this device's tokens, a block of chunks at a time."""
-    hidden_TxD = by_token[0]
+    hidden_TxD, _, compact, *_ = by_token
     num_tokens, hidden_size = hidden_TxD.shape
     dtype = hidden_TxD.dtype
     layout = options.layout
@@ -398,7 +513,7 @@ def _sweep(options, with_gradients, by_token, kernel, teacher_kernel):
         num_tokens, options, _axes_size(gathered_axes)
     )
     padding = num_blocks * num_chunks * chunk_size - num_tokens
-    columns = _Columns(kernel, options)
+    columns = _Columns(kernel, options, has_tail=compact is not None)
     kernel_axes = "vd" if options.vocab_first else "dv"
 
     def in_blocks(x_T):
@@ -477,6 +592,7 @@ def _chunk(
     teacher_kernel,
     hidden_CxD,
     teacher_hidden_CxE,
+    compact,
     targets_C,
     weights_C,
 ):
@@ -488,10 +604,10 @@ def _chunk(
         return columns.logits(kernel, hidden_CxD, start)
 
     def tile(start):
-        return (
-            logits(kernel, hidden_CxD, start),
-            logits(teacher_kernel, teacher_hidden_CxE, start),
-        )
+        student_VxC = logits(kernel, hidden_CxD, start)
+        if columns.has_tail:
+            return student_VxC, columns.spread(compact, start)
+        return student_VxC, logits(teacher_kernel, teacher_hidden_CxE, start)
 
     if columns.num_tiles == 1:
         both_VxC = tile(0)
@@ -522,12 +638,14 @@ def _chunk(
         both_VxC = None
         if with_gradients:
             whole = jnp.zeros((columns.num_local, targets_C.shape[0]), jnp.float32)
-            both_VxC = (whole, None if teacher_kernel is None else whole)
+            both_VxC = (whole, None if nothing.teacher_top is None else whole)
         (seen, both_VxC), _ = jax.lax.scan(
             tile_step, (nothing, both_VxC), jnp.arange(columns.num_tiles)
         )
     if columns.axes:
         seen = _merge(jax.tree.map(lambda x: jax.lax.all_gather(x, columns.axes), seen))
+    if columns.has_tail:
+        seen = seen.with_tail(compact.tail)
 
     statistics = seen.statistics(targets_C)
     weights_C = weights_C.resolve(statistics.swapped)
@@ -580,13 +698,31 @@ class _Slice(NamedTuple):
     student_at_top: jax.Array | None  # the student's logit of that token
     # Sum of exp(t - top) ((t - top) - (s - student_top)).
     cross: jax.Array | None
+    # The student's part of the tokens that a compact teacher does not list, else None.
+    tail: "_Slice | None"
 
     def with_tops(self, value: float) -> "_Slice":
         """The same, with these largest logits."""
         tops = {"student_top": jnp.full_like(self.student_top, value)}
         if self.teacher_top is not None:
             tops["teacher_top"] = jnp.full_like(self.teacher_top, value)
+        if self.tail is not None:
+            tops["tail"] = self.tail.with_tops(value)
         return self._replace(**tops)
+
+    def with_tail(self, logp_C: jax.Array) -> "_Slice":
+        """Of the whole vocabulary: adds the teacher's tail, one outcome, to its sums."""
+        tail = self.tail
+        teacher_below = jnp.maximum(logp_C.astype(jnp.float32), _MASKED)
+        # Never above log V, except in padding, where it must be finite.
+        teacher_below = jnp.minimum(teacher_below - self.teacher_top, 60.0)
+        student_below = tail.student_top - self.student_top + jnp.log(tail.student_sum)
+        teacher_sum = jnp.exp(teacher_below)
+        return self._replace(
+            teacher_sum=self.teacher_sum + teacher_sum,
+            cross=self.cross + teacher_sum * (teacher_below - student_below),
+            tail=tail._replace(teacher_sum=teacher_sum),
+        )
 
     def confidence_gap(self, targets_C: jax.Array) -> jax.Array:
         """`p_a - p_y`; 0 where the teacher is right."""
@@ -649,13 +785,14 @@ def _merge(slices: _Slice) -> _Slice:
         teacher_top_id=of_winner(slices.teacher_top_id),
         student_at_top=of_winner(slices.student_at_top),
         cross=(cross * scale).sum(0),
+        tail=None if slices.tail is None else _merge(slices.tail),
     )
 
 
 class _Columns:
     """This device's columns of the vocabulary, and what is done with their logits."""
 
-    def __init__(self, kernel, options: _Options):
+    def __init__(self, kernel, options: _Options, has_tail: bool = False):
         self.vocab_dimension = 0 if options.vocab_first else 1
         self.num_local = kernel.shape[self.vocab_dimension]
         self.axes = options.layout.vocab_axes
@@ -665,6 +802,7 @@ class _Columns:
         self.vocab_size = options.vocab_size
         self.padded = options.vocab_size < self.num_local * _axes_size(self.axes)
         self.soft_cap = options.soft_cap
+        self.has_tail = has_tail
         self.equation = ("vd" if options.vocab_first else "dv") + ",cd->vc"
 
     def ids(self, start=0, size: int | None = None):
@@ -684,6 +822,18 @@ class _Columns:
             is_real_Vx1 = self.ids(start, self.tile) < self.vocab_size
             logits_VxC = jnp.where(is_real_Vx1, logits_VxC, _MASKED)
         return logits_VxC
+
+    def spread(self, compact: CompactTeacher, start) -> jax.Array:
+        """A compact teacher's logits in the tile at `start`, its tail masked."""
+        row_MxC = compact.ids.T - self.offset - start
+        row_MxC = jnp.where(row_MxC < 0, self.tile, row_MxC)
+        logps_MxC = jnp.maximum(compact.logps.astype(jnp.float32).T, _MASKED)
+        # The first is the top token even where rounding left others no smaller.
+        at_least_C = jnp.nextafter(logps_MxC[1:].max(0), jnp.float32(0))
+        logps_MxC = logps_MxC.at[0].max(at_least_C)
+        token_1xC = jnp.arange(row_MxC.shape[1])[None]
+        masked_VxC = jnp.full((self.tile, row_MxC.shape[1]), _MASKED, jnp.float32)
+        return masked_VxC.at[row_MxC, token_1xC].max(logps_MxC, mode="drop")
 
     def reduce(self, student_VxC, teacher_VxC, targets_C, start, lowest) -> _Slice:
         """The slice of a tile at `start`, of its columns from `lowest` on."""
@@ -718,6 +868,10 @@ class _Columns:
         ids_Vx1 = self.ids(start, self.tile).astype(jnp.float32)
         is_top_VxC = teacher_VxC == teacher_top[None]
         top_id = jnp.min(jnp.where(is_top_VxC, ids_Vx1, jnp.inf), axis=0)
+        tail = None
+        if self.has_tail:
+            tail_VxC = jnp.where(teacher_VxC == _MASKED, student_VxC, _MASKED)
+            tail = self.reduce(tail_VxC, None, targets_C, start, lowest)
         return seen._replace(
             teacher_top=teacher_top,
             teacher_sum=exp_VxC.sum(0),
@@ -725,6 +879,7 @@ class _Columns:
             teacher_top_id=top_id,
             student_at_top=pick(student_VxC, top_id.astype(jnp.int32)),
             cross=(exp_VxC * (teacher_below_VxC - student_below_VxC)).sum(0),
+            tail=tail,
         )
 
 
@@ -738,6 +893,12 @@ def _logits_gradient(seen, columns, student_VxC, teacher_VxC, targets_C, weights
             is_gold_VxC, weights.ntp[None], 0.0
         )
     exp_t_VxC = jnp.exp(teacher_VxC - seen.teacher_top[None])
+    if columns.has_tail:
+        # The tail's tokens share it in the student's proportions.
+        exp_tail_VxC = jnp.exp(student_VxC - seen.tail.student_top[None])
+        scale = seen.tail.teacher_sum / seen.tail.student_sum
+        is_tail_VxC = teacher_VxC == _MASKED
+        exp_t_VxC = jnp.where(is_tail_VxC, scale[None] * exp_tail_VxC, exp_t_VxC)
     is_top_VxC = ids_Vx1 == seen.teacher_top_id.astype(jnp.int32)[None]
     distilled = weights.kd + weights.lssd
     moved = weights.lssd * seen.confidence_gap(targets_C)

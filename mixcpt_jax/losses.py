@@ -108,6 +108,52 @@ def selective(
     )
 
 
+def coarse_lssd(
+    student_logits: jax.Array, teacher_logits: jax.Array, targets: jax.Array, top_k: int
+) -> jax.Array:
+    """`lssd` with a teacher of whom only `list_tokens` are known one by one.
+
+    All other tokens count as one outcome. By the data processing inequality the result
+    is never above `lssd`; it grows with `top_k` and reaches it.
+    """
+    listed = list_tokens(teacher_logits, targets, top_k)
+    swapped = swap_logits(teacher_logits, targets)
+    return distillation(merge_tail(student_logits, listed), merge_tail(swapped, listed))
+
+
+def coarse_distillation(
+    student_logits: jax.Array, teacher_logits: jax.Array, targets: jax.Array, top_k: int
+) -> jax.Array:
+    """`distillation` with the same teacher."""
+    listed = list_tokens(teacher_logits, targets, top_k)
+    return distillation(
+        merge_tail(student_logits, listed), merge_tail(teacher_logits, listed)
+    )
+
+
+def list_tokens(teacher_logits: jax.Array, targets: jax.Array, top_k: int) -> jax.Array:
+    """Where the `top_k` largest logits and the gold token are, `[..., V]` bool.
+
+    Of equal logits the one with the lower index comes first.
+    """
+    _, top = jax.lax.top_k(teacher_logits, top_k)
+    ids = jnp.concatenate([top, targets[..., None]], axis=-1)
+    return jax.nn.one_hot(ids, teacher_logits.shape[-1], dtype=bool).any(-2)
+
+
+def merge_tail(logits: jax.Array, listed: jax.Array) -> jax.Array:
+    """Logits `[..., V + 1]` of the listed tokens and, last, of all others together.
+
+    `softmax` gives the others the sum of their probabilities there, and 0 in their own
+    places.
+    """
+    logits = _at_least_float32(logits)
+    # Without masked entries, whose gradient would be 0 / 0 if all are.
+    is_tail = ~listed & (logits > -jnp.inf)
+    tail = jax.nn.logsumexp(logits, axis=-1, where=is_tail, keepdims=True)
+    return jnp.concatenate([jnp.where(listed, logits, -jnp.inf), tail], axis=-1)
+
+
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Next-token prediction: `-log q_y`, `[...]`, nats."""
     return -_pick(jax.nn.log_softmax(_at_least_float32(logits)), targets)

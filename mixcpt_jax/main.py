@@ -10,6 +10,7 @@ import ast
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import ml_collections
@@ -28,10 +29,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
-    # absl's own default tells of every backend that jax looks for.
-    logging.set_verbosity(logging.WARNING)
+    config, workdir = read(argv)
     # Imported here so that --help does not wait for jax.
     import jax
 
@@ -39,15 +37,43 @@ def main(argv: list[str]) -> None:
 
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
+    folders, results = run(config, workdir)
+    if jax.process_index() == 0:
+        report.write(workdir, folders, results)
+
+
+def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
+    """The config and the workdir that the flags say.
+
+    Raises:
+      InputError: the config file did not load.
+    """
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    # absl's own default tells of every backend that jax looks for.
+    logging.set_verbosity(logging.WARNING)
     config = _CONFIG.value
     try:
         config.phases  # noqa: B018
     except OSError as error:  # A config file that did not load says so on first use.
         raise InputError(str(error)) from error
-    workdir = _WORKDIR.value or _default_workdir()
-    folders, results = run(config, workdir)
-    if jax.process_index() == 0:
-        report.write(workdir, folders, results)
+    return config, _WORKDIR.value or _default_workdir()
+
+
+def phase_configs(
+    config: ml_collections.ConfigDict, workdir: str
+) -> dict[str, ml_collections.ConfigDict]:
+    """Phase -> its config; of a config without phases, the workdir's name -> itself."""
+    from mixcpt_jax import config as config_lib
+
+    return {name: config_lib.for_phase(config, name) for name in config.phases} or {
+        pathlib.PurePath(workdir).name: config
+    }
+
+
+def phase_folder(config: ml_collections.ConfigDict, workdir: str, phase: str) -> str:
+    """Where a phase is kept."""
+    return f"{workdir}/{phase}" if config.phases else workdir
 
 
 def run(
@@ -73,13 +99,10 @@ def run(
         "evaluate": evaluate.run,
         "export": export.run,
     }
-    names = config.phases
-    configs = {name: config_lib.for_phase(config, name) for name in names} or {
-        pathlib.PurePath(workdir).name: config
-    }
+    configs = phase_configs(config, workdir)
     for phase_config in configs.values():
         config_lib.validate(phase_config, jax.device_count())
-    folders = {name: f"{workdir}/{name}" if names else workdir for name in configs}
+    folders = {name: phase_folder(config, workdir, name) for name in configs}
     # All before the first: hours of training must not end in a refusal.
     for name, phase_config in configs.items():
         phase.finished(phase_config, folders[name])
@@ -111,11 +134,17 @@ def _parse(argv: list[str]) -> list[str]:
         _explain(error)
 
 
-def _run(argv: list[str]) -> None:
-    try:
-        main(argv)
-    except (InputError, FloatingPointError) as error:
-        _explain(error)
+def launch(main: Callable[[list[str]], None]) -> None:
+    """Runs a command with the flags of this module and its own."""
+
+    def run(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except (InputError, FloatingPointError) as error:
+            _explain(error)
+
+    flags.mark_flags_as_required(["config"])
+    app.run(run, flags_parser=_parse)
 
 
 def _explain(error: Exception) -> NoReturn:
@@ -125,10 +154,11 @@ def _explain(error: Exception) -> NoReturn:
     text = str(error.args[0] if isinstance(error, KeyError) else error)
     if re.fullmatch(r"'.*'|\".*\"", text) and "\\" in text:
         text = ast.literal_eval(text)
+    # Grain adds what it did to the traceback.
+    text = text.partition("\n-----")[0]
     print("error:", *text.split("\n"), file=sys.stderr)
     sys.exit(1)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config"])
-    app.run(_run, flags_parser=_parse)
+    launch(main)

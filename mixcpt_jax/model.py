@@ -443,6 +443,12 @@ def unembedding(params: Params) -> tuple[jax.Array, bool]:
     return params["embedding"], True
 
 
+def unembedding_alone(params: Params) -> Params:
+    """The part of the parameters that `unembedding` reads."""
+    name = "unembedding" if "unembedding" in params else "embedding"
+    return {name: params[name]}
+
+
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """`[..., D]` to dense `[..., V]`, for few tokens; training never does this.
 

@@ -19,7 +19,8 @@ from etils import epath
 
 from mixcpt_jax import evaluate, metrics, paths
 from mixcpt_jax import phase as phase_lib
-from mixcpt_jax.data import mixture, pipeline, selection, sources
+from mixcpt_jax.data import mixture, selection, sources
+from mixcpt_jax.data.corpus import Corpus
 from mixcpt_jax.data.format import Examples
 from mixcpt_jax.errors import InputError
 
@@ -51,7 +52,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     wanted = {source: config.sources[source] for source in settings.keep}
     found = {
         source: selection.candidates(
-            pipeline.read_source(config, entry)[0],
+            Corpus(config, entry).held_in(),
             entry.format,
             phase.tokenizer,
             entry.fields.to_dict(),

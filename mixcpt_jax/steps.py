@@ -127,12 +127,68 @@ def make_train_step(
     return train_step
 
 
+# `(frozen_params, batch) -> the arguments of fused.head_loss that are the teacher's`.
+Teacher = Callable[[model.Params, Batch], dict[str, Any]]
+
+
+def running_teacher(forward: model.Forward, temperature: float = 1.0) -> Teacher:
+    """Runs the frozen model.
+
+    Args:
+      forward: from `model.make_forward`.
+      temperature: what the logits are divided by.
+    """
+
+    def view(frozen_params, batch: Batch):
+        hidden = _flatten(forward(frozen_params, *_inputs(batch)))
+        return _logits_from(hidden / temperature, frozen_params)
+
+    return view
+
+
+def prepared_teacher(dtype: str, temperature: float = 1.0) -> Teacher:
+    """Reads hidden states, `batch["teacher_hidden"]`: the bits of bfloat16, [B, L, E].
+
+    Args:
+      dtype: of the product with the frozen unembedding.
+      temperature: what the logits are divided by.
+    """
+
+    def view(frozen_params, batch: Batch):
+        bits = _flatten(batch["teacher_hidden"])
+        hidden = jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)
+        return _logits_from(hidden / temperature, frozen_params)
+
+    return view
+
+
+def compact_teacher() -> Teacher:
+    """Reads `fused.CompactTeacher` from the batch; no frozen model is needed."""
+
+    def view(frozen_params, batch: Batch):
+        del frozen_params
+        fields = fused.CompactTeacher._fields
+        arrays = [_flatten(batch[f"teacher_{name}"]) for name in fields]
+        compact = fused.CompactTeacher(*arrays)
+        return {
+            "teacher_hidden_TxE": None,
+            "teacher_unembedding_ExV": None,
+            "compact": compact._replace(ids=compact.ids.astype(jnp.int32)),
+        }
+
+    return view
+
+
+def _logits_from(hidden_TxE: jax.Array, frozen_params: model.Params) -> dict[str, Any]:
+    unembedding, _ = model.unembedding(frozen_params)
+    return {"teacher_hidden_TxE": hidden_TxE, "teacher_unembedding_ExV": unembedding}
+
+
 def token_objective(
     forward: model.Forward,
-    teacher_forward: model.Forward | None,
+    teacher: Teacher | None,
     source_names: tuple[str, ...],
     head_loss: Callable[..., tuple[jax.Array, fused.TokenStatistics]] = fused.head_loss,
-    teacher_temperature: float = 1.0,
 ) -> Objective:
     """A weighted sum over tokens of the objectives of `fused.TokenWeights`.
 
@@ -141,20 +197,16 @@ def token_objective(
 
     Args:
       forward: the student, from `model.make_forward`.
-      teacher_forward: the frozen teacher, or None when no objective needs one.
+      teacher: the frozen teacher, or None when no objective needs one.
       source_names: names of the sources, in the order of `source_ids`.
       head_loss: `fused.head_loss` with its settings.
-      teacher_temperature: what the teacher's logits are divided by.
     """
 
     def loss_sum(student, frozen_params, batch: Batch, scale):
         hidden = _flatten(forward(student, *_inputs(batch)))
-        teacher_hidden = teacher_unembedding = None
-        if teacher_forward is not None:
-            teacher_hidden = _flatten(teacher_forward(frozen_params, *_inputs(batch)))
-            # Logits are linear in hidden states.
-            teacher_hidden /= teacher_temperature
-            teacher_unembedding, _ = model.unembedding(frozen_params)
+        view = {"teacher_hidden_TxE": None, "teacher_unembedding_ExV": None}
+        if teacher is not None:
+            view = teacher(frozen_params, batch)
         unembedding, vocab_first = model.unembedding(student)
         weights = fused.TokenWeights(
             *(
@@ -165,14 +217,13 @@ def token_objective(
         loss, statistics = head_loss(
             hidden,
             unembedding,
-            teacher_hidden,
-            teacher_unembedding,
-            _flatten(batch["targets"]),
-            weights,
+            targets_T=_flatten(batch["targets"]),
+            weights=weights,
             vocab_first=vocab_first,
+            **view,
         )
         values_T = statistics._asdict()
-        if teacher_forward is None:
+        if teacher is None:
             values_T = {name: values_T[name] for name in ("ntp", "correct")}
         mask_T = _flatten(batch["loss_mask"]).astype(jnp.float32)
         source_ids_T = _flatten(batch["source_ids"])
@@ -291,6 +342,41 @@ def make_eval_step(
         }
 
     return eval_step
+
+
+def make_teacher_step(
+    forward: model.Forward, top_k: int = 0, temperature: float = 1.0
+) -> Callable[[model.Params, Batch], dict[str, jax.Array]]:
+    """Builds `(params, batch) -> what a prepared teacher reads`, `[B, L, ...]` each.
+
+    Args:
+      forward: from `model.make_forward`.
+      top_k: 0: hidden states, see `prepared_teacher`; else how many tokens are kept,
+        see `compact_teacher`.
+      temperature: what the logits are divided by; hidden states are left as they are.
+    """
+
+    def teacher_step(params, batch: Batch):
+        hidden = _flatten(forward(params, *_inputs(batch)))
+        if top_k:
+            unembedding, vocab_first = model.unembedding(params)
+            compact = fused.compact_teacher(
+                hidden,
+                unembedding,
+                _flatten(batch["targets"]),
+                top_k,
+                vocab_first=vocab_first,
+                temperature=temperature,
+            )
+            arrays = {f"teacher_{k}": v for k, v in compact._asdict().items()}
+        else:
+            rounded = hidden.astype(jnp.bfloat16)
+            bits = jax.lax.bitcast_convert_type(rounded, jnp.uint16)
+            arrays = {"teacher_hidden": bits}
+        shape = batch["targets"].shape
+        return {k: v.reshape(*shape, *v.shape[1:]) for k, v in arrays.items()}
+
+    return teacher_step
 
 
 def _inputs(batch: Batch):

@@ -7,6 +7,7 @@ a format of its data and an objective; the loop is the same.
 import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from mixcpt_jax import (
     reference,
     sharding,
     steps,
+    teacher,
 )
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import phase as phase_lib
@@ -72,6 +74,8 @@ def _run(
 ) -> dict[str, Any]:
     config, mesh, lora = phase.config, phase.mesh, phase.lora
     num_steps = data.num_steps
+    if _reads_teacher(config, data):
+        data = pipeline.with_teacher(data, teacher.open_rows(phase, data))
     program = make_program(phase, data)
 
     fingerprint = pipeline.fingerprint(data)
@@ -81,7 +85,7 @@ def _run(
     frozen, references = None, {}
     if first_step < num_steps:
         frozen, references = _load_frozen(
-            phase, data, fingerprint | provenance["start"]
+            phase, data, program, fingerprint | provenance["start"]
         )
     if config.preference.reference == "precomputed":
         data = pipeline.with_references(data, references)
@@ -180,7 +184,7 @@ class Program(NamedTuple):
       train_step: the jitted `(state, frozen, batch) -> (state, metrics)`.
       transforms: the optimizer.
       state, frozen: shapes, dtypes and shardings of the step's arguments; `frozen` is
-        None where the step needs no frozen model.
+        None where the step needs no frozen model, and may be a part of one.
     """
 
     train_step: Any
@@ -209,11 +213,9 @@ def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
         ),
         compiler_options=phase.compiler_options,
     )
-    frozen = None
-    if _needs_frozen(phase, data):
-        frozen = phase_lib.abstract_params(
-            phase.model_config, phase.mesh, phase.frozen_dtype
-        )
+    frozen = _frozen_part(phase, data)(
+        phase_lib.abstract_params(phase.model_config, phase.mesh, phase.frozen_dtype)
+    )
     return Program(train_step, transforms, state, frozen)
 
 
@@ -225,10 +227,9 @@ def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> steps.Objective:
     if config.objective.kind == "tokens":
         return steps.token_objective(
             student,
-            phase.forward() if _needs_teacher(config, data) else None,
+            _teacher(phase, data),
             names,
             functools.partial(fused.head_loss, **phase.head_options),
-            config.objective.teacher_temperature,
         )
     preference = config.preference
     return steps.preference_objective(
@@ -249,33 +250,53 @@ def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> steps.Objective:
 
 
 def _needs_teacher(config, data: pipeline.Data) -> bool:
-    return config.objective.kind == "tokens" and any(
-        any(weight for kind, weight in objective.items() if kind != "ntp")
-        for name, objective in data.objectives.items()
-        if config.sources[name].weight
+    return config.objective.kind == "tokens" and any(map(teacher.is_asked, data.packed))
+
+
+def _reads_teacher(config, data: pipeline.Data) -> bool:
+    return config.objective.teacher == "prepared" and _needs_teacher(config, data)
+
+
+def _teacher(phase: phase_lib.Phase, data: pipeline.Data) -> steps.Teacher | None:
+    config, objective = phase.config, phase.config.objective
+    if not _needs_teacher(config, data):
+        return None
+    if not _reads_teacher(config, data):
+        return steps.running_teacher(phase.forward(), objective.teacher_temperature)
+    if objective.teacher_top_k:
+        return steps.compact_teacher()
+    return steps.prepared_teacher(
+        config.model.compute_dtype, objective.teacher_temperature
     )
 
 
-def _needs_frozen(phase: phase_lib.Phase, data: pipeline.Data) -> bool:
+def _frozen_part(
+    phase: phase_lib.Phase, data: pipeline.Data
+) -> Callable[[model.Params], model.Params | None]:
+    """What the step needs of the frozen model's parameters."""
     config = phase.config
-    in_step = config.preference.reference == "step"
-    return (
-        phase.lora is not None
-        or _needs_teacher(config, data)
-        or (config.objective.kind == "preference" and in_step)
+    is_reference = (
+        config.objective.kind == "preference" and config.preference.reference == "step"
     )
+    reads = _reads_teacher(config, data)
+    if phase.lora or is_reference or (_needs_teacher(config, data) and not reads):
+        return lambda params: params
+    if reads and not config.objective.teacher_top_k:
+        return model.unembedding_alone
+    return lambda params: None
 
 
 def _load_frozen(
-    phase: phase_lib.Phase, data: pipeline.Data, key: dict[str, Any]
+    phase: phase_lib.Phase, data: pipeline.Data, program: Program, key: dict[str, Any]
 ) -> tuple[model.Params | None, reference.References]:
-    """The frozen model, if the steps need it, and what it says about pairs ahead."""
+    """What the steps need of the frozen model, and what it says about pairs ahead."""
     config = phase.config
 
     def load() -> model.Params:
         return phase.starting_params(phase.frozen_dtype)
 
-    frozen = load() if _needs_frozen(phase, data) else None
+    needed = program.frozen is not None
+    frozen = _frozen_part(phase, data)(load()) if needed else None
     references = {}
     if config.objective.kind == "preference":
         key = key | {f"pairs/{k}": v for k, v in pipeline.hashes(data.pairs).items()}

@@ -121,9 +121,9 @@ def test_a_bad_record_is_named(name, fields, words):
     assert str(error.value).startswith("f.jsonl:2: ")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
-    format.check(Record(good, "f.jsonl:1"), name)
+    format.plain_text(Record(good, "f.jsonl:1"), name)
     with pytest.raises(InputError, match=re.escape(str(error.value))):
-        format.check(Record(fields, "f.jsonl:2"), name)
+        format.plain_text(Record(fields, "f.jsonl:2"), name)
 
 
 # The tokens' text of what is learnt; spaces at the context's end belong to it.

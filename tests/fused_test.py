@@ -45,6 +45,46 @@ def dense(hidden, kernel, teacher_hidden, teacher_kernel, targets, weights, cap=
     )
 
 
+def dense_compact(
+    hidden, kernel, teacher_hidden, teacher_kernel, targets, weights, top_k, cap=None
+):
+    """`dense` with the teacher's tail as one outcome; also the statistics."""
+    student, teacher = hidden @ kernel, teacher_hidden @ teacher_kernel
+    if cap is not None:
+        student, teacher = (cap * jnp.tanh(x / cap) for x in (student, teacher))
+    top, teacher_top = student.argmax(-1), teacher.argmax(-1)
+    statistics = fused.TokenStatistics(
+        losses.cross_entropy(student, targets),
+        losses.coarse_lssd(student, teacher, targets, top_k),
+        losses.coarse_distillation(student, teacher, targets, top_k),
+        top == targets,
+        top == teacher_top,
+        teacher_top != targets,
+    )
+    selective = jnp.where(statistics.swapped, statistics.ntp, statistics.kd)
+    value = jnp.sum(
+        weights.ntp * statistics.ntp
+        + weights.lssd * statistics.lssd
+        + weights.kd * statistics.kd
+        + weights.selective * selective
+    )
+    return value, statistics
+
+
+def compact_head(
+    hidden, kernel, teacher_hidden, teacher_kernel, targets, weights, top_k, **options
+):
+    """`head_loss` with what `compact_teacher` makes of the same teacher."""
+    names = ("vocab_first", "vocab_size", "soft_cap")
+    shared = {name: options[name] for name in names if name in options}
+    compact = fused.compact_teacher(
+        teacher_hidden, teacher_kernel, targets, top_k, **shared
+    )
+    return fused.head_loss(
+        hidden, kernel, None, None, targets, weights, compact=compact, **options
+    )
+
+
 def assert_same(actual, expected, rtol=2e-5):
     """Equal to float32 noise relative to the largest entry."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -218,6 +258,55 @@ def swap_oracle(student, teacher, targets, weights, share):
     return weights @ losses_T, weights[:, None] * (np.exp(log_q) - target)
 
 
+def log_sum_exp(x, **kwargs):
+    return np.logaddexp.reduce(x, initial=-np.inf, **kwargs)
+
+
+def stored_teacher(teacher, targets, top_k, dtype=np.float32):
+    """What `fused.compact_teacher` computes, in float64; then rounded."""
+    teacher = teacher.astype(np.float64)
+    logps = teacher - log_sum_exp(teacher, axis=-1)[:, None]
+    ids = np.argsort(-teacher, axis=-1, kind="stable")[:, :top_k]
+    is_repeated = (ids == targets[:, None]).any(-1)
+    ids = np.concatenate([ids, targets[:, None]], -1)
+    listed = np.take_along_axis(logps, ids, -1)
+    listed[is_repeated, -1] = -np.inf
+    np.put_along_axis(logps, ids, -np.inf, -1)
+    return fused.CompactTeacher(
+        ids.astype(np.int32),
+        listed.astype(dtype),
+        log_sum_exp(logps, axis=-1).astype(np.float32),
+    )
+
+
+def compact_oracle(student, compact, targets, weights, share):
+    """`swap_oracle` for stored values, literally: a swap of two of a few outcomes."""
+    student = student.astype(np.float64)
+    value, d_logits = 0.0, np.zeros_like(student)
+    for row, (s, ids, logps, tail) in enumerate(zip(student, *compact)):
+        log_q = s - log_sum_exp(s)
+        listed = ids[logps > -np.inf]
+        others = np.setdiff1d(np.arange(len(s)), listed)
+        log_p = np.array([*logps[logps > -np.inf], tail], np.float64)
+        log_p -= log_sum_exp(log_p)
+        top, gold = 0, listed.tolist().index(targets[row])
+        log_p[[top, gold]] = log_p[[gold, top]]
+        p = np.exp(log_p)
+        target = np.zeros_like(s)
+        target[listed] = p[:-1]
+        loss = p[:-1] @ (log_p[:-1] - log_q[listed])
+        if p[-1] > 0:
+            log_q_tail = log_sum_exp(log_q[others])
+            loss += p[-1] * (log_p[-1] - log_q_tail)
+            target[others] = p[-1] * np.exp(log_q[others] - log_q_tail)
+        if gold != top:
+            loss = (1 - share) * loss - share * log_q[targets[row]]
+            target = (1 - share) * target + share * np.eye(len(s))[targets[row]]
+        value += weights[row] * loss
+        d_logits[row] = weights[row] * (np.exp(log_q) - target)
+    return value, d_logits
+
+
 @st.composite
 def logit_problems(draw):
     """Logits of both sides, targets, weights and how much of each is selective.
@@ -249,17 +338,23 @@ def logit_problems(draw):
     return student, teacher, targets, weights.astype(np.float32), share
 
 
-def check_against_oracle(problem, dtype, **options):
+def check_against_oracle(problem, dtype, compact=None, **options):
     """Hidden states are one-hot, so logits are exactly the rows of the unembedding."""
     student, teacher, targets, weights, share = problem
-    value, d_logits = swap_oracle(*problem)
     hidden = jnp.eye(len(targets), dtype=dtype)
+    if compact is None:
+        value, d_logits = swap_oracle(*problem)
+        teacher_operands = hidden, jnp.asarray(teacher)
+    else:
+        value, d_logits = compact_oracle(student, compact, targets, weights, share)
+        teacher_operands = None, None
+        options["compact"] = jax.tree.map(jnp.asarray, compact)
     token_weights = fused.TokenWeights.of(
         len(targets), lssd=(1 - share) * weights, selective=share * weights
     )
 
     def loss(hidden, kernel):
-        operands = hidden, kernel, hidden, jnp.asarray(teacher), targets
+        operands = hidden, kernel, *teacher_operands, targets
         return fused.head_loss(*operands, token_weights, **options)[0]
 
     actual_value, (d_hidden, d_kernel) = jax.jit(jax.value_and_grad(loss, (0, 1)))(
@@ -416,3 +511,243 @@ def test_without_a_gradient_for_the_unembedding_none_is_accumulated():
 
     # cost_analysis counts a loop's body once, so only the chunk's products show.
     assert flops(0) <= flops((0, 1)) - 2 * 16 * D * V
+
+
+TOP_KS = [1, 2, 8, V - 2, V - 1, V]
+
+
+@pytest.mark.parametrize("top_k", TOP_KS)
+def test_a_compact_teacher_gives_the_dense_coarse_losses(top_k):
+    head = functools.partial(compact_head, top_k=top_k, chunk_size=7)
+    expected = functools.partial(dense_compact, top_k=top_k)
+    assert_same(
+        value_and_gradients(head, *problem()), value_and_gradients(expected, *problem())
+    )
+    # Without gradients, in one tile and in several.
+    for tile in (None, 16):
+        actual = jax.jit(functools.partial(head, vocab_tile=tile))(*problem())
+        assert_same(actual, expected(*problem()))
+
+
+def test_a_compact_teacher_beside_tied_embeddings():
+    hidden, kernel, teacher_hidden, teacher_kernel, *rest = problem()
+    value, (d_hidden, d_kernel) = value_and_gradients(
+        functools.partial(compact_head, top_k=5, vocab_first=True),
+        hidden, kernel.T, teacher_hidden, teacher_kernel.T, *rest,
+    )  # fmt: skip
+    expected = functools.partial(dense_compact, top_k=5)
+    assert_same(
+        (value, (d_hidden, d_kernel.T)), value_and_gradients(expected, *problem())
+    )
+
+
+@pytest.mark.parametrize("top_k", [V - 1, V])
+def test_a_compact_teacher_that_lists_all_is_the_teacher(top_k):
+    head = functools.partial(compact_head, top_k=top_k)
+    assert_same(
+        value_and_gradients(head, *problem()),
+        value_and_gradients(fused.head_loss, *problem()),
+    )
+    assert_same(head(*problem())[1], fused.head_loss(*problem())[1])
+
+
+@pytest.mark.parametrize("top_k", TOP_KS)
+def test_a_coarse_kd_is_never_above_the_whole(top_k):
+    _, statistics = compact_head(*problem(), top_k=top_k)
+    _, whole = fused.head_loss(*problem())
+    assert np.all(statistics.kd <= whole.kd * (1 + 1e-5))
+    assert np.all(statistics.lssd <= whole.lssd * (1 + 1e-5))
+
+
+@pytest.mark.parametrize("vocab_tile", [None, 16])
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+def test_a_compact_teacher_with_a_padded_vocabulary(soft_cap, vocab_tile):
+    hidden, kernel, teacher_hidden, teacher_kernel, *rest = problem()
+    padded = [
+        jnp.pad(k, ((0, 0), (0, 9)), constant_values=3.0)
+        for k in (kernel, teacher_kernel)
+    ]
+    value, (d_hidden, d_kernel) = value_and_gradients(
+        functools.partial(compact_head, top_k=5),
+        hidden, padded[0], teacher_hidden, padded[1], *rest,
+        vocab_size=V, chunk_size=10, soft_cap=soft_cap, vocab_tile=vocab_tile,
+    )  # fmt: skip
+    expected = functools.partial(dense_compact, top_k=5, cap=soft_cap)
+    assert_same(
+        (value, (d_hidden, d_kernel[:, :V])), value_and_gradients(expected, *problem())
+    )
+    np.testing.assert_array_equal(d_kernel[:, V:], 0.0)
+
+
+@pytest.mark.parametrize("vocab_parallel", [False, True])
+@pytest.mark.parametrize("shape", MESHES)
+def test_any_mesh_gives_the_same_with_a_compact_teacher(shape, vocab_parallel):
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
+    options = {"top_k": 5, "chunk_size": 5, "vocab_parallel": vocab_parallel}
+    with jax.set_mesh(mesh):
+        # The teacher's compact form is computed there too.
+        actual = jax.jit(
+            jax.value_and_grad(
+                functools.partial(compact_head, **options), (0, 1), has_aux=True
+            )
+        )(*problem())
+    expected = jax.value_and_grad(
+        functools.partial(dense_compact, top_k=5), (0, 1), has_aux=True
+    )(*problem())
+    assert_same(actual, expected)
+
+
+DTYPES = [np.float32, np.float16, jnp.bfloat16]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    problem=logit_problems(),
+    top_k=st.integers(1, 61),
+    stored_dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    chunk_size=st.integers(1, 15),
+    vocab_tile=st.sampled_from([1, 2, 7, 16, 100]),
+)
+def test_any_chunks_and_tiles_equal_what_is_stored_of_the_teacher(
+    problem, top_k, stored_dtype, dtype, chunk_size, vocab_tile
+):
+    _, teacher, targets, *_ = problem
+    compact = stored_teacher(teacher, targets, top_k, stored_dtype)
+    options = {"chunk_size": chunk_size, "vocab_tile": vocab_tile}
+    check_against_oracle(problem, dtype, compact, **options)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("over", ["tensor", "fsdp"])
+@settings(max_examples=3, deadline=None)
+@given(
+    problem=logit_problems(),
+    top_k=st.sampled_from([1, 4, 30]),
+    vocab_tile=st.sampled_from([3, 100]),
+)
+def test_any_vocabulary_sharding_equals_what_is_stored_of_the_teacher(
+    over, num_shards, problem, top_k, vocab_tile
+):
+    mesh = sharding.make_mesh(
+        {"data": 8 // num_shards, "fsdp": 1, "tensor": 1} | {over: num_shards}
+    )
+    _, teacher, targets, *_ = problem
+    with jax.set_mesh(mesh):
+        check_against_oracle(
+            problem,
+            jnp.float32,
+            stored_teacher(teacher, targets, top_k, np.float16),
+            chunk_size=4,
+            vocab_tile=vocab_tile,
+            vocab_parallel=over == "fsdp",
+        )
+
+
+@pytest.mark.parametrize("vocab_tile", [3, 100])
+@pytest.mark.parametrize("gold", [2, 9, 5])
+def test_the_top_token_is_the_first_listed_even_if_rounding_makes_ties(
+    gold, vocab_tile
+):
+    """9 was more likely than 2 before both were rounded."""
+    student = np.random.default_rng(0).normal(size=(1, 12)).astype(np.float32)
+    compact = fused.CompactTeacher(
+        np.array([[9, 2, gold]]),
+        np.float16([[-1.5, -1.5, -4.0 if gold == 5 else -np.inf]]),
+        np.float32([-0.8]),
+    )
+    problem = student, student, np.array([gold]), np.ones(1, np.float32), 0.5
+    check_against_oracle(problem, jnp.float32, compact, vocab_tile=vocab_tile)
+
+
+@pytest.mark.parametrize("ids", [0, -1])
+@pytest.mark.parametrize("logps", [0.0, -np.inf])
+@pytest.mark.parametrize("tail", [0.0, -np.inf])
+def test_masked_tokens_of_a_compact_teacher_contribute_exactly_nothing(
+    ids, logps, tail
+):
+    """Whatever stands there as padding."""
+    hidden, kernel, teacher_hidden, teacher_kernel, targets, weights = problem()
+    compact = fused.compact_teacher(teacher_hidden, teacher_kernel, targets, 5)
+    padding = fused.CompactTeacher(ids, logps, tail)
+    poisoned = jax.tree.map(lambda x, p: x.at[::5].set(p), compact, padding)
+
+    def value(hidden, compact):
+        return fused.head_loss(
+            hidden, kernel, None, None, targets, weights, compact=compact, chunk_size=7
+        )
+
+    value_and_gradient = jax.value_and_grad(value, has_aux=True)
+    (expected, _), expected_gradient = value_and_gradient(hidden, compact)
+    (actual, statistics), gradient = value_and_gradient(hidden, poisoned)
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(gradient, expected_gradient)
+    np.testing.assert_array_equal(gradient[::5], 0.0)
+    assert all(np.all(np.isfinite(x)) for x in statistics)
+
+
+def test_no_gradient_reaches_a_compact_teacher():
+    hidden, kernel, teacher_hidden, teacher_kernel, targets, weights = problem()
+    compact = fused.compact_teacher(teacher_hidden, teacher_kernel, targets, 5)
+
+    def value(logps, tail):
+        return fused.head_loss(
+            hidden, kernel, None, None, targets, weights,
+            compact=compact._replace(logps=logps, tail=tail),
+        )[0]  # fmt: skip
+
+    gradients = jax.grad(value, (0, 1))(compact.logps, compact.tail)
+    assert_same(gradients, jax.tree.map(jnp.zeros_like, gradients))
+
+
+@pytest.mark.parametrize("top_k", TOP_KS)
+@pytest.mark.parametrize("chunk_size", [7, 1000, None])
+def test_compact_teacher_equals_its_definition(top_k, chunk_size):
+    _, _, hidden, kernel, targets, _ = problem()
+    expected = stored_teacher(np.asarray(hidden @ kernel), np.asarray(targets), top_k)
+    for vocab_first in (False, True):
+        actual = fused.compact_teacher(
+            hidden,
+            kernel.T if vocab_first else kernel,
+            targets,
+            top_k,
+            vocab_first=vocab_first,
+            chunk_size=chunk_size,
+        )
+        for a, e in zip(actual, expected):
+            assert a.dtype == e.dtype
+            np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_compact_teacher_applies_the_cap_then_the_temperature():
+    _, _, hidden, kernel, targets, _ = problem()
+    logits = 5.0 * np.tanh(np.asarray(hidden @ kernel) / 5.0) / 0.7
+    padded = jnp.pad(kernel, ((0, 0), (0, 9)), constant_values=3.0)
+    actual = fused.compact_teacher(
+        hidden, padded, targets, 4, vocab_size=V, soft_cap=5.0, temperature=0.7
+    )
+    for a, e in zip(actual, stored_teacher(logits, np.asarray(targets), 4)):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_compact_teacher_holds_one_chunk_of_logits():
+    _, _, hidden, kernel, targets, _ = problem()
+    form = functools.partial(fused.compact_teacher, top_k=5, chunk_size=6)
+    text = jax.jit(form).lower(hidden, kernel, targets).as_text()
+    assert f"{V}x6xf32" in text
+    assert f"{T}x{V}x" not in text
+    assert f"{V}x{T}x" not in text
+
+
+def test_there_is_one_teacher():
+    _, _, teacher_hidden, teacher_kernel, targets, _ = problem()
+    compact = fused.compact_teacher(teacher_hidden, teacher_kernel, targets, 5)
+    with pytest.raises(ValueError, match="compact teacher.*one or the other"):
+        fused.head_loss(*problem(), compact=compact)
+
+
+@pytest.mark.parametrize("top_k", [0, 61])
+def test_top_k_must_fit_the_vocabulary(top_k):
+    _, _, hidden, kernel, targets, _ = problem()
+    with pytest.raises(ValueError, match=rf"top_k: {top_k} is not in \[1, 60\]"):
+        fused.compact_teacher(hidden, kernel, targets, top_k, vocab_size=60)

@@ -1,6 +1,7 @@
 """The dense losses against their definition, written out in NumPy float64."""
 
 import collections
+import functools
 import types
 
 import jax
@@ -46,6 +47,23 @@ def oracle_selective(student, teacher, gold):
     return -log_q[gold], np.exp(log_q) - np.eye(V)[gold]
 
 
+def oracle_coarse(student, teacher, gold, top_k, form):
+    """Value and gradient with the tail of the teacher's tokens as one outcome."""
+    is_tail = np.ones(V, bool)
+    is_tail[[*np.argsort(-teacher, kind="stable")[:top_k], gold]] = False
+    swapped = oracle_swap(teacher, gold) if form is losses.coarse_lssd else teacher
+    log_p, log_q = oracle_log_softmax(swapped), oracle_log_softmax(student)
+    target = np.exp(log_p)
+    value = np.sum((target * (log_p - log_q))[~is_tail])
+    if is_tail.any():
+        log_p_tail, log_q_tail = (
+            np.logaddexp.reduce(x[is_tail]) for x in (log_p, log_q)
+        )
+        value += np.exp(log_p_tail) * (log_p_tail - log_q_tail)
+        target[is_tail] = np.exp(log_p_tail + log_q[is_tail] - log_q_tail)
+    return value, np.exp(log_q) - target
+
+
 def draw(seed, shape=(40,), scale=3.0):
     """Student logits, teacher logits and targets; every third target is the top."""
     rng = np.random.default_rng(seed)
@@ -62,7 +80,15 @@ def float64():
 
 
 SWAPS = [losses.lssd, losses.lssd_by_identity]
-ORACLES = dict.fromkeys(SWAPS, oracle_lssd) | {losses.selective: oracle_selective}
+WHOLE = dict.fromkeys(SWAPS, oracle_lssd) | {losses.selective: oracle_selective}
+COARSE = {
+    functools.partial(form, top_k=top_k): functools.partial(
+        oracle_coarse, top_k=top_k, form=form
+    )
+    for form in (losses.coarse_lssd, losses.coarse_distillation)
+    for top_k in (1, 4, V - 1, V)
+}
+ORACLES = WHOLE | COARSE
 
 
 @pytest.mark.parametrize("form", ORACLES)
@@ -106,7 +132,7 @@ def test_swap_keeps_entropy():
         )
 
 
-@pytest.mark.parametrize("form", ORACLES)
+@pytest.mark.parametrize("form", WHOLE)
 def test_where_the_teacher_is_right_it_is_plain_distillation(form):
     student, teacher, _ = draw(3)
     np.testing.assert_allclose(
@@ -225,6 +251,24 @@ def test_selective_raises_the_ceiling_of_lssd(share):
             target = (1 - share) * target + share * np.eye(V)[y]
         # The gradient of KL(target || q).
         np.testing.assert_allclose(gradient, oracle_softmax(s) - target, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("coarse", "whole"),
+    [
+        (losses.coarse_lssd, losses.lssd),
+        (losses.coarse_distillation, lambda s, t, _: losses.distillation(s, t)),
+    ],
+)
+def test_a_coarse_divergence_grows_with_what_is_listed_up_to_the_whole(coarse, whole):
+    student, teacher, targets = draw(13, shape=(300,))
+    values = [np.zeros(300)]
+    values += [coarse(student, teacher, targets, top_k) for top_k in range(1, V + 1)]
+    expected = whole(student, teacher, targets)
+    assert np.all(np.diff(values, axis=0) >= -1e-14)
+    # One token that is not listed is as good as listed.
+    for value in values[-2:]:
+        np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-14)
 
 
 def oracle_log_sigmoid(x):

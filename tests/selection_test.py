@@ -257,41 +257,15 @@ def test_of_equal_texts_the_first_stays(bpe, texts):
         assert sum(found.filtered.values()) + len(found.records) == len(rows)
 
 
-def _similar_pair(number, num_changed, num_words=104):
-    """Two samples, and the Jaccard similarity of their sets of 100 or so 5-grams."""
-    words = [f"{number}w{i}" for i in range(num_words)]
-    other = [*words[:-num_changed], *(f"x{i}" for i in range(num_changed))]
-    rows = [_ask("Go on.", " ".join(text)) for text in (words, other)]
-    first, second = (
-        {tuple(text[i : i + 5]) for i in range(len(text) - 4)}
-        for text in (["go", "on.", *words], ["go", "on.", *other])
-    )
-    return *rows, len(first & second) / len(first | second)
-
-
-@pytest.mark.parametrize("threshold", [0.5, 0.8])
-def test_near_duplicates_are_found_and_others_are_not(bpe, threshold):
-    found = {}
-    for num_changed in range(1, 70):
-        first, other, similarity = _similar_pair(num_changed, num_changed)
-        rows = [first, other, first | {"response": first["response"].upper()}]
-        kept = _candidates(rows, bpe, near_duplicates=threshold, max_tokens=9999)
-        assert kept.records[0].fields == first
-        assert kept.filtered["duplicate"] == 1
-        assert len(kept.records) + kept.filtered["near_duplicate"] == 2
-        found[similarity] = kept.filtered["near_duplicate"] == 1
-    # Four standard errors of an estimate from 256 hashes.
-    margin = 4 * math.sqrt(threshold * (1 - threshold) / 256)
-    above = [hit for s, hit in found.items() if s > threshold + margin]
-    below = [hit for s, hit in found.items() if s < threshold - margin]
-    assert len(above) > 3
-    assert all(above)
-    assert len(below) > 20
-    assert not any(below)
+def _similar_pair(number):
+    """Two samples of 100 or so word 5-grams, of which all but four are in both."""
+    words = [f"{number}w{i}" for i in range(104)]
+    texts = words, [*words[:-4], *(f"x{i}" for i in range(4))]
+    return [_ask("Go on.", " ".join(text)) for text in texts]
 
 
 def test_near_duplicates_among_many(bpe):
-    pairs = [_similar_pair(number, 4)[:2] for number in range(60)]
+    pairs = [_similar_pair(number) for number in range(60)]
     rows = [first for first, _ in pairs] + [other for _, other in pairs]
     kept = _candidates(rows, bpe, max_tokens=9999)
     assert [r.fields for r in kept.records] == rows[:60]

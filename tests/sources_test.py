@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.data import pipeline, readers, sources
+from mixcpt_jax.data import corpus, readers, sources
 from mixcpt_jax.errors import InputError
 
 RECORDS = [
@@ -661,17 +661,19 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
 def test_skipping_counts_files_lines_and_records_together(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(
-        pipeline.logging, "warning", lambda text, *args: warnings.append(text % args)
+        corpus.logging, "warning", lambda text, *args: warnings.append(text % args)
     )
     lines = b'{"text": "a"}\n3\n{"text": 3}\n{"text": " "}\n{"text": "b"}\n'
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(_jsonl_bytes(RECORDS))[:-9])
     config = config_lib.default()
     source = config_lib.source(path=str(tmp_path), on_bad_record="skip")
-    held_in, held_out = pipeline.read_source(config, source)
+    source_corpus = corpus.Corpus(config, source)
+    held_in = list(source_corpus.held_in())
     assert [record.fields["text"] for record in held_in[:2]] == ["a", "b"]
     assert 200 < len(held_in) < 302
-    assert held_out == []
+    assert source_corpus.held_out == []
+    assert source_corpus.left_out == {"bad_record": 4}
     words = "skipped 4 bad records or ends of damaged files, such as"
     assert warnings == [
         f"{tmp_path}: {words} {tmp_path}/a.jsonl:2: a JSON int, an object such as "
@@ -679,11 +681,13 @@ def test_skipping_counts_files_lines_and_records_together(tmp_path, monkeypatch)
     ]
     source.on_bad_record = "refuse"
     with pytest.raises(InputError, match="a.jsonl:2"):
-        pipeline.read_source(config, source)
+        list(corpus.Corpus(config, source).held_in())
     (tmp_path / "a.jsonl").write_bytes(b"3\n4\n")
     source = config_lib.source(path=f"{tmp_path}/a.jsonl", on_bad_record="skip")
-    with pytest.raises(InputError, match="no record is left, 2 are skipped"):
-        pipeline.read_source(config, source)
+    with pytest.raises(
+        InputError, match="no record is left; left out are 2 bad_record"
+    ):
+        list(corpus.Corpus(config, source).held_in())
 
 
 JSON = st.recursive(
@@ -747,21 +751,22 @@ def _records(count):
 
 
 def _held_out(records, num_records=10, seed=0):
-    return {
-        r.fields["text"] for r in sources.split_holdout(records, num_records, seed)[1]
-    }
+    chosen = sources.held_out(records, num_records, seed).values()
+    return {record.fields["text"] for record in chosen}
 
 
-def test_holdout_is_disjoint_complete_and_seeded():
+def test_holdout_is_seeded_and_knows_no_order():
     records = _records(100)
-    held_in, held_out = sources.split_holdout(records, 10, seed=0)
-    assert len(held_out) == 10
-    assert sorted(r.place for r in held_in + held_out) == sorted(
-        r.place for r in records
-    )
+    assert len(_held_out(records)) == 10
     assert _held_out(records) == _held_out(records[::-1])
     assert _held_out(records) != _held_out(records, seed=1)
-    assert sources.split_holdout(records, 0, seed=0) == (records, [])
+    assert not _held_out(records, 0)
+
+
+def test_holdout_is_the_records_of_the_least_keys():
+    records = _records(100)
+    keys = sorted(sources.content_key(record, 0) for record in records)
+    assert sources.held_out(iter(records * 2), 10, 0).keys() == set(keys[:10])
 
 
 def test_holdout_grows_with_the_source_only_a_little():
@@ -769,16 +774,6 @@ def test_holdout_grows_with_the_source_only_a_little():
     assert len(both) >= 7
 
 
-def test_copies_of_held_out_records_are_not_trained_on():
-    records = _records(30)
-    held_in, held_out = sources.split_holdout(records * 2, 10, seed=0)
-    assert len(held_out) == 10
-    assert len(held_in) == 40
-    assert not {r.fields["text"] for r in held_in} & {
-        r.fields["text"] for r in held_out
-    }
-
-
 def test_holding_out_everything_is_an_error():
     with pytest.raises(InputError, match="cannot hold out 5 of the 5 distinct records"):
-        sources.split_holdout(_records(5), 5, seed=0)
+        sources.held_out(_records(5), 5, seed=0)

@@ -70,7 +70,7 @@ def take_step(
     forward = model.make_forward(CONFIG, remat=remat)
     train_step = steps.make_train_step(
         steps.token_objective(
-            forward, forward, SOURCES, teacher_temperature=teacher_temperature
+            forward, steps.running_teacher(forward, teacher_temperature), SOURCES
         ),
         transforms,
         schedule,
@@ -404,7 +404,9 @@ def test_adapters_train_and_what_they_adapt_stays():
     config.learning_rate = 1e-2
     transforms, schedule = optim.make_optimizer(config, 10)
     objective = steps.token_objective(
-        model.make_forward(CONFIG, lora=lora), model.make_forward(CONFIG), SOURCES
+        model.make_forward(CONFIG, lora=lora),
+        steps.running_teacher(model.make_forward(CONFIG)),
+        SOURCES,
     )
     step = jax.jit(
         steps.make_train_step(objective, transforms, schedule, has_adapters=True)

@@ -7,6 +7,7 @@ which the tokenizer's chat template writes and of which the assistant's turns ar
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import shutil
 import tempfile
@@ -75,6 +76,19 @@ class Examples:
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64 [examples]."""
         return np.diff(self.offsets)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits: a hash of the tokens."""
+        return hashlib.blake2b(self.tokens.tobytes(), digest_size=8).hexdigest()
+
+    def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """`tokens[begin:end]` and `loss_mask[begin:end]`."""
+        return self.tokens[begin:end], self.loss_mask[begin:end]
 
     @functools.cached_property
     def num_learnt(self) -> int:
@@ -206,27 +220,29 @@ def chat_pair(
     return Pair(*arrays)
 
 
-def check(
+def plain_text(
     record: Record,
     format: str,
     fields: Mapping[str, str] | None = None,
     preference_side: str = "chosen",
-) -> None:
-    """Reads what `encode` would encode, and nothing more; arguments as there.
+) -> str:
+    """All that is written in a record, in one text; arguments as for `encode`.
 
     Raises:
-      InputError: see `encode`; what the chat template refuses is not found.
+      InputError: see `encode`.
     """
     fields = dict(fields or {})
     _check_settings(format, fields, preference_side)
     if format == "chat":
-        _conversation(record, fields)
+        parts = [turn["content"] for turn in _conversation(record, fields)]
     elif format == "chat_preference":
-        _read_pair(record, fields)
+        turns = itertools.chain.from_iterable(_read_pair(record, fields))
+        parts = [turn["content"] for turn in turns]
     elif format == "cloze":
-        _context_and_target(record, fields)
+        parts = ["".join(_context_and_target(record, fields))]
     else:
-        _texts(record, format, fields, preference_side)
+        parts = _texts(record, format, fields, preference_side)
+    return SEPARATOR.join(parts)
 
 
 def _read_pair(record: Record, fields: dict) -> list[list[dict[str, str]]]:

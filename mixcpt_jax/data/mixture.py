@@ -13,6 +13,7 @@ prompt; it lies whole in one row, as two pieces that follow each other.
 
 import bisect
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,6 +24,8 @@ from absl import flags
 from mixcpt_jax.config import OBJECTIVES
 from mixcpt_jax.data.format import Examples
 from mixcpt_jax.data.interleave import Interleaving
+from mixcpt_jax.data.prepared import PreparedExamples
+from mixcpt_jax.data.taught import TaughtRows
 from mixcpt_jax.errors import InputError
 
 STRATEGIES = ("best_fit", "first_fit", "split")
@@ -53,10 +56,11 @@ class Source:
       has_pairs: its examples are pairs.
       reference_logps: log-probability of each example's learnt tokens under the
         reference, nats, float32 [examples]; None where it is not known ahead.
+      taught: what the teacher says about its rows; None where it is not known ahead.
     """
 
     name: str
-    examples: Examples
+    examples: Examples | PreparedExamples
     share: float = 1.0
     final_share: float | None = None
     epochs: float = 0.0
@@ -66,6 +70,7 @@ class Source:
     )
     has_pairs: bool = False
     reference_logps: np.ndarray | None = None
+    taught: TaughtRows | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,6 +101,14 @@ class PackingPlan:
         """Pieces of the row that has most."""
         return int(np.diff(self.row_splits).max(initial=0))
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits: a hash of all of it."""
+        digest = hashlib.blake2b(f"{self.row_length}".encode(), digest_size=8)
+        for array in (self.example, self.start, self.length, self.row_splits):
+            digest.update(np.ascontiguousarray(array, np.int64))
+        return digest.hexdigest()
+
 
 def fit(
     examples: Examples,
@@ -125,6 +138,8 @@ def fit(
     counts = {"truncated": 0, "dropped": 0}
     if rule == "split":
         return examples, counts
+    if isinstance(examples, PreparedExamples):
+        examples = examples.load()
     targets = np.maximum(examples.lengths - 1, 0).reshape(-1, group).sum(1)
     kept = []
     for number, total in enumerate(targets.tolist()):
@@ -300,7 +315,8 @@ class PackedRows:
         weight for it.
     Rows of pairs whose reference is known have one more, [num_segments]:
       reference_logps: float32, that of segment `i + 1` at `i`, 0 behind the last.
-    Their segments `2 i + 1` and `2 i + 2` are a pair.
+    Their segments `2 i + 1` and `2 i + 2` are a pair. Where what the teacher says is
+    known, there are the arrays of `taught.Form`.
     """
 
     def __init__(
@@ -328,24 +344,27 @@ class PackedRows:
         plan, examples = self.plan, self.source.examples
         pieces = slice(plan.row_splits[row], plan.row_splits[row + 1])
         length = plan.length[pieces]
-        begin = np.cumsum(length) - length
-        positions = np.arange(length.sum()) - np.repeat(begin, length)
         first = examples.offsets[plan.example[pieces]] + plan.start[pieces]
-        inputs = np.repeat(first, length) + positions
 
         arrays = self.empty_row()
-        here = slice(len(inputs))
-        arrays["tokens"][here] = examples.tokens[inputs]
-        arrays["targets"][here] = examples.tokens[inputs + 1]
-        arrays["positions"][here] = positions
-        arrays["segment_ids"][here] = np.repeat(np.arange(1, len(length) + 1), length)
         mask = arrays["loss_mask"]
-        mask[here] = examples.loss_mask[inputs + 1]
+        begin = 0
+        for number, (start, size) in enumerate(zip(first, length, strict=True), 1):
+            tokens, learnt = examples.read(start, start + size + 1)
+            here = slice(begin, begin + size)
+            arrays["tokens"][here] = tokens[:-1]
+            arrays["targets"][here] = tokens[1:]
+            arrays["positions"][here] = np.arange(size)
+            arrays["segment_ids"][here] = number
+            mask[here] = learnt[1:]
+            begin += size
         for name, weight in self.source.objectives.items():
             arrays[f"{name}_weights"] = mask * np.float32(weight)
         if self.source.reference_logps is not None:
             logps = self.source.reference_logps[plan.example[pieces]]
             arrays["reference_logps"][: len(logps)] = logps
+        if self.source.taught is not None:
+            arrays |= self.source.taught.read(row, plan.row_length)
         return arrays
 
     def example_ids(self, row: int) -> np.ndarray:
@@ -370,6 +389,8 @@ class PackedRows:
         } | {f"{name}_weights": np.zeros(shape, np.float32) for name in OBJECTIVES}
         if self.source.reference_logps is not None:
             arrays["reference_logps"] = np.zeros(self.num_segments, np.float32)
+        if self.source.taught is not None:
+            arrays |= self.source.taught.form.empty(self.plan.row_length)
         return arrays
 
 
@@ -598,7 +619,7 @@ def describe(sources: Sequence[PackedRows], num_rows: int) -> list[dict]:
             {
                 "name": source.name,
                 "documents": len(source.examples),
-                "tokens": len(source.examples.tokens),
+                "tokens": source.examples.num_tokens,
                 "learnt_tokens": source.examples.num_learnt,
                 "rows": len(plan),
                 "pieces": len(plan.length),

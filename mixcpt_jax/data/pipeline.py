@@ -1,10 +1,8 @@
 """From a config to everything a phase reads: training batches, held-out text, exams."""
 
 import dataclasses
-import hashlib
-import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -13,7 +11,10 @@ import numpy as np
 from absl import logging
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.data import docstrings, exams, format, mixture, sources
+from mixcpt_jax.data import corpus as corpus_lib
+from mixcpt_jax.data import docstrings, exams, format, mixture, prepared, sources
+from mixcpt_jax.data.corpus import Corpus
+from mixcpt_jax.data.taught import TaughtRows
 from mixcpt_jax.errors import InputError
 
 
@@ -60,16 +61,15 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
     row_length = config.eval.row_length or config.data.row_length
     is_training = config.job == "train"
     asked = {exam.source for exam in config.eval.exams.values()}
-    held_in, texts, pairs, files = {}, {}, {}, {}
+    corpora, texts, pairs, files = {}, {}, {}, {}
     for name, source in config.sources.items():
-        held_in[name] = []
         if (is_training and source.weight) or source.holdout or name in asked:
-            held_in[name], held_out = read_source(config, source)
+            corpora[name] = Corpus(config, source)
             files[name] = sources.hashes(source.path, source.reader, source.split)
-            if held_out:
+            if source.holdout:
                 is_pair = source.format == "chat_preference"
                 measured = pairs if is_pair else texts
-                measured[name] = _encode(held_out, source, tokenizer)
+                measured[name] = _encode(corpora[name].held_out, source, tokenizer)
     for name, source in config.eval.texts.items():
         texts[name] = _encode(_measured(config, source), source, tokenizer)
         files[f"eval.texts.{name}"] = sources.hashes(
@@ -90,10 +90,10 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
         name: config_lib.objective_weights(config, name) for name in config.sources
     }
     if is_training:
-        packed, counts = _pack(config, held_in, objectives, tokenizer)
+        packed, notes = _pack(config, corpora, files, objectives, tokenizer)
         num_steps = _num_steps(config, packed)
         rows = mixture.describe(packed, num_steps * config.data.batch_size)
-        report = [row | cut for row, cut in zip(rows, counts, strict=True)]
+        report = [row | note for row, note in zip(rows, notes, strict=True)]
     return Data(
         packed=packed,
         objectives=objectives,
@@ -106,7 +106,7 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
             for name, examples in pairs.items()
         },
         exams={
-            name: _load_exam(config, exam, held_in, tokenizer, row_length)
+            name: _load_exam(config, exam, corpora, tokenizer, row_length)
             for name, exam in config.eval.exams.items()
         },
         prompts=_load_prompts(config.eval.prompts),
@@ -116,74 +116,21 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
     )
 
 
-def read_source(
-    config: ml_collections.ConfigDict, source: ml_collections.ConfigDict
-) -> tuple[list[sources.Record], list[sources.Record]]:
-    """The records of a source: those in training and those held out of it.
-
-    The choice is made among all records, so it is the same whatever the format; then
-    those that the format cannot use are left out, where the source says so, as are
-    those that cannot be read.
-
-    Raises:
-      InputError: see `sources.read`, `sources.split_holdout` and `format.check`; or no
-        record is left.
-    """
-    refuses = source.on_bad_record == "refuse"
-    num_bad, example = 0, ""
-
-    def note(error: InputError) -> None:
-        nonlocal num_bad, example
-        num_bad += 1
-        example = example or str(error)
-
-    records = sources.read(
-        source.path, source.reader, source.split, None if refuses else note
-    )
-    parts = sources.split_holdout(
-        itertools.islice(records, source.max_records or None),
-        source.holdout,
-        config.seed,
-    )
-    if refuses:
-        return parts
-    settings = source.format, source.fields.to_dict(), source.preference_side
-
-    def is_usable(record: sources.Record) -> bool:
-        try:
-            format.check(record, *settings)
-        except InputError as error:
-            note(error)
-            return False
-        return True
-
-    held_in, held_out = ([r for r in part if is_usable(r)] for part in parts)
-    if num_bad and not held_in:
-        raise InputError(
-            f"{source.path}: no record is left, {num_bad} are skipped, such as {example}"
-        )
-    if num_bad:
-        logging.warning(
-            "%s: skipped %d bad records or ends of damaged files, such as %s",
-            source.path,
-            num_bad,
-            example,
-        )
-    return held_in, held_out
-
-
-def _pack(config, held_in, objectives, tokenizer):
-    """The training stream's sources, and of each how many examples were cut."""
-    used, counts = [], []
+def _pack(config, corpora, files, objectives, tokenizer):
+    """The training stream's sources, and of each what the report says besides."""
+    used, notes = [], []
     for name, source in config.sources.items():
         has_pairs = source.format == "chat_preference"
-        records = held_in[name] if source.weight else []
-        is_doubled = source.format == "preference" and source.preference_side == "both"
+        examples, places, note = format.Examples.collect([]), [], {}
+        if source.weight:
+            examples, places, note = _examples(
+                config, name, corpora[name], files[name], tokenizer
+            )
         examples, cut = mixture.fit(
-            _encode(records, source, tokenizer),
+            examples,
             config.data.row_length,
             config.data.overlong,
-            [r.place for r in records for _ in range(2 if is_doubled else 1)],
+            places,
             group=2 if has_pairs else 1,
         )
         if cut["dropped"] and not len(examples):
@@ -191,7 +138,7 @@ def _pack(config, held_in, objectives, tokenizer):
                 f"sources.{name}: all of its {cut['dropped']} samples are longer than "
                 f"data.row_length={config.data.row_length} and dropped; make it larger"
             )
-        counts.append(cut)
+        notes.append(note | cut)
         scale = 1.0
         if config.data.temperature:
             scale = max(examples.num_learnt, 1) ** (1 / config.data.temperature)
@@ -215,7 +162,53 @@ def _pack(config, held_in, objectives, tokenizer):
         config.seed,
         tokenizer.pad_id,
     )
-    return packed, counts
+    return packed, notes
+
+
+def _examples(
+    config: ml_collections.ConfigDict,
+    name: str,
+    corpus: Corpus,
+    files: dict[str, str],
+    tokenizer: Any,
+) -> tuple[format.Examples | prepared.PreparedExamples, list[str], dict[str, Any]]:
+    """What a source has to learn: prepared where it can be, else encoded here.
+
+    Returns:
+      The examples; where each sample is from, if that will be asked for; and for the
+      report whether they were `prepared` and what was `left_out`.
+    """
+    source = config.sources[name]
+    if config.data.prepared:
+        folder = prepared.folder_of(config.data.prepared, name)
+        manifest = prepared.read_manifest(folder)
+        part = None
+        if manifest is not None:
+            key = corpus_lib.identity(config, source, tokenizer, files)
+            part = prepared.difference(manifest, key)
+        if manifest is not None and part is None:
+            examples = prepared.PreparedExamples(folder, manifest)
+            return examples, [], {"prepared": True, "left_out": examples.left_out}
+        logging.warning(
+            "sources.%s: %s, so it is tokenised here; `python -m mixcpt_jax.data.prepare` "
+            "with this config would prepare it",
+            name,
+            f"{folder} was prepared with other {part}"
+            if part
+            else f"{folder} holds nothing prepared",
+        )
+    places = []
+
+    def records() -> Iterator[sources.Record]:
+        for record in corpus.held_in():
+            if config.data.overlong == "refuse":
+                places.append(record.place)
+            yield record
+
+    examples = _encode(records(), source, tokenizer)
+    if source.format == "preference" and source.preference_side == "both":
+        places = [place for place in places for _ in range(2)]
+    return examples, places, {"prepared": False, "left_out": corpus.left_out}
 
 
 def _num_steps(config, packed: list[mixture.PackedRows]) -> int:
@@ -267,15 +260,31 @@ def with_references(data: Data, references: Mapping[str, np.ndarray]) -> Data:
       data: what a phase reads.
       references: "sources/NAME" -> log-probabilities, nats, [examples].
     """
-    packed = []
-    for rows in data.packed:
-        logps = references.get(f"sources/{rows.source.name}")
-        if logps is not None:
-            source = dataclasses.replace(rows.source, reference_logps=logps)
-            rows = mixture.PackedRows(
-                source, rows.source_id, rows.plan, rows.pad_id, rows.num_segments
-            )
-        packed.append(rows)
+    return _with(
+        data,
+        {
+            name.removeprefix("sources/"): {"reference_logps": logps}
+            for name, logps in references.items()
+        },
+    )
+
+
+def with_teacher(data: Data, taught: Mapping[str, TaughtRows]) -> Data:
+    """The same, whose training rows have what the teacher says, by source."""
+    return _with(data, {name: {"taught": rows} for name, rows in taught.items()})
+
+
+def _with(data: Data, changes: Mapping[str, dict[str, Any]]) -> Data:
+    packed = [
+        mixture.PackedRows(
+            dataclasses.replace(rows.source, **changes.get(rows.source.name, {})),
+            rows.source_id,
+            rows.plan,
+            rows.pad_id,
+            rows.num_segments,
+        )
+        for rows in data.packed
+    ]
     return dataclasses.replace(data, packed=packed)
 
 
@@ -287,17 +296,14 @@ def fingerprint(data: Data) -> dict[str, str]:
 def hashes(rows_by_name: Mapping[str, mixture.PackedRows]) -> dict[str, str]:
     """A hash of each one's tokens, by name."""
     return {
-        name: hashlib.blake2b(
-            rows.source.examples.tokens.tobytes(), digest_size=8
-        ).hexdigest()
-        for name, rows in rows_by_name.items()
+        name: rows.source.examples.fingerprint for name, rows in rows_by_name.items()
     }
 
 
 def _measured(config, source) -> list[sources.Record]:
     """Of a source with a holdout that part, else all of it."""
-    held_in, held_out = read_source(config, source)
-    return held_out if source.holdout else held_in
+    corpus = Corpus(config, source, is_cleaned=False)
+    return corpus.held_out if source.holdout else list(corpus.held_in())
 
 
 def _encode(records, source, tokenizer) -> format.Examples:
@@ -334,10 +340,10 @@ def _load_prompts(path: str) -> list[list[dict[str, str]]]:
     return [format.read_prompt(record) for record in sources.read(path, "jsonl")]
 
 
-def _load_exam(config, exam, held_in, tokenizer, row_length: int) -> exams.Exam:
+def _load_exam(config, exam, corpora, tokenizer, row_length: int) -> exams.Exam:
     if exam.path:
         questions = exams.read(exam.path)[: exam.num_questions or None]
     else:
-        documents = [record.fields for record in held_in[exam.source]]
+        documents = [record.fields for record in corpora[exam.source].held_in()]
         questions = docstrings.exam(documents, exam.num_questions, config.seed)
     return exams.encode(questions, tokenizer, row_length)

@@ -161,12 +161,20 @@ def parquet(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
             page_checksum_verification=True,
         ) as table,
     ):
+        found = expected = 0
         for group in range(table.num_row_groups):
             batches = table.iter_batches(64, row_groups=[group], use_threads=False)
             for number, row in enumerate(_rows(batches)):
+                found += 1
                 place = f"{file}:row group {group}, row {number}"
                 yield from _record(_read_row, row, place, on_bad)
-        _require(table.metadata.num_rows, file, on_bad)
+            # Where a page is missed, pyarrow ends the group without a word.
+            expected += table.metadata.row_group(group).num_rows
+            if found != expected:
+                raise EOFError(f"{expected - found} rows of this row group are missing")
+        if found != table.metadata.num_rows:
+            raise EOFError(f"{found} rows, {table.metadata.num_rows} are wanted")
+        _require(found, file, on_bad)
 
 
 def arrow(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
@@ -190,9 +198,10 @@ def _arrow_batches(content) -> Iterator[pa.RecordBatch]:
         batch.validate(full=True)  # offsets that point anywhere would be followed
         yield batch
     # The format lets a stream just end, as one does that was cut between two batches;
-    # writers that are closed leave a mark.
+    # writers that are closed leave a mark. Damage may put one before the end.
+    stopped = content.tell()
     content.seek(-len(_END_OF_STREAM), io.SEEK_END)
-    if not is_file and content.read() != _END_OF_STREAM:
+    if not is_file and (content.read() != _END_OF_STREAM or content.tell() != stopped):
         raise EOFError("the mark at the end of the stream is missing")
 
 
@@ -209,11 +218,7 @@ def _read_row(row: pa.RecordBatch) -> dict:
 
 def array_record(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     """The records: JSON objects, or else texts `{'text'}`."""
-    # With the default options a reader holds 100 MB and more, and is no faster. It is not
-    # closed, since of a damaged file that raises again, without a word.
-    reader = array_record_module.ArrayRecordReader(
-        str(file), "readahead_buffer_size:0,max_parallelism:0"
-    )
+    reader = _array_record_reader(file)
     num_records = reader.num_records()
     # A file without its index would pass for one without records.
     if not reader.ok():
@@ -228,6 +233,16 @@ def array_record(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
         except InputError as error:
             on_bad(error)
     _require(num_records, file, on_bad)
+
+
+def _array_record_reader(
+    file: epath.Path | str,
+) -> array_record_module.ArrayRecordReader:
+    # With the default options a reader holds 100 MB and more, and is no faster. It is not
+    # closed, since of a damaged file that raises again, without a word.
+    return array_record_module.ArrayRecordReader(
+        str(file), "readahead_buffer_size:0,max_parallelism:0"
+    )
 
 
 def _parse_record(content: bytes, place: str) -> dict:
@@ -269,6 +284,14 @@ def tfds(folder: epath.Path, split: str, on_bad: OnBad) -> Iterator[Record]:
     for number in range(len(source)):
         place = f"{folder}:{split}#{number}"
         yield from _record(read_example, number, place, on_bad)
+    # How many there are is what dataset_info.json says, not the shards.
+    for shard in builder.info.splits[split].file_instructions:
+        found = _array_record_reader(shard.filename).num_records()
+        if found != shard.examples_in_shard:
+            raise EOFError(
+                f"{shard.filename} has {found} records, dataset_info.json says "
+                f"{shard.examples_in_shard}"
+            )
     _require(len(source), f"{folder}:{split}", on_bad)
 
 

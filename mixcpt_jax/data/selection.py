@@ -15,11 +15,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import datasketch
 import numpy as np
 from etils import epath
 
 from mixcpt_jax import paths
+from mixcpt_jax.data import clean
 from mixcpt_jax.data import format as format_lib
 from mixcpt_jax.data.format import Examples
 from mixcpt_jax.data.sources import Record
@@ -38,10 +38,6 @@ REASONS = (
 # What is found about a record stands under this key of its line.
 FIELD = "selection"
 
-_WORDS_PER_SHINGLE = 5
-# The standard error of an estimated Jaccard similarity is 0.03 at most.
-_NUM_HASHES = 256
-_RECALL = 0.99
 # Nats per token: nearer to 0, half precision no longer tells a probability from 1.
 _LEAST_NLL = 1e-3
 
@@ -159,16 +155,15 @@ def candidates(
         mostly noise, and extreme ones.
       on_bad_record: 'refuse' or 'skip'.
       near_duplicates: from this Jaccard similarity of the sets of word 5-grams on, as
-        MinHash estimates it, a record is a near duplicate; 0: none is. A text of fewer
-        words, or without spaces, is a single shingle.
+        MinHash estimates it (see `clean.Seen`), a record is a near duplicate; 0: none is.
 
     Raises:
       InputError: see `format.prompt_and_response` and `format.chat_pair`; a field
         `selection` that no earlier selection wrote; no record is left.
     """
     filtered = dict.fromkeys(REASONS, 0)
-    kept, texts, chats, digests, seen = [], [], [], [], set()
-    distinct = _Distinct(near_duplicates)
+    kept, texts, chats, digests = [], [], [], []
+    seen = clean.Seen(near_duplicates)
     for record in records:
         _check_field_is_free(record)
         try:
@@ -197,22 +192,24 @@ def candidates(
             for message in prompt
             if message["content"].strip()
         )
-        words = (question + response).casefold().split()
-        digest = hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
         if mask.sum() < min_response_tokens:
             filtered["short_response"] += 1
         elif length < min_tokens:
             filtered["too_short"] += 1
         elif length > max_tokens:
             filtered["too_long"] += 1
-        elif digest in seen:
-            filtered["duplicate"] += 1
-        elif near_duplicates and not distinct.add(words):
-            filtered["near_duplicate"] += 1
-            seen.add(digest)
         else:
-            seen.add(digest)
-            digests.append(digest)
+            text = question + response
+            words = text.casefold().split()
+            findings = clean.Findings(
+                "",
+                clean.digest(text),
+                clean.min_hash(words) if near_duplicates else None,
+            )
+            if reason := seen.reason(findings):
+                filtered[reason] += 1
+                continue
+            digests.append(findings.digest)
             kept.append(record)
             texts.append((question, response))
             chats.append((ids, mask))
@@ -373,36 +370,6 @@ def _prefers(record: Record, chosen: str, fields: Mapping[str, str]) -> bool:
     # Continual pre-training on the chosen side takes such records as they are.
     rejected = record.fields.get(fields.get("rejected", "rejected"))
     return not isinstance(rejected, str) or rejected.strip() not in ("", chosen.strip())
-
-
-class _Distinct:
-    """Texts of which no two are similar, by MinHash and locality-sensitive hashing."""
-
-    def __init__(self, threshold: float):
-        self._threshold = threshold
-        # Two texts are compared if all hashes of a band agree. The longest bands that
-        # let almost no pair at the threshold slip spare the most comparisons.
-        sizes = range(1, _NUM_HASHES // 2 + 1)
-        slips = [(1 - threshold**size) ** (_NUM_HASHES // size) for size in sizes]
-        size = max(1, sum(slip <= 1 - _RECALL for slip in slips))
-        self._index = datasketch.MinHashLSH(
-            num_perm=_NUM_HASHES, params=(_NUM_HASHES // size, size)
-        )
-        self._empty = datasketch.MinHash(_NUM_HASHES, seed=1)
-        self._hashes = []
-
-    def add(self, words: list[str]) -> bool:
-        """Takes a text in unless it is similar to one that is; returns whether it did."""
-        starts = range(max(1, len(words) - _WORDS_PER_SHINGLE + 1))
-        shingles = {" ".join(words[i : i + _WORDS_PER_SHINGLE]) for i in starts}
-        hashes = self._empty.copy()
-        hashes.update_batch([shingle.encode() for shingle in shingles])
-        for other in self._index.query(hashes):
-            if hashes.jaccard(self._hashes[other]) >= self._threshold:
-                return False
-        self._index.insert(len(self._hashes), hashes)
-        self._hashes.append(hashes)
-        return True
 
 
 def _encode_plain(texts: list[tuple[str, str]], tokenizer):

@@ -3,6 +3,7 @@
 import collections
 import functools
 import hashlib
+import heapq
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ _READ_FILE = {
     "array_record": readers.array_record,
 }
 _LOCAL_ONLY = ("array_record", "tfds")
+_KEY_BYTES = 64
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -109,41 +111,54 @@ def _file_hash(file: epath.Path) -> str:
     return digest.hexdigest()
 
 
-def split_holdout(
+def held_out(
     records: Iterable[Record], num_records: int, seed: int
-) -> tuple[list[Record], list[Record]]:
-    """Splits off `num_records` records for evaluation: `(held_in, held_out)`.
+) -> dict[bytes, Record]:
+    """Chooses the records that are kept for evaluation; key of the content -> record.
 
-    The choice goes by a hash of the content, so it does not depend on the order of
-    the records and hardly on what else is in the source. Exact copies of a held-out
-    record are dropped from both sides, lest the model is trained on them.
+    The choice goes by a hash of the content, so it does not depend on the order of the
+    records and hardly on what else is in the source. Whoever learns from the source
+    leaves out every record whose `content_key` is among these, and so exact copies.
+
+    Args:
+      records: read once; no more than `num_records` are kept in memory.
+      num_records: how many; 0: none.
+      seed: of the choice.
 
     Raises:
       InputError: there are not more than `num_records` distinct records.
     """
-    records = list(records)
-    keys = [_content_key(record, seed) for record in records]
-    chosen = set(sorted(set(keys))[:num_records])
-    if num_records and len(set(keys)) <= num_records:
-        place = records[0].place if records else "source"
+    if not num_records:
+        return {}
+    chosen: dict[bytes, Record] = {}
+    largest: list[int] = []  # a heap of the chosen keys as negative numbers
+    are_more = False
+    for record in records:
+        key = content_key(record, seed)
+        if key in chosen:
+            continue
+        chosen[key] = record
+        heapq.heappush(largest, -int.from_bytes(key))
+        if len(chosen) > num_records:
+            are_more = True
+            del chosen[(-heapq.heappop(largest)).to_bytes(_KEY_BYTES)]
+    if not are_more:
+        place = next((r.place for r in chosen.values()), "source")
         raise InputError(
-            f"{place}: cannot hold out {num_records} of the {len(set(keys))} distinct "
+            f"{place}: cannot hold out {num_records} of the {len(chosen)} distinct "
             "records there are; make the source's `holdout` smaller"
         )
-    held_in, held_out = [], {}
-    for key, record in zip(keys, records, strict=True):
-        if key in chosen:
-            held_out.setdefault(key, record)
-        else:
-            held_in.append(record)
-    return held_in, list(held_out.values())
+    return chosen
 
 
-def _content_key(record: Record, seed: int) -> bytes:
+def content_key(record: Record, seed: int) -> bytes:
+    """A hash of what a record says; of where it is from it knows nothing."""
     # An id says where a text came from, which is no part of what it says.
     fields = {name: value for name, value in record.fields.items() if name != "id"}
     content = json.dumps(fields, sort_keys=True, default=str)
-    return hashlib.blake2b(f"{seed} {content}".encode()).digest()
+    return hashlib.blake2b(
+        f"{seed} {content}".encode(), digest_size=_KEY_BYTES
+    ).digest()
 
 
 def _read_parts(parts: list[_Part], path: str, on_bad: OnBad) -> Iterator[Record]:

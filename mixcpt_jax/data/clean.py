@@ -1,0 +1,252 @@
+"""Which texts of a source are not to be learnt: rubbish, leaked exams, duplicates.
+
+What can be said of one text alone is `inspect`'s, in any process; what depends on the
+texts before it is `Seen`'s, in one. A word is a run of letters and digits, whatever its
+case; each letter of a script that is written without blanks is one by itself.
+"""
+
+import collections
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import datasketch
+
+REASONS = (
+    "too_short",
+    "too_long",
+    "few_letters",
+    "repetitive",
+    "contaminated",
+    "duplicate",
+    "near_duplicate",
+)
+
+WORDS_PER_SHINGLE = 5
+# An exam's text of fewer words than an n-gram has is looked for as a whole from here on.
+LEAST_WORDS = 8
+
+# The standard error of an estimated Jaccard similarity is 0.03 at most.
+_NUM_HASHES = 256
+_RECALL = 0.99
+_NO_WORDS = datasketch.MinHash(_NUM_HASHES, seed=1)
+_ALONE = (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u1000-\u109f"  # Burmese
+    "\u1780-\u17ff"  # Khmer
+    "\u3040-\u30ff"  # kana
+    "\u3400-\u9fff\U00020000-\U0003ffff"  # Han
+)
+# Marks, as the vowels of Indian scripts, part words here; they do so wherever they stand.
+_WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
+_INVISIBLE = re.compile("[\u00ad\u200c\u200d\u2060\ufe0f]")
+
+
+class Findings(NamedTuple):
+    """What `inspect` found.
+
+    Attributes:
+      reason: one of `REASONS`, or empty.
+      digest: of the text, 16 bytes; empty if it is not asked for.
+      min_hash: see `min_hash`; None if it is not asked for.
+    """
+
+    reason: str
+    digest: bytes = b""
+    min_hash: datasketch.LeanMinHash | None = None
+
+
+class Ngrams(NamedTuple):
+    """Word n-grams to look for.
+
+    Attributes:
+      sizes: how many words they have; not only n, see `ngrams_of`.
+      texts: the n-grams, with single blanks.
+    """
+
+    sizes: tuple[int, ...]
+    texts: frozenset[str]
+
+
+def is_active(settings: Any) -> bool:
+    """Whether any rule of the config's section `clean` is on."""
+    return bool(
+        settings.exact_duplicates
+        or settings.near_duplicates
+        or settings.decontaminate
+        or settings.min_characters
+        or settings.max_characters
+        or settings.min_letters
+        or settings.max_repetition < 1
+    )
+
+
+def inspect(
+    text: str,
+    settings: Any,
+    is_document: bool,
+    exam_ngrams: Ngrams | None = None,
+) -> Findings:
+    """Finds what is to be said of a text without knowledge of others.
+
+    The reason is that of the first rule that the text breaks, in the order of `REASONS`.
+
+    Args:
+      text: any.
+      settings: the config's section `clean`, or anything with the same attributes.
+      is_document: whether the rules of length, letters and repetition apply.
+      exam_ngrams: a text that has one is contaminated; None: none is.
+    """
+    if is_document:
+        if len(text) < settings.min_characters:
+            return Findings("too_short")
+        if 0 < settings.max_characters < len(text):
+            return Findings("too_long")
+        if settings.min_letters and letter_share(text) < settings.min_letters:
+            return Findings("few_letters")
+    words = words_of(text)
+    limit = settings.max_repetition
+    if is_document and limit < 1 and repetition(words) > limit:
+        return Findings("repetitive")
+    if exam_ngrams is not None and shares(words, exam_ngrams):
+        return Findings("contaminated")
+    return Findings(
+        "",
+        digest(text) if settings.exact_duplicates else b"",
+        min_hash(words) if settings.near_duplicates else None,
+    )
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, case folded."""
+    return _WORD.findall(_INVISIBLE.sub("", _fold(text)))
+
+
+def digest(text: str) -> bytes:
+    """A hash of a text but for case and blanks, 16 bytes."""
+    content = " ".join(_fold(text).split()).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def letter_share(text: str) -> float:
+    """Letters and marks of any script among the characters that are not blank."""
+    counts = collections.Counter()
+    for character, count in collections.Counter(text).items():
+        if not character.isspace():
+            counts[unicodedata.category(character)[0] in "LM"] += count
+    return counts[True] / max(counts.total(), 1)
+
+
+def repetition(words: list[str]) -> float:
+    """The share of the words' characters in 5-grams of words that occurred before.
+
+    Each character counts once. The measure is that of Gopher's rule on duplicate 5-grams
+    (Rae et al. 2021, table A1), which allows 0.15.
+    """
+    seen, covered = set(), set()
+    for start, shingle in enumerate(_ngrams(words, WORDS_PER_SHINGLE)):
+        if shingle in seen:
+            covered.update(range(start, start + WORDS_PER_SHINGLE))
+        seen.add(shingle)
+    total = sum(map(len, words))
+    return sum(len(words[number]) for number in covered) / max(total, 1)
+
+
+def min_hash(words: list[str]) -> datasketch.LeanMinHash:
+    """256 MinHash values of the set of word 5-grams.
+
+    A text of fewer words is a single 5-gram.
+    """
+    hashes = _NO_WORDS.copy()
+    shingles = set(_ngrams(words, WORDS_PER_SHINGLE)) or {" ".join(words)}
+    hashes.update_batch([s.encode("utf-8", "surrogatepass") for s in shingles])
+    return datasketch.LeanMinHash(hashes)
+
+
+def ngrams_of(texts: Iterable[str], n: int) -> Ngrams:
+    """The word n-grams of exams.
+
+    A text of fewer than n words counts as a whole if it has 8 or more, and else not at
+    all: what is so short is said by chance.
+
+    Args:
+      texts: a question's text, or that and an answer.
+      n: 13 is usual (GPT-3, Brown et al. 2020, appendix C).
+    """
+    by_size = collections.defaultdict(set)
+    for text in texts:
+        words = words_of(text)
+        size = min(n, len(words))
+        if size >= min(n, LEAST_WORDS):
+            by_size[size].update(_ngrams(words, size))
+    return Ngrams(tuple(sorted(by_size)), frozenset().union(*by_size.values()))
+
+
+def shares(words: list[str], ngrams: Ngrams) -> bool:
+    """Whether one of the n-grams is in a text of these words."""
+    return any(
+        not ngrams.texts.isdisjoint(_ngrams(words, size)) for size in ngrams.sizes
+    )
+
+
+class Seen:
+    """The texts so far, against which the next one is held.
+
+    A text costs about 100 bytes for its digest, and 12 kB for its MinHash.
+    """
+
+    def __init__(self, threshold: float = 0.0):
+        """Near duplicates have at least this Jaccard similarity of their word 5-grams.
+
+        It is MinHash's estimate, whose standard error for a similarity J is
+        sqrt(J (1 - J) / 256), 0.025 at a threshold of 0.8. Two texts are compared if all
+        values of a band agree, as 99% of the pairs at the threshold do.
+        """
+        self._threshold = threshold
+        # The longest bands that let almost no pair at the threshold slip spare the most
+        # comparisons.
+        sizes = range(1, _NUM_HASHES // 2 + 1)
+        slips = [(1 - threshold**size) ** (_NUM_HASHES // size) for size in sizes]
+        size = max(1, sum(slip <= 1 - _RECALL for slip in slips))
+        self._index = datasketch.MinHashLSH(
+            num_perm=_NUM_HASHES, params=(_NUM_HASHES // size, size)
+        )
+        self._digests = set()
+        self._min_hashes = []
+
+    def reason(self, findings: Findings) -> str:
+        """Says why a text is not to be learnt, and remembers one that is.
+
+        Returns:
+          The findings' own reason; else 'duplicate' or 'near_duplicate' of an earlier
+          text; else nothing.
+        """
+        if findings.reason:
+            return findings.reason
+        if findings.digest:
+            if findings.digest in self._digests:
+                return "duplicate"
+            self._digests.add(findings.digest)
+        mine = findings.min_hash
+        if mine is not None:
+            for other in self._index.query(mine):
+                if mine.jaccard(self._min_hashes[other]) >= self._threshold:
+                    return "near_duplicate"
+            self._index.insert(len(self._min_hashes), mine)
+            self._min_hashes.append(mine)
+        return ""
+
+
+def _fold(text: str) -> str:
+    # Folding can undo the form: some capitals have no letter of their own in lower case.
+    folded = unicodedata.normalize("NFC", text).casefold()
+    return unicodedata.normalize("NFC", folded)
+
+
+def _ngrams(words: list[str], size: int) -> Iterator[str]:
+    """Runs of `size` words."""
+    return (
+        " ".join(words[start : start + size]) for start in range(len(words) - size + 1)
+    )

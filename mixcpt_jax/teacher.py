@@ -1,0 +1,176 @@
+"""What the frozen teacher says about the packed rows, once, ahead of training.
+
+The teacher does not change, and a row reads the same in every epoch. So what it says can
+be kept (`data.taught`): training then holds no teacher body, and second and later epochs
+cost what plain continual pre-training does.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mixcpt_jax import phase as phase_lib
+from mixcpt_jax import sharding, steps
+from mixcpt_jax.data import mixture, pipeline, prepared, taught
+
+_BYTES_PER_SHARD = 2**28
+
+
+def is_asked(rows: mixture.PackedRows) -> bool:
+    """Whether a source is in the stream and learns anything from the teacher."""
+    objectives = rows.source.objectives.items()
+    return rows.source.share > 0 and any(w for name, w in objectives if name != "ntp")
+
+
+def open_rows(
+    phase: phase_lib.Phase, data: pipeline.Data
+) -> dict[str, taught.TaughtRows]:
+    """What `prepare` made for a phase, by source.
+
+    Raises:
+      InputError: it is not there, damaged, or was made for something else.
+    """
+    return {
+        rows.source.name: taught.open_rows(
+            _folder(phase, rows), _form(phase), _key(phase, rows)
+        )
+        if is_asked(rows)
+        else taught.TaughtRows(_form(phase))
+        for rows in data.packed
+    }
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
+    """Runs the frozen model of a phase over the rows that learn from it.
+
+    Shards that are there and right are kept. On several hosts the first one writes.
+
+    Args:
+      config: a validated config without phases.
+      workdir: the phase's folder, of which nothing is written.
+      name: of the phase.
+
+    Raises:
+      InputError: config, data, weights or workdir are wrong, or nothing can be written.
+    """
+    phase = phase_lib.start(config, workdir, name)
+    config = phase.config
+    data = pipeline.load(config, phase.tokenizer)
+    asked = [rows for rows in data.packed if is_asked(rows)]
+    form = _form(phase)
+    print(
+        f"{name}: the teacher takes {form.bytes_per_token} bytes a token on disk",
+        flush=True,
+    )
+    with jax.set_mesh(phase.mesh):
+        params = phase.starting_params(phase.frozen_dtype) if asked else None
+        step = jax.jit(
+            steps.make_teacher_step(
+                phase.forward(),
+                config.objective.teacher_top_k,
+                config.objective.teacher_temperature,
+            ),
+            out_shardings=sharding.replicated(phase.mesh),
+            compiler_options=phase.compiler_options,
+        )
+        for rows in asked:
+            _prepare_rows(phase, rows, form, lambda batch: step(params, batch))
+
+
+def _prepare_rows(
+    phase: phase_lib.Phase, rows: mixture.PackedRows, form: taught.Form, say: Any
+) -> None:
+    batch_size, length = phase.config.data.batch_size, phase.config.data.row_length
+    batches = max(1, _BYTES_PER_SHARD // (form.bytes_per_token * length * batch_size))
+    per_shard = batches * batch_size
+    folder, key = _folder(phase, rows), _key(phase, rows)
+    is_first_host = jax.process_index() == 0
+    if is_first_host:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / prepared.MANIFEST).unlink(missing_ok=True)
+    shards = []
+    for number, first in enumerate(range(0, len(rows), per_shard)):
+        here = range(first, min(first + per_shard, len(rows)))
+        facts = taught.shard_facts(key, first, len(here))
+        entry = (
+            prepared.finished_shard(folder, number, facts) if is_first_host else None
+        )
+        if _on_all_hosts(entry is not None):
+            shards.append(entry)
+            continue
+        records = _records(phase, rows, here, form, say)
+        if is_first_host:
+            shards.append(prepared.write_shard(folder, number, records, facts))
+        else:
+            for _ in records:
+                pass
+        print(
+            f"{rows.source.name}: the teacher has read {here.stop} of {len(rows)} rows",
+            flush=True,
+        )
+    if is_first_host:
+        facts = {"bytes_per_token": form.bytes_per_token}
+        prepared.write_manifest(folder, key, shards, facts)
+
+
+def _records(phase, rows, numbers: range, form, say) -> Iterator[bytes]:
+    batch_size = phase.config.data.batch_size
+    where = sharding.batch_sharding(phase.mesh)
+    lengths = np.add.reduceat(rows.plan.length, rows.plan.row_splits[:-1])
+    for first in numbers[::batch_size]:
+        inside = range(first, min(first + batch_size, numbers.stop))
+        batch = [rows[row] for row in inside]
+        batch += [rows.empty_row()] * (batch_size - len(inside))
+        stacked = {key: np.stack([row[key] for row in batch]) for key in batch[0]}
+        arrays = say(
+            {
+                key: jax.make_array_from_callback(x.shape, where, x.__getitem__)
+                for key, x in stacked.items()
+            }
+        )
+        arrays = jax.device_get(arrays)
+        for place, row in enumerate(inside):
+            one = {key: x[place] for key, x in arrays.items()}
+            yield form.encode(one, int(lengths[row]))
+
+
+def _on_all_hosts(value: bool) -> bool:
+    """What the first host found."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def _folder(phase: phase_lib.Phase, rows: mixture.PackedRows) -> epath.Path:
+    config = phase.config
+    return taught.folder_of(
+        config.data.prepared, rows.source.name, config.objective.teacher_top_k
+    )
+
+
+def _form(phase: phase_lib.Phase) -> taught.Form:
+    top_k = phase.config.objective.teacher_top_k
+    if top_k:
+        return taught.Form.compact(top_k, phase.model_config.vocab_size)
+    return taught.Form.of_hidden_states(phase.model_config.hidden_size)
+
+
+def _key(phase: phase_lib.Phase, rows: mixture.PackedRows) -> dict[str, Any]:
+    """What the teacher's view of a source depends on."""
+    config = phase.config
+    key = {
+        "tokens": rows.source.examples.fingerprint,
+        "packing": rows.plan.fingerprint,
+        "start": phase.starts_from,
+        "teacher_dtype": phase.frozen_dtype,
+        "compute_dtype": config.model.compute_dtype,
+    }
+    if config.objective.teacher_top_k:
+        key["teacher_top_k"] = config.objective.teacher_top_k
+        key["teacher_temperature"] = config.objective.teacher_temperature
+    return key
