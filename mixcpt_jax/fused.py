@@ -33,7 +33,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from mixcpt_jax.sharding import BATCH_AXES, FSDP, RULES, device_kind, platform
+from mixcpt_jax.sharding import (
+    BATCH_AXES,
+    FSDP,
+    RULES,
+    constrain,
+    device_kind,
+    platform,
+)
 
 # Stands for -inf in masked entries: far below any logit, yet finite, so that
 # 0 * (masked - masked) is 0.
@@ -348,7 +355,9 @@ def compact_teacher(
     num_tokens = len(targets_T)
     chunk_size = min(chunk_size, num_tokens)
     num_chunks = math.ceil(num_tokens / chunk_size)
-    kernel = unembedding_ExV.astype(hidden_TxE.dtype)
+    # Gathered over fsdp here, once, and not by every chunk.
+    axes = ("vocab", "activation") if vocab_first else ("activation", "vocab")
+    kernel = constrain(unembedding_ExV.astype(hidden_TxE.dtype), *axes)
     sizes = (chunk_size, chunk_size, num_columns, vocab_size)
     columns = _Columns(kernel, _Options(*sizes, vocab_first, soft_cap, Layout()))
 

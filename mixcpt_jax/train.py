@@ -449,14 +449,22 @@ def _mixture_table(report: list[dict[str, Any]]) -> str:
         "epochs": "{epochs:.2f}",
         "padding": "{padding:.1%}",
     }
-    return metrics.table(
+    used = [source for source in report if source["share_asked"]]
+    table = metrics.table(
         ["source", *columns],
         (
             [source["name"], *(form.format(**source) for form in columns.values())]
-            for source in report
-            if source["share_asked"]
+            for source in used
         ),
     )
+    notes = []
+    for source in used:
+        if source["prepared"]:
+            notes.append(f"{source['name']}: read from what was prepared")
+        if source["left_out"]:
+            counts = (f"{count} {why}" for why, count in source["left_out"].items())
+            notes.append(f"{source['name']}: left out {', '.join(counts)}")
+    return "\n".join([table, *notes])
 
 
 def _results(folder: epath.Path, data: pipeline.Data) -> dict[str, Any]:

@@ -288,7 +288,7 @@ def run_command(*flags):
     )
 
 
-def test_the_command(config, write_config_file, tmp_path):
+def test_the_command(config, write_config_file, tmp_path, capsys):
     file = write_config_file(on_the_fly(config))
     flags = [f"--config={file}", f"--workdir={tmp_path / 'run'}", "--workers=0"]
     done = run_command(*flags)
@@ -305,6 +305,7 @@ def test_the_command(config, write_config_file, tmp_path):
     assert not (tmp_path / "run").exists()
     config.objective.teacher = "prepared"
     train.run(config, str(tmp_path / "run"), "run")
+    assert "domain: read from what was prepared" in capsys.readouterr().out
 
 
 # The teacher.

@@ -194,15 +194,20 @@ def _arrow_batches(content) -> Iterator[pa.RecordBatch]:
         batches = map(table.get_batch, range(table.num_record_batches))
     else:
         batches = pa.ipc.open_stream(content)
+    batch = None
     for batch in batches:
         batch.validate(full=True)  # offsets that point anywhere would be followed
         yield batch
+    if is_file and batch is None:
+        return
     # The format lets a stream just end, as one does that was cut between two batches;
-    # writers that are closed leave a mark. Damage may put one before the end.
-    stopped = content.tell()
-    content.seek(-len(_END_OF_STREAM), io.SEEK_END)
-    if not is_file and (content.read() != _END_OF_STREAM or content.tell() != stopped):
-        raise EOFError("the mark at the end of the stream is missing")
+    # writers that are closed leave a mark. In a file it stands before the list of the
+    # batches, and tells of one that is not in the list.
+    size = len(_END_OF_STREAM)
+    if not is_file:
+        content.seek(-size, io.SEEK_CUR)
+    if content.read(size if is_file else size + 1) != _END_OF_STREAM:
+        raise EOFError("the mark at the end of the batches is missing")
 
 
 def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
