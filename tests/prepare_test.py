@@ -304,8 +304,9 @@ def test_the_command(config, write_config_file, tmp_path, capsys):
     assert "domain: the teacher has read" in done.stdout
     assert not (tmp_path / "run").exists()
     config.objective.teacher = "prepared"
+    config.metrics.progress = True
     train.run(config, str(tmp_path / "run"), "run")
-    assert "domain: read from what was prepared" in capsys.readouterr().out
+    assert "domain: read from what was prepared" in capsys.readouterr().err
 
 
 # The teacher.
