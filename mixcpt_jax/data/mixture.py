@@ -15,6 +15,9 @@ import bisect
 import dataclasses
 import hashlib
 import math
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import grain
@@ -498,8 +501,20 @@ def mixture(
         flags.FLAGS.mark_as_parsed()
     # Workers take turns by the batch, after all that shapes the stream.
     return dataset.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
+        grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2),
+        _end_with_parent,
     )
+
+
+def _end_with_parent(worker: int, num_workers: int) -> None:
+    """Grain's workers outlive a process that is killed, and wait for it for ever."""
+    del worker, num_workers
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Stream:
