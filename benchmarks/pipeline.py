@@ -12,6 +12,8 @@ read from what it prepared; and by a `map` of Hugging Face `datasets` that token
 """
 
 import argparse
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -149,6 +151,7 @@ def compare_speed(texts, megabytes: int, folder: pathlib.Path) -> None:
     print(f"\nspeed, {megabytes} MiB of JSON lines, rows of {ROW_LENGTH}, tokens/s")
     print(f"  a v5e-256 with Llama-3-8B eats, a host: {NEEDED_PER_HOST:12,.0f}")
     config = make_config(file, folder / "none")
+    config.data.prepared = ""
     start = time.perf_counter()
     data = pipeline.load(config, vocabulary)
     seconds = time.perf_counter() - start
@@ -159,7 +162,8 @@ def compare_speed(texts, megabytes: int, folder: pathlib.Path) -> None:
     for workers in (0, 2):
         target = folder / f"prepared-{workers}"
         start = time.perf_counter()
-        prepare.prepare(make_config(file, target), vocabulary, workers, 2**22)
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare.prepare(make_config(file, target), vocabulary, workers, 2**22)
         seconds = time.perf_counter() - start
         print(
             f"  ours, prepared, {workers} workers:          {tokens / seconds:16,.0f}"
