@@ -494,6 +494,12 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         "clean.max_repetition",
     ):
         _check(config[key] <= 1, config, key, "at most 1")
+    _check(
+        "://" not in config.data.prepared,
+        config,
+        "data.prepared",
+        "a folder on a local disk",
+    )
     _check_teacher(config)
     train = config.train
     if train.keep_best and not (

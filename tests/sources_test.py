@@ -1,16 +1,18 @@
+import dataclasses
 import functools
 import gzip
-import io
 import json
 import os
 import random
+import shutil
+import socket
 import tracemalloc
 
 import hypothesis
 import pyarrow as pa
 import pytest
 from array_record.python import array_record_module
-from etils.epath import testing as epath_testing
+from etils import epath
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
@@ -228,32 +230,48 @@ def test_hashes_cover_what_is_read(tmp_path, name):
         assert sources.hashes(str(tmp_path))[file] != hashes[file]
 
 
-class _RemoteFile(io.FileIO):
-    def readline(self):  # without a limit, as in fsspec
-        raise NotImplementedError
+@pytest.fixture(scope="module")
+def bucket():
+    """An empty bucket of a server on this machine."""
+    server_lib = pytest.importorskip("gcp_storage_emulator.server")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = server_lib.create_server(
+        "localhost", port, in_memory=True, default_bucket="bucket"
+    )
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
+        yield epath.Path("gs://bucket")
+    server.stop()
 
 
-def test_gs_is_read_where_the_library_can(tmp_path):
-    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow", "saved"):
+NAMES = ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow", "a.array_record", "saved")
+
+
+@pytest.mark.filterwarnings("ignore")  # gcsfs has no credentials, and says so
+def test_a_bucket_is_read_as_a_disk_is(tmp_path, bucket, tfds_folder):
+    for name in NAMES:
         WRITERS[name](tmp_path / name, RECORDS)
-
-    def here(path):
-        return str(path).replace("gs://bucket", str(tmp_path))
-
-    def ask(function, path):
-        return function(here(path))
-
-    def open_file(function, path, mode):
-        return _RemoteFile(here(path)) if mode == "rb" else function(here(path), mode)
-
-    with epath_testing.mock_epath(exists=ask, isdir=ask, listdir=ask, open=open_file):
-        read = list(sources.read("gs://bucket"))
-        assert [record.fields for record in read] == RECORDS * 5
-        assert read[0].place == "gs://bucket/a.arrow#0"
-        assert len(sources.hashes("gs://bucket")) == 7
-        _write_array_record(tmp_path / "a.array_record", RECORDS)
-        with pytest.raises(InputError, match="array_record is read from local disks"):
-            sources.read("gs://bucket/a.array_record")
+    shutil.copytree(tfds_folder, tmp_path / "tfds")
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            (bucket / file.relative_to(tmp_path)).write_bytes(file.read_bytes())
+    for path in (*NAMES, "tfds", "a.*", ""):
+        split = "test+train[:10%]" if path in ("", "tfds") else ""
+        local = list(sources.read(f"{tmp_path}/{path}", "", split))
+        remote = list(sources.read(f"gs://bucket/{path}", "", split))
+        assert remote == [
+            dataclasses.replace(r, place=r.place.replace(f"{tmp_path}", "gs://bucket"))
+            for r in local
+        ]
+        hashes = sources.hashes(f"{tmp_path}/{path}", "", split)
+        there = sources.hashes(f"gs://bucket/{path}", "", split)
+        assert list(there.values()) == list(hashes.values())
+    (bucket / "a.array_record").write_bytes(b"x" * 100)
+    with pytest.raises(InputError, match="^gs://bucket/a.array_record: cannot be read"):
+        list(sources.read("gs://bucket/a.array_record"))
 
 
 def test_a_folder_is_read_by_what_lies_in_it(tmp_path, monkeypatch):

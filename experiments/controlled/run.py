@@ -1,6 +1,6 @@
 """Runs the controlled study, several small cells side by side, one a core.
 
-    python -m experiments.controlled.run [--part=core] [--tiny] [--workers=2]
+    python -m experiments.controlled.run [--part core] [--seeds 0 1] [--tiny] [--workers=2]
 
 A cell is one arm at one learning rate from one seed's base, run by the phases of
 `mixcpt_jax.main`. Its record goes to `results/`, and a cell whose record is there is not
@@ -125,6 +125,7 @@ STUDY = cells.Study(make, run_cell, lambda cell: f"{cell.base}-{cell.arm}", _sum
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--part", nargs="+", choices=PARTS, default=["core"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
     parser.add_argument("--tiny", action="store_true", help="a look at the machinery")
     parser.add_argument("--workers", type=int, default=0, help="0: one a core")
     parser.add_argument("--workdir", help="default: runs/controlled[_tiny]")
@@ -138,7 +139,7 @@ def main() -> None:
     records = cells.Records(pathlib.Path(results), STUDY)
     with cells.Workers(arguments.workers, root / "compiled") as workers:
         for part in arguments.part:
-            for seed in range(1 if tiny else 5):
+            for seed in arguments.seeds[: 1 if tiny else None]:
                 _run_seed(part, seed, root, records, workers, tiny)
 
 

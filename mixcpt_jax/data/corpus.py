@@ -10,13 +10,15 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from mixcpt_jax.data import clean, exams, format, sources
+from mixcpt_jax.data import clean, exams, format, readers, sources
 from mixcpt_jax.errors import InputError
 
 # `(function, items) -> (item, function(item))` in order.
 InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[tuple[Any, Any]]]
 
 _RECORDS_PER_BLOCK = 256
+# Raised whenever the same records and settings make other tokens than before.
+_VERSION = 1
 
 
 def one_by_one(function, items):
@@ -86,27 +88,32 @@ class Corpus:
           InputError: see `sources.read`, `sources.held_out` and `format.plain_text`; or
             no record is left.
         """
-        problems: list[InputError] = []
-        records = self._usable(problems)
         left_out = collections.Counter()
+        examples: list[InputError] = []
+
+        def note(error: InputError) -> None:
+            left_out["bad_record"] += 1
+            if not examples:
+                examples.append(error)
+
+        records = self._usable(note)
         is_empty = True
         if self._is_cleaned:
             records = self._cleaned(records, in_order, left_out)
         for record in records:
             is_empty = False
             yield record
-        if problems:
-            left_out["bad_record"] = len(problems)
+        if examples:
             logging.warning(
                 "%s: skipped %d bad records or ends of damaged files, such as %s",
                 self._source.path,
-                len(problems),
-                problems[0],
+                left_out["bad_record"],
+                examples[0],
             )
         self.left_out = dict(left_out)
         if is_empty and left_out:
             reasons = ", ".join(f"{n} {why}" for why, n in left_out.items())
-            such = f", such as {problems[0]}" if problems else ""
+            such = f", such as {examples[0]}" if examples else ""
             raise InputError(
                 f"{self._source.path}: no record is left; left out are {reasons}{such}"
             )
@@ -120,16 +127,16 @@ class Corpus:
         records = sources.read(source.path, source.reader, source.split, on_bad)
         return itertools.islice(records, source.max_records or None)
 
-    def _usable(self, problems: list[InputError]) -> Iterator[sources.Record]:
+    def _usable(self, note: readers.OnBad) -> Iterator[sources.Record]:
         held_out = self._held_out
-        for record in self._read(None if self._refuses else problems.append):
+        for record in self._read(None if self._refuses else note):
             if held_out and sources.content_key(record, self._seed) in held_out:
                 continue
             complaint = None if self._refuses else self._complaint(record)
             if complaint is None:
                 yield record
             else:
-                problems.append(complaint)
+                note(complaint)
 
     def _complaint(self, record: sources.Record) -> InputError | None:
         try:
@@ -170,6 +177,7 @@ def identity(
         for digest in sources.hashes(path, "jsonl").values()
     ]
     return {
+        "version": _VERSION,
         "tokenizer": tokenizer.fingerprint,
         "files": list(files.values()),
         "reader": source.reader,

@@ -1,11 +1,14 @@
 """From the path of a source to its records, their hashes and the held-out split."""
 
 import collections
+import dataclasses
 import functools
 import hashlib
 import heapq
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,7 +28,9 @@ _READ_FILE = {
     "arrow": readers.arrow,
     "array_record": readers.array_record,
 }
+# Their libraries read local disks alone.
 _LOCAL_ONLY = ("array_record", "tfds")
+_COPY_BYTES = 1 << 22
 _KEY_BYTES = 64
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -49,7 +54,8 @@ def read(
 
     Args:
       path: a file, a folder, a glob, or several of these separated by commas, each
-        local, `gs://` (but ArrayRecord and TFDS) or `package:NAME/FILE`. A folder is
+        local, `gs://` or `package:NAME/FILE`; of ArrayRecord and TFDS on `gs://` a copy
+        is made while they are read. A folder is
         read by what lies in it, at any depth: files by their suffix, others passed over
         with a warning; folders that `datasets.save_to_disk` or TFDS (as ArrayRecord)
         wrote as the datasets they are. For 'docstrings' the names of installed packages.
@@ -185,9 +191,36 @@ def _read_parts(parts: list[_Part], path: str, on_bad: OnBad) -> Iterator[Record
 
 
 def _read_part(part: _Part, on_bad: OnBad) -> Iterator[Record]:
+    if part.reader in _LOCAL_ONLY and "://" in str(part.path):
+        return _read_copy(part, on_bad)
     if part.reader == "tfds":
         return readers.tfds(part.path, part.split, on_bad)
     return _READ_FILE[part.reader](part.path, on_bad)
+
+
+def _read_copy(part: _Part, on_bad: OnBad) -> Iterator[Record]:
+    """Reads by a copy on the local disk, which is there as long as the reading lasts."""
+    with tempfile.TemporaryDirectory(prefix="mixcpt-source-") as folder:
+        copy = epath.Path(folder) / part.path.name
+
+        def here(text: str) -> str:
+            return text.replace(str(copy), str(part.path))
+
+        files = [part.path]
+        if part.reader == "tfds":
+            copy.mkdir()
+            files = readers.tfds_files(part.path, part.split)
+        for file in files:
+            target = copy / file.name if copy.is_dir() else copy
+            with file.open("rb") as content, target.open("wb") as written:
+                shutil.copyfileobj(content, written, _COPY_BYTES)
+        try:
+            for record in _read_part(
+                part._replace(path=copy), lambda e: on_bad(InputError(here(str(e))))
+            ):
+                yield dataclasses.replace(record, place=here(record.place))
+        except InputError as error:
+            raise InputError(here(str(error))) from error
 
 
 def _damaged(part: _Part, place: str | None, error: Exception) -> InputError:
@@ -222,11 +255,6 @@ def _find(path: str, reader: str, split: str) -> tuple[list[_Part], list[epath.P
         parts += [part for part in found if part.reader]
     if not parts:
         raise InputError("the path of a source is empty; name a file")
-    for part in parts:  # libraries would see an empty file there
-        if part.reader in _LOCAL_ONLY and "://" in str(part.path):
-            raise InputError(
-                f"{part.path}: {part.reader} is read from local disks alone; copy it to one"
-            )
     if split and not any(part.split for part in parts):
         raise InputError(
             f"{path}: split={split!r}, but nothing there has splits; leave it empty"
