@@ -1,6 +1,6 @@
 """Runs the controlled study, several small cells side by side, one a core.
 
-    python -m experiments.controlled.run [--part core] [--seeds 0 1] [--tiny] [--workers=2]
+    python -m experiments.controlled.run [--part core] [--seeds 0 1] [--arms lssd] [--tiny]
 
 A cell is one arm at one learning rate from one seed's base, run by the phases of
 `mixcpt_jax.main`. Its record goes to `results/`, and a cell whose record is there is not
@@ -126,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--part", nargs="+", choices=PARTS, default=["core"])
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--tiny", action="store_true", help="a look at the machinery")
     parser.add_argument("--workers", type=int, default=0, help="0: one a core")
     parser.add_argument("--workdir", help="default: runs/controlled[_tiny]")
@@ -140,10 +141,11 @@ def main() -> None:
     with cells.Workers(arguments.workers, root / "compiled") as workers:
         for part in arguments.part:
             for seed in arguments.seeds[: 1 if tiny else None]:
-                _run_seed(part, seed, root, records, workers, tiny)
+                planned = (c for c in plan(part, seed) if c.arm in arguments.arms)
+                _run_seed(planned, seed, root, records, workers, tiny)
 
 
-def _run_seed(part, seed, root, records, workers, tiny) -> None:
+def _run_seed(planned, seed, root, records, workers, tiny) -> None:
     """Runs the cells of a seed that have no record: first the bases, then the arms."""
     folder = root / f"world-{seed}"
     world.write(folder, seed, world.TINY if tiny else world.FULL)
@@ -154,7 +156,7 @@ def _run_seed(part, seed, root, records, workers, tiny) -> None:
         dataclasses.replace(
             cell, world=str(folder), start=str(starts[cell.base]), **steps
         )
-        for cell in plan(part, seed)
+        for cell in planned
         if not tiny or (cell.rate == RATE and cell.base == "documents")
     ]
     needed = {cell.base for cell in arms if not records.has(cell)}
