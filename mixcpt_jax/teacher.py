@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from mixcpt_jax import phase as phase_lib
 from mixcpt_jax import sharding, steps
 from mixcpt_jax.data import mixture, pipeline, prepared, taught
+from mixcpt_jax.errors import InputError
 
 _BYTES_PER_SHARD = 2**28
 
@@ -155,8 +156,14 @@ def _folder(phase: phase_lib.Phase, rows: mixture.PackedRows) -> epath.Path:
 
 def _form(phase: phase_lib.Phase) -> taught.Form:
     top_k = phase.config.objective.teacher_top_k
+    vocab_size = phase.model_config.vocab_size
+    if top_k > vocab_size:
+        raise InputError(
+            f"objective.teacher_top_k={top_k}: the model's vocabulary has {vocab_size} "
+            "tokens; use at most that"
+        )
     if top_k:
-        return taught.Form.compact(top_k, phase.model_config.vocab_size)
+        return taught.Form.compact(top_k, vocab_size)
     return taught.Form.of_hidden_states(phase.model_config.hidden_size)
 
 
