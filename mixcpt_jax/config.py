@@ -500,6 +500,13 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         "data.prepared",
         "a folder on a local disk",
     )
+    if config.clean.decontaminate and not any(
+        exam.path for exam in config.eval.exams.values()
+    ):
+        raise InputError(
+            f"clean.decontaminate={config.clean.decontaminate}: looks for the exams of "
+            "eval.exams, of which none has a path; add one, or set it to 0"
+        )
     _check_teacher(config)
     train = config.train
     if train.keep_best and not (

@@ -154,6 +154,13 @@ def _explain(error: Exception) -> NoReturn:
     text = str(error.args[0] if isinstance(error, KeyError) else error)
     if re.fullmatch(r"'.*'|\".*\"", text) and "\\" in text:
         text = ast.literal_eval(text)
+    name = text.strip("'")
+    if isinstance(error, LookupError | AttributeError) and name.isidentifier():
+        text = (
+            f"--config: nothing is called {name!r}; new sources, texts and exams are added "
+            "in a config file of your own, as in config.eval.exams.NAME = "
+            "config_lib.exam(path=...)"
+        )
     # Grain adds what it did to the traceback.
     text = text.partition("\n-----")[0]
     print("error:", *text.split("\n"), file=sys.stderr)

@@ -128,14 +128,20 @@ class Phase:
 
         return run
 
-    def load_data(self) -> pipeline.Data:
+    def load_data(
+        self, complete: Callable[[pipeline.Data], pipeline.Data] = lambda data: data
+    ) -> pipeline.Data:
         """Reads all data, then claims the folder.
 
         Only in this order: a mistake in a path, once mended, must not find the folder
         taken.
+
+        Args:
+          complete: adds what else is read.
         """
         data = pipeline.load(self.config, self.tokenizer)
         self._check_prompts(data.prompts)
+        data = complete(data)
         self.claim(data.files)
         return data
 

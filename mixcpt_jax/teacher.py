@@ -68,6 +68,14 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
         f"{name}: the teacher takes {form.bytes_per_token} bytes a token on disk",
         flush=True,
     )
+    for rows in asked:
+        size = form.bytes_per_token * int(rows.plan.length.sum()) / 2**30
+        epochs = next(r["epochs"] for r in data.report if r["name"] == rows.source.name)
+        print(
+            f"{rows.source.name}: {len(rows)} rows, {size:.2f} GiB, of which the phase "
+            f"reads {epochs:.2f} epochs; max_records makes it less",
+            flush=True,
+        )
     with jax.set_mesh(phase.mesh):
         params = phase.starting_params(phase.frozen_dtype) if asked else None
         step = jax.jit(
@@ -171,8 +179,11 @@ def _key(phase: phase_lib.Phase, rows: mixture.PackedRows) -> dict[str, Any]:
     """What the teacher's view of a source depends on."""
     config = phase.config
     key = {
+        "row_length": config.data.row_length,
+        "data.packing": config.data.packing,
+        "seed": config.seed,
         "tokens": rows.source.examples.fingerprint,
-        "packing": rows.plan.fingerprint,
+        "rows": rows.plan.fingerprint,
         "start": phase.starts_from,
         "teacher_dtype": phase.frozen_dtype,
         "compute_dtype": config.model.compute_dtype,

@@ -56,7 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     if results is not None:
         return results
     phase = phase_lib.start(config, workdir, name)
-    data = phase.load_data()
+    data = phase.load_data(functools.partial(_with_teacher, phase))
     keep = phase.config.train
     with (
         jax.set_mesh(phase.mesh),
@@ -74,8 +74,6 @@ def _run(
 ) -> dict[str, Any]:
     config, mesh, lora = phase.config, phase.mesh, phase.lora
     num_steps = data.num_steps
-    if _reads_teacher(config, data):
-        data = pipeline.with_teacher(data, teacher.open_rows(phase, data))
     program = make_program(phase, data)
 
     fingerprint = pipeline.fingerprint(data)
@@ -118,6 +116,10 @@ def _run(
     ):
         progress.say(_first_line(phase, program.state, resumed))
         progress.say(_mixture_table(data.report))
+        if _reads_teacher(config, data):
+            top_k = config.objective.teacher_top_k
+            what = f"its top {top_k} tokens" if top_k else "its hidden states"
+            progress.say(f"teacher: {what} are read, it is not run")
         if first_step == 0 and config.train.eval_before:
             progress.say(f"{phase.name}: measuring the start")
             writer.write(0, _prefixed(measure(student())))
@@ -255,6 +257,12 @@ def _needs_teacher(config, data: pipeline.Data) -> bool:
 
 def _reads_teacher(config, data: pipeline.Data) -> bool:
     return config.objective.teacher == "prepared" and _needs_teacher(config, data)
+
+
+def _with_teacher(phase: phase_lib.Phase, data: pipeline.Data) -> pipeline.Data:
+    if _reads_teacher(phase.config, data):
+        return pipeline.with_teacher(data, teacher.open_rows(phase, data))
+    return data
 
 
 def _teacher(phase: phase_lib.Phase, data: pipeline.Data) -> steps.Teacher | None:
@@ -442,6 +450,7 @@ def _first_line(phase, abstract_state: steps.TrainState, resumed: int | None) ->
 def _mixture_table(report: list[dict[str, Any]]) -> str:
     """What is about to be read of each source."""
     columns = {
+        "held out": "{held_out:,}",
         "samples": "{documents:,}",
         "tokens to learn": "{learnt_tokens:,}",
         "share asked": "{share_asked:.1%}",

@@ -135,6 +135,12 @@ def test_unknown_override_on_the_command_line(project, write_config, key):
     assert "\\" not in process.stderr
 
 
+@pytest.mark.parametrize("section", ["sources", "eval.exams", "eval.texts"])
+def test_a_new_name_on_the_command_line(project, write_config, section):
+    process = run(project, write_config({}), f"--config.{section}.mine.path=x")
+    assert_one_line(process, "nothing is called 'mine'", "in a config file of your own")
+
+
 def test_missing_config_file(project, tmp_path):
     process = run(project, f"--config={tmp_path / 'none.py'}")
     assert_one_line(process, "none.py")

@@ -22,6 +22,7 @@ SHARD_SIZE = 20_000  # characters, so that there are several
 
 @pytest.fixture
 def config(tiny_config, tmp_path):
+    (tmp_path / "prepared").mkdir()
     tiny_config.data.prepared = str(tmp_path / "prepared")
     return tiny_config
 
@@ -105,6 +106,8 @@ def test_workers_make_the_same_shards(config, tmp_path):
     make(config)
     alone = {f.name: f.read_bytes() for f in shard(config).parent.iterdir()}
     config.data.prepared = str(tmp_path / "other")
+    with pytest.raises(InputError, match="other: no such folder; make it by"):
+        load(config)
     make(config, num_workers=2)
     assert {f.name: f.read_bytes() for f in shard(config).parent.iterdir()} == alone
 
@@ -306,7 +309,9 @@ def test_the_command(config, write_config_file, tmp_path, capsys):
     config.objective.teacher = "prepared"
     config.metrics.progress = True
     train.run(config, str(tmp_path / "run"), "run")
-    assert "domain: read from what was prepared" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "domain: read from what was prepared" in said
+    assert "teacher: its hidden states are read, it is not run" in said
 
 
 # The teacher.
@@ -403,9 +408,12 @@ def test_a_source_without_a_teacher_is_not_asked(config, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.data.update(row_length=32), "its teacher was made with packing"),
-        (lambda c: c.data.update(packing="best_fit"), "with packing"),
-        (lambda c: c.update(seed=1), "with packing|with tokens"),
+        (
+            lambda c: c.data.update(row_length=32),
+            "its teacher was made with row_length 64",
+        ),
+        (lambda c: c.data.update(packing="best_fit"), "with data.packing 'split'"),
+        (lambda c: c.update(seed=1), "with seed 0, here it is 1"),
         (lambda c: c.sources.domain.update(max_records=20), "with tokens"),
         (lambda c: c.model.update(compute_dtype="bfloat16"), "with compute_dtype"),
         (lambda c: c.objective.update(teacher_top_k=4), "holds no teacher"),
@@ -418,6 +426,7 @@ def test_a_teacher_of_other_rows_is_refused(config, tmp_path, change, words):
     change(config)
     with pytest.raises(InputError, match=words) as error:
         train.run(config, str(tmp_path / "run"), "cpt")
+    assert not (tmp_path / "run").exists()
     if config.objective.teacher_top_k < 999:
         assert "data.prepare --teacher` with this config" in str(error.value)
 

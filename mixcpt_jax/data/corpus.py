@@ -66,7 +66,9 @@ class Corpus:
     @functools.cached_property
     def _held_out(self) -> dict[bytes, sources.Record]:
         records = self._read(None if self._refuses else lambda error: None)
-        return sources.held_out(records, self._source.holdout, self._seed)
+        return sources.held_out(
+            records, self._source.holdout, self._seed, self._source.path
+        )
 
     @property
     def held_out(self) -> list[sources.Record]:

@@ -181,6 +181,11 @@ def _examples(
     source = config.sources[name]
     if config.data.prepared:
         folder = prepared.folder_of(config.data.prepared, name)
+        if not folder.parent.exists():
+            raise InputError(
+                f"data.prepared={config.data.prepared}: no such folder; make it by "
+                "`python -m mixcpt_jax.data.prepare` with this config, or mend the path"
+            )
         manifest = prepared.read_manifest(folder)
         part = None
         if manifest is not None:
@@ -188,7 +193,8 @@ def _examples(
             part = prepared.difference(manifest, key)
         if manifest is not None and part is None:
             examples = prepared.PreparedExamples(folder, manifest)
-            return examples, [], {"prepared": True, "left_out": examples.left_out}
+            note = {"prepared": True, "left_out": examples.left_out}
+            return examples, [], note | {"held_out": source.holdout}
         logging.warning(
             "sources.%s: %s, so it is tokenised here; `python -m mixcpt_jax.data.prepare` "
             "with this config would prepare it",
@@ -208,7 +214,8 @@ def _examples(
     examples = _encode(records(), source, tokenizer)
     if source.format == "preference" and source.preference_side == "both":
         places = [place for place in places for _ in range(2)]
-    return examples, places, {"prepared": False, "left_out": corpus.left_out}
+    note = {"prepared": False, "left_out": corpus.left_out}
+    return examples, places, note | {"held_out": source.holdout}
 
 
 def _num_steps(config, packed: list[mixture.PackedRows]) -> int:

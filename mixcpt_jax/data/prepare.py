@@ -64,6 +64,8 @@ def main(argv: list[str]) -> None:
     from mixcpt_jax import config as config_lib
     from mixcpt_jax import tokenizer
 
+    if _TEACHER.value:
+        config.objective.teacher = "prepared"
     config_lib.validate(config)
     resolved = config_lib.resolve_phases(config, str(epath.Path(folder).parent))
     vocabulary = tokenizer.load(

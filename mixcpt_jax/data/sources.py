@@ -118,7 +118,7 @@ def _file_hash(file: epath.Path) -> str:
 
 
 def held_out(
-    records: Iterable[Record], num_records: int, seed: int
+    records: Iterable[Record], num_records: int, seed: int, where: str = "source"
 ) -> dict[bytes, Record]:
     """Chooses the records that are kept for evaluation; key of the content -> record.
 
@@ -130,6 +130,7 @@ def held_out(
       records: read once; no more than `num_records` are kept in memory.
       num_records: how many; 0: none.
       seed: of the choice.
+      where: the records are from, for the error.
 
     Raises:
       InputError: there are not more than `num_records` distinct records.
@@ -149,9 +150,8 @@ def held_out(
             are_more = True
             del chosen[(-heapq.heappop(largest)).to_bytes(_KEY_BYTES)]
     if not are_more:
-        place = next((r.place for r in chosen.values()), "source")
         raise InputError(
-            f"{place}: cannot hold out {num_records} of the {len(chosen)} distinct "
+            f"{where}: cannot hold out {num_records} of the {len(chosen)} distinct "
             "records there are; make the source's `holdout` smaller"
         )
     return chosen
