@@ -159,7 +159,7 @@ def compare_speed(texts, megabytes: int, folder: pathlib.Path) -> None:
     print(f"  ours, read, tokenised and packed:   {tokens / seconds:16,.0f}")
     speed = rate(pipeline.batches(config, data, 0))
     print(f"  ours, batches of that:              {speed:16,.0f}")
-    for workers in (0, 2):
+    for workers in (0, 1, 2):
         target = folder / f"prepared-{workers}"
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
