@@ -1,5 +1,6 @@
 """Paths as users write them: local, `gs://` and `package:NAME/FILE`."""
 
+import hashlib
 import importlib.util
 
 from etils import epath
@@ -48,6 +49,13 @@ def require_file(path: str) -> epath.Path:
     if resolved.is_dir():
         raise InputError(f"{path}: is a folder, a file is wanted")
     return resolved
+
+
+def hash_of(file: epath.Path) -> str:
+    """16 hex digits: a hash of what a file holds."""
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=8))
+    return digest.hexdigest()
 
 
 def replace(path: epath.Path, content: str | bytes) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -117,16 +118,19 @@ class Phase:
             out_shardings=sharding.replicated(self.mesh),
             compiler_options=self.compiler_options,
         )
-        where = sharding.batch_sharding(self.mesh)
 
         def run(params, batch):
-            on_devices = {
-                key: jax.make_array_from_callback(value.shape, where, value.__getitem__)
-                for key, value in batch.items()
-            }
-            return jax.device_get(step(params, on_devices))
+            return jax.device_get(step(params, self.put(batch)))
 
         return run
+
+    def put(self, batch: dict[str, np.ndarray]) -> steps.Batch:
+        """A global batch that every host has, to the devices."""
+        where = sharding.batch_sharding(self.mesh)
+        return {
+            key: jax.make_array_from_callback(value.shape, where, value.__getitem__)
+            for key, value in batch.items()
+        }
 
     def load_data(
         self, complete: Callable[[pipeline.Data], pipeline.Data] = lambda data: data

@@ -88,7 +88,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
             compiler_options=phase.compiler_options,
         )
         for rows in asked:
-            _prepare_rows(phase, rows, form, lambda batch: step(params, batch))
+            _prepare_rows(
+                phase, rows, form, lambda batch: step(params, phase.put(batch))
+            )
 
 
 def _prepare_rows(
@@ -128,24 +130,16 @@ def _prepare_rows(
 
 
 def _records(phase, rows, numbers: range, form, say) -> Iterator[bytes]:
+    """The records of some rows; the first of them begins a batch."""
     batch_size = phase.config.data.batch_size
-    where = sharding.batch_sharding(phase.mesh)
-    lengths = np.add.reduceat(rows.plan.length, rows.plan.row_splits[:-1])
-    for first in numbers[::batch_size]:
-        inside = range(first, min(first + batch_size, numbers.stop))
-        batch = [rows[row] for row in inside]
-        batch += [rows.empty_row()] * (batch_size - len(inside))
-        stacked = {key: np.stack([row[key] for row in batch]) for key in batch[0]}
-        arrays = say(
-            {
-                key: jax.make_array_from_callback(x.shape, where, x.__getitem__)
-                for key, x in stacked.items()
-            }
-        )
-        arrays = jax.device_get(arrays)
-        for place, row in enumerate(inside):
+    batches = mixture.evaluation_batches(rows, batch_size, numbers.start // batch_size)
+    starts = numbers[::batch_size]
+    for first, batch in zip(starts, batches, strict=False):
+        arrays = jax.device_get(say(batch))
+        lengths = np.count_nonzero(batch["segment_ids"], axis=1)
+        for place in range(min(batch_size, numbers.stop - first)):
             one = {key: x[place] for key, x in arrays.items()}
-            yield form.encode(one, int(lengths[row]))
+            yield form.encode(one, int(lengths[place]))
 
 
 def _on_all_hosts(value: bool) -> bool:

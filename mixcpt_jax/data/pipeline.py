@@ -138,7 +138,7 @@ def _pack(config, corpora, files, objectives, tokenizer):
                 f"sources.{name}: all of its {cut['dropped']} samples are longer than "
                 f"data.row_length={config.data.row_length} and dropped; make it larger"
             )
-        notes.append(note | cut)
+        notes.append({"held_out": source.holdout} | note | cut)
         scale = 1.0
         if config.data.temperature:
             scale = max(examples.num_learnt, 1) ** (1 / config.data.temperature)
@@ -193,8 +193,7 @@ def _examples(
             part = prepared.difference(manifest, key)
         if manifest is not None and part is None:
             examples = prepared.PreparedExamples(folder, manifest)
-            note = {"prepared": True, "left_out": examples.left_out}
-            return examples, [], note | {"held_out": source.holdout}
+            return examples, [], {"prepared": True, "left_out": examples.left_out}
         logging.warning(
             "sources.%s: %s, so it is tokenised here; `python -m mixcpt_jax.data.prepare` "
             "with this config would prepare it",
@@ -214,8 +213,7 @@ def _examples(
     examples = _encode(records(), source, tokenizer)
     if source.format == "preference" and source.preference_side == "both":
         places = [place for place in places for _ in range(2)]
-    note = {"prepared": False, "left_out": corpus.left_out}
-    return examples, places, note | {"held_out": source.holdout}
+    return examples, places, {"prepared": False, "left_out": corpus.left_out}
 
 
 def _num_steps(config, packed: list[mixture.PackedRows]) -> int:

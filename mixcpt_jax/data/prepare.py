@@ -14,7 +14,6 @@ import collections
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -126,8 +125,7 @@ def _prepare_source(
     corpus = corpus_lib.Corpus(config, source)
     settings = source.format, source.fields.to_dict(), source.preference_side
     make = functools.partial(_make_shard, folder, key, settings, tokenizer)
-    records, sizes = itertools.tee(corpus.held_in(in_order))
-    groups = prepared.shards_of(records, map(_size, sizes), shard_size)
+    groups = _groups(corpus.held_in(in_order), shard_size)
     shards, num_kept = [], 0
     for _, (entry, is_new) in in_order(make, enumerate(groups)):
         shards.append(entry)
@@ -163,6 +161,21 @@ def _make_shard(
     format_name, fields, side = settings
     examples = format.encode(records, format_name, tokenizer, fields, side)
     return prepared.write_examples(folder, number, examples, facts), True
+
+
+def _groups(
+    records: Iterable[sources.Record], most: int
+) -> Iterator[list[sources.Record]]:
+    """Records that follow each other, each group just above `most` in size."""
+    group, size = [], 0
+    for record in records:
+        group.append(record)
+        size += _size(record)
+        if size >= most:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _size(record: sources.Record) -> int:

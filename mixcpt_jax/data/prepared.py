@@ -14,7 +14,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from mixcpt_jax import paths
+from mixcpt_jax.data import readers
 from mixcpt_jax.data.format import Examples
 from mixcpt_jax.errors import InputError
 
@@ -31,7 +32,6 @@ REMEDY = "run `python -m mixcpt_jax.data.prepare` again, which mends it"
 # A row takes a few pieces out of a block or two each; long blocks would be read in vain.
 BLOCK_TOKENS = 4096
 
-_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _OPEN_READERS = 128
 
 Entry = dict[str, Any]
@@ -61,7 +61,7 @@ def write_shard(
         writer.close()
         entry = {
             "file": file.name,
-            "hash": _hash(temporary),
+            "hash": paths.hash_of(temporary),
             "records": num_records,
         } | facts
         temporary.replace(file)
@@ -83,7 +83,7 @@ def finished_shard(folder: epath.Path, number: int, facts: Entry) -> Entry | Non
     file = folder / f"{number:05d}.array_record"
     try:
         entry = json.loads(file.with_suffix(".json").read_text())
-        if facts.items() <= entry.items() and _hash(file) == entry["hash"]:
+        if facts.items() <= entry.items() and paths.hash_of(file) == entry["hash"]:
             return entry
     except (OSError, ValueError, KeyError, AttributeError):
         pass
@@ -105,7 +105,7 @@ def read_manifest(folder: epath.Path) -> Entry | None:
     """The manifest, or None if the folder is not there or not whole.
 
     Raises:
-      InputError: it is damaged, or a shard is missing or not as long as it was.
+      InputError: it is damaged, or a shard is missing.
     """
     file = folder / MANIFEST
     if not file.exists():
@@ -127,7 +127,7 @@ def is_undamaged(folder: epath.Path, manifest: Entry) -> bool:
     files = {shard["file"]: shard["hash"] for shard in manifest["shards"]}
     files |= {INDEX: manifest["index"]} if "index" in manifest else {}
     return all(
-        (folder / name).exists() and _hash(folder / name) == digest
+        (folder / name).exists() and paths.hash_of(folder / name) == digest
         for name, digest in files.items()
     )
 
@@ -139,28 +139,32 @@ def difference(manifest: Entry, key: Entry) -> str | None:
 
 
 class Records:
-    """The records of shards that follow each other, by number; can be pickled."""
+    """The records of shards that follow each other, by number; can be pickled.
+
+    Attributes:
+      starts: the number of each shard's first record, and how many there are.
+    """
 
     def __init__(self, folder: epath.Path, shards: list[Entry]):
         self._folder, self._shards = folder, shards
-        self._starts = np.cumsum([0, *(shard["records"] for shard in shards)])
+        self.starts = np.cumsum([0, *(shard["records"] for shard in shards)])
         self._readers: dict[int, Any] = {}
 
     def __reduce__(self):
         return Records, (self._folder, self._shards)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self.starts[-1])
 
     def __getitem__(self, number: int) -> bytes:
         """
         Raises:
           InputError: the shard is damaged.
         """
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
         try:
             reader = self._reader(shard)
-            record = reader.read([int(number - self._starts[shard])])[0]
+            record = reader.read([int(number - self.starts[shard])])[0]
         except Exception as error:  # the library raises all sorts at damaged files
             raise InputError(self._complaint(shard, str(error))) from error
         return record
@@ -170,7 +174,7 @@ class Records:
             if len(self._readers) >= _OPEN_READERS:
                 self._readers.pop(next(iter(self._readers)))
             file = self._folder / self._shards[shard]["file"]
-            reader = array_record_module.ArrayRecordReader(str(file), _READER_OPTIONS)
+            reader = readers.array_record_reader(file)
             if reader.num_records() != self._shards[shard]["records"]:
                 raise EOFError(f"it has {reader.num_records()} records")
             self._readers[shard] = reader
@@ -201,9 +205,7 @@ class PreparedExamples:
         self._folder, self._manifest = folder, manifest
         shards = manifest["shards"]
         self._records = Records(folder, shards)
-        # Where each shard begins among the tokens, and among the records.
         self._token_starts = np.cumsum([0, *(s["tokens"] for s in shards)])
-        self._block_starts = np.cumsum([0, *(s["records"] for s in shards)])
         try:
             self.lengths = np.load(folder / INDEX).astype(np.int64)
         except (OSError, ValueError, EOFError) as error:
@@ -250,7 +252,7 @@ class PreparedExamples:
         while begin < end:
             shard = int(np.searchsorted(self._token_starts, begin, side="right")) - 1
             block, first = divmod(int(begin - self._token_starts[shard]), BLOCK_TOKENS)
-            in_block = _decode(self._records[self._block_starts[shard] + block])
+            in_block = _decode(self._records[self._records.starts[shard] + block])
             last = min(first + int(end - begin), len(in_block[0]))
             tokens.append(in_block[0][first:last])
             masks.append(in_block[1][first:last])
@@ -288,14 +290,12 @@ def finish_examples(
 ) -> PreparedExamples:
     """Writes the index and the manifest of a source whose shards are all there."""
     digest = hashlib.blake2b(digest_size=8)
-    records, first = Records(folder, shards), 0
+    records = Records(folder, shards)
     lengths = [np.empty(0, np.int32)]
-    for shard in shards:
-        last = first + shard["records"] - 1
-        for number in range(first, last):
+    for first, end in itertools.pairwise(records.starts.tolist()):
+        for number in range(first, end - 1):
             digest.update(_decode(records[number])[0])
-        lengths.append(np.frombuffer(records[last], "<i4"))
-        first = last + 1
+        lengths.append(np.frombuffer(records[end - 1], "<i4"))
     index = io.BytesIO()
     np.save(index, np.concatenate(lengths))
     paths.replace(folder / INDEX, index.getvalue())
@@ -309,7 +309,7 @@ def finish_examples(
             "learnt_tokens": sum(shard["learnt_tokens"] for shard in shards),
             "left_out": left_out,
             "fingerprint": digest.hexdigest(),
-            "index": _hash(folder / INDEX),
+            "index": paths.hash_of(folder / INDEX),
         },
     )
     return PreparedExamples(folder, read_manifest(folder))
@@ -326,22 +326,3 @@ def _decode(record: bytes) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.frombuffer(record, "<i4", size)
     bits = np.frombuffer(record, np.uint8, offset=4 * size)
     return tokens, np.unpackbits(bits, count=size).astype(bool)
-
-
-def _hash(file: epath.Path) -> str:
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=8))
-    return digest.hexdigest()
-
-
-def shards_of(items: Iterable[Any], sizes: Iterable[int], most: int) -> Iterator[list]:
-    """Groups of items that follow each other, each group just above `most` in size."""
-    group, size = [], 0
-    for item, item_size in zip(items, sizes, strict=True):
-        group.append(item)
-        size += item_size
-        if size >= most:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group

@@ -223,7 +223,7 @@ def _read_row(row: pa.RecordBatch) -> dict:
 
 def array_record(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     """The records: JSON objects, or else texts `{'text'}`."""
-    reader = _array_record_reader(file)
+    reader = array_record_reader(file)
     num_records = reader.num_records()
     # A file without its index would pass for one without records.
     if not reader.ok():
@@ -240,9 +240,10 @@ def array_record(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     _require(num_records, file, on_bad)
 
 
-def _array_record_reader(
+def array_record_reader(
     file: epath.Path | str,
 ) -> array_record_module.ArrayRecordReader:
+    """Opens a file; one without an index is as one without records, and not `ok()`."""
     # With the default options a reader holds 100 MB and more, and is no faster. It is not
     # closed, since of a damaged file that raises again, without a word.
     return array_record_module.ArrayRecordReader(
@@ -291,7 +292,7 @@ def tfds(folder: epath.Path, split: str, on_bad: OnBad) -> Iterator[Record]:
         yield from _record(read_example, number, place, on_bad)
     # How many there are is what dataset_info.json says, not the shards.
     for shard in builder.info.splits[split].file_instructions:
-        found = _array_record_reader(shard.filename).num_records()
+        found = array_record_reader(shard.filename).num_records()
         if found != shard.examples_in_shard:
             raise EOFError(
                 f"{shard.filename} has {found} records, dataset_info.json says "

@@ -112,9 +112,7 @@ def hashes(path: str, reader: str = "", split: str = "") -> dict[str, str]:
 def _file_hash(file: epath.Path) -> str:
     if not file.exists():
         return "missing"  # a shard of a dataset, which `read` complains of
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=8))
-    return digest.hexdigest()
+    return paths.hash_of(file)
 
 
 def held_out(
