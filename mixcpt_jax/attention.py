@@ -165,7 +165,7 @@ def splash(
         mask = splash_attention.CausalMask(shape)
         if sliding_window is not None:
             mask = splash_attention.LocalMask(shape, (sliding_window - 1, 0), offset=0)
-        block = next(size for size in _SPLASH_BLOCKS if length % size == 0)
+        block = _splash_block(length)
         kernel = splash_attention.make_splash_mha_single_device(
             splash_attention.MultiHeadMask([mask] * heads),
             block_sizes=splash_attention.BlockSizes(
@@ -198,6 +198,23 @@ def splash(
             check_vma=False,
         )
     return local(query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL)
+
+
+def _splash_block(length: int) -> int:
+    return next(size for size in _SPLASH_BLOCKS if length % size == 0)
+
+
+def splash_pairs(length: int, sliding_window: int | None = None) -> int:
+    """How many pairs of a query and a key `splash` looks at in a row of one head."""
+    block = _splash_block(length)
+    blocks = range(length // block)
+    nearest = [[(i - j - 1) * block + 1 for j in blocks if j <= i] for i in blocks]
+    visited = sum(
+        sliding_window is None or distance < sliding_window
+        for distances in nearest
+        for distance in distances
+    )
+    return visited * block**2
 
 
 def _mask(segment_ids_BxL: jax.Array, sliding_window: int | None) -> jax.Array:

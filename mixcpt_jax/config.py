@@ -22,6 +22,8 @@ FORMATS = (
     "document", "instruction", "preference", "cloze", "chat", "chat_preference",
 )  # fmt: skip
 
+REMAT = ("none", "dots", "full")
+
 # Stands for the folder of an earlier phase of the same run, in any path of a phase.
 _PHASE = re.compile(r"(?:^|(?<=,)|(?<=, ))phase:")
 
@@ -39,7 +41,7 @@ _CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.teacher_dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": REMAT,
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "data.packing": ("split", "best_fit", "first_fit"),
 }
@@ -96,6 +98,7 @@ FREE_ON_RESUME = (
     "mesh",
     "metrics",
     "model.remat",
+    "model.architecture",
     "head",
     "data.num_workers",
     "data.prepared",
@@ -145,6 +148,8 @@ def default() -> ml_collections.ConfigDict:
             # "random": not the weights at `path`, but new ones from `seed`; of an HF
             # folder config.json is enough then.
             "weights": "pretrained",
+            # config.json of the architecture, for `plan` where `path` is not at hand.
+            "architecture": "",
             # Folder or file of the tokenizer; empty: where the model is.
             "tokenizer": "",
             # File of a Jinja chat template; empty: the tokenizer's own, or ChatML.
@@ -158,8 +163,11 @@ def default() -> ml_collections.ConfigDict:
         }
     )
 
-    # The device mesh; one size may be -1: all devices the others leave.
-    config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    # The device mesh; one size may be -1: all devices the others leave. `topology` is the
+    # TPU slice it is meant for, such as v5e:4x4; only `plan` reads it.
+    config.mesh = ml_collections.ConfigDict(
+        {"data": 1, "fsdp": -1, "tensor": 1, "topology": ""}
+    )
 
     # The unembedding and the losses, as in `fused.head_loss`. A size of 0 is chosen from
     # the device and the vocabulary.

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from mixcpt_jax import chips
 from mixcpt_jax.sharding import (
     BATCH_AXES,
     FSDP,
@@ -46,16 +47,11 @@ from mixcpt_jax.sharding import (
 # 0 * (masked - masked) is 0.
 _MASKED = -1e30
 
-# FLOPs a chip can do while it moves one byte of its memory (peak bfloat16 over peak
-# HBM). A product with C tokens reads 2 D V bytes of weights for 2 C D V FLOPs, so it
-# keeps the matrix units busy from this C on; the float32 gradient of the unembedding,
-# read and written once per block of tokens, needs four times as many.
-_FLOPS_PER_BYTE = {
-    "TPU v4": 224,
-    "TPU v5 lite": 240,
-    "TPU v5": 166,
-    "TPU v6 lite": 560,
-}
+# A product with C tokens reads 2 D V bytes of weights for 2 C D V FLOPs, so it keeps the
+# matrix units busy once C is the FLOPs a chip can do while it moves a byte of its memory;
+# the float32 gradient of the unembedding, read and written once per block of tokens, needs
+# four times as many.
+_FLOPS_PER_BYTE = 256
 # Where memory allows it, longer chunks cost fewer loop steps and collectives.
 _LOGITS_PER_CHUNK, _MAX_CHUNK, _MAX_BLOCK = 2**25, 2048, 4096
 
@@ -401,7 +397,8 @@ def default_sizes(num_columns: int) -> tuple[int, int]:
     kind = device_kind()
     if kind == "cpu":
         return 128, 128
-    busy = math.ceil(_FLOPS_PER_BYTE.get(kind, 256) / 256) * 256
+    chip = chips.of_device_kind(kind)
+    busy = math.ceil((chip.flops_per_byte if chip else _FLOPS_PER_BYTE) / 256) * 256
     chunk_size = max(
         busy, min(_MAX_CHUNK, _LOGITS_PER_CHUNK // num_columns // 256 * 256)
     )

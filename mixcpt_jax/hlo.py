@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 _BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
@@ -81,16 +83,46 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Arrays that cross between chips, `times` per run of the program."""
+    """Arrays that cross between chips, `times` per run of the program.
+
+    Attributes:
+      kind: one of `_COLLECTIVES`.
+      arrays: of the result on one chip.
+      times: how often it runs.
+      group: the devices of one of the groups that it runs within, in the order of the
+        program's devices; empty: all.
+      is_async: other instructions run while it does.
+    """
 
     kind: str
     arrays: tuple[Array, ...]
     times: int
+    group: tuple[int, ...] = ()
+    is_async: bool = False
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the result on one chip, all repetitions."""
         return self.times * sum(array.num_bytes for array in self.arrays)
+
+    def received(self, num_devices: int) -> float:
+        """Bytes that reach one chip, all repetitions, by the usual algorithms.
+
+        Args:
+          num_devices: of the program, for a collective over all of them.
+        """
+        size = len(self.group) or num_devices
+        share = (size - 1) / size
+        return (
+            self.num_bytes
+            * {
+                "all-gather": share,
+                "all-reduce": 2 * share,
+                "all-to-all": share,
+                "collective-permute": 1.0,
+                "reduce-scatter": size - 1.0,
+            }[self.kind]
+        )
 
 
 class Module:
@@ -190,17 +222,51 @@ class Module:
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
-        """What crosses between chips, largest first."""
-        found = []
-        for instruction, _, times in self._executed(into_fusions=True):
+        """What crosses between chips, largest first.
+
+        On a TPU a collective in flight is several fusions: one starts it, others go on
+        with it beside their own work, one ends it. It counts once.
+        """
+        found: dict[tuple[str | None, ...], Collective] = {}
+        for instruction, _, times in self._executed(into_fusions=False):
             kind = instruction.opcode.removesuffix("-start")
             if kind in _COLLECTIVES:
+                is_async = kind != instruction.opcode
                 arrays = instruction.arrays
-                if instruction.opcode.endswith("-start"):
+                if is_async:
                     # (operands, results, context): the results are what arrives.
                     arrays = (max(arrays, key=lambda array: array.num_bytes),)
-                found.append(Collective(kind, arrays, times))
-        return sorted(found, key=lambda collective: -collective.num_bytes)
+                key = (instruction.name,)
+                found[key] = _collective(instruction, kind, arrays, times, is_async)
+            for name, inner in self._inside(instruction):
+                if inner.opcode not in _COLLECTIVES:
+                    continue
+                if name.startswith("all-reduce-scatter"):
+                    # Each chip keeps its part of the sum: the fusion's result.
+                    scatter = "reduce-scatter", instruction.arrays, times, False
+                    found[(instruction.name,)] = _collective(inner, *scatter)
+                else:
+                    labels = (r"(channel_id=\d+)", r"(?:chain_id|name)=\"([^\"]*)\"")
+                    key = tuple(inner.attribute(label) for label in labels)
+                    found.setdefault(
+                        key, _collective(inner, inner.opcode, inner.arrays, times, True)
+                    )
+        return sorted(found.values(), key=lambda collective: -collective.num_bytes)
+
+    def _inside(self, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
+        """The instructions of a fusion, and of fusions in it: (computation, each)."""
+        for name in _called(instruction) if instruction.opcode == "fusion" else ():
+            for inner in self.computations[name].values():
+                yield name, inner
+                yield from self._inside(inner)
+
+    def executions(self, name: str) -> int:
+        """How often instructions run whose name begins like this, as kernels have."""
+        return sum(
+            times
+            for instruction, _, times in self._executed(into_fusions=False)
+            if instruction.name.startswith(name)
+        )
 
     def arrays(self) -> Iterator[Array]:
         """Every array that the program stores; what lives inside a fusion is not."""
@@ -256,6 +322,31 @@ def _instruction(name: str, text: str) -> Instruction:
     )
     operands = tuple(re.findall(r"%([\w.-]+)", rest.split(")", 1)[0]))
     return Instruction(name, opcode, arrays, operands, rest)
+
+
+def _collective(instruction, kind, arrays, times, is_async) -> Collective:
+    return Collective(kind, tuple(arrays), times, _group(instruction), is_async)
+
+
+def _group(instruction: Instruction) -> tuple[int, ...]:
+    """The first of a collective's groups of devices, in any of three notations."""
+    groups = instruction.attributes.partition("replica_groups=")[2]
+    if listed := re.match(r"\{\{([\d,]*)\}", groups):
+        return tuple(map(int, listed[1].split(",")))
+    if mesh := re.match(r"mesh\[([^\]]*)\] \{([^}]*)\}", groups):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        shape = [int(size) for size in sizes.values()]
+        axes = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", mesh[2])]
+        devices = np.arange(math.prod(shape)).reshape(shape)
+        within = [slice(None) if i in axes else 0 for i in range(len(shape))]
+        return tuple(devices[tuple(within)].ravel().tolist())
+    if iota := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", groups):
+        shape = [int(size) for size in iota[3].split(",")]
+        devices = np.arange(math.prod(shape)).reshape(shape)
+        if iota[4]:
+            devices = devices.transpose([int(axis) for axis in iota[4].split(",")])
+        return tuple(devices.ravel()[: int(iota[2])].tolist())
+    return ()
 
 
 def _read_of(parameter: Instruction, computation) -> tuple[Array, ...] | None:

@@ -71,6 +71,30 @@ def phase_configs(
     }
 
 
+def training_phase(
+    config: ml_collections.ConfigDict, workdir: str, name: str = ""
+) -> tuple[str, ml_collections.ConfigDict]:
+    """One of the config's phases that train, and its config.
+
+    Args:
+      config: a config, with phases or without.
+      workdir: see `phase_configs`.
+      name: of the phase; empty: the first.
+
+    Raises:
+      InputError: there is none of this name.
+    """
+    configs = phase_configs(config, workdir)
+    trained = [key for key, entry in configs.items() if entry.job == "train"]
+    name = name or next(iter(trained), "")
+    if name not in trained:
+        raise InputError(
+            f"--phase={name}: the phases of this config that train are "
+            f"{', '.join(trained) or 'none'}"
+        )
+    return name, configs[name]
+
+
 def phase_folder(config: ml_collections.ConfigDict, workdir: str, phase: str) -> str:
     """Where a phase is kept."""
     return f"{workdir}/{phase}" if config.phases else workdir

@@ -298,9 +298,16 @@ def check_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> Non
 
 
 def check_model(
-    config: ml_collections.ConfigDict, model_config: model.ModelConfig
+    config: ml_collections.ConfigDict,
+    model_config: model.ModelConfig,
+    num_devices: int | None = None,
 ) -> None:
     """Settings that must suit the model, checked before its weights are read.
+
+    Args:
+      config: of the phase.
+      model_config: the architecture.
+      num_devices: of all hosts; None: those that are there.
 
     Raises:
       InputError: names the setting and the remedy.
@@ -312,7 +319,9 @@ def check_model(
                 f"{section}.row_length={row_length}: longer than the model's context "
                 f"of {model_config.max_positions}; use at most that"
             )
-    data, fsdp, tensor = sharding.mesh_shape(config.mesh, jax.device_count())
+    data, fsdp, tensor = sharding.mesh_shape(
+        config.mesh, num_devices or jax.device_count()
+    )
     if data * fsdp % jax.process_count():
         raise InputError(
             f"mesh: data x fsdp = {data} x {fsdp} cannot be shared by "

@@ -38,10 +38,10 @@ def open_rows(
     """
     return {
         rows.source.name: taught.open_rows(
-            _folder(phase, rows), _form(phase), _key(phase, rows)
+            _folder(phase, rows), form_of(phase), _key(phase, rows)
         )
         if is_asked(rows)
-        else taught.TaughtRows(_form(phase))
+        else taught.TaughtRows(form_of(phase))
         for rows in data.packed
     }
 
@@ -63,7 +63,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
     config = phase.config
     data = pipeline.load(config, phase.tokenizer)
     asked = [rows for rows in data.packed if is_asked(rows)]
-    form = _form(phase)
+    form = form_of(phase)
     print(
         f"{name}: the teacher takes {form.bytes_per_token} bytes a token on disk",
         flush=True,
@@ -156,7 +156,7 @@ def _folder(phase: phase_lib.Phase, rows: mixture.PackedRows) -> epath.Path:
     )
 
 
-def _form(phase: phase_lib.Phase) -> taught.Form:
+def form_of(phase: phase_lib.Phase) -> taught.Form:
     top_k = phase.config.objective.teacher_top_k
     vocab_size = phase.model_config.vocab_size
     if top_k > vocab_size:

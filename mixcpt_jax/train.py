@@ -278,18 +278,25 @@ def _teacher(phase: phase_lib.Phase, data: pipeline.Data) -> steps.Teacher | Non
     )
 
 
+def frozen_passes(config: ml_collections.ConfigDict, data: pipeline.Data) -> str:
+    """What of the frozen model runs in a step: "whole", "unembedding" or "none"."""
+    if config.objective.kind == "preference":
+        return "whole" if config.preference.reference == "step" else "none"
+    if not _needs_teacher(config, data):
+        return "none"
+    if not _reads_teacher(config, data):
+        return "whole"
+    return "none" if config.objective.teacher_top_k else "unembedding"
+
+
 def _frozen_part(
     phase: phase_lib.Phase, data: pipeline.Data
 ) -> Callable[[model.Params], model.Params | None]:
     """What the step needs of the frozen model's parameters."""
-    config = phase.config
-    is_reference = (
-        config.objective.kind == "preference" and config.preference.reference == "step"
-    )
-    reads = _reads_teacher(config, data)
-    if phase.lora or is_reference or (_needs_teacher(config, data) and not reads):
+    passes = frozen_passes(phase.config, data)
+    if phase.lora or passes == "whole":
         return lambda params: params
-    if reads and not config.objective.teacher_top_k:
+    if passes == "unembedding":
         return model.unembedding_alone
     return lambda params: None
 

@@ -100,7 +100,8 @@ def read_model_config(path: str) -> ModelConfig:
 
     Args:
       path: a Hugging Face folder (its `config.json`, of model type llama, mistral or
-        qwen2) or a `.gguf` file (of architecture llama or qwen2).
+        qwen2), a `.json` file like that one, or a `.gguf` file (of architecture llama or
+        qwen2).
 
     Raises:
       InputError: the file is missing or damaged, or describes a network that `model.py`
@@ -109,7 +110,9 @@ def read_model_config(path: str) -> ModelConfig:
     if path.endswith(".gguf"):
         file = paths.require_file(path)
         return _config_from_gguf(open_gguf(file), file)
-    return _config_from_hf(paths.require_file(f"{path.rstrip('/')}/config.json"))
+    if not path.endswith(".json"):
+        path = f"{path.rstrip('/')}/config.json"
+    return _config_from_hf(paths.require_file(path))
 
 
 def load_params(path: str, abstract_params: Params) -> Params:

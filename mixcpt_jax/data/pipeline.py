@@ -14,7 +14,7 @@ from mixcpt_jax import config as config_lib
 from mixcpt_jax.data import corpus as corpus_lib
 from mixcpt_jax.data import docstrings, exams, format, mixture, prepared, sources
 from mixcpt_jax.data.corpus import Corpus
-from mixcpt_jax.data.taught import TaughtRows
+from mixcpt_jax.data.taught import Form, TaughtRows
 from mixcpt_jax.errors import InputError
 
 
@@ -114,6 +114,42 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
         report=report,
         num_steps=num_steps,
     )
+
+
+def made_up(config: ml_collections.ConfigDict, form: Form | None = None) -> Data:
+    """What training would read as far as its step can tell, without any text.
+
+    Each source is one row, of one document or of one pair.
+
+    Args:
+      config: of a phase that trains.
+      form: what is stored of the teacher, where that is read.
+    """
+    length = config.data.row_length
+    objectives = {
+        name: config_lib.objective_weights(config, name) for name in config.sources
+    }
+    used = []
+    for name, source in config.sources.items():
+        has_pairs = source.format == "chat_preference"
+        lengths = [length // 2] * 2 if has_pairs else [length + 1]
+        examples = format.Examples.collect(
+            (np.zeros(n, np.int32), np.ones(n, bool)) for n in lengths
+        )
+        references = has_pairs and config.preference.reference == "precomputed"
+        used.append(
+            mixture.Source(
+                name,
+                examples,
+                share=source.weight,
+                has_pairs=has_pairs,
+                objectives=objectives[name],
+                reference_logps=np.zeros(2, np.float32) if references else None,
+                taught=TaughtRows(form) if form else None,
+            )
+        )
+    packed = mixture.pack_sources(used, length)
+    return Data(packed, objectives, {}, {}, {}, [], {}, [], config.train.num_steps or 1)
 
 
 def _pack(config, corpora, files, objectives, tokenizer):

@@ -44,16 +44,9 @@ _SHARD_SIZE = 2**25
 
 
 def main(argv: list[str]) -> None:
-    config, workdir = command_line.read(argv)
-    configs = command_line.phase_configs(config, workdir)
-    trained = [name for name, entry in configs.items() if entry.job == "train"]
-    name = _PHASE.value or next(iter(trained), "")
-    if name not in trained:
-        raise InputError(
-            f"--phase={name}: the phases of this config that train are "
-            f"{', '.join(trained) or 'none'}"
-        )
-    config, folder = configs[name], command_line.phase_folder(config, workdir, name)
+    run_config, workdir = command_line.read(argv)
+    name, config = command_line.training_phase(run_config, workdir, _PHASE.value)
+    folder = command_line.phase_folder(run_config, workdir, name)
     if not config.data.prepared:
         raise InputError(
             "data.prepared: name the folder to write to, as in "

@@ -1,0 +1,51 @@
+"""Continual pre-training on TPU slices: what the configs of single models share.
+
+A preset is the first phase of Mix-CPT, `configs/cpt.py`, on the mesh and with the batch
+that suit a model on a slice; `python -m mixcpt_jax.plan` says what each takes. Everything
+else is set as there: `model.path`, the paths of the sources, the steps.
+"""
+
+import math
+
+import ml_collections
+
+from configs import cpt
+from mixcpt_jax import config as config_lib
+
+# Slice -> its topology.
+SLICES = {
+    "v5e-16": "v5e:4x4",
+    "v5e-64": "v5e:8x8",
+    "v5e-256": "v5e:16x16",
+    "v5p-8": "v5p:2x2x1",
+    "v5p-64": "v5p:2x4x4",
+    "v6e-16": "v6e:4x4",
+    "v6e-256": "v6e:16x16",
+}
+
+
+def get_config(
+    architecture: str, slice_name: str, rows_per_chip: int = 2, fsdp: int = -1
+) -> ml_collections.ConfigDict:
+    """The preset of a model on a slice.
+
+    Args:
+      architecture: a file of `mixcpt_jax/assets/architectures`.
+      slice_name: of `SLICES`.
+      rows_per_chip: sequences of 4,096 tokens that a chip takes at a time; as many
+        microbatches as the batch then needs.
+      fsdp: chips that share the weights; the rest hold copies. -1: all.
+    """
+    config_lib.check_variant(slice_name, tuple(SLICES))
+    config = cpt.get_config()
+    folder = "package:mixcpt_jax/assets/architectures"
+    config.model.architecture = f"{folder}/{architecture}.json"
+    topology = SLICES[slice_name]
+    chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+    config.mesh.topology = topology
+    config.mesh.fsdp = chips if fsdp == -1 else min(fsdp, chips)
+    config.mesh.data = chips // config.mesh.fsdp
+    config.data.batch_size = config.eval.batch_size = max(64, chips)
+    parts = config.data.batch_size // (chips * rows_per_chip)
+    config.optimizer.accumulation_steps = max(1, parts)
+    return config

@@ -1,0 +1,570 @@
+"""What a training step takes on a TPU slice, before the slice is paid for.
+
+    python -m mixcpt_jax.plan --config=configs/llama3_8b.py --topology=v5e:4x4 \\
+        [--phase=cpt] [--search] [--output=plan.json] [--config.data.batch_size=32 ...]
+
+Compiles the training step of a phase for the slice, from shapes alone: no TPU, no weights
+and no text are needed, only the package `libtpu`, which comes with `jax[tpu]`. Prints,
+and writes as JSON,
+
+- the memory of a chip: what the step's arguments take and what the compiler needs
+  besides, against what the chip has. That it fits is the compiler's own word;
+- FLOPs: the model's own (`count_flops`), what rematerialisation adds, and what the
+  compiled program does;
+- what crosses between chips, in bytes, and whether other work goes on meanwhile;
+- modelled time: each instruction at the peak of what bounds it, products or memory, one
+  after another; collectives at the bandwidth of the links that their group spans. It is
+  a lower bound, and so tokens per second and MFU are upper ones.
+
+A step that does not fit says by how much, and what would make it fit. `--search` tries
+meshes, rematerialisation and microbatches, and prints those that fit, fastest first.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from absl import flags
+
+from mixcpt_jax import (
+    attention,
+    chips,
+    hlo,
+    metrics,
+    model,
+    paths,
+    phase,
+    sharding,
+    teacher,
+    train,
+    weights,
+)
+from mixcpt_jax import config as config_lib
+from mixcpt_jax import main as command_line
+from mixcpt_jax.chips import GIB
+from mixcpt_jax.data import pipeline
+from mixcpt_jax.errors import InputError
+
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "The slice, such as v5e:4x4; empty: the config's mesh.topology."
+)
+_PHASE = flags.DEFINE_string(
+    "phase", "", "Of a config with several; empty: the first that trains."
+)
+_SEARCH = flags.DEFINE_bool("search", False, "Look for the fastest settings that fit.")
+_OUTPUT = flags.DEFINE_string("output", "", "A JSON file for what is printed.")
+
+# The work of splash attention's kernels, in products over the blocks that are visited:
+# scores and values going forwards; scores, their gradient and the queries' going back;
+# scores, their gradient, the values' and the keys' going back.
+_KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
+
+def main(argv: list[str]) -> None:
+    # Shapes need no device.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    config, workdir = command_line.read(argv)
+    name, config = command_line.training_phase(config, workdir, _PHASE.value)
+    topology = _TOPOLOGY.value or config.mesh.topology
+    if not topology:
+        raise InputError("--topology: name the slice, as in --topology=v5e:4x4")
+    if _SEARCH.value:
+        plans = search(config, topology)
+        print(_search_table(plans))
+        result: Any = plans
+    else:
+        result = make(config, topology)
+        print(f"{name}: {describe(result)}")
+        if not result["fits"]:
+            print(_advice(config, topology))
+    if _OUTPUT.value:
+        paths.replace(paths.absolute(_OUTPUT.value), json.dumps(result, indent=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Of one token, all passes over it, two per multiply-add.
+
+    Attributes:
+      student: products with the layers' weights, forwards and back.
+      teacher: of the frozen model that runs beside it.
+      head: of both unembeddings.
+      attention: scores and values; a token sees half of its row on average.
+      rematerialisation: what is done a second time.
+    """
+
+    student: float
+    teacher: float
+    head: float
+    attention: float
+    rematerialisation: float
+
+    @property
+    def model(self) -> float:
+        """What the maths needs: all but rematerialisation."""
+        return self.student + self.teacher + self.head + self.attention
+
+
+def count_flops(
+    model_config: model.ModelConfig,
+    row_length: int,
+    remat: str = "none",
+    frozen: str = "none",
+    has_adapters: bool = False,
+    is_preference: bool = False,
+) -> Flops:
+    """The formula: `2 N P` per pass, with N layers of P weights in products.
+
+    The student is passed once forwards and twice back, for activations and weights; with
+    adapters, whose own products are left out, once back. Attention, `2 N H K (L + 1)` a
+    pass forwards, is twice that back.
+
+    Args:
+      model_config: the architecture.
+      row_length: tokens of a row, L.
+      remat: of `config.model.remat`. "full" repeats each layer's forward pass but for
+        its last product, "dots" attention alone.
+      frozen: what runs of the frozen model: "whole", "unembedding" or "none".
+      has_adapters: only they are trained.
+      is_preference: the head is swept once more, see `fused.log_probabilities`.
+    """
+    c = model_config
+    heads = (c.num_heads + c.num_kv_heads) * c.head_size
+    down = c.hidden_size * c.mlp_size
+    layers = 2 * c.num_layers * (2 * c.hidden_size * heads + 3 * down)
+    window = min(c.sliding_window or row_length, row_length)
+    seen = window - window * (window - 1) / (2 * row_length)
+    attend = 4 * c.num_layers * c.num_heads * c.head_size * seen
+    head = 2 * c.hidden_size * c.vocab_size
+    back = 1 if has_adapters else 2
+    runs = frozen == "whole"
+    again = {
+        "none": 0.0,
+        "dots": attend,
+        "full": layers - 2 * c.num_layers * down + attend,
+    }
+    return Flops(
+        student=layers * (1 + back),
+        teacher=layers * runs,
+        head=head * (1 + back + (frozen != "none")),
+        attention=attend * (3 + runs),
+        rematerialisation=again[remat] + head * is_preference,
+    )
+
+
+class DoesNotFit(Exception):
+    """The compiler's refusal: `needed` and `available` bytes of a chip's memory."""
+
+    def __init__(self, needed: int, available: int):
+        super().__init__(f"needs {needed / GIB:.2f} GiB of {available / GIB:.2f}")
+        self.needed, self.available = needed, available
+
+
+class Step(NamedTuple):
+    """A training step as it was compiled; `batch` is of shapes, as the program is."""
+
+    phase: phase.Phase
+    data: pipeline.Data
+    program: train.Program
+    batch: dict[str, Any]
+    compiled: jax.stages.Compiled
+
+
+def compile_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Step:
+    """Compiles the training step that `train` would run, from shapes alone.
+
+    Args:
+      config: of a phase that trains; what it starts from is not looked at.
+      mesh: its devices need not be there.
+
+    Raises:
+      DoesNotFit: the compiler finds no room for it.
+      InputError: the config does not suit the model or the mesh.
+    """
+    config = ml_collections.ConfigDict(config.to_dict())
+    model_config = _model_config(config)
+    # Weights and text need not be there yet.
+    config.init_from = ""
+    config.model.path = config.model.path or config.model.architecture
+    for source in config.sources.values():
+        source.path = source.path or "to be given"
+    config_lib.validate(config, mesh.size)
+    phase.check_model(config, model_config, mesh.size)
+    planned = phase.Phase(
+        name="plan",
+        folder=paths.absolute("."),
+        given=config,
+        config=config,
+        model_config=model_config,
+        tokenizer=None,
+        mesh=mesh,
+        started=time.monotonic(),
+    )
+    reads = config.objective.teacher == "prepared"
+    data = pipeline.made_up(config, teacher.form_of(planned) if reads else None)
+    # Outside of the mesh, whose devices cannot hold the zeros that optax makes here.
+    program = train.make_program(planned, data)
+    rows = sharding.batch_sharding(mesh)
+    batch = {
+        key: jax.ShapeDtypeStruct(
+            (config.data.batch_size, *value.shape), value.dtype, sharding=rows
+        )
+        for key, value in data.packed[0].empty_row().items()
+    }
+    with jax.set_mesh(mesh):
+        lowered = program.train_step.lower(program.state, program.frozen, batch)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise _refusal(error, mesh) from error
+    return Step(planned, data, program, batch, compiled)
+
+
+def _model_config(config: ml_collections.ConfigDict) -> model.ModelConfig:
+    return weights.read_model_config(config.model.architecture or config.model.path)
+
+
+def _refusal(error: Exception, mesh: jax.sharding.Mesh) -> Exception:
+    """The compiler's message as `DoesNotFit`, or the error itself if it is another."""
+    text = str(error)
+    if found := re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", text):
+        return DoesNotFit(*(int(float(number) * GIB) for number in found.groups()))
+    if found := re.search(r"\(([\d.]+)([GT])\) exceeds available HBM", text):
+        chip = chips.of_device_kind(mesh.devices.flat[0].device_kind)
+        unit = {"G": GIB, "T": 1024 * GIB}[found[2]]
+        return DoesNotFit(int(float(found[1]) * unit), chip.hbm_bytes)
+    return error
+
+
+def make(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
+    """What the step of a phase takes on a slice: see the top of the file.
+
+    Args:
+      config: of a phase that trains.
+      topology: of the slice, such as "v5e:4x4".
+
+    Returns:
+      A tree for JSON: bytes, FLOPs and seconds. Where `fits` is false it ends with the
+      memory of the arguments and what the compiler asks for.
+
+    Raises:
+      InputError: the config does not suit the model or the slice.
+    """
+    chip = chips.of_topology(topology)
+    mesh = sharding.make_topology_mesh(topology, config.mesh)
+    started = time.monotonic()
+    result: dict[str, Any] = {
+        "topology": topology,
+        "chips": mesh.size,
+        "mesh": dict(mesh.shape),
+        "batch_size": config.data.batch_size,
+        "row_length": config.data.row_length,
+        "accumulation_steps": config.optimizer.accumulation_steps,
+        "remat": config.model.remat,
+    }
+    try:
+        step = compile_step(config, mesh)
+    except DoesNotFit as refusal:
+        memory = {"needed": refusal.needed, "available": refusal.available}
+        return result | {"fits": False, "memory": memory}
+    module = hlo.Module(step.compiled.as_text())
+    flops = _flops(step, module)
+    collectives = _collectives(module, mesh, topology)
+    return result | {
+        "fits": True,
+        "compile_seconds": time.monotonic() - started,
+        "memory": _memory(step, chip),
+        "flops": flops,
+        "collectives": collectives,
+        "time": _time(step, module, flops, collectives, chip),
+    }
+
+
+def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
+    """Bytes of a chip; the compiler's peak counts donated arguments once."""
+
+    def size(tree) -> int:
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+
+    analysis = step.compiled.memory_analysis()
+    state, frozen = step.program.state, step.program.frozen
+    return {
+        "parameters": size(state.params),
+        "optimizer": size(state.opt_state),
+        "frozen model": size(frozen),
+        "batch": size(step.batch),
+        "temporary": analysis.temp_size_in_bytes,
+        "peak": analysis.peak_memory_in_bytes,
+        "available": chip.hbm_bytes,
+    }
+
+
+def _flops(step: Step, module: hlo.Module) -> dict[str, float]:
+    """Per step over all chips; what kernels do comes by formula, the rest is counted."""
+    config, model_config = step.phase.config, step.phase.model_config
+    mesh = step.phase.mesh
+    row_length = config.data.row_length
+    counted = count_flops(
+        model_config,
+        row_length,
+        config.model.remat,
+        train.frozen_passes(config, step.data),
+        step.phase.lora is not None,
+        config.objective.kind == "preference",
+    )
+    tokens = config.data.batch_size * row_length
+    parts = {k: v * tokens for k, v in dataclasses.asdict(counted).items()}
+    rows_at_once = config.data.batch_size // config.optimizer.accumulation_steps
+    pairs = attention.splash_pairs(row_length, model_config.sliding_window)
+    product = 2 * model_config.num_heads * model_config.head_size * pairs
+    kernels = rows_at_once * sum(
+        module.executions(name) * products * product
+        for name, products in _KERNELS.items()
+    )
+    return parts | {
+        "model": counted.model * tokens,
+        "compiled, products": module.flops * mesh.size,
+        "compiled, attention kernels": kernels,
+    }
+
+
+def _collectives(
+    module: hlo.Module, mesh: jax.sharding.Mesh, topology: str
+) -> list[dict[str, Any]]:
+    """By kind: how many, their bytes on a chip, and seconds at the links' bandwidth."""
+    rows: dict[tuple[str, bool], dict[str, Any]] = {}
+    for collective in module.collectives:
+        key = collective.kind, collective.is_async
+        row = rows.setdefault(
+            key,
+            {
+                "kind": collective.kind,
+                "overlapped": collective.is_async,
+                "times": 0,
+                "bytes": 0.0,
+                "seconds": 0.0,
+            },
+        )
+        received = collective.received(mesh.size)
+        row["times"] += collective.times
+        row["bytes"] += received
+        row["seconds"] += received / _bandwidth(collective.group, mesh, topology)
+    return sorted(rows.values(), key=lambda row: -row["seconds"])
+
+
+def _bandwidth(group: tuple[int, ...], mesh: jax.sharding.Mesh, topology: str) -> float:
+    """Bytes per second into a chip over the sides of the torus that a group spans.
+
+    A side that is a ring brings them from two neighbours, a line from one at its ends.
+    """
+    chip = chips.of_topology(topology)
+    sides = [int(size) for size in topology.partition(":")[2].split("x")]
+    devices = mesh.devices.flat
+    members = [devices[i].coords for i in group] or [d.coords for d in devices]
+    links = 0
+    for side, places in zip(sides, zip(*members, strict=True), strict=False):
+        if len(set(places)) > 1:
+            links += 2 if side >= chip.wraps_from else 1
+    return max(links, 1) * chip.link_bandwidth
+
+
+def _time(step, module, flops, collectives, chip) -> dict[str, float]:
+    """Seconds of a step, and what follows from them."""
+    mesh, data = step.phase.mesh, step.phase.config.data
+    compute = module.roofline_seconds(chip.flops, chip.hbm_bandwidth)
+    compute += flops["compiled, attention kernels"] / mesh.size / chip.flops
+    waited = sum(row["seconds"] for row in collectives if not row["overlapped"])
+    overlapped = sum(row["seconds"] for row in collectives if row["overlapped"])
+    total = max(compute, overlapped) + waited
+    return {
+        "compute and memory": compute,
+        "collectives, waited for": waited,
+        "collectives, overlapped": overlapped,
+        "step": total,
+        "tokens per second": data.batch_size * data.row_length / total,
+        "mfu bound": flops["model"] / mesh.size / chip.flops / total,
+    }
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """A plan in a page of Markdown."""
+    shape = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    lines = [
+        f"{plan['topology']}, {plan['chips']} chips ({shape}); {plan['batch_size']} rows "
+        f"of {plan['row_length']:,} tokens a step in {plan['accumulation_steps']} "
+        f"microbatches; remat {plan['remat']}"
+    ]
+    memory = plan["memory"]
+    if not plan["fits"]:
+        needed, available = memory["needed"] / GIB, memory["available"] / GIB
+        over = needed - available
+        return (
+            f"{lines[0]}\ndoes not fit: {needed:.2f} GiB are needed, {over:.2f} more than "
+            f"the {available:.2f} that a chip has"
+        )
+    rows = [[key, f"{value / GIB:.2f}"] for key, value in memory.items()]
+    lines.append(metrics.table(["HBM of a chip", "GiB"], rows))
+    flops, total = plan["flops"], plan["flops"]["model"]
+    rows = [[key, f"{v:.3g}", f"{v / total:.3f}"] for key, v in flops.items()]
+    compiled = flops["compiled, products"] + flops["compiled, attention kernels"]
+    rows.append(["compiled", f"{compiled:.3g}", f"{compiled / total:.3f}"])
+    lines.append(metrics.table(["FLOPs of a step", "all chips", "of model"], rows))
+    rows = [
+        [
+            f"{row['kind']}, {'overlapped' if row['overlapped'] else 'waited for'}",
+            str(row["times"]),
+            f"{row['bytes'] / GIB:.2f}",
+            f"{row['seconds']:.3f}",
+        ]
+        for row in plan["collectives"]
+    ]
+    lines.append(metrics.table(["into a chip", "times", "GiB", "seconds"], rows))
+    times = plan["time"]
+    rows = [
+        [key, f"{value:,.0f}" if value > 100 else f"{value:.3f}"]
+        for key, value in times.items()
+    ]
+    lines.append(metrics.table(["modelled", ""], rows))
+    return "\n\n".join(lines)
+
+
+def search(config: ml_collections.ConfigDict, topology: str) -> list[dict[str, Any]]:
+    """Plans that fit, fastest first, over meshes, rematerialisation and microbatches.
+
+    Of each mesh and rematerialisation only the fewest microbatches that fit are planned:
+    more of them gather and reduce the weights more often.
+    """
+    found = []
+    for mesh in _meshes(config, topology):
+        for remat in config_lib.REMAT:
+            for parts in _microbatches(config, mesh):
+                changed = ml_collections.ConfigDict(config.to_dict())
+                changed.mesh.update(mesh)
+                changed.model.remat = remat
+                changed.optimizer.accumulation_steps = parts
+                plan = make(changed, topology)
+                print(_one_line(plan), flush=True)
+                if plan["fits"]:
+                    found.append(plan)
+                    break
+    return sorted(found, key=lambda plan: plan["time"]["step"])
+
+
+def _meshes(
+    config: ml_collections.ConfigDict, topology: str
+) -> Iterator[dict[str, int]]:
+    """Shapes that suit the model; copies over `data` only of what fsdp need not split."""
+    model_config = _model_config(config)
+    size = sharding.make_topology_mesh(topology, config_lib.default().mesh).size
+    for tensor in (1, 2, 4, 8):
+        for data in (1, 2, 4, 8, 16):
+            if size % (tensor * data):
+                continue
+            mesh = {"data": data, "fsdp": size // (tensor * data), "tensor": tensor}
+            changed = ml_collections.ConfigDict(config.to_dict())
+            changed.mesh.update(mesh)
+            try:
+                phase.check_model(changed, model_config, size)
+            except InputError:
+                continue
+            if _least_memory(config, model_config, mesh) <= _available(topology):
+                yield mesh
+
+
+def _least_memory(config, model_config, mesh: dict[str, int]) -> float:
+    """Bytes of a chip for weights and moments alone."""
+    number = sum(x.size for x in jax.tree.leaves(model.abstract_params(model_config)))
+    settings = config.model
+    frozen = 2 if settings.teacher_dtype == "bfloat16" else 4
+    trained = 0 if config.lora.rank else 12
+    return number * (trained + frozen) / (mesh["fsdp"] * mesh["tensor"])
+
+
+def _available(topology: str) -> int:
+    return chips.of_topology(topology).hbm_bytes
+
+
+def _microbatches(config, mesh: dict[str, int]) -> Iterator[int]:
+    """Numbers of microbatches, down to one row for each group of chips."""
+    rows = config.data.batch_size // (mesh["data"] * mesh["fsdp"])
+    yield from (parts for parts in range(1, rows + 1) if rows % parts == 0)
+
+
+def _one_line(plan: dict[str, Any]) -> str:
+    shape = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    settings = (
+        f"{shape}, remat {plan['remat']}, {plan['accumulation_steps']} microbatches"
+    )
+    memory = plan["memory"]
+    if not plan["fits"]:
+        return f"{settings}: does not fit, needs {memory['needed'] / GIB:.2f} GiB"
+    return (
+        f"{settings}: {memory['peak'] / GIB:.2f} GiB, {plan['time']['step']:.3f} s, "
+        f"{plan['time']['tokens per second']:,.0f} tokens/s"
+    )
+
+
+def _search_table(plans: list[dict[str, Any]]) -> str:
+    columns = [
+        "data x fsdp x tensor",
+        "remat",
+        "microbatches",
+        "GiB",
+        "s",
+        "tokens/s",
+        "MFU",
+    ]
+    rows = [
+        [
+            " x ".join(map(str, plan["mesh"].values())),
+            plan["remat"],
+            str(plan["accumulation_steps"]),
+            f"{plan['memory']['peak'] / GIB:.2f}",
+            f"{plan['time']['step']:.3f}",
+            f"{plan['time']['tokens per second']:,.0f}",
+            f"{plan['time']['mfu bound']:.2f}",
+        ]
+        for plan in plans
+    ]
+    return "\n" + (metrics.table(columns, rows) if plans else "nothing fits")
+
+
+def _advice(config: ml_collections.ConfigDict, topology: str) -> str:
+    """The first change that makes the step fit, of those that cost least."""
+    mesh = sharding.mesh_shape(
+        config.mesh, sharding.make_topology_mesh(topology, config.mesh).size
+    )
+    sizes = dict(zip(sharding.MESH_AXES, mesh, strict=True))
+    changes: list[dict[str, Any]] = [{"model.remat": "full"}]
+    for parts in _microbatches(config, sizes):
+        if parts > config.optimizer.accumulation_steps:
+            changes.append(
+                {"model.remat": "full", "optimizer.accumulation_steps": parts}
+            )
+    changes += [change | {"lora.rank": 16} for change in changes[-1:]]
+    for change in changes:
+        changed = ml_collections.ConfigDict(config.to_dict())
+        changed.update_from_flattened_dict(change)
+        plan = make(changed, topology)
+        words = " ".join(f"--config.{key}={value}" for key, value in change.items())
+        if plan["fits"]:
+            peak = plan["memory"]["peak"] / GIB
+            return f"It fits, at {peak:.2f} GiB, with {words}"
+        print(
+            f"still {plan['memory']['needed'] / GIB:.2f} GiB with {words}", flush=True
+        )
+    return "Nothing that was tried makes it fit; a larger slice will"
+
+
+if __name__ == "__main__":
+    command_line.launch(main)
