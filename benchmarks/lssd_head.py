@@ -23,7 +23,7 @@ import argparse
 import functools
 import importlib.util
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,26 +31,23 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import head_cpu, head_forms
+from mixcpt_jax import (
+    chips,
+    fused,
+    hlo,
+    losses,
+    model,
+    optim,
+    phase,
+    plan,
+    sharding,
+    steps,
+)
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import fused, hlo, losses, model, optim, phase, sharding, steps
+from mixcpt_jax.chips import GIB
 
-GIB = 2**30
-
-
-class Chip(NamedTuple):
-    """A TPU generation: a topology with one, and its peaks (per second)."""
-
-    topology: str
-    flops: float  # bfloat16
-    bytes: float  # of HBM
-    cycles: float
-
-
-CHIPS = {
-    "v5e": Chip("v5e:2x2", 197e12, 819e9, 1.5e9),
-    "v5p": Chip("v5p:2x2x1", 459e12, 2765e9, 1.75e9),
-    "v6e": Chip("v6e:2x2", 918e12, 1638e9, 1.75e9),
-}
+# Of each chip a slice that has one.
+SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 ONE_CHIP = {"data": 1, "fsdp": 1, "tensor": 1}
 TOKENS, HIDDEN, VOCABULARY = 8192, 4096, 128256
 
@@ -96,8 +93,9 @@ def print_chips() -> None:
             head_forms.streamed, chunk_size=512, block_size=1024
         ),
     }
-    for name, chip in CHIPS.items():
-        mesh = sharding.make_topology_mesh(chip.topology, ONE_CHIP)
+    for name, topology in SLICES.items():
+        chip = chips.of_topology(topology)
+        mesh = sharding.make_topology_mesh(topology, ONE_CHIP)
         print(
             f"\nOne {name} chip, T={TOKENS:,} H={HIDDEN:,} V={VOCABULARY:,}, bfloat16, "
             "value and both gradients\n"
@@ -112,7 +110,7 @@ def print_chips() -> None:
                 print(f"| {form_name} | does not fit: {needed_memory(error)} |||")
                 continue
             module = hlo.Module(compiled.as_text())
-            seconds = module.roofline_seconds(chip.flops, chip.bytes)
+            seconds = module.roofline_seconds(chip.flops, chip.hbm_bandwidth)
             print(
                 f"| {form_name} | {module.flops / floor:.3f} "
                 f"| {temporary(compiled) / GIB:.2f} "
@@ -127,7 +125,7 @@ def print_chips() -> None:
 
 
 def print_memory() -> None:
-    mesh = sharding.make_topology_mesh(CHIPS["v5e"].topology, ONE_CHIP)
+    mesh = sharding.make_topology_mesh(SLICES["v5e"], ONE_CHIP)
     print(f"\nStreamed head on v5e, H={HIDDEN:,}: temporary GiB beyond the gradient\n")
     print("| tokens | vocabulary | chunk, block | GiB |")
     print("| ---: | ---: | ---: | ---: |")
@@ -164,7 +162,7 @@ def print_collectives() -> None:
 
 
 def print_steps() -> None:
-    chip = CHIPS["v5e"]
+    chip = chips.of_topology(SLICES["v5e"])
     gathered = functools.partial(fused.head_loss, vocab_parallel=False)
     lora = model.Lora(16, 16.0, model.LORA_TARGETS)
     rows = [
@@ -200,7 +198,7 @@ def print_steps() -> None:
         print(
             row + f"| {compiled.memory_analysis().peak_memory_in_bytes / GIB:.2f} "
             f"| {module.flops / needed:.3f} "
-            f"| {module.roofline_seconds(chip.flops, chip.bytes):.2f} "
+            f"| {module.roofline_seconds(chip.flops, chip.hbm_bandwidth):.2f} "
             f"| {module.cycles / chip.cycles:.2f} "
             f"| {sent / GIB:.0f} |",
             flush=True,
@@ -328,20 +326,10 @@ def dense_head(
 
 def needed_flops(
     config: model.ModelConfig, has_teacher: bool, lora: model.Lora | None = None
-) -> int:
-    """Per token, matrix products alone: 2 for each weight of each pass over it.
-
-    With adapters the gradients of the weights are not needed; the adapters' own
-    products are left out.
-    """
-    heads = config.num_heads + config.num_kv_heads
-    attention = 2 * config.hidden_size * heads * config.head_size
-    projection = config.hidden_size * config.mlp_size
-    layer = attention + 3 * projection
-    passes = (3 if lora else 4) * layer - projection + (layer if has_teacher else 0)
-    head_passes = (2 if lora else 3) + (1 if has_teacher else 0)
-    head = head_passes * config.hidden_size * config.vocab_size
-    return 2 * (config.num_layers * passes + head)
+) -> float:
+    """Per token, of matrix products alone, under full rematerialisation."""
+    frozen = "whole" if has_teacher else "none"
+    return plan.count_flops(config, 1, "full", frozen, lora is not None).products
 
 
 def temporary(compiled: jax.stages.Compiled) -> int:

@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
         result = make(config, topology)
         print(f"{name}: {describe(result)}")
         if not result["fits"]:
-            print(_advice(config, topology))
+            print(advise(config, topology))
     if _OUTPUT.value:
         paths.replace(paths.absolute(_OUTPUT.value), json.dumps(result, indent=1))
 
@@ -97,7 +97,7 @@ class Flops:
       teacher: of the frozen model that runs beside it.
       head: of both unembeddings.
       attention: scores and values; a token sees half of its row on average.
-      rematerialisation: what is done a second time.
+      rematerialisation: products, attention's aside, that are done a second time.
     """
 
     student: float
@@ -110,6 +110,11 @@ class Flops:
     def model(self) -> float:
         """What the maths needs: all but rematerialisation."""
         return self.student + self.teacher + self.head + self.attention
+
+    @property
+    def products(self) -> float:
+        """All matrix products but attention's."""
+        return self.student + self.teacher + self.head + self.rematerialisation
 
 
 def count_flops(
@@ -130,7 +135,7 @@ def count_flops(
       model_config: the architecture.
       row_length: tokens of a row, L.
       remat: of `config.model.remat`. "full" repeats each layer's forward pass but for
-        its last product, "dots" attention alone.
+        its last product, "dots" and "none" no product.
       frozen: what runs of the frozen model: "whole", "unembedding" or "none".
       has_adapters: only they are trained.
       is_preference: the head is swept once more, see `fused.log_probabilities`.
@@ -145,17 +150,13 @@ def count_flops(
     head = 2 * c.hidden_size * c.vocab_size
     back = 1 if has_adapters else 2
     runs = frozen == "whole"
-    again = {
-        "none": 0.0,
-        "dots": attend,
-        "full": layers - 2 * c.num_layers * down + attend,
-    }
+    again = layers - 2 * c.num_layers * down if remat == "full" else 0.0
     return Flops(
         student=layers * (1 + back),
         teacher=layers * runs,
         head=head * (1 + back + (frozen != "none")),
         attention=attend * (3 + runs),
-        rematerialisation=again[remat] + head * is_preference,
+        rematerialisation=again + head * is_preference,
     )
 
 
@@ -333,8 +334,9 @@ def _flops(step: Step, module: hlo.Module) -> dict[str, float]:
     )
     return parts | {
         "model": counted.model * tokens,
-        "compiled, products": module.flops * mesh.size,
-        "compiled, attention kernels": kernels,
+        "products, by formula": counted.products * tokens,
+        "products, compiled": module.flops * mesh.size,
+        "attention kernels": kernels,
     }
 
 
@@ -382,7 +384,7 @@ def _time(step, module, flops, collectives, chip) -> dict[str, float]:
     """Seconds of a step, and what follows from them."""
     mesh, data = step.phase.mesh, step.phase.config.data
     compute = module.roofline_seconds(chip.flops, chip.hbm_bandwidth)
-    compute += flops["compiled, attention kernels"] / mesh.size / chip.flops
+    compute += flops["attention kernels"] / mesh.size / chip.flops
     waited = sum(row["seconds"] for row in collectives if not row["overlapped"])
     overlapped = sum(row["seconds"] for row in collectives if row["overlapped"])
     total = max(compute, overlapped) + waited
@@ -416,8 +418,8 @@ def describe(plan: dict[str, Any]) -> str:
     lines.append(metrics.table(["HBM of a chip", "GiB"], rows))
     flops, total = plan["flops"], plan["flops"]["model"]
     rows = [[key, f"{v:.3g}", f"{v / total:.3f}"] for key, v in flops.items()]
-    compiled = flops["compiled, products"] + flops["compiled, attention kernels"]
-    rows.append(["compiled", f"{compiled:.3g}", f"{compiled / total:.3f}"])
+    everything = flops["products, compiled"] + flops["attention kernels"]
+    rows.append(["all that is done", f"{everything:.3g}", f"{everything / total:.3f}"])
     lines.append(metrics.table(["FLOPs of a step", "all chips", "of model"], rows))
     rows = [
         [
@@ -438,7 +440,11 @@ def describe(plan: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def search(config: ml_collections.ConfigDict, topology: str) -> list[dict[str, Any]]:
+def search(
+    config: ml_collections.ConfigDict,
+    topology: str,
+    remats: tuple[str, ...] = config_lib.REMAT,
+) -> list[dict[str, Any]]:
     """Plans that fit, fastest first, over meshes, rematerialisation and microbatches.
 
     Of each mesh and rematerialisation only the fewest microbatches that fit are planned:
@@ -446,7 +452,7 @@ def search(config: ml_collections.ConfigDict, topology: str) -> list[dict[str, A
     """
     found = []
     for mesh in _meshes(config, topology):
-        for remat in config_lib.REMAT:
+        for remat in remats:
             for parts in _microbatches(config, mesh):
                 changed = ml_collections.ConfigDict(config.to_dict())
                 changed.mesh.update(mesh)
@@ -477,21 +483,20 @@ def _meshes(
                 phase.check_model(changed, model_config, size)
             except InputError:
                 continue
-            if _least_memory(config, model_config, mesh) <= _available(topology):
+            available = chips.of_topology(topology).hbm_bytes
+            if least_memory(changed, model_config) <= available:
                 yield mesh
 
 
-def _least_memory(config, model_config, mesh: dict[str, int]) -> float:
-    """Bytes of a chip for weights and moments alone."""
+def least_memory(
+    config: ml_collections.ConfigDict, model_config: model.ModelConfig
+) -> float:
+    """Bytes of a chip for weights and moments alone, on the config's mesh."""
     number = sum(x.size for x in jax.tree.leaves(model.abstract_params(model_config)))
     settings = config.model
     frozen = 2 if settings.teacher_dtype == "bfloat16" else 4
     trained = 0 if config.lora.rank else 12
-    return number * (trained + frozen) / (mesh["fsdp"] * mesh["tensor"])
-
-
-def _available(topology: str) -> int:
-    return chips.of_topology(topology).hbm_bytes
+    return number * (trained + frozen) / (config.mesh.fsdp * config.mesh.tensor)
 
 
 def _microbatches(config, mesh: dict[str, int]) -> Iterator[int]:
@@ -539,7 +544,7 @@ def _search_table(plans: list[dict[str, Any]]) -> str:
     return "\n" + (metrics.table(columns, rows) if plans else "nothing fits")
 
 
-def _advice(config: ml_collections.ConfigDict, topology: str) -> str:
+def advise(config: ml_collections.ConfigDict, topology: str) -> str:
     """The first change that makes the step fit, of those that cost least."""
     mesh = sharding.mesh_shape(
         config.mesh, sharding.make_topology_mesh(topology, config.mesh).size
@@ -547,7 +552,7 @@ def _advice(config: ml_collections.ConfigDict, topology: str) -> str:
     sizes = dict(zip(sharding.MESH_AXES, mesh, strict=True))
     changes: list[dict[str, Any]] = [{"model.remat": "full"}]
     for parts in _microbatches(config, sizes):
-        if parts > config.optimizer.accumulation_steps:
+        if parts >= 2 * changes[-1].get("optimizer.accumulation_steps", 1):
             changes.append(
                 {"model.remat": "full", "optimizer.accumulation_steps": parts}
             )

@@ -1,0 +1,20 @@
+"""Mix-CPT's first phase for SmolLM2-135M on a TPU slice.
+
+    python -m mixcpt_jax.plan --config=configs/smollm2_135m.py:v5e-16
+    python -m mixcpt_jax.main --config=configs/smollm2_135m.py:v5e-16 --distributed \\
+        --workdir=gs://BUCKET/runs/mine --config.model.path=/models/SmolLM2-135M \\
+        --config.sources.domain.path='/data/domain/*.jsonl' \\
+        --config.sources.instructions.path=/data/instructions.jsonl \\
+        --config.sources.preferences.path=/data/preferences.jsonl
+
+The slices are those of `configs/presets.py`; v5e-16 if none is named. Everything else is
+as in `configs/cpt.py`.
+"""
+
+from configs import presets
+
+
+def get_config(slice_name: str = ""):
+    return presets.get_config(
+        "smollm2_135m", slice_name or "v5e-16", 4, fsdp=1
+    )

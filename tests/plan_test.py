@@ -1,0 +1,205 @@
+"""A plan says what the compiler and the formula say, and what to do if it does not fit."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs import cpt, presets
+from mixcpt_jax import chips, hlo, model, phase, plan, sharding, weights
+from mixcpt_jax import config as config_lib
+from mixcpt_jax.chips import GIB
+from mixcpt_jax.errors import InputError
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+PRESETS = sorted(
+    file.stem
+    for file in pathlib.Path(presets.__file__).parent.glob("*.py")
+    if "presets.get_config" in file.read_text()
+)
+# Compiling all of them takes half an hour.
+COMPILED = [(name, "v5e-16") for name in ("llama3_8b", "llama32_1b", "qwen2_7b")]
+COMPILED += [("smollm2_135m", "v5p-8")]
+if os.environ.get("PLAN_PRESETS") == "all":
+    COMPILED = [(name, part) for name in PRESETS for part in presets.SLICES]
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 32064,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rope_theta": 5e5,
+    "head_dim": 128,
+}
+
+
+def small(folder, **settings):
+    (folder / "small.json").write_text(json.dumps(SMALL | settings))
+    config = cpt.get_config()
+    config.model.architecture = str(folder / "small.json")
+    config.data.row_length, config.data.batch_size = 2048, 4
+    config.eval.batch_size = 4
+    return config
+
+
+@pytest.fixture
+def config(tmp_path):
+    return small(tmp_path)
+
+
+def preset(name, part):
+    module = importlib.import_module(f"configs.{name}")
+    return module.get_config(part)
+
+
+def test_the_formula_counts_the_products_that_are_compiled(config):
+    """On one CPU device, where attention is products as well."""
+    config.model.compute_dtype = config.model.teacher_dtype = "float32"
+    config.data.row_length, config.data.batch_size = 256, 2
+    config.eval.batch_size = 2
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    for remat in config_lib.REMAT:
+        config.model.remat = remat
+        step = plan.compile_step(config, mesh)
+        counted = plan.count_flops(step.phase.model_config, 256, remat, "whole")
+        compiled = hlo.Module(step.compiled.as_text()).flops / 512
+        # Blocks of 128 queries see 3/4 of the pairs where causality leaves half, and
+        # some of attention is done again.
+        more = compiled - counted.products
+        assert counted.attention <= more <= 2 * counted.attention + 0.01 * compiled
+
+
+def test_the_formula_knows_what_runs_of_the_frozen_model():
+    shape = weights.read_model_config(
+        "package:mixcpt_jax/assets/architectures/llama3_8b.json"
+    )
+    alone = plan.count_flops(shape, 4096)
+    taught = plan.count_flops(shape, 4096, frozen="whole")
+    read = plan.count_flops(shape, 4096, frozen="unembedding")
+    weights_of_layers = 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
+    assert alone.student == 6 * weights_of_layers
+    assert taught.teacher == 2 * weights_of_layers
+    assert read.teacher == 0
+    assert read.head - alone.head == 2 * 4096 * 128256
+    assert taught.attention / alone.attention == pytest.approx(4 / 3)
+    adapted = plan.count_flops(shape, 4096, has_adapters=True)
+    assert adapted.student == 4 * weights_of_layers
+    # A token sees (L + 1) / 2 of its row on average; with a window less.
+    assert alone.attention == 3 * 2 * 32 * 4096 * 4097
+    windowed = dataclasses.replace(shape, sliding_window=1)
+    assert plan.count_flops(windowed, 4096).attention == 3 * 4 * 32 * 4096
+
+
+@needs_libtpu
+def test_a_plan_of_a_small_step(config):
+    made = plan.make(config, "v5e:2x2")
+    assert made["fits"]
+    memory, flops, times = made["memory"], made["flops"], made["time"]
+    weights_of = model.abstract_params(
+        weights.read_model_config(config.model.architecture)
+    )
+    number = sum(leaf.size for leaf in jax.tree.leaves(weights_of))
+    # A quarter of each matrix, and all of the norms.
+    assert number <= memory["parameters"] <= 1.01 * number
+    assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=1e-3)
+    assert memory["frozen model"] == memory["parameters"] / 2
+    assert memory["peak"] <= memory["available"] == int(15.75 * GIB)
+    ratio = flops["products, compiled"] / flops["products, by formula"]
+    assert 1 <= ratio <= 1.05
+    assert flops["attention kernels"] > flops["attention"]
+    assert times["step"] >= times["compute and memory"]
+    kinds = {row["kind"] for row in made["collectives"]}
+    assert "all-gather" in kinds
+    assert "mfu bound" in plan.describe(made)
+
+
+@needs_libtpu
+def test_what_does_not_fit_says_by_how_much_and_what_would(config):
+    config.data.batch_size = config.eval.batch_size = 512
+    config.model.remat = "none"
+    made = plan.make(config, "v5e:2x2")
+    assert not made["fits"]
+    over = made["memory"]["needed"] - made["memory"]["available"]
+    assert over > 0
+    assert f"{over / GIB:.2f} more than" in plan.describe(made)
+    advice = plan.advise(config, "v5e:2x2")
+    assert "It fits, at" in advice
+
+
+@needs_libtpu
+def test_the_search_prints_the_fastest_that_fits(tmp_path):
+    # One head for keys, so that none is split and few meshes are left.
+    config = small(tmp_path, num_key_value_heads=1)
+    plans = plan.search(config, "v5e:2x2", remats=("full",))
+    assert len({tuple(made["mesh"].values()) for made in plans}) == len(plans) == 3
+    steps = [made["time"]["step"] for made in plans]
+    assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("part", presets.SLICES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_suit_their_slices(name, part):
+    config = preset(name, part)
+    config.model.path = "weights"
+    for source in config.sources.values():
+        source.path = "text"
+    size = config.mesh.data * config.mesh.fsdp
+    config_lib.validate(config, size)
+    shape = weights.read_model_config(config.model.architecture)
+    phase.check_model(config, shape, size)
+    least = plan.least_memory(config, shape)
+    assert least <= chips.of_topology(config.mesh.topology).hbm_bytes
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("name", "part"), COMPILED)
+def test_presets_fit(name, part):
+    config = preset(name, part)
+    made = plan.make(config, config.mesh.topology)
+    assert made["fits"], plan.describe(made)
+    flops = made["flops"]
+    # All that is done, rematerialisation and the attention kernels' own among it.
+    done = flops["products, compiled"] + flops["attention kernels"]
+    assert done <= 1.35 * flops["model"]
+    assert flops["products, compiled"] <= 1.02 * flops["products, by formula"]
+
+
+def test_an_unknown_slice_is_named(config):
+    with pytest.raises(InputError, match="v9x:2x2: no such TPU slice"):
+        plan.make(config, "v9x:2x2")
+
+
+@needs_libtpu
+def test_the_command(config, tmp_path):
+    """From the command line, with a file of what it printed."""
+    settings = [
+        f"--config.model.architecture={config.model.architecture}",
+        "--config.data.row_length=1024",
+        "--config.data.batch_size=4",
+        "--config.eval.batch_size=4",
+        f"--output={tmp_path / 'plan.json'}",
+    ]
+    command = [sys.executable, "-m", "mixcpt_jax.plan", "--config=configs/cpt.py"]
+    done = subprocess.run(
+        [*command, "--topology=v5e:2x2", *settings],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert "HBM of a chip" in done.stdout
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["fits"]
+    assert written["chips"] == 4
