@@ -17,6 +17,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mixcpt_jax import preemption
 from mixcpt_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The config file.")
@@ -138,13 +139,27 @@ def launch(main: Callable[[list[str]], None]) -> None:
     """Runs a command with the flags of this module and its own."""
 
     def run(argv: list[str]) -> None:
-        try:
-            main(argv)
-        except (InputError, FloatingPointError) as error:
-            _explain(error)
+        explained(main, argv)
 
     flags.mark_flags_as_required(["config"])
     app.run(run, flags_parser=_parse)
+
+
+def explained(command: Callable[..., Any], *args: Any) -> None:
+    """Runs a command to its end; what ends it early is said in one line.
+
+    SIGTERM ends it with exit status 0, what the user can mend with 1.
+    """
+    preemption.interrupt()
+    try:
+        try:
+            command(*args)
+        finally:
+            preemption.ignore()
+    except (InputError, FloatingPointError) as error:
+        _explain(error)
+    except preemption.Preempted as stop:
+        print(stop, file=sys.stderr)
 
 
 def _explain(error: Exception) -> NoReturn:

@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 import optax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from mixcpt_jax import (
     checkpoint,
@@ -25,6 +26,7 @@ from mixcpt_jax import (
     metrics,
     model,
     optim,
+    preemption,
     reference,
     sharding,
     steps,
@@ -51,6 +53,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     Raises:
       InputError: config, data, weights or workdir are wrong.
       FloatingPointError: the loss is no longer finite.
+      Preempted: SIGTERM has come; the state after the last step is saved.
     """
     results = phase_lib.finished(config, workdir)
     if results is not None:
@@ -80,8 +83,12 @@ def _run(
     provenance = phase.provenance(data.files)
     resumed = checkpoints.latest_step()
     first_step, first_row = resumed or 0, checkpoints.latest_rows()
+    # What an interrupted run has left to measure at the step that it ended with.
+    is_measured, is_answered = (
+        (False, False) if resumed is None else _is_recorded(phase, data, resumed)
+    )
     frozen, references = None, {}
-    if first_step < num_steps:
+    if first_step < num_steps or not (is_measured and is_answered):
         frozen, references = _load_frozen(
             phase, data, program, fingerprint | provenance["start"]
         )
@@ -103,6 +110,7 @@ def _run(
     )
     is_first_host = jax.process_index() == 0
     with (
+        preemption.Notice() as notice,
         metrics.Writer(
             phase.folder,
             config.metrics,
@@ -120,13 +128,37 @@ def _run(
             top_k = config.objective.teacher_top_k
             what = f"its top {top_k} tokens" if top_k else "its hidden states"
             progress.say(f"teacher: {what} are read, it is not run")
-        if first_step == 0 and config.train.eval_before:
-            progress.say(f"{phase.name}: measuring the start")
-            writer.write(0, _prefixed(measure(student())))
-            writer.write_samples(0, data.prompts, measure.answers(student()))
+
+        clock = _Clock()
+
+        def measure_texts(step: int) -> float | None:
+            """Measures, writes, and returns the mean loss; None if SIGTERM came."""
+            place = f"step {step}" if step else "the start"
+            progress.say(f"{phase.name}: measuring {place}")
+            results = notice.unless_it_comes(measure, student())
+            if results is None:
+                return None
+            writer.write(step, _prefixed(results))
+            text_losses = [v for k, v in results.items() if k.endswith("/loss")]
+            return float(np.mean(text_losses)) if text_losses else None
+
+        def answer_prompts(step: int) -> None:
+            answers = notice.unless_it_comes(measure.answers, student())
+            writer.write_samples(step, data.prompts, answers or [])
+
+        if _is_measured(first_step, config, num_steps) and not is_measured:
+            measure_texts(first_step)
+        if _is_answered(first_step, config, num_steps) and not is_answered:
+            answer_prompts(first_step)
+        if notice.has_come(first_step):
+            raise preemption.Preempted(f" after step {first_step}")
 
         pending = None  # (step, metrics on the device) not read yet
-        clock = _Clock()
+
+        def read(step: int, device_metrics: steps.Metrics) -> dict[str, float]:
+            scalars = metrics.means(jax.device_get(device_metrics))
+            _check_finite(step, scalars, phase.folder, checkpoints.latest_step())
+            return scalars
 
         def read_pending() -> None:
             nonlocal pending
@@ -134,8 +166,7 @@ def _run(
                 return
             step, device_metrics = pending
             pending = None
-            scalars = metrics.means(jax.device_get(device_metrics))
-            _check_finite(step, scalars, phase.folder, checkpoints.latest_step())
+            scalars = read(step, device_metrics)
             rate = clock.rate(step, scalars["tokens"])
             writer.write(step, scalars | {"tokens_per_second": rate})
             progress.update(step, scalars["loss"], rate)
@@ -152,18 +183,17 @@ def _run(
             if is_saved or _is_due(step, config.train.log_every):
                 pending = step, step_metrics
             loss = None
-            if is_last or _is_due(step, config.train.eval_every):
+            if _is_measured(step, config, num_steps):
                 read_pending()
-                progress.say(f"{phase.name}: measuring step {step}")
-                results = measure(student())
-                writer.write(step, _prefixed(results))
-                text_losses = [v for k, v in results.items() if k.endswith("/loss")]
-                loss = float(np.mean(text_losses)) if text_losses else None
+                loss = measure_texts(step)
                 clock.restart(step)
-            if is_last:
-                writer.write_samples(step, data.prompts, measure.answers(student()))
-            if is_saved:
+            if _is_answered(step, config, num_steps):
+                answer_prompts(step)
+            is_stopped = notice.has_come(step)
+            if is_saved or is_stopped:
                 read_pending()
+                # A step that is saved for the signal alone is checked but not logged.
+                read(step, step_metrics)
                 checkpoints.save(
                     state,
                     step,
@@ -174,6 +204,9 @@ def _run(
                     loss,
                 )
                 clock.restart(step)
+            if is_stopped:
+                checkpoints.wait()
+                raise preemption.Preempted(f" after step {step}")
 
     checkpoints.wait()
     return phase.finish(_results(phase.folder, data) if is_first_host else {})
@@ -405,6 +438,34 @@ class _Clock:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _is_measured(step: int, config, num_steps: int) -> bool:
+    if step == 0:
+        return config.train.eval_before
+    return step == num_steps or _is_due(step, config.train.eval_every)
+
+
+def _is_answered(step: int, config, num_steps: int) -> bool:
+    return step == num_steps or (step == 0 and config.train.eval_before)
+
+
+def _is_recorded(phase: phase_lib.Phase, data, step: int) -> tuple[bool, bool]:
+    """Whether the run's record has the measures, and the answers, of a step."""
+    # A row of measures has no learning rate, and may have nothing but its step.
+    measured = any(
+        row["step"] == step and "learning_rate" not in row
+        for row in metrics.read(phase.folder)
+    )
+    answered = not data.prompts or any(
+        row["step"] == step for row in metrics.read(phase.folder, metrics.SAMPLES_FILE)
+    )
+    if jax.process_count() > 1:
+        # The first host's word: another may see the folder later.
+        return tuple(
+            multihost_utils.broadcast_one_to_all(np.array([measured, answered]))
+        )
+    return measured, answered
 
 
 def _prefixed(results: dict[str, float]) -> dict[str, float]:

@@ -20,6 +20,7 @@ ALLOWED = {
     "steps": {"fused", "model", "optim", "sharding"},
     "checkpoint": {"steps"},
     "metrics": set(),
+    "preemption": set(),
     "phase": {
         "checkpoint", "config", "data", "fused", "model", "sharding", "steps",
         "tokenizer", "weights",
@@ -33,9 +34,13 @@ ALLOWED = {
     "report": {"metrics"},
     "train": {
         "checkpoint", "config", "data", "evaluate", "fused", "losses", "metrics",
-        "model", "optim", "phase", "reference", "sharding", "steps", "teacher",
+        "model", "optim", "phase", "preemption", "reference", "sharding", "steps",
+        "teacher",
     },
-    "main": {"config", "evaluate", "export", "phase", "report", "select", "train"},
+    "main": {
+        "config", "evaluate", "export", "phase", "preemption", "report", "select",
+        "train",
+    },
     "data": {"config", "data"},
     # A command that lies with what it makes.
     "data/prepare": {"config", "data", "main", "teacher", "tokenizer"},
