@@ -304,7 +304,9 @@ def default() -> ml_collections.ConfigDict:
             "save_every": 200,  # 0: only at the end
             "eval_every": 0,  # 0: only before and after
             "eval_before": True,
-            "keep_last": 1,
+            # Checkpoints that stay: should the newest be damaged on the disk, the one
+            # before is used.
+            "keep_last": 2,
             "keep_best": 0,  # checkpoints kept by lowest eval loss, beside the last
         }
     )

@@ -60,29 +60,22 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
         return results
     phase = phase_lib.start(config, workdir, name)
     data = phase.load_data(functools.partial(_with_teacher, phase))
-    keep = phase.config.train
-    with (
-        jax.set_mesh(phase.mesh),
-        checkpoint.Checkpoints(
-            phase.folder, keep.keep_last, keep.keep_best
-        ) as checkpoints,
-    ):
-        return _run(phase, data, checkpoints)
+    with jax.set_mesh(phase.mesh):
+        return _run(phase, data)
 
 
-def _run(
-    phase: phase_lib.Phase,
-    data: pipeline.Data,
-    checkpoints: checkpoint.Checkpoints,
-) -> dict[str, Any]:
+def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
     config, mesh, lora = phase.config, phase.mesh, phase.lora
     num_steps = data.num_steps
     program = make_program(phase, data)
 
     fingerprint = pipeline.fingerprint(data)
     provenance = phase.provenance(data.files)
-    resumed = checkpoints.latest_step()
-    first_step, first_row = resumed or 0, checkpoints.latest_rows()
+    restored = checkpoint.restore(phase.folder, program.state, fingerprint, provenance)
+    resumed, first_step, first_row = None, 0, 0
+    if restored is not None:
+        resumed, first_row, state = restored
+        first_step = resumed
     # What an interrupted run has left to measure at the step that it ended with.
     is_measured, is_answered = (
         (False, False) if resumed is None else _is_recorded(phase, data, resumed)
@@ -96,8 +89,6 @@ def _run(
         data = pipeline.with_references(data, references)
     if resumed is None:
         state = _starting_state(phase, program)
-    else:
-        state = checkpoints.restore(program.state, fingerprint, provenance)
     measure = evaluate.Measure(phase, data, references, lora)
 
     def student() -> model.Params:
@@ -111,6 +102,9 @@ def _run(
     is_first_host = jax.process_index() == 0
     with (
         preemption.Notice() as notice,
+        checkpoint.Checkpoints(
+            phase.folder, config.train.keep_last, config.train.keep_best
+        ) as checkpoints,
         metrics.Writer(
             phase.folder,
             config.metrics,

@@ -282,10 +282,10 @@ def test_the_teacher_is_in_no_checkpoint(tiny_config, tmp_path):
     assert items == {"params", "optimizer", "metrics"}
 
 
-def test_only_the_last_checkpoint_stays_by_default(tiny_config, tmp_path):
+def test_the_last_two_checkpoints_stay_by_default(tiny_config, tmp_path):
     train.run(tiny_config, str(tmp_path / "run"), "cpt")
-    kept = [path.name for path in (tmp_path / "run" / checkpoint.FOLDER).iterdir()]
-    assert kept == ["6"]
+    kept = {path.name for path in (tmp_path / "run" / checkpoint.FOLDER).iterdir()}
+    assert kept == {"4", "6"}
 
 
 def test_the_end_equals_what_the_checkpoint_exports(tiny_config, tmp_path):
