@@ -31,6 +31,7 @@ from mixcpt_jax import (
     sharding,
     steps,
     teacher,
+    watchdog,
 )
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import phase as phase_lib
@@ -47,8 +48,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
 
     Returns:
       What `results.json` holds: `before` and `after` (evaluation by measure),
-      `mixture` (the sources as delivered) and the speed; nothing on other hosts than
-      the first.
+      `mixture` (the sources as delivered), the speed, and `skipped` steps where any
+      may be; nothing on other hosts than the first.
 
     Raises:
       InputError: config, data, weights or workdir are wrong.
@@ -89,7 +90,8 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
         data = pipeline.with_references(data, references)
     if resumed is None:
         state = _starting_state(phase, program)
-    measure = evaluate.Measure(phase, data, references, lora)
+    guard = watchdog.Watchdog(config.train.timeout)
+    measure = evaluate.Measure(phase, data, references, lora, guard.alive)
 
     def student() -> model.Params:
         return model.with_adapters(frozen, state.params) if lora else state.params
@@ -101,6 +103,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
     )
     is_first_host = jax.process_index() == 0
     with (
+        guard,
         preemption.Notice() as notice,
         checkpoint.Checkpoints(
             phase.folder, config.train.keep_last, config.train.keep_best
@@ -138,6 +141,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
 
         def answer_prompts(step: int) -> None:
             answers = notice.unless_it_comes(measure.answers, student())
+            guard.alive()
             writer.write_samples(step, data.prompts, answers or [])
 
         if _is_measured(first_step, config, num_steps) and not is_measured:
@@ -148,14 +152,22 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             raise preemption.Preempted(f" after step {first_step}")
 
         pending = None  # (step, metrics on the device) not read yet
+        skipped = 0
 
         def read(step: int, device_metrics: steps.Metrics) -> dict[str, float]:
             scalars = metrics.means(jax.device_get(device_metrics))
-            _check_finite(step, scalars, phase.folder, checkpoints.latest_step())
+            guard.alive()
+            _check_step(
+                step,
+                scalars,
+                config.train.max_skipped,
+                phase.folder,
+                checkpoints.latest_step(),
+            )
             return scalars
 
         def read_pending() -> None:
-            nonlocal pending
+            nonlocal pending, skipped
             if pending is None:
                 return
             step, device_metrics = pending
@@ -164,6 +176,12 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             rate = clock.rate(step, scalars["tokens"])
             writer.write(step, scalars | {"tokens_per_second": rate})
             progress.update(step, scalars["loss"], rate)
+            if scalars.get("skipped", 0) > skipped:
+                skipped = scalars["skipped"]
+                progress.say(
+                    f"{phase.name}: {skipped:.0f} steps skipped up to step {step}, "
+                    f"whose gradient norm is {scalars['grad_norm']:.3g}"
+                )
 
         for step in range(first_step + 1, num_steps + 1):
             batch = _anneal(next(batches), config.objective.anneal, step, num_steps)
@@ -197,6 +215,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
                     provenance,
                     loss,
                 )
+                guard.alive()
                 clock.restart(step)
             if is_stopped:
                 checkpoints.wait()
@@ -226,6 +245,8 @@ def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
     """Builds the training step of a phase."""
     config = phase.config
     transforms, schedule = optim.make_optimizer(config.optimizer, data.num_steps)
+    if config.train.max_skipped:
+        transforms = optim.skip_bad_steps(transforms, config.optimizer.spike_factor)
     state = _abstract_state(phase, transforms)
     train_step = jax.jit(
         steps.make_train_step(
@@ -466,16 +487,27 @@ def _prefixed(results: dict[str, float]) -> dict[str, float]:
     return {f"eval/{key}": value for key, value in results.items()}
 
 
-def _check_finite(step, scalars, folder, saved_step) -> None:
-    if math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"]):
+def _check_step(
+    step: int,
+    scalars: dict[str, float],
+    max_skipped: int,
+    folder: epath.Path,
+    saved_step: int | None,
+) -> None:
+    """Raises FloatingPointError if training has broken down."""
+    loss, norm = scalars["loss"], scalars["grad_norm"]
+    in_a_row = scalars.get("skipped_in_a_row", 0)
+    is_left_out = max_skipped and not math.isfinite(norm)
+    if in_a_row <= max_skipped and (is_left_out or math.isfinite(loss + norm)):
         return
     saved = (
         "there is no checkpoint yet"
         if saved_step is None
         else (f"the last checkpoint is step {saved_step}")
     )
+    skipped = f"{in_a_row:.0f} steps in a row skipped, " if in_a_row else ""
     raise FloatingPointError(
-        f"step {step}: loss {scalars['loss']}, gradient norm {scalars['grad_norm']}; "
+        f"step {step}: {skipped}loss {loss}, gradient norm {norm}; "
         f"{saved} in {folder}. Lower optimizer.learning_rate, lengthen "
         "optimizer.warmup_steps or look at the batch of that step"
     )
@@ -541,9 +573,10 @@ def _results(folder: epath.Path, data: pipeline.Data) -> dict[str, Any]:
         if any(key.startswith("eval/") for key in row)
     ]
     rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    skipped = [int(row["skipped"]) for row in rows if "skipped" in row]
     return {
         "before": next((e for e in evaluations if e["step"] == 0), None),
         "after": evaluations[-1] if evaluations else {},
         "tokens_per_second": float(np.median(rates)) if rates else None,
         "mixture": data.report,
-    }
+    } | ({"skipped": skipped[-1]} if skipped else {})

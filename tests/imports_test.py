@@ -21,6 +21,7 @@ ALLOWED = {
     "checkpoint": {"steps"},
     "metrics": set(),
     "preemption": set(),
+    "watchdog": set(),
     "phase": {
         "checkpoint", "config", "data", "fused", "model", "sharding", "steps",
         "tokenizer", "weights",
@@ -35,7 +36,7 @@ ALLOWED = {
     "train": {
         "checkpoint", "config", "data", "evaluate", "fused", "losses", "metrics",
         "model", "optim", "phase", "preemption", "reference", "sharding", "steps",
-        "teacher",
+        "teacher", "watchdog",
     },
     "main": {
         "config", "evaluate", "export", "phase", "preemption", "report", "select",
