@@ -73,6 +73,8 @@ class Checkpoints:
         )
 
     def __enter__(self) -> "Checkpoints":
+        # For good: threads of a save that failed may log after the end.
+        logging.get_absl_logger().addFilter(_is_not_raised_too)
         return self
 
     def __exit__(self, kind, *exception) -> None:
@@ -146,6 +148,11 @@ class Checkpoints:
                 f"{self._folder}: a checkpoint cannot be written ({_cause(error)}); make "
                 "room or mend that, and the same command goes on from the one before"
             ) from error
+
+
+def _is_not_raised_too(entry: std_logging.LogRecord) -> bool:
+    """Of a save that fails, Orbax's threads log at length what it raises as well."""
+    return not (entry.exc_info and "orbax" in entry.pathname)
 
 
 class Restored(NamedTuple):
@@ -369,6 +376,10 @@ def _read(function: Callable[..., Any], *args: Any) -> Any:
         except _Damaged as error:
             damage = str(error)
         except Exception as error:  # Orbax and TensorStore raise of every kind.
+            for cause in _chain(error):
+                if not isinstance(cause, Exception):
+                    # Orbax takes an interruption for a failure of the read.
+                    raise cause from None
             damage = f"cannot be read ({_cause(error)})"
         if damage:
             # What waits in the exception's frames has its say now, while none is heard.
@@ -541,7 +552,13 @@ def _item(name: str) -> str:
 
 def _cause(error: BaseException) -> str:
     """What began it, in one line; TensorStore's errors end with pages of settings."""
-    while error.__cause__ or error.__context__:
+    *_, first = _chain(error)
+    text = str(first).partition(" [")[0].split("\n")[0]
+    return f"{type(first).__name__}: {text}"[:400]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, what it was raised from or during, and so on."""
+    while error is not None:
+        yield error
         error = error.__cause__ or error.__context__
-    text = str(error).partition(" [tensorstore_spec")[0].split("\n")[0]
-    return f"{type(error).__name__}: {text}"[:400]

@@ -7,6 +7,7 @@ The same command run again goes on where the last one stopped.
 """
 
 import ast
+import errno
 import pathlib
 import re
 import sys
@@ -19,6 +20,9 @@ from ml_collections import config_flags
 
 from mixcpt_jax import preemption
 from mixcpt_jax.errors import InputError
+
+# The disk, the user's share of it, or the file may not be larger.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The config file.")
 _WORKDIR = flags.DEFINE_string(
@@ -158,6 +162,10 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
             preemption.ignore()
     except (InputError, FloatingPointError) as error:
         _explain(error)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        _explain(InputError(f"{error}; make room, and the same command goes on"))
     except preemption.Preempted as stop:
         print(stop, file=sys.stderr)
 

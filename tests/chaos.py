@@ -321,7 +321,7 @@ class Round:
         lines = [line for line in ended.output.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
         if "Traceback" in ended.output:
-            raise Failure(f"says at length: {ended.output}")
+            raise Failure(f"says at length: {ended.output[-3000:]}")
         if ended.parameters:
             return "at its end"
         last = lines[-1] if lines else ""
@@ -342,7 +342,7 @@ class Round:
                 return "its end is damaged"
             if limit and "File too large" in last:
                 return "no room"
-        raise Failure(f"ends with status {ended.status}: {ended.output}")
+        raise Failure(f"ends with status {ended.status}: {ended.output[-3000:]}")
 
     def _whole_checkpoints(self) -> dict[int, int]:
         """Inode -> step of those that no fault has touched."""

@@ -325,6 +325,21 @@ def test_values_that_read_well_but_are_others_are_found_out(tmp_path, monkeypatc
     assert restore(tmp_path, make_state(1)).step == 1
 
 
+def test_an_interruption_is_no_damage(tmp_path, monkeypatch):
+    save(tmp_path, [1, 2])
+
+    def interrupted(*_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interruption:
+            raise ValueError("as Orbax does") from interruption
+
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        restore(tmp_path, make_state(2))
+    assert {p.name for p in (tmp_path / checkpoint.FOLDER).iterdir()} == {"1", "2"}
+
+
 def test_hand_over_rounds_as_orbax_did(tmp_path):
     save(tmp_path, [3])
     params = make_state(3).params
