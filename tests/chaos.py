@@ -252,13 +252,14 @@ class Round:
     """One run, its faults and what became of it.
 
     Attributes:
+      stage: what it shares with others.
       rng: draws everything.
       events: what happened, to be told.
       faults, outcomes: the kinds of both.
     """
 
     def __init__(self, stage: Stage, seed: int):
-        self._stage = stage
+        self.stage = stage
         self._workdir = stage.folder / f"round-{seed}"
         self.rng = random.Random(seed)
         self.events: list[str] = []
@@ -285,9 +286,9 @@ class Round:
             if tries > 5:
                 raise Failure("does not come to its end")
             self.start()
-        if rows_of(self._workdir) != self._stage.rows:
+        if rows_of(self._workdir) != self.stage.rows:
             raise Failure("metrics.jsonl is another")
-        if self._is_done != self._stage.parameters:
+        if self._is_done != self.stage.parameters:
             raise Failure("the parameters are others")
         shutil.rmtree(self._workdir)
 
@@ -295,9 +296,9 @@ class Round:
         """Starts the run once; a signal comes at a moment drawn from how long it takes."""
         after = None
         if signal_number:
-            after = signal_number, self.rng.uniform(0, self._stage.seconds)
+            after = signal_number, self.rng.uniform(0, self.stage.seconds)
         good = self._whole_checkpoints()
-        ended = self._stage.start(
+        ended = self.stage.start(
             self._workdir, self.rng.choice((1, 1, 2)), after, limit
         )
         self._is_done = ended.parameters
@@ -387,13 +388,18 @@ def flip(this: Round) -> None:
     this.damage(change)
 
 
+def full_disk(this: Round) -> None:
+    """No file may be larger than a size between the smallest and the largest."""
+    this.start(limit=int(this.stage.largest_file ** this.rng.uniform(0.6, 1)))
+
+
 FAULTS: dict[str, Callable[[Round], None]] = {
     "kill": lambda this: this.start(signal.SIGKILL),
     "SIGTERM": lambda this: this.start(signal.SIGTERM),
     "truncate": truncate,
     "flip": flip,
     "delete": lambda this: this.damage(pathlib.Path.unlink),
-    "full disk": lambda this: this.start(limit=this.rng.randint(1, 9999)),
+    "full disk": full_disk,
 }
 
 
