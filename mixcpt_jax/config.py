@@ -322,7 +322,8 @@ def default() -> ml_collections.ConfigDict:
             "max_skipped": 0,
             # Seconds after which a run that shows no sign of life (a step, a batch
             # measured, a checkpoint saved) says where every thread is and ends; 0: never.
-            # More than a compilation, `log_every` steps or a save take: 1800 on a slice.
+            # More than a compilation, `log_every` steps, a save or the answers to all
+            # prompts take: 1800 on a slice.
             "timeout": 0.0,
         }
     )

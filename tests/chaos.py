@@ -421,11 +421,13 @@ def run(rounds: int, seed: int) -> bool:
             print(f"seed {number} fails:\n  {told}", flush=True)
         faults.update(this.faults)
         outcomes.update(this.outcomes)
-    seconds = time.monotonic() - began
-    print(f"{rounds} rounds in {seconds:.0f} s; {len(failed)} failed: {failed}")
-    for what, counts in (("fault", faults), ("outcome", outcomes)):
-        for kind, count in counts.most_common():
-            print(f"{what} {kind}: {count}")
+        done = number + 1 - seed
+        if done == rounds or done % 25 == 0:
+            seconds = time.monotonic() - began
+            print(f"{done} rounds in {seconds:.0f} s; {len(failed)} failed: {failed}")
+            for what, counts in (("faults", faults), ("outcomes", outcomes)):
+                told = (f"{kind} {count}" for kind, count in counts.most_common())
+                print(f"{what}: {', '.join(told)}", flush=True)
     if not failed:
         shutil.rmtree(folder)
     return not failed
