@@ -20,6 +20,8 @@ ALLOWED = {
     "steps": {"fused", "model", "optim", "sharding"},
     "checkpoint": {"steps"},
     "metrics": set(),
+    "preemption": set(),
+    "watchdog": set(),
     "phase": {
         "checkpoint", "config", "data", "fused", "model", "sharding", "steps",
         "tokenizer", "weights",
@@ -33,9 +35,13 @@ ALLOWED = {
     "report": {"metrics"},
     "train": {
         "checkpoint", "config", "data", "evaluate", "fused", "losses", "metrics",
-        "model", "optim", "phase", "reference", "sharding", "steps", "teacher",
+        "model", "optim", "phase", "preemption", "reference", "sharding", "steps",
+        "teacher", "watchdog",
     },
-    "main": {"config", "evaluate", "export", "phase", "report", "select", "train"},
+    "main": {
+        "config", "evaluate", "export", "phase", "preemption", "report", "select",
+        "train",
+    },
     "data": {"config", "data"},
     # A command that lies with what it makes.
     "data/prepare": {"config", "data", "main", "teacher", "tokenizer"},

@@ -1,0 +1,136 @@
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from mixcpt_jax import main, preemption
+
+
+def sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def handler():
+    """What SIGTERM does is the process's, so it is put back."""
+    numbers = signal.SIGTERM, signal.SIGALRM
+    before = [signal.getsignal(number) for number in numbers]
+    hook = sys.unraisablehook
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+    sys.unraisablehook = hook
+
+
+def test_a_command_ends_at_once_and_well(capsys):
+    def command(reached):
+        sigterm()
+        reached.append("what comes after")
+
+    reached = []
+    main.explained(command, reached)
+    assert not reached
+    assert capsys.readouterr().err == "stopped by SIGTERM; the same command goes on\n"
+    sigterm()  # on the way out nothing is cut off
+
+
+def test_code_that_catches_every_exception_does_not_catch_it():
+    preemption.interrupt()
+
+    def careless():
+        try:
+            sigterm()
+        except Exception:
+            pytest.fail("taken for an error")
+
+    with pytest.raises(preemption.Preempted):
+        careless()
+
+
+def test_where_it_is_noted_nothing_is_cut_off():
+    preemption.interrupt()
+    done = []
+
+    def loop():
+        with preemption.Notice() as notice:
+            for step in range(1, 5):
+                if step == 2:
+                    sigterm()
+                done.append(step)
+                if notice.has_come(step):
+                    raise preemption.Preempted(f" after step {step}")
+
+    with pytest.raises(preemption.Preempted, match="after step 2"):
+        loop()
+    assert done == [1, 2]
+    # Outside it interrupts again.
+    with pytest.raises(preemption.Preempted):
+        sigterm()
+
+
+def test_what_may_be_cut_off_is_and_nothing_of_the_kind_begins_after():
+    def measure():
+        sigterm()
+        pytest.fail("was not cut off")
+
+    def stretch():
+        with preemption.Notice() as notice:
+            assert notice.unless_it_comes(lambda x: x + 1, 1) == 2
+            assert not notice.has_come(1)
+            assert notice.unless_it_comes(measure) is None
+            assert notice.has_come(1)
+            assert notice.unless_it_comes(pytest.fail) is None
+            sigterm()  # a second one is noted like the first
+        pytest.fail("it is told on leaving")
+
+    with pytest.raises(preemption.Preempted):
+        stretch()
+
+
+def test_an_error_is_not_hidden_by_a_signal():
+    def failing():
+        with preemption.Notice() as notice:
+            sigterm()
+            assert notice.has_come(1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+
+
+class Careless:
+    """What is raised in here nobody can catch."""
+
+    def __del__(self):
+        sigterm()
+        time.sleep(0)
+
+
+def test_lost_in_a_callback_it_comes_again(capsys):
+    def command():
+        Careless()
+        time.sleep(60)
+
+    began = time.monotonic()
+    main.explained(command)
+    assert time.monotonic() - began < 30
+    assert capsys.readouterr().err == "stopped by SIGTERM; the same command goes on\n"
+
+
+def test_what_comes_again_cuts_off_no_step():
+    preemption.interrupt()
+
+    def loop():
+        Careless()
+        with preemption.Notice() as notice:
+            for step in range(1, 100):
+                time.sleep(0.1)
+                if notice.has_come(step):
+                    raise preemption.Preempted(f" after step {step}")
+
+    sys.unraisablehook = lambda _: None
+    with pytest.raises(preemption.Preempted, match="after step"):
+        loop()
