@@ -42,6 +42,7 @@ _CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.teacher_dtype": ("float32", "bfloat16"),
     "model.remat": REMAT,
+    "optimizer.moments_dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "data.packing": ("split", "best_fit", "first_fit"),
 }
@@ -158,6 +159,8 @@ def default() -> ml_collections.ConfigDict:
             "tokenizer": "",
             # File of a Jinja chat template; empty: the tokenizer's own, or ChatML.
             "chat_template": "",
+            # Of what is trained. To bfloat16 each update is rounded up or down by chance,
+            # so that small ones are not lost.
             "param_dtype": "float32",
             "compute_dtype": "bfloat16",
             "teacher_dtype": "bfloat16",
@@ -302,6 +305,8 @@ def default() -> ml_collections.ConfigDict:
             "beta1": 0.9,
             "beta2": 0.95,
             "epsilon": 1e-8,
+            # What Adam's moments are kept in; to bfloat16 they are rounded by chance too.
+            "moments_dtype": "float32",
             "clip_norm": 1.0,  # 0: no clipping
             # A step whose gradient norm is above so many times the running mean of the
             # last hundred or so is skipped, within train.max_skipped; 0: none is.

@@ -1,6 +1,7 @@
 """AdamW with a learning-rate schedule, global-norm clipping and a decay mask.
 
-Around it, if asked for: steps whose gradient is not finite, or far too large, are left out.
+Around it, if asked for: parameters and moments that are kept in bfloat16, rounded
+stochastically; steps whose gradient is not finite, or far too large, are left out.
 """
 
 from typing import Any, NamedTuple
@@ -48,9 +49,15 @@ def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Sc
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict, num_steps: int
+    config: ml_collections.ConfigDict, num_steps: int, param_dtype: str = "float32"
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Clip by global norm, then AdamW; norms and biases are not decayed."""
+    """Clip by global norm, then AdamW; norms and biases are not decayed.
+
+    Args:
+      config: `config.optimizer`.
+      num_steps: length of the phase.
+      param_dtype: of what is trained.
+    """
     schedule = make_schedule(config, num_steps)
     transforms = optax.chain(
         optax.clip_by_global_norm(config.clip_norm)
@@ -65,6 +72,8 @@ def make_optimizer(
             mask=decay_mask,
         ),
     )
+    if {param_dtype, config.moments_dtype} != {"float32"}:
+        transforms = kept_in(transforms, config.moments_dtype)
     return transforms, schedule
 
 
@@ -136,6 +145,102 @@ def skip_bad_steps(
         )
 
     return optax.GradientTransformation(init, update)
+
+
+class Kept(NamedTuple):
+    """State of `kept_in`: that of the optimizer within, and how many steps it took."""
+
+    inner: Any
+    count: jax.Array
+
+
+def kept_in(
+    inner: optax.GradientTransformation, dtype: str
+) -> optax.GradientTransformation:
+    """Keeps the moments in another dtype; all is computed in float32 nevertheless.
+
+    Without it optax would keep moments in the dtype of the parameters and round them to
+    nearest, and a second moment in bfloat16 then stands still: each step changes it by
+    less than half of its last digit.
+
+    Args:
+      inner: the optimizer.
+      dtype: of the moments.
+    """
+
+    def cast(tree):
+        return jax.tree.map(
+            lambda x: (
+                x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            ),
+            tree,
+        )
+
+    def init(params):
+        moments = inner.init(cast(params))
+        return Kept(
+            jax.tree.map(lambda x: _kept_as(x, dtype), moments),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def update(grads, state: Kept, params=None):
+        updates, moved = inner.update(cast(grads), cast(state.inner), cast(params))
+        key = jax.random.fold_in(jax.random.key(1), state.count)
+        moments = _round_tree(
+            moved, jax.tree.map(lambda old: old.dtype, state.inner), key
+        )
+        return updates, Kept(moments, state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _kept_as(moment: jax.Array, dtype: str) -> jax.Array:
+    is_count = not jnp.issubdtype(moment.dtype, jnp.floating)
+    return moment if is_count else moment.astype(dtype)
+
+
+def apply_updates(params, updates, step: jax.Array):
+    """`params + updates`; to bfloat16 the sums are rounded stochastically.
+
+    Rounded to nearest, an update of less than 1/512 of a parameter would be lost, step
+    after step.
+
+    Args:
+      params: parameters.
+      updates: of the optimizer, same tree.
+      step: how many steps were taken; the same step rounds the same way.
+    """
+    sums = jax.tree.map(
+        lambda p, u: p.astype(jnp.float32) + u.astype(jnp.float32), params, updates
+    )
+    key = jax.random.fold_in(jax.random.key(0), step)
+    return _round_tree(sums, jax.tree.map(lambda p: p.dtype, params), key)
+
+
+def _round_tree(tree, dtypes, key: jax.Array):
+    leaves, structure = jax.tree.flatten(tree)
+    rounded = [
+        round_stochastically(leaf, jax.random.fold_in(key, number))
+        if dtype == jnp.bfloat16
+        else leaf.astype(dtype)
+        for number, (leaf, dtype) in enumerate(
+            zip(leaves, jax.tree.leaves(dtypes), strict=True)
+        )
+    ]
+    return jax.tree.unflatten(structure, rounded)
+
+
+def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 to bfloat16, up or down with the odds that make the mean exact.
+
+    bfloat16 is the upper half of a float32: adding a random lower half carries into the
+    upper one as often as the lower one is large.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    upper = ((bits + noise) >> 16).astype(jnp.uint16)
+    rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
 def decay_mask(params) -> dict:

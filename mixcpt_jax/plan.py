@@ -493,9 +493,11 @@ def least_memory(
 ) -> float:
     """Bytes of a chip for weights and moments alone, on the config's mesh."""
     number = sum(x.size for x in jax.tree.leaves(model.abstract_params(model_config)))
+    size = {"float32": 4, "bfloat16": 2}
     settings = config.model
-    frozen = 2 if settings.teacher_dtype == "bfloat16" else 4
-    trained = 0 if config.lora.rank else 12
+    frozen, trained = size[settings.teacher_dtype], 0
+    if not config.lora.rank:
+        trained = size[settings.param_dtype] + 2 * size[config.optimizer.moments_dtype]
     return number * (trained + frozen) / (config.mesh.fsdp * config.mesh.tensor)
 
 

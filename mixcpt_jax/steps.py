@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from mixcpt_jax import fused, model
-from mixcpt_jax.optim import Guarded, global_norm
+from mixcpt_jax.optim import Guarded, apply_updates, global_norm
 from mixcpt_jax.sharding import constrain
 
 # For `jax.jit`, by platform.
@@ -115,7 +115,7 @@ def make_train_step(
             )
 
         updates, opt_state = transforms.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = apply_updates(state.params, updates, state.step)
         one = jnp.ones(())
         metrics |= count_metrics
         scheduled = state.step

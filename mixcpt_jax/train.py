@@ -244,7 +244,9 @@ class Program(NamedTuple):
 def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
     """Builds the training step of a phase."""
     config = phase.config
-    transforms, schedule = optim.make_optimizer(config.optimizer, data.num_steps)
+    transforms, schedule = optim.make_optimizer(
+        config.optimizer, data.num_steps, config.model.param_dtype
+    )
     if config.train.max_skipped:
         transforms = optim.skip_bad_steps(transforms, config.optimizer.spike_factor)
     state = _abstract_state(phase, transforms)

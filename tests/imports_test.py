@@ -10,10 +10,11 @@ ALLOWED = {
     "losses": set(),
     "config": {"sharding"},
     "sharding": set(),
+    "chips": set(),
     "hlo": set(),
     "attention": {"sharding"},
     "model": {"attention", "sharding"},
-    "fused": {"sharding"},
+    "fused": {"chips", "sharding"},
     "optim": set(),
     "tokenizer": set(),
     "weights": {"model", "tokenizer"},
@@ -43,6 +44,10 @@ ALLOWED = {
         "train",
     },
     "data": {"config", "data"},
+    "plan": {
+        "attention", "chips", "config", "data", "hlo", "main", "metrics", "model",
+        "phase", "sharding", "teacher", "train", "weights",
+    },
     # A command that lies with what it makes.
     "data/prepare": {"config", "data", "main", "teacher", "tokenizer"},
 }  # fmt: skip

@@ -156,3 +156,83 @@ def test_the_moments_under_a_guard_lie_where_their_parameters_lie():
     ):
         moments = leaf.shape == (8, 4)
         assert place == (where["embedding"] if moments else sharding.replicated(mesh))
+
+
+def test_bfloat16_is_rounded_by_chance_and_right_on_average():
+    values = jnp.asarray(
+        [1.0, 1.001, -3.7e-5, 0.0, 1e30, jnp.inf, jnp.nan], jnp.float32
+    )
+    repeated = jnp.broadcast_to(values[:, None], (len(values), 40_000))
+    rounded = optim.round_stochastically(repeated, jax.random.key(0))
+    assert rounded.dtype == jnp.bfloat16
+    nearest = values.astype(jnp.bfloat16).astype(jnp.float32)
+    rows = np.asarray(rounded, np.float64)
+    for row, value, near in zip(rows, np.asarray(values), np.asarray(nearest)):
+        seen = np.unique(row)
+        if not np.isfinite(value) or value == near:
+            np.testing.assert_array_equal(seen, near[None])
+            continue
+        # The two neighbours, which are 2^-8 of the value apart at most.
+        assert len(seen) == 2
+        assert seen[0] < value < seen[1]
+        deviation = (seen[1] - seen[0]) / 2 / np.sqrt(len(row))
+        assert abs(row.mean() - value) < 5 * deviation
+
+
+def test_small_updates_are_not_lost_in_bfloat16():
+    """A thousand updates of 1/1000 of what bfloat16 can tell apart near 1 add up."""
+    params = {"w": jnp.ones((256,), jnp.bfloat16)}
+    updates = {"w": jnp.full((256,), 2.0**-7 / 1000)}
+    moved = params
+    for step in range(1000):
+        moved = jax.jit(optim.apply_updates)(moved, updates, step)
+    drift = np.asarray(moved["w"], np.float64).mean() - 1
+    # Each is 0 or 2^-7; the sum's deviation is at most that of a fair coin's.
+    assert abs(drift - 2.0**-7) < 5 * 2.0**-7 / np.sqrt(256)
+    assert optax.apply_updates(params, updates)["w"].max() == 1
+
+
+@pytest.mark.parametrize(
+    ("param_dtype", "moments_dtype"),
+    [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")],
+)
+def test_what_is_kept_in_bfloat16_learns_like_float32(param_dtype, moments_dtype):
+    """Steps of 1e-4 at parameters near 1, of which rounding to nearest loses every one."""
+    config = config_lib.default().optimizer
+    config.learning_rate, config.schedule, config.weight_decay = 1e-4, "constant", 0.0
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)
+    wanted = 1 + 0.1 * rng.standard_normal((16, 4))
+    targets = inputs @ jnp.asarray(wanted, jnp.float32)
+
+    def train(param_dtype, moments_dtype):
+        config.moments_dtype = moments_dtype
+        transforms, _ = optim.make_optimizer(config, 1000, param_dtype)
+        params = {"w": jnp.ones((16, 4), param_dtype)}
+        state = transforms.init(params)
+
+        def loss(params):
+            return jnp.mean((inputs @ params["w"].astype(jnp.float32) - targets) ** 2)
+
+        @jax.jit
+        def step(params, state, number):
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, state = transforms.update(grads, state, params)
+            return optim.apply_updates(params, updates, number), state, value
+
+        for number in range(1000):
+            params, state, value = step(params, state, number)
+        return params, state, float(value)
+
+    start = float(jnp.mean((inputs @ jnp.ones((16, 4)) - targets) ** 2))
+
+    params, state, value = train(param_dtype, moments_dtype)
+    assert params["w"].dtype == param_dtype
+    moments = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert {str(x.dtype) for x in moments} == {moments_dtype}
+    _, _, reference = train("float32", "float32")
+    assert reference < start / 3
+    # bfloat16 tells 16 parameters near 1 apart to 2^-7 each.
+    assert value <= reference + 16 * (2.0**-7) ** 2
+    naive = {"w": jnp.ones((16, 4), jnp.bfloat16)}
+    assert optax.apply_updates(naive, {"w": jnp.full((16, 4), 1e-4)})["w"].max() == 1
