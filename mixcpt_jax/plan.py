@@ -224,7 +224,7 @@ def compile_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            raise _refusal(error, mesh) from error
+            raise refusal(error, mesh) from error
     return Step(planned, data, program, batch, compiled)
 
 
@@ -232,7 +232,7 @@ def _model_config(config: ml_collections.ConfigDict) -> model.ModelConfig:
     return weights.read_model_config(config.model.architecture or config.model.path)
 
 
-def _refusal(error: Exception, mesh: jax.sharding.Mesh) -> Exception:
+def refusal(error: Exception, mesh: jax.sharding.Mesh) -> Exception:
     """The compiler's message as `DoesNotFit`, or the error itself if it is another."""
     text = str(error)
     if found := re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", text):
