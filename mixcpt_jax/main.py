@@ -7,6 +7,7 @@ The same command run again goes on where the last one stopped.
 """
 
 import ast
+import contextlib
 import pathlib
 import re
 import sys
@@ -24,7 +25,25 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Where the run is kept; empty: runs/<config's name>."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Set on every host of a slice of several hosts."
+    "distributed",
+    False,
+    "Set on every host of a run of several that jax finds by itself: TPU slices, "
+    "Kubernetes (GKE), Slurm, Open MPI.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Elsewhere: HOST:PORT of the process 0. Implies --distributed."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Elsewhere: how many processes there are.", 1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Elsewhere: which of them this is, from 0 on.", 0
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout",
+    100,
+    "Seconds after which a host that says nothing is taken for dead, and all end.",
+    1,
 )
 
 
@@ -35,8 +54,7 @@ def main(argv: list[str]) -> None:
 
     from mixcpt_jax import report
 
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+    join()
     folders, results = run(config, workdir)
     if jax.process_index() == 0:
         report.write(workdir, folders, results)
@@ -58,6 +76,23 @@ def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     except OSError as error:  # A config file that did not load says so on first use.
         raise InputError(str(error)) from error
     return config, _WORKDIR.value or _default_workdir()
+
+
+def join() -> None:
+    """Joins the other hosts, if the flags say that there are some.
+
+    Raises:
+      InputError: they are not to be found.
+    """
+    if _is_distributed():
+        from mixcpt_jax import hosts
+
+        hosts.join(
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            _HEARTBEAT_TIMEOUT.value,
+        )
 
 
 def phase_configs(
@@ -118,6 +153,19 @@ def run(
     return folders, results
 
 
+def _is_distributed() -> bool:
+    given = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    return _DISTRIBUTED.value or any(value is not None for value in given)
+
+
+def _ending_together() -> contextlib.AbstractContextManager:
+    if not _is_distributed():
+        return contextlib.nullcontext()
+    from mixcpt_jax import hosts
+
+    return hosts.ending_together()
+
+
 def _default_workdir() -> str:
     file, _, variant = config_flags.get_config_filename(
         flags.FLAGS["config"]
@@ -138,10 +186,11 @@ def launch(main: Callable[[list[str]], None]) -> None:
     """Runs a command with the flags of this module and its own."""
 
     def run(argv: list[str]) -> None:
-        try:
-            main(argv)
-        except (InputError, FloatingPointError) as error:
-            _explain(error)
+        with _ending_together():
+            try:
+                main(argv)
+            except (InputError, FloatingPointError) as error:
+                _explain(error)
 
     flags.mark_flags_as_required(["config"])
     app.run(run, flags_parser=_parse)
