@@ -6,12 +6,14 @@ it: from a connection that breaks, or from heartbeats that stop.
 """
 
 import contextlib
+import hashlib
 import os
 import sys
 import traceback
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from mixcpt_jax.errors import InputError
@@ -51,6 +53,30 @@ def join(
             "Kubernetes, Slurm and Open MPI jax finds them, elsewhere give "
             "--coordinator=HOST:PORT --num_processes=N --process_id=0 (to N - 1)"
         ) from error
+
+
+def require_same(settings: str) -> None:
+    """Checks that all hosts were given the same.
+
+    Raises:
+      InputError: they were not; what they would compute together would not end, or would
+        mean nothing.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.blake2b(settings.encode(), digest_size=16).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
+    for host in range(1, len(digests)):
+        if (digests[host] != digests[0]).any():
+            raise InputError(
+                f"--config: host {host} was given other settings than host 0; give all "
+                "hosts the same file and flags"
+            )
+
+
+def is_first() -> bool:
+    """Whether this is the host that writes what one alone can write."""
+    return jax.process_index() == 0
 
 
 def wait_for_all(place: str) -> None:

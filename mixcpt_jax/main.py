@@ -8,6 +8,7 @@ The same command run again goes on where the last one stopped.
 
 import ast
 import contextlib
+import functools
 import pathlib
 import re
 import sys
@@ -50,14 +51,11 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     config, workdir = read(argv)
     # Imported here so that --help does not wait for jax.
-    import jax
-
     from mixcpt_jax import report
 
-    join()
+    join(config)
     folders, results = run(config, workdir)
-    if jax.process_index() == 0:
-        report.write(workdir, folders, results)
+    on_first_host(functools.partial(report.write, workdir, folders, results))
 
 
 def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
@@ -78,11 +76,11 @@ def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     return config, _WORKDIR.value or _default_workdir()
 
 
-def join() -> None:
+def join(config: ml_collections.ConfigDict) -> None:
     """Joins the other hosts, if the flags say that there are some.
 
     Raises:
-      InputError: they are not to be found.
+      InputError: they are not to be found, or have another config.
     """
     if _is_distributed():
         from mixcpt_jax import hosts
@@ -93,6 +91,19 @@ def join() -> None:
             _PROCESS_ID.value,
             _HEARTBEAT_TIMEOUT.value,
         )
+        hosts.require_same(config.to_json(sort_keys=True))
+
+
+def on_first_host(work: Callable[[], None]) -> None:
+    """Does it on the first host, while the others wait."""
+    if not _is_distributed():
+        work()
+        return
+    from mixcpt_jax import hosts
+
+    if hosts.is_first():
+        work()
+    hosts.wait_for_all("work of the first host")
 
 
 def phase_configs(

@@ -20,8 +20,9 @@ ALLOWED = {
     "steps": {"fused", "model", "optim", "sharding"},
     "checkpoint": {"steps"},
     "metrics": set(),
+    "hosts": set(),
     "phase": {
-        "checkpoint", "config", "data", "fused", "model", "sharding", "steps",
+        "checkpoint", "config", "data", "fused", "hosts", "model", "sharding", "steps",
         "tokenizer", "weights",
     },
     "sample": {"model", "sharding", "tokenizer"},
@@ -35,7 +36,9 @@ ALLOWED = {
         "checkpoint", "config", "data", "evaluate", "fused", "losses", "metrics",
         "model", "optim", "phase", "reference", "sharding", "steps", "teacher",
     },
-    "main": {"config", "evaluate", "export", "phase", "report", "select", "train"},
+    "main": {
+        "config", "evaluate", "export", "hosts", "phase", "report", "select", "train",
+    },
     "data": {"config", "data"},
     # A command that lies with what it makes.
     "data/prepare": {"config", "data", "main", "teacher", "tokenizer"},

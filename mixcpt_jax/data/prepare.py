@@ -45,6 +45,7 @@ _SHARD_SIZE = 2**25
 
 def main(argv: list[str]) -> None:
     config, workdir = command_line.read(argv)
+    command_line.join(config)
     configs = command_line.phase_configs(config, workdir)
     trained = [name for name, entry in configs.items() if entry.job == "train"]
     name = _PHASE.value or next(iter(trained), "")
@@ -70,7 +71,9 @@ def main(argv: list[str]) -> None:
     vocabulary = tokenizer.load(
         resolved.model.tokenizer or resolved.model.path, resolved.model.chat_template
     )
-    prepare(resolved, vocabulary, _WORKERS.value)
+    command_line.on_first_host(
+        functools.partial(prepare, resolved, vocabulary, _WORKERS.value)
+    )
     if _TEACHER.value:
         from mixcpt_jax import teacher
 
