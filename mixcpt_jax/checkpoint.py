@@ -9,17 +9,30 @@ seed and row; the hashes tell whether the sources are still the same. The next p
 from, and the provenance tells whether that is still the same.
 
 Saves are asynchronous and atomic: a checkpoint appears under its number when it is
-whole, so a kill leaves the last whole one in place.
+whole, so a kill leaves the last whole one in place. What happens to it later shows when it
+is read: the metadata holds a checksum of every array, as it was on the devices, and a
+digest of itself. A damaged checkpoint is set aside, never deleted, and the one before it
+is used; a phase that is handed over is not replaced by an earlier state of it.
 """
 
 import contextlib
+import gc
+import hashlib
 import json
+import logging as std_logging
+import sys
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import path as orbax_path
 from orbax.checkpoint.experimental import v1 as ocp
 
 from mixcpt_jax import paths
@@ -27,13 +40,14 @@ from mixcpt_jax.errors import InputError
 from mixcpt_jax.steps import TrainState
 
 FOLDER = "checkpoints"
+_ASIDE = "damaged"
 
 
 class Checkpoints:
-    """The checkpoints of one phase; use it as a context manager."""
+    """Where one phase saves; use it as a context manager."""
 
-    def __init__(self, workdir: epath.Path, keep_last: int = 1, keep_best: int = 0):
-        """Opens `workdir/checkpoints`, made if need be.
+    def __init__(self, workdir: epath.Path, keep_last: int = 2, keep_best: int = 0):
+        """Opens `workdir/checkpoints`, made if need be, after `restore` has read it.
 
         Args:
           workdir: the phase's folder.
@@ -59,31 +73,19 @@ class Checkpoints:
         )
 
     def __enter__(self) -> "Checkpoints":
+        # For good: threads of a save that failed may log after the end.
+        logging.get_absl_logger().addFilter(_is_not_raised_too)
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._checkpointer.close()
+    def __exit__(self, kind, *exception) -> None:
+        # What has gone wrong first is told.
+        untold = () if kind is None else (InputError,)
+        with contextlib.suppress(*untold), self._writing():
+            self._checkpointer.close()
 
     def latest_step(self) -> int | None:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
-
-    def latest_rows(self) -> int:
-        """How many rows of the stream the newest checkpoint has seen; 0 without one.
-
-        Raises:
-          InputError: an older version wrote it, which did not say.
-        """
-        if self.latest_step() is None:
-            return 0
-        metadata = self._checkpointer.checkpointables_metadata().custom_metadata
-        if "rows" not in metadata:
-            raise InputError(
-                f"{self._folder}: written by a version that read the mixture in another "
-                "order, so the run cannot go on exactly; start a new --workdir with "
-                "--config.init_from set to this one"
-            )
-        return metadata["rows"]
 
     def save(
         self,
@@ -105,84 +107,117 @@ class Checkpoints:
           sources: source name -> hash of its tokens, checked by `restore`.
           provenance: `start`, also checked, and whatever else there is to know.
           loss: what `keep_best` compares.
-        """
-        self._checkpointer.save_checkpointables_async(
-            step,
-            {
-                "params": state.params,
-                "optimizer": {"step": state.step, "moments": state.opt_state},
-            },
-            force=True,
-            metrics=None if loss is None else {"loss": loss},
-            custom_metadata={
-                "id": uuid.uuid4().hex,
-                "rows": rows,
-                "config": json.dumps(config),
-                "sources": sources,
-                "provenance": json.dumps(provenance),
-            },
-        )
-
-    def wait(self) -> None:
-        """Returns when every save is on disk."""
-        self._checkpointer.wait()
-
-    def restore(
-        self,
-        abstract_state: TrainState,
-        sources: dict[str, str],
-        provenance: dict[str, Any],
-    ) -> TrainState:
-        """Loads the newest checkpoint.
-
-        Args:
-          abstract_state: shapes, dtypes and shardings wanted.
-          sources: as given to `save`.
-          provenance: as given to `save`.
 
         Raises:
-          InputError: the parameters have other shapes or dtypes, a source no longer
-            holds what the run was trained on, or `init_from` is no longer what it
-            started from.
+          InputError: this one or the one before it cannot be written.
         """
-        checkpoint = self._checkpointer.checkpointables_metadata()
-        # Orbax would cast and say nothing.
-        for name, found, wanted in _differences(
-            checkpoint.metadata["params"],
-            abstract_state.params,
-            lambda leaf: (tuple(leaf.shape), str(leaf.dtype)),
-        ):
-            raise InputError(
-                f"{self._folder}: parameter {name} is {found} there and {wanted} now; "
-                "start a new --workdir"
+        items = _items(state)
+        record = {
+            "id": uuid.uuid4().hex,
+            "rows": rows,
+            "config": json.dumps(config),
+            "sources": sources,
+            "provenance": json.dumps(provenance),
+            "loss": loss,
+            "leaves": _describe(items),
+        }
+        with self._writing():
+            self._checkpointer.save_checkpointables_async(
+                step,
+                items,
+                force=True,
+                metrics=None if loss is None else {"loss": loss},
+                custom_metadata=record | {"digest": _digest(record)},
             )
-        metadata = checkpoint.custom_metadata
-        start = json.loads(metadata["provenance"])["start"]
-        if start != provenance["start"]:
+
+    def wait(self) -> None:
+        """Returns when every save is on disk.
+
+        Raises:
+          InputError: one cannot be written.
+        """
+        with self._writing():
+            self._checkpointer.wait()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
             raise InputError(
-                f"init_from: {self._folder} was trained from {start}, which is now "
-                f"{provenance['start']}; put that back, or start a new --workdir"
+                f"{self._folder}: a checkpoint cannot be written ({_cause(error)}); make "
+                "room or mend that, and the same command goes on from the one before"
+            ) from error
+
+
+def _is_not_raised_too(entry: std_logging.LogRecord) -> bool:
+    """Of a save that fails, Orbax's threads log at length what it raises as well."""
+    return not (entry.exc_info and "orbax" in entry.pathname)
+
+
+class Restored(NamedTuple):
+    """The newest whole checkpoint: its step, the rows of the stream taken, the state."""
+
+    step: int
+    rows: int
+    state: TrainState
+
+
+def restore(
+    workdir: epath.Path,
+    abstract_state: TrainState,
+    sources: dict[str, str],
+    provenance: dict[str, Any],
+) -> Restored | None:
+    """Loads the newest whole checkpoint; None if none was ever saved.
+
+    Damaged ones after it are renamed to `damaged-STEP` and warned about, so that their
+    steps can be saved again.
+
+    Args:
+      workdir: the phase's folder.
+      abstract_state: shapes, dtypes and shardings wanted.
+      sources: as given to `save`.
+      provenance: as given to `save`.
+
+    Raises:
+      InputError: the state has other shapes or dtypes, a source no longer holds what the
+        run was trained on, or `init_from` is no longer what it started from; or there are
+        checkpoints, but none is whole, and then none is renamed.
+    """
+    folder = workdir / FOLDER
+    damaged: dict[epath.Path, str] = {}
+    restored = None
+    for step, path in _steps(folder):
+        try:
+            record = _read(_read_record, path)
+            # Of what lies before the newest whole one, Orbax reads no more than this.
+            if restored is None:
+                _check_resumable(folder, record, abstract_state, sources, provenance)
+                items = _load(path, record, _items(abstract_state))
+                restored = Restored(step, record["rows"], _state(items))
+        except _Damaged as damage:
+            damaged[path] = str(damage)
+    if restored is None:
+        told = [f"{path.name} ({why})" for path, why in damaged.items()]
+        told += [f"{path.name} (set aside before)" for path in _aside(folder)]
+        if told:
+            raise InputError(
+                f"{folder}: no checkpoint is whole: {', '.join(told)}; put back a copy of "
+                "one under its number and run the same command, or delete the folder to "
+                "begin the phase anew"
             )
-        stored = metadata["sources"]
-        for name in sorted(stored.keys() | sources.keys()):
-            if stored.get(name) != sources.get(name):
-                raise InputError(
-                    f"sources.{name}: holds other text than when {self._folder} was "
-                    "written, so the run cannot go on exactly; put the files back, or "
-                    "start a new --workdir with --config.init_from set to this one"
-                )
-        loaded = self._checkpointer.load_checkpointables(
-            None,
-            {
-                "params": abstract_state.params,
-                "optimizer": {
-                    "step": abstract_state.step,
-                    "moments": abstract_state.opt_state,
-                },
-            },
+        return None
+    for path, why in damaged.items():
+        aside = _set_aside(path)
+        logging.warning(
+            "%s is damaged: %s; it is now %s, and the run goes on from step %d",
+            path,
+            why,
+            aside.name,
+            restored.step,
         )
-        optimizer = loaded["optimizer"]
-        return TrainState(optimizer["step"], loaded["params"], optimizer["moments"])
+    return restored
 
 
 def phase_folder(folder: str) -> epath.Path:
@@ -193,9 +228,8 @@ def phase_folder(folder: str) -> epath.Path:
 
 def identity(folder: str) -> dict[str, Any]:
     """`step` and `id` of a folder's newest checkpoint; no two saves have one id."""
-    with _newest(folder) as checkpointer:
-        metadata = checkpointer.checkpointables_metadata(None).custom_metadata
-        return {"step": checkpointer.latest.step, "id": metadata["id"]}
+    newest = _newest(folder)
+    return {"step": newest.step, "id": newest.record["id"]}
 
 
 def exists(folder: str) -> bool:
@@ -205,16 +239,12 @@ def exists(folder: str) -> bool:
 
 def read_provenance(folder: str) -> dict[str, Any]:
     """What the newest checkpoint's phase started from, and the files it read."""
-    with _newest(folder) as checkpointer:
-        metadata = checkpointer.checkpointables_metadata(None).custom_metadata
-        return json.loads(metadata["provenance"])
+    return json.loads(_newest(folder).record["provenance"])
 
 
 def read_config(folder: str) -> dict[str, Any]:
     """The config that a folder's newest checkpoint was trained with."""
-    with _newest(folder) as checkpointer:
-        metadata = checkpointer.checkpointables_metadata(None).custom_metadata
-        return json.loads(metadata["config"])
+    return json.loads(_newest(folder).record["config"])
 
 
 def load_params(folder: str, abstract_params: Any) -> Any:
@@ -225,50 +255,310 @@ def load_params(folder: str, abstract_params: Any) -> Any:
       abstract_params: shapes, shardings and the dtypes to cast to.
 
     Raises:
-      InputError: no checkpoint there, or of another model.
+      InputError: no checkpoint there, of another model, or damaged.
     """
-    with _newest(folder) as checkpointer:
-        stored = checkpointer.checkpointables_metadata(None).metadata["params"]
-        _check_same_model(stored, abstract_params, folder)
-        loaded = checkpointer.load_checkpointables(None, {"params": abstract_params})
-    return loaded["params"]
+    newest = _newest(folder)
+    wanted = {"params": abstract_params}
+    for name, found, expected in _differences(
+        newest.record, wanted, lambda dtype, shape: tuple(shape)
+    ):
+        raise InputError(
+            f"init_from={folder}: array {name} is {found} there and {expected} in "
+            "model.path; give the checkpoint's own model"
+        )
+    # In the dtypes that were saved, which is what the checksums are of.
+    stored = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape,
+            newest.record["leaves"][jax.tree_util.keystr(path)][0],
+            sharding=leaf.sharding,
+        ),
+        wanted,
+    )
+    try:
+        loaded = _load(newest.path, newest.record, stored)
+    except _Damaged as damage:
+        raise _damaged_start(folder, newest.path, damage) from damage
+    return jax.tree.map(
+        lambda leaf, wanted: leaf.astype(wanted.dtype),
+        loaded["params"],
+        abstract_params,
+    )
 
 
-@contextlib.contextmanager
-def _newest(folder: str) -> Iterator[ocp.training.Checkpointer]:
-    """Opens a folder that has a checkpoint, to read.
+class _Newest(NamedTuple):
+    step: int
+    path: epath.Path
+    record: dict[str, Any]
+
+
+def _newest(folder: str) -> _Newest:
+    """The newest checkpoint of a folder, without its arrays.
 
     Raises:
-      InputError: it has none.
+      InputError: it has none, or its newest is damaged. Later phases belong to that one,
+        so none before it is taken instead.
     """
     path = phase_folder(folder) / FOLDER
     if not path.exists():
         raise InputError(f"init_from={folder}: has no folder {path}")
-    with ocp.training.Checkpointer(path) as checkpointer:
-        if checkpointer.latest is None:
-            raise InputError(f"init_from={folder}: no whole checkpoint in {path}")
-        yield checkpointer
+    for step, checkpoint in _steps(path):
+        try:
+            return _Newest(step, checkpoint, _read(_read_record, checkpoint))
+        except _Damaged as damage:
+            raise _damaged_start(folder, checkpoint, damage) from damage
+    raise InputError(f"init_from={folder}: no whole checkpoint in {path}")
 
 
-def _check_same_model(stored: Any, wanted: Any, folder: str) -> None:
-    for name, found, expected in _differences(stored, wanted, lambda x: tuple(x.shape)):
+def _damaged_start(folder: str, path: epath.Path, damage: "_Damaged") -> InputError:
+    return InputError(
+        f"init_from={folder}: {path} is damaged: {damage}; put a copy of it back, or "
+        "delete that phase's folder and run the phase again"
+    )
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """A state as what is saved under one name each."""
+    optimizer = {"step": state.step, "moments": state.opt_state}
+    return {"params": state.params, "optimizer": optimizer}
+
+
+def _state(items: dict[str, Any]) -> TrainState:
+    optimizer = items["optimizer"]
+    return TrainState(optimizer["step"], items["params"], optimizer["moments"])
+
+
+def _steps(folder: epath.Path) -> list[tuple[int, epath.Path]]:
+    """Steps and folders of the checkpoints whose save came to its end, newest first."""
+    if not folder.exists():
+        return []
+    # Not v1's, which reads the metadata of all and raises where one's is damaged.
+    found = orbax_path.step.standard_name_format().find_all(folder)
+    return sorted(((entry.step, entry.path) for entry in found), reverse=True)
+
+
+def _aside(folder: epath.Path) -> list[epath.Path]:
+    return sorted(folder.glob(f"{_ASIDE}-*")) if folder.exists() else []
+
+
+def _set_aside(path: epath.Path) -> epath.Path:
+    """Gives a checkpoint a name under which Orbax takes no notice of it."""
+    names = [f"{_ASIDE}-{path.name}"]
+    while (path.parent / names[-1]).exists():
+        names.append(f"{names[0]}-{len(names) + 1}")
+    aside = path.parent / names[-1]
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"before {aside}")
+    if jax.process_index() == 0:
+        path.rename(aside)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"after {aside}")
+    return aside
+
+
+class _Damaged(Exception):
+    """A checkpoint is not what was saved; the message says in what."""
+
+
+def _read(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function that reads a checkpoint.
+
+    Raises:
+      _Damaged: it raised anything but what tells of the device or of memory, here or on
+        another host; all hosts raise it then.
+    """
+    result, damage = None, ""
+    with _hushed():
+        try:
+            result = function(*args)
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except _Damaged as error:
+            damage = str(error)
+        except Exception as error:  # Orbax and TensorStore raise of every kind.
+            for cause in _chain(error):
+                if not isinstance(cause, Exception):
+                    # Orbax takes an interruption for a failure of the read.
+                    raise cause from None
+            damage = f"cannot be read ({_cause(error)})"
+        if damage:
+            # What waits in the exception's frames has its say now, while none is heard.
+            gc.collect()
+    if jax.process_count() > 1:
+        is_whole = multihost_utils.process_allgather(np.array(not damage))
+        if not is_whole.all():
+            damage = damage or "another host finds it damaged"
+    if damage:
+        raise _Damaged(damage)
+    return result
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Silences what Orbax leaves behind where one of many reads fails.
+
+    It waits for none of the others, which then say at length that nobody does.
+    """
+    hook, verbosity = sys.unraisablehook, logging.get_verbosity()
+    tasks = std_logging.getLogger("asyncio")
+    is_disabled = tasks.disabled
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        sys.unraisablehook, tasks.disabled = lambda _: None, True
+        logging.set_verbosity(logging.FATAL)
+        try:
+            yield
+        finally:
+            sys.unraisablehook, tasks.disabled = hook, is_disabled
+            logging.set_verbosity(verbosity)
+
+
+def _read_record(path: epath.Path) -> dict[str, Any]:
+    """What `Checkpoints.save` noted beside the arrays."""
+    checkpoint = ocp.checkpointables_metadata(path)
+    record = dict(checkpoint.custom_metadata or {})
+    if not record:
+        raise _Damaged("its metadata is missing or cut short")
+    if record.keys() & {"digest", "leaves"}:
+        if record.pop("digest", None) != _digest(record):
+            raise _Damaged("its metadata is not what was saved")
+        if record["loss"] is not None:
+            # Orbax reads it of every checkpoint to tell which are the best.
+            metrics = json.loads((path / "metrics" / "metrics").read_text())
+            if json.dumps(metrics) != json.dumps({"loss": record["loss"]}):
+                raise _Damaged("its metrics are not what was saved")
+        return record
+    # A version that had no checksums wrote it.
+    leaves = {"params": checkpoint.metadata["params"]}
+    described = {name: [str(x.dtype), x.shape, None] for name, x in _named(leaves)}
+    return record | {"leaves": described}
+
+
+def _load(path: epath.Path, record: dict[str, Any], abstract_items: Any) -> Any:
+    """Loads items.
+
+    Raises:
+      _Damaged: they cannot be read, or are not what their checksums are of.
+    """
+    items = _read(ocp.load_checkpointables, path, abstract_items)
+    for name, found in _describe(items).items():
+        if record["leaves"].get(name, found)[-1] not in (None, found[-1]):
+            raise _Damaged(f"array {name} has other bits than were saved")
+    return items
+
+
+def _check_resumable(
+    folder: epath.Path,
+    record: dict[str, Any],
+    abstract_state: TrainState,
+    sources: dict[str, str],
+    provenance: dict[str, Any],
+) -> None:
+    """Raises InputError if the run has become another one, see `restore`."""
+    if "rows" not in record:
         raise InputError(
-            f"init_from={folder}: parameter {name} is {found} there and {expected} in "
-            "model.path; give the checkpoint's own model"
+            f"{folder}: written by a version that read the mixture in another "
+            "order, so the run cannot go on exactly; start a new --workdir with "
+            "--config.init_from set to this one"
         )
+    # Orbax would cast and say nothing.
+    items = _items(abstract_state)
+    for name, found, wanted in _differences(
+        record, items, lambda dtype, shape: (tuple(shape), dtype)
+    ):
+        raise InputError(
+            f"{folder}: array {name} is {found} there and {wanted} now; "
+            "start a new --workdir"
+        )
+    start = json.loads(record["provenance"])["start"]
+    if start != provenance["start"]:
+        raise InputError(
+            f"init_from: {folder} was trained from {start}, which is now "
+            f"{provenance['start']}; put that back, or start a new --workdir"
+        )
+    stored = record["sources"]
+    for name in sorted(stored.keys() | sources.keys()):
+        if stored.get(name) != sources.get(name):
+            raise InputError(
+                f"sources.{name}: holds other text than when {folder} was "
+                "written, so the run cannot go on exactly; put the files back, or "
+                "start a new --workdir with --config.init_from set to this one"
+            )
+
+
+def checksum(x: jax.Array) -> jax.Array:
+    """A uint32 of an array's bits that one changed bit always changes.
+
+    The sum over elements of `bits * (2 i + 1)` mod 2^32, i being the flat index: the
+    factor is odd, so no power of two times it vanishes. Sums mod 2^32 are exact in any
+    order, so it does not depend on how the array is spread over devices, and it costs one
+    pass over it. Elements of 8 bytes count as two of 4.
+    """
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    width = min(x.dtype.itemsize, 4)
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * width}").astype(jnp.uint32)
+    index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        # Mod 2^32 also where there are more elements.
+        along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        index += along * np.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+
+@jax.jit
+def _checksums(tree: Any) -> Any:
+    return jax.tree.map(checksum, tree)
+
+
+def _digest(record: dict[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _describe(tree: Any) -> dict[str, list[Any]]:
+    """Name of a leaf -> its dtype, shape and checksum, as JSON gives them back."""
+    checksums = jax.tree.leaves(jax.device_get(_checksums(tree)))
+    return {
+        name: [str(leaf.dtype), list(leaf.shape), int(value)]
+        for (name, leaf), value in zip(_named(tree), checksums, strict=True)
+    }
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
 
 
 def _differences(
-    stored: Any, wanted: Any, describe: Callable[[Any], Any]
+    record: dict[str, Any], wanted: dict[str, Any], describe: Callable[[str, Any], Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Leaves of two trees that are described otherwise: `(name, stored, wanted)`."""
-    found, expected = (
-        {
-            jax.tree_util.keystr(path): describe(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (stored, wanted)
-    )
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            yield name, found.get(name, "absent"), expected.get(name, "absent")
+    """Arrays that are described otherwise: `(name, stored, wanted)`.
+
+    Only of items that both have: an old record has none of the optimizer's.
+    """
+    stored = {name: describe(*leaf[:2]) for name, leaf in record["leaves"].items()}
+    expected = {name: describe(str(x.dtype), x.shape) for name, x in _named(wanted)}
+    items = {_item(name) for name in stored} & {_item(name) for name in expected}
+    for name in sorted(stored.keys() | expected.keys()):
+        if _item(name) in items and stored.get(name) != expected.get(name):
+            yield name, stored.get(name, "absent"), expected.get(name, "absent")
+
+
+def _item(name: str) -> str:
+    """The item that an array is of: the first key of `['params']['embedding']`."""
+    return name.split("'")[1]
+
+
+def _cause(error: BaseException) -> str:
+    """What began it, in one line; TensorStore's errors end with pages of settings."""
+    *_, first = _chain(error)
+    text = str(first).partition(" [")[0].split("\n")[0]
+    return f"{type(first).__name__}: {text}"[:400]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, what it was raised from or during, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -64,6 +64,7 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "optimizer.clip_norm",
     "optimizer.final_ratio",
+    "optimizer.spike_factor",
     "objective.ntp_weight",
     "objective.lssd_weight",
     "objective.kd_weight",
@@ -79,6 +80,8 @@ _NOT_NEGATIVE = (
     "train.save_every",
     "train.eval_every",
     "train.keep_best",
+    "train.max_skipped",
+    "train.timeout",
     "head.chunk_size",
     "head.block_size",
     "head.vocab_tile",
@@ -104,6 +107,7 @@ FREE_ON_RESUME = (
     "train.eval_every",
     "train.keep_last",
     "train.keep_best",
+    "train.timeout",
 )
 
 
@@ -291,6 +295,9 @@ def default() -> ml_collections.ConfigDict:
             "beta2": 0.95,
             "epsilon": 1e-8,
             "clip_norm": 1.0,  # 0: no clipping
+            # A step whose gradient norm is above so many times the running mean of the
+            # last hundred or so is skipped, within train.max_skipped; 0: none is.
+            "spike_factor": 0.0,
             "accumulation_steps": 1,  # microbatches per step
         }
     )
@@ -304,8 +311,19 @@ def default() -> ml_collections.ConfigDict:
             "save_every": 200,  # 0: only at the end
             "eval_every": 0,  # 0: only before and after
             "eval_before": True,
-            "keep_last": 1,
+            # Checkpoints that stay: should the newest be damaged on the disk, the one
+            # before is used.
+            "keep_last": 2,
             "keep_best": 0,  # checkpoints kept by lowest eval loss, beside the last
+            # How many steps in a row may be skipped, because their gradient is not
+            # finite or a spike: parameters and moments stay as they are, and the run
+            # goes on with the next batch. More of them end the run. 0: the first loss
+            # that is not finite does.
+            "max_skipped": 0,
+            # Seconds after which a run that shows no sign of life (a step, a batch
+            # measured, a checkpoint saved) says where every thread is and ends; 0: never.
+            # More than a compilation, `log_every` steps or a save take: 1800 on a slice.
+            "timeout": 0.0,
         }
     )
 
@@ -461,6 +479,17 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     optimizer = config.optimizer
     for key in ("beta1", "beta2"):
         _check(0 <= optimizer[key] < 1, config, f"optimizer.{key}", "0 to below 1")
+    _check(
+        optimizer.spike_factor == 0 or optimizer.spike_factor > 1,
+        config,
+        "optimizer.spike_factor",
+        "0, or more than 1",
+    )
+    if optimizer.spike_factor and not config.train.max_skipped:
+        raise InputError(
+            f"optimizer.spike_factor={optimizer.spike_factor}: spikes are skipped within "
+            "train.max_skipped, which is 0; set it to how many may follow each other"
+        )
     if config.metrics.wandb_project and importlib.util.find_spec("wandb") is None:
         raise InputError(
             "metrics.wandb_project: wandb is not installed; pip install it"

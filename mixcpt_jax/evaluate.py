@@ -32,6 +32,7 @@ class Measure:
         data: pipeline.Data,
         references: Mapping[str, np.ndarray] | None = None,
         lora: model.Lora | None = None,
+        on_batch: Callable[[], None] = lambda: None,
     ):
         """
         Args:
@@ -40,11 +41,13 @@ class Measure:
           references: "pairs/NAME" -> the reference's log-probabilities of the examples
             of `data.pairs[NAME]`; without them pairs have no rewards.
           lora: the adapters in the parameters that will be given.
+          on_batch: called after each batch.
         """
         self._config = phase.config
         self._data = data
         self._references = references or {}
         self._score = phase.eval_step(lora)
+        self._on_batch = on_batch
         self._sampler = sample.Sampler(
             phase.model_config,
             phase.tokenizer,
@@ -56,7 +59,9 @@ class Measure:
         """Runs `measure` on the whole parameters, adapters and all."""
 
         def score(batch):
-            return self._score(params, batch)
+            scores = self._score(params, batch)
+            self._on_batch()
+            return scores
 
         data, batch_size = self._data, self._config.eval.batch_size
         results = measure(score, data.texts, data.exams, batch_size)

@@ -8,6 +8,7 @@ The same command run again goes on where the last one stopped.
 
 import ast
 import contextlib
+import errno
 import functools
 import pathlib
 import re
@@ -19,7 +20,11 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mixcpt_jax import preemption
 from mixcpt_jax.errors import InputError
+
+# The disk, the user's share of it, or the file may not be larger.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The config file.")
 _WORKDIR = flags.DEFINE_string(
@@ -198,13 +203,31 @@ def launch(main: Callable[[list[str]], None]) -> None:
 
     def run(argv: list[str]) -> None:
         with _ending_together():
-            try:
-                main(argv)
-            except (InputError, FloatingPointError) as error:
-                _explain(error)
+            explained(main, argv)
 
     flags.mark_flags_as_required(["config"])
     app.run(run, flags_parser=_parse)
+
+
+def explained(command: Callable[..., Any], *args: Any) -> None:
+    """Runs a command to its end; what ends it early is said in one line.
+
+    SIGTERM ends it with exit status 0, what the user can mend with 1.
+    """
+    preemption.interrupt()
+    try:
+        try:
+            command(*args)
+        finally:
+            preemption.ignore()
+    except (InputError, FloatingPointError) as error:
+        _explain(error)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        _explain(InputError(f"{error}; make room, and the same command goes on"))
+    except preemption.Preempted as stop:
+        print(stop, file=sys.stderr)
 
 
 def _explain(error: Exception) -> NoReturn:

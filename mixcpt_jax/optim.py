@@ -1,9 +1,19 @@
-"""AdamW with a learning-rate schedule, global-norm clipping and a decay mask."""
+"""AdamW with a learning-rate schedule, global-norm clipping and a decay mask.
+
+Around it, if asked for: steps whose gradient is not finite, or far too large, are left out.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+
+# How many accepted steps the running mean of gradient norms looks back on, and how many
+# there have to be before a step can be a spike.
+_MEAN_OVER = 100
+_LEAST = 20
 
 
 def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Schedule:
@@ -56,6 +66,76 @@ def make_optimizer(
         ),
     )
     return transforms, schedule
+
+
+class Guarded(NamedTuple):
+    """State of `skip_bad_steps`.
+
+    Attributes:
+      inner: the state of the optimizer within.
+      skipped: steps left out, in all.
+      in_a_row: of them, those since the last one that was not.
+      longest: the most that were left out in a row.
+      accepted: steps not left out.
+      norm_sum: exponentially weighted sum of the accepted gradient norms, whose weights
+        add up to `1 - (1 - 1 / _MEAN_OVER)^accepted`.
+    """
+
+    inner: Any
+    skipped: jax.Array
+    in_a_row: jax.Array
+    longest: jax.Array
+    accepted: jax.Array
+    norm_sum: jax.Array
+
+
+def skip_bad_steps(
+    inner: optax.GradientTransformation, spike_factor: float = 0.0
+) -> optax.GradientTransformation:
+    """Leaves parameters and the optimizer's state as they are in a bad step, to the bit.
+
+    A step is bad if its gradient's norm is not finite, or a spike. The schedule waits
+    with the moments. `optax.apply_if_finite` knows no spikes, and applies what is not
+    finite once there was too much of it; here the training loop ends the run instead.
+
+    Args:
+      inner: the optimizer.
+      spike_factor: a norm above so many times the running mean of the accepted ones is a
+        spike; 0: none is.
+    """
+    decay = 1 - 1 / _MEAN_OVER
+
+    def init(params):
+        zero = jnp.zeros((), jnp.int32)
+        return Guarded(inner.init(params), zero, zero, zero, zero, jnp.zeros(()))
+
+    def update(grads, state: Guarded, params=None):
+        norm = global_norm(grads)
+        is_good = jnp.isfinite(norm)
+        if spike_factor:
+            weights = 1 - decay ** jnp.maximum(state.accepted, 1)
+            mean = state.norm_sum / weights
+            is_good &= (state.accepted < _LEAST) | (norm <= spike_factor * mean)
+
+        def choose(good, bad):
+            return jax.tree.map(lambda g, b: jnp.where(is_good, g, b), good, bad)
+
+        updates, moved = inner.update(grads, state.inner, params)
+        # Adding -0 leaves also a parameter that is -0 as it is.
+        updates = choose(
+            updates, jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
+        )
+        in_a_row = jnp.where(is_good, 0, state.in_a_row + 1)
+        return updates, Guarded(
+            choose(moved, state.inner),
+            state.skipped + ~is_good,
+            in_a_row,
+            jnp.maximum(state.longest, in_a_row),
+            state.accepted + is_good,
+            choose(decay * state.norm_sum + (1 - decay) * norm, state.norm_sum),
+        )
+
+    return optax.GradientTransformation(init, update)
 
 
 def decay_mask(params) -> dict:

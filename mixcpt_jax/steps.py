@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from mixcpt_jax import fused, model
-from mixcpt_jax.optim import global_norm
+from mixcpt_jax.optim import Guarded, global_norm
 from mixcpt_jax.sharding import constrain
 
 # For `jax.jit`, by platform.
@@ -72,7 +72,8 @@ def make_train_step(
 
     Args:
       objective: from `token_objective` or `preference_objective`.
-      transforms: the optimizer.
+      transforms: the optimizer; with `optim.skip_bad_steps` the metrics also say how many
+        steps were skipped so far, `skipped`, and how many at most in a row.
       schedule: the learning rate, reported as a metric.
       accumulation_steps: microbatches per step; B must be a multiple.
       has_adapters: the state's parameters are adapters of `frozen_params`; else they are
@@ -117,10 +118,18 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         one = jnp.ones(())
         metrics |= count_metrics
+        scheduled = state.step
+        if isinstance(opt_state, Guarded):
+            # The schedule does not count what is skipped.
+            scheduled -= state.opt_state.skipped
+            metrics |= {
+                "skipped": (opt_state.skipped, one),
+                "skipped_in_a_row": (opt_state.longest, one),
+            }
         metrics |= {
             "loss": (loss, one),
             "grad_norm": (global_norm(grads), one),
-            "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), one),
+            "learning_rate": (jnp.asarray(schedule(scheduled), jnp.float32), one),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 import optax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from mixcpt_jax import (
     checkpoint,
@@ -25,10 +26,12 @@ from mixcpt_jax import (
     metrics,
     model,
     optim,
+    preemption,
     reference,
     sharding,
     steps,
     teacher,
+    watchdog,
 )
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import phase as phase_lib
@@ -45,43 +48,41 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
 
     Returns:
       What `results.json` holds: `before` and `after` (evaluation by measure),
-      `mixture` (the sources as delivered) and the speed; nothing on other hosts than
-      the first.
+      `mixture` (the sources as delivered), the speed, and `skipped` steps where any
+      may be; nothing on other hosts than the first.
 
     Raises:
       InputError: config, data, weights or workdir are wrong.
       FloatingPointError: the loss is no longer finite.
+      Preempted: SIGTERM has come; the state after the last step is saved.
     """
     results = phase_lib.finished(config, workdir)
     if results is not None:
         return results
     phase = phase_lib.start(config, workdir, name)
     data = phase.load_data(functools.partial(_with_teacher, phase))
-    keep = phase.config.train
-    with (
-        jax.set_mesh(phase.mesh),
-        checkpoint.Checkpoints(
-            phase.folder, keep.keep_last, keep.keep_best
-        ) as checkpoints,
-    ):
-        return _run(phase, data, checkpoints)
+    with jax.set_mesh(phase.mesh):
+        return _run(phase, data)
 
 
-def _run(
-    phase: phase_lib.Phase,
-    data: pipeline.Data,
-    checkpoints: checkpoint.Checkpoints,
-) -> dict[str, Any]:
+def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
     config, mesh, lora = phase.config, phase.mesh, phase.lora
     num_steps = data.num_steps
     program = make_program(phase, data)
 
     fingerprint = pipeline.fingerprint(data)
     provenance = phase.provenance(data.files)
-    resumed = checkpoints.latest_step()
-    first_step, first_row = resumed or 0, checkpoints.latest_rows()
+    restored = checkpoint.restore(phase.folder, program.state, fingerprint, provenance)
+    resumed, first_step, first_row = None, 0, 0
+    if restored is not None:
+        resumed, first_row, state = restored
+        first_step = resumed
+    # What an interrupted run has left to measure at the step that it ended with.
+    is_measured, is_answered = (
+        (False, False) if resumed is None else _is_recorded(phase, data, resumed)
+    )
     frozen, references = None, {}
-    if first_step < num_steps:
+    if first_step < num_steps or not (is_measured and is_answered):
         frozen, references = _load_frozen(
             phase, data, program, fingerprint | provenance["start"]
         )
@@ -89,9 +90,8 @@ def _run(
         data = pipeline.with_references(data, references)
     if resumed is None:
         state = _starting_state(phase, program)
-    else:
-        state = checkpoints.restore(program.state, fingerprint, provenance)
-    measure = evaluate.Measure(phase, data, references, lora)
+    guard = watchdog.Watchdog(config.train.timeout)
+    measure = evaluate.Measure(phase, data, references, lora, guard.alive)
 
     def student() -> model.Params:
         return model.with_adapters(frozen, state.params) if lora else state.params
@@ -103,6 +103,11 @@ def _run(
     )
     is_first_host = jax.process_index() == 0
     with (
+        guard,
+        preemption.Notice() as notice,
+        checkpoint.Checkpoints(
+            phase.folder, config.train.keep_last, config.train.keep_best
+        ) as checkpoints,
         metrics.Writer(
             phase.folder,
             config.metrics,
@@ -120,25 +125,63 @@ def _run(
             top_k = config.objective.teacher_top_k
             what = f"its top {top_k} tokens" if top_k else "its hidden states"
             progress.say(f"teacher: {what} are read, it is not run")
-        if first_step == 0 and config.train.eval_before:
-            progress.say(f"{phase.name}: measuring the start")
-            writer.write(0, _prefixed(measure(student())))
-            writer.write_samples(0, data.prompts, measure.answers(student()))
 
-        pending = None  # (step, metrics on the device) not read yet
         clock = _Clock()
 
+        def measure_texts(step: int) -> float | None:
+            """Measures, writes, and returns the mean loss; None if SIGTERM came."""
+            place = f"step {step}" if step else "the start"
+            progress.say(f"{phase.name}: measuring {place}")
+            results = notice.unless_it_comes(measure, student())
+            if results is None:
+                return None
+            writer.write(step, _prefixed(results))
+            text_losses = [v for k, v in results.items() if k.endswith("/loss")]
+            return float(np.mean(text_losses)) if text_losses else None
+
+        def answer_prompts(step: int) -> None:
+            answers = notice.unless_it_comes(measure.answers, student())
+            guard.alive()
+            writer.write_samples(step, data.prompts, answers or [])
+
+        if _is_measured(first_step, config, num_steps) and not is_measured:
+            measure_texts(first_step)
+        if _is_answered(first_step, config, num_steps) and not is_answered:
+            answer_prompts(first_step)
+        if notice.has_come(first_step):
+            raise preemption.Preempted(f" after step {first_step}")
+
+        pending = None  # (step, metrics on the device) not read yet
+        skipped = 0
+
+        def read(step: int, device_metrics: steps.Metrics) -> dict[str, float]:
+            scalars = metrics.means(jax.device_get(device_metrics))
+            guard.alive()
+            _check_step(
+                step,
+                scalars,
+                config.train.max_skipped,
+                phase.folder,
+                checkpoints.latest_step(),
+            )
+            return scalars
+
         def read_pending() -> None:
-            nonlocal pending
+            nonlocal pending, skipped
             if pending is None:
                 return
             step, device_metrics = pending
             pending = None
-            scalars = metrics.means(jax.device_get(device_metrics))
-            _check_finite(step, scalars, phase.folder, checkpoints.latest_step())
+            scalars = read(step, device_metrics)
             rate = clock.rate(step, scalars["tokens"])
             writer.write(step, scalars | {"tokens_per_second": rate})
             progress.update(step, scalars["loss"], rate)
+            if scalars.get("skipped", 0) > skipped:
+                skipped = scalars["skipped"]
+                progress.say(
+                    f"{phase.name}: {skipped:.0f} steps skipped up to step {step}, "
+                    f"whose gradient norm is {scalars['grad_norm']:.3g}"
+                )
 
         for step in range(first_step + 1, num_steps + 1):
             batch = _anneal(next(batches), config.objective.anneal, step, num_steps)
@@ -152,18 +195,17 @@ def _run(
             if is_saved or _is_due(step, config.train.log_every):
                 pending = step, step_metrics
             loss = None
-            if is_last or _is_due(step, config.train.eval_every):
+            if _is_measured(step, config, num_steps):
                 read_pending()
-                progress.say(f"{phase.name}: measuring step {step}")
-                results = measure(student())
-                writer.write(step, _prefixed(results))
-                text_losses = [v for k, v in results.items() if k.endswith("/loss")]
-                loss = float(np.mean(text_losses)) if text_losses else None
+                loss = measure_texts(step)
                 clock.restart(step)
-            if is_last:
-                writer.write_samples(step, data.prompts, measure.answers(student()))
-            if is_saved:
+            if _is_answered(step, config, num_steps):
+                answer_prompts(step)
+            is_stopped = notice.has_come(step)
+            if is_saved or is_stopped:
                 read_pending()
+                # A step that is saved for the signal alone is checked but not logged.
+                read(step, step_metrics)
                 checkpoints.save(
                     state,
                     step,
@@ -173,7 +215,11 @@ def _run(
                     provenance,
                     loss,
                 )
+                guard.alive()
                 clock.restart(step)
+            if is_stopped:
+                checkpoints.wait()
+                raise preemption.Preempted(f" after step {step}")
 
     checkpoints.wait()
     return phase.finish(_results(phase.folder, data) if is_first_host else {})
@@ -199,6 +245,8 @@ def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
     """Builds the training step of a phase."""
     config = phase.config
     transforms, schedule = optim.make_optimizer(config.optimizer, data.num_steps)
+    if config.train.max_skipped:
+        transforms = optim.skip_bad_steps(transforms, config.optimizer.spike_factor)
     state = _abstract_state(phase, transforms)
     train_step = jax.jit(
         steps.make_train_step(
@@ -407,20 +455,59 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def _is_measured(step: int, config, num_steps: int) -> bool:
+    if step == 0:
+        return config.train.eval_before
+    return step == num_steps or _is_due(step, config.train.eval_every)
+
+
+def _is_answered(step: int, config, num_steps: int) -> bool:
+    return step == num_steps or (step == 0 and config.train.eval_before)
+
+
+def _is_recorded(phase: phase_lib.Phase, data, step: int) -> tuple[bool, bool]:
+    """Whether the run's record has the measures, and the answers, of a step."""
+    # A row of measures has no learning rate, and may have nothing but its step.
+    measured = any(
+        row["step"] == step and "learning_rate" not in row
+        for row in metrics.read(phase.folder)
+    )
+    answered = not data.prompts or any(
+        row["step"] == step for row in metrics.read(phase.folder, metrics.SAMPLES_FILE)
+    )
+    if jax.process_count() > 1:
+        # The first host's word: another may see the folder later.
+        return tuple(
+            multihost_utils.broadcast_one_to_all(np.array([measured, answered]))
+        )
+    return measured, answered
+
+
 def _prefixed(results: dict[str, float]) -> dict[str, float]:
     return {f"eval/{key}": value for key, value in results.items()}
 
 
-def _check_finite(step, scalars, folder, saved_step) -> None:
-    if math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"]):
+def _check_step(
+    step: int,
+    scalars: dict[str, float],
+    max_skipped: int,
+    folder: epath.Path,
+    saved_step: int | None,
+) -> None:
+    """Raises FloatingPointError if training has broken down."""
+    loss, norm = scalars["loss"], scalars["grad_norm"]
+    in_a_row = scalars.get("skipped_in_a_row", 0)
+    is_left_out = max_skipped and not math.isfinite(norm)
+    if in_a_row <= max_skipped and (is_left_out or math.isfinite(loss + norm)):
         return
     saved = (
         "there is no checkpoint yet"
         if saved_step is None
         else (f"the last checkpoint is step {saved_step}")
     )
+    skipped = f"{in_a_row:.0f} steps in a row skipped, " if in_a_row else ""
     raise FloatingPointError(
-        f"step {step}: loss {scalars['loss']}, gradient norm {scalars['grad_norm']}; "
+        f"step {step}: {skipped}loss {loss}, gradient norm {norm}; "
         f"{saved} in {folder}. Lower optimizer.learning_rate, lengthen "
         "optimizer.warmup_steps or look at the batch of that step"
     )
@@ -486,9 +573,10 @@ def _results(folder: epath.Path, data: pipeline.Data) -> dict[str, Any]:
         if any(key.startswith("eval/") for key in row)
     ]
     rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    skipped = [int(row["skipped"]) for row in rows if "skipped" in row]
     return {
         "before": next((e for e in evaluations if e["step"] == 0), None),
         "after": evaluations[-1] if evaluations else {},
         "tokens_per_second": float(np.median(rates)) if rates else None,
         "mixture": data.report,
-    }
+    } | ({"skipped": skipped[-1]} if skipped else {})

@@ -49,6 +49,13 @@ BAD = [
     ("objective.anneal", "ntp", "objective.anneal='ntp': one of none, to_ntp, from_"),
     ("sources.domain.holdout", -1, "sources.domain.holdout=-1: 0 or more"),
     ("optimizer.beta1", 1.5, "optimizer.beta1=1.5: 0 to below 1"),
+    ("optimizer.spike_factor", 0.5, "spike_factor=0.5: 0, or more than 1 is wanted"),
+    (
+        "optimizer.spike_factor",
+        5.0,
+        "spike_factor=5.0: .*train.max_skipped, which is 0",
+    ),
+    ("train.timeout", -1.0, "train.timeout=-1.0: 0 or more"),
     ("train.keep_best", 1, "train.keep_best=1: needs train.save_every"),
     ("job", "learn", "job='learn': one of train, select, evaluate, export"),
     ("objective.kind", "dpo", "objective.kind='dpo': one of tokens, preference"),

@@ -21,6 +21,8 @@ ALLOWED = {
     "checkpoint": {"steps"},
     "metrics": set(),
     "hosts": set(),
+    "preemption": set(),
+    "watchdog": set(),
     "phase": {
         "checkpoint", "config", "data", "fused", "hosts", "model", "sharding", "steps",
         "tokenizer", "weights",
@@ -34,10 +36,12 @@ ALLOWED = {
     "report": {"metrics"},
     "train": {
         "checkpoint", "config", "data", "evaluate", "fused", "losses", "metrics",
-        "model", "optim", "phase", "reference", "sharding", "steps", "teacher",
+        "model", "optim", "phase", "preemption", "reference", "sharding", "steps",
+        "teacher", "watchdog",
     },
     "main": {
-        "config", "evaluate", "export", "hosts", "phase", "report", "select", "train",
+        "config", "evaluate", "export", "hosts", "phase", "preemption", "report",
+        "select", "train",
     },
     "data": {"config", "data"},
     # A command that lies with what it makes.

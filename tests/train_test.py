@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import jax
 import numpy as np
@@ -89,6 +90,36 @@ def test_resuming_on_another_mesh_goes_on_with_the_same_losses(tiny_config, tmp_
     tiny_config.mesh.fsdp, tiny_config.mesh.tensor = 4, 2
     train.run(tiny_config, halves, "cpt")
     expected, actual = losses(whole), losses(halves)
+    assert list(actual) == list(expected)
+    for step, row in expected.items():
+        assert actual[step]["loss"] == pytest.approx(row["loss"], rel=2e-4)
+
+
+def test_ever_fewer_devices_go_on_with_the_same_losses(tiny_config, tmp_path):
+    """Eight, then four, then one: parameters and moments are read into place."""
+    config = tiny_config
+    for source in config.sources.values():
+        source.holdout = 0
+    config.train.num_steps, config.train.save_every = 3, 1
+    config.train.eval_before = False
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    train.run(config, whole, "cpt")
+    make_mesh = sharding.make_mesh
+    for num_devices, shape in [(8, (1, 4, 2)), (4, (2, 2, 1)), (1, (1, 1, 1))]:
+        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                phase.sharding,
+                "make_mesh",
+                lambda sizes, n=num_devices: make_mesh(sizes, jax.devices()[:n]),
+            )
+            # Not what is being tested, and it counts the devices of the process.
+            patch.setattr(phase, "check_model", lambda *_: None)
+            ends = num_devices == 1
+            stop_after(patch, 1)
+            with nullcontext() if ends else pytest.raises(KeyboardInterrupt):
+                train.run(config, parts, "cpt")
+    expected, actual = losses(whole), losses(parts)
     assert list(actual) == list(expected)
     for step, row in expected.items():
         assert actual[step]["loss"] == pytest.approx(row["loss"], rel=2e-4)
@@ -258,6 +289,48 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_remedy(
         train.run(tiny_config, str(tmp_path / "run"), "cpt")
 
 
+def spoil_batches(patch, steps):
+    """Makes the gradient of these steps NaN."""
+    original = train.pipeline.batches
+
+    def batches(*args):
+        for step, batch in enumerate(original(*args), 1):
+            if step in steps:
+                batch = batch | {"lssd_weights": np.nan * batch["lssd_weights"]}
+            yield batch
+
+    patch.setattr(train.pipeline, "batches", batches)
+
+
+def test_a_few_bad_steps_are_skipped_and_counted_and_more_end_the_run(
+    tiny_config, tmp_path
+):
+    config = tiny_config
+    config.train.eval_before = False
+    config.train.max_skipped = 2
+    config.train.log_every = 6
+    config.train.save_every = 3
+    with pytest.MonkeyPatch.context() as patch:
+        spoil_batches(patch, {2, 3, 5})
+        results = train.run(config, str(tmp_path / "run"), "cpt")
+    assert results["skipped"] == 3
+    rows = {row["step"]: row for row in metrics.read(epath.Path(tmp_path / "run"))[:2]}
+    # Saved in the middle of it: what is not finite is no number in JSON.
+    assert "loss" not in rows[3]
+    assert (rows[3]["skipped"], rows[3]["skipped_in_a_row"]) == (2, 2)
+    assert (rows[6]["skipped"], rows[6]["skipped_in_a_row"]) == (3, 2)
+    schedule = train.optim.make_schedule(config.optimizer, 6)
+    assert rows[6]["learning_rate"] == pytest.approx(schedule(2))
+    # Noticed also where no step in between is logged.
+    config.train.save_every = 6
+    with pytest.MonkeyPatch.context() as patch:
+        spoil_batches(patch, {2, 3, 4})
+        with pytest.raises(
+            FloatingPointError, match="step 6: 3 steps in a row skipped"
+        ):
+            train.run(config, str(tmp_path / "more"), "cpt")
+
+
 def test_a_workdir_of_another_config_is_refused(tiny_config, tmp_path):
     train.run(tiny_config, str(tmp_path / "run"), "cpt")
     tiny_config.optimizer.learning_rate = 0.5
@@ -282,10 +355,10 @@ def test_the_teacher_is_in_no_checkpoint(tiny_config, tmp_path):
     assert items == {"params", "optimizer", "metrics"}
 
 
-def test_only_the_last_checkpoint_stays_by_default(tiny_config, tmp_path):
+def test_the_last_two_checkpoints_stay_by_default(tiny_config, tmp_path):
     train.run(tiny_config, str(tmp_path / "run"), "cpt")
-    kept = [path.name for path in (tmp_path / "run" / checkpoint.FOLDER).iterdir()]
-    assert kept == ["6"]
+    kept = {path.name for path in (tmp_path / "run" / checkpoint.FOLDER).iterdir()}
+    assert kept == {"4", "6"}
 
 
 def test_the_end_equals_what_the_checkpoint_exports(tiny_config, tmp_path):

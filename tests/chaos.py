@@ -1,0 +1,443 @@
+"""Runs that are disturbed at random have to end like one that is not.
+
+    python -m tests.chaos --rounds 500 --seed 0
+
+A round is a tiny run that meets one to three faults, drawn by the round's seed, and is
+started again after each until it ends. Each start has to end in one of these ways:
+
+- the run is at its end;
+- it was killed, or stopped by SIGTERM, when that was the fault;
+- it says in one line what is wrong, rightly, and the newest whole checkpoint is there
+  still. Then the remedy that it names is applied.
+
+At the end the rows of metrics.jsonl but for speeds, and the parameters read from the last
+checkpoint, equal those of an undisturbed run bit for bit. A round that goes otherwise is
+told with its seed; `--rounds 1 --seed SEED` does it again, but for where the signals hit.
+
+A new kind of fault is a function of a `Round`, named in `FAULTS`.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import ml_collections
+import tokenizers
+
+from mixcpt_jax import config as config_lib
+
+# Imported once, by the server that the runs are forked from; none initialises a backend.
+PRELOADED = ["mixcpt_jax.main", "mixcpt_jax.train", "mixcpt_jax.select"]
+CHECKPOINTS = "checkpoints"
+NUM_STEPS = 6
+_LONGEST = 120.0  # seconds after which a start counts as hung
+
+
+class Failure(Exception):
+    """A start, or a round, ended in a way that is not allowed."""
+
+
+def make_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
+    """A run of a few steps of a model of a few thousand parameters; writes its files."""
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    end = "<|endoftext|>"
+    bpe.train_from_iterator([], 257, special_tokens=[end], show_progress=False)
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    shape = {
+        "model_type": "llama",
+        "vocab_size": 264,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 32,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(shape))
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(("ein", "zwei", "drei"), k=9)) for _ in range(30)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "texts.jsonl").write_text(lines)
+
+    config = config_lib.default()
+    config.model.path = str(folder)
+    config.model.weights = "random"
+    config.model.compute_dtype = "float32"
+    config.model.remat = "none"
+    config.objective.ntp_weight, config.objective.lssd_weight = 1.0, 0.0
+    config.sources.texts = config_lib.source(
+        path=str(folder / "texts.jsonl"), holdout=2
+    )
+    config.data.row_length = 16
+    config.data.batch_size = config.eval.batch_size = 2
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.spike_factor = 5.0
+    config.train.max_skipped = 2
+    config.train.num_steps = NUM_STEPS
+    config.train.eval_every = 3
+    config.train.timeout = _LONGEST
+    config.metrics.tensorboard = config.metrics.progress = False
+    return config
+
+
+def start(config: str, workdir: str, cache: str, limit: int, output) -> None:
+    """What the command line does, in a process of its own; prints the parameters' hash.
+
+    Args:
+      config: as JSON.
+      workdir: the run's.
+      cache: folder of compiled programs.
+      limit: bytes that a file can hold; 0: any number.
+      output: a pipe, for standard output and error.
+    """
+    os.dup2(output.fileno(), sys.__stdout__.fileno())
+    os.dup2(output.fileno(), sys.__stderr__.fileno())
+    # Of a process that has the usual eight.
+    os.environ["XLA_FLAGS"], os.environ["JAX_PLATFORMS"] = "", "cpu"
+    import jax
+
+    from mixcpt_jax import main
+
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if limit:
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    main.explained(_train, ml_collections.ConfigDict(json.loads(config)), workdir)
+
+
+def _train(config: ml_collections.ConfigDict, workdir: str) -> None:
+    import jax
+
+    from mixcpt_jax import checkpoint, main, model, weights
+
+    main.run(config, workdir)
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        model.abstract_params(weights.read_model_config(config.model.path)),
+    )
+    params = jax.device_get(checkpoint.load_params(workdir, wanted))
+    content = b"".join(leaf.tobytes() for leaf in jax.tree.leaves(params))
+    print("parameters", hashlib.sha256(content).hexdigest(), flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a start ended.
+
+    Attributes:
+      status: the exit status.
+      output: standard output and error.
+      seconds: how long it took.
+    """
+
+    status: int
+    output: str
+    seconds: float
+
+    @property
+    def parameters(self) -> str:
+        """The hash of the trained parameters, or nothing if the run is not at its end."""
+        words = self.output.split()
+        return words[-1] if self.status == 0 and "parameters" in words else ""
+
+
+class Stage:
+    """What all rounds share: the config, compiled programs, and the undisturbed run."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
+        (folder / "cache").mkdir()
+        (folder / "model").mkdir()
+        self.config = make_config(folder / "model")
+        whole = folder / "whole"
+        # The first compiles, and the second is as long as all others.
+        self.start(whole)
+        shutil.rmtree(whole / CHECKPOINTS)
+        (whole / "results.json").unlink()
+        ended = self.start(whole)
+        if not ended.parameters:
+            raise Failure(f"undisturbed, it ends with {ended}")
+        self.seconds = ended.seconds
+        self.parameters, self.rows = ended.parameters, rows_of(whole)
+        files = (whole / CHECKPOINTS / str(NUM_STEPS)).rglob("*")
+        self.largest_file = max(file.stat().st_size for file in files)
+
+    def start(
+        self,
+        workdir: pathlib.Path,
+        save_every: int = 1,
+        signal_after: tuple[int, float] | None = None,
+        limit: int = 0,
+    ) -> Ended:
+        """Starts the run, or lets it go on, and waits for its end.
+
+        Args:
+          workdir: the run's.
+          save_every: steps between checkpoints.
+          signal_after: a signal to send, and the seconds before it.
+          limit: see the function `start`.
+
+        Raises:
+          Failure: it hangs.
+        """
+        config = self.config.copy_and_resolve_references()
+        config.train.save_every = save_every
+        reader, writer = self._context.Pipe(duplex=False)
+        process = self._context.Process(
+            target=start,
+            args=(
+                config.to_json(),
+                str(workdir),
+                str(self.folder / "cache"),
+                limit,
+                writer,
+            ),
+        )
+        began = time.monotonic()
+        process.start()
+        writer.close()
+        number, moment = signal_after or (0, _LONGEST)
+        output = b""
+        while True:
+            left = began + moment - time.monotonic()
+            if left <= 0 and number:
+                os.kill(process.pid, number)
+                number, moment = 0, _LONGEST
+                continue
+            if left <= 0:
+                process.kill()
+                process.join()
+                raise Failure(f"hangs; it has said: {output.decode()}")
+            if select.select([reader], [], [], left)[0]:
+                part = os.read(reader.fileno(), 1 << 16)
+                if not part:
+                    break
+                output += part
+        process.join()
+        reader.close()
+        seconds = time.monotonic() - began
+        return Ended(process.exitcode, output.decode(errors="replace"), seconds)
+
+
+def rows_of(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl, without what is no result."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows]
+
+
+class Round:
+    """One run, its faults and what became of it.
+
+    Attributes:
+      stage: what it shares with others.
+      rng: draws everything.
+      events: what happened, to be told.
+      faults, outcomes: the kinds of both.
+    """
+
+    def __init__(self, stage: Stage, seed: int):
+        self.stage = stage
+        self._workdir = stage.folder / f"round-{seed}"
+        self.rng = random.Random(seed)
+        self.events: list[str] = []
+        self.faults: list[str] = []
+        self.outcomes: list[str] = []
+        # Inodes, which stay when a folder is renamed.
+        self._damaged: set[int] = set()
+        self._is_done = ""
+
+    def run(self) -> None:
+        """All of it.
+
+        Raises:
+          Failure: anything ended in a way that is not allowed.
+        """
+        for _ in range(self.rng.randint(1, 3)):
+            kind = self.rng.choice(list(FAULTS))
+            self.faults.append(kind)
+            self.events.append(f"fault: {kind}")
+            FAULTS[kind](self)
+        tries = 0
+        while not self._is_done:
+            tries += 1
+            if tries > 5:
+                raise Failure("does not come to its end")
+            self.start()
+        if rows_of(self._workdir) != self.stage.rows:
+            raise Failure("metrics.jsonl is another")
+        if self._is_done != self.stage.parameters:
+            raise Failure("the parameters are others")
+        shutil.rmtree(self._workdir)
+
+    def start(self, signal_number: int = 0, limit: int = 0) -> None:
+        """Starts the run once; a signal comes at a moment drawn from how long it takes."""
+        after = None
+        if signal_number:
+            after = signal_number, self.rng.uniform(0, self.stage.seconds)
+        good = self._whole_checkpoints()
+        ended = self.stage.start(
+            self._workdir, self.rng.choice((1, 1, 2)), after, limit
+        )
+        self._is_done = ended.parameters
+        outcome = self._outcome(ended, signal_number, limit)
+        self.outcomes.append(outcome)
+        self.events.append(
+            f"start{f', signal {after[0]} after {after[1]:.3f} s' if after else ''}"
+            f"{f', files of {limit} bytes' if limit else ''}: {outcome}"
+        )
+        left = self._whole_checkpoints()
+        if good and max(left.values(), default=-1) < max(good.values()):
+            raise Failure(f"had whole checkpoints {good}, has {left}")
+        if outcome == "no checkpoint is whole":
+            if left:
+                raise Failure(f"there are whole checkpoints: {left}")
+            shutil.rmtree(self._workdir / CHECKPOINTS)
+        if outcome == "its end is damaged":
+            shutil.rmtree(self._workdir)
+
+    def _outcome(self, ended: Ended, signal_number: int, limit: int) -> str:
+        lines = [line for line in ended.output.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")]
+        if "Traceback" in ended.output:
+            raise Failure(f"says at length: {ended.output[-3000:]}")
+        if ended.parameters:
+            return "at its end"
+        last = lines[-1] if lines else ""
+        match ended.status, signal_number:
+            case 0, signal.SIGTERM if last.startswith("stopped by SIGTERM after step"):
+                return "stopped by SIGTERM in the loop"
+            case 0, signal.SIGTERM if last.startswith("stopped by SIGTERM"):
+                return "stopped by SIGTERM elsewhere"
+            case -9, signal.SIGKILL:
+                return "killed"
+            case -15, signal.SIGTERM:
+                # It was not yet, or no longer, ours to take.
+                return "terminated"
+        if ended.status == 1 and last.startswith("error: ") and len(errors) == 1:
+            if self._damaged and "no checkpoint is whole" in last:
+                return "no checkpoint is whole"
+            if self._damaged and "delete that phase's folder" in last:
+                return "its end is damaged"
+            if limit and "File too large" in last:
+                return "no room"
+        raise Failure(f"ends with status {ended.status}: {ended.output[-3000:]}")
+
+    def _whole_checkpoints(self) -> dict[int, int]:
+        """Inode -> step of those that no fault has touched."""
+        folder = self._workdir / CHECKPOINTS
+        if not folder.exists():
+            return {}
+        return {
+            path.stat().st_ino: int(path.name)
+            for path in folder.iterdir()
+            if path.name.isdigit() and path.stat().st_ino not in self._damaged
+        }
+
+    def damage(self, change: Callable[[pathlib.Path], None]) -> None:
+        """Lets the run come some way, then changes a file of a checkpoint of its."""
+        self.start(self.rng.choice((signal.SIGKILL, signal.SIGTERM)))
+        whole = self._whole_checkpoints()
+        if not whole:
+            return
+        # Mostly the newest, which is the one that is read.
+        steps = sorted(whole.values())
+        step = steps[-1] if self.rng.random() < 0.7 else self.rng.choice(steps)
+        folder = self._workdir / CHECKPOINTS / str(step)
+        file = self.rng.choice(sorted(f for f in folder.rglob("*") if f.is_file()))
+        self._damaged.add(folder.stat().st_ino)
+        self.events.append(f"damaged: {file.relative_to(self._workdir)}")
+        change(file)
+
+
+def truncate(this: Round) -> None:
+    this.damage(
+        lambda file: os.truncate(file, this.rng.randrange(1 + file.stat().st_size))
+    )
+
+
+def flip(this: Round) -> None:
+    def change(file):
+        content = bytearray(file.read_bytes())
+        if content:
+            content[this.rng.randrange(len(content))] ^= 1 << this.rng.randrange(8)
+            file.write_bytes(content)
+
+    this.damage(change)
+
+
+def full_disk(this: Round) -> None:
+    """No file may be larger than a size between the smallest and the largest."""
+    this.start(limit=int(this.stage.largest_file ** this.rng.uniform(0.6, 1)))
+
+
+FAULTS: dict[str, Callable[[Round], None]] = {
+    "kill": lambda this: this.start(signal.SIGKILL),
+    "SIGTERM": lambda this: this.start(signal.SIGTERM),
+    "truncate": truncate,
+    "flip": flip,
+    "delete": lambda this: this.damage(pathlib.Path.unlink),
+    "full disk": full_disk,
+}
+
+
+def run(rounds: int, seed: int) -> bool:
+    """Runs the rounds of seeds from `seed` on and prints counts; False if one fails."""
+    faults, outcomes = collections.Counter(), collections.Counter()
+    failed = []
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="chaos-"))
+    stage = Stage(folder)
+    print(f"an undisturbed run takes {stage.seconds:.2f} s", flush=True)
+    began = time.monotonic()
+    for number in range(seed, seed + rounds):
+        this = Round(stage, number)
+        try:
+            this.run()
+        except Failure as failure:
+            failed.append(number)
+            told = "\n  ".join([*this.events, str(failure)])
+            print(f"seed {number} fails:\n  {told}", flush=True)
+        faults.update(this.faults)
+        outcomes.update(this.outcomes)
+    seconds = time.monotonic() - began
+    print(f"{rounds} rounds in {seconds:.0f} s; {len(failed)} failed: {failed}")
+    for what, counts in (("fault", faults), ("outcome", outcomes)):
+        for kind, count in counts.most_common():
+            print(f"{what} {kind}: {count}")
+    if not failed:
+        shutil.rmtree(folder)
+    return not failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    sys.exit(not run(arguments.rounds, arguments.seed))
+
+
+if __name__ == "__main__":
+    main()

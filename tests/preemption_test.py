@@ -1,0 +1,94 @@
+import os
+import signal
+
+import pytest
+
+from mixcpt_jax import main, preemption
+
+
+def sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def handler():
+    """What SIGTERM does is the process's, so it is put back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_command_ends_at_once_and_well(capsys):
+    def command(reached):
+        sigterm()
+        reached.append("what comes after")
+
+    reached = []
+    main.explained(command, reached)
+    assert not reached
+    assert capsys.readouterr().err == "stopped by SIGTERM; the same command goes on\n"
+    sigterm()  # on the way out nothing is cut off
+
+
+def test_code_that_catches_every_exception_does_not_catch_it():
+    preemption.interrupt()
+
+    def careless():
+        try:
+            sigterm()
+        except Exception:
+            pytest.fail("taken for an error")
+
+    with pytest.raises(preemption.Preempted):
+        careless()
+
+
+def test_where_it_is_noted_nothing_is_cut_off():
+    preemption.interrupt()
+    done = []
+
+    def loop():
+        with preemption.Notice() as notice:
+            for step in range(1, 5):
+                if step == 2:
+                    sigterm()
+                done.append(step)
+                if notice.has_come(step):
+                    raise preemption.Preempted(f" after step {step}")
+
+    with pytest.raises(preemption.Preempted, match="after step 2"):
+        loop()
+    assert done == [1, 2]
+    # Outside it interrupts again.
+    with pytest.raises(preemption.Preempted):
+        sigterm()
+
+
+def test_what_may_be_cut_off_is_and_nothing_of_the_kind_begins_after():
+    def measure():
+        sigterm()
+        pytest.fail("was not cut off")
+
+    def stretch():
+        with preemption.Notice() as notice:
+            assert notice.unless_it_comes(lambda x: x + 1, 1) == 2
+            assert not notice.has_come(1)
+            assert notice.unless_it_comes(measure) is None
+            assert notice.has_come(1)
+            assert notice.unless_it_comes(pytest.fail) is None
+            sigterm()  # a second one is noted like the first
+        pytest.fail("it is told on leaving")
+
+    with pytest.raises(preemption.Preempted):
+        stretch()
+
+
+def test_an_error_is_not_hidden_by_a_signal():
+    def failing():
+        with preemption.Notice() as notice:
+            sigterm()
+            assert notice.has_come(1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
