@@ -188,14 +188,15 @@ def restore(
     folder = workdir / FOLDER
     damaged: dict[epath.Path, str] = {}
     restored = None
-    for step, path in _steps(folder):
+    for entry in _steps(folder):
+        path = entry.path
         try:
-            record = _read(_read_record, path)
+            record = _read(_read_record, entry)
             # Of what lies before the newest whole one, Orbax reads no more than this.
             if restored is None:
                 _check_resumable(folder, record, abstract_state, sources, provenance)
                 items = _load(path, record, _items(abstract_state))
-                restored = Restored(step, record["rows"], _state(items))
+                restored = Restored(entry.step, record["rows"], _state(items))
         except _Damaged as damage:
             damaged[path] = str(damage)
     if restored is None:
@@ -302,11 +303,11 @@ def _newest(folder: str) -> _Newest:
     path = phase_folder(folder) / FOLDER
     if not path.exists():
         raise InputError(f"init_from={folder}: has no folder {path}")
-    for step, checkpoint in _steps(path):
+    for entry in _steps(path):
         try:
-            return _Newest(step, checkpoint, _read(_read_record, checkpoint))
+            return _Newest(entry.step, entry.path, _read(_read_record, entry))
         except _Damaged as damage:
-            raise _damaged_start(folder, checkpoint, damage) from damage
+            raise _damaged_start(folder, entry.path, damage) from damage
     raise InputError(f"init_from={folder}: no whole checkpoint in {path}")
 
 
@@ -328,13 +329,13 @@ def _state(items: dict[str, Any]) -> TrainState:
     return TrainState(optimizer["step"], items["params"], optimizer["moments"])
 
 
-def _steps(folder: epath.Path) -> list[tuple[int, epath.Path]]:
-    """Steps and folders of the checkpoints whose save came to its end, newest first."""
+def _steps(folder: epath.Path) -> list[orbax_path.step.Metadata]:
+    """The checkpoints whose save came to its end, newest first."""
     if not folder.exists():
         return []
     # Not v1's, which reads the metadata of all and raises where one's is damaged.
     found = orbax_path.step.standard_name_format().find_all(folder)
-    return sorted(((entry.step, entry.path) for entry in found), reverse=True)
+    return sorted(found, key=lambda entry: entry.step, reverse=True)
 
 
 def _aside(folder: epath.Path) -> list[epath.Path]:
@@ -376,10 +377,10 @@ def _read(function: Callable[..., Any], *args: Any) -> Any:
         except _Damaged as error:
             damage = str(error)
         except Exception as error:  # Orbax and TensorStore raise of every kind.
-            for cause in _chain(error):
-                if not isinstance(cause, Exception):
-                    # Orbax takes an interruption for a failure of the read.
-                    raise cause from None
+            # Orbax takes an interruption for a failure of the read.
+            chain = (e for e in _chain(error) if not isinstance(e, Exception))
+            if interruption := next(chain, None):
+                raise interruption from None
             damage = f"cannot be read ({_cause(error)})"
         if damage:
             # What waits in the exception's frames has its say now, while none is heard.
@@ -412,23 +413,25 @@ def _hushed() -> Iterator[None]:
             logging.set_verbosity(verbosity)
 
 
-def _read_record(path: epath.Path) -> dict[str, Any]:
+def _read_record(entry: orbax_path.step.Metadata) -> dict[str, Any]:
     """What `Checkpoints.save` noted beside the arrays."""
-    checkpoint = ocp.checkpointables_metadata(path)
-    record = dict(checkpoint.custom_metadata or {})
-    if not record:
-        raise _Damaged("its metadata is missing or cut short")
+    path = entry.path
+    # Orbax reads this of all checkpoints when it opens the folder, and may raise.
+    _ = entry.commit_timestamp
+    # By its own reader it would go on without what it cannot read.
+    stored = json.loads((path / "_CHECKPOINT_METADATA").read_text())
+    record = dict(stored["custom_metadata"])
     if record.keys() & {"digest", "leaves"}:
         if record.pop("digest", None) != _digest(record):
             raise _Damaged("its metadata is not what was saved")
         if record["loss"] is not None:
-            # Orbax reads it of every checkpoint to tell which are the best.
+            # This, too, of all, to tell which are the best.
             metrics = json.loads((path / "metrics" / "metrics").read_text())
             if json.dumps(metrics) != json.dumps({"loss": record["loss"]}):
                 raise _Damaged("its metrics are not what was saved")
         return record
     # A version that had no checksums wrote it.
-    leaves = {"params": checkpoint.metadata["params"]}
+    leaves = {"params": ocp.checkpointables_metadata(path).metadata["params"]}
     described = {name: [str(x.dtype), x.shape, None] for name, x in _named(leaves)}
     return record | {"leaves": described}
 

@@ -214,6 +214,7 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
 
     SIGTERM ends it with exit status 0, what the user can mend with 1.
     """
+    sys.unraisablehook = _tell_unraisable
     preemption.interrupt()
     try:
         try:
@@ -228,6 +229,19 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
         _explain(InputError(f"{error}; make room, and the same command goes on"))
     except preemption.Preempted as stop:
         print(stop, file=sys.stderr)
+
+
+def _tell_unraisable(entry: Any) -> None:
+    """Tells of an exception in a callback, but for two that are told otherwise.
+
+    SIGTERM comes again. Threads of a save or a read that failed, and was told, call
+    later into an event loop that is no more.
+    """
+    error = entry.exc_value
+    if not isinstance(error, preemption.Preempted) and (
+        str(error) != "Event loop is closed"
+    ):
+        sys.__unraisablehook__(entry)
 
 
 def _explain(error: Exception) -> NoReturn:

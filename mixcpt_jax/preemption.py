@@ -18,17 +18,29 @@ class Preempted(BaseException):
         super().__init__(f"stopped by SIGTERM{done}; the same command goes on")
 
 
+# SIGTERM, and the alarm that repeats it.
+_SIGNALS = signal.SIGTERM, signal.SIGALRM
+_SECONDS_BETWEEN_REPEATS = 0.5
+
+
 def interrupt() -> None:
     """From now on SIGTERM raises `Preempted` in the main thread."""
-    signal.signal(signal.SIGTERM, _raise)
+    _handle_by(_raise)
 
 
 def ignore() -> None:
     """From now on, as all is done but to exit, SIGTERM changes nothing."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _handle_by(signal.SIG_IGN)
+
+
+def _handle_by(handler: Callable[..., None] | signal.Handlers) -> None:
+    for number in _SIGNALS:
+        signal.signal(number, handler)
 
 
 def _raise(*_) -> None:
+    # Where it is raised in a callback nobody can catch it, so it comes again.
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_REPEATS)
     raise Preempted
 
 
@@ -48,12 +60,14 @@ class Notice:
         self._has_come = False
         self._is_alone = jax.process_count() == 1
         if self._is_alone:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            self._before = [signal.getsignal(number) for number in _SIGNALS]
+            _handle_by(self._note)
         return self
 
     def __exit__(self, kind, *exception) -> None:
         if self._is_alone:
-            signal.signal(signal.SIGTERM, self._before)
+            for number, handler in zip(_SIGNALS, self._before, strict=True):
+                signal.signal(number, handler)
         if self._has_come and kind is None:
             raise Preempted
 
@@ -74,9 +88,9 @@ class Notice:
         if not self._is_alone:
             return function(*args)
         try:
-            signal.signal(signal.SIGTERM, self._note_and_raise)
+            _handle_by(self._note_and_raise)
             result = None if self._has_come else function(*args)
-            signal.signal(signal.SIGTERM, self._note)
+            _handle_by(self._note)
         except Preempted:
             return None
         return result
@@ -86,6 +100,6 @@ class Notice:
 
     def _note_and_raise(self, *_) -> None:
         # Once only: what cleans up behind the exception is not to be cut off.
-        signal.signal(signal.SIGTERM, self._note)
+        _handle_by(self._note)
         self._has_come = True
         raise Preempted

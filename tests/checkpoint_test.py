@@ -391,3 +391,14 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(tmp_path, monkeypatch):
     ):
         save(tmp_path, [2])
     assert restore(tmp_path, make_state(1)).step == 1
+
+
+def test_one_that_was_not_measured_is_none_of_the_best(tmp_path):
+    """Its measuring was cut off; that is made up for, but not in the checkpoint."""
+    with checkpoint.Checkpoints(epath.Path(tmp_path), 1, 1) as checkpoints:
+        for step, loss in [(1, 2.0), (2, None), (3, 3.0), (4, None)]:
+            state = make_state(step)
+            checkpoints.save(state, step, 0, {}, SOURCES, PROVENANCE, loss)
+    kept = {int(path.name) for path in (tmp_path / checkpoint.FOLDER).iterdir()}
+    assert kept == {1, 4}
+    assert restore(tmp_path, make_state(4)).step == 4

@@ -1,5 +1,7 @@
 import os
 import signal
+import sys
+import time
 
 import pytest
 
@@ -13,9 +15,14 @@ def sigterm():
 @pytest.fixture(autouse=True)
 def handler():
     """What SIGTERM does is the process's, so it is put back."""
-    before = signal.getsignal(signal.SIGTERM)
+    numbers = signal.SIGTERM, signal.SIGALRM
+    before = [signal.getsignal(number) for number in numbers]
+    hook = sys.unraisablehook
     yield
-    signal.signal(signal.SIGTERM, before)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+    sys.unraisablehook = hook
 
 
 def test_a_command_ends_at_once_and_well(capsys):
@@ -92,3 +99,38 @@ def test_an_error_is_not_hidden_by_a_signal():
 
     with pytest.raises(ZeroDivisionError):
         failing()
+
+
+class Careless:
+    """What is raised in here nobody can catch."""
+
+    def __del__(self):
+        sigterm()
+        time.sleep(0)
+
+
+def test_lost_in_a_callback_it_comes_again(capsys):
+    def command():
+        Careless()
+        time.sleep(60)
+
+    began = time.monotonic()
+    main.explained(command)
+    assert time.monotonic() - began < 30
+    assert capsys.readouterr().err == "stopped by SIGTERM; the same command goes on\n"
+
+
+def test_what_comes_again_cuts_off_no_step():
+    preemption.interrupt()
+
+    def loop():
+        Careless()
+        with preemption.Notice() as notice:
+            for step in range(1, 100):
+                time.sleep(0.1)
+                if notice.has_come(step):
+                    raise preemption.Preempted(f" after step {step}")
+
+    sys.unraisablehook = lambda _: None
+    with pytest.raises(preemption.Preempted, match="after step"):
+        loop()
