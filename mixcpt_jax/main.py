@@ -20,7 +20,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mixcpt_jax import preemption
+from mixcpt_jax import paths, preemption
 from mixcpt_jax.errors import InputError
 
 # The disk, the user's share of it, or the file may not be larger.
@@ -157,11 +157,6 @@ def run(
     # All before the first: hours of training must not end in a refusal.
     for name, phase_config in configs.items():
         phase.finished(phase_config, folders[name])
-        if phase_config.job == "export" and "://" in workdir:
-            raise InputError(
-                f"--workdir={workdir}: {name} writes to a local disk only; leave it out "
-                "of config.phases and export to a local --workdir by configs/export.py"
-            )
     results = {
         name: jobs[phase_config.job](phase_config, folders[name], name)
         for name, phase_config in configs.items()
@@ -227,6 +222,16 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
         if error.errno not in _NO_ROOM:
             raise
         _explain(InputError(f"{error}; make room, and the same command goes on"))
+    except Exception as error:
+        if not paths.is_bucket_error(error):
+            raise
+        kind = type(error).__name__
+        _explain(
+            InputError(
+                f"the bucket cannot be read or written ({kind}: {error}), not even after "
+                "trying again; what was saved is whole, and the same command goes on"
+            )
+        )
     except preemption.Preempted as stop:
         print(stop, file=sys.stderr)
 

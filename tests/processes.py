@@ -36,7 +36,9 @@ class Process(NamedTuple):
         return self.process.exitcode
 
     def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
+        """Does nothing if it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGKILL)
 
 
 class Launcher:
@@ -53,8 +55,7 @@ class Launcher:
 
     def __exit__(self, *exception) -> None:
         for started in self._started:
-            with contextlib.suppress(ProcessLookupError):
-                started.kill()
+            started.kill()
             started.process.join()
 
     def start(
