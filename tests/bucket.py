@@ -9,7 +9,9 @@ import threading
 import time
 from collections.abc import Iterator
 
+import gcsfs
 import pytest
+from etils import epath
 from processes import free_port
 
 
@@ -37,6 +39,18 @@ def environment(port: int) -> dict[str, str]:
 # An answer that says no; one that comes late; a connection cut in the middle of what is
 # sent; one cut when the server has done what it was asked to and the answer is lost.
 KINDS = ("refused", "slow", "cut", "unanswered")
+
+
+@contextlib.contextmanager
+def reached_by(port: int) -> Iterator[epath.Path]:
+    """This process finds the bucket there."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(port).items():
+            patch.setenv(name, value)
+        # Else the place where an earlier test's was is remembered.
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        epath.backend.fsspec_backend._get_filesystem.cache_clear()
+        yield epath.Path("gs://bucket")
 
 
 class Faults:
