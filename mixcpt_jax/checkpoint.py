@@ -377,10 +377,11 @@ def _read(function: Callable[..., Any], *args: Any) -> Any:
         except _Damaged as error:
             damage = str(error)
         except Exception as error:  # Orbax and TensorStore raise of every kind.
-            # Orbax takes an interruption for a failure of the read.
-            chain = (e for e in _chain(error) if not isinstance(e, Exception))
-            if interruption := next(chain, None):
-                raise interruption from None
+            # Orbax takes an interruption for a failure of the read. And what lies in a
+            # bucket that cannot be reached may be whole.
+            chain = (e for e in _chain(error) if _is_no_damage(e))
+            if other := next(chain, None):
+                raise other from None
             damage = f"cannot be read ({_cause(error)})"
         if damage:
             # What waits in the exception's frames has its say now, while none is heard.
@@ -551,6 +552,10 @@ def _differences(
 def _item(name: str) -> str:
     """The item that an array is of: the first key of `['params']['embedding']`."""
     return name.split("'")[1]
+
+
+def _is_no_damage(error: BaseException) -> bool:
+    return not isinstance(error, Exception) or paths.is_bucket_error(error)
 
 
 def _cause(error: BaseException) -> str:

@@ -7,7 +7,9 @@ The same command run again goes on where the last one stopped.
 """
 
 import ast
+import contextlib
 import errno
+import functools
 import pathlib
 import re
 import sys
@@ -18,7 +20,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mixcpt_jax import preemption
+from mixcpt_jax import paths, preemption
 from mixcpt_jax.errors import InputError
 
 # The disk, the user's share of it, or the file may not be larger.
@@ -29,22 +31,36 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Where the run is kept; empty: runs/<config's name>."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Set on every host of a slice of several hosts."
+    "distributed",
+    False,
+    "Set on every host of a run of several that jax finds by itself: TPU slices, "
+    "Kubernetes (GKE), Slurm, Open MPI.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Elsewhere: HOST:PORT of the process 0. Implies --distributed."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Elsewhere: how many processes there are.", 1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Elsewhere: which of them this is, from 0 on.", 0
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout",
+    100,
+    "Seconds after which a host that says nothing is taken for dead, and all end.",
+    1,
 )
 
 
 def main(argv: list[str]) -> None:
     config, workdir = read(argv)
     # Imported here so that --help does not wait for jax.
-    import jax
-
     from mixcpt_jax import report
 
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+    join(config)
     folders, results = run(config, workdir)
-    if jax.process_index() == 0:
-        report.write(workdir, folders, results)
+    on_first_host(functools.partial(report.write, workdir, folders, results))
 
 
 def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
@@ -63,6 +79,36 @@ def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     except OSError as error:  # A config file that did not load says so on first use.
         raise InputError(str(error)) from error
     return config, _WORKDIR.value or _default_workdir()
+
+
+def join(config: ml_collections.ConfigDict) -> None:
+    """Joins the other hosts, if the flags say that there are some.
+
+    Raises:
+      InputError: they are not to be found, or have another config.
+    """
+    if _is_distributed():
+        from mixcpt_jax import hosts
+
+        hosts.join(
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            _HEARTBEAT_TIMEOUT.value,
+        )
+        hosts.require_same(config.to_json(sort_keys=True))
+
+
+def on_first_host(work: Callable[[], None]) -> None:
+    """Does it on the first host, while the others wait."""
+    if not _is_distributed():
+        work()
+        return
+    from mixcpt_jax import hosts
+
+    if hosts.is_first():
+        work()
+    hosts.wait_for_all("work of the first host")
 
 
 def phase_configs(
@@ -135,16 +181,24 @@ def run(
     # All before the first: hours of training must not end in a refusal.
     for name, phase_config in configs.items():
         phase.finished(phase_config, folders[name])
-        if phase_config.job == "export" and "://" in workdir:
-            raise InputError(
-                f"--workdir={workdir}: {name} writes to a local disk only; leave it out "
-                "of config.phases and export to a local --workdir by configs/export.py"
-            )
     results = {
         name: jobs[phase_config.job](phase_config, folders[name], name)
         for name, phase_config in configs.items()
     }
     return folders, results
+
+
+def _is_distributed() -> bool:
+    given = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    return _DISTRIBUTED.value or any(value is not None for value in given)
+
+
+def _ending_together() -> contextlib.AbstractContextManager:
+    if not _is_distributed():
+        return contextlib.nullcontext()
+    from mixcpt_jax import hosts
+
+    return hosts.ending_together()
 
 
 def _default_workdir() -> str:
@@ -167,7 +221,8 @@ def launch(main: Callable[[list[str]], None]) -> None:
     """Runs a command with the flags of this module and its own."""
 
     def run(argv: list[str]) -> None:
-        explained(main, argv)
+        with _ending_together():
+            explained(main, argv)
 
     flags.mark_flags_as_required(["config"])
     app.run(run, flags_parser=_parse)
@@ -191,6 +246,16 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
         if error.errno not in _NO_ROOM:
             raise
         _explain(InputError(f"{error}; make room, and the same command goes on"))
+    except Exception as error:
+        if not paths.is_bucket_error(error):
+            raise
+        kind = type(error).__name__
+        _explain(
+            InputError(
+                f"the bucket cannot be read or written ({kind}: {error}), not even after "
+                "trying again; what was saved is whole, and the same command goes on"
+            )
+        )
     except preemption.Preempted as stop:
         print(stop, file=sys.stderr)
 

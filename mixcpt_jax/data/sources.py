@@ -7,7 +7,6 @@ import hashlib
 import heapq
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -30,7 +29,6 @@ _READ_FILE = {
 }
 # Their libraries read local disks alone.
 _LOCAL_ONLY = ("array_record", "tfds")
-_COPY_BYTES = 1 << 22
 _KEY_BYTES = 64
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -210,8 +208,7 @@ def _read_copy(part: _Part, on_bad: OnBad) -> Iterator[Record]:
             files = readers.tfds_files(part.path, part.split)
         for file in files:
             target = copy / file.name if copy.is_dir() else copy
-            with file.open("rb") as content, target.open("wb") as written:
-                shutil.copyfileobj(content, written, _COPY_BYTES)
+            paths.copy_file(file, target)
         try:
             for record in _read_part(
                 part._replace(path=copy), lambda e: on_bad(InputError(here(str(e))))

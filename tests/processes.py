@@ -1,0 +1,136 @@
+"""The command line in processes of their own, whose imports are paid once."""
+
+import atexit
+import contextlib
+import importlib
+import multiprocessing
+import os
+import pathlib
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+_PRELOADED = [
+    "mixcpt_jax.data.prepare", "mixcpt_jax.export", "mixcpt_jax.main",
+    "mixcpt_jax.report", "mixcpt_jax.select", "mixcpt_jax.train", "matplotlib.pyplot",
+]  # fmt: skip
+
+
+class Process(NamedTuple):
+    """One that runs; `log` is the file that its output goes to."""
+
+    process: multiprocessing.process.BaseProcess
+    log: pathlib.Path
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait(self, seconds: float) -> int:
+        """Its exit status, which is below 0 for a signal."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still runs:\n{self.output}"
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        """Does nothing if it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGKILL)
+
+
+class Launcher:
+    """Starts processes; all of them have ended when its `with` does."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOADED)
+        self._started: list[Process] = []
+
+    def __enter__(self) -> "Launcher":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for started in self._started:
+            started.kill()
+            started.process.join()
+
+    def start(
+        self,
+        *arguments: str,
+        num_devices: int = 1,
+        module: str = "mixcpt_jax.main",
+        env: Mapping[str, str] | None = None,
+    ) -> Process:
+        """One process that does as `python -m MODULE ARGUMENTS`."""
+        log = self._folder / f"{len(self._started)}.log"
+        settings = module, arguments, num_devices, dict(env or {}), log
+        process = self._context.Process(target=_run, args=settings)
+        process.start()
+        self._started.append(Process(process, log))
+        return self._started[-1]
+
+    def start_hosts(self, num_hosts: int, *arguments: str, **settings) -> list[Process]:
+        """So many processes that find each other."""
+        address = f"--coordinator=localhost:{free_port()}"
+        return [
+            self.start(
+                address,
+                f"--num_processes={num_hosts}",
+                f"--process_id={host}",
+                *arguments,
+                **settings,
+            )
+            for host in range(num_hosts)
+        ]
+
+
+def finish(processes: list[Process], seconds: float = 120) -> None:
+    """Waits for processes that succeed."""
+    for process in processes:
+        assert process.wait(seconds) == 0, process.output
+
+
+def wait_until(holds: Callable[[], bool], processes: list[Process]) -> None:
+    """Returns when it holds; fails when a process ends before."""
+    while not holds():
+        for process in processes:
+            assert process.process.is_alive(), process.output
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def _run(
+    module: str,
+    arguments: tuple[str, ...],
+    num_devices: int,
+    env: dict[str, str],
+    log: pathlib.Path,
+) -> None:
+    with log.open("wb", buffering=0) as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    # The server was started with what pytest itself runs in.
+    os.environ.pop("XLA_FLAGS", None)
+    os.environ.update(env)
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", num_devices)
+    # What one process compiled, later ones with the same devices read.
+    jax.config.update("jax_compilation_cache_dir", str(log.parent / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    sys.argv = [module, *arguments]
+    command = importlib.import_module(module)
+    try:
+        importlib.import_module("mixcpt_jax.main").launch(command.main)
+    finally:
+        # Processes of multiprocessing do not do so; jax leaves the other hosts here.
+        atexit._run_exitfuncs()
