@@ -74,6 +74,59 @@ def test_collectives_are_listed_with_their_bytes(mesh):
     assert collective.kind == "all-gather"
     assert collective.num_bytes == 1024 * 256 * 2
     assert collective.times == 1
+    assert sorted(collective.group) == [0, 1, 2, 3]
+    # Three quarters of it come from the other chips.
+    assert collective.received(4) == 3 / 4 * 1024 * 256 * 2
+
+
+def test_a_scatter_is_told_from_a_sum_for_all(mesh):
+    """The TPU compiler writes it as a fusion of an all-reduce and a slice."""
+
+    def summed(kind):
+        @jax.shard_map(
+            mesh=mesh,
+            in_specs=P(),
+            out_specs=P("fsdp") if kind == "reduce-scatter" else P(),
+            check_vma=False,
+        )
+        def run(x):
+            if kind == "reduce-scatter":
+                return jax.lax.psum_scatter(x, "fsdp", tiled=True)
+            return jax.lax.psum(x, "fsdp")
+
+        return max(
+            compile_on(mesh, run, (2048, 256)).collectives, key=lambda c: c.num_bytes
+        )
+
+    scattered, reduced = summed("reduce-scatter"), summed("all-reduce")
+    size = 2048 * 256 * 2
+    assert scattered.kind == "reduce-scatter"
+    assert reduced.kind == "all-reduce"
+    assert reduced.received(4) == 2 * 3 / 4 * size
+    # Half of that, and a few rows more where a part does not end with a tile.
+    assert 3 / 4 * size <= scattered.received(4) <= 0.85 * size
+
+
+@pytest.mark.parametrize(
+    ("notation", "group"),
+    [
+        ("{{0,2},{1,3}}", (0, 2)),
+        ("mesh['a'=2,'b'=2] {'a'}", (0, 2)),
+        ("mesh['a'=2,'b'=2] {'a','b'}", (0, 1, 2, 3)),
+        ("[2,2]<=[4]", (0, 1)),
+        ("[2,2]<=[2,2]T(1,0)", (0, 2)),
+    ],
+)
+def test_groups_of_devices_have_three_notations(notation, group):
+    text = f"""
+ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {{
+  %x = bf16[8,128]{{1,0}} parameter(0)
+  ROOT %sum = bf16[8,128]{{1,0}} all-reduce(%x), replica_groups={notation}, to_apply=%add
+}}
+"""
+    (collective,) = hlo.Module(text).collectives
+    assert collective.group == group
+    assert not collective.is_async
 
 
 def test_unknown_trip_counts_are_refused(mesh):
