@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from absl import flags
 
@@ -252,8 +253,8 @@ def make(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
       topology: of the slice, such as "v5e:4x4".
 
     Returns:
-      A tree for JSON: bytes, FLOPs and seconds. Where `fits` is false it ends with the
-      memory of the arguments and what the compiler asks for.
+      A tree for JSON: bytes, FLOPs and seconds. Where `fits` is false all there is to it
+      is the memory that would be needed.
 
     Raises:
       InputError: the config does not suit the model or the slice.
@@ -299,15 +300,40 @@ def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
 
     analysis = step.compiled.memory_analysis()
     state, frozen = step.program.state, step.program.frozen
+    # Sums over microbatches are float32.
+    gradients = sum(
+        4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(state.params)
+    )
     return {
         "parameters": size(state.params),
         "optimizer": size(state.opt_state),
         "frozen model": size(frozen),
         "batch": size(step.batch),
         "temporary": analysis.temp_size_in_bytes,
+        "of it gradients": gradients,
+        "of it activations kept, by formula": _kept_activations(step),
         "peak": analysis.peak_memory_in_bytes,
         "available": chip.hbm_bytes,
     }
+
+
+def _kept_activations(step: Step) -> int:
+    """Bytes of a chip that wait for the backward pass: see `model.REMAT_POLICIES`.
+
+    Of each layer its input, and under "dots" the output of each projection. Under "none"
+    more, as the compiler likes.
+    """
+    c, config, mesh = step.phase.model_config, step.phase.config, step.phase.mesh
+    heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_size
+    width = c.hidden_size
+    if config.model.remat != "full":
+        width += heads + 2 * c.hidden_size + 2 * c.mlp_size
+    rows = config.data.batch_size // config.optimizer.accumulation_steps
+    tokens = rows * config.data.row_length // mesh.shape["data"] // mesh.shape["fsdp"]
+    return (
+        tokens * c.num_layers * width * jnp.dtype(config.model.compute_dtype).itemsize
+    )
 
 
 def _flops(step: Step, module: hlo.Module) -> dict[str, float]:
@@ -326,17 +352,15 @@ def _flops(step: Step, module: hlo.Module) -> dict[str, float]:
     tokens = config.data.batch_size * row_length
     parts = {k: v * tokens for k, v in dataclasses.asdict(counted).items()}
     rows_at_once = config.data.batch_size // config.optimizer.accumulation_steps
-    pairs = attention.splash_pairs(row_length, model_config.sliding_window)
-    product = 2 * model_config.num_heads * model_config.head_size * pairs
-    kernels = rows_at_once * sum(
-        module.executions(name) * products * product
-        for name, products in _KERNELS.items()
-    )
+    done = sum(module.executions(name) * n for name, n in _KERNELS.items())
+    if done:
+        pairs = attention.splash_pairs(row_length, model_config.sliding_window)
+        done *= 2 * model_config.num_heads * model_config.head_size * pairs
     return parts | {
         "model": counted.model * tokens,
         "products, by formula": counted.products * tokens,
         "products, compiled": module.flops * mesh.size,
-        "attention kernels": kernels,
+        "attention kernels": rows_at_once * done,
     }
 
 
