@@ -6,6 +6,7 @@ What takes long, four hosts and all phases with everything they measure, is left
 
 import os
 import re
+import runpy
 import signal
 
 import numpy as np
@@ -226,38 +227,37 @@ def test_two_hosts_prepare_what_one_does(launcher, config_flag, tmp_path):
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
-@pytest.fixture(scope="module")
-def six_phases(project, tiny_model):
-    """The flags of all of Mix-CPT in a few steps; few of them are measured."""
-    records = [
-        f"--config.sources.{name}.max_records=48"
-        for name in ("domain", "instructions", "preferences")
-    ]
-    steps = [
-        f"--config.{place}train.num_steps=3"
-        for place in ("", "overrides.sft.", "overrides.dpo.")
-    ]
-    return [
-        f"--config={project}/configs/mixcpt.py:tiny",
-        f"--config.model.path={tiny_model}",
-        "--config.optimizer.learning_rate=3e-3",
-        "--config.metrics.tensorboard=False",
-        "--config.select.keep.instructions=8",
-        "--config.select.keep.preferences=8",
-        *records,
-        *steps,
-    ]
+ALL_PHASES = ("cpt", "select", "sft", "dpo", "evaluate", "export")
+# SFT trains as the first phase does.
+WITHOUT_SFT = ("cpt", "select", "dpo", "evaluate", "export")
 
 
-def test_all_phases_on_two_hosts(launcher, six_phases, tmp_path):
+@pytest.mark.parametrize(
+    "phases", [WITHOUT_SFT, pytest.param(ALL_PHASES, marks=whole)], ids=len
+)
+def test_the_phases_on_two_hosts(
+    launcher, project, tiny_model, write_config_file, tmp_path, phases
+):
     """Selection, samples and export, too, are those of one host, and written once."""
-    alone = launcher.start(*six_phases, f"--workdir={tmp_path}/alone", num_devices=2)
-    finish([alone])
-    finish(launcher.start_hosts(2, *six_phases, f"--workdir={tmp_path}/two"), 300)
+    config = runpy.run_path(f"{project}/configs/mixcpt.py")["get_config"]("tiny")
+    config.model.path = tiny_model
+    config.optimizer.learning_rate = 3e-3
+    config.metrics.tensorboard = False
+    for name in ("domain", "instructions", "preferences"):
+        config.sources[name].max_records = 48
+    for name in config.select.keep:
+        config.select.keep[name] = 8
+    config.phases = phases
+    if "sft" not in phases:
+        del config.overrides.sft
+        config.overrides.dpo.init_from = "phase:cpt"
+    flag = f"--config={write_config_file(config)}"
+    finish([launcher.start(flag, f"--workdir={tmp_path}/alone", num_devices=2)])
+    finish(launcher.start_hosts(2, flag, f"--workdir={tmp_path}/two"), 300)
     expected, found = files(tmp_path / "alone"), files(tmp_path / "two")
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []
     assert {"select/instructions.jsonl", "evaluate/samples.md"} <= found.keys()
     assert "export/hf/model.safetensors" in found
-    for name in ("cpt", "sft", "dpo", "evaluate"):
+    for name in set(phases) - {"select", "export"}:
         assert lines(tmp_path / "two" / name) == lines(tmp_path / "alone" / name)
