@@ -36,6 +36,12 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "Set on every host of a run of several that jax finds by itself: TPU slices, "
     "Kubernetes (GKE), Slurm, Open MPI.",
 )
+_PHASE = flags.DEFINE_string(
+    "phase",
+    "",
+    "Of a config with several, the one to plan or to prepare for; empty: the first that "
+    "trains. A run takes all of them.",
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Elsewhere: HOST:PORT of the process 0. Implies --distributed."
 )
@@ -123,21 +129,16 @@ def phase_configs(
 
 
 def training_phase(
-    config: ml_collections.ConfigDict, workdir: str, name: str = ""
+    config: ml_collections.ConfigDict, workdir: str
 ) -> tuple[str, ml_collections.ConfigDict]:
-    """One of the config's phases that train, and its config.
-
-    Args:
-      config: a config, with phases or without.
-      workdir: see `phase_configs`.
-      name: of the phase; empty: the first.
+    """The phase that the flags name, of those that train, and its config.
 
     Raises:
       InputError: there is none of this name.
     """
     configs = phase_configs(config, workdir)
     trained = [key for key, entry in configs.items() if entry.job == "train"]
-    name = name or next(iter(trained), "")
+    name = _PHASE.value or next(iter(trained), "")
     if name not in trained:
         raise InputError(
             f"--phase={name}: the phases of this config that train are "

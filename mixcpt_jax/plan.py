@@ -56,9 +56,6 @@ from mixcpt_jax.errors import InputError
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "", "The slice, such as v5e:4x4; empty: the config's mesh.topology."
 )
-_PHASE = flags.DEFINE_string(
-    "phase", "", "Of a config with several; empty: the first that trains."
-)
 _SEARCH = flags.DEFINE_bool("search", False, "Look for the fastest settings that fit.")
 _OUTPUT = flags.DEFINE_string("output", "", "A JSON file for what is printed.")
 
@@ -72,7 +69,7 @@ def main(argv: list[str]) -> None:
     # Shapes need no device.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     config, workdir = command_line.read(argv)
-    name, config = command_line.training_phase(config, workdir, _PHASE.value)
+    name, config = command_line.training_phase(config, workdir)
     topology = _TOPOLOGY.value or config.mesh.topology
     if not topology:
         raise InputError("--topology: name the slice, as in --topology=v5e:4x4")

@@ -174,7 +174,7 @@ def test_every_phase_leaves_what_it_should(whole):
             assert read_json(whole / name, file)
     for name in TRAINED:
         kept = [path.name for path in (whole / name / checkpoint.FOLDER).iterdir()]
-        assert kept == [str(STEPS)]
+        assert set(kept) == {str(STEPS - 2), str(STEPS)}
         assert [*training_metrics(whole / name)] == [*range(1, STEPS + 1)]
     for name, steps in {**dict.fromkeys(TRAINED, (0, STEPS)), "evaluate": (0,)}.items():
         samples = read_lines(whole / name / metrics.SAMPLES_FILE)
@@ -347,7 +347,7 @@ def test_killed_in_every_phase_it_ends_the_same(whole, start, tmp_path, tiny_mod
     assert not [*workdir.glob("*/*.tmp"), *workdir.glob("*/*.incomplete")]
     for name in TRAINED:
         kept = [path.name for path in (workdir / name / checkpoint.FOLDER).iterdir()]
-        assert kept == [str(STEPS)]
+        assert set(kept) == {str(STEPS - 2), str(STEPS)}
 
 
 def test_adapters_go_through_all_phases(start, tmp_path, tiny_model):

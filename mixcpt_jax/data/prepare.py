@@ -32,9 +32,6 @@ from mixcpt_jax.data import format, prepared, sources
 from mixcpt_jax.errors import InputError
 
 _TEACHER = flags.DEFINE_bool("teacher", False, "Prepare the teacher too.")
-_PHASE = flags.DEFINE_string(
-    "phase", "", "Of a config with several; empty: the first that trains."
-)
 _WORKERS = flags.DEFINE_integer(
     "workers", os.cpu_count(), "Processes that tokenise; 0: this one alone.", 0
 )
@@ -46,7 +43,7 @@ _SHARD_SIZE = 2**25
 def main(argv: list[str]) -> None:
     run_config, workdir = command_line.read(argv)
     command_line.join(run_config)
-    name, config = command_line.training_phase(run_config, workdir, _PHASE.value)
+    name, config = command_line.training_phase(run_config, workdir)
     folder = command_line.phase_folder(run_config, workdir, name)
     if not config.data.prepared:
         raise InputError(
