@@ -24,6 +24,10 @@ SLICES = {
 }
 
 
+# Chip -> its memory beside a v5e's.
+MEMORY = {"v5e": 1, "v6e": 2, "v5p": 4}
+
+
 def get_config(
     architecture: str, slice_name: str, rows_per_chip: int = 2, fsdp: int = -1
 ) -> ml_collections.ConfigDict:
@@ -32,8 +36,8 @@ def get_config(
     Args:
       architecture: a file of `mixcpt_jax/assets/architectures`.
       slice_name: of `SLICES`.
-      rows_per_chip: sequences of 4,096 tokens that a chip takes at a time; as many
-        microbatches as the batch then needs.
+      rows_per_chip: sequences of 4,096 tokens that a v5e takes at a time, the others in
+        proportion to their memory; as many microbatches as the batch then needs.
       fsdp: chips that share the weights; the rest hold copies. -1: all.
     """
     config_lib.check_variant(slice_name, tuple(SLICES))
@@ -41,11 +45,12 @@ def get_config(
     folder = "package:mixcpt_jax/assets/architectures"
     config.model.architecture = f"{folder}/{architecture}.json"
     topology = SLICES[slice_name]
-    chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+    chip, _, sides = topology.partition(":")
+    chips = math.prod(map(int, sides.split("x")))
     config.mesh.topology = topology
     config.mesh.fsdp = chips if fsdp == -1 else min(fsdp, chips)
     config.mesh.data = chips // config.mesh.fsdp
     config.data.batch_size = config.eval.batch_size = max(64, chips)
-    parts = config.data.batch_size // (chips * rows_per_chip)
+    parts = config.data.batch_size // (chips * rows_per_chip * MEMORY[chip])
     config.optimizer.accumulation_steps = max(1, parts)
     return config
