@@ -22,7 +22,6 @@ Loops count in full in both.
 import argparse
 import functools
 import importlib.util
-import re
 from typing import Any
 
 import jax
@@ -106,8 +105,9 @@ def print_chips() -> None:
         for form_name, form in forms.items():
             try:
                 compiled = compile_head(form, mesh, TOKENS, VOCABULARY)
-            except jax.errors.JaxRuntimeError as error:
-                print(f"| {form_name} | does not fit: {needed_memory(error)} |||")
+            except plan.DoesNotFit as refusal:
+                needed = f"temporary {refusal.needed / GIB:.2f} GiB"
+                print(f"| {form_name} | does not fit: {needed} |||")
                 continue
             module = hlo.Module(compiled.as_text())
             seconds = module.roofline_seconds(chip.flops, chip.hbm_bandwidth)
@@ -189,8 +189,9 @@ def print_steps() -> None:
             compiled = compile_step(
                 LLAMA_3_8B, "v5e:4x4", head_loss, has_teacher, sequences, 4096, lora
             )
-        except jax.errors.JaxRuntimeError as error:
-            print(row + f"| does not fit: {needed_memory(error)} |||||", flush=True)
+        except plan.DoesNotFit as refusal:
+            needed = f"temporary {refusal.needed / GIB:.2f} GiB"
+            print(row + f"| does not fit: {needed} |||||", flush=True)
             continue
         module = hlo.Module(compiled.as_text())
         needed = needed_flops(LLAMA_3_8B, has_teacher, lora) * sequences * 4096
@@ -227,7 +228,7 @@ def compile_head(form, mesh, num_tokens: int, vocab_size: int) -> jax.stages.Com
     weights = array((num_tokens,), jnp.float32, rows)
     with jax.set_mesh(mesh):
         operands = (hidden, kernel, hidden, kernel, targets, weights)
-        return jax.jit(form).lower(*operands).compile()
+        return plan.compile_lowered(jax.jit(form).lower(*operands), mesh)
 
 
 def compile_step(
@@ -280,16 +281,13 @@ def compile_step(
     )
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     with jax.set_mesh(mesh):
-        return (
-            jax.jit(
-                train_step,
-                donate_argnums=0,
-                out_shardings=(state_shardings, replicated),
-                compiler_options=steps.COMPILER_OPTIONS["tpu"],
-            )
-            .lower(state, frozen, batch)
-            .compile()
+        jitted = jax.jit(
+            train_step,
+            donate_argnums=0,
+            out_shardings=(state_shardings, replicated),
+            compiler_options=steps.COMPILER_OPTIONS["tpu"],
         )
+        return plan.compile_lowered(jitted.lower(state, frozen, batch), mesh)
 
 
 def dense_head(
@@ -334,12 +332,6 @@ def needed_flops(
 
 def temporary(compiled: jax.stages.Compiled) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
-
-
-def needed_memory(error: Exception) -> str:
-    """What the compiler says it would take."""
-    found = re.search(r"\(([\d.]+)G\) exceeds", str(error))
-    return f"temporary {found[1]} GiB" if found else str(error)[:80]
 
 
 if __name__ == "__main__":

@@ -35,12 +35,13 @@ def get_config(
 
     Args:
       architecture: a file of `mixcpt_jax/assets/architectures`.
-      slice_name: of `SLICES`.
+      slice_name: of `SLICES`; empty: the first.
       rows_per_chip: sequences of 4,096 tokens that a v5e takes at a time, the others in
         proportion to their memory; as many microbatches as the batch then needs.
       fsdp: chips that share the weights; the rest hold copies. -1: all.
     """
     config_lib.check_variant(slice_name, tuple(SLICES))
+    slice_name = slice_name or next(iter(SLICES))
     config = cpt.get_config()
     folder = "package:mixcpt_jax/assets/architectures"
     config.model.architecture = f"{folder}/{architecture}.json"

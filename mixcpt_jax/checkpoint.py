@@ -35,7 +35,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import path as orbax_path
 from orbax.checkpoint.experimental import v1 as ocp
 
-from mixcpt_jax import paths
+from mixcpt_jax import hosts, paths
 from mixcpt_jax.errors import InputError
 from mixcpt_jax.steps import TrainState
 
@@ -348,12 +348,10 @@ def _set_aside(path: epath.Path) -> epath.Path:
     while (path.parent / names[-1]).exists():
         names.append(f"{names[0]}-{len(names) + 1}")
     aside = path.parent / names[-1]
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"before {aside}")
-    if jax.process_index() == 0:
+    hosts.wait_for_all(f"before {aside}")
+    if hosts.is_first():
         path.rename(aside)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"after {aside}")
+    hosts.wait_for_all(f"after {aside}")
     return aside
 
 

@@ -168,23 +168,13 @@ def kept_in(
       dtype: of the moments.
     """
 
-    def cast(tree):
-        return jax.tree.map(
-            lambda x: (
-                x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
-            ),
-            tree,
-        )
-
     def init(params):
-        moments = inner.init(cast(params))
-        return Kept(
-            jax.tree.map(lambda x: _kept_as(x, dtype), moments),
-            jnp.zeros((), jnp.int32),
-        )
+        moments = inner.init(_cast(params, "float32"))
+        return Kept(_cast(moments, dtype), jnp.zeros((), jnp.int32))
 
     def update(grads, state: Kept, params=None):
-        updates, moved = inner.update(cast(grads), cast(state.inner), cast(params))
+        wide = (_cast(tree, "float32") for tree in (grads, state.inner, params))
+        updates, moved = inner.update(*wide)
         key = jax.random.fold_in(jax.random.key(1), state.count)
         moments = _round_tree(
             moved, jax.tree.map(lambda old: old.dtype, state.inner), key
@@ -194,9 +184,13 @@ def kept_in(
     return optax.GradientTransformation(init, update)
 
 
-def _kept_as(moment: jax.Array, dtype: str) -> jax.Array:
-    is_count = not jnp.issubdtype(moment.dtype, jnp.floating)
-    return moment if is_count else moment.astype(dtype)
+def _cast(tree, dtype: str):
+    """All floats of a tree in a dtype; counts stay."""
+
+    def cast(x):
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(cast, tree)
 
 
 def apply_updates(params, updates, step: jax.Array):

@@ -219,27 +219,46 @@ def compile_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
     }
     with jax.set_mesh(mesh):
         lowered = program.train_step.lower(program.state, program.frozen, batch)
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            raise refusal(error, mesh) from error
+        compiled = compile_lowered(lowered, mesh)
     return Step(planned, data, program, batch, compiled)
+
+
+def _with(
+    config: ml_collections.ConfigDict,
+    mesh: dict[str, int] | None = None,
+    **changes: Any,
+) -> ml_collections.ConfigDict:
+    """A copy with another mesh, and other settings by dotted key."""
+    changed = ml_collections.ConfigDict(config.to_dict())
+    changed.mesh.update(mesh or {})
+    changed.update_from_flattened_dict(changes)
+    return changed
 
 
 def _model_config(config: ml_collections.ConfigDict) -> model.ModelConfig:
     return weights.read_model_config(config.model.architecture or config.model.path)
 
 
-def refusal(error: Exception, mesh: jax.sharding.Mesh) -> Exception:
-    """The compiler's message as `DoesNotFit`, or the error itself if it is another."""
-    text = str(error)
-    if found := re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", text):
-        return DoesNotFit(*(int(float(number) * GIB) for number in found.groups()))
-    if found := re.search(r"\(([\d.]+)([GT])\) exceeds available HBM", text):
-        chip = chips.of_device_kind(mesh.devices.flat[0].device_kind)
-        unit = {"G": GIB, "T": 1024 * GIB}[found[2]]
-        return DoesNotFit(int(float(found[1]) * unit), chip.hbm_bytes)
-    return error
+def compile_lowered(
+    lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh
+) -> jax.stages.Compiled:
+    """Compiles a program for a slice.
+
+    Raises:
+      DoesNotFit: the compiler finds no room for it.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if found := re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", text):
+            sizes = (int(float(number) * GIB) for number in found.groups())
+            raise DoesNotFit(*sizes) from error
+        if found := re.search(r"\(([\d.]+)([GT])\) exceeds available HBM", text):
+            chip = chips.of_device_kind(mesh.devices.flat[0].device_kind)
+            unit = {"G": GIB, "T": 1024 * GIB}[found[2]]
+            raise DoesNotFit(int(float(found[1]) * unit), chip.hbm_bytes) from error
+        raise
 
 
 def make(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
@@ -421,7 +440,7 @@ def _time(step, module, flops, collectives, chip) -> dict[str, float]:
 
 def describe(plan: dict[str, Any]) -> str:
     """A plan in a page of Markdown."""
-    shape = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    shape = sharding.describe(plan["mesh"])
     lines = [
         f"{plan['topology']}, {plan['chips']} chips ({shape}); {plan['batch_size']} rows "
         f"of {plan['row_length']:,} tokens a step in {plan['accumulation_steps']} "
@@ -475,11 +494,8 @@ def search(
     for mesh in _meshes(config, topology):
         for remat in remats:
             for parts in _microbatches(config, mesh):
-                changed = ml_collections.ConfigDict(config.to_dict())
-                changed.mesh.update(mesh)
-                changed.model.remat = remat
-                changed.optimizer.accumulation_steps = parts
-                plan = make(changed, topology)
+                settings = {"model.remat": remat, "optimizer.accumulation_steps": parts}
+                plan = make(_with(config, mesh=mesh, **settings), topology)
                 print(_one_line(plan), flush=True)
                 if plan["fits"]:
                     found.append(plan)
@@ -498,8 +514,7 @@ def _meshes(
             if size % (tensor * data):
                 continue
             mesh = {"data": data, "fsdp": size // (tensor * data), "tensor": tensor}
-            changed = ml_collections.ConfigDict(config.to_dict())
-            changed.mesh.update(mesh)
+            changed = _with(config, mesh=mesh)
             try:
                 phase.check_model(changed, model_config, size)
             except InputError:
@@ -529,9 +544,9 @@ def _microbatches(config, mesh: dict[str, int]) -> Iterator[int]:
 
 
 def _one_line(plan: dict[str, Any]) -> str:
-    shape = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     settings = (
-        f"{shape}, remat {plan['remat']}, {plan['accumulation_steps']} microbatches"
+        f"{sharding.describe(plan['mesh'])}, remat {plan['remat']}, "
+        f"{plan['accumulation_steps']} microbatches"
     )
     memory = plan["memory"]
     if not plan["fits"]:
@@ -581,9 +596,7 @@ def advise(config: ml_collections.ConfigDict, topology: str) -> str:
             )
     changes += [change | {"lora.rank": 16} for change in changes[-1:]]
     for change in changes:
-        changed = ml_collections.ConfigDict(config.to_dict())
-        changed.update_from_flattened_dict(change)
-        plan = make(changed, topology)
+        plan = make(_with(config, **change), topology)
         words = " ".join(f"--config.{key}={value}" for key, value in change.items())
         if plan["fits"]:
             peak = plan["memory"]["peak"] / GIB

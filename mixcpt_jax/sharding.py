@@ -132,6 +132,11 @@ def place(abstract: Any, shardings: Any) -> Any:
     )
 
 
+def describe(shape: Mapping[str, int]) -> str:
+    """A mesh's shape in words, such as "data 1 x fsdp 8 x tensor 1"."""
+    return " x ".join(f"{axis} {size}" for axis, size in shape.items())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

@@ -192,7 +192,8 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             is_last = step == num_steps
             is_saved = is_last or _is_due(step, config.train.save_every)
             # What is saved is read first, so that no checkpoint holds a NaN.
-            if is_saved or _is_due(step, config.train.log_every):
+            is_logged = is_saved or _is_due(step, config.train.log_every)
+            if is_logged:
                 pending = step, step_metrics
             loss = None
             if _is_measured(step, config, num_steps):
@@ -204,8 +205,10 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             is_stopped = notice.has_come(step)
             if is_saved or is_stopped:
                 read_pending()
-                # A step that is saved for the signal alone is checked but not logged.
-                read(step, step_metrics)
+                if (
+                    not is_logged
+                ):  # Saved for the signal alone it is checked all the same.
+                    read(step, step_metrics)
                 writer.save()
                 checkpoints.save(
                     state,
@@ -525,7 +528,6 @@ def _check_step(
 
 def _first_line(phase, abstract_state: steps.TrainState, resumed: int | None) -> str:
     config, mesh = phase.config, phase.mesh
-    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     size, trained = (
         sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
         for tree in (model.abstract_params(phase.model_config), abstract_state.params)
@@ -538,7 +540,8 @@ def _first_line(phase, abstract_state: steps.TrainState, resumed: int | None) ->
         weights = random if config.model.weights == "random" else config.model.path
         start = f"starting from {config.init_from or weights}"
     return (
-        f"{phase.name}: {mesh.devices.flat[0].device_kind} x {mesh.size} ({shape}); "
+        f"{phase.name}: {mesh.devices.flat[0].device_kind} x {mesh.size} "
+        f"({sharding.describe(mesh.shape)}); "
         f"{size:.1f} M parameters{adapters}; "
         f"{config.data.batch_size * config.data.row_length:,} tokens a step; {start}"
     )

@@ -116,7 +116,7 @@ def read_model_config(path: str) -> ModelConfig:
         file = paths.require_file(path)
         return _config_from_gguf(open_gguf(file), file)
     if not path.endswith(".json"):
-        path = f"{path.rstrip('/')}/config.json"
+        path = f"{path.rstrip('/')}/{_MARKER}"
     return _config_from_hf(paths.require_file(path))
 
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "tokenizer": set(),
     "weights": {"model", "tokenizer"},
     "steps": {"fused", "model", "optim", "sharding"},
-    "checkpoint": {"steps"},
+    "checkpoint": {"hosts", "steps"},
     "metrics": set(),
     "hosts": set(),
     "preemption": set(),
