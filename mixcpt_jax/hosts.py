@@ -48,10 +48,12 @@ def join(
             heartbeat_timeout_seconds=heartbeat_timeout,
         )
     except (ValueError, IndexError) as error:
+        flag = "--distributed" if coordinator is None else "--coordinator"
         raise InputError(
-            f"--distributed: the hosts cannot be told ({error}); on a TPU slice, "
-            "Kubernetes, Slurm and Open MPI jax finds them, elsewhere give "
-            "--coordinator=HOST:PORT --num_processes=N --process_id=0 (to N - 1)"
+            f"{flag}: the hosts cannot be told ({error}); on a TPU slice, "
+            "Kubernetes, Slurm and Open MPI jax finds them with --distributed alone, "
+            "elsewhere give --coordinator=HOST:PORT --num_processes=N --process_id=0 "
+            "(to N - 1)"
         ) from error
 
 

@@ -89,7 +89,8 @@ def require_file(path: str) -> epath.Path:
     """
     resolved = resolve(path)
     if not resolved.exists():
-        raise InputError(f"{path}: no such file (looked for {resolved})")
+        place = "" if str(resolved) == path else f" (looked for {resolved})"
+        raise InputError(f"{path}: no such file{place}")
     if resolved.is_dir():
         raise InputError(f"{path}: is a folder, a file is wanted")
     return resolved

@@ -99,14 +99,25 @@ def make_topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
       topology: such as "v5e:4x4" or "v5p:2x2x1".
       sizes: as for `make_mesh`, for as many of the slice's chips as their product says;
         one may be -1.
+
+    Raises:
+      InputError: no slice has that shape, or the sizes do not lay it out.
     """
     # The library asks a metadata server that only cloud machines have, and locks
     # itself against a second process as if there were a chip to share.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    devices = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology
-    ).devices
+    try:
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        raise InputError(
+            f"{topology}: no slice has this shape ({error}); the usual ones are v5e:4x4, "
+            "v5e:16x16, v5p:2x2x1, v5p:4x4x4 and v6e:4x4"
+        ) from error
     wanted = int(np.prod([sizes[axis] for axis in MESH_AXES]))
     return make_mesh(sizes, devices[:wanted] if wanted > 0 else devices)
 

@@ -184,6 +184,12 @@ def test_an_unknown_slice_is_named(config):
 
 
 @needs_libtpu
+def test_an_impossible_shape_is_named(config):
+    with pytest.raises(InputError, match="v5e:3x5x7: no slice has this shape"):
+        plan.make(config, "v5e:3x5x7")
+
+
+@needs_libtpu
 def test_the_command(config, tmp_path):
     """From the command line, with a file of what it printed."""
     settings = [
