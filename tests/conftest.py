@@ -24,9 +24,19 @@ ASSETS = "package:mixcpt_jax/assets"
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> str:
+def tiny_model(tmp_path_factory, write_tiny_model) -> str:
     """An HF folder with a random two-layer model and a byte-level BPE tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny_model")
+    return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def write_tiny_model():
+    """`(folder, max_positions) -> HF folder`, see `tiny_model`."""
+    return _write_tiny_model
+
+
+def _write_tiny_model(folder: pathlib.Path, max_positions: int = 256) -> str:
+    folder.mkdir(exist_ok=True)
     bpe = tokenizers.ByteLevelBPETokenizer()
     lines = paths.require_file(f"{ASSETS}/instructions.jsonl").read_text().splitlines()
     bpe.train_from_iterator(
@@ -47,7 +57,7 @@ def tiny_model(tmp_path_factory) -> str:
         num_heads=4,
         num_kv_heads=2,
         head_size=8,
-        max_positions=256,
+        max_positions=max_positions,
         rope_theta=1e4,
         tie_embeddings=True,
     )
