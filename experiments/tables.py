@@ -7,6 +7,7 @@ What stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README is made h
 
 import itertools
 import json
+import math
 import pathlib
 import re
 import statistics
@@ -16,6 +17,7 @@ from scipy import stats
 
 from experiments import cells
 from experiments.arms import ARMS
+from experiments.book import run as book_run
 from experiments.controlled import confidence, cost, run
 from experiments.controlled.run import RATE, RATES
 from mixcpt_jax import metrics
@@ -118,6 +120,10 @@ def _cell(shares: list[float], is_difference: bool = False) -> str:
         return f"{mean:+.1f} ± {half:.1f}"
     low, high = max(mean - half, 0.0), min(mean + half, 100.0)
     return f"{mean:.1f} ({low:.0f} to {high:.0f})"
+
+
+def _per_cent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -350,6 +356,45 @@ def confidence_table(found: dict[str, list[dict[str, float]]]) -> str:
     return _table(["base", "seeds", *columns.values()], rows)
 
 
+# What is measured of the model that read a book: column -> (measure, form). Exams and
+# clozes in per cent.
+_BOOK = {
+    "unread modules, perplexity": ("unread/loss", lambda loss: f"{math.exp(loss):.2f}"),
+    "top-1": ("unread/accuracy", _per_cent),
+    "exam, read": ("read_modules/exam", _per_cent),
+    "exam, unread": ("unread_modules/exam", _per_cent),
+    "ARC-easy": ("arc_easy/exam", _per_cent),
+    "PIQA": ("piqa/exam", _per_cent),
+    "OpenBookQA": ("openbook_qa/exam", _per_cent),
+    "LAMBADA": ("lambada/exact", _per_cent),
+    "WikiText-2, perplexity": ("wikitext/loss", lambda loss: f"{math.exp(loss):.2f}"),
+}
+
+
+def book_table(records: list[Record], is_aligned: bool) -> str:
+    """The book study: a row for each arm and rate, or for each phase after it."""
+    groups: dict[tuple[str, float], list[Record]] = {}
+    for record in records:
+        is_start = record["arm"] == "start"
+        if "failed" not in record and (is_start or bool(record["align"]) == is_aligned):
+            groups.setdefault((record["arm"], record["rate"]), []).append(record)
+    order = ["start", *ARMS]
+    rows = []
+    for arm, rate in sorted(groups, key=lambda key: (order.index(key[0]), key[1])):
+        found = groups[arm, rate]
+        name = f"{ARMS[arm].label}, {rate:g}" if arm in ARMS else arm
+        for phase in found[0]["phases"]:
+            after = [r["phases"][phase]["after"] for r in found if phase != "select"]
+            if not after:
+                continue
+            label = f"{name}: {phase.upper()}" if is_aligned and arm in ARMS else name
+            rows.append([label, str(len(found))] + [
+                form(statistics.fmean(seed[key] for seed in after))
+                for key, form in _BOOK.values()
+            ])  # fmt: skip
+    return _table(["arm, rate", "seeds", *_BOOK], rows)
+
+
 def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
     """Curves over learning rates, use against kept, with 95 % intervals over seeds."""
     import matplotlib
@@ -384,6 +429,7 @@ def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
 
 def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
     """Name of a block in the README -> what makes it."""
+    book = cells.load(book_run.RESULTS)
     return {
         "bases": lambda: bases_table(records),
         "chat": lambda: arms_table(records, "chat"),
@@ -396,6 +442,8 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "selection": lambda: selection_table(records),
         "shares": lambda: shares_table(records),
         "confidence": lambda: confidence_table(json.loads(confidence.FILE.read_text())),
+        "book": lambda: book_table(book, is_aligned=False),
+        "book-alignment": lambda: book_table(book, is_aligned=True),
         "cost": lambda: cost_table(records, json.loads(cost.FILE.read_text())),
     }
 

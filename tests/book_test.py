@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from experiments import cells
+from experiments import cells, tables
 from experiments.book import data, run
 from experiments.book.config import make
 from mixcpt_jax import config as config_lib
@@ -55,3 +55,27 @@ def test_unread_modules_and_their_questions_are_apart(tmp_path):
     for passage in read("lambada.jsonl"):
         assert passage["target"].startswith(" ")
         assert not passage["context"].endswith(" ")
+
+
+def test_the_table_has_a_row_for_every_arm_and_phase():
+    measures = {key: 0.5 for key, _ in tables._BOOK.values()}
+
+    def record(arm, seed, align="", phases=("cpt",)):
+        after = {phase: {"after": measures} for phase in phases}
+        return {"arm": arm, "rate": 1e-4, "seed": seed, "align": align, "phases": after}
+
+    records = [
+        {**record("start", 0, phases=("evaluate",)), "rate": 0.0},
+        record("mixture_lssd", 0),
+        record("mixture_lssd", 1),
+        record("plain", 0),
+        record("mixture_lssd", 0, "dpo", ("cpt", "select", "sft", "dpo")),
+    ]
+    _, _, *rows = tables.book_table(records, is_aligned=False).splitlines()
+    assert [row.split("|")[2].strip() for row in rows] == ["1", "1", "2"]
+    assert rows[0].startswith("| start")
+    _, _, *rows = tables.book_table(records, is_aligned=True).splitlines()
+    assert [row.split("|")[1].strip().rpartition(" ")[2] for row in rows] == [
+        "start", "CPT", "SFT", "DPO",
+    ]  # fmt: skip
+    assert all("50.0" in row and "1.65" in row for row in rows)
