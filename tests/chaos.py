@@ -1,6 +1,6 @@
 """Runs that are disturbed at random have to end like one that is not.
 
-    python -m tests.chaos --rounds 500 --seed 0
+    python tests/chaos.py --rounds 500 --seed 0
 
 A round is a tiny run that meets one to three faults, drawn by the round's seed, and is
 started again after each until it ends. Each start has to end in one of these ways:
@@ -13,6 +13,9 @@ started again after each until it ends. Each start has to end in one of these wa
 At the end the rows of metrics.jsonl but for speeds, and the parameters read from the last
 checkpoint, equal those of an undisturbed run bit for bit. A round that goes otherwise is
 told with its seed; `--rounds 1 --seed SEED` does it again, but for where the signals hit.
+
+Some rounds are in a bucket on this machine: there starts are killed or stopped, or meet
+refused and late answers and cut connections.
 
 A new kind of fault is a function of a `Round`, named in `FAULTS`.
 """
@@ -35,16 +38,21 @@ import tempfile
 import time
 from collections.abc import Callable
 
+import bucket
 import ml_collections
 import tokenizers
+from etils import epath
 
 from mixcpt_jax import config as config_lib
+from mixcpt_jax import paths
 
 # Imported once, by the server that the runs are forked from; none initialises a backend.
 PRELOADED = ["mixcpt_jax.main", "mixcpt_jax.train", "mixcpt_jax.select"]
 CHECKPOINTS = "checkpoints"
 NUM_STEPS = 6
 _LONGEST = 120.0  # seconds after which a start counts as hung
+_BUCKET_ROUNDS = 0.08  # share of the rounds that are in a bucket
+_BUCKET_FAULTS = 0.06  # share of the requests that meet one, where they do
 
 
 class Failure(Exception):
@@ -97,7 +105,14 @@ def make_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     return config
 
 
-def start(config: str, workdir: str, cache: str, limit: int, output) -> None:
+def start(
+    config: str,
+    workdir: str,
+    cache: str,
+    limit: int,
+    environment: dict[str, str],
+    output,
+) -> None:
     """What the command line does, in a process of its own; prints the parameters' hash.
 
     Args:
@@ -105,12 +120,13 @@ def start(config: str, workdir: str, cache: str, limit: int, output) -> None:
       workdir: the run's.
       cache: folder of compiled programs.
       limit: bytes that a file can hold; 0: any number.
+      environment: by which buckets are found.
       output: a pipe, for standard output and error.
     """
     os.dup2(output.fileno(), sys.__stdout__.fileno())
     os.dup2(output.fileno(), sys.__stderr__.fileno())
     # Of a process that has the usual eight.
-    os.environ["XLA_FLAGS"], os.environ["JAX_PLATFORMS"] = "", "cpu"
+    os.environ |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | environment
     import jax
 
     from mixcpt_jax import main
@@ -162,31 +178,37 @@ class Ended:
 
 
 class Stage:
-    """What all rounds share: the config, compiled programs, and the undisturbed run."""
+    """What all rounds share: the config, compiled programs, and the undisturbed run.
 
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
+    Attributes:
+      folder: for all that it writes.
+      way: what goes wrong on the way to the bucket.
+    """
+
+    def __init__(self, folder: pathlib.Path, way: bucket.Faults, port: int):
+        self.folder, self.way = epath.Path(folder), way
+        self._environment = bucket.environment(port)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         (folder / "cache").mkdir()
         (folder / "model").mkdir()
         self.config = make_config(folder / "model")
-        whole = folder / "whole"
+        whole = self.folder / "whole"
         # The first compiles, and the second is as long as all others.
         self.start(whole)
-        shutil.rmtree(whole / CHECKPOINTS)
+        (whole / CHECKPOINTS).rmtree()
         (whole / "results.json").unlink()
         ended = self.start(whole)
         if not ended.parameters:
             raise Failure(f"undisturbed, it ends with {ended}")
         self.seconds = ended.seconds
         self.parameters, self.rows = ended.parameters, rows_of(whole)
-        files = (whole / CHECKPOINTS / str(NUM_STEPS)).rglob("*")
+        files = (folder / "whole" / CHECKPOINTS / str(NUM_STEPS)).rglob("*")
         self.largest_file = max(file.stat().st_size for file in files)
 
     def start(
         self,
-        workdir: pathlib.Path,
+        workdir: epath.Path,
         save_every: int = 1,
         signal_after: tuple[int, float] | None = None,
         limit: int = 0,
@@ -212,6 +234,7 @@ class Stage:
                 str(workdir),
                 str(self.folder / "cache"),
                 limit,
+                self._environment,
                 writer,
             ),
         )
@@ -241,7 +264,7 @@ class Stage:
         return Ended(process.exitcode, output.decode(errors="replace"), seconds)
 
 
-def rows_of(workdir: pathlib.Path) -> list[dict[str, float]]:
+def rows_of(workdir: epath.Path) -> list[dict[str, float]]:
     """The rows of metrics.jsonl, without what is no result."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -260,13 +283,14 @@ class Round:
 
     def __init__(self, stage: Stage, seed: int):
         self.stage = stage
-        self._workdir = stage.folder / f"round-{seed}"
         self.rng = random.Random(seed)
+        self._is_in_bucket = self.rng.random() < _BUCKET_ROUNDS
+        root = "gs://bucket" if self._is_in_bucket else str(stage.folder)
+        self._workdir = paths.absolute(root) / f"round-{seed}"
         self.events: list[str] = []
         self.faults: list[str] = []
         self.outcomes: list[str] = []
-        # Inodes, which stay when a folder is renamed.
-        self._damaged: set[int] = set()
+        self._damaged: set[int | str] = set()
         self._is_done = ""
 
     def run(self) -> None:
@@ -275,11 +299,12 @@ class Round:
         Raises:
           Failure: anything ended in a way that is not allowed.
         """
+        faults = FAULTS_IN_A_BUCKET if self._is_in_bucket else FAULTS
         for _ in range(self.rng.randint(1, 3)):
-            kind = self.rng.choice(list(FAULTS))
+            kind = self.rng.choice(list(faults))
             self.faults.append(kind)
             self.events.append(f"fault: {kind}")
-            FAULTS[kind](self)
+            faults[kind](self)
         tries = 0
         while not self._is_done:
             tries += 1
@@ -290,17 +315,21 @@ class Round:
             raise Failure("metrics.jsonl is another")
         if self._is_done != self.stage.parameters:
             raise Failure("the parameters are others")
-        shutil.rmtree(self._workdir)
+        self._workdir.rmtree()
 
-    def start(self, signal_number: int = 0, limit: int = 0) -> None:
+    def start(
+        self, signal_number: int = 0, limit: int = 0, bucket_faults: float = 0.0
+    ) -> None:
         """Starts the run once; a signal comes at a moment drawn from how long it takes."""
         after = None
         if signal_number:
             after = signal_number, self.rng.uniform(0, self.stage.seconds)
         good = self._whole_checkpoints()
+        self.stage.way.share = bucket_faults
         ended = self.stage.start(
             self._workdir, self.rng.choice((1, 1, 2)), after, limit
         )
+        self.stage.way.share = 0.0
         self._is_done = ended.parameters
         outcome = self._outcome(ended, signal_number, limit)
         self.outcomes.append(outcome)
@@ -314,9 +343,9 @@ class Round:
         if outcome == "no checkpoint is whole":
             if left:
                 raise Failure(f"there are whole checkpoints: {left}")
-            shutil.rmtree(self._workdir / CHECKPOINTS)
+            (self._workdir / CHECKPOINTS).rmtree()
         if outcome == "its end is damaged":
-            shutil.rmtree(self._workdir)
+            self._workdir.rmtree()
 
     def _outcome(self, ended: Ended, signal_number: int, limit: int) -> str:
         lines = [line for line in ended.output.splitlines() if line.strip()]
@@ -345,16 +374,22 @@ class Round:
                 return "no room"
         raise Failure(f"ends with status {ended.status}: {ended.output[-3000:]}")
 
-    def _whole_checkpoints(self) -> dict[int, int]:
-        """Inode -> step of those that no fault has touched."""
+    def _whole_checkpoints(self) -> dict[int | str, int]:
+        """Identity -> step of those that no fault has touched."""
         folder = self._workdir / CHECKPOINTS
         if not folder.exists():
             return {}
         return {
-            path.stat().st_ino: int(path.name)
+            self._identity(path): int(path.name)
             for path in folder.iterdir()
-            if path.name.isdigit() and path.stat().st_ino not in self._damaged
+            if path.name.isdigit()
+            and self._identity(path) not in self._damaged
+            and (not self._is_in_bucket or (path / "commit_success.txt").exists())
         }
+
+    def _identity(self, folder: epath.Path) -> int | str:
+        """On a disk the inode, which stays when a folder is renamed."""
+        return str(folder) if self._is_in_bucket else os.stat(folder).st_ino
 
     def damage(self, change: Callable[[pathlib.Path], None]) -> None:
         """Lets the run come some way, then changes a file of a checkpoint of its."""
@@ -366,8 +401,9 @@ class Round:
         steps = sorted(whole.values())
         step = steps[-1] if self.rng.random() < 0.7 else self.rng.choice(steps)
         folder = self._workdir / CHECKPOINTS / str(step)
-        file = self.rng.choice(sorted(f for f in folder.rglob("*") if f.is_file()))
-        self._damaged.add(folder.stat().st_ino)
+        files = pathlib.Path(folder).rglob("*")
+        file = self.rng.choice(sorted(file for file in files if file.is_file()))
+        self._damaged.add(self._identity(folder))
         self.events.append(f"damaged: {file.relative_to(self._workdir)}")
         change(file)
 
@@ -393,9 +429,14 @@ def full_disk(this: Round) -> None:
     this.start(limit=int(this.stage.largest_file ** this.rng.uniform(0.6, 1)))
 
 
-FAULTS: dict[str, Callable[[Round], None]] = {
+_SIGNALS: dict[str, Callable[[Round], None]] = {
     "kill": lambda this: this.start(signal.SIGKILL),
     "SIGTERM": lambda this: this.start(signal.SIGTERM),
+}
+FAULTS_IN_A_BUCKET = _SIGNALS | {
+    "bucket fails": lambda this: this.start(bucket_faults=_BUCKET_FAULTS)
+}
+FAULTS = _SIGNALS | {
     "truncate": truncate,
     "flip": flip,
     "delete": lambda this: this.damage(pathlib.Path.unlink),
@@ -405,10 +446,24 @@ FAULTS: dict[str, Callable[[Round], None]] = {
 
 def run(rounds: int, seed: int) -> bool:
     """Runs the rounds of seeds from `seed` on and prints counts; False if one fails."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="chaos-"))
+    way = bucket.Faults(share=0.0, seed=seed)
+    with (
+        bucket.serve() as port,
+        bucket.faulty(port, way) as faulty_port,
+        bucket.reached_by(faulty_port),
+    ):
+        failed = _run(Stage(folder, way, faulty_port), rounds, seed)
+    print(f"requests: {dict(way.counts)}", flush=True)
+    if not failed:
+        shutil.rmtree(folder)
+    return not failed
+
+
+def _run(stage: Stage, rounds: int, seed: int) -> list[int]:
+    """The seeds of the rounds that fail."""
     faults, outcomes = collections.Counter(), collections.Counter()
     failed = []
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="chaos-"))
-    stage = Stage(folder)
     print(f"an undisturbed run takes {stage.seconds:.2f} s", flush=True)
     began = time.monotonic()
     for number in range(seed, seed + rounds):
@@ -428,9 +483,7 @@ def run(rounds: int, seed: int) -> bool:
             for what, counts in (("faults", faults), ("outcomes", outcomes)):
                 told = (f"{kind} {count}" for kind, count in counts.most_common())
                 print(f"{what}: {', '.join(told)}", flush=True)
-    if not failed:
-        shutil.rmtree(folder)
-    return not failed
+    return failed
 
 
 def main() -> None:
