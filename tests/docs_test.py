@@ -55,7 +55,7 @@ def test_what_a_page_says_runs(script, tmp_path, write_tiny_model):
         (tmp_path / name).symlink_to(PROJECT / name)
     script = re.sub(r"(?m)^export MODEL=.*$", f"export MODEL={model}", script)
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
+        ["bash", "-eo", "pipefail", "-c", script],
         cwd=tmp_path,
         env=os.environ
         | {
