@@ -350,7 +350,10 @@ class Decoder(nnx.Module):
             layer = nnx.merge(
                 layer_graphdef, *map(jax.lax.optimization_barrier, params)
             )
-            operands = *layer.project_heads(x_BxLxD, angles_of(is_local)), segment_ids_BxL
+            operands = (
+                *layer.project_heads(x_BxLxD, angles_of(is_local)),
+                segment_ids_BxL,
+            )
             mixed_BxLxHxK = self._mix(attend, is_local, *operands)
             return layer.finish(x_BxLxD, mixed_BxLxHxK), None
 

@@ -44,7 +44,41 @@ CONFIGS = {
     "qwen2-window": dataclasses.replace(
         BASE, family="qwen2", qkv_bias=True, sliding_window=5, tie_embeddings=True
     ),
+    "qwen3": dataclasses.replace(
+        BASE, family="qwen3", qk_norm=True, head_size=32, tie_embeddings=True
+    ),
+    "qwen3-window": dataclasses.replace(
+        BASE, family="qwen3", qk_norm=True, sliding_window=5, global_layers=(0,)
+    ),
+    "gemma2": dataclasses.replace(
+        BASE,
+        family="gemma2",
+        sliding_window=5,
+        global_layers=(1,),
+        post_norms=True,
+        activation="gelu_tanh",
+        scale_embeddings=True,
+        query_scale=24,
+        attention_soft_cap=3.0,
+        final_soft_cap=4.0,
+        tie_embeddings=True,
+    ),
+    "gemma3": dataclasses.replace(
+        BASE,
+        family="gemma3_text",
+        rope_theta=1e6,
+        rope_scaling=model.LinearRopeScaling(8.0),
+        local_rope_theta=1e4,
+        sliding_window=5,
+        global_layers=(2,),
+        qk_norm=True,
+        post_norms=True,
+        activation="gelu_tanh",
+        scale_embeddings=True,
+        tie_embeddings=True,
+    ),
 }
+GEMMA = ("gemma2", "gemma3_text")
 
 
 def random_params(config, seed=0):
@@ -52,8 +86,11 @@ def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
-        center = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
-        return jnp.asarray(center + 0.2 * rng.standard_normal(leaf.shape), leaf.dtype)
+        noise = 0.2 * rng.standard_normal(leaf.shape)
+        if "norm" in jax.tree_util.keystr(path):
+            # Coarse enough for float32 to take Gemma's 1 away exactly.
+            noise = 1.0 + np.round(noise * 2**12) / 2**12
+        return jnp.asarray(noise, leaf.dtype)
 
     return jax.tree.map_with_path(fill, model.abstract_params(config))
 
@@ -62,7 +99,7 @@ def logits_of(config, params, tokens_BxL):
     positions = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
     forward = jax.jit(model.make_forward(config))
     hidden = forward(params, tokens_BxL, positions, jnp.ones_like(tokens_BxL))
-    return np.asarray(model.logits(params, hidden))
+    return np.asarray(model.logits(params, hidden, config.final_soft_cap))
 
 
 def sample_tokens(config, length=48):
@@ -122,15 +159,27 @@ def transformers_model(config):
                 "high_freq_factor": high,
                 "original_max_position_embeddings": original,
             }
-    window = {}
-    if config.family == "mistral":
-        window = {"sliding_window": config.sliding_window}
-    if config.family == "qwen2" and config.sliding_window is not None:
-        window = {
+    settings = {}
+    if config.family == "mistral" or config.sliding_window is not None:
+        settings = {"sliding_window": config.sliding_window}
+    if config.family in ("qwen2", "qwen3") and config.sliding_window is not None:
+        settings |= {
             "use_sliding_window": True,
-            "sliding_window": config.sliding_window,
-            "max_window_layers": 0,
+            "max_window_layers": len(config.global_layers),
         }
+    if config.family in GEMMA:
+        settings |= {
+            "query_pre_attn_scalar": config.query_scale or config.head_size,
+            "attn_logit_softcapping": config.attention_soft_cap,
+            "final_logit_softcapping": config.final_soft_cap,
+            "layer_types": [
+                "full_attention" if i in config.global_layers else "sliding_attention"
+                for i in range(config.num_layers)
+            ],
+        }
+    if config.local_rope_theta is not None:
+        local = {"rope_theta": config.local_rope_theta, "rope_type": "default"}
+        rope = {"full_attention": rope, "sliding_attention": local}
     hf_config = transformers.AutoConfig.for_model(
         config.family,
         vocab_size=config.vocab_size,
@@ -144,7 +193,7 @@ def transformers_model(config):
         rms_norm_eps=config.norm_epsilon,
         rope_parameters=rope,
         tie_word_embeddings=config.tie_embeddings,
-        **window,
+        **settings,
     )
     hf_model = transformers.AutoModelForCausalLM.from_config(
         hf_config, attn_implementation="eager"
@@ -152,8 +201,13 @@ def transformers_model(config):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, param in hf_model.named_parameters():
-            center = 1.0 if "norm" in name else 0.0
-            param.copy_(center + 0.2 * torch.randn(param.shape, generator=generator))
+            noise = 0.2 * torch.randn(param.shape, generator=generator)
+            if "norm" not in name:
+                param.copy_(noise)
+            else:
+                # Gemma adds the 1 itself; coarse enough for float32 to add it exactly.
+                noise = torch.round(noise * 2**12) / 2**12
+                param.copy_(noise + (config.family not in GEMMA))
     return hf_model.eval()
 
 
@@ -182,13 +236,28 @@ def test_logits_through_transformers_and_back(config, tmp_path):
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize("change", ["rope_scaling", "sliding_window"])
-def test_parities_would_notice(change):
-    config = CONFIGS["llama3.1" if change == "rope_scaling" else "mistral"]
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama3.1", {"rope_scaling": None}),
+        ("mistral", {"sliding_window": None}),
+        ("gemma2", {"sliding_window": 6}),
+        ("gemma2", {"global_layers": (0,)}),
+        ("gemma2", {"query_scale": None}),
+        ("gemma2", {"attention_soft_cap": 3.5}),
+        ("gemma2", {"final_soft_cap": 5.0}),
+        ("gemma2", {"activation": "silu"}),
+        ("gemma3", {"local_rope_theta": None}),
+        ("gemma3", {"rope_scaling": None}),
+    ],
+)
+def test_parities_would_notice(name, change):
+    config = CONFIGS[name]
     params, tokens = random_params(config), sample_tokens(config)
-    other = dataclasses.replace(config, **{change: None})
+    other = dataclasses.replace(config, **change)
     difference = logits_of(config, params, tokens) - logits_of(other, params, tokens)
-    assert np.abs(difference).max() > 0.1
+    # A hundred times the tolerance.
+    assert np.abs(difference).max() > 0.01
 
 
 def test_round_trip_is_exact_and_sharding_does_not_matter(config, tmp_path):
@@ -288,6 +357,31 @@ def test_spellings_of_rope(export, changes, expected):
 
 
 @pytest.mark.parametrize(
+    ("changes", "global_layers"),
+    [
+        ({"model_type": "gemma2"}, (1, 3, 5, 7)),
+        ({"model_type": "gemma3_text"}, (5,)),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 3}, (2, 5)),
+        ({"model_type": "qwen2", "use_sliding_window": True}, (0, 1, 2)),
+        ({"model_type": "qwen2", "use_sliding_window": False}, None),
+        ({"model_type": "gemma2", "layer_types": ["full_attention"] * 8}, None),
+    ],
+)
+def test_which_layers_are_global(export, changes, global_layers):
+    edit_config(
+        export,
+        num_hidden_layers=8,
+        sliding_window=5,
+        max_window_layers=3,
+        hidden_activation="gelu_pytorch_tanh",
+        **changes,
+    )
+    config = weights.read_model_config(str(export))
+    assert config.sliding_window == (None if global_layers is None else 5)
+    assert config.global_layers == (global_layers or ())
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, r"model_type is 'mamba'; supported: llama, mistral"),
@@ -296,11 +390,28 @@ def test_spellings_of_rope(export, changes, expected):
         ({"attention_bias": True}, r"attention_bias is True; supported: False"),
         ({"mlp_bias": True}, r"mlp_bias is True"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'; supported: silu"),
+        ({"model_type": "gemma3"}, r"model_type is 'gemma3', which reads images"),
+        (
+            {"model_type": "gemma2", "hidden_activation": "gelu"},
+            r"hidden_activation is 'gelu'; supported: gelu_pytorch_tanh",
+        ),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+            r"attn_logit_softcapping is 50\.0; supported: None",
+        ),
+        (
+            {"model_type": "gemma2", "final_logit_softcapping": "30"},
+            r"final_logit_softcapping is '30'; a positive number",
+        ),
         ({"num_hidden_layers": "absent"}, r"num_hidden_layers is missing"),
         ({"num_hidden_layers": "3"}, r"num_hidden_layers is '3'"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
-            r"max_window_layers is 2",
+            {
+                "model_type": "qwen3",
+                "use_sliding_window": True,
+                "layer_types": ["full_attention", "chunked_attention"],
+            },
+            r"layer_types is \[.*\]; supported: 3 of full_attention, sliding_attention",
         ),
     ],
 )
