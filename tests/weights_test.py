@@ -232,6 +232,11 @@ def test_logits_through_transformers_and_back(config, tmp_path):
     )
     reloaded = type(hf_model).from_pretrained(folder, attn_implementation="eager")
     assert isinstance(reloaded.config, type(hf_model.config))
+    after = reloaded.config.to_dict()
+    changed = {k for k, v in hf_model.config.to_dict().items() if after[k] != v}
+    # Both spellings of the kind of RoPE are written, and of no window no first layer.
+    spelt = {"rope_parameters"} if config.rope_scaling else {"max_window_layers"}
+    assert changed <= {"architectures", "dtype", "_name_or_path", *spelt}
     actual = transformers_logits(reloaded, tokens)
     np.testing.assert_array_equal(actual, expected)
 
