@@ -596,17 +596,19 @@ def _windows_from_hf(
         case "gemma2":
             local = [i % 2 == 0 for i in layers]
         case "gemma3_text":
-            period = raw.get("sliding_window_pattern", 6)
+            period = _number(raw, file, "sliding_window_pattern", 6)
             local = [(i + 1) % period != 0 for i in layers]
     if (kinds := raw.get("layer_types")) is not None:
         known = ("full_attention", "sliding_attention")
-        if len(kinds) != num_layers or not set(kinds) <= set(known):
+        if [kind for kind in kinds if kind in known] != kinds or len(kinds) != len(
+            layers
+        ):
             wanted = f"{num_layers} of {', '.join(known)}"
             raise _unsupported(file, "layer_types", kinds, wanted)
         local = [kind == known[1] for kind in kinds]
-    window = raw.get("sliding_window", 4096)
-    if window is None or not any(local):
+    if raw.get("sliding_window", 4096) is None or not any(local):
         return None, ()
+    window = _number(raw, file, "sliding_window", 4096)
     return window, tuple(i for i in layers if not local[i])
 
 
