@@ -28,17 +28,25 @@ def attend(
     value_BxLxGxK: jax.Array,
     segment_ids_BxL: jax.Array,
     sliding_window: int | None = None,
+    query_scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Softmax attention, `[B, L, H, K]` in the dtype of the values.
 
     A token looks backwards, within its own segment, and at most `sliding_window` tokens
-    far (itself counted). Scores and their softmax are float32 inside.
+    far (itself counted). Scores, products divided by the square root of `query_scale`
+    (None: of the head size), become `soft_cap * tanh(scores / soft_cap)` if there is
+    one. They and their softmax are float32 inside.
     """
-    scale = jnp.asarray(query_BxLxHxK.shape[-1] ** -0.5, query_BxLxHxK.dtype)
-    operands = (query_BxLxHxK * scale, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL)
+    operands = (
+        _scaled(query_BxLxHxK, query_scale),
+        key_BxLxGxK,
+        value_BxLxGxK,
+        segment_ids_BxL,
+    )
     if sharding.platform() == "tpu" and query_BxLxHxK.shape[1] % _LANES == 0:
-        return splash(*operands, sliding_window)
-    return in_blocks(*operands, sliding_window)
+        return splash(*operands, sliding_window, soft_cap)
+    return in_blocks(*operands, sliding_window, soft_cap)
 
 
 def in_blocks(
@@ -47,6 +55,7 @@ def in_blocks(
     value_BxLxGxK: jax.Array,
     segment_ids_BxL: jax.Array,
     sliding_window: int | None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Block by block over queries, which come scaled.
 
@@ -62,6 +71,7 @@ def in_blocks(
             key_BxLxGxK[:, :stop],
             value_BxLxGxK[:, :stop],
             mask_BxLxL[:, start:stop, :stop],
+            soft_cap,
         )
         for start, stop in _query_blocks(length)
     ]
@@ -74,6 +84,8 @@ def attend_to_cache(
     value_BxSxGK: jax.Array,
     positions_BxL: jax.Array,
     sliding_window: int | None = None,
+    query_scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Softmax attention of new tokens over a cache, otherwise as `attend`.
 
@@ -88,7 +100,7 @@ def attend_to_cache(
       `[B, L, H, K]` in the dtype of the queries.
     """
     head_size, dtype = query_BxLxHxK.shape[-1], query_BxLxHxK.dtype
-    query_BxLxHxK = query_BxLxHxK * jnp.asarray(head_size**-0.5, dtype)
+    query_BxLxHxK = _scaled(query_BxLxHxK, query_scale)
     key_BxSxGxK, value_BxSxGxK = (
         x.astype(dtype).reshape(*x.shape[:2], -1, head_size)
         for x in (key_BxSxGK, value_BxSxGK)
@@ -104,10 +116,16 @@ def attend_to_cache(
             key_BxSxGxK,
             value_BxSxGxK,
             mask_BxLxS[:, start:stop],
+            soft_cap,
         )
         for start, stop in _query_blocks(query_BxLxHxK.shape[1])
     ]
     return jnp.concatenate(outputs, axis=1)
+
+
+def _scaled(query_BxLxHxK: jax.Array, query_scale: float | None) -> jax.Array:
+    factor = (query_scale or query_BxLxHxK.shape[-1]) ** -0.5
+    return query_BxLxHxK * jnp.asarray(factor, query_BxLxHxK.dtype)
 
 
 def _query_blocks(length: int) -> list[tuple[int, int]]:
@@ -120,6 +138,7 @@ def _mix(
     key_BxMxGxK: jax.Array,
     value_BxMxGxK: jax.Array,
     mask_BxLxM: jax.Array,
+    soft_cap: float | None,
 ) -> jax.Array:
     """One block of queries, which come scaled, over all keys that are given."""
     shape = query_BxLxHxK.shape
@@ -131,6 +150,8 @@ def _mix(
         key_BxMxGxK,
         preferred_element_type=jnp.float32,
     )
+    if soft_cap is not None:
+        scores_BxGxRxLxM = soft_cap * jnp.tanh(scores_BxGxRxLxM / soft_cap)
     scores_BxGxRxLxM = jnp.where(mask_BxLxM[:, None, None], scores_BxGxRxLxM, -1e30)
     peaks = jax.lax.stop_gradient(scores_BxGxRxLxM.max(-1, keepdims=True))
     weights_BxGxRxLxM = jnp.exp(scores_BxGxRxLxM - peaks)
@@ -151,6 +172,7 @@ def splash(
     value_BxLxGxK: jax.Array,
     segment_ids_BxL: jax.Array,
     sliding_window: int | None,
+    soft_cap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """jax's TPU kernel on each device's rows and heads; queries come scaled.
@@ -176,6 +198,7 @@ def splash(
                 block_q_dq=block,
                 block_kv_dq=block,
             ),
+            attn_logits_soft_cap=soft_cap,
             interpret=interpret,
         )
 

@@ -149,6 +149,7 @@ class _Options(NamedTuple):
     vocab_size: int
     vocab_first: bool
     soft_cap: float | None
+    teacher_soft_cap: float | None
     layout: Layout
 
 
@@ -167,6 +168,7 @@ def head_loss(
     vocab_size: int | None = None,
     vocab_first: bool = False,
     soft_cap: float | None = None,
+    teacher_soft_cap: float | None = None,
     vocab_parallel: bool = True,
 ) -> tuple[jax.Array, TokenStatistics]:
     """Weighted sum of all objectives over all tokens, in one sweep.
@@ -196,6 +198,8 @@ def head_loss(
       vocab_first: both unembeddings are given as `[V, D]`, as tied embeddings are
         stored; transposing one would cost a copy of it.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2).
+      teacher_soft_cap: the teacher's; None: the same. Hidden states divided by a
+        temperature want a cap divided by it.
       vocab_parallel: splits the vocabulary over `fsdp` as well as `tensor` and
         gathers hidden states, instead of splitting tokens over `fsdp` and gathering
         the unembedding.
@@ -239,6 +243,7 @@ def head_loss(
         vocab_size or num_columns,
         vocab_first,
         soft_cap,
+        soft_cap if teacher_soft_cap is None else teacher_soft_cap,
         layout,
     )
     return _weighted_sum(
@@ -355,11 +360,11 @@ def compact_teacher(
     axes = ("vocab", "activation") if vocab_first else ("activation", "vocab")
     kernel = constrain(unembedding_ExV.astype(hidden_TxE.dtype), *axes)
     sizes = (chunk_size, chunk_size, num_columns, vocab_size)
-    columns = _Columns(kernel, _Options(*sizes, vocab_first, soft_cap, Layout()))
+    columns = _Columns(kernel, _Options(*sizes, vocab_first, None, soft_cap, Layout()))
 
     def of_chunk(chunk):
         hidden_CxE, targets_C = chunk
-        logits_VxC = columns.logits(kernel, hidden_CxE, start=0)[:vocab_size]
+        logits_VxC = columns.logits(kernel, hidden_CxE, 0, soft_cap)[:vocab_size]
         logps_VxC = jax.nn.log_softmax(logits_VxC / temperature, axis=0)
         _, top_CxK = jax.lax.top_k(logits_VxC.T, top_k)
         ids_MxC = jnp.concatenate([top_CxK.T, targets_C[None]])
@@ -604,16 +609,15 @@ def _chunk(
 ):
     """Value, statistics and, if wanted, the logits' gradient of one chunk of tokens."""
 
-    def logits(kernel, hidden_CxD, start):
-        if hidden_CxD is None:
-            return None
-        return columns.logits(kernel, hidden_CxD, start)
-
     def tile(start):
-        student_VxC = logits(kernel, hidden_CxD, start)
+        student_VxC = columns.logits(kernel, hidden_CxD, start, options.soft_cap)
         if columns.has_tail:
             return student_VxC, columns.spread(compact, start)
-        return student_VxC, logits(teacher_kernel, teacher_hidden_CxE, start)
+        if teacher_hidden_CxE is None:
+            return student_VxC, None
+        cap = options.teacher_soft_cap
+        teacher = teacher_kernel, teacher_hidden_CxE
+        return student_VxC, columns.logits(*teacher, start, cap)
 
     if columns.num_tiles == 1:
         both_VxC = tile(0)
@@ -807,7 +811,6 @@ class _Columns:
         self.num_tiles = math.ceil(self.num_local / self.tile)
         self.vocab_size = options.vocab_size
         self.padded = options.vocab_size < self.num_local * _axes_size(self.axes)
-        self.soft_cap = options.soft_cap
         self.has_tail = has_tail
         self.equation = ("vd" if options.vocab_first else "dv") + ",cd->vc"
 
@@ -815,15 +818,15 @@ class _Columns:
         """Token ids of `size` columns from the local column `start`, `[size, 1]`."""
         return (self.offset + start + jnp.arange(size or self.num_local))[:, None]
 
-    def logits(self, kernel, hidden_CxD, start) -> jax.Array:
+    def logits(self, kernel, hidden_CxD, start, soft_cap) -> jax.Array:
         """Float32 logits of the tile at `start`, padding masked."""
         if self.num_tiles > 1:
             kernel = jax.lax.dynamic_slice_in_dim(
                 kernel, start, self.tile, self.vocab_dimension
             )
         logits_VxC = _product(self.equation, kernel, hidden_CxD)
-        if self.soft_cap is not None:
-            logits_VxC = self.soft_cap * jnp.tanh(logits_VxC / self.soft_cap)
+        if soft_cap is not None:
+            logits_VxC = soft_cap * jnp.tanh(logits_VxC / soft_cap)
         if self.padded:
             is_real_Vx1 = self.ids(start, self.tile) < self.vocab_size
             logits_VxC = jnp.where(is_real_Vx1, logits_VxC, _MASKED)

@@ -128,7 +128,14 @@ class Collective:
 class Module:
     """A compiled module, from `jax.stages.Compiled.as_text()`."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, branch_shares: tuple[float, ...] = (1.0, 1.0)):
+        """
+        Args:
+          text: of the module.
+          branch_shares: how much of the time each branch of a conditional is taken, that
+            of false first; the module does not say.
+        """
+        self.branch_shares = branch_shares
         self.computations: dict[str, dict[str, Instruction]] = {}
         instructions = None
         for line in text.splitlines():
@@ -260,7 +267,7 @@ class Module:
                 yield name, inner
                 yield from self._inside(inner)
 
-    def executions(self, name: str) -> int:
+    def executions(self, name: str) -> float:
         """How often instructions run whose name begins like this, as kernels have."""
         return sum(
             times
@@ -284,7 +291,11 @@ class Module:
                 if instruction.opcode == "while":
                     body = instruction.attribute(r"body=%([^\s,]+)")
                     waiting.append((body, times * self._trip_count(instruction)))
-                elif instruction.opcode in ("call", "async-start", "conditional") or (
+                elif instruction.opcode == "conditional":
+                    branches = _branches(instruction)
+                    for branch, share in zip(branches, self.branch_shares, strict=True):
+                        waiting.append((branch, times * share))
+                elif instruction.opcode in ("call", "async-start") or (
                     into_fusions and instruction.opcode == "fusion"
                 ):
                     for called in _called(instruction):
@@ -365,6 +376,15 @@ def _called(instruction: Instruction) -> list[str]:
     pattern = r"(?:calls|to_apply|called_computations|branch_computations)="
     names = re.search(pattern + r"\{?((?:%[^\s,}]+(?:, )?)+)", instruction.attributes)
     return re.findall(r"%([^\s,}]+)", names[1]) if names else []
+
+
+def _branches(conditional: Instruction) -> list[str]:
+    """Of a predicate's two, that of false first, as those of an index are."""
+    names = [
+        conditional.attribute(rf"{kind}_computation=%([^\s,}}]+)")
+        for kind in ("false", "true")
+    ]
+    return names if all(names) else _called(conditional)
 
 
 def _product_flops(instruction: Instruction, computation) -> int:

@@ -1,4 +1,4 @@
-"""The decoder of the Llama and Qwen2 families, and the only file that imports flax.
+"""The decoder of the Llama, Qwen and Gemma families; alone in importing flax.
 
 NNX describes the network; the rest of the package sees a `graphdef` and plain nested
 dicts of arrays, so teacher and student are two such dicts under one graphdef. The
@@ -14,6 +14,7 @@ Shape suffixes:
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -49,10 +50,21 @@ class ModelConfig:
     """Everything that determines the function a checkpoint computes.
 
     Attributes:
-      family: "llama", "mistral" or "qwen2": the `model_type` written on export.
+      family: "llama", "mistral", "qwen2", "qwen3", "gemma2" or "gemma3_text": the
+        `model_type` written on export.
       max_positions: the longest context the weights were trained for, in tokens.
       sliding_window: how many tokens back attention reaches, or None for all.
+      global_layers: layers that reach all tokens although there is a window. The others
+        are called local.
+      local_rope_theta: of the local layers, which scale nothing; None: as the others.
       qkv_bias: biases on the query, key and value projections (Qwen2).
+      qk_norm: queries and keys are normed, head by head, before RoPE (Qwen3, Gemma 3).
+      post_norms: what attention and the MLP give is normed before it is added (Gemma).
+      activation: of the MLP's gate, "silu" or "gelu_tanh".
+      scale_embeddings: embeddings are multiplied by `sqrt(hidden_size)` (Gemma).
+      query_scale: scores are divided by its square root; None: `head_size`.
+      attention_soft_cap: scores become `cap * tanh(scores / cap)` (Gemma 2).
+      final_soft_cap: logits become `cap * tanh(logits / cap)` (Gemma 2).
     """
 
     family: str
@@ -67,9 +79,26 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: Llama3RopeScaling | LinearRopeScaling | None = None
     sliding_window: int | None = None
+    global_layers: tuple[int, ...] = ()
+    local_rope_theta: float | None = None
     norm_epsilon: float = 1e-5
     qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    activation: str = "silu"
+    scale_embeddings: bool = False
+    query_scale: float | None = None
+    attention_soft_cap: float | None = None
+    final_soft_cap: float | None = None
     tie_embeddings: bool = False
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer, how many tokens back it reaches, or None for all."""
+        return tuple(
+            None if layer in self.global_layers else self.sliding_window
+            for layer in range(self.num_layers)
+        )
 
 
 LORA_TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
@@ -109,6 +138,11 @@ class Lora:
     def scale(self) -> float:
         return self.alpha / self.rank
 
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 REMAT_POLICIES = {
     "none": None,
@@ -164,7 +198,7 @@ class Adapter(nnx.Param):
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention and SwiGLU, each with a residual connection.
+    """Pre-norm attention and gated MLP, each with a residual connection.
 
     The caller runs attention between `project_heads` and `finish`, over the row in
     training and over a cache in decoding.
@@ -197,6 +231,12 @@ class Layer(nnx.Module):
             self.query_bias = nnx.Param(jnp.zeros(heads))
             self.key_bias = nnx.Param(jnp.zeros(kv_heads))
             self.value_bias = nnx.Param(jnp.zeros(kv_heads))
+        if config.qk_norm:
+            self.query_norm = nnx.Param(jnp.ones(config.head_size))
+            self.key_norm = nnx.Param(jnp.ones(config.head_size))
+        if config.post_norms:
+            self.post_attention_norm = nnx.Param(jnp.ones(d))
+            self.post_mlp_norm = nnx.Param(jnp.ones(d))
         self.mlp_norm = nnx.Param(jnp.ones(d))
         self.gate = kernel(d, f)
         self.up = kernel(d, f)
@@ -222,21 +262,31 @@ class Layer(nnx.Module):
         query = heads("query", config.num_heads, "heads")
         key = heads("key", config.num_kv_heads, "kv_heads")
         value = heads("value", config.num_kv_heads, "kv_heads")
+        if config.qk_norm:
+            query = rms_norm(query, self.query_norm[...], config.norm_epsilon)
+            key = rms_norm(key, self.key_norm[...], config.norm_epsilon)
         return rotate(query, angles_BxLxK2), rotate(key, angles_BxLxK2), value
 
     def finish(self, x_BxLxD, mixed_BxLxHxK):
         """The layer's output from its input and what attention mixed."""
         mixed_TxHK = mixed_BxLxHxK.reshape(-1, self.output.shape[0])
-        x = x_BxLxD + self._project("output", mixed_TxHK).reshape(x_BxLxD.shape)
+        branch_TxD = self._project("output", mixed_TxHK)
+        if self.config.post_norms:
+            branch_TxD = self._flat_norm(branch_TxD, self.post_attention_norm)
+        x = x_BxLxD + branch_TxD.reshape(x_BxLxD.shape)
         x = constrain(x, "batch", "length", "activation")
         x = x + self._mlp(x)
         return constrain(x, "batch", "length", "activation")
 
     def _mlp(self, x_BxLxD):
         x_TxD = self._flat_norm(x_BxLxD, self.mlp_norm)
-        gate_TxF = jax.nn.silu(self._project("gate", x_TxD))
+        activation = ACTIVATIONS[self.config.activation]
+        gate_TxF = activation(self._project("gate", x_TxD))
         up_TxF = self._project("up", x_TxD)
-        return self._project("down", gate_TxF * up_TxF).reshape(x_BxLxD.shape)
+        branch_TxD = self._project("down", gate_TxF * up_TxF)
+        if self.config.post_norms:
+            branch_TxD = self._flat_norm(branch_TxD, self.post_mlp_norm)
+        return branch_TxD.reshape(x_BxLxD.shape)
 
     def _project(self, name, x_TxI):
         """The product with a kernel, plus its adapter's and its bias, if it has them."""
@@ -253,10 +303,10 @@ class Layer(nnx.Module):
             y_TxO = y_TxO + param("_bias")[None]
         return checkpoint_name(y_TxO, "projection")
 
-    def _flat_norm(self, x_BxLxD, scale):
+    def _flat_norm(self, x, scale):
         """Norm, then one row per token: XLA on CPU runs 2-D products 1.5-3x faster."""
-        normed = rms_norm(x_BxLxD, scale[...], self.config.norm_epsilon)
-        return normed.reshape(-1, x_BxLxD.shape[-1])
+        normed = rms_norm(x, scale[...], self.config.norm_epsilon)
+        return normed.reshape(-1, x.shape[-1])
 
 
 class Decoder(nnx.Module):
@@ -288,64 +338,104 @@ class Decoder(nnx.Module):
             )
 
     def __call__(self, tokens_BxL, positions_BxL, segment_ids_BxL):
-        x_BxLxD, angles_BxLxK2 = self._embed(tokens_BxL, positions_BxL)
+        x_BxLxD = self._embed(tokens_BxL)
+        angles_of = self._angles(positions_BxL)
         layer_graphdef, *layer_params = nnx.split(self.layers, Adapter, ...)
 
-        def run(x_BxLxD, params):
+        def run(x_BxLxD, layer_input):
+            is_local, params = layer_input
             # Without barriers XLA casts the parameters of all layers at once, ahead of
             # the loop, and keeps the copies. Adapters have their own, because all that
             # passes one barrier is differentiated if any of it is.
             layer = nnx.merge(
                 layer_graphdef, *map(jax.lax.optimization_barrier, params)
             )
-            query, key, value = layer.project_heads(x_BxLxD, angles_BxLxK2)
-            mixed_BxLxHxK = attend(
-                query, key, value, segment_ids_BxL, self.config.sliding_window
+            operands = (
+                *layer.project_heads(x_BxLxD, angles_of(is_local)),
+                segment_ids_BxL,
             )
+            mixed_BxLxHxK = self._mix(attend, is_local, *operands)
             return layer.finish(x_BxLxD, mixed_BxLxHxK), None
 
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
             run = jax.checkpoint(run, policy=policy, prevent_cse=False)
-        x_BxLxD, _ = jax.lax.scan(run, x_BxLxD, layer_params)
+        x_BxLxD, _ = jax.lax.scan(run, x_BxLxD, (self._is_local(), layer_params))
         return rms_norm(x_BxLxD, self.final_norm[...], self.config.norm_epsilon)
 
     def decode(self, cache: Cache, tokens_BxL, positions_BxL):
         """See `make_decode`."""
-        x_BxLxD, angles_BxLxK2 = self._embed(tokens_BxL, positions_BxL)
+        x_BxLxD = self._embed(tokens_BxL)
+        angles_of = self._angles(positions_BxL)
         layer_graphdef, layer_params = nnx.split(self.layers)
 
-        def run(carry, indexed_params):
+        def run(carry, layer_input):
             x_BxLxD, cache = carry
-            index, params = indexed_params
+            index, is_local, params = layer_input
             layer = nnx.merge(layer_graphdef, params)
-            query, key, value = layer.project_heads(x_BxLxD, angles_BxLxK2)
+            query, key, value = layer.project_heads(x_BxLxD, angles_of(is_local))
             cache = {
                 "key": _write(cache["key"], index, positions_BxL, key),
                 "value": _write(cache["value"], index, positions_BxL, value),
             }
-            mixed_BxLxHxK = attend_to_cache(
-                query,
-                cache["key"][:, index],
-                cache["value"][:, index],
-                positions_BxL,
-                self.config.sliding_window,
-            )
+            seen = cache["key"][:, index], cache["value"][:, index]
+            operands = query, *seen, positions_BxL
+            mixed_BxLxHxK = self._mix(attend_to_cache, is_local, *operands)
             return (layer.finish(x_BxLxD, mixed_BxLxHxK), cache), None
 
         # The cache is carried, not scanned over, and so written in place.
         indices_N = jnp.arange(self.config.num_layers)
         (x_BxLxD, cache), _ = jax.lax.scan(
-            run, (x_BxLxD, cache), (indices_N, layer_params)
+            run, (x_BxLxD, cache), (indices_N, self._is_local(), layer_params)
         )
         return rms_norm(x_BxLxD, self.final_norm[...], self.config.norm_epsilon), cache
 
-    def _embed(self, tokens_BxL, positions_BxL):
-        """The first layer's input, and by how much RoPE turns at each position."""
+    def _embed(self, tokens_BxL):
+        """The first layer's input."""
         x_BxLxD = self.embedding[...].astype(self.dtype)[tokens_BxL]
-        frequencies_K2 = rope_frequencies(self.config)
-        angles_BxLxK2 = positions_BxL[:, :, None] * frequencies_K2[None, None, :]
-        return constrain(x_BxLxD, "batch", "length", "activation"), angles_BxLxK2
+        if self.config.scale_embeddings:
+            # Rounded first, as the models were trained.
+            x_BxLxD *= jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
+        return constrain(x_BxLxD, "batch", "length", "activation")
+
+    def _is_local(self):
+        """Which layers have the window, `[N]`."""
+        return jnp.array([window is not None for window in self.config.windows])
+
+    def _angles(self, positions_BxL):
+        """`is_local -> [B, L, K/2]`: by how much RoPE turns at each position there."""
+
+        def angles(config):
+            frequencies_K2 = rope_frequencies(config)
+            return positions_BxL[:, :, None] * frequencies_K2[None, None, :]
+
+        theta = self.config.local_rope_theta
+        of_global = angles(self.config)
+        if theta is None:
+            return lambda is_local: of_global
+        of_local = angles(
+            dataclasses.replace(self.config, rope_theta=theta, rope_scaling=None)
+        )
+        return lambda is_local: jnp.where(is_local, of_local, of_global)
+
+    def _mix(self, attention, is_local, *operands):
+        """What `attention` makes of the operands within the layer's window."""
+        config = self.config
+
+        def within(window):
+            return functools.partial(
+                attention,
+                sliding_window=window,
+                query_scale=config.query_scale,
+                soft_cap=config.attention_soft_cap,
+            )
+
+        kinds = set(config.windows)
+        if len(kinds) == 1:
+            return within(kinds.pop())(*operands)
+        # A program for each kind, because a TPU kernel's mask is part of it.
+        local, everywhere = within(config.sliding_window), within(None)
+        return jax.lax.cond(is_local, local, everywhere, *operands)
 
 
 def make_forward(
@@ -449,18 +539,26 @@ def unembedding_alone(params: Params) -> Params:
     return {name: params[name]}
 
 
-def logits(params: Params, hidden: jax.Array) -> jax.Array:
+def logits(
+    params: Params, hidden: jax.Array, soft_cap: float | None = None
+) -> jax.Array:
     """`[..., D]` to dense `[..., V]`, for few tokens; training never does this.
 
     At least float32, whatever the hidden states are: bfloat16 would make ties of what
     the largest logits differ by.
+
+    Args:
+      params: the network's.
+      hidden: last hidden states.
+      soft_cap: the config's `final_soft_cap`.
     """
     matrix, vocab_first = unembedding(params)
-    return jnp.matmul(
+    uncapped = jnp.matmul(
         hidden,
         (matrix.T if vocab_first else matrix).astype(hidden.dtype),
         preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
     )
+    return uncapped if soft_cap is None else soft_cap * jnp.tanh(uncapped / soft_cap)
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32) -> Params:
@@ -499,6 +597,11 @@ def param_axes(config: ModelConfig) -> Params:
             "key_bias": ("layers", "kv_heads"),
             "value_bias": ("layers", "kv_heads"),
         }
+    if config.qk_norm:
+        axes["layers"] |= dict.fromkeys(("query_norm", "key_norm"), ("layers", None))
+    if config.post_norms:
+        names = ("post_attention_norm", "post_mlp_norm")
+        axes["layers"] |= dict.fromkeys(names, ("layers", None))
     if not config.tie_embeddings:
         axes["unembedding"] = ("hidden", "vocab")
     return axes

@@ -78,6 +78,7 @@ class Phase:
             "block_size": head.block_size or None,
             "vocab_tile": head.vocab_tile or None,
             "vocab_parallel": head.vocab_parallel,
+            "soft_cap": self.model_config.final_soft_cap,
         }
 
     @property

@@ -127,7 +127,7 @@ def count_flops(
 
     The student is passed once forwards and twice back, for activations and weights; with
     adapters, whose own products are left out, once back. Attention, `2 N H K (L + 1)` a
-    pass forwards, is twice that back.
+    pass forwards and less with a window, is twice that back.
 
     Args:
       model_config: the architecture.
@@ -142,9 +142,10 @@ def count_flops(
     heads = (c.num_heads + c.num_kv_heads) * c.head_size
     down = c.hidden_size * c.mlp_size
     layers = 2 * c.num_layers * (2 * c.hidden_size * heads + 3 * down)
-    window = min(c.sliding_window or row_length, row_length)
-    seen = window - window * (window - 1) / (2 * row_length)
-    attend = 4 * c.num_layers * c.num_heads * c.head_size * seen
+    windows = [min(window or row_length, row_length) for window in c.windows]
+    # Summed over the layers, of which each may have a window of its own.
+    seen = sum(w - w * (w - 1) / (2 * row_length) for w in windows)
+    attend = 4 * c.num_heads * c.head_size * seen
     head = 2 * c.hidden_size * c.vocab_size
     back = 1 if has_adapters else 2
     runs = frozen == "whole"
@@ -292,7 +293,9 @@ def make(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
     except DoesNotFit as refusal:
         memory = {"needed": refusal.needed, "available": refusal.available}
         return result | {"fits": False, "memory": memory}
-    module = hlo.Module(step.compiled.as_text())
+    windows = step.phase.model_config.windows
+    local = sum(window is not None for window in windows) / len(windows)
+    module = hlo.Module(step.compiled.as_text(), branch_shares=(1 - local, local))
     flops = _flops(step, module)
     collectives = _collectives(module, mesh, topology)
     return result | {
@@ -370,7 +373,9 @@ def _flops(step: Step, module: hlo.Module) -> dict[str, float]:
     rows_at_once = config.data.batch_size // config.optimizer.accumulation_steps
     done = sum(module.executions(name) * n for name, n in _KERNELS.items())
     if done:
-        pairs = attention.splash_pairs(row_length, model_config.sliding_window)
+        windows = model_config.windows
+        pairs = [attention.splash_pairs(row_length, window) for window in windows]
+        pairs = sum(pairs) / len(pairs)
         done *= 2 * model_config.num_heads * model_config.head_size * pairs
     return parts | {
         "model": counted.model * tokens,

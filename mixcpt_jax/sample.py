@@ -117,7 +117,7 @@ def make_generate(
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B)
 
         def next_tokens(hidden_BxD, step):
-            logits_BxV = model.logits(params, hidden_BxD)
+            logits_BxV = model.logits(params, hidden_BxD, config.final_soft_cap)
             is_token_V = jnp.arange(config.vocab_size) < vocab_size
             logits_BxV = jnp.where(is_token_V[None], logits_BxV, -jnp.inf)
             step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)

@@ -140,33 +140,39 @@ def make_train_step(
 Teacher = Callable[[model.Params, Batch], dict[str, Any]]
 
 
-def running_teacher(forward: model.Forward, temperature: float = 1.0) -> Teacher:
+def running_teacher(
+    forward: model.Forward, temperature: float = 1.0, soft_cap: float | None = None
+) -> Teacher:
     """Runs the frozen model.
 
     Args:
       forward: from `model.make_forward`.
       temperature: what the logits are divided by.
+      soft_cap: of the logits, before that.
     """
 
     def view(frozen_params, batch: Batch):
         hidden = _flatten(forward(frozen_params, *_inputs(batch)))
-        return _logits_from(hidden / temperature, frozen_params)
+        return _logits_from(hidden, frozen_params, temperature, soft_cap)
 
     return view
 
 
-def prepared_teacher(dtype: str, temperature: float = 1.0) -> Teacher:
+def prepared_teacher(
+    dtype: str, temperature: float = 1.0, soft_cap: float | None = None
+) -> Teacher:
     """Reads hidden states, `batch["teacher_hidden"]`: the bits of bfloat16, [B, L, E].
 
     Args:
       dtype: of the product with the frozen unembedding.
       temperature: what the logits are divided by.
+      soft_cap: of the logits, before that.
     """
 
     def view(frozen_params, batch: Batch):
         bits = _flatten(batch["teacher_hidden"])
         hidden = jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)
-        return _logits_from(hidden / temperature, frozen_params)
+        return _logits_from(hidden, frozen_params, temperature, soft_cap)
 
     return view
 
@@ -188,9 +194,21 @@ def compact_teacher() -> Teacher:
     return view
 
 
-def _logits_from(hidden_TxE: jax.Array, frozen_params: model.Params) -> dict[str, Any]:
+def _logits_from(
+    hidden_TxE: jax.Array,
+    frozen_params: model.Params,
+    temperature: float,
+    soft_cap: float | None,
+) -> dict[str, Any]:
     unembedding, _ = model.unembedding(frozen_params)
-    return {"teacher_hidden_TxE": hidden_TxE, "teacher_unembedding_ExV": unembedding}
+    view = {
+        "teacher_hidden_TxE": hidden_TxE / temperature,
+        "teacher_unembedding_ExV": unembedding,
+    }
+    if soft_cap is not None:
+        # cap tanh(t / cap) / temperature, with both numbers divided by it beforehand.
+        view["teacher_soft_cap"] = soft_cap / temperature
+    return view
 
 
 def token_objective(
@@ -354,7 +372,10 @@ def make_eval_step(
 
 
 def make_teacher_step(
-    forward: model.Forward, top_k: int = 0, temperature: float = 1.0
+    forward: model.Forward,
+    top_k: int = 0,
+    temperature: float = 1.0,
+    soft_cap: float | None = None,
 ) -> Callable[[model.Params, Batch], dict[str, jax.Array]]:
     """Builds `(params, batch) -> what a prepared teacher reads`, `[B, L, ...]` each.
 
@@ -363,6 +384,7 @@ def make_teacher_step(
       top_k: 0: hidden states, see `prepared_teacher`; else how many tokens are kept,
         see `compact_teacher`.
       temperature: what the logits are divided by; hidden states are left as they are.
+      soft_cap: of the logits, before that.
     """
 
     def teacher_step(params, batch: Batch):
@@ -375,6 +397,7 @@ def make_teacher_step(
                 _flatten(batch["targets"]),
                 top_k,
                 vocab_first=vocab_first,
+                soft_cap=soft_cap,
                 temperature=temperature,
             )
             arrays = {f"teacher_{k}": v for k, v in compact._asdict().items()}

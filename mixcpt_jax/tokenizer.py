@@ -34,7 +34,8 @@ from mixcpt_jax.errors import InputError
 # The day on which training conversations take place; Llama 3's templates say it too.
 _TODAY = datetime(2024, 7, 26)
 
-END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+# In this order: to Gemma, which has <eos>, </s> is a tag of HTML.
+END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
 
 _END_OF_TURN = "<|im_end|>"
 CHATML = (
@@ -162,16 +163,22 @@ class _SentencePieceModel:
         return self._model.encode(text)
 
     def encode_with_special(self, text: str) -> list[int]:
+        pattern, special = self._control
+        ids = []
+        for part in pattern.split(text):
+            ids += [special[part]] if part in special else self._model.encode(part)
+        return ids
+
+    @functools.cached_property
+    def _control(self) -> tuple[re.Pattern, dict[str, int]]:
+        """What finds the control tokens in a text, and their ids."""
         special = {
             self._model.id_to_piece(i): i
             for i in range(self.vocab_size)
             if self._model.is_control(i)
         }
         pattern = "|".join(map(re.escape, special)) or "(?!)"
-        ids = []
-        for part in re.split(f"({pattern})", text):
-            ids += [special[part]] if part in special else self._model.encode(part)
-        return ids
+        return re.compile(f"({pattern})"), special
 
     @functools.cached_property
     def _after_text(self) -> sentencepiece.SentencePieceProcessor:
@@ -800,6 +807,9 @@ def _gguf_sentencepiece(field, bos_id, eos_id, pad_id) -> _SentencePieceModel:
     tokens = field("ggml.tokens")
     columns = (tokens, field("ggml.scores"), field("ggml.token_type"))
     for token, score, kind in zip(*columns, strict=True):
+        if kind == gguf.TokenType.USER_DEFINED:
+            # Spelt as in texts; sentencepiece looks for them where spaces are marked.
+            token = token.replace(" ", "▁")
         # The two formats number the kinds of tokens alike.
         proto.pieces.add(piece=token, score=score, type=kind)
     trainer = proto.trainer_spec
@@ -811,6 +821,10 @@ def _gguf_sentencepiece(field, bos_id, eos_id, pad_id) -> _SentencePieceModel:
     )
     trainer.unk_id = field("ggml.unknown_token_id", 0)
     trainer.unk_piece = tokens[trainer.unk_id]
+    # Gemma's files call it a control token, and sentencepiece then knows of none.
+    proto.pieces[
+        trainer.unk_id
+    ].type = sentencepiece_model_pb2.ModelProto.SentencePiece.UNKNOWN
     if bos_id is not None:
         trainer.bos_piece = tokens[bos_id]
     if eos_id is not None:

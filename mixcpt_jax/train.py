@@ -323,13 +323,12 @@ def _teacher(phase: phase_lib.Phase, data: pipeline.Data) -> steps.Teacher | Non
     config, objective = phase.config, phase.config.objective
     if not _needs_teacher(config, data):
         return None
+    how = objective.teacher_temperature, phase.model_config.final_soft_cap
     if not _reads_teacher(config, data):
-        return steps.running_teacher(phase.forward(), objective.teacher_temperature)
+        return steps.running_teacher(phase.forward(), *how)
     if objective.teacher_top_k:
         return steps.compact_teacher()
-    return steps.prepared_teacher(
-        config.model.compute_dtype, objective.teacher_temperature
-    )
+    return steps.prepared_teacher(config.model.compute_dtype, *how)
 
 
 def frozen_passes(config: ml_collections.ConfigDict, data: pipeline.Data) -> str:

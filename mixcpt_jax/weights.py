@@ -6,7 +6,8 @@ read. Then each device's shard is read on its own, so the host never holds more 
 one shard of one parameter.
 
 Hugging Face stores projections as [out, in] and one tensor per layer; ours are
-[in, out] and stacked over layers on the first axis.
+[in, out] and stacked over layers on the first axis. Gemma's norms multiply by 1 + what
+is stored; ours by what they hold, as llama.cpp's.
 """
 
 import collections
@@ -49,11 +50,20 @@ _TENSORS = {
     "layers/query_bias": "model.layers.{}.self_attn.q_proj.bias",
     "layers/key_bias": "model.layers.{}.self_attn.k_proj.bias",
     "layers/value_bias": "model.layers.{}.self_attn.v_proj.bias",
+    "layers/query_norm": "model.layers.{}.self_attn.q_norm.weight",
+    "layers/key_norm": "model.layers.{}.self_attn.k_norm.weight",
     "layers/output": "model.layers.{}.self_attn.o_proj.weight",
     "layers/mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
     "layers/gate": "model.layers.{}.mlp.gate_proj.weight",
     "layers/up": "model.layers.{}.mlp.up_proj.weight",
     "layers/down": "model.layers.{}.mlp.down_proj.weight",
+}
+
+# Where Gemma's names differ.
+_GEMMA_TENSORS = {
+    "layers/post_attention_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/mlp_norm": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "layers/post_mlp_norm": "model.layers.{}.post_feedforward_layernorm.weight",
 }
 
 _GGUF_TENSORS = {
@@ -64,9 +74,13 @@ _GGUF_TENSORS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
     "ffn_gate": "mlp.gate_proj",
+    "ffn_norm": "post_attention_layernorm",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
@@ -75,15 +89,36 @@ _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
 
-# Settings of config.json that change the function, and the one value we compute.
+# GGUF's name of an architecture -> the family.
+_GGUF_FAMILIES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+}
+
+_GEMMA = ("gemma2", "gemma3_text")
+
+# Settings of config.json that change the function, and the one value that is computed.
 _FIXED = {
-    "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "use_bidirectional_attention": False,
+}
+_FIXED_OF = {
+    "gemma2": {"hidden_activation": "gelu_pytorch_tanh"},
+    "gemma3_text": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": None,
+    },
 }
 
 # Without it nobody takes a folder for a model.
@@ -104,9 +139,9 @@ def read_model_config(path: str) -> ModelConfig:
     """Reads a checkpoint's architecture.
 
     Args:
-      path: a Hugging Face folder (its `config.json`, of model type llama, mistral or
-        qwen2), a `.json` file like that one, or a `.gguf` file (of architecture llama or
-        qwen2).
+      path: a Hugging Face folder (its `config.json`, of model type llama, mistral,
+        qwen2, qwen3, gemma2 or gemma3_text), a `.json` file like that one, or a `.gguf`
+        file (of architecture llama, qwen2, qwen3, gemma2 or gemma3).
 
     Raises:
       InputError: the file is missing or damaged, or describes a network that `model.py`
@@ -133,15 +168,16 @@ def load_params(path: str, abstract_params: Params) -> Params:
       InputError: a file is missing or damaged, or a tensor is missing, left over or
         misshapen; names the tensor and the file.
     """
+    family = read_model_config(path).family
     if path.endswith(".gguf"):
         tensors = _open_gguf(paths.require_file(path))
     else:
-        tensors = _open_safetensors(paths.resolve(path))
-    _check_tensors(path, tensors, abstract_params)
+        tensors = _open_safetensors(paths.resolve(path), family)
+    _check_tensors(path, tensors, abstract_params, family)
 
     def load(key_path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         key = _key(key_path)
-        sources = [tensors[name] for name in _tensor_names(key, leaf.shape)]
+        sources = [tensors[name] for name in _tensor_names(key, leaf.shape, family)]
 
         def read(index: Index, shape: tuple[int, ...]) -> np.ndarray:
             shard = np.empty(shape, leaf.dtype)
@@ -193,7 +229,7 @@ def save_pretrained(
     """
     target = paths.resolve(folder)
     _check_replaceable(target)
-    tensors = _hf_tensors(params, dtype)
+    tensors = _hf_tensors(params, config.family, dtype)
     if jax.process_index() != 0:
         for _ in tensors:  # Takes part in gathering them.
             pass
@@ -249,9 +285,14 @@ def _is_transposed(key: str) -> bool:
     return key != "embedding"
 
 
-def _tensor_names(key: str, shape: tuple[int, ...]) -> list[str]:
+def _norm_offset(name: str, family: str) -> int:
+    """What a norm multiplies by more than its Hugging Face tensor holds."""
+    return int(name.endswith("norm.weight") and family in _GEMMA)
+
+
+def _tensor_names(key: str, shape: tuple[int, ...], family: str) -> list[str]:
     """The Hugging Face tensors that make up one of our parameters."""
-    name = _TENSORS[key]
+    name = (_TENSORS | (_GEMMA_TENSORS if family in _GEMMA else {}))[key]
     return [name.format(i) for i in range(shape[0])] if _is_stacked(key) else [name]
 
 
@@ -277,7 +318,7 @@ def _make_array(
 
 
 def _check_tensors(
-    path: str, tensors: dict[str, _Tensor], abstract_params: Params
+    path: str, tensors: dict[str, _Tensor], abstract_params: Params, family: str
 ) -> None:
     """Compares headers with what is wanted, before any weight is read."""
     wanted = {}
@@ -286,7 +327,7 @@ def _check_tensors(
         shape = leaf.shape[1:] if _is_stacked(key) else leaf.shape
         if _is_transposed(key):
             shape = shape[::-1]
-        wanted |= dict.fromkeys(_tensor_names(key, leaf.shape), shape)
+        wanted |= dict.fromkeys(_tensor_names(key, leaf.shape, family), shape)
     for name, shape in wanted.items():
         if name not in tensors:
             raise InputError(
@@ -308,7 +349,7 @@ def _check_tensors(
             )
 
 
-def _open_safetensors(folder: epath.Path) -> dict[str, _Tensor]:
+def _open_safetensors(folder: epath.Path, family: str) -> dict[str, _Tensor]:
     tensors = {}
     for file in _safetensors_files(folder):
         try:
@@ -327,10 +368,14 @@ def _open_safetensors(folder: epath.Path) -> dict[str, _Tensor]:
                     f"{file}: tensor {name} is {view.get_dtype()}; quantised weights "
                     "are read from GGUF files only"
                 )
-            tensors[name] = _Tensor(
-                str(file), tuple(view.get_shape()), view.__getitem__
-            )
+            read = functools.partial(_read_view, view, _norm_offset(name, family))
+            tensors[name] = _Tensor(str(file), tuple(view.get_shape()), read)
     return tensors
+
+
+def _read_view(view: Any, offset: int, index: Index) -> np.ndarray:
+    """Part of a safetensors file's tensor; a sum is float32."""
+    return np.float32(view[index]) + offset if offset else view[index]
 
 
 def _safetensors_files(folder: epath.Path) -> list[epath.Path]:
@@ -363,7 +408,7 @@ def _open_gguf(file: epath.Path) -> dict[str, _Tensor]:
     for tensor in reader.tensors:
         if tensor.name == "rope_freqs.weight":
             continue  # Part of the config.
-        name = _gguf_to_hf_name(tensor.name)
+        name = _gguf_to_hf_name(tensor.name, config.family)
         shape = tuple(int(size) for size in reversed(tensor.shape))
         interleaved_heads = None
         if config.family == "llama" and ".q_proj." in name:
@@ -375,12 +420,15 @@ def _open_gguf(file: epath.Path) -> dict[str, _Tensor]:
     return tensors
 
 
-def _gguf_to_hf_name(name: str) -> str:
+def _gguf_to_hf_name(name: str, family: str) -> str:
+    names = dict(_GGUF_TENSORS)
+    if family in _GEMMA:
+        names["ffn_norm"] = "pre_feedforward_layernorm"
     match name.split("."):
-        case ["blk", layer, part, kind] if part in _GGUF_TENSORS:
-            return f"model.layers.{layer}.{_GGUF_TENSORS[part]}.{kind}"
-        case [part, kind] if part in _GGUF_TENSORS:
-            return f"{_GGUF_TENSORS[part]}.{kind}"
+        case ["blk", layer, part, kind] if part in names:
+            return f"model.layers.{layer}.{names[part]}.{kind}"
+        case [part, kind] if part in names:
+            return f"{names[part]}.{kind}"
     return name
 
 
@@ -422,33 +470,93 @@ def _config_from_hf(file: epath.Path) -> ModelConfig:
     except ValueError as error:
         raise InputError(f"{file}: not JSON ({error})") from error
     family = raw.get("model_type")
+    if family == "gemma3":
+        raise InputError(
+            f"{file}: model_type is 'gemma3', which reads images too; supported is its "
+            "text model by itself: save that (Gemma3ForCausalLM, gemma3_text)"
+        )
     if family not in _ARCHITECTURES:
         raise _unsupported(file, "model_type", family, ", ".join(_ARCHITECTURES))
-    for key, supported in _FIXED.items():
-        if raw.get(key, supported) != supported:
+    fixed = _FIXED | _FIXED_OF.get(family, {"hidden_act": "silu"})
+    for key, supported in fixed.items():
+        # Null counts as absent, as in transformers.
+        if raw.get(key) not in (None, supported):
             raise _unsupported(file, key, raw[key], supported)
     number = functools.partial(_number, raw, file)
     hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
-    # Transformers 5 gathers everything about RoPE under a new name.
+    num_layers = number("num_hidden_layers")
+    head_size = number("head_dim", _head_size(family, hidden_size, num_heads))
+    # Transformers 5 gathers everything about RoPE under a new name, and by kinds of
+    # layers where they differ.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = _number(rope, file, "rope_theta", number("rope_theta", 10000.0))
+    local_rope = rope.get("sliding_attention") or {}
+    rope = rope.get("full_attention") or rope
+    default_theta = 1e6 if family == "gemma3_text" else 1e4
+    theta = _number(rope, file, "rope_theta", number("rope_theta", default_theta))
+    if _rope_scaling_from_hf(local_rope, file) is not None:
+        kind = local_rope["rope_type"]
+        raise _unsupported(file, "rope_type of local layers", kind, "default")
+    window, global_layers = _windows_from_hf(raw, file, num_layers)
+    settings = {}
+    if family == "gemma3_text" and window is not None:
+        local_theta = number("rope_local_base_freq", 1e4)
+        settings["local_rope_theta"] = _number(
+            local_rope, file, "rope_theta", local_theta
+        )
+    if family in _GEMMA:
+        query_scale = number("query_pre_attn_scalar", 256)
+        settings["query_scale"] = None if query_scale == head_size else query_scale
+        # Absent they have defaults in Gemma 2; null there are none.
+        for name, key, default in (
+            ("attention_soft_cap", "attn_logit_softcapping", 50.0),
+            ("final_soft_cap", "final_logit_softcapping", 30.0),
+        ):
+            cap = raw.get(key, default if family == "gemma2" else None)
+            settings[name] = None if cap is None else _number({key: cap}, file, key)
     return ModelConfig(
         family=family,
         vocab_size=number("vocab_size"),
         hidden_size=hidden_size,
         mlp_size=number("intermediate_size"),
-        num_layers=number("num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=number("num_key_value_heads", num_heads),
-        head_size=number("head_dim", hidden_size // num_heads),
+        head_size=head_size,
         max_positions=number("max_position_embeddings"),
         rope_theta=theta,
         rope_scaling=_rope_scaling_from_hf(rope, file),
-        sliding_window=_sliding_window_from_hf(raw, file),
+        sliding_window=window,
+        global_layers=global_layers,
         norm_epsilon=number("rms_norm_eps", 1e-6),
-        qkv_bias=family == "qwen2",
-        tie_embeddings=raw.get("tie_word_embeddings", False),
+        tie_embeddings=raw.get("tie_word_embeddings", family in _GEMMA),
+        **_implied(family),
+        **settings,
     )
+
+
+def _implied(family: str) -> dict[str, Any]:
+    """What a family's network has and its files do not say."""
+    gemma = {"post_norms": True, "activation": "gelu_tanh", "scale_embeddings": True}
+    match family:
+        case "qwen2":
+            return {"qkv_bias": True}
+        case "qwen3":
+            return {"qk_norm": True}
+        case "gemma2":
+            return gemma
+        case "gemma3_text":
+            return gemma | {"qk_norm": True}
+    return {}
+
+
+def _head_size(family: str, hidden_size: int, num_heads: int) -> int:
+    """What the head size is where a file does not say it."""
+    match family:
+        case "qwen3":
+            return 128
+        case "gemma2" | "gemma3_text":
+            return 256
+    return hidden_size // num_heads
 
 
 def _rope_scaling_from_hf(
@@ -471,24 +579,37 @@ def _rope_scaling_from_hf(
     raise _unsupported(file, "rope_type", kind, "default, linear, llama3")
 
 
-def _sliding_window_from_hf(raw: dict[str, Any], file: epath.Path) -> int | None:
+def _windows_from_hf(
+    raw: dict[str, Any], file: epath.Path, num_layers: int
+) -> tuple[int | None, tuple[int, ...]]:
+    """The sliding window, and the layers that do not have it."""
+    layers = range(num_layers)
     match raw["model_type"]:
+        case "llama":
+            return None, ()
         case "mistral":
-            return raw.get("sliding_window", 4096)
-        case "qwen2" if raw.get("use_sliding_window", False):
-            # Layers from `max_window_layers` on have the window; ours are all alike.
-            full_layers = raw.get("max_window_layers", 28)
-            if full_layers >= raw["num_hidden_layers"]:
-                return None
-            if full_layers > 0:
-                raise _unsupported(
-                    file,
-                    "max_window_layers",
-                    full_layers,
-                    "0, num_hidden_layers, or use_sliding_window false",
-                )
-            return raw.get("sliding_window", 4096)
-    return None
+            return raw.get("sliding_window", 4096), ()
+        case "qwen2" | "qwen3":
+            if not raw.get("use_sliding_window", False):
+                return None, ()
+            local = [i >= raw.get("max_window_layers", 28) for i in layers]
+        case "gemma2":
+            local = [i % 2 == 0 for i in layers]
+        case "gemma3_text":
+            period = _number(raw, file, "sliding_window_pattern", 6)
+            local = [(i + 1) % period != 0 for i in layers]
+    if (kinds := raw.get("layer_types")) is not None:
+        known = ("full_attention", "sliding_attention")
+        if [kind for kind in kinds if kind in known] != kinds or len(kinds) != len(
+            layers
+        ):
+            wanted = f"{num_layers} of {', '.join(known)}"
+            raise _unsupported(file, "layer_types", kinds, wanted)
+        local = [kind == known[1] for kind in kinds]
+    if raw.get("sliding_window", 4096) is None or not any(local):
+        return None, ()
+    window = _number(raw, file, "sliding_window", 4096)
+    return window, tuple(i for i in layers if not local[i])
 
 
 def _config_to_hf(
@@ -507,6 +628,7 @@ def _config_to_hf(
                 "high_freq_factor": high,
                 "original_max_position_embeddings": original,
             }
+    activation = _FIXED_OF.get(config.family, {}).get("hidden_activation", "silu")
     raw = {
         "architectures": [_ARCHITECTURES[config.family]],
         "model_type": config.family,
@@ -517,7 +639,7 @@ def _config_to_hf(
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,
-        "hidden_act": "silu",
+        "hidden_act": activation,
         "max_position_embeddings": config.max_positions,
         # Transformers 5 reads this older spelling of RoPE's settings too.
         "rope_theta": config.rope_theta,
@@ -527,9 +649,23 @@ def _config_to_hf(
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": dtype,
     }
-    if config.family == "qwen2":
+    if config.family not in ("llama", "mistral"):
+        raw["layer_types"] = [
+            "full_attention" if window is None else "sliding_attention"
+            for window in config.windows
+        ]
+    if config.family in ("qwen2", "qwen3"):
         raw["use_sliding_window"] = config.sliding_window is not None
-        raw["max_window_layers"] = 0
+        raw["max_window_layers"] = len(config.global_layers)
+    if config.family in _GEMMA:
+        raw |= {
+            "hidden_activation": activation,
+            "query_pre_attn_scalar": config.query_scale or config.head_size,
+            "attn_logit_softcapping": config.attention_soft_cap,
+            "final_logit_softcapping": config.final_soft_cap,
+        }
+    if config.local_rope_theta is not None:
+        raw["rope_local_base_freq"] = config.local_rope_theta
     if tokenizer is not None:
         raw["bos_token_id"] = tokenizer.bos_id
         raw["eos_token_id"] = tokenizer.eos_id
@@ -542,14 +678,17 @@ def _config_from_gguf(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
         for name, field in reader.fields.items()
         if not name.startswith("tokenizer.")
     }
-    family = fields["general.architecture"]
-    if family not in ("llama", "qwen2"):
-        raise _unsupported(file, "general.architecture", family, "llama, qwen2")
-    if fields.get(f"{family}.expert_count"):
-        raise _unsupported(file, "expert_count", fields[f"{family}.expert_count"], 0)
+    name = fields["general.architecture"]
+    if name not in _GGUF_FAMILIES:
+        raise _unsupported(
+            file, "general.architecture", name, ", ".join(_GGUF_FAMILIES)
+        )
+    family = _GGUF_FAMILIES[name]
+    if fields.get(f"{name}.expert_count"):
+        raise _unsupported(file, "expert_count", fields[f"{name}.expert_count"], 0)
 
     def number(key: str, default: float | None = None):
-        return _number(fields, file, f"{family}.{key}", default)
+        return _number(fields, file, f"{name}.{key}", default)
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
@@ -558,27 +697,29 @@ def _config_from_gguf(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
         number("embedding_length"),
         number("attention.head_count"),
     )
+    num_layers = number("block_count")
     head_size = number("attention.key_length", hidden_size // num_heads)
     rotated = number("rope.dimension_count", head_size)
     if rotated != head_size:
-        raise _unsupported(file, f"{family}.rope.dimension_count", rotated, head_size)
+        raise _unsupported(file, f"{name}.rope.dimension_count", rotated, head_size)
     config = ModelConfig(
         family=family,
         vocab_size=int(tensors["token_embd.weight"].shape[1]),
         hidden_size=hidden_size,
         mlp_size=number("feed_forward_length"),
-        num_layers=number("block_count"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=number("attention.head_count_kv", num_heads),
         head_size=head_size,
         max_positions=number("context_length"),
-        rope_theta=number("rope.freq_base", 10000.0),
+        rope_theta=number("rope.freq_base", 1e6 if name == "gemma3" else 1e4),
         # Stored as float32; its shortest decimal is the number the authors wrote.
         norm_epsilon=float(str(np.float32(number("attention.layer_norm_rms_epsilon")))),
-        qkv_bias=family == "qwen2",
         tie_embeddings="output.weight" not in tensors,
+        **_implied(family),
+        **_gemma_from_gguf(name, number, num_layers, head_size),
     )
-    kind = fields.get(f"{family}.rope.scaling.type", "none")
+    kind = fields.get(f"{name}.rope.scaling.type", "none")
     match kind:
         case "linear":
             scaling = LinearRopeScaling(number("rope.scaling.factor"))
@@ -587,10 +728,32 @@ def _config_from_gguf(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
         case "none":
             scaling = None
         case _:
-            raise _unsupported(
-                file, f"{family}.rope.scaling.type", kind, "none, linear"
-            )
+            raise _unsupported(file, f"{name}.rope.scaling.type", kind, "none, linear")
     return dataclasses.replace(config, rope_scaling=scaling)
+
+
+def _gemma_from_gguf(
+    name: str, number: Callable[..., Any], num_layers: int, head_size: int
+) -> dict[str, Any]:
+    """What is peculiar to Gemma; llama.cpp knows some of it by heart."""
+    if name not in ("gemma2", "gemma3"):
+        return {}
+    period = 2 if name == "gemma2" else 6
+    settings = {
+        "sliding_window": number("attention.sliding_window", 4096),
+        "global_layers": tuple(range(period - 1, num_layers, period)),
+    }
+    if num_layers == {"gemma2": 46, "gemma3": 62}[name]:
+        # The 27B models divide by what heads would have if all were of one width.
+        scale = number("embedding_length") // number("attention.head_count")
+        settings["query_scale"] = None if scale == head_size else scale
+    if name == "gemma3":
+        settings["local_rope_theta"] = number("rope.freq_base_swa", 1e4)
+        return settings
+    return settings | {
+        "attention_soft_cap": number("attn_logit_softcapping", 50.0),
+        "final_soft_cap": number("final_logit_softcapping", 30.0),
+    }
 
 
 def _llama3_scaling(
@@ -631,12 +794,15 @@ def _unsupported(file: epath.Path, key: str, found: Any, supported: Any) -> Inpu
     return InputError(f"{file}: {key} is {found!r}; supported: {supported}")
 
 
-def _hf_tensors(params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _hf_tensors(
+    params: Params, family: str, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
     """Brings one Hugging Face tensor after another to the host."""
     for key_path, leaf in jax.tree.leaves_with_path(params):
         key = _key(key_path)
-        for i, name in enumerate(_tensor_names(key, leaf.shape)):
-            array = _layer(leaf, i, dtype) if _is_stacked(key) else _cast(leaf, dtype)
+        for i, name in enumerate(_tensor_names(key, leaf.shape, family)):
+            array = _layer(leaf, i) if _is_stacked(key) else leaf
+            array = _cast(array, _norm_offset(name, family), dtype)
             if array.is_fully_addressable:
                 array = np.asarray(array)
             else:
@@ -645,14 +811,14 @@ def _hf_tensors(params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 # Jitted, because arrays that span hosts refuse eager operations.
-@functools.partial(jax.jit, static_argnames="dtype")
-def _layer(stack: jax.Array, layer: int, dtype: str) -> jax.Array:
-    return stack[layer].astype(dtype)
+@jax.jit
+def _layer(stack: jax.Array, layer: int) -> jax.Array:
+    return stack[layer]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _cast(array: jax.Array, dtype: str) -> jax.Array:
-    return array.astype(dtype)
+def _cast(array: jax.Array, offset: int, dtype: str) -> jax.Array:
+    return (array - offset).astype(dtype)
 
 
 def _write_safetensors(

@@ -20,19 +20,36 @@ def operands(length, heads=(6, 2, 2), head_size=16, dtype=jnp.float32):
     return query, key, value, segments
 
 
-def library(query, key, value, segments, sliding_window=None):
+def library(
+    query, key, value, segments, sliding_window=None, query_scale=None, soft_cap=None
+):
     positions = jnp.arange(segments.shape[1])
     distance = positions[:, None] - positions[None]
     mask = (distance >= 0) & (distance < (sliding_window or segments.shape[1]))
     mask = mask[None] & (segments[:, :, None] == segments[:, None, :])
+    if soft_cap is not None:
+        return capped(query, key, value, mask[:, None], query_scale, soft_cap)
     return jax.nn.dot_product_attention(
         *(x.astype(jnp.float32) for x in (query, key, value)), mask=mask[:, None]
     )
 
 
-def splash(query, key, value, segments, sliding_window=None):
-    query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
-    return attention.splash(query, key, value, segments, sliding_window, interpret=True)
+def capped(query, key, value, mask, query_scale, soft_cap):
+    """Gemma 2's, literally; the library has no soft-cap on a CPU."""
+    repeats = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+    scores = jnp.einsum("blhk,bmhk->bhlm", query, key) / query_scale**0.5
+    scores = jnp.where(mask, soft_cap * jnp.tanh(scores / soft_cap), -jnp.inf)
+    return jnp.einsum("bhlm,bmhk->blhk", jax.nn.softmax(scores), value)
+
+
+def splash(
+    query, key, value, segments, sliding_window=None, query_scale=None, soft_cap=None
+):
+    query = query * jnp.asarray((query_scale or query.shape[-1]) ** -0.5, query.dtype)
+    return attention.splash(
+        query, key, value, segments, sliding_window, soft_cap, interpret=True
+    )
 
 
 @pytest.mark.parametrize("sliding_window", [None, 7])
@@ -51,13 +68,13 @@ def test_blocks_equal_the_library(length, dtype, sliding_window):
 
 
 @pytest.mark.parametrize("form", [attention.attend, splash])
-@pytest.mark.parametrize("sliding_window", [None, 40])
-def test_values_and_gradients_equal_the_librarys(form, sliding_window):
+@pytest.mark.parametrize("options", [(None,), (40,), (40, 50.0, 2.0)], ids=str)
+def test_values_and_gradients_equal_the_librarys(form, options):
     """The TPU kernel is interpreted; 256 tokens are two of its smallest blocks."""
     query, key, value, segments = operands(256, (4, 2, 2), 128)
 
     def squares(attend, *qkv):
-        out = attend(*qkv, segments, sliding_window)
+        out = attend(*qkv, segments, *options)
         return jnp.sum(out**2), out
 
     (_, actual), actual_gradients = jax.value_and_grad(

@@ -189,11 +189,45 @@ def test_padded_vocabulary_gets_no_probability(soft_cap):
     np.testing.assert_array_equal(d_kernel[:, V:], 0.0)
 
 
-def test_soft_cap():
-    actual = value_and_gradients(fused.head_loss, *problem(), soft_cap=5.0)
+@pytest.mark.parametrize("vocab_tile", [None, 24])
+def test_soft_cap(vocab_tile):
+    actual = value_and_gradients(
+        fused.head_loss, *problem(), soft_cap=5.0, vocab_tile=vocab_tile
+    )
     assert_same(
         actual, value_and_gradients(functools.partial(dense, cap=5.0), *problem())
     )
+
+
+def test_soft_cap_against_float64_with_a_temperature():
+    hidden, kernel, teacher_hidden, teacher_kernel, targets, weights = problem()
+    h, w, g, u = (np.float64(x) for x in problem()[:4])
+    cap, temperature, targets_T = 5.0, 0.7, np.asarray(targets)
+    student = cap * np.tanh(h @ w / cap)
+    teacher = cap * np.tanh(g @ u / cap) / temperature
+    weights_T = np.float64(weights.lssd)
+    value, d_capped = swap_oracle(student, teacher, targets_T, weights_T, 0.0)
+    d_logits = d_capped * (1 - (student / cap) ** 2)
+
+    def loss(hidden, kernel):
+        return fused.lssd(
+            hidden,
+            kernel,
+            teacher_hidden / temperature,
+            teacher_kernel,
+            targets,
+            weights.lssd,
+            soft_cap=cap,
+            teacher_soft_cap=cap / temperature,
+        )
+
+    actual = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, kernel)
+    assert_same(actual, (value, (d_logits @ w.T, h.T @ d_logits)))
+
+
+def test_without_a_soft_cap_nothing_is_capped():
+    lowered = jax.jit(jax.grad(lambda h: fused.head_loss(h, *problem()[1:])[0]))
+    assert "tanh" not in lowered.lower(problem()[0]).as_text()
 
 
 def test_bfloat16_hidden_states_multiply_in_bfloat16_and_reduce_in_float32():
@@ -222,15 +256,23 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
 def test_any_mesh_gives_the_same(shape, vocab_parallel):
     """The swap crosses shards: argmax and gold lie on different devices."""
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
+    cap = 5.0 if vocab_parallel else None
     with jax.set_mesh(mesh):
         actual = value_and_gradients(
-            fused.head_loss, *problem(), chunk_size=5, vocab_parallel=vocab_parallel
+            fused.head_loss,
+            *problem(),
+            chunk_size=5,
+            vocab_parallel=vocab_parallel,
+            soft_cap=cap,
         )
         _, statistics = jax.jit(
-            functools.partial(fused.head_loss, vocab_parallel=vocab_parallel)
+            functools.partial(
+                fused.head_loss, vocab_parallel=vocab_parallel, soft_cap=cap
+            )
         )(*problem())
-    assert_same(actual, value_and_gradients(dense, *problem()))
-    assert_same(statistics, fused.head_loss(*problem())[1])
+    expected = value_and_gradients(functools.partial(dense, cap=cap), *problem())
+    assert_same(actual, expected)
+    assert_same(statistics, fused.head_loss(*problem(), soft_cap=cap)[1])
 
 
 def swap_oracle(student, teacher, targets, weights, share):
@@ -476,19 +518,23 @@ def test_no_array_of_tokens_by_vocabulary_exists():
     assert f"{V}x{T}x" not in text
 
 
-@pytest.mark.parametrize("chunk_size", [7, 16, 1000])
-def test_log_probabilities_are_the_dense_ones_in_value_and_gradient(chunk_size):
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("chunk_size", [7, 1000])
+def test_log_probabilities_are_the_dense_ones_in_value_and_gradient(chunk_size, cap):
     hidden, kernel, _, _, targets, weights = problem()
 
     # Any function of them that is no weighted sum.
     def streamed(hidden, kernel):
         logps_T = fused.log_probabilities(
-            hidden, kernel, targets, chunk_size=chunk_size
+            hidden, kernel, targets, chunk_size=chunk_size, soft_cap=cap
         )
         return jnp.sum(weights.ntp * jnp.tanh(logps_T))
 
     def literal(hidden, kernel):
-        logps_T = -losses.cross_entropy(hidden @ kernel, targets)
+        logits_TxV = hidden @ kernel
+        if cap is not None:
+            logits_TxV = cap * jnp.tanh(logits_TxV / cap)
+        logps_T = -losses.cross_entropy(logits_TxV, targets)
         return jnp.sum(weights.ntp * jnp.tanh(logps_T))
 
     actual, expected = (

@@ -43,6 +43,28 @@ def test_loops_count_in_full(mesh):
     assert 5 * once.cycles < module.cycles < 9 * once.cycles
 
 
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.25, 0.75)])
+def test_branches_count_for_how_often_they_are_taken(mesh, shares):
+    def mixed(x, w):
+        def once(x):
+            return jnp.tanh(x @ w)
+
+        def step(x, is_twice):
+            return jax.lax.cond(is_twice, lambda x: once(once(x)), once, x), None
+
+        return jax.lax.scan(step, x, jnp.array([True, True, False, True]))[0]
+
+    operands = [
+        jax.ShapeDtypeStruct(
+            shape, jnp.bfloat16, sharding=NamedSharding(mesh, REPLICATED)
+        )
+        for shape in ((256, 512), (512, 512))
+    ]
+    text = jax.jit(mixed).lower(*operands).compile().as_text()
+    expected = 4 * (shares[0] + 2 * shares[1]) * 2 * 256 * 512 * 512
+    assert hlo.Module(text, shares).flops == expected
+
+
 @pytest.mark.parametrize(
     ("equation", "shapes", "flops"),
     [

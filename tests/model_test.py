@@ -25,6 +25,21 @@ CONFIG = model.ModelConfig(
 )
 LORA = model.Lora(rank=3, alpha=6.0, targets=model.LORA_TARGETS)
 BIASED = dataclasses.replace(CONFIG, family="qwen2", qkv_bias=True)
+WINDOWED = dataclasses.replace(CONFIG, family="mistral", sliding_window=4)
+# All that is in Gemma 2 and 3, at once.
+GEMMA = dataclasses.replace(
+    WINDOWED,
+    family="gemma3_text",
+    global_layers=(1,),
+    local_rope_theta=100.0,
+    qk_norm=True,
+    post_norms=True,
+    activation="gelu_tanh",
+    scale_embeddings=True,
+    query_scale=6,
+    attention_soft_cap=2.0,
+    tie_embeddings=True,
+)
 
 
 def run(tokens, config=CONFIG, positions=None, segment_ids=None, **options):
@@ -52,11 +67,12 @@ def test_later_tokens_do_not_change_earlier_ones():
     assert np.all(np.abs(before[13:] - after[13:]).max(-1) > 1e-4)
 
 
-def test_documents_of_a_row_do_not_see_each_other():
+@pytest.mark.parametrize("config", [CONFIG, GEMMA], ids=["llama", "gemma"])
+def test_documents_of_a_row_do_not_see_each_other(config):
     tokens, segments = draw(20), jnp.array([[1] * 8 + [2] * 7 + [0] * 5])
     changed = tokens.at[2].add(1)
-    before = run(tokens, segment_ids=segments)[0]
-    after = run(changed, segment_ids=segments)[0]
+    before = run(tokens, config, segment_ids=segments)[0]
+    after = run(changed, config, segment_ids=segments)[0]
     np.testing.assert_array_equal(before[8:], after[8:])
     assert np.abs(before[7] - after[7]).max() > 1e-4
 
@@ -97,7 +113,8 @@ def test_compute_dtype_is_apart_from_parameter_dtype():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_shapes_axes_and_parameters_agree(tied, bias):
-    config = dataclasses.replace(CONFIG, tie_embeddings=tied, qkv_bias=bias)
+    settings = {"qkv_bias": bias, "qk_norm": tied, "post_norms": bias}
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied, **settings)
     params = model.init_params(config, jax.random.key(0), jnp.bfloat16)
     abstract = model.abstract_params(config, jnp.bfloat16)
     axes = model.param_axes(config)
@@ -202,12 +219,16 @@ def test_merging_rounds_once_to_the_bases_dtype():
         assert np.all(np.abs(np.float64(kernel) - exact) <= 1.001 * bound)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
-def test_adapter_gradients_follow_the_chain_rule(remat):
-    params, adapters = adapted(BIASED)
-    gradients = jax.jit(jax.grad(adapter_loss(BIASED, LORA, remat)))(adapters, params)
-    forward = model.make_forward(BIASED)
-    weights = jax.random.normal(jax.random.key(4), (2, 9, BIASED.hidden_size))
+@pytest.mark.parametrize(
+    ("config", "remat"),
+    [(BIASED, "none"), (BIASED, "dots"), (GEMMA, "full")],
+    ids=["qwen2-none", "qwen2-dots", "gemma-full"],
+)
+def test_adapter_gradients_follow_the_chain_rule(config, remat):
+    params, adapters = adapted(config)
+    gradients = jax.jit(jax.grad(adapter_loss(config, LORA, remat)))(adapters, params)
+    forward = model.make_forward(config)
+    weights = jax.random.normal(jax.random.key(4), (2, 9, config.hidden_size))
     merged = model.merge_adapters(params, adapters, LORA)
     through_kernels = jax.jit(
         jax.grad(lambda merged: jnp.sum(forward(merged, *inputs()) * weights))
@@ -221,9 +242,18 @@ def test_adapter_gradients_follow_the_chain_rule(remat):
     assert_close(gradients, {"layers": expected})
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
-def test_adapters_do_not_depend_on_the_mesh(sizes):
-    config = dataclasses.replace(BIASED, vocab_size=48)
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (BIASED, (8, 1, 1)),
+        (BIASED, (1, 4, 2)),
+        (BIASED, (2, 2, 2)),
+        (GEMMA, (2, 2, 2)),
+    ],
+    ids=["data", "fsdp-tensor", "all", "gemma-all"],
+)
+def test_adapters_do_not_depend_on_the_mesh(config, sizes):
+    config = dataclasses.replace(config, vocab_size=48)
     params, adapters = adapted(config)
     tokens = jax.random.randint(jax.random.key(3), (8, 9), 0, 48)
     positions = jnp.broadcast_to(jnp.arange(9), tokens.shape)
@@ -289,11 +319,10 @@ def test_the_backward_pass_makes_no_gradient_of_a_kernel(remat):
     assert kernels.intersection(product_shapes(jaxpr.jaxpr))
 
 
-WINDOWED = dataclasses.replace(CONFIG, family="mistral", sliding_window=4)
-
-
 @pytest.mark.parametrize(
-    "config", [CONFIG, BIASED, WINDOWED], ids=["llama", "qwen2", "window"]
+    "config",
+    [CONFIG, BIASED, WINDOWED, GEMMA],
+    ids=["llama", "qwen2", "window", "gemma"],
 )
 @pytest.mark.parametrize("lora", [None, LORA], ids=["base", "lora"])
 def test_decoding_in_pieces_equals_the_forward_pass(config, lora):

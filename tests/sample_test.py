@@ -32,6 +32,22 @@ LLAMA = model.ModelConfig(
 )
 QWEN2 = dataclasses.replace(LLAMA, family="qwen2", qkv_bias=True, tie_embeddings=True)
 WINDOWED = dataclasses.replace(LLAMA, family="mistral", sliding_window=5)
+# The second layer is global.
+MIXED = dataclasses.replace(
+    WINDOWED,
+    global_layers=(1,),
+    post_norms=True,
+    activation="gelu_tanh",
+    scale_embeddings=True,
+    tie_embeddings=True,
+)
+GEMMA2 = dataclasses.replace(
+    MIXED, family="gemma2", attention_soft_cap=5.0, final_soft_cap=8.0
+)
+GEMMA3 = dataclasses.replace(
+    MIXED, family="gemma3_text", qk_norm=True, rope_theta=1e6, local_rope_theta=1e4
+)
+QWEN3 = dataclasses.replace(QWEN2, family="qwen3", qkv_bias=False, qk_norm=True)
 LORA = model.Lora(rank=3, alpha=6.0, targets=("query", "value", "down"))
 
 GREEDY = sample.Choice()
@@ -93,15 +109,15 @@ def greedy_without_cache(config, params, prompt, new_tokens, lora=None):
     positions = np.arange(64)[None]
     for at in range(len(prompt), len(prompt) + new_tokens):
         hidden = forward(params, row, positions, np.ones_like(row))
-        scores = model.logits(params, hidden[0, at - 1])
+        scores = model.logits(params, hidden[0, at - 1], config.final_soft_cap)
         row[0, at] = np.argmax(scores[:259])
     return row[0, len(prompt) : at + 1].tolist()
 
 
 @pytest.mark.parametrize(
     ("config", "lora"),
-    [(LLAMA, None), (QWEN2, None), (WINDOWED, None), (QWEN2, LORA)],
-    ids=["llama", "qwen2", "window", "adapters"],
+    [(LLAMA, None), (QWEN2, None), (WINDOWED, None), (GEMMA2, None), (QWEN2, LORA)],
+    ids=["llama", "qwen2", "window", "gemma2", "adapters"],
 )
 def test_greedy_with_a_cache_equals_full_forward_passes(tokenizer, config, lora):
     params = draw_params(config, lora)
@@ -364,15 +380,17 @@ def transformers_tokens(folder, prompt, new_tokens):
     return tokens[prompt.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN2], ids=["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "config", [LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3], ids=lambda config: config.family
+)
 def test_greedy_like_transformers(tokenizer, config, tmp_path):
     config = dataclasses.replace(config, vocab_size=259)
     params = draw_params(config)
     weights.save_pretrained(str(tmp_path / "export"), params, config, dtype="float32")
     sampler = sample.Sampler(config, tokenizer)
-    actual = sampler.generate(params, PROMPTS[:3], 20, set(), GREEDY)
+    actual = sampler.generate(params, PROMPTS[:3], 64, set(), GREEDY)
     for prompt, new in zip(PROMPTS, actual):
-        assert new == transformers_tokens(tmp_path / "export", prompt, 20)
+        assert new == transformers_tokens(tmp_path / "export", prompt, 64)
 
 
 def test_smollm2_answers_like_transformers(tmp_path):

@@ -63,6 +63,7 @@ def take_step(
     num_steps=1,
     remat="none",
     teacher_temperature=1.0,
+    soft_cap=None,
 ):
     config = config_lib.default().optimizer
     config.learning_rate = 1e-2
@@ -70,7 +71,10 @@ def take_step(
     forward = model.make_forward(CONFIG, remat=remat)
     train_step = steps.make_train_step(
         steps.token_objective(
-            forward, steps.running_teacher(forward, teacher_temperature), SOURCES
+            forward,
+            steps.running_teacher(forward, teacher_temperature, soft_cap),
+            SOURCES,
+            functools.partial(fused.head_loss, soft_cap=soft_cap),
         ),
         transforms,
         schedule,
@@ -115,14 +119,16 @@ def test_every_objective_of_the_config_has_its_weights():
     assert fused.TokenWeights._fields == config_lib.OBJECTIVES
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_the_loss_is_the_weighted_mean_of_the_dense_losses(temperature):
+@pytest.mark.parametrize(
+    ("temperature", "soft_cap"), [(1.0, None), (0.6, None), (0.6, 0.1)]
+)
+def test_the_loss_is_the_weighted_mean_of_the_dense_losses(temperature, soft_cap):
     batch = make_batch()
-    _, metrics = take_step(batch, teacher_temperature=temperature)
+    _, metrics = take_step(batch, teacher_temperature=temperature, soft_cap=soft_cap)
     inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
     forward = model.make_forward(CONFIG)
     student, teacher = (
-        model.logits(p, forward(p, *inputs)) for p in (params(), params(1))
+        model.logits(p, forward(p, *inputs), soft_cap) for p in (params(), params(1))
     )
     targets, teacher = batch["targets"], teacher / temperature
     total = (

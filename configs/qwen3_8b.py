@@ -1,0 +1,18 @@
+"""Mix-CPT's first phase for Qwen3-8B on a TPU slice.
+
+    python -m mixcpt_jax.plan --config=configs/qwen3_8b.py:v5e-16
+    python -m mixcpt_jax.main --config=configs/qwen3_8b.py:v5e-16 --distributed \\
+        --workdir=gs://BUCKET/runs/mine --config.model.path=/models/Qwen3-8B \\
+        --config.sources.domain.path='/data/domain/*.jsonl' \\
+        --config.sources.instructions.path=/data/instructions.jsonl \\
+        --config.sources.preferences.path=/data/preferences.jsonl
+
+The slices are those of `configs/presets.py`; v5e-16 if none is named. Everything else is
+as in `configs/cpt.py`.
+"""
+
+from configs import presets
+
+
+def get_config(slice_name: str = ""):
+    return presets.get_config("qwen3_8b", slice_name, 2, fsdp=64)
