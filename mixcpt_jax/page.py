@@ -111,7 +111,7 @@ def _domain_names(arms: Sequence[Arm], given: Sequence[str]) -> set[str]:
         return set(given)
     documents, exams, measured = set(), set(), set()
     for arm in arms:
-        measured |= {key.partition("/")[0] for key in arm.before | arm.after}
+        measured |= {key.rpartition("/")[0] for key in arm.before | arm.after}
         for name, source in (arm.setting("sources") or {}).items():
             if source.get("format") == "document" and source.get("weight"):
                 documents.add(name)
@@ -141,12 +141,14 @@ def _facts(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
         return "; ".join(dict.fromkeys(v for v in values if v))
 
     environments = [arm.provenance.get("environment", {}) for arm in arms]
-    models = []
+    models: dict[str, str] = {}
     for arm, environment in zip(arms, environments, strict=True):
         path = (arm.setting("model.path") or "").rstrip("/").split("/")[-1]
         size = environment.get("parameters")
-        models.append(path + (f", {size / 1e6:,.1f} M parameters" if size else ""))
-    yield "Model", joined(models)
+        models.setdefault(path, path)
+        if size:
+            models[path] = f"{path}, {size / 1e6:,.1f} M parameters"
+    yield "Model", joined(models.values())
     sources = (arm.setting("sources") or {} for arm in arms)
     yield (
         "Text",
@@ -282,68 +284,71 @@ def _cell(form, value, arm: str, what: str, kind: str = "") -> dict[str, str]:
 
 def _planes(arms: Sequence[Arm], domain: set[str]) -> Iterator[dict[str, str]]:
     """What was learnt against what was kept, once for each kind of measure there is."""
-    starts = _starts(arms)
-    keys = set().union(*(arm.before | arm.after for arm in arms), set())
+    measured = [arm for arm in arms if arm.trains and arm.after]
+    # What all have measured can be compared.
+    shared = (
+        set.intersection(*(set(arm.after) for arm in measured)) if measured else set()
+    )
+    roles = {key: _role(_names([key]), arms, domain) for key in shared}
+
+    def having(suffix: str, role: str) -> list[str]:
+        return sorted(
+            key for key in shared if key.endswith(f"/{suffix}") and roles[key] == role
+        )
+
     for suffix in ("exam", "exact", "accuracy"):
-        learnt = [k for k in sorted(keys) if k.endswith(f"/{suffix}")
-                  and k.partition("/")[0] in domain]  # fmt: skip
-        kept, kept_suffix = [], suffix
+        learnt = having(suffix, "domain")
         # What nothing rehearses tells most; else what is rehearsed, else another kind.
-        for kind in dict.fromkeys((suffix, "accuracy")):
-            for role in ("never trained on", "rehearsed"):
-                kept = kept or [
-                    k
-                    for k in sorted(keys)
-                    if k.endswith(f"/{kind}")
-                    and _role(k.partition("/")[0], arms, domain) == role
-                ]
-            if kept:
-                kept_suffix = kind
-                break
+        choices = (
+            (kind, role)
+            for kind in dict.fromkeys((suffix, "accuracy"))
+            for role in ("never trained on", "rehearsed")
+        )
+        kept_suffix, role = next((c for c in choices if having(*c)), ("", ""))
+        kept = having(kept_suffix, role)
         if not learnt or not kept:
             continue
-
-        def place(evaluation, learnt=learnt, kept=kept):
-            if not all(key in evaluation for key in (*learnt, *kept)):
-                return None
-            means = (
-                _POINTS * np.mean([evaluation[key] for key in group])
-                for group in (learnt, kept)
+        journeys = [
+            plots.Journey(
+                arm.number,
+                arm.name,
+                _place(_start_of(arm, arms), learnt, kept),
+                _place(arm.after, learnt, kept),
             )
-            return tuple(map(float, means))
-
-        ends = {(a.run, a.phase): place(a.after) for a in arms}
-        journeys = []
-        for arm in arms:
-            end = ends[arm.run, arm.phase]
-            # A phase that only measures stays where it starts.
-            if end is None or not arm.trains:
-                continue
-            start = ends.get((arm.run, arm.begins_with))
-            if start is None:
-                start = place(arm.before)
-            if start is None and arm.run in starts:
-                start = place(starts[arm.run].before)
-            journeys.append(plots.Journey(arm.number, arm.name, start, end))
-        if not journeys:
-            continue
-        roles = {_role(k.partition("/")[0], arms, domain) for k in kept}
+            for arm in measured
+        ]
         x_label = f"{_names(learnt)}: {_SHORT[suffix]}, %"
         y_label = f"{_names(kept)}: {_SHORT[kept_suffix]}, %"
         what = f"{x_label}, against {y_label}"
+        of = ["mean of " if len(keys) > 1 else "" for keys in (learnt, kept)]
         yield {
             "svg": plots.journeys(journeys, x_label, y_label, what),
             "title": f"{_SHORT[suffix].capitalize()} learnt, "
             f"{_SHORT[kept_suffix]} kept",
-            "caption": f"Across: {'mean of ' if len(learnt) > 1 else ''}"
-            f"{_names(learnt)} ({_SHORT[suffix]}). Up: "
-            f"{'mean of ' if len(kept) > 1 else ''}{_names(kept)} "
-            f"({_SHORT[kept_suffix]}; {' or '.join(sorted(roles))}).",
+            "caption": f"Across: {of[0]}{_names(learnt)} ({_SHORT[suffix]}). "
+            f"Up: {of[1]}{_names(kept)} ({_SHORT[kept_suffix]}; {role}).",
         }
 
 
+def _place(
+    evaluation: dict[str, Any], learnt: Sequence[str], kept: Sequence[str]
+) -> tuple[float, float] | None:
+    """The means of two groups of measures in per cent; None if one is missing."""
+    if not all(key in evaluation for key in (*learnt, *kept)):
+        return None
+    x, y = (100 * np.mean([evaluation[k] for k in keys]) for keys in (learnt, kept))
+    return float(x), float(y)
+
+
+def _start_of(arm: Arm, arms: Sequence[Arm]) -> dict[str, Any]:
+    """What was measured where an arm starts: by it, by the one before, or by its run's."""
+    earlier = (a.after for a in arms if (a.run, a.phase) == (arm.run, arm.begins_with))
+    first = (a.before for a in arms if a.run == arm.run and a.before)
+    return arm.before or next(earlier, {}) or next(first, {})
+
+
 def _names(keys: Sequence[str]) -> str:
-    return ", ".join(key.partition("/")[0] for key in keys)
+    return ", ".join(key.rpartition("/")[0] for key in keys)
 
 
 def _curves(arms: Sequence[Arm]) -> Iterator[dict[str, str]]:
@@ -457,7 +462,7 @@ def _changes(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
 
 def _interval(key: str, start: Arm, arm: Arm) -> tuple[intervals.Interval | None, str]:
     """The interval of a change, and how it was made in words; (None, "") without data."""
-    name, _, suffix = key.partition("/")
+    name, _, suffix = key.rpartition("/")
     before = start.items.get(0, {})
     after = arm.items.get(arm.after.get("step", max(arm.items, default=0)), {})
     if suffix in ("exam", "pair_accuracy") and _are_alike(before, after, key):

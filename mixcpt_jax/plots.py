@@ -53,21 +53,28 @@ class _Scale:
     """From values to pixels, with round numbers on the way."""
 
     def __init__(
-        self, values: Iterable[float], start: float, end: float, least: float = 1e-6
+        self,
+        values: Iterable[float],
+        start: float,
+        end: float,
+        least: float = 1e-6,
+        least_step: float = 0.0,
     ):
         """
         Args:
           values: what has to be in sight.
           start, end: pixels of the lowest and the highest.
           least: how far apart those are at least.
+          least_step: between two round numbers, at least; 1 for whole numbers alone.
         """
         values = list(values) or [0.0]
         low, high = min(values), max(values)
         pad = max(0.0, least - (high - low)) / 2
         low, high = low - pad, high + pad
-        raw = (high - low) / 5
+        raw = max((high - low) / 5, least_step)
         power = 10 ** math.floor(math.log10(raw))
-        self.step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw)
+        multiples = (1, 2, 5, 10) if least_step else (1, 2, 2.5, 5, 10)
+        self.step = next(m * power for m in multiples if m * power >= raw)
         first, last = math.floor(low / self.step), math.ceil(high / self.step)
         # A whole step of room beyond the values is more than they need.
         self.low = max(first * self.step, low - 0.12 * (high - low))
@@ -102,7 +109,8 @@ def lines(series: Sequence[Series], what: str, x_label: str = "step") -> str:
       what: the figure in words, for those who do not see it.
       x_label: under the axis.
     """
-    x = _Scale((p[0] for s in series for p in s.points), _LEFT, _WIDTH - _RIGHT)
+    steps = (p[0] for s in series for p in s.points)
+    x = _Scale(steps, _LEFT, _WIDTH - _RIGHT, least_step=1.0)
     y = _Scale((p[1] for s in series for p in s.points), _HEIGHT - _BOTTOM, _TOP)
     marks = [_axes(x, y, x_label)]
     for one in series:
@@ -270,8 +278,9 @@ def _names(labels: list[tuple[float, float, str, str]], lowest: float) -> list[s
         is_left = x + 10 + 6.5 * len(name) > _WIDTH
         side = (x - 9, "end") if is_left else (x + 9, "start")
         marks.append(
-            f'<text class="name {kind}" x="{side[0]:.1f}" y="{place:.1f}" '
-            f'text-anchor="{side[1]}">{escape(name)}</text>'
+            # On the left the arrow comes, so there it stands above.
+            f'<text class="name {kind}" x="{side[0]:.1f}" '
+            f'y="{place - 11 * is_left:.1f}" text-anchor="{side[1]}">{escape(name)}</text>'
         )
     return marks
 

@@ -71,8 +71,9 @@ class Arm:
     @property
     def trains(self) -> bool:
         """Whether it is a phase that learns."""
-        job = self.config.get("job")
-        return job == "train" if job else "mixture" in self.results
+        if "job" in self.config:
+            return self.config["job"] == "train"
+        return bool(self.after.get("step"))  # what only measures takes no steps
 
     @property
     def begins_with(self) -> str:
