@@ -42,6 +42,7 @@ _CHANGES = (
 )
 _SHORT = {"exam": "exam", "exact": "continued exactly", "accuracy": "token accuracy"}
 _POINTS = 100
+_MATCHED = "Exams and pairs: matched pairs, question by question (Agresti and Min)"
 _TEMPLATE = "package:mixcpt_jax/assets/report.html"
 
 
@@ -466,14 +467,12 @@ def _interval(key: str, start: Arm, arm: Arm) -> tuple[intervals.Interval | None
     before = start.items.get(0, {})
     after = arm.items.get(arm.after.get("step", max(arm.items, default=0)), {})
     if suffix in ("exam", "pair_accuracy") and _are_alike(before, after, key):
-        return intervals.of_share(before[key], after[key]), (
-            "exams and pairs: of matched pairs, question by question (Agresti and Min)"
-        )
+        return intervals.of_share(before[key], after[key]), _MATCHED
     count = arm.setting(f"eval.exams.{name}.num_questions")
     if suffix == "exam" and count:
         return (
             intervals.of_counts(start.before[key], arm.after[key], count),
-            "exams of which only the number of questions is known: from both shares "
+            "Exams of which only the number of questions is known: from both shares "
             "(Newcombe), wider than need be",
         )
     column = {"accuracy": "correct", "loss": "loss", "exact": "correct"}.get(suffix)
@@ -482,11 +481,9 @@ def _interval(key: str, start: Arm, arm: Arm) -> tuple[intervals.Interval | None
         return None, ""
     (was, tokens), (now, _) = ([x[k] for k in needed] for x in (before, after))
     if suffix == "exact":
-        return intervals.of_share(was == tokens, now == tokens), (
-            "exams and pairs: of matched pairs, question by question (Agresti and Min)"
-        )
+        return intervals.of_share(was == tokens, now == tokens), _MATCHED
     return intervals.of_ratio(was, now, tokens), (
-        "texts: of a ratio of sums over the same texts, with texts, not tokens, as what "
+        "Texts: a ratio of sums over the same texts, where texts, not tokens, are what "
         "is counted (Student’s t)"
     )
 

@@ -167,7 +167,7 @@ def whiskers(
     rows: Sequence[tuple[str, Sequence[Whisker]]], what: str, x_label: str
 ) -> str:
     """Changes about zero: a name above each row, in it a dot with its interval an arm."""
-    lane, above, edge = 12, 26, 22
+    lane, above, edge = 12, 28, 22
     values = [0.0]
     for _, arms in rows:
         values += [v for a in arms for v in (a.change, *(a.interval or ()))]

@@ -13,6 +13,8 @@ import sys
 import traceback
 from typing import Any, TextIO
 
+from absl import logging as absl_logging
+
 
 def say(message: str, severity: str = "INFO", **fields: Any) -> None:
     """Says something on stderr.
@@ -46,7 +48,9 @@ def use_json() -> None:
 def take_logs() -> None:
     """Has libraries' warnings said like our own, without place, thread and date."""
     root = logging.getLogger()
-    root.handlers = [_Handler()]
+    others = (absl_logging.ABSLHandler, _Handler)
+    root.handlers = [h for h in root.handlers if not isinstance(h, others)]
+    root.addHandler(_Handler())
 
 
 class _Handler(logging.Handler):

@@ -177,6 +177,7 @@ def test_phases_run_in_order_and_end_in_one_table(
     assert "after first" in header
     assert "after second" in header
     assert "domain: perplexity" in table
+    assert "after second" in (tmp_path / "run" / "report.html").read_text()
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     # Both phases are the same config, so they must be the same run.
     rows = [

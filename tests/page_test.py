@@ -1,14 +1,16 @@
 """The page, in a headless Chromium where there is one, with the network off.
 
-`REPORT_PICTURE=FILE python -m pytest tests/page_test.py -k picture` draws
-`experiments/report.png` anew, of the run that REPORT_RUN names.
+`REPORT_RUN=RUN REPORT_PICTURE=FILE python -m pytest tests/page_test.py -k picture` makes
+a picture of the page of a run; `experiments/README.md` says of which one it has one.
 """
 
+import io
 import json
 import os
 import shutil
 
 import pytest
+from PIL import Image as image
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import page, report, runs
@@ -238,7 +240,7 @@ def test_a_change_has_the_interval_of_what_is_on_record(run):
     arms = runs.load([str(run[0])])
     changes = page._changes(arms, {"domain"})
     assert [method.split(":")[0] for method in changes["methods"]] == (
-        ["exams and pairs", "texts"]
+        ["Exams and pairs", "Texts"]
     )
 
 
@@ -257,4 +259,7 @@ def test_picture(browser, tmp_path):
     output = tmp_path / "report.html"
     report.main([os.environ["REPORT_RUN"], f"--output={output}"])
     window, _ = open_page(browser, output, 1280)
-    window.screenshot(path=os.environ["REPORT_PICTURE"], full_page=True)
+    end = window.query_selector("#samples").bounding_box()["y"]
+    clip = {"x": 0, "y": 0, "width": 1280, "height": end}
+    picture = image.open(io.BytesIO(window.screenshot(full_page=True, clip=clip)))
+    picture.quantize(64).save(os.environ["REPORT_PICTURE"], optimize=True)
