@@ -221,6 +221,12 @@ def restore(
     return restored
 
 
+def newest_step(workdir: epath.Path) -> int | None:
+    """Of the checkpoints that lie there, damaged or not; None if there are none."""
+    found = _steps(workdir / FOLDER)
+    return found[0].step if found else None
+
+
 def phase_folder(folder: str) -> epath.Path:
     """The phase's folder, of itself or of its `checkpoints`."""
     path = paths.absolute(folder)

@@ -29,6 +29,7 @@ _PHASE = re.compile(r"(?:^|(?<=,)|(?<=, ))phase:")
 
 _CHOICES = {
     "job": ("train", "select", "evaluate", "export"),
+    "metrics.log": ("text", "json"),
     "objective.kind": ("tokens", "preference"),
     "objective.teacher": ("step", "prepared"),
     "objective.anneal": ("none", "to_ntp", "from_ntp"),
@@ -385,7 +386,14 @@ def default() -> ml_collections.ConfigDict:
 
     config.export = ml_collections.ConfigDict({"dtype": "bfloat16"})
     config.metrics = ml_collections.ConfigDict(
-        {"tensorboard": True, "wandb_project": "", "progress": True}
+        {
+            "tensorboard": True,
+            "wandb_project": "",  # empty: none
+            "progress": True,
+            # What the terminal shows: "text", or "json", one object a line with time,
+            # severity, message and a step's scalars, as GKE and Cloud Logging read it.
+            "log": "text",
+        }
     )
     return config
 

@@ -24,7 +24,12 @@ Score = Callable[[HostBatch], Mapping[str, Any]]
 
 
 class Measure:
-    """Everything that a phase measures of given parameters, compiled once."""
+    """Everything that a phase measures of given parameters, compiled once.
+
+    Attributes:
+      items: what the last call measured of each example, question and pair; see
+        `metrics.Writer.write_items`.
+    """
 
     def __init__(
         self,
@@ -48,6 +53,7 @@ class Measure:
         self._references = references or {}
         self._score = phase.eval_step(lora)
         self._on_batch = on_batch
+        self.items: dict[str, np.ndarray] = {}
         self._sampler = sample.Sampler(
             phase.model_config,
             phase.tokenizer,
@@ -64,14 +70,13 @@ class Measure:
             return scores
 
         data, batch_size = self._data, self._config.eval.batch_size
-        results = measure(score, data.texts, data.exams, batch_size)
+        self.items = {}
+        results = measure(score, data.texts, data.exams, batch_size, self.items)
         for name, rows in data.pairs.items():
-            results |= compare_pairs(
-                name,
-                sums_per_example(score, rows, batch_size),
-                self._references.get(f"pairs/{name}"),
-                self._config.preference,
-            )
+            sums = sums_per_example(score, rows, batch_size)
+            references = self._references.get(f"pairs/{name}")
+            results |= compare_pairs(name, sums, references, self._config.preference)
+            self.items[f"{name}/pair_accuracy"] = _is_chosen_likelier(sums)
         return results
 
     def answers(self, params) -> list[str]:
@@ -104,6 +109,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
         with metrics.Writer(
             phase.folder, phase.config.metrics, -1, {}, jax.process_index() == 0
         ) as writer:
+            writer.write_items(0, measures.items)
             writer.write(0, {f"eval/{k}": v for k, v in results["after"].items()})
             writer.write_samples(0, data.prompts, measures.answers(params))
     return phase.finish(results)
@@ -114,6 +120,7 @@ def measure(
     texts: Mapping[str, mixture.PackedRows],
     exams: Mapping[str, Exam],
     batch_size: int,
+    items: dict[str, np.ndarray] | None = None,
 ) -> dict[str, float]:
     """Measures every text and exam.
 
@@ -123,6 +130,8 @@ def measure(
       texts: name -> held-out text.
       exams: name -> exam.
       batch_size: rows per batch.
+      items: gets what the results are means of: `{text}/loss`, `{text}/correct` and
+        `{text}/tokens`, sums over each example, and `{exam}/exam`, right or not.
 
     Returns:
       `{text}/loss` (nats per token), `{text}/perplexity`, `{text}/accuracy` (share of
@@ -131,8 +140,11 @@ def measure(
       the share of examples whose rest greedy decoding would give to the last token.
     """
     results = {}
+    items = {} if items is None else items
     for name, rows in texts.items():
         sums = sums_per_example(score, rows, batch_size)
+        for key, values in zip(("loss", "correct", "tokens"), sums, strict=True):
+            items[f"{name}/{key}"] = values
         loss, correct, count = sums.sum(axis=1)
         results[f"{name}/loss"] = float(loss / count)
         results[f"{name}/perplexity"] = math.exp(loss / count)
@@ -141,7 +153,8 @@ def measure(
             results[f"{name}/exact"] = float((sums[1] == sums[2]).mean())
     for name, exam in exams.items():
         loss, _, _ = sums_per_example(score, exam.rows, batch_size)
-        results[f"{name}/exam"] = float(exam.grade(-loss).mean())
+        items[f"{name}/exam"] = exam.grade(-loss)
+        results[f"{name}/exam"] = float(items[f"{name}/exam"].mean())
     return results
 
 
@@ -167,8 +180,7 @@ def compare_pairs(
     """
     loss, _, count = sums
     count = np.maximum(count, 1)
-    chosen, rejected = (-loss / count).reshape(-1, 2).T
-    results = {f"{name}/pair_accuracy": float((chosen > rejected).mean())}
+    results = {f"{name}/pair_accuracy": float(_is_chosen_likelier(sums).mean())}
     if reference_logps is not None:
         divisor = count if config.length_normalised or config.loss == "ipo" else 1
         ratios = (-loss - reference_logps) / divisor
@@ -177,6 +189,13 @@ def compare_pairs(
         results[f"{name}/reward_accuracy"] = float((margins > 0).mean())
         results[f"{name}/reward_margin"] = float(margins.mean())
     return results
+
+
+def _is_chosen_likelier(sums: np.ndarray) -> np.ndarray:
+    """Of each pair whether the chosen answer is likelier per token, bool [pairs]."""
+    loss, _, count = sums
+    chosen, rejected = (-loss / np.maximum(count, 1)).reshape(-1, 2).T
+    return chosen > rejected
 
 
 def sums_per_example(

@@ -20,7 +20,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mixcpt_jax import paths, preemption
+from mixcpt_jax import paths, preemption, terminal
 from mixcpt_jax.errors import InputError
 
 # The disk, the user's share of it, or the file may not be larger.
@@ -79,11 +79,14 @@ def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     # absl's own default tells of every backend that jax looks for.
     logging.set_verbosity(logging.WARNING)
+    terminal.take_logs()
     config = _CONFIG.value
     try:
         config.phases  # noqa: B018
     except OSError as error:  # A config file that did not load says so on first use.
         raise InputError(str(error)) from error
+    if config.get("metrics", {}).get("log") == "json":
+        terminal.use_json()
     return config, _WORKDIR.value or _default_workdir()
 
 
@@ -258,7 +261,7 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
             )
         )
     except preemption.Preempted as stop:
-        print(stop, file=sys.stderr)
+        terminal.say(str(stop))
 
 
 def _tell_unraisable(entry: Any) -> None:
@@ -290,7 +293,7 @@ def _explain(error: Exception) -> NoReturn:
         )
     # Grain adds what it did to the traceback.
     text = text.partition("\n-----")[0]
-    print("error:", *text.split("\n"), file=sys.stderr)
+    terminal.say(" ".join(text.split("\n")), "ERROR")
     sys.exit(1)
 
 

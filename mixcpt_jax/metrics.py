@@ -1,29 +1,40 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, W&B and the terminal.
 
 `metrics.jsonl` is the record: one object per line, with its step. The others are copies
-of it. Only the first host writes.
+of it, and made by threads of their own, so that no step waits for them and none fails with
+them. Only the first host writes.
 """
 
+import importlib.util
 import io
 import json
 import math
+import queue
 import tempfile
+import textwrap
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any
 
 import ml_collections
+import numpy as np
+from absl import logging
 from etils import epath
 from rich import console as rich_console
 from rich import progress as rich_progress
 
-from mixcpt_jax import paths
+from mixcpt_jax import paths, terminal
+from mixcpt_jax.errors import InputError
 
 FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES_PAGE = "samples.md"
+ITEMS_FILE = "items.jsonl"
 _SECONDS_BETWEEN_LINES = 20.0
 _SECONDS_BETWEEN_UPLOADS = 60.0
+_MOST_WAITING = 10_000
+_PATIENCE = 60.0
 
 
 def means(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
@@ -55,33 +66,38 @@ class Writer:
             process that did it, and are dropped.
           run_config: the whole config, for W&B.
           is_first_host: the other hosts write nothing.
+
+        Raises:
+          InputError: W&B is asked for and not installed.
         """
-        self._file = self._tensorboard = self._wandb = self._to_upload = None
+        self._file = self._to_upload = None
+        self._copies: dict[str, _Copy] = {}
         if not is_first_host:
             return
+        if config.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise InputError(
+                f"metrics.wandb_project={config.wandb_project}: the package wandb is not "
+                "installed; run `pip install wandb`, or leave it empty"
+            )
         self._workdir = workdir
-        for name in (FILE, SAMPLES_FILE):
+        for name in (FILE, SAMPLES_FILE, ITEMS_FILE):
             if (workdir / name).exists():
                 rows = read(workdir, name)
                 kept = [row for row in rows if row["step"] <= resume_step]
                 _write_lines(workdir / name, kept)
         self._file = _append_to(workdir / FILE)
         if config.tensorboard:
-            import tensorboardX  # its import is slow
-
             folder = workdir / "tensorboard"
             if paths.is_remote(folder):
                 self._to_upload = tempfile.TemporaryDirectory(prefix="mixcpt-events-")
                 folder = self._to_upload.name
-            self._tensorboard = tensorboardX.SummaryWriter(
-                str(folder), purge_step=resume_step + 1
+            self._copies["TensorBoard"] = _Copy(
+                "TensorBoard",
+                lambda: _TensorBoard(str(folder), resume_step, run_config),
             )
         if config.wandb_project:
-            import wandb  # optional: only those who ask for it need it
-
-            self._wandb = wandb.init(
-                project=config.wandb_project, config=run_config, resume="allow"
-            )
+            project = config.wandb_project
+            self._copies["W&B"] = _Copy("W&B", lambda: _Wandb(project, run_config))
 
     def __enter__(self) -> "Writer":
         return self
@@ -90,19 +106,20 @@ class Writer:
         if self._file:
             self.save()
             self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        for copy in self._copies.values():
+            copy.close()
         if self._to_upload:
             self._to_upload.cleanup()
-        if self._wandb:
-            self._wandb.finish()
 
     def save(self) -> None:
         """What was written is in its place when this returns, in a bucket too."""
         if self._file:
             self._file.flush()
+        for copy in self._copies.values():
+            copy.put(lambda place: place.flush())
+        for copy in self._copies.values():
+            copy.wait()
         if self._to_upload:
-            self._tensorboard.flush()
             for file in epath.Path(self._to_upload.name).iterdir():
                 paths.copy_file(file, self._workdir / "tensorboard" / file.name)
 
@@ -112,11 +129,30 @@ class Writer:
             return
         scalars = {k: float(v) for k, v in scalars.items() if math.isfinite(v)}
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        if self._tensorboard:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(scalars, step=step)
+        for copy in self._copies.values():
+            copy.put(lambda place: place.write(step, scalars))
+
+    def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
+        """Adds to `items.jsonl` what the measures of a step are means of.
+
+        With it a change has an interval: the same questions were asked before and after.
+
+        Args:
+          step: whose measures they are.
+          items: `{text}/loss` (nats), `{text}/correct` and `{text}/tokens`, sums over
+            each example; `{exam}/exam` and `{pairs}/pair_accuracy`, right or not.
+        """
+        if not self._file or not items:
+            return
+        row = {
+            name: np.round(values, 4).tolist()
+            if name.endswith("/loss")
+            else np.asarray(values, int).tolist()
+            for name, values in items.items()
+        }
+        rows = read(self._workdir, ITEMS_FILE)
+        rows = [r for r in rows if r["step"] != step] + [{"step": step, "items": row}]
+        _write_lines(self._workdir / ITEMS_FILE, rows)
 
     def write_samples(
         self, step: int, conversations: list[list[dict[str, str]]], answers: list[str]
@@ -131,10 +167,132 @@ class Writer:
         ]
         _write_lines(self._workdir / SAMPLES_FILE, rows)
         paths.replace(self._workdir / SAMPLES_PAGE, _samples_page(rows))
-        if self._tensorboard:
-            for number, row in enumerate(rows[-len(answers) :]):
-                text = f"{row['messages'][-1]['content']}\n\n---\n\n{row['answer']}"
-                self._tensorboard.add_text(f"samples/{number}", text, step)
+        texts = [
+            (row["messages"][-1]["content"], row["answer"])
+            for row in rows[-len(answers) :]
+        ]
+        for copy in self._copies.values():
+            copy.put(lambda place: place.write_samples(step, texts))
+
+
+class _Copy:
+    """A place that a thread of its own writes to, in the order that it is given.
+
+    A place that fails, or does nothing for a minute while it is waited for, is told of
+    in one warning and left alone from then on.
+    """
+
+    def __init__(self, name: str, open_place: Callable[[], Any]):
+        self._name = name
+        self._tasks: queue.Queue = queue.Queue(_MOST_WAITING)
+        self._is_given_up = False
+        # A daemon: a place that hangs does not keep the process from its end.
+        threading.Thread(
+            target=self._work, args=(open_place,), name=name, daemon=True
+        ).start()
+
+    def put(self, task: Callable[[Any], None]) -> None:
+        """Has `task` done on the place when its turn comes, and returns at once."""
+        if self._is_given_up:
+            return
+        try:
+            self._tasks.put_nowait(task)
+        except queue.Full:
+            self._give_up("is too slow")
+
+    def wait(self) -> None:
+        """Returns when all is done, or the place is given up."""
+        done = self._tasks.all_tasks_done
+        with done:
+            while left := self._tasks.unfinished_tasks:
+                done.wait(_PATIENCE)
+                if self._is_given_up:
+                    return
+                if self._tasks.unfinished_tasks == left:
+                    self._give_up(f"has done nothing for {_PATIENCE:.0f} s")
+                    return
+
+    def close(self) -> None:
+        self.put(lambda place: place.close())
+        self.wait()
+        if not self._tasks.full():
+            self._tasks.put(None)
+
+    def _give_up(self, why: str) -> None:
+        if not self._is_given_up:
+            self._is_given_up = True
+            logging.warning(
+                "%s %s; the run goes on without it, and %s has everything",
+                self._name,
+                why,
+                FILE,
+            )
+
+    def _work(self, open_place: Callable[[], Any]) -> None:
+        place = None
+        while task := self._tasks.get():
+            try:
+                if place is None:
+                    place = open_place()
+                if not self._is_given_up:
+                    task(place)
+            except Exception as error:
+                self._give_up(f"fails ({type(error).__name__}: {error})")
+            finally:
+                self._tasks.task_done()
+
+
+class _TensorBoard:
+    """Scalars, samples, and the config as text."""
+
+    def __init__(self, folder: str, resume_step: int, run_config: dict[str, Any]):
+        import tensorboardX  # its import is slow
+
+        self._writer = tensorboardX.SummaryWriter(folder, purge_step=resume_step + 1)
+        if run_config and resume_step < 0:
+            text = json.dumps(run_config, indent=2, default=str)
+            self._writer.add_text("config", textwrap.indent(text, "    "), 0)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def write_samples(self, step: int, texts: list[tuple[str, str]]) -> None:
+        for number, (prompt, answer) in enumerate(texts):
+            self._writer.add_text(
+                f"samples/{number}", f"{prompt}\n\n---\n\n{answer}", step
+            )
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """Scalars, samples as a table, and the config."""
+
+    def __init__(self, project: str, run_config: dict[str, Any]):
+        import wandb  # optional: only those who ask for it need it
+
+        self._wandb = wandb
+        self._run = wandb.init(project=project, config=run_config, resume="allow")
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log(scalars, step=step)
+
+    def write_samples(self, step: int, texts: list[tuple[str, str]]) -> None:
+        table = self._wandb.Table(
+            columns=["prompt", "answer"], data=[*map(list, texts)]
+        )
+        self._run.log({"samples": table}, step=step)
+
+    def flush(self) -> None:
+        """It sends by itself."""
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def _append_to(path: epath.Path) -> IO[str]:
@@ -182,7 +340,7 @@ def read(workdir: epath.Path, name: str = FILE) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A progress bar in a terminal, a line now and then elsewhere."""
+    """A progress bar in a terminal, a line now and then elsewhere, each step as JSON."""
 
     def __init__(self, name: str, first_step: int, num_steps: int, enabled: bool):
         self._console = rich_console.Console(stderr=True)
@@ -211,28 +369,33 @@ class Progress:
     def __exit__(self, *exception) -> None:
         self._bar.stop()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def update(
+        self, step: int, scalars: Mapping[str, float], tokens_per_second: float
+    ) -> None:
+        """Shows a step that is done; its scalars are fields of a cluster's log."""
+        loss = scalars["loss"]
         self._bar.update(self._task, completed=step, loss=loss, rate=tokens_per_second)
         if self._console.is_terminal or not self._enabled:
             return
         now = time.monotonic()
         first_step, first_time = self._first_update = self._first_update or (step, now)
-        if now >= self._next_line or step == self._num_steps:
+        if now >= self._next_line or step == self._num_steps or terminal.is_json():
             self._next_line = now + _SECONDS_BETWEEN_LINES
             done = step - first_step
             left = (now - first_time) / done * (self._num_steps - step) if done else 0.0
-            self.say(
-                f"{self._name} {step}/{self._num_steps} loss {loss:.4f}"
-                + (
-                    f" {tokens_per_second:,.0f} tokens/s, {left:.0f} s left"
-                    if done
-                    else ""
-                )
-            )
+            text = f"{self._name} {step}/{self._num_steps} loss {loss:.4f}"
+            if done:
+                text += f" {tokens_per_second:,.0f} tokens/s, {left:.0f} s left"
+            rate = {"tokens_per_second": tokens_per_second}
+            self.say(text, step=step, **scalars, **rate)
 
-    def say(self, text: str) -> None:
-        """Prints a line above the bar."""
-        if self._enabled:
+    def say(self, text: str, **fields: Any) -> None:
+        """Prints a line above the bar; the fields are for a cluster's log."""
+        if not self._enabled:
+            return
+        if terminal.is_json():
+            terminal.say(text, **fields)
+        else:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

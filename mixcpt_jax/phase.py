@@ -7,10 +7,13 @@ adapters adapt.
 """
 
 import dataclasses
+import datetime
 import functools
 import json
+import platform
 import time
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -19,6 +22,7 @@ import numpy as np
 from etils import epath
 
 from mixcpt_jax import (
+    __version__,
     checkpoint,
     fused,
     hosts,
@@ -36,6 +40,7 @@ from mixcpt_jax.errors import InputError
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
 PROVENANCE_FILE = "provenance.json"
+_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 # NFS keeps in mind for half a minute by default that a file was not there.
 _SECONDS_UNTIL_SEEN = 60
@@ -180,7 +185,9 @@ class Phase:
             if not (self.folder / CONFIG_FILE).exists():
                 text = self.given.to_json(indent=2)
                 paths.replace(self.folder / CONFIG_FILE, text)
-            text = json.dumps(provenance, indent=2)
+            text = json.dumps(
+                provenance | {"environment": self._environment()}, indent=2
+            )
             paths.replace(self.folder / PROVENANCE_FILE, text)
         hosts.wait_for_all(f"begin of {self.name}")
         _check_is_shared(self.folder / CONFIG_FILE)
@@ -197,6 +204,32 @@ class Phase:
     def provenance(self, files: dict[str, dict[str, str]]) -> dict[str, Any]:
         """What the phase starts from, and the files it reads."""
         return {"start": self.starts_from, "files": files}
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(
+            x.size for x in jax.tree.leaves(model.abstract_params(self.model_config))
+        )
+
+    @property
+    def devices(self) -> str:
+        """Such as "8 x TPU v5e, mesh data=1 fsdp=8 tensor=1"."""
+        kind = self.mesh.devices.flat[0].device_kind
+        shape = " ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        return f"{self.mesh.size} x {kind}, mesh {shape}"
+
+    def _environment(self) -> dict[str, Any]:
+        """What the process that works on the phase runs in, the last one if several did."""
+        return {
+            "started": datetime.datetime.now(datetime.UTC).isoformat(
+                timespec="seconds"
+            ),
+            "devices": self.devices,
+            "hosts": jax.process_count(),
+            "parameters": self.num_parameters,
+            "versions": {"python": platform.python_version(), "mixcpt_jax": __version__}
+            | {name: metadata.version(name) for name in _VERSIONS},
+        }
 
     def finish(self, results: dict[str, Any]) -> dict[str, Any]:
         """Writes the results, which mark the phase as done, and returns them.

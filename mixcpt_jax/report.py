@@ -1,30 +1,33 @@
-"""What a run says at its end: one table of before and after, and its curves."""
+"""What a run says at its end: one table of before and after, its curves, and a page.
 
+    python -m mixcpt_jax.report RUN [RUN ...] [--output=report.html]
+        [--domain=NAME,NAME]
+
+makes the page anew, of a run that still goes on too, or one that compares several runs.
+RUN is a workdir, or a file that holds what `report.json` does.
+"""
+
+import argparse
 import json
+import sys
 from typing import Any
 
 from etils import epath
 
-from mixcpt_jax import metrics, paths
+from mixcpt_jax import metrics, page, paths, runs
+from mixcpt_jax.errors import InputError
 
 TABLE_FILE = "report.md"
 CURVES_FILE = "curves.png"
-
-_MEASURES = (
-    ("perplexity", "perplexity", "{:.2f}", "{:+.2f}"),
-    ("accuracy", "token accuracy, %", "{:.1%}", "{:+.1%}"),
-    ("exact", "continued exactly, %", "{:.1%}", "{:+.1%}"),
-    ("exam", "exam, %", "{:.1%}", "{:+.1%}"),
-    ("pair_accuracy", "chosen answer likelier, %", "{:.1%}", "{:+.1%}"),
-)
+PAGE_FILE = "report.html"
 
 
 def write(
     workdir: str, folders: dict[str, str], results: dict[str, dict[str, Any]]
 ) -> None:
-    """Prints the table and writes it, with the curves, to the workdir.
+    """Prints the table and writes it, with the curves and the page, to the workdir.
 
-    Where no phase measures or trains, as in an export, there is none.
+    Where no phase measures or trains, as in an export, there are none.
 
     Args:
       workdir: the run's folder.
@@ -37,6 +40,7 @@ def write(
         text = comparison(results)
         print(f"\n{text}\n")
         paths.replace(folder / TABLE_FILE, text + "\n")
+        paths.replace(folder / PAGE_FILE, page.render(runs.load([workdir])))
     phases = {name: metrics.read(paths.absolute(f)) for name, f in folders.items()}
     trained = {
         name: rows for name, rows in phases.items() if any("loss" in r for r in rows)
@@ -58,7 +62,7 @@ def comparison(results: dict[str, dict[str, Any]]) -> str:
     for phase in results:
         header += [f"after {phase}", "change"]
     rows = []
-    for suffix, label, form, change_form in _MEASURES:
+    for suffix, label, form, change_form in page.MEASURES:
         for key in sorted(k for k in measured if k.endswith(f"/{suffix}")):
             row = [
                 f"{key.removesuffix('/' + suffix)}: {label}",
@@ -112,3 +116,41 @@ def _draw_curves(path: epath.Path, phases: dict[str, list[dict[str, Any]]]) -> N
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mixcpt_jax.report",
+        description="Writes the page of a run anew, or of several beside each other.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a workdir")
+    parser.add_argument(
+        "--output",
+        help="the file to write; default: report.html in the workdir, or, of several, here",
+    )
+    parser.add_argument(
+        "--domain",
+        default="",
+        help="names of the texts and exams that are about the domain; default: the "
+        "sources of documents",
+    )
+    given = parser.parse_args(arguments)
+    output = given.output or PAGE_FILE
+    if (
+        not given.output
+        and len(given.runs) == 1
+        and not given.runs[0].endswith(".json")
+    ):
+        output = f"{given.runs[0]}/{PAGE_FILE}"
+    try:
+        arms = runs.load(given.runs)
+        text = page.render(arms, [name for name in given.domain.split(",") if name])
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    paths.replace(paths.absolute(output), text)
+    print(f"Written to {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -31,6 +31,7 @@ from mixcpt_jax import (
     sharding,
     steps,
     teacher,
+    terminal,
     watchdog,
 )
 from mixcpt_jax import config as config_lib
@@ -60,6 +61,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     if results is not None:
         return results
     phase = phase_lib.start(config, workdir, name)
+    if config.metrics.progress and jax.process_index() == 0:
+        terminal.say(_first_line(phase))
     data = phase.load_data(functools.partial(_with_teacher, phase))
     with jax.set_mesh(phase.mesh):
         return _run(phase, data)
@@ -119,7 +122,6 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             phase.name, first_step, num_steps, config.metrics.progress and is_first_host
         ) as progress,
     ):
-        progress.say(_first_line(phase, program.state, resumed))
         progress.say(_mixture_table(data.report))
         if _reads_teacher(config, data):
             top_k = config.objective.teacher_top_k
@@ -135,9 +137,15 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             results = notice.unless_it_comes(measure, student())
             if results is None:
                 return None
+            writer.write_items(step, measure.items)
             writer.write(step, _prefixed(results))
             text_losses = [v for k, v in results.items() if k.endswith("/loss")]
-            return float(np.mean(text_losses)) if text_losses else None
+            loss = float(np.mean(text_losses)) if text_losses else None
+            mean = "" if loss is None else f", mean loss {loss:.4f}"
+            progress.say(
+                f"{phase.name}: measured {place}{mean}", step=step, **_prefixed(results)
+            )
+            return loss
 
         def answer_prompts(step: int) -> None:
             answers = notice.unless_it_comes(measure.answers, student())
@@ -175,7 +183,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             scalars = read(step, device_metrics)
             rate = clock.rate(step, scalars["tokens"])
             writer.write(step, scalars | {"tokens_per_second": rate})
-            progress.update(step, scalars["loss"], rate)
+            progress.update(step, scalars, rate)
             if scalars.get("skipped", 0) > skipped:
                 skipped = scalars["skipped"]
                 progress.say(
@@ -525,24 +533,30 @@ def _check_step(
     )
 
 
-def _first_line(phase, abstract_state: steps.TrainState, resumed: int | None) -> str:
-    config, mesh = phase.config, phase.mesh
-    size, trained = (
-        sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
-        for tree in (model.abstract_params(phase.model_config), abstract_state.params)
-    )
-    adapters = f", {trained:.2f} M in adapters" if phase.lora else ""
-    if resumed is not None:
-        start = f"going on after step {resumed}"
+def _first_line(phase: phase_lib.Phase) -> str:
+    """What runs on what, and where it starts; said before anything is read."""
+    config = phase.config
+    adapters = ""
+    if phase.lora:
+        trained = model.abstract_adapters(
+            phase.model_config, phase.lora, config.model.param_dtype
+        )
+        size = sum(leaf.size for leaf in jax.tree.leaves(trained)) / 1e6
+        adapters = f" and {size:.2f} M in adapters"
+    num_steps = config.train.num_steps
+    steps_text = f"{num_steps:,} steps" if num_steps else "to the end of the data"
+    step = checkpoint.newest_step(phase.folder)
+    if step is not None:
+        of = f" of {num_steps:,}" if num_steps else ""
+        start = f"resumes at step {step:,}{of} from {phase.folder}"
     else:
         random = f"random weights (seed {config.seed})"
         weights = random if config.model.weights == "random" else config.model.path
-        start = f"starting from {config.init_from or weights}"
+        start = f"starts from {config.init_from or weights}"
     return (
-        f"{phase.name}: {mesh.devices.flat[0].device_kind} x {mesh.size} "
-        f"({sharding.describe(mesh.shape)}); "
-        f"{size:.1f} M parameters{adapters}; "
-        f"{config.data.batch_size * config.data.row_length:,} tokens a step; {start}"
+        f"{phase.name}: {phase.devices}, {phase.num_parameters / 1e6:,.1f} M "
+        f"parameters{adapters}, {config.data.batch_size * config.data.row_length:,} "
+        f"tokens a step, {steps_text}; {start}"
     )
 
 

@@ -49,6 +49,7 @@ def files(folder):
     """Name -> content of what a run leaves that does not tell of time or chance."""
     changing = ("checkpoints", "tensorboard", "metrics.jsonl", "reference.npz")
     changing += ("results.json", "provenance.json", "report.md", "report.json")
+    changing += ("report.html",)
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in folder.rglob("*")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mixcpt_jax import paths
+from mixcpt_jax import paths, phase, train
 
 
 def run(project, *arguments):
@@ -177,6 +177,7 @@ def test_phases_run_in_order_and_end_in_one_table(
     assert "after first" in header
     assert "after second" in header
     assert "domain: perplexity" in table
+    assert "after second" in (tmp_path / "run" / "report.html").read_text()
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     # Both phases are the same config, so they must be the same run.
     rows = [
@@ -185,3 +186,30 @@ def test_phases_run_in_order_and_end_in_one_table(
     ]
     first, second = (json.loads(row)["after"] for row in rows)
     assert first == second
+
+
+def test_a_cluster_gets_json_and_first_what_runs_where(
+    project, write_config, tiny_config, tmp_path
+):
+    config = write_config({"metrics.progress": True, "metrics.log": "json"})
+    folder = tmp_path / "run"
+    process = run(project, config, f"--workdir={folder}")
+    assert process.returncode == 0, process.stderr
+    said = [json.loads(line) for line in process.stderr.splitlines()]
+    told = [json.loads(line) for line in process.stdout.splitlines()]
+    for entry in (*said, *told):
+        assert {"time", "severity", "message"} <= set(entry)
+    assert said[0]["message"].startswith(
+        "run: 8 x cpu, mesh data=1 fsdp=8 tensor=1, 0.0 M parameters, "
+        f"512 tokens a step, 6 steps; starts from {tiny_config.model.path}"
+    )
+    steps = [entry["step"] for entry in said if "loss" in entry]
+    assert steps == [*range(1, 7)]
+    assert any("domain: perplexity" in entry["message"] for entry in told)
+    (folder / "results.json").unlink()
+    tiny_config.metrics.log = "text"
+    started = phase.start(tiny_config, str(folder), "run")
+    assert train._first_line(started).endswith(f"resumes at step 6 of 6 from {folder}")
+    tiny_config.lora.rank = 2
+    started = phase.start(tiny_config, str(tmp_path / "other"), "run")
+    assert "M in adapters" in train._first_line(started)

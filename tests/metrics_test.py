@@ -1,17 +1,69 @@
+import importlib.machinery
+import importlib.util
 import math
 import struct
+import sys
+import threading
+import time
+import types
 
+import numpy as np
+import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import metrics, paths
+from mixcpt_jax.errors import InputError
 
 
-def open_writer(folder, resume_step, tensorboard=False):
+def open_writer(folder, resume_step, tensorboard=False, wandb="", run_config=None):
     config = config_lib.default().metrics
     config.tensorboard = tensorboard
-    return metrics.Writer(epath.Path(folder), config, resume_step, {})
+    config.wandb_project = wandb
+    return metrics.Writer(epath.Path(folder), config, resume_step, run_config or {})
+
+
+class FakeWandb(types.ModuleType):
+    """A place that takes its time; `log` is what each call to it does."""
+
+    def __init__(self, log=lambda: None):
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.calls, self._log = [], log
+
+    def init(self, **settings):
+        self.calls.append(("init", settings))
+        return self
+
+    def log(self, values, step):
+        self._log()
+        self.calls.append((step, values))
+
+    def finish(self):
+        self.calls.append("finish")
+
+    def Table(self, columns, data):
+        return {"columns": columns, "data": data}
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    def install(log=lambda: None):
+        module = FakeWandb(log)
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        return module
+
+    return install
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        metrics.logging, "warning", lambda text, *values: told.append(text % values)
+    )
+    return told
 
 
 def test_means_are_taken_from_sums_and_counts_and_empty_ones_left_out():
@@ -41,15 +93,93 @@ def test_tensorboard_gets_the_same_scalars(tmp_path):
     assert scalars(file.read_bytes()) == [(1, "loss", 0.5), (2, "loss", 0.25)]
 
 
-def scalars(content):
+def values(content):
     """Reads TFRecords: length (8 bytes), its checksum (4), the event, its checksum (4)."""
-    found = []
     while content:
         (length,) = struct.unpack("<Q", content[:8])
         event = event_pb2.Event.FromString(content[12 : 12 + length])
-        found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+        yield from ((event.step, value) for value in event.summary.value)
         content = content[16 + length :]
-    return found
+
+
+def scalars(content):
+    return [(step, value.tag, value.simple_value) for step, value in values(content)]
+
+
+def test_tensorboard_gets_the_config_and_the_samples_as_text(tmp_path):
+    with open_writer(tmp_path, -1, tensorboard=True, run_config={"seed": 3}) as writer:
+        writer.write_samples(2, [[{"role": "user", "content": "Why?"}]], ["So."])
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    texts = {
+        value.tag.removesuffix("/text_summary"): value.tensor.string_val[0].decode()
+        for _, value in values(file.read_bytes())
+    }
+    assert '"seed": 3' in texts["config"]
+    assert texts["samples/0"] == "Why?\n\n---\n\nSo."
+
+
+def test_a_slow_place_is_not_waited_for_and_gets_all_in_order(tmp_path, fake_wandb):
+    wandb = fake_wandb(lambda: time.sleep(0.005))
+    with open_writer(tmp_path, 0, wandb="mine", run_config={"seed": 3}) as writer:
+        begin = time.monotonic()
+        for step in range(100):
+            writer.write(step, {"loss": float(step)})
+        writer.write_samples(99, [[{"role": "user", "content": "Why?"}]], ["So."])
+        assert time.monotonic() - begin < 0.4
+        assert len(metrics.read(epath.Path(tmp_path))) == 100
+        writer.save()
+        assert len(wandb.calls) == 102
+    (_, settings), *rows, (_, samples), end = wandb.calls
+    assert settings["project"] == "mine"
+    assert settings["config"] == {"seed": 3}
+    assert rows == [(step, {"loss": float(step)}) for step in range(100)]
+    assert samples["samples"]["data"] == [["Why?", "So."]]
+    assert end == "finish"
+
+
+def test_a_place_that_fails_is_told_of_once_and_left_alone(
+    tmp_path, fake_wandb, warnings
+):
+    def fail():
+        raise ConnectionError("no route")
+
+    fake_wandb(fail)
+    with open_writer(tmp_path, 0, wandb="mine") as writer:
+        for step in range(5):
+            writer.write(step, {"loss": 1.0})
+            writer.save()
+    (warning,) = warnings
+    assert "W&B fails (ConnectionError: no route)" in warning
+    assert len(metrics.read(epath.Path(tmp_path))) == 5
+
+
+def test_a_place_that_hangs_does_not_hold_up_the_run(
+    tmp_path, fake_wandb, warnings, monkeypatch
+):
+    monkeypatch.setattr(metrics, "_PATIENCE", 0.05)
+    hangs = threading.Event()
+    fake_wandb(hangs.wait)
+    with open_writer(tmp_path, 0, wandb="mine") as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.save()
+        (warning,) = warnings
+    assert "W&B has done nothing" in warning
+    hangs.set()
+
+
+def test_wandb_has_to_be_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        open_writer(tmp_path, 0, wandb="mine")
+
+
+def test_items_of_a_step_measured_again_replace_the_first(tmp_path):
+    for right in (False, True):
+        with open_writer(tmp_path, 0) as writer:
+            items = {"a/exam": np.array([right, True]), "b/loss": np.array([1.23456])}
+            writer.write_items(0, items)
+    (row,) = metrics.read(epath.Path(tmp_path), metrics.ITEMS_FILE)
+    assert row == {"step": 0, "items": {"a/exam": [1, 1], "b/loss": [1.2346]}}
 
 
 def test_what_is_not_finite_is_left_out_since_json_has_no_word_for_it(tmp_path):
