@@ -15,7 +15,7 @@ import jinja2
 import numpy as np
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import intervals, paths, plots, runs
+from mixcpt_jax import intervals, paths, plots, records
 from mixcpt_jax.runs import Arm
 
 # Suffix in the results, name, format of a value and of a change.
@@ -50,9 +50,9 @@ def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
     """The page.
 
     Args:
-      arms: from `runs.load`.
+      arms: from `records.load`.
       domain: names of texts and exams that are about the domain; empty: they are told
-        by the sources, see `_is_domain`.
+        by the sources, see `_domain_names`.
     """
     environment = jinja2.Environment(
         autoescape=True,
@@ -67,7 +67,7 @@ def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
     return environment.from_string(source).render(
         policy="default-src 'none'; base-uri 'none'; form-action 'none'; "
         f"style-src {_hash(style)}; script-src {_hash(script)}",
-        title=", ".join(dict.fromkeys(runs.name_of(arm.run) for arm in arms)),
+        title=", ".join(dict.fromkeys(records.name_of(arm.run) for arm in arms)),
         arms=arms,
         style=plots.style,
         facts=list(_facts(arms)),
@@ -268,7 +268,7 @@ def _table(arms: Sequence[Arm]) -> dict[str, Any]:
     for run, _, of_run in groups:
         several = len(groups) > 1
         header.append(
-            ("before" + (f", {runs.name_of(run)}" if several else ""), None, 1)
+            ("before" + (f", {records.name_of(run)}" if several else ""), None, 1)
         )
         header += [(f"after {arm.name}", arm, 2) for arm in of_run]
     return {"header": header, "rows": rows}
@@ -507,7 +507,9 @@ def _samples(arms: Sequence[Arm]) -> dict[str, Any]:
                 if row["step"] not in shown:
                     continue
                 is_start = row["step"] == 0 and arm.trains
-                which = f"start of {runs.name_of(run)}" if len(asking) > 1 else "start"
+                which = (
+                    f"start of {records.name_of(run)}" if len(asking) > 1 else "start"
+                )
                 prompts.setdefault(json.dumps(row["messages"]), []).append(
                     {
                         "title": which if is_start else f"after {arm.name}",

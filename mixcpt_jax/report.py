@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from mixcpt_jax import metrics, page, paths, runs
+from mixcpt_jax import metrics, page, paths, records
 from mixcpt_jax.errors import InputError
 
 TABLE_FILE = "report.md"
@@ -40,13 +40,14 @@ def write(
         text = comparison(results)
         print(f"\n{text}\n")
         paths.replace(folder / TABLE_FILE, text + "\n")
-        paths.replace(folder / PAGE_FILE, page.render(runs.load([workdir])))
     phases = {name: metrics.read(paths.absolute(f)) for name, f in folders.items()}
     trained = {
         name: rows for name, rows in phases.items() if any("loss" in r for r in rows)
     }
     if trained:
         _draw_curves(folder / CURVES_FILE, trained)
+    if trained or any("after" in result for result in results.values()):
+        paths.replace(folder / PAGE_FILE, page.render(records.load([workdir])))
     print(f"Done; everything is in {workdir}")
 
 
@@ -144,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         output = f"{given.runs[0]}/{PAGE_FILE}"
     try:
-        arms = runs.load(given.runs)
+        arms = records.load(given.runs)
         text = page.render(arms, [name for name in given.domain.split(",") if name])
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -37,9 +37,9 @@ ALLOWED = {
     "export": {"phase", "weights"},
     "intervals": set(),
     "plots": set(),
-    "runs": {"metrics"},
-    "page": {"config", "intervals", "plots", "runs"},
-    "report": {"metrics", "page", "runs"},
+    "records": {"metrics"},
+    "page": {"config", "intervals", "plots", "records"},
+    "report": {"metrics", "page", "records"},
     "train": {
         "checkpoint", "config", "data", "evaluate", "fused", "losses", "metrics",
         "model", "optim", "phase", "preemption", "reference", "sharding", "steps",

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image as image
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import page, report, runs
+from mixcpt_jax import page, records, report
 from mixcpt_jax.errors import InputError
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
@@ -237,7 +237,7 @@ def test_runs_are_compared_in_one_page(run, tmp_path, monkeypatch):
 
 
 def test_a_change_has_the_interval_of_what_is_on_record(run):
-    arms = runs.load([str(run[0])])
+    arms = records.load([str(run[0])])
     changes = page._changes(arms, {"domain"})
     assert [method.split(":")[0] for method in changes["methods"]] == (
         ["Exams and pairs", "Texts"]
@@ -249,7 +249,7 @@ def test_what_is_no_run_is_told_in_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(InputError, match=str(tmp_path)):
-        runs.load([str(tmp_path)])
+        records.load([str(tmp_path)])
     with pytest.raises(SystemExit, match="error: "):
         report.main([str(tmp_path)])
 
