@@ -28,8 +28,18 @@ ALLOWED = {
         "checkpoint", "config", "data", "fused", "hosts", "model", "sharding", "steps",
         "tokenizer", "weights",
     },
-    "sample": {"model", "sharding", "tokenizer"},
-    "evaluate": {"data", "metrics", "model", "phase", "sample"},
+    "command": {"preemption"},
+    # Commands themselves as well.
+    "sample": {"command", "data", "model", "runs", "sharding", "tokenizer"},
+    "evaluate": {
+        "command", "data", "metrics", "model", "phase", "runs", "sample", "statistics",
+    },
+    "statistics": set(),
+    "runs": {
+        "checkpoint", "config", "export", "model", "phase", "sharding", "tokenizer",
+        "weights",
+    },
+    "harness": {"command", "data", "evaluate", "runs", "sample"},
     "reference": {"data", "evaluate"},
     "teacher": {"data", "phase", "sharding", "steps"},
     "select": {"data", "evaluate", "metrics", "phase"},
@@ -41,8 +51,8 @@ ALLOWED = {
         "teacher", "watchdog",
     },
     "main": {
-        "config", "evaluate", "export", "hosts", "phase", "preemption", "report",
-        "select", "train",
+        "command", "config", "evaluate", "export", "hosts", "phase", "report", "select",
+        "train",
     },
     "data": {"config", "data"},
     "plan": {
