@@ -356,7 +356,7 @@ class Sampler:
           InputError: a prompt is empty or does not fit into the context.
         """
         room = _check_room(prompts, self._config, max_new_tokens)
-        batch = _whole_batch(min(self._batch_size, len(prompts) or 1))
+        batch = whole_batch(min(self._batch_size, len(prompts) or 1))
         results = []
         for first in range(0, len(prompts), batch):
             part = prompts[first : first + batch]
@@ -413,7 +413,7 @@ class Stream:
         self._params = params if is_cast else cast(params)
         self._config = model_config
         self._tokens_per_call = tokens_per_call
-        self._batch = _whole_batch(batch_size)
+        self._batch = whole_batch(batch_size)
         begin, extend = make_decoding(
             model_config, tokenizer.vocab_size, compute_dtype, lora
         )
@@ -647,7 +647,7 @@ def _check_room(
     return room
 
 
-def _whole_batch(rows: int) -> int:
+def whole_batch(rows: int) -> int:
     """The next larger batch that the mesh's devices share evenly."""
     mesh = jax.sharding.get_abstract_mesh()
     ways = math.prod(mesh.shape.get(axis, 1) for axis in sharding.BATCH_AXES)

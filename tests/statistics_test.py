@@ -1,0 +1,70 @@
+"""Intervals that cover as often as they say, and the exact test."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from mixcpt_jax import statistics
+
+
+def ratio(sums):
+    return sums[..., 0] / sums[..., 1]
+
+
+def test_intervals_cover_the_truth():
+    """Of a ratio of sums whose terms depend on each other, as nats and tokens do."""
+    rng = np.random.default_rng(0)
+    trials, covered, widths = 200, 0, []
+    for trial in range(trials):
+        lengths = rng.integers(5, 50, 100)
+        nats = lengths * rng.gamma(4, 0.5, 100)  # a mean of 2 a token
+        columns = np.stack([nats, lengths], axis=1)
+        estimate = statistics.bootstrap(columns, ratio, seed=trial)
+        assert estimate.value == pytest.approx(nats.sum() / lengths.sum())
+        assert estimate.low < estimate.value < estimate.high
+        covered += estimate.low <= 2.0 <= estimate.high
+        widths.append(estimate.high - estimate.low)
+    # 95 % less what the percentile method lacks at 100 items, about 1 %, and within what
+    # 200 trials miss by chance once in a million.
+    assert scipy.stats.binomtest(covered, trials, 0.94).pvalue > 1e-6
+    # As wide as the delta method has it.
+    lengths = np.arange(5, 50)
+    deviation = np.sqrt(np.mean(lengths**2) / np.mean(lengths) ** 2 / 100)
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * deviation, rel=0.05)
+
+
+def test_the_mean_of_right_and_wrong_has_the_binomials_interval():
+    right = np.arange(400) < 240
+    columns = np.stack([right, np.ones(400)], axis=1)
+    estimate = statistics.bootstrap(columns, ratio)
+    expected = scipy.stats.binom.interval(0.95, 400, 0.6)
+    # Quantiles of 10,000 draws are off by a step or so.
+    np.testing.assert_allclose(
+        [estimate.low * 400, estimate.high * 400], expected, atol=2
+    )
+    assert statistics.bootstrap(columns, ratio) == estimate
+    narrower = statistics.bootstrap(columns, ratio, level=0.5)
+    assert estimate.low < narrower.low < narrower.high < estimate.high
+
+
+def test_a_paired_difference_knows_what_is_common():
+    rng = np.random.default_rng(1)
+    common = rng.normal(0, 10, 50)
+    ones = np.ones(50)
+    columns = np.stack([common, ones, common + 0.1 + rng.normal(0, 0.1, 50), ones], 1)
+    estimate = statistics.bootstrap(
+        columns, lambda s: s[..., 2] / s[..., 3] - s[..., 0] / s[..., 1]
+    )
+    assert 0 < estimate.low < estimate.value < estimate.high < 0.2
+
+
+@pytest.mark.parametrize(
+    ("alone", "other_alone"), [(0, 0), (0, 5), (1, 0), (3, 3), (10, 25), (80, 40)]
+)
+def test_mcnemar_is_a_binomial_test(alone, other_alone):
+    pairs = [(1, 0)] * alone + [(0, 1)] * other_alone + [(1, 1)] * 7 + [(0, 0)] * 4
+    found = statistics.mcnemar(*np.array(pairs).T)
+    assert found[:2] == (alone, other_alone)
+    trials = alone + other_alone
+    expected = scipy.stats.binomtest(alone, trials).pvalue if trials else 1.0
+    assert found.p_value == pytest.approx(expected, rel=1e-12)
