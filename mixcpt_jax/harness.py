@@ -242,7 +242,7 @@ class Model(TemplateLM):
                 settings.get("top_k") or None,
                 settings.get("top_p", 1.0),
             )
-        prompts = [context[-room:] for context in contexts]
+        prompts = [context[-room:] or [self.prefix_token_id] for context in contexts]
         stop_ids = self._vocabulary.stop_ids
         made: list[list[int]] = [[] for _ in prompts]
         with jax.set_mesh(self._trained.mesh):
