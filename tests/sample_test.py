@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import itertools
+import json
 import math
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from mixcpt_jax import model, paths, sample, sharding, weights
+from mixcpt_jax import model, paths, runs, sample, sharding, weights
 from mixcpt_jax import tokenizer as tokenizer_lib
 from mixcpt_jax.errors import InputError
 
@@ -560,6 +561,40 @@ def test_a_conversation_at_a_terminal(chat, monkeypatch, capsys, end):
     assert first == second
     assert err.startswith("error: prompt 0: it has 2")
     assert next(lines) == "Ho"
+
+
+def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        command = ["sample", f"--checkpoint={tiny_model}", "--max_new_tokens=8"]
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        sample.main()
+        out, err = capsys.readouterr()
+        assert not err
+        return out
+
+    trained = runs.load(tiny_model)
+    texts = ["Name a fruit.", "Why?"]
+    sampler = sample.Sampler(trained.config, trained.tokenizer)
+    with jax.set_mesh(trained.mesh):
+        answers = sampler.chat(
+            trained.params, [[{"role": "user", "content": t}] for t in texts], 8
+        )
+        goes_on = sampler.complete(trained.params, texts, 8)
+    assert run(f"--prompt={texts[0]}") == f"{answers[0]}\n"
+    assert run("--raw", f"--prompt={texts[0]}") == f"{goes_on[0]}\n"
+    lines = run(*(f"--prompt={text}" for text in texts)).splitlines()
+    expected = [{"prompt": t, "answer": a} for t, a in zip(texts, answers)]
+    assert [json.loads(line) for line in lines] == expected
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    lines = run("--raw", f"--prompts={file}").splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == goes_on
+    # Without a terminal nothing but answers is said.
+    typed = iter(texts[:1])
+    monkeypatch.setattr(builtins, "input", lambda prompt: next(typed, "/quit"))
+    assert run() == f"{answers[0]}\n"
+    with pytest.raises(InputError, match="max_new_tokens=0: it must be 1 or more"):
+        run("--max_new_tokens=0")
 
 
 def test_decoding_costs_no_other_imports():
