@@ -7,7 +7,8 @@ float32; `mixcpt_jax.harness` and `hf` answer the tasks of `benchmarks/lm_eval_t
 files of `--data`, from it. For each task: how many samples there are, of how many an
 answer is another one (a metric, whether the continuation is what greedy decoding would
 give, or the text that was written), and the largest difference of log-likelihoods in
-nats; then the seconds of both, ours with what it compiles. Needs the test requirements.
+nats; then the seconds of both, ours with what it compiles. torch's threads wait for each
+other busily: where cores are shared `--threads 1` is quicker. Needs the test requirements.
 """
 
 import argparse
@@ -22,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import lm_eval
+import torch
 import yaml
 from lm_eval.tasks import TaskManager
 
@@ -44,7 +46,9 @@ def main() -> None:
     parser.add_argument("--data", default="../shared/data")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         trained = runs.load(SMOLLM2, "float32")
         with jax.set_mesh(trained.mesh):

@@ -64,7 +64,7 @@ def compare(trained, network, prompts, args) -> None:
 
     def streamed():
         # Or the prompts would be in the cache from the second round on.
-        stream._forget()
+        stream.forget()
         made = [[] for _ in prompts]
         for news in stream(prompts, *settings):
             for row, new in zip(made, news, strict=True):
@@ -75,7 +75,7 @@ def compare(trained, network, prompts, args) -> None:
         "one program": lambda: sampler.generate(trained.params, prompts, *settings),
         "token by token": streamed,
     } | {
-        f"transformers, {threads} threads": lambda threads=threads: generate(
+        f"transformers, threads: {threads}": lambda threads=threads: generate(
             network, prompts, args.new_tokens, threads
         )
         for threads in sorted({1, torch.get_num_threads()})

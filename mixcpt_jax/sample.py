@@ -432,7 +432,7 @@ class Stream:
             static_argnums=0,
         )
         self._widen = jax.jit(_widen, static_argnums=1)
-        self._forget()
+        self.forget()
 
     def __call__(
         self,
@@ -505,18 +505,19 @@ class Stream:
             seen = int(step)
             if is_done_B.all() or seen >= limit:
                 return
-            self._forget()  # what is donated is no more, whatever comes
+            self.forget()  # what is donated is no more, whatever comes
             until = min(seen + self._tokens_per_call, limit)
             state = self._extend(self._params, state, until, stops, choice=choice)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drops the cache."""
         self._cache: model.Cache | None = None
         self._known: list[list[int]] = []
 
     def _take(self, room: int) -> tuple[model.Cache, list[list[int]]]:
         """A cache with room for so many tokens, and what each of its rows holds."""
         cache, known = self._cache, self._known
-        self._forget()
+        self.forget()
         wide = max(_MIN_ROOM, 1 << (room - 1).bit_length())
         wide = min(wide, self._config.max_positions)
         if cache is None:
@@ -697,12 +698,12 @@ def main() -> None:
         if len(arguments.prompt) > 1 or arguments.prompts:
             _answer_all(arguments, trained)
             return
-        speak = _speaker(arguments, trained, choice)
+        speaker = _speaker(arguments, trained, choice)
         if arguments.prompt:
-            print_pieces(speak.say(arguments.prompt[0]))
+            print_pieces(speaker.say(arguments.prompt[0]))
         else:
             name = f"{trained.place} ({trained.dtype})"
-            converse(speak, name if sys.stdout.isatty() else "")
+            converse(speaker, name if sys.stdout.isatty() else "")
 
 
 def _parse() -> argparse.Namespace:
@@ -806,7 +807,7 @@ def converse(speaker: "Chat | Completion", name: str = "") -> None:
             try:
                 print_pieces(speaker.say(text))
             except InputError as error:
-                print(f"error: {error}", "Or /reset.", file=sys.stderr)
+                print(f"error: {error}; /reset begins anew", file=sys.stderr)
 
 
 def print_pieces(pieces: Iterator[str]) -> None:

@@ -452,7 +452,7 @@ def test_what_is_in_the_cache_is_not_read_again(tokenizer, monkeypatch):
     stream._begin = note
     prompt = PROMPTS[1]
     for turn in range(4):
-        fresh._forget()
+        fresh.forget()
         expected, _ = streamed(fresh, [prompt], 9, set(), GREEDY)
         made, _ = streamed(stream, [prompt], 9, set(), GREEDY)
         assert made == expected
