@@ -4,20 +4,30 @@ and which answer of a pair it finds likelier.
 Perplexity alone understates what logit swap self-distillation teaches: at its optimum
 the gold token is the top token with no more than the teacher's own confidence. So
 accuracy always stands beside it.
+
+    python -m mixcpt_jax.evaluate --checkpoint=RUN --tasks NAME=PATH ...
+        [--compare=OTHER] [--limit=N] [--output=results.json]
+
+measures a model outside of a run, with 95 % intervals, and holds it against a second one
+on the same items. RUN and OTHER are workdirs of runs, phases' folders, Hugging Face
+folders or GGUF files, or what `--output` wrote earlier. Tasks are as in `data/tasks.py`.
 """
 
+import argparse
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from mixcpt_jax import metrics, model, sample
+from mixcpt_jax import metrics, model, paths, runs, sample, statistics
 from mixcpt_jax import phase as phase_lib
-from mixcpt_jax.data import mixture, pipeline
+from mixcpt_jax.data import mixture, pipeline, tasks
 from mixcpt_jax.data.exams import Exam
+from mixcpt_jax.errors import InputError
 
 HostBatch = dict[str, np.ndarray]
 Score = Callable[[HostBatch], Mapping[str, Any]]
@@ -244,3 +254,232 @@ def add_sums(
                 minlength=sums.shape[1],
             )
         yield number + 1
+
+
+def main() -> None:
+    arguments = _parse()
+    places = [arguments.checkpoint] + [arguments.compare] * bool(arguments.compare)
+    read = [tasks.read(setting, arguments.limit) for setting in arguments.tasks]
+    names = [task.name for task in read]
+    if len(set(names)) < len(names):
+        raise InputError(f"--tasks: two have one name in {names}; say NAME=PATH")
+    sides = [_measure_place(place, read, arguments) for place in places]
+    result = sides[0]
+    print(describe(result))
+    if arguments.compare:
+        print(f"\n{describe(sides[1])}")
+        result["compared_with"] = sides[1]
+        result["comparison"] = compare(*sides, arguments.seed)
+        print(f"\n{describe_comparison(result)}")
+    if arguments.output:
+        paths.replace(paths.absolute(arguments.output), json.dumps(result, indent=1))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m mixcpt_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="RUN", help="or an earlier --output")
+    add("--compare", default="", metavar="OTHER", help="likewise")
+    add(
+        "--tasks",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TASK",
+        help="PATH, NAME=PATH or NAME:KIND=PATH; kinds: text, choice, cloze",
+    )
+    add("--limit", type=int, default=0, help="items of each task, the first; 0: all")
+    add("--row_length", type=int, default=1024, help="what documents are cut to")
+    add("--batch_size", type=int, default=8, help="rows at a time")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--dtype", default="", help="float32 (default on CPUs) or bfloat16 (elsewhere)")
+    add("--output", default="", help="a JSON file for what is printed, and each item")
+    return parser.parse_args()
+
+
+def _measure_place(
+    place: str, read: Sequence[tasks.Task], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    if place.endswith(".json"):
+        return _read_results(place)
+    if not read:
+        raise InputError("--tasks: name one or more, as in --tasks exam=exam.jsonl")
+    trained = runs.load(place, arguments.dtype)
+    settings = arguments.row_length, arguments.batch_size, arguments.seed
+    return measure_tasks(trained, read, *settings)
+
+
+def _read_results(path: str) -> dict[str, Any]:
+    try:
+        result = json.loads(paths.require_file(path).read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(result, dict) or "tasks" not in result:
+        raise InputError(
+            f"{path}: not what --output wrote; name one of these, or a RUN"
+        )
+    return {key: result[key] for key in ("checkpoint", "dtype", "row_length", "tasks")}
+
+
+def measure_tasks(
+    trained: runs.Trained,
+    read: Sequence[tasks.Task],
+    row_length: int = 1024,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measures a model on tasks.
+
+    Args:
+      trained: the model.
+      read: the tasks.
+      row_length: tokens that a document is cut to; at most the model's context counts.
+      batch_size: rows at a time, rounded up to what the devices share.
+      seed: of the bootstrap.
+
+    Returns:
+      A tree for JSON: `checkpoint`, `dtype`, `row_length`, and `tasks`: name -> `kind`,
+      `path`, `fingerprint` of the items, `measures` (name -> value, low, high: the 95 %
+      interval of a bootstrap over items) and `items` (column -> a number for each).
+
+    Raises:
+      InputError: an item does not suit its task or the model.
+    """
+    score, results = trained.score(), {}
+    ways = math.prod(trained.mesh.shape[axis] for axis in ("data", "fsdp"))
+    batch_size = -(-batch_size // ways) * ways
+    for task in read:
+        encoded = task.encode(
+            trained.tokenizer, row_length, trained.config.max_positions
+        )
+        with jax.set_mesh(trained.mesh):
+            sums = sums_per_example(score, encoded.rows, batch_size)
+        items = encoded.columns(sums)
+        results[task.name] = {
+            "kind": task.kind,
+            "path": task.path,
+            "fingerprint": task.fingerprint,
+            "measures": {
+                name: _estimate(measure, [items], seed)._asdict()
+                for name, measure in tasks.MEASURES[task.kind].items()
+            },
+            "items": items,
+        }
+    return {
+        "checkpoint": trained.place,
+        "dtype": trained.dtype,
+        "row_length": row_length,
+        "tasks": results,
+    }
+
+
+def _estimate(
+    measure: tasks.Measure, sides: Sequence[Mapping[str, Any]], seed: int
+) -> statistics.Estimate:
+    """The measure of one model's items, or the first's less the second's."""
+    columns = []
+    for items in sides:
+        numerator = items[measure.numerator]
+        denominator = items.get(measure.denominator) or np.ones(len(numerator))
+        columns += [numerator, denominator]
+
+    def statistic(sums):
+        values = [
+            measure.of(sums[..., at] / sums[..., at + 1])
+            for at in range(0, 2 * len(sides), 2)
+        ]
+        return values[0] - values[1] if len(sides) > 1 else values[0]
+
+    return statistics.bootstrap(np.stack(columns, axis=1), statistic, seed)
+
+
+def compare(
+    first: Mapping[str, Any], second: Mapping[str, Any], seed: int = 0
+) -> dict[str, Any]:
+    """What the first model does otherwise than the second on the tasks of both.
+
+    Args:
+      first, second: from `measure_tasks`.
+      seed: of the bootstrap.
+
+    Returns:
+      Task -> measure -> `difference`, the first's less the second's, with `low` and
+      `high`, its paired 95 % interval; of measures of right and wrong also
+      `first_alone`, `second_alone` and `p_value`, see `statistics.mcnemar`.
+
+    Raises:
+      InputError: they have no task in common, or one that has not the same items.
+    """
+    shared = [name for name in first["tasks"] if name in second["tasks"]]
+    if not shared:
+        raise InputError(
+            f"--compare: no task in common: {', '.join(first['tasks'])} and "
+            f"{', '.join(second['tasks'])}; measure both on the same"
+        )
+    comparison = {}
+    for name in shared:
+        sides = [side["tasks"][name] for side in (first, second)]
+        if sides[0]["fingerprint"] != sides[1]["fingerprint"]:
+            raise InputError(
+                f"--compare: task {name} has not the same items in both; measure both on "
+                "one file with one --limit"
+            )
+        items = [side["items"] for side in sides]
+        comparison[name] = {}
+        for key, measure in tasks.MEASURES[sides[0]["kind"]].items():
+            difference = _estimate(measure, items, seed)
+            entry = dict(zip(("difference", "low", "high"), difference, strict=True))
+            if not measure.denominator:
+                answers = (side[measure.numerator] for side in items)
+                entry |= statistics.mcnemar(*answers)._asdict()
+            comparison[name][key] = entry
+    return comparison
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """A table of what `measure_tasks` returns."""
+    header, rows = ["task", "measure", "items", "value", "95 % interval"], []
+    for name, task in result["tasks"].items():
+        for key, entry in task["measures"].items():
+            form = _form(key)
+            interval = f"{form.format(entry['low'])} to {form.format(entry['high'])}"
+            num_items = len(next(iter(task["items"].values())))
+            rows.append(
+                [name, key, str(num_items), form.format(entry["value"]), interval]
+            )
+    return (
+        f"{result['checkpoint']} ({result['dtype']})\n\n{metrics.table(header, rows)}"
+    )
+
+
+def describe_comparison(result: Mapping[str, Any]) -> str:
+    """A table of `compare`, for a result that holds it."""
+    header = ["task", "measure", "difference", "95 % interval", "only A", "only B", "p"]
+    rows: list[list[str]] = []
+    for name, measures in result["comparison"].items():
+        for key, entry in measures.items():
+            form = _form(key).replace(":", ":+")
+            row = [name, key, form.format(entry["difference"])]
+            row.append(f"{form.format(entry['low'])} to {form.format(entry['high'])}")
+            if "p_value" in entry:
+                row += [str(entry["first_alone"]), str(entry["second_alone"])]
+                row.append(f"{entry['p_value']:.2g}")
+            rows.append(row + [""] * (len(header) - len(row)))
+    second = result["compared_with"]["checkpoint"]
+    legend = f"A - B; A: {result['checkpoint']}, B: {second}"
+    return f"{legend}\n\n{metrics.table(header, rows)}"
+
+
+def _form(measure: str) -> str:
+    is_share = measure not in ("perplexity", "bits_per_byte")
+    return "{:.1%}" if is_share else "{:.3f}"
+
+
+if __name__ == "__main__":
+    from mixcpt_jax import command
+
+    command.explained(main)

@@ -8,7 +8,6 @@ import ml_collections
 
 from mixcpt_jax import phase as phase_lib
 from mixcpt_jax import weights
-from mixcpt_jax.errors import InputError
 
 FOLDER = "hf"
 
@@ -32,13 +31,9 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     phase = phase_lib.start(config, workdir, name)
     phase.claim()
     vocabulary = phase.tokenizer
-    stop_ids = {vocabulary.end_of_document_id, vocabulary.eos_id} - {None}
-    try:
-        stop_ids |= {vocabulary.end_of_turn_id}
+    # Of a model not for conversations the template, if any, is not ours to change.
+    if vocabulary.has_turns:
         vocabulary = dataclasses.replace(vocabulary, chat_template=vocabulary.template)
-    except InputError:
-        # Not a model for conversations; its own template, if any, is not ours to change.
-        pass
     dtype = phase.config.export.dtype
     with jax.set_mesh(phase.mesh):
         params = phase.starting_params(phase.config.model.param_dtype)
@@ -48,6 +43,6 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
             phase.model_config,
             vocabulary,
             dtype=dtype,
-            stop_ids=stop_ids,
+            stop_ids=vocabulary.stop_ids,
         )
     return phase.finish({"folder": str(phase.folder / FOLDER), "dtype": dtype})

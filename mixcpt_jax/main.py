@@ -6,25 +6,18 @@
 The same command run again goes on where the last one stopped.
 """
 
-import ast
 import contextlib
-import errno
 import functools
 import pathlib
-import re
-import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mixcpt_jax import paths, preemption, terminal
+from mixcpt_jax import command, terminal
 from mixcpt_jax.errors import InputError
-
-# The disk, the user's share of it, or the file may not be larger.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The config file.")
 _WORKDIR = flags.DEFINE_string(
@@ -218,7 +211,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (InputError, LookupError, AttributeError, OSError, SyntaxError) as error:
-        _explain(error)
+        command.explain(error)
 
 
 def launch(main: Callable[[list[str]], None]) -> None:
@@ -226,75 +219,10 @@ def launch(main: Callable[[list[str]], None]) -> None:
 
     def run(argv: list[str]) -> None:
         with _ending_together():
-            explained(main, argv)
+            command.explained(main, argv)
 
     flags.mark_flags_as_required(["config"])
     app.run(run, flags_parser=_parse)
-
-
-def explained(command: Callable[..., Any], *args: Any) -> None:
-    """Runs a command to its end; what ends it early is said in one line.
-
-    SIGTERM ends it with exit status 0, what the user can mend with 1.
-    """
-    sys.unraisablehook = _tell_unraisable
-    preemption.interrupt()
-    try:
-        try:
-            command(*args)
-        finally:
-            preemption.ignore()
-    except (InputError, FloatingPointError) as error:
-        _explain(error)
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        _explain(InputError(f"{error}; make room, and the same command goes on"))
-    except Exception as error:
-        if not paths.is_bucket_error(error):
-            raise
-        kind = type(error).__name__
-        _explain(
-            InputError(
-                f"the bucket cannot be read or written ({kind}: {error}), not even after "
-                "trying again; what was saved is whole, and the same command goes on"
-            )
-        )
-    except preemption.Preempted as stop:
-        terminal.say(str(stop))
-
-
-def _tell_unraisable(entry: Any) -> None:
-    """Tells of an exception in a callback, but for two that are told otherwise.
-
-    SIGTERM comes again. Threads of a save or a read that failed, and was told, call
-    later into an event loop that is no more.
-    """
-    error = entry.exc_value
-    if not isinstance(error, preemption.Preempted) and (
-        str(error) != "Event loop is closed"
-    ):
-        sys.__unraisablehook__(entry)
-
-
-def _explain(error: Exception) -> NoReturn:
-    """What the user can mend is one line and exit status 1."""
-    # A KeyError's text is the quoted form of what it was given, and ConfigDict makes one
-    # error of another's text.
-    text = str(error.args[0] if isinstance(error, KeyError) else error)
-    if re.fullmatch(r"'.*'|\".*\"", text) and "\\" in text:
-        text = ast.literal_eval(text)
-    name = text.strip("'")
-    if isinstance(error, LookupError | AttributeError) and name.isidentifier():
-        text = (
-            f"--config: nothing is called {name!r}; new sources, texts and exams are added "
-            "in a config file of your own, as in config.eval.exams.NAME = "
-            "config_lib.exam(path=...)"
-        )
-    # Grain adds what it did to the traceback.
-    text = text.partition("\n-----")[0]
-    terminal.say(" ".join(text.split("\n")), "ERROR")
-    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import jinja2
 import numpy as np
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import intervals, paths, plots, records
-from mixcpt_jax.runs import Arm
+from mixcpt_jax import paths, plots, records, statistics
+from mixcpt_jax.records import Arm
 
 # Suffix in the results, name, format of a value and of a change.
 MEASURES = (
@@ -461,17 +461,17 @@ def _changes(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
     return {"arms": measured, "panels": panels, "methods": sorted(methods - {""})}
 
 
-def _interval(key: str, start: Arm, arm: Arm) -> tuple[intervals.Interval | None, str]:
+def _interval(key: str, start: Arm, arm: Arm) -> tuple[statistics.Interval | None, str]:
     """The interval of a change, and how it was made in words; (None, "") without data."""
     name, _, suffix = key.rpartition("/")
     before = start.items.get(0, {})
     after = arm.items.get(arm.after.get("step", max(arm.items, default=0)), {})
     if suffix in ("exam", "pair_accuracy") and _are_alike(before, after, key):
-        return intervals.of_share(before[key], after[key]), _MATCHED
+        return statistics.change_of_share(before[key], after[key]), _MATCHED
     count = arm.setting(f"eval.exams.{name}.num_questions")
     if suffix == "exam" and count:
         return (
-            intervals.of_counts(start.before[key], arm.after[key], count),
+            statistics.change_of_counts(start.before[key], arm.after[key], count),
             "Exams of which only the number of questions is known: from both shares "
             "(Newcombe), wider than need be",
         )
@@ -481,8 +481,8 @@ def _interval(key: str, start: Arm, arm: Arm) -> tuple[intervals.Interval | None
         return None, ""
     (was, tokens), (now, _) = ([x[k] for k in needed] for x in (before, after))
     if suffix == "exact":
-        return intervals.of_share(was == tokens, now == tokens), _MATCHED
-    return intervals.of_ratio(was, now, tokens), (
+        return statistics.change_of_share(was == tokens, now == tokens), _MATCHED
+    return statistics.change_of_ratio(was, now, tokens), (
         "Texts: a ratio of sums over the same texts, where texts, not tokens, are what "
         "is counted (Student’s t)"
     )

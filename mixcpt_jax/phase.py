@@ -88,7 +88,7 @@ class Phase:
 
     @property
     def compiler_options(self) -> dict[str, str] | None:
-        return steps.COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform)
+        return compiler_options(self.mesh)
 
     def forward(self, remat: str = "none", lora: model.Lora | None = None):
         """The network, in the phase's compute dtype."""
@@ -119,27 +119,12 @@ class Phase:
 
     def eval_step(self, lora: model.Lora | None = None) -> Callable[..., Any]:
         """`(params, batch on the host) -> {"ntp", "correct"}` on the host, `[B, L]`."""
-        step = jax.jit(
-            steps.make_eval_step(
-                self.forward(lora=lora),
-                functools.partial(fused.head_loss, **self.head_options),
-            ),
-            out_shardings=sharding.replicated(self.mesh),
-            compiler_options=self.compiler_options,
-        )
-
-        def run(params, batch):
-            return jax.device_get(step(params, self.put(batch)))
-
-        return run
+        forward = self.forward(lora=lora)
+        return make_eval_step(forward, self.mesh, **self.head_options)
 
     def put(self, batch: dict[str, np.ndarray]) -> steps.Batch:
         """A global batch that every host has, to the devices."""
-        where = sharding.batch_sharding(self.mesh)
-        return {
-            key: jax.make_array_from_callback(value.shape, where, value.__getitem__)
-            for key, value in batch.items()
-        }
+        return put(batch, self.mesh)
 
     def load_data(
         self, complete: Callable[[pipeline.Data], pipeline.Data] = lambda data: data
@@ -243,6 +228,38 @@ class Phase:
             paths.replace(self.folder / RESULTS_FILE, text)
         hosts.wait_for_all(f"end of {self.name}")
         return results
+
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
+    """Those for programs that run on the mesh's devices."""
+    return steps.COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+
+
+def put(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> steps.Batch:
+    """A global batch that every host has, to the mesh's devices."""
+    where = sharding.batch_sharding(mesh)
+    return {
+        key: jax.make_array_from_callback(value.shape, where, value.__getitem__)
+        for key, value in batch.items()
+    }
+
+
+def make_eval_step(
+    forward: model.Forward, mesh: jax.sharding.Mesh, **head_options: Any
+) -> Callable[..., Any]:
+    """`(params, batch on the host) -> {"ntp", "correct"}` on the host, `[B, L]`."""
+    step = jax.jit(
+        steps.make_eval_step(
+            forward, functools.partial(fused.head_loss, **head_options)
+        ),
+        out_shardings=sharding.replicated(mesh),
+        compiler_options=compiler_options(mesh),
+    )
+
+    def run(params, batch):
+        return jax.device_get(step(params, put(batch, mesh)))
+
+    return run
 
 
 def start(config: ml_collections.ConfigDict, workdir: str, name: str) -> Phase:

@@ -288,6 +288,20 @@ class Tokenizer:
         return [i for i, learnt in zip(ids, is_learnt, strict=True) if learnt][-1]
 
     @property
+    def has_turns(self) -> bool:
+        """Whether the template ends the assistant's turns with a token."""
+        try:
+            return self.end_of_turn_id is not None
+        except InputError:
+            return False
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """The tokens that end what a model writes: a document, or a turn if it has any."""
+        turns = {self.end_of_turn_id} if self.has_turns else set()
+        return ({self.end_of_document_id, self.eos_id} | turns) - {None}
+
+    @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with anything that changes an encoding."""
         parts = repr((self.model.source, *dataclasses.astuple(self)[1:]))

@@ -129,7 +129,7 @@ def start(
     os.environ |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | environment
     import jax
 
-    from mixcpt_jax import main
+    from mixcpt_jax import command
 
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -137,7 +137,7 @@ def start(
     if limit:
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
-    main.explained(_train, ml_collections.ConfigDict(json.loads(config)), workdir)
+    command.explained(_train, ml_collections.ConfigDict(json.loads(config)), workdir)
 
 
 def _train(config: ml_collections.ConfigDict, workdir: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 import tokenizers
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import model, paths, weights
+from mixcpt_jax import main, model, paths, weights
 from mixcpt_jax import tokenizer as tokenizer_lib
 
 ASSETS = "package:mixcpt_jax/assets"
@@ -99,6 +99,30 @@ def tiny_config(tiny_model):
     config.metrics.tensorboard = False
     config.metrics.progress = False
     return config
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model, tmp_path_factory) -> str:
+    """The workdir of a run: phases `whole`, `adapters` from its end, and `export`."""
+    config = config_lib.default()
+    config.model.path = tiny_model
+    config.model.compute_dtype = "float32"
+    config.sources.domain = config_lib.source(path=f"{ASSETS}/general_text.jsonl")
+    config.data.row_length = 64
+    config.data.batch_size = 8
+    config.objective.lssd_weight = 0.0
+    config.objective.ntp_weight = 1.0
+    config.optimizer.learning_rate = 3e-2
+    config.train.num_steps = 2
+    config.metrics.tensorboard = False
+    config.metrics.progress = False
+    config.phases = ("whole", "adapters", "export")
+    config.overrides.adapters = {"init_from": "phase:whole", "lora": {"rank": 2}}
+    config.overrides.export = {"init_from": "phase:adapters", "job": "export"}
+    config.export.dtype = "float32"
+    workdir = str(tmp_path_factory.mktemp("runs") / "tiny")
+    main.run(config, workdir)
+    return workdir
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,15 @@ import functools
 import itertools
 import json
 import math
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import evaluate, model, sample, steps, tokenizer, weights
-from mixcpt_jax.data import exams, format, mixture
+from mixcpt_jax import evaluate, model, paths, runs, sample, steps, tokenizer, weights
+from mixcpt_jax.data import exams, format, mixture, tasks
 from mixcpt_jax.data.format import Examples
 from mixcpt_jax.data.sources import Record
 from mixcpt_jax.errors import InputError
@@ -175,3 +176,120 @@ def test_pairs_are_compared_per_token_and_rewards_by_the_sums():
     results = evaluate.compare_pairs("p", sums, reference, config)
     # Per token (1/2, 2/3) and (3/6, -1/1)
     assert results["p/reward_margin"] == pytest.approx(0.1 * (-1 / 6 + 1.5) / 2)
+
+
+def write_lines(file, records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(file)
+
+
+def run_command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    evaluate.main()
+    return capsys.readouterr().out
+
+
+def test_the_command_measures_and_compares(
+    tiny_run, tiny_model, tmp_path, monkeypatch, capsys
+):
+    assets = paths.resolve("package:mixcpt_jax/assets")
+    clozes = [
+        {"context": "To be or not", "continuation": "to be"},
+        {"context": "One, two, three, ", "target": "four"},
+        {"context": "A rose is a rose is a", "target": " rose"},
+    ]
+    cloze = write_lines(tmp_path / "cloze.jsonl", clozes)
+    settings = [
+        *("--tasks", f"texts={assets}/general_text.jsonl"),
+        *(f"{assets}/general_exam.jsonl", cloze),
+        *("--limit=6", "--row_length=64"),
+    ]
+    files = [str(tmp_path / f"{side}.json") for side in "ab"]
+    out = run_command(
+        monkeypatch,
+        capsys,
+        f"--checkpoint={tiny_model}",
+        f"--compare={tiny_run}",
+        f"--output={files[0]}",
+        *settings,
+    )
+    assert "only B" in out
+    both = json.loads(paths.resolve(files[0]).read_text())
+
+    # Each side is what a run measures of the same.
+    for side, place in ((both, tiny_model), (both["compared_with"], tiny_run)):
+        trained = runs.load(place)
+        examples = format.encode(
+            tasks.read(settings[1], 6).records, "document", trained.tokenizer
+        )
+        questions = exams.read(f"{assets}/general_exam.jsonl")[:6]
+        with jax.set_mesh(trained.mesh):
+            expected = evaluate.measure(
+                trained.score(),
+                {"texts": mixture.pack_text("texts", examples, 64)},
+                {"exam": exams.encode(questions, trained.tokenizer, 128)},
+                8,
+            )
+        values = {
+            (task, key): entry["value"]
+            for task, found in side["tasks"].items()
+            for key, entry in found["measures"].items()
+        }
+        assert values["texts", "perplexity"] == pytest.approx(
+            expected["texts/perplexity"], rel=1e-5
+        )
+        assert values["texts", "accuracy"] == expected["texts/accuracy"]
+        assert values["general_exam", "acc_bytes"] == expected["exam/exam"]
+        for task in side["tasks"].values():
+            assert {len(column) for column in task["items"].values()} <= {3, 6}
+            for entry in task["measures"].values():
+                assert entry["low"] <= entry["value"] <= entry["high"]
+
+    difference = both["comparison"]["texts"]["perplexity"]
+    assert 0 < difference["low"] < difference["difference"] < difference["high"]
+    assert "p_value" in both["comparison"]["cloze"]["exact"]
+
+    # Earlier results are compared without a model, and with one.
+    paths.resolve(files[1]).write_text(json.dumps(both["compared_with"]))
+    again = [f"--output={files[0]}", f"--compare={files[1]}"]
+    run_command(monkeypatch, capsys, f"--checkpoint={files[0]}", *again)
+    assert json.loads(paths.resolve(files[0]).read_text()) == both
+    with pytest.raises(InputError, match="task cloze has not the same items"):
+        run_command(
+            monkeypatch,
+            capsys,
+            f"--checkpoint={tiny_model}",
+            f"--compare={files[1]}",
+            *("--tasks", cloze, "--limit=2"),
+        )
+
+
+def test_tasks_are_known_by_their_fields(tmp_path):
+    def read(record, setting="{}", limit=0):
+        file = write_lines(tmp_path / "my.task.jsonl", [record] * 3)
+        return tasks.read(setting.format(file), limit)
+
+    text, choice = {"text": "x", "choices": ["a"]}, QUESTIONS[0]
+    task = read(choice)
+    assert (task.name, task.kind, len(task.records)) == ("my", "choice", 3)
+    task = read(text, "other.name:text={}", 2)
+    assert (task.name, task.kind, len(task.records)) == ("other.name", "text", 2)
+    assert read({"context": "a", "continuation": "b"}).kind == "cloze"
+    for record, setting, message in (
+        (text, "{}", "an exam line is"),
+        ({"body": "x"}, "{}", "has the fields body; a task has text"),
+        (text, "x:word={}", "kind 'word': use one of text, choice, cloze"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read(record, setting)
+
+
+def test_an_item_is_never_cut(tiny_model):
+    vocabulary = tokenizer.load(tiny_model)
+    record = Record({"context": "a " * 100, "target": "b"}, "f:1")
+    task = tasks.Task("long", "f", "cloze", [record])
+    encoded = task.encode(vocabulary, 8, 1024)
+    assert len(encoded.rows) == 1
+    assert len(encoded.rows[0]["tokens"]) == encoded.examples.num_tokens - 1
+    with pytest.raises(InputError, match="tokens, the model's context is 16; leave"):
+        task.encode(vocabulary, 8, 16)

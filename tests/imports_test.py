@@ -29,16 +29,25 @@ ALLOWED = {
         "__version__", "checkpoint", "config", "data", "fused", "hosts", "model",
         "sharding", "steps", "tokenizer", "weights",
     },
-    "sample": {"model", "sharding", "tokenizer"},
-    "evaluate": {"data", "metrics", "model", "phase", "sample"},
+    "command": {"preemption", "terminal"},
+    # Commands themselves as well.
+    "sample": {"command", "data", "model", "runs", "sharding", "tokenizer"},
+    "evaluate": {
+        "command", "data", "metrics", "model", "phase", "runs", "sample", "statistics",
+    },
+    "statistics": set(),
+    "runs": {
+        "checkpoint", "config", "export", "model", "phase", "sharding", "tokenizer",
+        "weights",
+    },
+    "harness": {"command", "data", "evaluate", "runs", "sample"},
     "reference": {"data", "evaluate"},
     "teacher": {"data", "phase", "sharding", "steps"},
     "select": {"data", "evaluate", "metrics", "phase"},
     "export": {"phase", "weights"},
-    "intervals": set(),
     "plots": set(),
     "records": {"metrics"},
-    "page": {"config", "intervals", "plots", "records"},
+    "page": {"config", "plots", "records", "statistics"},
     "report": {"metrics", "page", "records"},
     "train": {
         "checkpoint", "config", "data", "evaluate", "fused", "losses", "metrics",
@@ -46,8 +55,8 @@ ALLOWED = {
         "teacher", "terminal", "watchdog",
     },
     "main": {
-        "config", "evaluate", "export", "hosts", "phase", "preemption", "report",
-        "select", "terminal", "train",
+        "command", "config", "evaluate", "export", "hosts", "phase", "report", "select",
+        "terminal", "train",
     },
     "data": {"config", "data"},
     "plan": {

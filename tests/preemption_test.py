@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from mixcpt_jax import main, preemption
+from mixcpt_jax import command as command_line
+from mixcpt_jax import preemption
 
 
 def sigterm():
@@ -31,7 +32,7 @@ def test_a_command_ends_at_once_and_well(capsys):
         reached.append("what comes after")
 
     reached = []
-    main.explained(command, reached)
+    command_line.explained(command, reached)
     assert not reached
     assert capsys.readouterr().err == "stopped by SIGTERM; the same command goes on\n"
     sigterm()  # on the way out nothing is cut off
@@ -115,7 +116,7 @@ def test_lost_in_a_callback_it_comes_again(capsys):
         time.sleep(60)
 
     began = time.monotonic()
-    main.explained(command)
+    command_line.explained(command)
     assert time.monotonic() - began < 30
     assert capsys.readouterr().err == "stopped by SIGTERM; the same command goes on\n"
 

@@ -1,8 +1,14 @@
 """Decoding: against full forward passes, softmax, transformers; alone and on meshes."""
 
+import builtins
 import dataclasses
 import itertools
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +17,7 @@ import pytest
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from mixcpt_jax import model, paths, sample, sharding, weights
+from mixcpt_jax import model, paths, runs, sample, sharding, weights
 from mixcpt_jax import tokenizer as tokenizer_lib
 from mixcpt_jax.errors import InputError
 
@@ -414,3 +420,205 @@ def test_smollm2_answers_like_transformers(tmp_path):
     assert len(expected) == 32
     assert answer == theirs.decode(expected, skip_special_tokens=True)
     assert loaded.encode(answer) == expected
+
+
+def streamed(stream, prompts, max_new_tokens, stop_ids, choice):
+    """All tokens of each row, and how many calls they came in."""
+    made = [[] for _ in prompts]
+    calls = 0
+    for news in stream(prompts, max_new_tokens, stop_ids, choice):
+        calls += 1
+        for row, new in zip(made, news):
+            row += new
+    return made, calls
+
+
+@pytest.mark.parametrize(
+    ("choice", "tokens_per_call"),
+    [(GREEDY, 4), (NUCLEUS, 1)],
+    ids=["greedy", "nucleus"],
+)
+def test_a_stream_is_what_a_batch_is(tokenizer, choice, tokens_per_call):
+    params = draw_params(WINDOWED)
+    sampler = sample.Sampler(WINDOWED, tokenizer)
+    whole = sampler.generate(params, PROMPTS, 12, set(), choice)
+    stops = {whole[0][4], whole[1][0]}
+    expected = sampler.generate(params, PROMPTS, 12, stops, choice)
+    stream = sample.Stream(
+        params,
+        WINDOWED,
+        tokenizer,
+        batch_size=6,  # one more than there are
+        tokens_per_call=tokens_per_call,
+    )
+    made, calls = streamed(stream, PROMPTS, 12, stops, choice)
+    assert made == expected
+    assert calls <= 1 + math.ceil(11 / tokens_per_call)
+
+
+def test_what_is_in_the_cache_is_not_read_again(tokenizer, monkeypatch):
+    monkeypatch.setattr(sample, "_MIN_ROOM", 16)  # so the cache grows on the way
+    params = draw_params(LLAMA)
+    stream, fresh = (sample.Stream(params, LLAMA, tokenizer) for _ in range(2))
+    read = []
+    begin = stream._begin
+
+    def note(params, cache, rests, starts, lengths, *args, **settings):
+        read.append(int(lengths[0] - starts[0]))
+        return begin(params, cache, rests, starts, lengths, *args, **settings)
+
+    stream._begin = note
+    prompt = PROMPTS[1]
+    for turn in range(4):
+        fresh.forget()
+        expected, _ = streamed(fresh, [prompt], 9, set(), GREEDY)
+        made, _ = streamed(stream, [prompt], 9, set(), GREEDY)
+        assert made == expected
+        # The last turn changes what was said before.
+        prompt = [*prompt, *made[0], *range(20, 25)] if turn < 2 else [9, *prompt[1:]]
+    # The last token of an answer was chosen, not read.
+    assert read == [len(PROMPTS[1]), 6, 6, len(prompt)]
+
+
+def test_a_stream_ends_with_the_context(tokenizer):
+    stream = sample.Stream(draw_params(LLAMA), LLAMA, tokenizer)
+    made, _ = streamed(stream, [[5] * 121], 9, set(), GREEDY)
+    assert len(made[0]) == 7
+    with pytest.raises(InputError, match="it has 128 tokens"):
+        streamed(stream, [[5] * 128], 9, set(), GREEDY)
+
+
+def test_a_character_is_never_printed_in_halves(tokenizer):
+    text = "né 😀€\N{ZERO WIDTH JOINER}x"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.encode())  # a token a byte
+    pieces = list(sample.spell(tokenizer, ([i] for i in ids)))
+    assert pieces == list(text)
+    # What ends in the middle of one is shown as it would be in whole.
+    cut = list(sample.spell(tokenizer, ([i] for i in ids[:-4])))
+    assert "".join(cut) == tokenizer.decode(ids[:-4])
+    before = tokenizer.encode("n")
+    assert list(sample.spell(tokenizer, [ids[1:3], [], ids[3:]], before)) == [
+        "é",
+        text[2:],
+    ]
+
+
+@pytest.fixture
+def chat(tokenizer):
+    """What it says next depends on all that was said."""
+    stream = sample.Stream(draw_params(LLAMA), LLAMA, tokenizer)
+    # Without template, so that 128 tokens last for some turns.
+    short = dataclasses.replace(
+        tokenizer,
+        chat_template="{% for m in messages %}{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<|im_end|>{% else %}<|im_start|>{% endif %}"
+        "{% endfor %}",
+    )
+    return sample.Chat(stream, short, 8, sample.Choice(1.0))
+
+
+def test_an_interrupted_chat_goes_on(chat, tokenizer):
+    whole = "".join(chat.say("Hi"))
+    said = chat.messages
+    assert [m["content"] for m in said] == ["Hi", whole]
+    pieces = chat.say("And?")
+    heard = next(pieces)
+    pieces.close()
+    assert chat.messages == [
+        *said,
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": heard},
+    ]
+    # As one that heard the same.
+    other = sample.Chat(
+        sample.Stream(draw_params(LLAMA), LLAMA, tokenizer),
+        chat._tokenizer,
+        8,
+        sample.Choice(1.0),
+    )
+    other.messages = chat.messages
+    assert list(chat.say("Go on.")) == list(other.say("Go on."))
+    chat.reset()
+    assert "".join(chat.say("Hi")) == whole
+
+
+def test_ctrl_c_stops_an_answer_alone(capsys):
+    ended = []
+
+    def pieces():
+        try:
+            yield "one "
+            os.kill(os.getpid(), signal.SIGINT)
+            yield "two"
+            yield "three"
+        finally:
+            ended.append(True)
+
+    before = signal.getsignal(signal.SIGINT)
+    sample.print_pieces(pieces())
+    assert ended
+    assert capsys.readouterr().out == "one two\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("end", ["/quit", EOFError], ids=str)
+def test_a_conversation_at_a_terminal(chat, monkeypatch, capsys, end):
+    lines = iter(["Hi", "", KeyboardInterrupt, "x" * 200, "/reset", "Hi", end, "Ho"])
+
+    def read(prompt):
+        line = next(lines)
+        if isinstance(line, type):
+            raise line
+        return line
+
+    monkeypatch.setattr(builtins, "input", read)
+    sample.converse(chat)
+    out, err = capsys.readouterr()
+    first, second = (part for part in out.split("\n") if part)
+    assert first == second
+    assert err.startswith("error: prompt 0: it has 2")
+    assert next(lines) == "Ho"
+
+
+def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        command = ["sample", f"--checkpoint={tiny_model}", "--max_new_tokens=8"]
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        sample.main()
+        out, err = capsys.readouterr()
+        assert not err
+        return out
+
+    trained = runs.load(tiny_model)
+    texts = ["Name a fruit.", "Why?"]
+    sampler = sample.Sampler(trained.config, trained.tokenizer)
+    with jax.set_mesh(trained.mesh):
+        answers = sampler.chat(
+            trained.params, [[{"role": "user", "content": t}] for t in texts], 8
+        )
+        goes_on = sampler.complete(trained.params, texts, 8)
+    assert run(f"--prompt={texts[0]}") == f"{answers[0]}\n"
+    assert run("--raw", f"--prompt={texts[0]}") == f"{goes_on[0]}\n"
+    lines = run(*(f"--prompt={text}" for text in texts)).splitlines()
+    expected = [{"prompt": t, "answer": a} for t, a in zip(texts, answers)]
+    assert [json.loads(line) for line in lines] == expected
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    lines = run("--raw", f"--prompts={file}").splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == goes_on
+    # Without a terminal nothing but answers is said.
+    typed = iter(texts[:1])
+    monkeypatch.setattr(builtins, "input", lambda prompt: next(typed, "/quit"))
+    assert run() == f"{answers[0]}\n"
+    with pytest.raises(InputError, match="max_new_tokens=0: it must be 1 or more"):
+        run("--max_new_tokens=0")
+
+
+def test_decoding_costs_no_other_imports():
+    code = "import sys, mixcpt_jax.sample; print(*sys.modules)"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = {name.split(".")[0] for name in process.stdout.split()}
+    assert not loaded & {"orbax", "grain", "lm_eval", "torch", "transformers", "scipy"}

@@ -38,9 +38,15 @@ class Exam:
         Args:
           log_likelihoods: summed over each choice's tokens, nats, float [choices].
         """
-        per_byte = log_likelihoods / self.num_bytes
-        questions = np.split(per_byte, self.first_choice[1:-1])
-        return np.array([q.argmax() for q in questions]) == self.answers
+        return self.choose(log_likelihoods / self.num_bytes) == self.answers
+
+    def choose(self, scores: np.ndarray) -> np.ndarray:
+        """The place of each question's choice of the greatest score, int [questions]."""
+        return np.array([question.argmax() for question in self.split(scores)])
+
+    def split(self, scores: np.ndarray) -> list[np.ndarray]:
+        """Scores of choices, [choices], by question."""
+        return np.split(scores, self.first_choice[1:-1])
 
 
 def read(path: str) -> list[dict[str, Any]]:
@@ -54,15 +60,24 @@ def read(path: str) -> list[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             place = f"{path}:{number}"
             question = parse_line(line, place)
-            if not _is_sound(question):
-                raise InputError(
-                    f"{place}: an exam line is a JSON object with question (text), "
-                    "choices (list of texts) and answer (index of the right one)"
-                )
+            check(question, place)
             questions.append(question)
     if not questions:
         raise InputError(f"{path}: no questions in it")
     return questions
+
+
+def check(question: dict[str, Any], place: str) -> None:
+    """Checks that a record is a question with choices and an answer.
+
+    Raises:
+      InputError: it is not; names the place.
+    """
+    if not _is_sound(question):
+        raise InputError(
+            f"{place}: an exam line is a JSON object with question (text), "
+            "choices (list of texts) and answer (index of the right one)"
+        )
 
 
 def _is_sound(question: dict[str, Any]) -> bool:
@@ -83,13 +98,25 @@ def encode(questions: list[dict[str, Any]], tokenizer: Any, row_length: int) -> 
     """
     if not questions:
         raise InputError("an exam has no questions; give its source more documents")
+    examples = spell_out(questions, tokenizer)
+    longest = int(examples.lengths.max())
+    if longest > row_length + 1:
+        raise InputError(
+            f"an exam question has {longest} tokens with its choice, data.row_length is "
+            f"{row_length}; make it at least {longest - 1}"
+        )
+    return pack(questions, examples, row_length)
+
+
+def spell_out(questions: list[dict[str, Any]], tokenizer: Any) -> Examples:
+    """One example per choice: the question, and the choice, which alone is learnt."""
     prompts, choices = [], []
     for question in questions:
         text = question["question"].removeprefix("Question:").strip()
         prompts += [f"Question: {text}\nAnswer:"] * len(question["choices"])
         choices += question["choices"]
     start = [tokenizer.bos_id] if tokenizer.add_bos else []
-    examples = Examples.collect(
+    return Examples.collect(
         (
             [*start, *prompt, *choice],
             [False] * (len(start) + len(prompt)) + [True] * len(choice),
@@ -100,12 +127,11 @@ def encode(questions: list[dict[str, Any]], tokenizer: Any, row_length: int) -> 
             strict=True,
         )
     )
-    longest = int(examples.lengths.max())
-    if longest > row_length + 1:
-        raise InputError(
-            f"an exam question has {longest} tokens with its choice, data.row_length is "
-            f"{row_length}; make it at least {longest - 1}"
-        )
+
+
+def pack(questions: list[dict[str, Any]], examples: Examples, row_length: int) -> Exam:
+    """An exam of what `spell_out` made of its questions; each example fits a row."""
+    choices = [choice for question in questions for choice in question["choices"]]
     counts = [len(question["choices"]) for question in questions]
     return Exam(
         mixture.pack_text("exam", examples, row_length),

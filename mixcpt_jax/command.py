@@ -1,0 +1,79 @@
+"""How a command ends: what the user can mend is one line, and SIGTERM is no mistake."""
+
+import ast
+import errno
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from mixcpt_jax import paths, preemption, terminal
+from mixcpt_jax.errors import InputError
+
+# The disk, the user's share of it, or the file may not be larger.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def explained(command: Callable[..., Any], *args: Any) -> None:
+    """Runs a command to its end; what ends it early is said in one line.
+
+    SIGTERM ends it with exit status 0, what the user can mend with 1.
+    """
+    sys.unraisablehook = _tell_unraisable
+    preemption.interrupt()
+    try:
+        try:
+            command(*args)
+        finally:
+            preemption.ignore()
+    except (InputError, FloatingPointError) as error:
+        explain(error)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        explain(InputError(f"{error}; make room, and the same command goes on"))
+    except Exception as error:
+        if not paths.is_bucket_error(error):
+            raise
+        kind = type(error).__name__
+        explain(
+            InputError(
+                f"the bucket cannot be read or written ({kind}: {error}), not even after "
+                "trying again; what was saved is whole, and the same command goes on"
+            )
+        )
+    except preemption.Preempted as stop:
+        terminal.say(str(stop))
+
+
+def _tell_unraisable(entry: Any) -> None:
+    """Tells of an exception in a callback, but for two that are told otherwise.
+
+    SIGTERM comes again. Threads of a save or a read that failed, and was told, call
+    later into an event loop that is no more.
+    """
+    error = entry.exc_value
+    if not isinstance(error, preemption.Preempted) and (
+        str(error) != "Event loop is closed"
+    ):
+        sys.__unraisablehook__(entry)
+
+
+def explain(error: Exception) -> NoReturn:
+    """What the user can mend is one line and exit status 1."""
+    # A KeyError's text is the quoted form of what it was given, and ConfigDict makes one
+    # error of another's text.
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    if re.fullmatch(r"'.*'|\".*\"", text) and "\\" in text:
+        text = ast.literal_eval(text)
+    name = text.strip("'")
+    if isinstance(error, LookupError | AttributeError) and name.isidentifier():
+        text = (
+            f"--config: nothing is called {name!r}; new sources, texts and exams are added "
+            "in a config file of your own, as in config.eval.exams.NAME = "
+            "config_lib.exam(path=...)"
+        )
+    # Grain adds what it did to the traceback.
+    text = text.partition("\n-----")[0]
+    terminal.say(" ".join(text.split("\n")), "ERROR")
+    sys.exit(1)

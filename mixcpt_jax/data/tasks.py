@@ -1,0 +1,210 @@
+"""What a model is measured on outside of a run: texts, multiple choice, cloze.
+
+A task is a file of records, of one kind, which their fields tell:
+
+- "text" `{"text"}`: how well each document is predicted, its end included;
+- "choice" `{"question", "choices", "answer"}`: see `exams`;
+- "cloze" `{"context", "target"}`: whether the context is continued with the target. With
+  `continuation` instead of `target`, a space is put between if there is none.
+
+What a model made of each item is kept as columns, one number an item; a measure is a
+ratio of sums of columns.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mixcpt_jax.data import exams, format, mixture, sources
+from mixcpt_jax.data.format import Examples
+from mixcpt_jax.data.sources import Record
+from mixcpt_jax.errors import InputError
+
+_NAMED = re.compile(r"([\w.-]+)(?::(\w+))?=(.+)")
+
+
+class Measure(NamedTuple):
+    """`of(sum of numerator / sum of denominator)`; without a denominator, of the mean.
+
+    The mean is of items that are right, 1, or wrong, 0.
+    """
+
+    numerator: str
+    denominator: str = ""
+    of: Callable[[np.ndarray], np.ndarray] = lambda ratio: ratio
+
+
+MEASURES = {
+    "text": {
+        "perplexity": Measure("nats", "tokens", np.exp),
+        "bits_per_byte": Measure("nats", "bytes", lambda nats: nats / math.log(2)),
+        "accuracy": Measure("correct", "tokens"),
+    },
+    "choice": {"acc_bytes": Measure("acc_bytes"), "acc": Measure("acc")},
+    "cloze": {
+        "exact": Measure("exact"),
+        "perplexity": Measure("nats", "tokens", np.exp),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Records of one kind.
+
+    Attributes:
+      name: of the task.
+      path: as it was given.
+      kind: of `MEASURES`.
+      records: what it holds.
+    """
+
+    name: str
+    path: str
+    kind: str
+    records: list[Record]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits: a hash of the records."""
+        fields = [record.fields for record in self.records]
+        text = json.dumps(fields, sort_keys=True, ensure_ascii=False, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def encode(self, tokenizer: Any, row_length: int, max_positions: int) -> "Encoded":
+        """Rows of `row_length`, or of as much as the longest item has that is not cut.
+
+        Documents go on in the next row, where nothing before is seen.
+
+        Args:
+          tokenizer: the model's.
+          row_length: at least.
+          max_positions: at most, the model's context.
+
+        Raises:
+          InputError: an item does not fit the context, or is not as its kind should be.
+        """
+        match self.kind:
+            case "text":
+                examples = format.encode(self.records, "document", tokenizer)
+            case "choice":
+                questions = [record.fields for record in self.records]
+                examples = exams.spell_out(questions, tokenizer)
+            case "cloze":
+                records = [_with_target(record) for record in self.records]
+                examples = format.encode(records, "cloze", tokenizer)
+        if self.kind != "text":
+            longest = int(examples.lengths.max()) - 1
+            if longest > max_positions:
+                raise InputError(
+                    f"{self.path}: an item has {longest} tokens, the model's context is "
+                    f"{max_positions}; leave it out"
+                )
+            row_length = max(row_length, longest)
+        row_length = min(row_length, max_positions)
+        if self.kind == "choice":
+            exam = exams.pack(questions, examples, row_length)
+            return Encoded(self, exam.rows, exam)
+        return Encoded(self, mixture.pack_text(self.name, examples, row_length))
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A task in a model's tokens.
+
+    Attributes:
+      task: the task.
+      rows: its examples.
+      exam: of kind "choice".
+    """
+
+    task: Task
+    rows: mixture.PackedRows
+    exam: exams.Exam | None = None
+
+    @property
+    def examples(self) -> Examples:
+        return self.rows.source.examples
+
+    def columns(self, sums: np.ndarray) -> dict[str, list[Any]]:
+        """What a model made of each item.
+
+        Args:
+          sums: of nats, correct and count of each example's targets, [3, examples].
+
+        Returns:
+          Column -> a number for each item; of "choice" also `log_likelihoods`, nats, a
+          list for each.
+        """
+        nats, correct, count = sums
+        if self.exam is not None:
+            exam = self.exam
+            acc = exam.choose(-nats) == exam.answers
+            return {
+                "acc_bytes": exam.grade(-nats).astype(int).tolist(),
+                "acc": acc.astype(int).tolist(),
+                "log_likelihoods": [scores.tolist() for scores in exam.split(-nats)],
+            }
+        columns = {"nats": nats.tolist(), "tokens": count.astype(int).tolist()}
+        if self.task.kind == "cloze":
+            return columns | {"exact": (correct == count).astype(int).tolist()}
+        texts = [record.fields["text"] for record in self.task.records]
+        return columns | {
+            "correct": correct.astype(int).tolist(),
+            "bytes": [len(text.encode()) for text in texts],
+        }
+
+
+def read(setting: str, limit: int = 0) -> Task:
+    """Reads a task.
+
+    Args:
+      setting: PATH, NAME=PATH or NAME:KIND=PATH; PATH is as for `sources.read`. Without
+        a name the file's is taken, without a kind the first record tells.
+      limit: how many records, from the first on; 0: all.
+
+    Raises:
+      InputError: the setting, the file or a record in it is wrong.
+    """
+    found = _NAMED.fullmatch(setting)
+    name, kind, path = found.groups() if found else ("", "", setting)
+    name = name or re.sub(r"\..*", "", path.rstrip("/").rpartition("/")[2])
+    records = list(itertools.islice(sources.read(path), limit or None))
+    kind = kind or _kind_of(records[0])
+    if kind not in MEASURES:
+        raise InputError(f"{setting}: kind {kind!r}: use one of {', '.join(MEASURES)}")
+    if kind == "choice":
+        for record in records:
+            exams.check(record.fields, record.place)
+    return Task(name, path, kind, records)
+
+
+def _kind_of(record: Record) -> str:
+    match record.fields:
+        case {"choices": _}:
+            return "choice"
+        case {"context": _}:
+            return "cloze"
+        case {"text": _}:
+            return "text"
+    raise InputError(
+        f"{record.place}: has the fields {', '.join(sorted(record.fields)) or 'none'}; a "
+        "task has text, or question, choices and answer, or context and target"
+    )
+
+
+def _with_target(record: Record) -> Record:
+    fields = record.fields
+    context, continuation = fields.get("context"), fields.get("continuation")
+    if "target" in fields or not isinstance(context, str) or not continuation:
+        return record
+    is_apart = context[-1:].isspace() or continuation[:1].isspace()
+    target = continuation if is_apart else f" {continuation}"
+    return Record({"context": context, "target": target}, record.place)

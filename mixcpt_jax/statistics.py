@@ -1,0 +1,166 @@
+"""How sure a measure is, and whether two models differ on the same items.
+
+An interval says how much other texts or questions of the same kind might change a number. It
+does not say what another seed would.
+
+Shape suffixes: N items, C columns, R resamples.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from scipy import special
+
+Interval = tuple[float, float]
+
+_Z = 1.959963984540054
+_RESAMPLES = 10_000
+_MAX_PICKS = 2**22  # that are in memory at a time
+
+
+class Estimate(NamedTuple):
+    """A value and the interval around it."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    columns_NxC: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    seed: int = 0,
+    level: float = 0.95,
+) -> Estimate:
+    """A statistic of sums over items, with its percentile bootstrap interval.
+
+    Items are drawn anew with replacement, as many as there are, 10,000 times; the
+    interval is what lies between the quantiles of the statistic (Efron and Tibshirani,
+    An Introduction to the Bootstrap, 1993, section 13.3). What two models made of one
+    item are columns of one row, so their difference is paired.
+
+    Args:
+      columns_NxC: what each item adds to each sum.
+      statistic: `[..., C]` sums -> `[...]`; not a number where a resample has none.
+      seed: of the draws; the same items and seed are resampled alike.
+      level: the share of resamples within the interval.
+    """
+    rng = np.random.default_rng(seed)
+    num_items = len(columns_NxC)
+    columns_NxC = np.asarray(columns_NxC, np.float64)
+    sums = []
+    left = _RESAMPLES
+    while left:
+        part = min(left, max(1, _MAX_PICKS // num_items))
+        picks_RxN = rng.integers(num_items, size=(part, num_items))
+        sums.append(np.stack([column[picks_RxN].sum(1) for column in columns_NxC.T], 1))
+        left -= part
+    values_R = statistic(np.concatenate(sums))
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(values_R, [tail, 1 - tail])
+    return Estimate(float(statistic(columns_NxC.sum(0))), float(low), float(high))
+
+
+class McNemar(NamedTuple):
+    """Items that one model alone has right, and how likely such a split is by chance."""
+
+    first_alone: int
+    second_alone: int
+    p_value: float
+
+
+def mcnemar(first_is_right_N: np.ndarray, second_is_right_N: np.ndarray) -> McNemar:
+    """The exact test that two models are right equally often (McNemar 1947).
+
+    Only items that one of them alone has right tell; if none of the models were better,
+    each of these would be a fair coin. The p-value is two-sided, from the binomial
+    distribution.
+    """
+    first, second = (np.asarray(x, bool) for x in (first_is_right_N, second_is_right_N))
+    first_alone = int(np.sum(first & ~second))
+    second_alone = int(np.sum(second & ~first))
+    fewer, num_trials = min(first_alone, second_alone), first_alone + second_alone
+    p_value = min(1.0, 2 * float(special.bdtr(fewer, num_trials, 0.5)))
+    return McNemar(first_alone, second_alone, p_value)
+
+
+def change_of_ratio(
+    before: np.ndarray, after: np.ndarray, count: np.ndarray
+) -> Interval | None:
+    """Of the change of `sum(values) / sum(count)`, such as accuracy per token.
+
+    Tokens of one text go together, so texts are what is counted: the ratio's
+    linearisation over them, and Student's t with one degree of freedom less.
+
+    Args:
+      before, after: the sum over each text, [texts].
+      count: tokens of each text, [texts].
+
+    Returns:
+      Lowest and highest change; None for fewer than two texts.
+    """
+    texts, total = len(count), count.sum()
+    if texts < 2 or not total:
+        return None
+    change = (after - before).sum() / total
+    residuals = after - before - change * count
+    error = math.sqrt(texts / (texts - 1) * (residuals**2).sum()) / total
+    margin = special.stdtrit(texts - 1, 0.975) * error
+    return change - margin, change + margin
+
+
+def change_of_share(before: np.ndarray, after: np.ndarray) -> Interval | None:
+    """Of the change of a share of questions answered rightly, question by question.
+
+    Agresti and Min (2005): Wald's interval for matched pairs after half a question is
+    added to each of the four outcomes. Unlike Wald's own it stays honest for a few dozen
+    questions, and where no answer changed.
+
+    Args:
+      before, after: right or not, [questions].
+
+    Returns:
+      Lowest and highest change; None if there are no questions.
+    """
+    if not len(before):
+        return None
+    total = len(before) + 2
+    lost = np.sum(before.astype(bool) & ~after.astype(bool)) + 0.5
+    gained = np.sum(~before.astype(bool) & after.astype(bool)) + 0.5
+    change = (gained - lost) / total
+    margin = _Z * math.sqrt(gained + lost - (gained - lost) ** 2 / total) / total
+    return max(-1.0, change - margin), min(1.0, change + margin)
+
+
+def change_of_counts(before: float, after: float, count: int) -> Interval | None:
+    """The same where only the number of questions is known, wider than need be.
+
+    Newcombe (1998), his tenth: from Wilson's intervals of both shares, as if the
+    questions were not the same.
+
+    Args:
+      before, after: the share answered rightly.
+      count: how many questions.
+
+    Returns:
+      Lowest and highest change; None if there are no questions.
+    """
+    if not count:
+        return None
+    (low_before, high_before), (low_after, high_after) = (
+        _wilson(share, count) for share in (before, after)
+    )
+    change = after - before
+    return (
+        change - math.hypot(after - low_after, high_before - before),
+        change + math.hypot(high_after - after, before - low_before),
+    )
+
+
+def _wilson(share: float, count: int) -> Interval:
+    square = _Z**2 / count
+    center = share + square / 2
+    margin = _Z * math.sqrt((share * (1 - share) + square / 4) / count)
+    return (center - margin) / (1 + square), (center + margin) / (1 + square)
