@@ -1,7 +1,7 @@
 """How sure a measure is, and whether two models differ on the same items.
 
-An interval says how much other texts or questions of the same kind might change a number. It
-does not say what another seed would.
+An interval says how much other texts or questions of the same kind might change a number;
+it does not say what another seed would.
 
 Shape suffixes: N items, C columns, R resamples.
 """

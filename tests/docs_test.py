@@ -24,7 +24,7 @@ DOCS = PROJECT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 _SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_COMMAND = re.compile(r"python -m (mixcpt_jax\S*)((?:[^\n\\`]|\\\n)*)")
+_COMMAND = re.compile(r"python -m (mixcpt_jax[\w.]*)((?:[^\n\\`]|\\\n)*)")
 
 # Reads the flags of each command in a process of its own: they are defined once.
 _READ_FLAGS = """
