@@ -332,6 +332,7 @@ def _round_trip(theirs, reloaded, difference: float) -> str:
     ignored = {
         "architectures",
         "dtype",
+        "_model_name_or_path",
         "_name_or_path",
         "hidden_act",
         "max_window_layers",

@@ -133,7 +133,7 @@ def count_flops(
       model_config: the architecture.
       row_length: tokens of a row, L.
       remat: of `config.model.remat`. "full" repeats each layer's forward pass but for
-        its last product, "dots" and "none" no product.
+        its last product if nothing follows that, "dots" and "none" no product.
       frozen: what runs of the frozen model: "whole", "unembedding" or "none".
       has_adapters: only they are trained.
       is_preference: the head is swept once more, see `fused.log_probabilities`.
@@ -149,7 +149,9 @@ def count_flops(
     head = 2 * c.hidden_size * c.vocab_size
     back = 1 if has_adapters else 2
     runs = frozen == "whole"
-    again = layers - 2 * c.num_layers * down if remat == "full" else 0.0
+    # A norm behind the last product is undone with what came in.
+    last = 0 if c.post_norms else 2 * c.num_layers * down
+    again = layers - last if remat == "full" else 0.0
     return Flops(
         student=layers * (1 + back),
         teacher=layers * runs,

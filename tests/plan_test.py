@@ -99,6 +99,12 @@ def test_the_formula_knows_what_runs_of_the_frozen_model():
     assert alone.attention == 3 * 2 * 32 * 4096 * 4097
     windowed = dataclasses.replace(shape, sliding_window=1)
     assert plan.count_flops(windowed, 4096).attention == 3 * 4 * 32 * 4096
+    # With a norm behind it, a layer's last product is done again, too.
+    again = [
+        plan.count_flops(s, 4096, "full").rematerialisation
+        for s in (shape, dataclasses.replace(shape, post_norms=True))
+    ]
+    assert again[1] - again[0] == 2 * 32 * 4096 * 14336
     mixed = dataclasses.replace(windowed, global_layers=(1, 3))
     one = alone.attention / 32, 3 * 4 * 4096
     expected = 2 * one[0] + 30 * one[1]
