@@ -52,7 +52,7 @@ def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
     Args:
       arms: from `runs.load`.
       domain: names of texts and exams that are about the domain; empty: they are told
-        by the sources, see `_is_domain`.
+        by the sources, see `_domain_names`.
     """
     environment = jinja2.Environment(
         autoescape=True,

@@ -40,13 +40,14 @@ def write(
         text = comparison(results)
         print(f"\n{text}\n")
         paths.replace(folder / TABLE_FILE, text + "\n")
-        paths.replace(folder / PAGE_FILE, page.render(runs.load([workdir])))
     phases = {name: metrics.read(paths.absolute(f)) for name, f in folders.items()}
     trained = {
         name: rows for name, rows in phases.items() if any("loss" in r for r in rows)
     }
     if trained:
         _draw_curves(folder / CURVES_FILE, trained)
+    if trained or any("after" in result for result in results.values()):
+        paths.replace(folder / PAGE_FILE, page.render(runs.load([workdir])))
     print(f"Done; everything is in {workdir}")
 
 
