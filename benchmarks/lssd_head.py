@@ -291,7 +291,14 @@ def compile_step(
 
 
 def dense_head(
-    hidden, kernel, teacher_hidden, teacher_kernel, targets, weights, *, vocab_first
+    hidden,
+    kernel,
+    *,
+    targets_T,
+    weights,
+    vocab_first,
+    teacher_hidden_TxE,
+    teacher_unembedding_ExV,
 ):
     """`fused.head_loss` on all logits at once; the same statistics."""
     equation = "td,vd->tv" if vocab_first else "td,dv->tv"
@@ -305,16 +312,16 @@ def dense_head(
 
     student = logits(hidden, kernel)
     top = student.max(-1)
-    ntp = losses.cross_entropy(student, targets)
+    ntp = losses.cross_entropy(student, targets_T)
     zero = jnp.zeros_like(ntp)
-    if teacher_hidden is None:
+    if teacher_hidden_TxE is None:
         statistics = fused.TokenStatistics(ntp, zero, zero, zero, zero, zero)
         return jnp.sum(weights.ntp * ntp), statistics
-    teacher = logits(teacher_hidden, teacher_kernel)
-    lssd = losses.lssd_by_identity(student, teacher, targets)
+    teacher = logits(teacher_hidden_TxE, teacher_unembedding_ExV)
+    lssd = losses.lssd_by_identity(student, teacher, targets_T)
     kd = losses.distillation(student, teacher)
     agree = student.argmax(-1) == teacher.argmax(-1)
-    swapped = teacher.argmax(-1) != targets
+    swapped = teacher.argmax(-1) != targets_T
     statistics = jax.tree.map(
         jax.lax.stop_gradient,
         fused.TokenStatistics(ntp, lssd, kd, top, agree * 1.0, swapped * 1.0),

@@ -221,7 +221,10 @@ class _SentencePieceModel:
 
     def save(self, folder: epath.Path) -> str:
         (folder / "tokenizer.model").write_bytes(self.source)
-        return "LlamaTokenizer"
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self.source)
+        # transformers' class for Llama puts a space before every text.
+        has_prefix = proto.normalizer_spec.add_dummy_prefix
+        return "LlamaTokenizer" if has_prefix else "GemmaTokenizer"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
