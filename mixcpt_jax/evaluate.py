@@ -23,7 +23,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from mixcpt_jax import metrics, model, paths, runs, sample, statistics
+from mixcpt_jax import metrics, model, paths, runs, sample, statistics, terminal
 from mixcpt_jax import phase as phase_lib
 from mixcpt_jax.data import mixture, pipeline, tasks
 from mixcpt_jax.data.exams import Exam
@@ -308,6 +308,8 @@ def _measure_place(
         return _read_results(place)
     if not read:
         raise InputError("--tasks: name one or more, as in --tasks exam=exam.jsonl")
+    names = ", ".join(task.name for task in read)
+    terminal.say(f"reads {place}, then measures {names}")
     trained = runs.load(place, arguments.dtype)
     settings = arguments.row_length, arguments.batch_size, arguments.seed
     return measure_tasks(trained, read, *settings)
@@ -446,8 +448,10 @@ def describe(result: Mapping[str, Any]) -> str:
     for name, task in result["tasks"].items():
         for key, entry in task["measures"].items():
             form = _form(key)
-            interval = f"{form.format(entry['low'])} to {form.format(entry['high'])}"
             num_items = len(next(iter(task["items"].values())))
+            interval = f"{form.format(entry['low'])} to {form.format(entry['high'])}"
+            if num_items < 2:
+                interval = ""
             rows.append(
                 [name, key, str(num_items), form.format(entry["value"]), interval]
             )

@@ -37,7 +37,10 @@ try:
     )
     from lm_eval.tasks import TaskManager
 except ImportError as error:
-    raise ImportError(f"{error}; run `pip install lm-eval`") from error
+    remedy = f"{error}; run `pip install lm-eval`"
+    if __name__ == "__main__":
+        raise SystemExit(f"error: {remedy}") from None
+    raise ImportError(remedy) from error
 
 from mixcpt_jax import evaluate, paths, runs, sample
 from mixcpt_jax.data import mixture

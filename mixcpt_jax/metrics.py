@@ -402,7 +402,8 @@ class Progress:
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table; the first column is text, the rest are numbers."""
     cells = [list(header), *(list(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    # Two at least, for a rule that ends with a colon.
+    widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row):
         first, *numbers = row

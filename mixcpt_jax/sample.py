@@ -776,6 +776,9 @@ def _speaker(
     )
 
 
+_HELP = "/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer."
+
+
 def converse(speaker: "Chat | Completion", name: str = "") -> None:
     """Reads what is said on standard input, line by line, and answers, to its end.
 
@@ -786,10 +789,7 @@ def converse(speaker: "Chat | Completion", name: str = "") -> None:
     if name:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (lines can be edited from now on)
-        print(
-            f"{name}. /reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer.",
-            file=sys.stderr,
-        )
+        print(f"{name}. {_HELP}", file=sys.stderr)
     while True:
         try:
             text = input("> " if name else "").strip()
@@ -803,6 +803,8 @@ def converse(speaker: "Chat | Completion", name: str = "") -> None:
             return
         if text == "/reset":
             speaker.reset()
+        elif name and text.startswith("/"):
+            print(_HELP, file=sys.stderr)
         elif text:
             try:
                 print_pieces(speaker.say(text))

@@ -34,6 +34,7 @@ ALLOWED = {
     "sample": {"command", "data", "model", "runs", "sharding", "tokenizer"},
     "evaluate": {
         "command", "data", "metrics", "model", "phase", "runs", "sample", "statistics",
+        "terminal",
     },
     "statistics": set(),
     "runs": {
