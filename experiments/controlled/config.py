@@ -202,6 +202,7 @@ def _align(config, cell: Cell) -> None:
     sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 6e-4, 1e-5
     if cell.rule != "first":
         config.select.method = cell.rule
+        config.select.max_tokens = ROW_LENGTH
         config.select.min_response_tokens = 1
         config.select.near_duplicates = 0.0
         for name in GENERAL:
