@@ -229,3 +229,13 @@ def test_a_tiny_study_runs_and_runs_nothing_twice(project, tmp_path):
             assert set(record["phases"]) == {"cpt", "sft", "dpo"}
             assert set(record["phases"]["dpo"]["answers"]) == {"domain", "untold"}
             assert record["phases"]["cpt"]["after"]["domain_use/loss"] > 0
+
+
+def test_selection_takes_what_fits_a_row(folder):
+    """And so the model's context, which is checked when a selection starts."""
+    cell = Cell(
+        str(folder), "mixture_ntp", start="runs/base", align="dpo", rule="random"
+    )
+    config = make(cell)
+    assert "select" in config.phases
+    assert config.select.max_tokens <= config.data.row_length
