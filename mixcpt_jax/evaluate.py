@@ -352,8 +352,8 @@ def measure_tasks(
       InputError: an item does not suit its task or the model.
     """
     score, results = trained.score(), {}
-    ways = math.prod(trained.mesh.shape[axis] for axis in ("data", "fsdp"))
-    batch_size = -(-batch_size // ways) * ways
+    with jax.set_mesh(trained.mesh):
+        batch_size = sample.whole_batch(batch_size)
     for task in read:
         encoded = task.encode(
             trained.tokenizer, row_length, trained.config.max_positions

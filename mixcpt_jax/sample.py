@@ -329,7 +329,7 @@ class Sampler:
     ) -> list[str]:
         """How each text goes on to the end of its document; otherwise as `chat`."""
         prompts = _read_texts(self._tokenizer, texts)
-        stop_ids = _document_ends(self._tokenizer)
+        stop_ids = self._tokenizer.document_ends
         choice = Choice(temperature, top_k, top_p)
         continuations = self.generate(
             params, prompts, max_new_tokens, stop_ids, choice, seed
@@ -603,7 +603,7 @@ class Completion:
         seed: int = 0,
     ):
         self._stream, self._tokenizer = stream, tokenizer
-        self._settings = max_new_tokens, _document_ends(tokenizer), choice, seed
+        self._settings = max_new_tokens, tokenizer.document_ends, choice, seed
 
     def reset(self) -> None:
         """There is nothing to forget."""
@@ -660,12 +660,8 @@ def _read_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [bos + ids for ids in tokenizer.encode_batch(texts)]
 
 
-def _document_ends(tokenizer: Tokenizer) -> set[int]:
-    return {tokenizer.end_of_document_id, tokenizer.eos_id} - {None}
-
-
 def _turn_ends(tokenizer: Tokenizer) -> set[int]:
-    return {*_document_ends(tokenizer), tokenizer.end_of_turn_id}
+    return tokenizer.document_ends | {tokenizer.end_of_turn_id}
 
 
 def _pad(

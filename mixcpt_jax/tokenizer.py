@@ -302,7 +302,12 @@ class Tokenizer:
     def stop_ids(self) -> set[int]:
         """The tokens that end what a model writes: a document, or a turn if it has any."""
         turns = {self.end_of_turn_id} if self.has_turns else set()
-        return ({self.end_of_document_id, self.eos_id} | turns) - {None}
+        return self.document_ends | turns
+
+    @property
+    def document_ends(self) -> set[int]:
+        """The tokens that end a document."""
+        return {self.end_of_document_id, self.eos_id} - {None}
 
     @property
     def fingerprint(self) -> str:
