@@ -83,13 +83,18 @@ def revision() -> str:
 
 
 def run(
-    cell: Any, make: Callable[[Any], ml_collections.ConfigDict], workdir: str
+    cell: Any,
+    make: Callable[[Any], ml_collections.ConfigDict],
+    workdir: str,
+    questions: Iterable[str] = (),
 ) -> Record:
     """Runs a cell's phases to their end, or goes on with them; returns its record.
 
     The record has the cell's fields, the digest of its config, hashes of the data that
     the first phase read, and of each phase what was measured at its end, its seconds and
-    its speed, and its answers where it gives some: lists of (prompt, answer).
+    its speed, and its answers where it gives some: lists of (prompt, answer). Of each
+    exam and cloze in `questions` it also has what became of each question at the end of
+    a phase: "1" where it was answered rightly, else "0".
     """
     # Imported here: the process that hands out cells needs no jax.
     import jax
@@ -111,7 +116,7 @@ def run(
         jax.clear_caches()
     names = config.phases or (cell.arm,)
     phases = {
-        name: _phase_record(pathlib.Path(folder), results[key])
+        name: _phase_record(pathlib.Path(folder), results[key], questions)
         for name, (key, folder) in zip(names, folders.items(), strict=True)
     }
     first = pathlib.Path(next(iter(folders.values())))
@@ -123,7 +128,9 @@ def run(
     }
 
 
-def _phase_record(folder: pathlib.Path, result: Record) -> Record:
+def _phase_record(
+    folder: pathlib.Path, result: Record, questions: Iterable[str]
+) -> Record:
     wanted = ("after", "seconds", "tokens_per_second", "selection")
     record = {key: result[key] for key in wanted if result.get(key) is not None}
     record["after"] = {
@@ -140,7 +147,21 @@ def _phase_record(folder: pathlib.Path, result: Record) -> Record:
             for row in rows
             if row["step"] == last
         ]
+    items = folder / "items.jsonl"
+    if questions and items.exists():
+        measured = json.loads(items.read_text().splitlines()[-1])["items"]
+        record["questions"] = {
+            name: "".join(map(str, _answered(measured, name))) for name in questions
+        }
     return record
+
+
+def _answered(items: dict[str, list[float]], name: str) -> list[int]:
+    """Of each question of an exam, or passage of a cloze, 1 if it is right, else 0."""
+    if f"{name}/exam" in items:
+        return items[f"{name}/exam"]
+    parts = items[f"{name}/correct"], items[f"{name}/tokens"]
+    return [int(correct == tokens) for correct, tokens in zip(*parts, strict=True)]
 
 
 class Records:

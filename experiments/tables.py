@@ -13,6 +13,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable
 
+import numpy as np
 from scipy import stats
 
 from experiments import cells
@@ -21,6 +22,7 @@ from experiments.book import run as book_run
 from experiments.controlled import confidence, cost, run
 from experiments.controlled.run import RATE, RATES
 from mixcpt_jax import metrics
+from mixcpt_jax import statistics as intervals
 
 FOLDER = pathlib.Path(__file__).parent
 KEPT_LEVEL = 0.9
@@ -395,6 +397,39 @@ def book_table(records: list[Record], is_aligned: bool) -> str:
     return _table(["arm, rate", "seeds", *_BOOK], rows)
 
 
+def book_changes_table(records: list[Record]) -> str:
+    """What each arm changed of each exam of the book study, in points, the first seed.
+
+    The interval is over questions, which are the same before and after.
+    """
+    first = [r for r in records if r["seed"] == 0 and "failed" not in r]
+    start = next((r for r in first if r["arm"] == "start"), None)
+    if start is None:
+        return _table([], [])
+    (start_phase,) = start["phases"].values()
+    arms = [r for r in first if r["arm"] in ARMS and not r["align"]]
+    arms.sort(key=lambda r: (list(ARMS).index(r["arm"]), r["rate"]))
+    columns = {
+        key.partition("/")[0]: column
+        for column, (key, _) in _BOOK.items()
+        if key.partition("/")[0] in start_phase["questions"]
+    }
+    rows = []
+    for record in arms:
+        rows.append([f"{ARMS[record['arm']].label}, {record['rate']:g}"])
+        for name in columns:
+            before_N, after_N = (
+                np.array(list(phase["questions"][name]), int)
+                for phase in (start_phase, record["phases"]["cpt"])
+            )
+            low, high = intervals.change_of_share(before_N, after_N)
+            change = after_N.mean() - before_N.mean()
+            rows[-1].append(
+                f"{100 * change:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+            )
+    return _table(["arm, rate", *columns.values()], rows)
+
+
 def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
     """Curves over learning rates, use against kept, with 95 % intervals over seeds."""
     import matplotlib
@@ -443,6 +478,7 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "shares": lambda: shares_table(records),
         "confidence": lambda: confidence_table(json.loads(confidence.FILE.read_text())),
         "book": lambda: book_table(book, is_aligned=False),
+        "book-changes": lambda: book_changes_table(book),
         "book-alignment": lambda: book_table(book, is_aligned=True),
         "cost": lambda: cost_table(records, json.loads(cost.FILE.read_text())),
     }

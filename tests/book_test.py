@@ -79,3 +79,28 @@ def test_the_table_has_a_row_for_every_arm_and_phase():
         "start", "CPT", "SFT", "DPO",
     ]  # fmt: skip
     assert all("50.0" in row and "1.65" in row for row in rows)
+
+
+def test_changes_are_of_the_same_questions():
+    def record(arm, answers, phase="cpt", **settings):
+        questions = dict.fromkeys(run.QUESTIONS, answers)
+        return {
+            "arm": arm, "rate": 1e-4, "seed": 0, "align": "",
+            "phases": {phase: {"questions": questions}},
+        } | settings  # fmt: skip
+
+    records = [
+        record("mixture_lssd", "0111" * 25),
+        record("plain", "1100" * 25),
+        record("plain", "0000" * 25, seed=1),
+        record("plain", "0000" * 25, align="dpo"),
+        record("start", "1100" * 25, "evaluate", rate=0.0),
+    ]
+    header, _, plain, lssd = tables.book_changes_table(records).splitlines()
+    assert header.count("|") == 2 + len(run.QUESTIONS)
+    assert plain.count(" +0.0 (") == lssd.count(" +25.0 (") == len(run.QUESTIONS)
+
+
+def test_an_answer_is_right_if_its_question_is_or_all_its_tokens_are():
+    items = {"exam/exam": [1, 0], "cloze/correct": [2, 2], "cloze/tokens": [2, 3]}
+    assert cells._answered(items, "exam") == cells._answered(items, "cloze") == [1, 0]

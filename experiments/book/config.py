@@ -37,7 +37,7 @@ class Cell:
     seed: int = 0
     align: str = ""
     domain_steps: int = 16
-    questions: int = 500
+    questions: int = 300
 
 
 def get_config(settings: str) -> ml_collections.ConfigDict:

@@ -6,8 +6,9 @@ import random
 
 # Modules of the book that nothing trains on.
 NUM_UNREAD = 20
-# Characters of WikiText and passages of LAMBADA that are measured.
-WIKITEXT_CHARACTERS, LAMBADA_PASSAGES = 240_000, 500
+# What is measured: of each unread module and of WikiText the first characters, of LAMBADA
+# the first passages.
+MODULE_CHARACTERS, WIKITEXT_CHARACTERS, LAMBADA_PASSAGES = 8_000, 120_000, 400
 
 
 def write(source: pathlib.Path, folder: pathlib.Path) -> None:
@@ -31,7 +32,14 @@ def write(source: pathlib.Path, folder: pathlib.Path) -> None:
     modules = _read(source / "anatomy/docs.jsonl")
     unread = {m["id"] for m in random.Random(0).sample(modules, NUM_UNREAD)}
     _write(folder / "book.jsonl", [m for m in modules if m["id"] not in unread])
-    _write(folder / "unread_modules.jsonl", [m for m in modules if m["id"] in unread])
+    _write(
+        folder / "unread_modules.jsonl",
+        [
+            module | {"text": module["text"][:MODULE_CHARACTERS]}
+            for module in modules
+            if module["id"] in unread
+        ],
+    )
     questions = _read(source / "anatomy/exam.jsonl")
     for name, is_unread in (("read_modules", False), ("unread_modules", True)):
         asked = [q for q in questions if (q["doc_id"] in unread) == is_unread]

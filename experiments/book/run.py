@@ -20,6 +20,15 @@ ARMS = ("plain", "mixture_ntp", "mixture_mft50", "mixture_lssd", "mixture_mft80"
 # Those that more seeds tell apart, and that are aligned.
 BEST = ("mixture_lssd", "mixture_mft80")
 PARTS = ("arms", "seeds", "alignment")
+# Exams and clozes whose every answer is recorded: the change of one has an interval.
+QUESTIONS = (
+    "read_modules",
+    "unread_modules",
+    "arc_easy",
+    "piqa",
+    "openbook_qa",
+    "lambada",
+)
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -42,7 +51,7 @@ def plan(part: str, folder: str) -> Iterator[Cell]:
 
 def run_cell(cell: Cell, workdir: str) -> cells.Record:
     """Runs a cell to its end, or goes on with it, and returns its record."""
-    return cells.run(cell, make, workdir)
+    return cells.run(cell, make, workdir, QUESTIONS)
 
 
 STUDY = cells.Study(
