@@ -92,9 +92,11 @@ def _set_sources(config, cell: Cell) -> None:
     sources.preferences.on_bad_record = "skip"  # some answers are blank
     sources.instructions.max_records, sources.preferences.max_records = 1000, 800
     sources.domain.holdout = 0
-    sources.instructions.holdout = sources.preferences.holdout = 40
-    if not cell.align:
-        del sources.sft, sources.dpo
+    if cell.align:
+        sources.instructions.holdout = sources.preferences.holdout = 40
+    else:
+        sources.instructions.holdout = sources.preferences.holdout = 0
+        del sources.sft, sources.dpo, config.eval.pairs.preferences
     if cell.arm == "start":
         return
     arm = arms.ARMS[cell.arm]

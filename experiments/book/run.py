@@ -16,9 +16,9 @@ from experiments.book import data
 from experiments.book.config import Cell, make
 
 RATES = (1e-4, 3e-4)
-ARMS = ("plain", "mixture_ntp", "mixture_mft50", "mixture_lssd", "mixture_mft80")
+ARMS = ("plain", "mixture_ntp", "mixture_mft50", "mixture_lssd", "mixture_lssd20")
 # Those that more seeds tell apart, and that are aligned.
-BEST = ("mixture_lssd", "mixture_mft80")
+BEST = ("mixture_lssd", "mixture_lssd20")
 PARTS = ("arms", "seeds", "alignment")
 # Exams and clozes whose every answer is recorded: the change of one has an interval.
 QUESTIONS = (
