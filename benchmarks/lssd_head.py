@@ -38,7 +38,7 @@ from mixcpt_jax import (
     model,
     optim,
     phase,
-    plan,
+    planning,
     sharding,
     steps,
 )
@@ -105,7 +105,7 @@ def print_chips() -> None:
         for form_name, form in forms.items():
             try:
                 compiled = compile_head(form, mesh, TOKENS, VOCABULARY)
-            except plan.DoesNotFit as refusal:
+            except planning.DoesNotFit as refusal:
                 needed = f"temporary {refusal.needed / GIB:.2f} GiB"
                 print(f"| {form_name} | does not fit: {needed} |||")
                 continue
@@ -189,7 +189,7 @@ def print_steps() -> None:
             compiled = compile_step(
                 LLAMA_3_8B, "v5e:4x4", head_loss, has_teacher, sequences, 4096, lora
             )
-        except plan.DoesNotFit as refusal:
+        except planning.DoesNotFit as refusal:
             needed = f"temporary {refusal.needed / GIB:.2f} GiB"
             print(row + f"| does not fit: {needed} |||||", flush=True)
             continue
@@ -228,7 +228,7 @@ def compile_head(form, mesh, num_tokens: int, vocab_size: int) -> jax.stages.Com
     weights = array((num_tokens,), jnp.float32, rows)
     with jax.set_mesh(mesh):
         operands = (hidden, kernel, hidden, kernel, targets, weights)
-        return plan.compile_lowered(jax.jit(form).lower(*operands), mesh)
+        return planning.compile_lowered(jax.jit(form).lower(*operands), mesh)
 
 
 def compile_step(
@@ -287,7 +287,7 @@ def compile_step(
             out_shardings=(state_shardings, replicated),
             compiler_options=steps.COMPILER_OPTIONS["tpu"],
         )
-        return plan.compile_lowered(jitted.lower(state, frozen, batch), mesh)
+        return planning.compile_lowered(jitted.lower(state, frozen, batch), mesh)
 
 
 def dense_head(
@@ -334,7 +334,7 @@ def needed_flops(
 ) -> float:
     """Per token, of matrix products alone, under full rematerialisation."""
     frozen = "whole" if has_teacher else "none"
-    return plan.count_flops(config, 1, "full", frozen, lora is not None).products
+    return planning.count_flops(config, 1, "full", frozen, lora is not None).products
 
 
 def temporary(compiled: jax.stages.Compiled) -> int:

@@ -34,7 +34,7 @@ import tokenizers
 import torch
 import transformers
 
-from mixcpt_jax import metrics, model, paths, sample, tokenizer, weights
+from mixcpt_jax import decoding, metrics, model, paths, tokenizer, weights
 from mixcpt_jax.errors import InputError
 
 _COLUMNS = ("logits", "round trip", "tokenizer", "chat template", "greedy")
@@ -381,8 +381,8 @@ def _same_chat(words, ours) -> str:
 
 def _same_continuations(theirs, config, params, ours, tokens_BxL) -> str:
     prompts = [tokens_BxL[0, :n].tolist() for n in (5, 17, 33)]
-    sampler = sample.Sampler(config, ours)
-    new = sampler.generate(params, prompts, _NEW_TOKENS, set(), sample.Choice())
+    sampler = decoding.Sampler(config, ours)
+    new = sampler.generate(params, prompts, _NEW_TOKENS, set(), decoding.Choice())
     # It shall not end before.
     theirs.generation_config.eos_token_id = None
     same = 0

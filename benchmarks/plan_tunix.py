@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import llama3_8b
-from mixcpt_jax import hlo, metrics, plan, sharding
+from mixcpt_jax import hlo, metrics, planning, sharding
 from mixcpt_jax.chips import GIB
 
 ROW_LENGTH = 4096
@@ -50,7 +50,7 @@ def main() -> None:
     def add(name, compile_program):
         try:
             compiled = compile_program()
-        except plan.DoesNotFit as refusal:
+        except planning.DoesNotFit as refusal:
             table.append([name, f"does not fit: {refusal}", "", ""])
         else:
             memory = compiled.memory_analysis()
@@ -66,7 +66,7 @@ def main() -> None:
         print(table[-1], flush=True)
 
     if num_layers == 32:
-        add("ours", lambda: plan.compile_step(config, mesh).compiled)
+        add("ours", lambda: planning.compile_step(config, mesh).compiled)
     theirs = Theirs(mesh, rows, num_layers)
     for dtype in ("bfloat16", "float32"):
         add(f"tunix, train step, {dtype}", lambda dtype=dtype: theirs.train_step(dtype))
@@ -168,7 +168,7 @@ class Theirs:
                 step, donate_argnums=(0, 1), out_shardings=(*shardings, None)
             )
             lowered = jitted.lower(*states, self._tokens, self._mask, self._logits)
-            return plan.compile_lowered(lowered, self._mesh)
+            return planning.compile_lowered(lowered, self._mesh)
 
     def teacher(self) -> jax.stages.Compiled:
         graph, state = nnx.split(self._model)
@@ -182,7 +182,7 @@ class Theirs:
         with jax.set_mesh(self._mesh):
             jitted = jax.jit(forward, out_shardings=self._logits.sharding)
             arguments = self._place(state, jnp.bfloat16), self._tokens, self._mask
-            return plan.compile_lowered(jitted.lower(*arguments), self._mesh)
+            return planning.compile_lowered(jitted.lower(*arguments), self._mesh)
 
 
 if __name__ == "__main__":

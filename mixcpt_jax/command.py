@@ -1,5 +1,6 @@
 """How a command ends: what the user can mend is one line, and SIGTERM is no mistake."""
 
+import argparse
 import ast
 import errno
 import re
@@ -12,6 +13,20 @@ from mixcpt_jax.errors import InputError
 
 # The disk, the user's share of it, or the file may not be larger.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def parser(module: str, doc: str) -> argparse.ArgumentParser:
+    """A reader of flags, for commands without a config.
+
+    Args:
+      module: of the command, in this package.
+      doc: its docstring, which is what `--help` says.
+    """
+    return argparse.ArgumentParser(
+        f"python -m mixcpt_jax.{module}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def explained(command: Callable[..., Any], *args: Any) -> None:

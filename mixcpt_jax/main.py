@@ -163,12 +163,12 @@ def run(
     import jax
 
     from mixcpt_jax import config as config_lib
-    from mixcpt_jax import evaluate, export, phase, select, train
+    from mixcpt_jax import export, measures, phase, select, train
 
     jobs = {
         "train": train.run,
         "select": select.run,
-        "evaluate": evaluate.run,
+        "evaluate": measures.run,
         "export": export.run,
     }
     configs = phase_configs(config, workdir)

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mixcpt_jax import evaluate, paths
+from mixcpt_jax import measures, paths
 from mixcpt_jax.data import pipeline
 
 FILE = "reference.npz"
@@ -48,7 +48,7 @@ def compute(
             if packed.source.share
         }
     return {
-        name: -evaluate.sums_per_example(
+        name: -measures.sums_per_example(
             lambda batch: score(params, batch), packed, config.eval.batch_size
         )[0].astype(np.float32)
         for name, packed in rows.items()

@@ -7,15 +7,12 @@ makes the page anew, of a run that still goes on too, or one that compares sever
 RUN is a workdir, or a file that holds what `report.json` does.
 """
 
-import argparse
 import json
-import sys
 from typing import Any
 
 from etils import epath
 
-from mixcpt_jax import metrics, page, paths, records
-from mixcpt_jax.errors import InputError
+from mixcpt_jax import command, metrics, page, paths, records
 
 TABLE_FILE = "report.md"
 CURVES_FILE = "curves.png"
@@ -121,10 +118,7 @@ def _draw_curves(path: epath.Path, phases: dict[str, list[dict[str, Any]]]) -> N
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mixcpt_jax.report",
-        description="Writes the page of a run anew, or of several beside each other.",
-    )
+    parser = command.parser("report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a workdir")
     parser.add_argument(
         "--output",
@@ -144,14 +138,11 @@ def main(arguments: list[str] | None = None) -> None:
         and not given.runs[0].endswith(".json")
     ):
         output = f"{given.runs[0]}/{PAGE_FILE}"
-    try:
-        arms = records.load(given.runs)
-        text = page.render(arms, [name for name in given.domain.split(",") if name])
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    arms = records.load(given.runs)
+    text = page.render(arms, [name for name in given.domain.split(",") if name])
     paths.replace(paths.absolute(output), text)
     print(f"Written to {output}")
 
 
 if __name__ == "__main__":
-    main()
+    command.explained(main)

@@ -37,7 +37,7 @@ class Trained(NamedTuple):
     dtype: str
 
     def score(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """`batch on the host -> {"ntp", "correct"}` on the host, see `evaluate.Score`."""
+        """`batch on the host -> {"ntp", "correct"}` on the host, see `measures.Score`."""
         forward = model.make_forward(self.config, self.dtype)
         step = phase.make_eval_step(forward, self.mesh)
         return lambda batch: step(self.params, batch)

@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mixcpt_jax import evaluate, metrics, paths
+from mixcpt_jax import measures, metrics, paths
 from mixcpt_jax import phase as phase_lib
 from mixcpt_jax.data import mixture, selection, sources
 from mixcpt_jax.data.corpus import Corpus
@@ -139,7 +139,7 @@ def _measure(
             sums, first_batch = stored["sums"], int(stored["done"])
     saved = time.monotonic()
     num_batches = -(-len(rows) // batch_size)
-    for done in evaluate.add_sums(sums, score, rows, batch_size, first_batch):
+    for done in measures.add_sums(sums, score, rows, batch_size, first_batch):
         if done == num_batches or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
             _save(file, key, sums, done)
             saved = time.monotonic()

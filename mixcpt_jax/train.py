@@ -20,9 +20,9 @@ from jax.experimental import multihost_utils
 
 from mixcpt_jax import (
     checkpoint,
-    evaluate,
     fused,
     losses,
+    measures,
     metrics,
     model,
     optim,
@@ -94,7 +94,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
     if resumed is None:
         state = _starting_state(phase, program)
     guard = watchdog.Watchdog(config.train.timeout)
-    measure = evaluate.Measure(phase, data, references, lora, guard.alive)
+    measure = measures.Measure(phase, data, references, lora, guard.alive)
 
     def student() -> model.Params:
         return model.with_adapters(frozen, state.params) if lora else state.params

@@ -8,7 +8,7 @@ import chaos
 import jax
 import pytest
 
-from mixcpt_jax import evaluate, phase, preemption, sharding, train, watchdog
+from mixcpt_jax import measures, phase, preemption, sharding, train, watchdog
 
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "50"))
 
@@ -51,7 +51,7 @@ def test_what_sigterm_cuts_off_of_the_measuring_is_made_up_for(
         expected = tiny_run("whole")
     # Each step that is read, each batch that is measured, the save and the beginning.
     assert len(signs) > chaos.NUM_STEPS // 2 + 3
-    measure, measured = evaluate.sums_per_example, []
+    measure, measured = measures.sums_per_example, []
 
     def interrupted(*args):
         measured.append(measure(*args))
@@ -60,7 +60,7 @@ def test_what_sigterm_cuts_off_of_the_measuring_is_made_up_for(
             pytest.fail("was not cut off")
         return measured[-1]
 
-    monkeypatch.setattr(evaluate, "sums_per_example", interrupted)
+    monkeypatch.setattr(measures, "sums_per_example", interrupted)
     for step in (3, 6):
         with pytest.raises(preemption.Preempted, match=f"after step {step};"):
             tiny_run("parts")

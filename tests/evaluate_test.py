@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import evaluate, model, paths, runs, sample, steps, tokenizer, weights
+from mixcpt_jax import (
+    decoding,
+    evaluate,
+    measures,
+    model,
+    paths,
+    runs,
+    steps,
+    tokenizer,
+    weights,
+)
 from mixcpt_jax.data import exams, format, mixture, tasks
 from mixcpt_jax.data.format import Examples
 from mixcpt_jax.data.sources import Record
@@ -41,7 +51,7 @@ def test_measures_of_a_text_count_every_learnt_target_once(row_length, batch_siz
     texts[0] *= 2  # right throughout, and the only one: longer than a row
     masks = [rng.random(len(text)) < 0.7 for text in texts]
     rows = mixture.pack_text("t", Examples.collect(zip(texts, masks)), row_length)
-    results = evaluate.measure(score, {"t": rows}, {}, batch_size)
+    results = measures.measure(score, {"t": rows}, {}, batch_size)
     learnt = np.concatenate([t[1:][m[1:]] for t, m in zip(texts, masks)])
     loss = np.mean((learnt % 7) / 3.0)
     assert results["t/loss"] == pytest.approx(loss)
@@ -56,7 +66,7 @@ def test_exact_is_what_greedy_decoding_finds(tiny_model):
     model_config = weights.read_model_config(tiny_model)
     params = model.init_params(model_config, jax.random.key(0))
     contexts = [f"{a} {b}" for a in ("The sum", "To write", "Use") for b in "abcd"]
-    sampler = sample.Sampler(model_config, vocabulary)
+    sampler = decoding.Sampler(model_config, vocabulary)
     # Every second target is as the model goes on, others are what it says elsewhere.
     found = sampler.complete(params, contexts, 2)
     targets = [found[i - i % 2] for i in range(len(found))]
@@ -69,7 +79,7 @@ def test_exact_is_what_greedy_decoding_finds(tiny_model):
     for first, last in itertools.pairwise(examples.offsets):
         tokens, mask = examples.tokens[first:last], examples.loss_mask[first:last]
         (new,) = sampler.generate(
-            params, [tokens[~mask].tolist()], int(mask.sum()), set(), sample.Choice()
+            params, [tokens[~mask].tolist()], int(mask.sum()), set(), decoding.Choice()
         )
         right.append(new == tokens[mask].tolist())
     assert 0 < np.mean(right) < 1
@@ -81,7 +91,7 @@ def test_exact_is_what_greedy_decoding_finds(tiny_model):
         ),
     }
     score = jax.jit(steps.make_eval_step(model.make_forward(model_config)))
-    results = evaluate.measure(functools.partial(score, params), texts, {}, 4)
+    results = measures.measure(functools.partial(score, params), texts, {}, 4)
     assert results["cloze/exact"] == pytest.approx(np.mean(right))
     assert "plain/accuracy" in results
     assert "plain/exact" not in results
@@ -96,7 +106,7 @@ QUESTIONS = [
 
 def test_an_exam_is_graded_by_log_likelihood_per_byte():
     exam = exams.encode(QUESTIONS, Letters(), row_length=64)
-    results = evaluate.measure(score, {}, {"quiz": exam}, batch_size=2)
+    results = measures.measure(score, {}, {"quiz": exam}, batch_size=2)
     right = []
     for question in QUESTIONS:
         per_byte = [
@@ -165,15 +175,15 @@ def test_pairs_are_compared_per_token_and_rewards_by_the_sums():
     counts = np.array([2.0, 3.0, 6.0, 1.0])  # per token (2, 3) and (1, 2)
     sums = np.stack([losses, np.zeros(4), counts])
     config = config_lib.default().preference
-    results = evaluate.compare_pairs("p", sums, None, config)
+    results = measures.compare_pairs("p", sums, None, config)
     assert results == {"p/pair_accuracy": 1.0}
     # Log-ratios: (1, 2) and (3, -1)
     reference = np.array([-5.0, -11.0, -9.0, -1.0])
-    results = evaluate.compare_pairs("p", sums, reference, config)
+    results = measures.compare_pairs("p", sums, reference, config)
     assert results["p/reward_accuracy"] == 0.5
     assert results["p/reward_margin"] == pytest.approx(0.1 * (-1 + 4) / 2)
     config.length_normalised = True
-    results = evaluate.compare_pairs("p", sums, reference, config)
+    results = measures.compare_pairs("p", sums, reference, config)
     # Per token (1/2, 2/3) and (3/6, -1/1)
     assert results["p/reward_margin"] == pytest.approx(0.1 * (-1 / 6 + 1.5) / 2)
 
@@ -224,7 +234,7 @@ def test_the_command_measures_and_compares(
         )
         questions = exams.read(f"{assets}/general_exam.jsonl")[:6]
         with jax.set_mesh(trained.mesh):
-            expected = evaluate.measure(
+            expected = measures.measure(
                 trained.score(),
                 {"texts": mixture.pack_text("texts", examples, 64)},
                 {"exam": exams.encode(questions, trained.tokenizer, 128)},

@@ -12,8 +12,10 @@ import pytest
 pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")
 
+from lm_eval import tasks as lm_eval_tasks
+
 from benchmarks import lm_eval_agreement
-from mixcpt_jax import harness
+from mixcpt_jax import harness, lm_eval_model
 from mixcpt_jax.errors import InputError
 
 # Of theirs.
@@ -67,7 +69,7 @@ def models(folder):
     """Ours and theirs, with a context so short that all has to be cut."""
     theirs = lm_eval_agreement.hf_model(folder, 4)
     theirs._max_length = MAX_LENGTH
-    return harness.Model(folder, batch_size=4, max_length=MAX_LENGTH), theirs
+    return lm_eval_model.Model(folder, batch_size=4, max_length=MAX_LENGTH), theirs
 
 
 @pytest.fixture
@@ -148,8 +150,8 @@ def test_the_command(tiny_run, tasks, tmp_path, monkeypatch, capsys):
     (tmp_path / "yaml/mine.yaml").write_text(json.dumps(tasks[0]))
     output = tmp_path / "results.json"
     # Finding all tasks of the harness takes its time.
-    alone = functools.partial(harness.TaskManager, include_defaults=False)
-    monkeypatch.setattr(harness, "TaskManager", alone)
+    alone = functools.partial(lm_eval_tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", alone)
     command = [
         "harness",
         f"--checkpoint={tiny_run}",
@@ -181,7 +183,7 @@ def test_files_of_the_benchmark_are_read():
 
 def test_nobody_else_needs_the_harness():
     code = (
-        "import sys, mixcpt_jax.evaluate, mixcpt_jax.main, mixcpt_jax.train;"
+        "import sys, mixcpt_jax.measures, mixcpt_jax.main, mixcpt_jax.train;"
         "print(*sys.modules)"
     )
     process = subprocess.run(

@@ -1,6 +1,12 @@
-"""The house's rule: imports go one way."""
+"""The house's rules: imports go one way, and --help does not wait for them."""
 
 import ast
+import os
+import re
+import subprocess
+import sys
+
+import pytest
 
 # Each file may import these of the package, besides `errors` and `paths`.
 ALLOWED = {
@@ -30,40 +36,43 @@ ALLOWED = {
         "sharding", "steps", "tokenizer", "weights",
     },
     "command": {"preemption", "terminal"},
-    # Commands themselves as well.
-    "sample": {"command", "data", "model", "runs", "sharding", "tokenizer"},
-    "evaluate": {
-        "command", "data", "metrics", "model", "phase", "runs", "sample", "statistics",
-        "terminal",
+    "decoding": {"model", "sharding", "tokenizer"},
+    "measures": {
+        "data", "decoding", "metrics", "model", "phase", "runs", "statistics",
     },
+    "lm_eval_model": {"data", "decoding", "measures", "runs"},
+    "planning": {
+        "attention", "chips", "config", "data", "hlo", "metrics", "model", "phase",
+        "sharding", "teacher", "train", "weights",
+    },
+    # Commands.
+    "sample": {"command", "data", "decoding", "runs"},
+    "evaluate": {"command", "data", "measures", "runs", "terminal"},
+    "harness": {"command", "lm_eval_model"},
+    "plan": {"main", "planning"},
     "statistics": set(),
     "runs": {
         "checkpoint", "config", "export", "model", "phase", "sharding", "tokenizer",
         "weights",
     },
-    "harness": {"command", "data", "evaluate", "runs", "sample"},
-    "reference": {"data", "evaluate"},
+    "reference": {"data", "measures"},
     "teacher": {"data", "phase", "sharding", "steps"},
-    "select": {"data", "evaluate", "metrics", "phase"},
+    "select": {"data", "measures", "metrics", "phase"},
     "export": {"phase", "weights"},
     "plots": set(),
     "records": {"metrics"},
     "page": {"config", "plots", "records", "statistics"},
-    "report": {"metrics", "page", "records"},
+    "report": {"command", "metrics", "page", "records"},
     "train": {
-        "checkpoint", "config", "data", "evaluate", "fused", "losses", "metrics",
+        "checkpoint", "config", "data", "fused", "losses", "measures", "metrics",
         "model", "optim", "phase", "preemption", "reference", "sharding", "steps",
         "teacher", "terminal", "watchdog",
     },
     "main": {
-        "command", "config", "evaluate", "export", "hosts", "phase", "report", "select",
+        "command", "config", "export", "hosts", "measures", "phase", "report", "select",
         "terminal", "train",
     },
     "data": {"config", "data"},
-    "plan": {
-        "attention", "chips", "config", "data", "hlo", "main", "metrics", "model",
-        "phase", "sharding", "teacher", "train", "weights",
-    },
     # A command that lies with what it makes.
     "data/prepare": {"config", "data", "main", "teacher", "tokenizer"},
 }  # fmt: skip
@@ -123,3 +132,37 @@ def test_configs_import_the_config_module_only(project):
 def test_losses_stand_alone(project):
     tree = ast.parse((project / "mixcpt_jax" / "losses.py").read_text())
     assert {name.split(".")[0] for name in imported(tree)} == {"jax"}
+
+
+COMMANDS = "main", "sample", "evaluate", "harness", "report", "plan", "data.prepare"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_does_not_wait(project, command):
+    """Processor time is what a busy machine does not change."""
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", f"mixcpt_jax.{command}", "--help"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+    )
+    after = os.times()
+    assert f"python -m mixcpt_jax.{command}" in done.stdout
+    loaded = re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE)
+    assert not {"jax", "grain", "orbax", "lm_eval"} & set(loaded)
+    used = [
+        getattr(after, k) - getattr(before, k)
+        for k in ("children_user", "children_system")
+    ]
+    assert sum(used) < 1
+
+
+def test_the_package_is_imported_at_once():
+    code = """if True:
+        import sys, time
+        start = time.process_time()
+        import mixcpt_jax
+        assert time.process_time() - start < 0.2
+        assert "jax" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True)

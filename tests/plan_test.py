@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from configs import cpt, presets
-from mixcpt_jax import chips, hlo, model, phase, plan, sharding, weights
+from mixcpt_jax import chips, hlo, model, phase, planning, sharding, weights
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.chips import GIB
 from mixcpt_jax.errors import InputError
@@ -71,8 +71,8 @@ def test_the_formula_counts_the_products_that_are_compiled(config):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     for remat in config_lib.REMAT:
         config.model.remat = remat
-        step = plan.compile_step(config, mesh)
-        counted = plan.count_flops(step.phase.model_config, 256, remat, "whole")
+        step = planning.compile_step(config, mesh)
+        counted = planning.count_flops(step.phase.model_config, 256, remat, "whole")
         compiled = hlo.Module(step.compiled.as_text()).flops / 512
         # Blocks of 128 queries see 3/4 of the pairs where causality leaves half, and
         # some of attention is done again.
@@ -84,36 +84,36 @@ def test_the_formula_knows_what_runs_of_the_frozen_model():
     shape = weights.read_model_config(
         "package:mixcpt_jax/assets/architectures/llama3_8b.json"
     )
-    alone = plan.count_flops(shape, 4096)
-    taught = plan.count_flops(shape, 4096, frozen="whole")
-    read = plan.count_flops(shape, 4096, frozen="unembedding")
+    alone = planning.count_flops(shape, 4096)
+    taught = planning.count_flops(shape, 4096, frozen="whole")
+    read = planning.count_flops(shape, 4096, frozen="unembedding")
     weights_of_layers = 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
     assert alone.student == 6 * weights_of_layers
     assert taught.teacher == 2 * weights_of_layers
     assert read.teacher == 0
     assert read.head - alone.head == 2 * 4096 * 128256
     assert taught.attention / alone.attention == pytest.approx(4 / 3)
-    adapted = plan.count_flops(shape, 4096, has_adapters=True)
+    adapted = planning.count_flops(shape, 4096, has_adapters=True)
     assert adapted.student == 4 * weights_of_layers
     # A token sees (L + 1) / 2 of its row on average; with a window less.
     assert alone.attention == 3 * 2 * 32 * 4096 * 4097
     windowed = dataclasses.replace(shape, sliding_window=1)
-    assert plan.count_flops(windowed, 4096).attention == 3 * 4 * 32 * 4096
+    assert planning.count_flops(windowed, 4096).attention == 3 * 4 * 32 * 4096
     # With a norm behind it, a layer's last product is done again, too.
     again = [
-        plan.count_flops(s, 4096, "full").rematerialisation
+        planning.count_flops(s, 4096, "full").rematerialisation
         for s in (shape, dataclasses.replace(shape, post_norms=True))
     ]
     assert again[1] - again[0] == 2 * 32 * 4096 * 14336
     mixed = dataclasses.replace(windowed, global_layers=(1, 3))
     one = alone.attention / 32, 3 * 4 * 4096
     expected = 2 * one[0] + 30 * one[1]
-    assert plan.count_flops(mixed, 4096).attention == expected
+    assert planning.count_flops(mixed, 4096).attention == expected
 
 
 @needs_libtpu
 def test_a_plan_of_a_small_step(config):
-    made = plan.make(config, "v5e:2x2")
+    made = planning.make(config, "v5e:2x2")
     assert made["fits"]
     memory, flops, times = made["memory"], made["flops"], made["time"]
     weights_of = model.abstract_params(
@@ -131,7 +131,7 @@ def test_a_plan_of_a_small_step(config):
     assert times["step"] >= times["compute and memory"]
     kinds = {row["kind"] for row in made["collectives"]}
     assert "all-gather" in kinds
-    assert "mfu bound" in plan.describe(made)
+    assert "mfu bound" in planning.describe(made)
 
 
 @needs_libtpu
@@ -139,12 +139,12 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(config):
     config.data.row_length = 256
     config.data.batch_size = config.eval.batch_size = 4096
     config.model.remat = "none"
-    made = plan.make(config, "v5e:2x2")
+    made = planning.make(config, "v5e:2x2")
     assert not made["fits"]
     over = made["memory"]["needed"] - made["memory"]["available"]
     assert over > 0
-    assert f"{over / GIB:.2f} more than" in plan.describe(made)
-    advice = plan.advise(config, "v5e:2x2")
+    assert f"{over / GIB:.2f} more than" in planning.describe(made)
+    advice = planning.advise(config, "v5e:2x2")
     assert "It fits, at" in advice
 
 
@@ -153,7 +153,7 @@ def test_the_search_prints_the_fastest_that_fits(tmp_path):
     # One head for keys, so that none is split and few meshes are left.
     config = small(tmp_path, num_key_value_heads=1)
     config.data.row_length = 256
-    plans = plan.search(config, "v5e:2x2", remats=("full",))
+    plans = planning.search(config, "v5e:2x2", remats=("full",))
     assert len({tuple(made["mesh"].values()) for made in plans}) == len(plans) == 3
     steps = [made["time"]["step"] for made in plans]
     assert steps == sorted(steps)
@@ -170,7 +170,7 @@ def test_presets_suit_their_slices(name, part):
     config_lib.validate(config, size)
     shape = weights.read_model_config(config.model.architecture)
     phase.check_model(config, shape, size)
-    least = plan.least_memory(config, shape)
+    least = planning.least_memory(config, shape)
     assert least <= chips.of_topology(config.mesh.topology).hbm_bytes
 
 
@@ -178,8 +178,8 @@ def test_presets_suit_their_slices(name, part):
 @pytest.mark.parametrize(("name", "part"), COMPILED)
 def test_presets_fit(name, part):
     config = preset(name, part)
-    made = plan.make(config, config.mesh.topology)
-    assert made["fits"], plan.describe(made)
+    made = planning.make(config, config.mesh.topology)
+    assert made["fits"], planning.describe(made)
     flops = made["flops"]
     assert flops["products, compiled"] <= 1.02 * flops["products, by formula"]
     if name == "llama3_8b":
@@ -190,13 +190,13 @@ def test_presets_fit(name, part):
 
 def test_an_unknown_slice_is_named(config):
     with pytest.raises(InputError, match="v9x:2x2: no such TPU slice"):
-        plan.make(config, "v9x:2x2")
+        planning.make(config, "v9x:2x2")
 
 
 @needs_libtpu
 def test_an_impossible_shape_is_named(config):
     with pytest.raises(InputError, match="v5e:3x5x7: no slice has this shape"):
-        plan.make(config, "v5e:3x5x7")
+        planning.make(config, "v5e:3x5x7")
 
 
 @needs_libtpu

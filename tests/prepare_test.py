@@ -14,7 +14,7 @@ from mixcpt_jax import metrics, train
 from mixcpt_jax import phase as phase_lib
 from mixcpt_jax import teacher as teacher_lib
 from mixcpt_jax import tokenizer as tokenizer_lib
-from mixcpt_jax.data import pipeline, prepare, prepared
+from mixcpt_jax.data import pipeline, preparation, prepared
 from mixcpt_jax.errors import InputError
 
 SHARD_SIZE = 20_000  # characters, so that there are several
@@ -32,7 +32,9 @@ def tokenizer(config):
 
 
 def make(config, **settings):
-    prepare.prepare(config, tokenizer(config), **{"shard_size": SHARD_SIZE} | settings)
+    preparation.prepare(
+        config, tokenizer(config), **{"shard_size": SHARD_SIZE} | settings
+    )
 
 
 def load(config):

@@ -17,7 +17,7 @@ import pytest
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from mixcpt_jax import model, paths, runs, sample, sharding, weights
+from mixcpt_jax import decoding, model, paths, runs, sample, sharding, weights
 from mixcpt_jax import tokenizer as tokenizer_lib
 from mixcpt_jax.errors import InputError
 
@@ -56,8 +56,8 @@ GEMMA3 = dataclasses.replace(
 QWEN3 = dataclasses.replace(QWEN2, family="qwen3", qkv_bias=False, qk_norm=True)
 LORA = model.Lora(rank=3, alpha=6.0, targets=("query", "value", "down"))
 
-GREEDY = sample.Choice()
-NUCLEUS = sample.Choice(temperature=0.9, top_k=40, top_p=0.95)
+GREEDY = decoding.Choice()
+NUCLEUS = decoding.Choice(temperature=0.9, top_k=40, top_p=0.95)
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 40, 1, 17, 33)]
 
 
@@ -127,7 +127,7 @@ def greedy_without_cache(config, params, prompt, new_tokens, lora=None):
 )
 def test_greedy_with_a_cache_equals_full_forward_passes(tokenizer, config, lora):
     params = draw_params(config, lora)
-    sampler = sample.Sampler(config, tokenizer, lora=lora)
+    sampler = decoding.Sampler(config, tokenizer, lora=lora)
     actual = sampler.generate(params, PROMPTS, 12, set(), GREEDY)
     for prompt, new in zip(PROMPTS, actual):
         assert new == greedy_without_cache(config, params, prompt, 12, lora)
@@ -136,9 +136,9 @@ def test_greedy_with_a_cache_equals_full_forward_passes(tokenizer, config, lora)
 @pytest.mark.parametrize("choice", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
 def test_a_row_does_not_depend_on_the_others(tokenizer, choice):
     params = draw_params(LLAMA)
-    sampler = sample.Sampler(LLAMA, tokenizer)
+    sampler = decoding.Sampler(LLAMA, tokenizer)
     expected = sampler.generate(params, PROMPTS, 12, set(), choice)
-    in_pairs = sample.Sampler(LLAMA, tokenizer, batch_size=2)
+    in_pairs = decoding.Sampler(LLAMA, tokenizer, batch_size=2)
     assert in_pairs.generate(params, PROMPTS, 12, set(), choice) == expected
     assert sampler.generate(params, [], 12, set(), choice) == []
     # Another neighbour, and with it another length of padding.
@@ -153,7 +153,7 @@ def test_a_row_does_not_depend_on_the_others(tokenizer, choice):
 @pytest.mark.parametrize("choice", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
 def test_the_mesh_does_not_matter(tokenizer, sizes, choice):
     params = draw_params(LLAMA)
-    sampler = sample.Sampler(LLAMA, tokenizer, batch_size=4)
+    sampler = decoding.Sampler(LLAMA, tokenizer, batch_size=4)
     expected = sampler.generate(params, PROMPTS, 12, {7}, choice)
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes)))
     shardings = sharding.shardings(mesh, model.param_axes(LLAMA))
@@ -165,7 +165,7 @@ def test_the_mesh_does_not_matter(tokenizer, sizes, choice):
 def test_tokens_are_whole_on_every_device():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     generate = jax.jit(
-        sample.make_generate(LLAMA, 259),
+        decoding.make_generate(LLAMA, 259),
         static_argnames=("max_new_tokens", "choice"),
     )
     with jax.set_mesh(mesh):
@@ -207,12 +207,12 @@ def nucleus(probabilities, top_k, top_p):
 @pytest.mark.parametrize(
     "choice",
     [
-        sample.Choice(1.0),
-        sample.Choice(0.6),
-        sample.Choice(1.7, top_k=3),
-        sample.Choice(1.0, top_p=0.7),
-        sample.Choice(1.3, top_k=6, top_p=0.7),
-        sample.Choice(1.0, top_k=99, top_p=1e-6),
+        decoding.Choice(1.0),
+        decoding.Choice(0.6),
+        decoding.Choice(1.7, top_k=3),
+        decoding.Choice(1.0, top_p=0.7),
+        decoding.Choice(1.3, top_k=6, top_p=0.7),
+        decoding.Choice(1.0, top_k=99, top_p=1e-6),
     ],
     ids=str,
 )
@@ -221,7 +221,7 @@ def test_draws_follow_the_softmax_of_what_is_left(choice):
     exact = np.exp(logits / choice.temperature)
     expected = nucleus(exact / exact.sum(), choice.top_k or 12, choice.top_p)
     n = 40_000
-    drawn = jax.jit(sample.choose, static_argnums=2)(
+    drawn = jax.jit(decoding.choose, static_argnums=2)(
         jnp.broadcast_to(jnp.float32(logits), (n, 12)),
         jax.random.split(jax.random.key(0), n),
         choice,
@@ -232,8 +232,8 @@ def test_draws_follow_the_softmax_of_what_is_left(choice):
 def test_draws_follow_the_models_probabilities(tokenizer):
     config, params = bigrams(264, chain(10, 11))
     params["unembedding"] = params["unembedding"] * 0.25
-    sampler = sample.Sampler(config, tokenizer, batch_size=1024)
-    choice = sample.Choice(0.8)
+    sampler = decoding.Sampler(config, tokenizer, batch_size=1024)
+    choice = decoding.Choice(0.8)
     new = sampler.generate(params, [[10]] * 2048, 1, set(), choice)
     # The norm makes sqrt(264) of the one-hot state, but for its epsilon.
     logits = np.zeros(259)
@@ -244,10 +244,10 @@ def test_draws_follow_the_models_probabilities(tokenizer):
 
 def test_every_row_and_step_has_its_own_draw(tokenizer):
     config, params = bigrams(264, {})
-    sampler = sample.Sampler(config, tokenizer, batch_size=64)
+    sampler = decoding.Sampler(config, tokenizer, batch_size=64)
 
     def draw(seed):
-        choice = sample.Choice(1.0)
+        choice = decoding.Choice(1.0)
         return sampler.generate(params, [[10]] * 64, 32, set(), choice, seed)
 
     drawn = np.array(draw(0))
@@ -264,7 +264,7 @@ def test_every_row_and_step_has_its_own_draw(tokenizer):
 
 def test_a_stop_token_ends_its_row_alone(tokenizer):
     params = draw_params(LLAMA)
-    sampler = sample.Sampler(LLAMA, tokenizer)
+    sampler = decoding.Sampler(LLAMA, tokenizer)
     whole = sampler.generate(params, PROMPTS, 12, set(), GREEDY)
     stops = {whole[0][4], whole[1][0]}
     expected = []
@@ -279,7 +279,7 @@ def test_a_stop_token_ends_its_row_alone(tokenizer):
 def test_decoding_ends_with_the_last_row():
     config, params = bigrams(264, chain(1, 2, 3, 9) | chain(4, 9, 9))
     generate = jax.jit(
-        sample.make_generate(config, 259),
+        decoding.make_generate(config, 259),
         static_argnames=("max_new_tokens", "choice"),
     )
     tokens = generate(
@@ -297,18 +297,18 @@ def test_decoding_ends_with_the_last_row():
     np.testing.assert_array_equal(tokens[1, 3:], 0)
 
 
-@pytest.mark.parametrize("choice", [GREEDY, sample.Choice(5.0), NUCLEUS], ids=str)
+@pytest.mark.parametrize("choice", [GREEDY, decoding.Choice(5.0), NUCLEUS], ids=str)
 def test_padding_of_the_vocabulary_is_never_chosen(tokenizer, choice):
     params = draw_params(QWEN2)
     # Rows of tied embeddings so large that their logits are the extremes.
     params["embedding"] = params["embedding"].at[259:].multiply(100.0)
-    sampler = sample.Sampler(QWEN2, tokenizer)
+    sampler = decoding.Sampler(QWEN2, tokenizer)
     new = sampler.generate(params, PROMPTS, 16, set(), choice)
     assert np.max(new) < 259
 
 
 def test_a_prompt_must_fit(tokenizer):
-    sampler = sample.Sampler(LLAMA, tokenizer)
+    sampler = decoding.Sampler(LLAMA, tokenizer)
     params = draw_params(LLAMA)
     longest = [5] * (LLAMA.max_positions - 8)
     assert len(sampler.generate(params, [longest], 8, set(), GREEDY)[0]) == 8
@@ -327,7 +327,7 @@ def test_a_prompt_must_fit(tokenizer):
 )
 def test_a_bad_choice_is_named(name, value):
     with pytest.raises(InputError, match=f"{name}={value}: it must be"):
-        sample.Choice(**{name: value})
+        decoding.Choice(**{name: value})
 
 
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
@@ -335,7 +335,7 @@ def test_an_answer_ends_with_its_turn_or_document(tokenizer, stop):
     (newline,), hey = tokenizer.encode("\n"), tokenizer.encode("Hey")
     stop_id = tokenizer.token_to_id(stop)
     config, params = bigrams(264, chain(newline, *hey, stop_id, *hey[:1]))
-    sampler = sample.Sampler(config, tokenizer)
+    sampler = decoding.Sampler(config, tokenizer)
     conversations = [
         [{"role": "user", "content": content}] for content in ("Hi", "Good morning")
     ]
@@ -349,7 +349,7 @@ def test_text_goes_on_to_the_end_of_its_document(tokenizer):
     a, b, c, d = tokenizer.encode("abcd")
     turn, document = map(tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>"))
     config, params = bigrams(264, chain(a, b, turn, c, d, document, a))
-    sampler = sample.Sampler(config, tokenizer)
+    sampler = decoding.Sampler(config, tokenizer)
     # The end of a turn is no end of plain text.
     assert sampler.complete(params, ["za", "zc"], 20) == ["bcd", "d"]
 
@@ -365,7 +365,7 @@ def test_a_continuation_keeps_its_space_and_has_a_bos(tmp_path):
     loaded = tokenizer_lib.load(str(tmp_path))
     bos, eos, a, b, c = 1, 2, 3, 4, 5
     config, params = bigrams(7, chain(a, b, c, eos) | {bos: a})
-    sampler = sample.Sampler(config, loaded)
+    sampler = decoding.Sampler(config, loaded)
     assert sampler.complete(params, ["a", ""], 20) == [" bc", "a bc"]
 
 
@@ -393,7 +393,7 @@ def test_greedy_like_transformers(tokenizer, config, tmp_path):
     config = dataclasses.replace(config, vocab_size=259)
     params = draw_params(config)
     weights.save_pretrained(str(tmp_path / "export"), params, config, dtype="float32")
-    sampler = sample.Sampler(config, tokenizer)
+    sampler = decoding.Sampler(config, tokenizer)
     actual = sampler.generate(params, PROMPTS[:3], 64, set(), GREEDY)
     for prompt, new in zip(PROMPTS, actual):
         assert new == transformers_tokens(tmp_path / "export", prompt, 64)
@@ -411,7 +411,7 @@ def test_smollm2_answers_like_transformers(tmp_path):
     folder = str(tmp_path / "export")
     weights.save_pretrained(folder, params, config, loaded, dtype="float32")
     conversation = [{"role": "user", "content": "What is gravity?"}]
-    (answer,) = sample.Sampler(config, loaded).chat(params, [conversation], 32)
+    (answer,) = decoding.Sampler(config, loaded).chat(params, [conversation], 32)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     prompt = theirs.apply_chat_template(
         conversation, add_generation_prompt=True, return_dict=False
@@ -440,11 +440,11 @@ def streamed(stream, prompts, max_new_tokens, stop_ids, choice):
 )
 def test_a_stream_is_what_a_batch_is(tokenizer, choice, tokens_per_call):
     params = draw_params(WINDOWED)
-    sampler = sample.Sampler(WINDOWED, tokenizer)
+    sampler = decoding.Sampler(WINDOWED, tokenizer)
     whole = sampler.generate(params, PROMPTS, 12, set(), choice)
     stops = {whole[0][4], whole[1][0]}
     expected = sampler.generate(params, PROMPTS, 12, stops, choice)
-    stream = sample.Stream(
+    stream = decoding.Stream(
         params,
         WINDOWED,
         tokenizer,
@@ -457,9 +457,9 @@ def test_a_stream_is_what_a_batch_is(tokenizer, choice, tokens_per_call):
 
 
 def test_what_is_in_the_cache_is_not_read_again(tokenizer, monkeypatch):
-    monkeypatch.setattr(sample, "_MIN_ROOM", 16)  # so the cache grows on the way
+    monkeypatch.setattr(decoding, "_MIN_ROOM", 16)  # so the cache grows on the way
     params = draw_params(LLAMA)
-    stream, fresh = (sample.Stream(params, LLAMA, tokenizer) for _ in range(2))
+    stream, fresh = (decoding.Stream(params, LLAMA, tokenizer) for _ in range(2))
     read = []
     begin = stream._begin
 
@@ -481,7 +481,7 @@ def test_what_is_in_the_cache_is_not_read_again(tokenizer, monkeypatch):
 
 
 def test_a_stream_ends_with_the_context(tokenizer):
-    stream = sample.Stream(draw_params(LLAMA), LLAMA, tokenizer)
+    stream = decoding.Stream(draw_params(LLAMA), LLAMA, tokenizer)
     made, _ = streamed(stream, [[5] * 121], 9, set(), GREEDY)
     assert len(made[0]) == 7
     with pytest.raises(InputError, match="it has 128 tokens"):
@@ -492,13 +492,13 @@ def test_a_character_is_never_printed_in_halves(tokenizer):
     text = "né 😀€\N{ZERO WIDTH JOINER}x"
     ids = tokenizer.encode(text)
     assert len(ids) == len(text.encode())  # a token a byte
-    pieces = list(sample.spell(tokenizer, ([i] for i in ids)))
+    pieces = list(decoding.spell(tokenizer, ([i] for i in ids)))
     assert pieces == list(text)
     # What ends in the middle of one is shown as it would be in whole.
-    cut = list(sample.spell(tokenizer, ([i] for i in ids[:-4])))
+    cut = list(decoding.spell(tokenizer, ([i] for i in ids[:-4])))
     assert "".join(cut) == tokenizer.decode(ids[:-4])
     before = tokenizer.encode("n")
-    assert list(sample.spell(tokenizer, [ids[1:3], [], ids[3:]], before)) == [
+    assert list(decoding.spell(tokenizer, [ids[1:3], [], ids[3:]], before)) == [
         "é",
         text[2:],
     ]
@@ -507,7 +507,7 @@ def test_a_character_is_never_printed_in_halves(tokenizer):
 @pytest.fixture
 def chat(tokenizer):
     """What it says next depends on all that was said."""
-    stream = sample.Stream(draw_params(LLAMA), LLAMA, tokenizer)
+    stream = decoding.Stream(draw_params(LLAMA), LLAMA, tokenizer)
     # Without template, so that 128 tokens last for some turns.
     short = dataclasses.replace(
         tokenizer,
@@ -515,7 +515,7 @@ def chat(tokenizer):
         "{% if m['role'] == 'assistant' %}<|im_end|>{% else %}<|im_start|>{% endif %}"
         "{% endfor %}",
     )
-    return sample.Chat(stream, short, 8, sample.Choice(1.0))
+    return decoding.Chat(stream, short, 8, decoding.Choice(1.0))
 
 
 def test_an_interrupted_chat_goes_on(chat, tokenizer):
@@ -531,11 +531,11 @@ def test_an_interrupted_chat_goes_on(chat, tokenizer):
         {"role": "assistant", "content": heard},
     ]
     # As one that heard the same.
-    other = sample.Chat(
-        sample.Stream(draw_params(LLAMA), LLAMA, tokenizer),
+    other = decoding.Chat(
+        decoding.Stream(draw_params(LLAMA), LLAMA, tokenizer),
         chat._tokenizer,
         8,
-        sample.Choice(1.0),
+        decoding.Choice(1.0),
     )
     other.messages = chat.messages
     assert list(chat.say("Go on.")) == list(other.say("Go on."))
@@ -592,7 +592,7 @@ def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
 
     trained = runs.load(tiny_model)
     texts = ["Name a fruit.", "Why?"]
-    sampler = sample.Sampler(trained.config, trained.tokenizer)
+    sampler = decoding.Sampler(trained.config, trained.tokenizer)
     with jax.set_mesh(trained.mesh):
         answers = sampler.chat(
             trained.params, [[{"role": "user", "content": t}] for t in texts], 8
@@ -616,7 +616,7 @@ def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
 
 
 def test_decoding_costs_no_other_imports():
-    code = "import sys, mixcpt_jax.sample; print(*sys.modules)"
+    code = "import sys, mixcpt_jax.decoding; print(*sys.modules)"
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import evaluate, fused, losses, model, optim, sharding, steps
+from mixcpt_jax import fused, losses, measures, model, optim, sharding, steps
 from mixcpt_jax.data import format, mixture
 
 CONFIG = model.ModelConfig(
@@ -251,7 +251,7 @@ def make_pairs(rows=8, row_length=48, reference_params=None, seed=0):
     if reference_params is not None:
         score = jax.jit(steps.make_eval_step(model.make_forward(CONFIG)))
         for number, part in enumerate(packed):
-            sums = evaluate.sums_per_example(
+            sums = measures.sums_per_example(
                 lambda batch: score(reference_params, batch), part, rows
             )
             source = dataclasses.replace(

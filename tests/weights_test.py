@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixcpt_jax import evaluate, model, paths, sharding, steps, tokenizer, weights
+from mixcpt_jax import (
+    measures,
+    model,
+    paths,
+    sharding,
+    steps,
+    tokenizer,
+    weights,
+)
 from mixcpt_jax.data import format, mixture
 from mixcpt_jax.data.format import Examples
 from mixcpt_jax.data.sources import Record
@@ -810,7 +818,7 @@ def test_log_probabilities_of_answers_like_transformers(tiny_model, tmp_path):
     for row_length, is_one_row in [(int(examples.lengths.sum()), True), (128, False)]:
         rows = mixture.pack_text("pairs", examples, row_length)
         assert (len(rows) == 1) == is_one_row
-        loss, _, count = evaluate.sums_per_example(
+        loss, _, count = measures.sums_per_example(
             lambda batch: score(params, batch), rows, batch_size=2
         )
         np.testing.assert_array_equal(count, [mask.sum() for _, mask in sides])

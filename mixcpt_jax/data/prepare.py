@@ -10,34 +10,19 @@ it was, and tokenises the others as before: the stream is the same either way. W
 The same command run again keeps what is whole and right, and mends the rest.
 """
 
-import collections
-import contextlib
 import functools
-import hashlib
-import json
-import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any
 
-import ml_collections
 from absl import flags
 from etils import epath
 
 from mixcpt_jax import main as command_line
-from mixcpt_jax.data import corpus as corpus_lib
-from mixcpt_jax.data import format, prepared, sources
 from mixcpt_jax.errors import InputError
 
 _TEACHER = flags.DEFINE_bool("teacher", False, "Prepare the teacher too.")
 _WORKERS = flags.DEFINE_integer(
     "workers", os.cpu_count(), "Processes that tokenise; 0: this one alone.", 0
 )
-
-# Of text in a shard, in characters; as many shards as there are processes are in memory.
-_SHARD_SIZE = 2**25
 
 
 def main(argv: list[str]) -> None:
@@ -53,6 +38,7 @@ def main(argv: list[str]) -> None:
     # Imported here so that --help does not wait for them.
     from mixcpt_jax import config as config_lib
     from mixcpt_jax import tokenizer
+    from mixcpt_jax.data import preparation
 
     if _TEACHER.value:
         config.objective.teacher = "prepared"
@@ -62,149 +48,12 @@ def main(argv: list[str]) -> None:
         resolved.model.tokenizer or resolved.model.path, resolved.model.chat_template
     )
     command_line.on_first_host(
-        functools.partial(prepare, resolved, vocabulary, _WORKERS.value)
+        functools.partial(preparation.prepare, resolved, vocabulary, _WORKERS.value)
     )
     if _TEACHER.value:
         from mixcpt_jax import teacher
 
         teacher.prepare(config, folder, name)
-
-
-def prepare(
-    config: ml_collections.ConfigDict,
-    tokenizer: Any,
-    num_workers: int = 0,
-    shard_size: int = _SHARD_SIZE,
-) -> None:
-    """Prepares every source of a phase that has a weight.
-
-    Args:
-      config: a validated config of one phase, paths resolved.
-      tokenizer: the model's.
-      num_workers: processes; 0: this one alone.
-      shard_size: characters of text in a shard, about.
-
-    Raises:
-      InputError: see `sources.read` and `format.encode`; or nothing can be written.
-    """
-    with _pool(num_workers) as in_order:
-        for name, source in config.sources.items():
-            if source.weight:
-                _prepare_source(config, name, tokenizer, in_order, shard_size)
-
-
-def _prepare_source(
-    config: ml_collections.ConfigDict,
-    name: str,
-    tokenizer: Any,
-    in_order: corpus_lib.InOrder,
-    shard_size: int,
-) -> None:
-    source = config.sources[name]
-    folder = prepared.folder_of(config.data.prepared, name)
-    hashes = sources.hashes(source.path, source.reader, source.split)
-    key = corpus_lib.identity(config, source, tokenizer, hashes)
-    with contextlib.suppress(InputError):  # a damaged manifest is as good as none
-        manifest = prepared.read_manifest(folder)
-        if (
-            manifest
-            and not prepared.difference(manifest, key)
-            and prepared.is_undamaged(folder, manifest)
-        ):
-            print(f"{name}: is prepared, and whole", flush=True)
-            return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / prepared.MANIFEST).unlink(missing_ok=True)
-    corpus = corpus_lib.Corpus(config, source)
-    settings = source.format, source.fields.to_dict(), source.preference_side
-    make = functools.partial(_make_shard, folder, key, settings, tokenizer)
-    groups = _groups(corpus.held_in(in_order), shard_size)
-    shards, num_kept = [], 0
-    for _, (entry, is_new) in in_order(make, enumerate(groups)):
-        shards.append(entry)
-        num_kept += not is_new
-        if is_new:
-            print(
-                f"{name}: {entry['file']}, {entry['tokens']} tokens of "
-                f"{entry['examples']} examples",
-                flush=True,
-            )
-    examples = prepared.finish_examples(folder, key, shards, corpus.left_out)
-    left_out = ", ".join(f"{n} {why}" for why, n in corpus.left_out.items())
-    print(
-        f"{name}: {examples.num_tokens} tokens of {len(examples)} examples in "
-        f"{len(shards)} shards, {num_kept} of them from before; left out: "
-        f"{left_out or 'none'}",
-        flush=True,
-    )
-
-
-def _make_shard(
-    folder: epath.Path, key: dict, settings: tuple, tokenizer: Any, numbered: tuple
-) -> tuple[prepared.Entry, bool]:
-    """The entry of a shard, and whether it had to be made."""
-    number, records = numbered
-    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16)
-    for record in records:
-        digest.update(json.dumps(record.fields, default=str).encode())
-    facts = {"input": digest.hexdigest()}
-    entry = prepared.finished_shard(folder, number, facts)
-    if entry is not None:
-        return entry, False
-    format_name, fields, side = settings
-    examples = format.encode(records, format_name, tokenizer, fields, side)
-    return prepared.write_examples(folder, number, examples, facts), True
-
-
-def _groups(
-    records: Iterable[sources.Record], most: int
-) -> Iterator[list[sources.Record]]:
-    """Records that follow each other, each group just above `most` in size."""
-    group, size = [], 0
-    for record in records:
-        group.append(record)
-        size += _size(record)
-        if size >= most:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def _size(record: sources.Record) -> int:
-    return sum(len(v) if isinstance(v, str) else 64 for v in record.fields.values())
-
-
-@contextlib.contextmanager
-def _pool(num_workers: int) -> Iterator[corpus_lib.InOrder]:
-    """A map over processes, with results in order and little in memory."""
-    if not num_workers:
-        yield corpus_lib.one_by_one
-        return
-    # One process a core is enough; threads within them would be in each other's way.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context) as executor:
-
-        def in_order(function, items: Iterable) -> Iterator[tuple[Any, Any]]:
-            ahead = collections.deque()
-            for item in items:
-                ahead.append((item, executor.submit(function, item)))
-                if len(ahead) > num_workers:
-                    first, future = ahead.popleft()
-                    yield first, future.result()
-            for first, future in ahead:
-                yield first, future.result()
-
-        try:
-            yield in_order
-        except BrokenProcessPool as error:
-            raise InputError(
-                "a process that tokenises was killed, perhaps for want of memory; run "
-                "the same command again with fewer --workers"
-            ) from error
-        finally:
-            executor.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

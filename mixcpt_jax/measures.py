@@ -1,0 +1,403 @@
+"""What a model knows and prefers: perplexity and top-1 accuracy on text, multiple choice,
+and which answer of a pair it finds likelier.
+
+Perplexity alone understates what logit swap self-distillation teaches: at its optimum
+the gold token is the top token with no more than the teacher's own confidence. So
+accuracy always stands beside it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from mixcpt_jax import decoding, metrics, model, runs, statistics
+from mixcpt_jax import phase as phase_lib
+from mixcpt_jax.data import mixture, pipeline, tasks
+from mixcpt_jax.data.exams import Exam
+from mixcpt_jax.errors import InputError
+
+HostBatch = dict[str, np.ndarray]
+Score = Callable[[HostBatch], Mapping[str, Any]]
+
+
+class Measure:
+    """Everything that a phase measures of given parameters, compiled once.
+
+    Attributes:
+      items: what the last call measured of each example, question and pair; see
+        `metrics.Writer.write_items`.
+    """
+
+    def __init__(
+        self,
+        phase: phase_lib.Phase,
+        data: pipeline.Data,
+        references: Mapping[str, np.ndarray] | None = None,
+        lora: model.Lora | None = None,
+        on_batch: Callable[[], None] = lambda: None,
+    ):
+        """
+        Args:
+          phase: whose evaluation settings and model it is.
+          data: what the phase reads.
+          references: "pairs/NAME" -> the reference's log-probabilities of the examples
+            of `data.pairs[NAME]`; without them pairs have no rewards.
+          lora: the adapters in the parameters that will be given.
+          on_batch: called after each batch.
+        """
+        self._config = phase.config
+        self._data = data
+        self._references = references or {}
+        self._score = phase.eval_step(lora)
+        self._on_batch = on_batch
+        self.items: dict[str, np.ndarray] = {}
+        self._sampler = decoding.Sampler(
+            phase.model_config,
+            phase.tokenizer,
+            compute_dtype=phase.config.model.compute_dtype,
+            lora=lora,
+        )
+
+    def __call__(self, params) -> dict[str, float]:
+        """Runs `measure` on the whole parameters, adapters and all."""
+
+        def score(batch):
+            scores = self._score(params, batch)
+            self._on_batch()
+            return scores
+
+        data, batch_size = self._data, self._config.eval.batch_size
+        self.items = {}
+        results = measure(score, data.texts, data.exams, batch_size, self.items)
+        for name, rows in data.pairs.items():
+            sums = sums_per_example(score, rows, batch_size)
+            references = self._references.get(f"pairs/{name}")
+            results |= compare_pairs(name, sums, references, self._config.preference)
+            self.items[f"{name}/pair_accuracy"] = _is_chosen_likelier(sums)
+        return results
+
+    def answers(self, params) -> list[str]:
+        """Greedy answers to the phase's prompts."""
+        if not self._data.prompts:
+            return []
+        return self._sampler.chat(
+            params, self._data.prompts, self._config.eval.max_new_tokens
+        )
+
+
+def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str, Any]:
+    """The job "evaluate": measures what the phase starts from.
+
+    Returns:
+      What `results.json` holds: `after`, as of a training phase.
+
+    Raises:
+      InputError: config, data, weights or workdir are wrong.
+    """
+    results = phase_lib.finished(config, workdir)
+    if results is not None:
+        return results
+    phase = phase_lib.start(config, workdir, name)
+    data = phase.load_data()
+    with jax.set_mesh(phase.mesh):
+        params = phase.starting_params(phase.config.model.param_dtype)
+        measures = Measure(phase, data)
+        results = {"before": None, "after": measures(params)}
+        with metrics.Writer(
+            phase.folder, phase.config.metrics, -1, {}, jax.process_index() == 0
+        ) as writer:
+            writer.write_items(0, measures.items)
+            writer.write(0, {f"eval/{k}": v for k, v in results["after"].items()})
+            writer.write_samples(0, data.prompts, measures.answers(params))
+    return phase.finish(results)
+
+
+def measure(
+    score: Score,
+    texts: Mapping[str, mixture.PackedRows],
+    exams: Mapping[str, Exam],
+    batch_size: int,
+    items: dict[str, np.ndarray] | None = None,
+) -> dict[str, float]:
+    """Measures every text and exam.
+
+    Args:
+      score: maps a batch to `ntp` (nats) and `correct`, `[B, L]` each, whole on every
+        host; see `steps.make_eval_step`.
+      texts: name -> held-out text.
+      exams: name -> exam.
+      batch_size: rows per batch.
+      items: gets what the results are means of: `{text}/loss`, `{text}/correct` and
+        `{text}/tokens`, sums over each example, and `{exam}/exam`, right or not.
+
+    Returns:
+      `{text}/loss` (nats per token), `{text}/perplexity`, `{text}/accuracy` (share of
+      tokens that are the top token) and `{exam}/exam` (share answered rightly). Where
+      examples begin with what is given (formats cloze and chat), also `{text}/exact`:
+      the share of examples whose rest greedy decoding would give to the last token.
+    """
+    results = {}
+    items = {} if items is None else items
+    for name, rows in texts.items():
+        sums = sums_per_example(score, rows, batch_size)
+        for key, values in zip(("loss", "correct", "tokens"), sums, strict=True):
+            items[f"{name}/{key}"] = values
+        loss, correct, count = sums.sum(axis=1)
+        results[f"{name}/loss"] = float(loss / count)
+        results[f"{name}/perplexity"] = math.exp(loss / count)
+        results[f"{name}/accuracy"] = float(correct / count)
+        if rows.source.examples.is_continuation:
+            results[f"{name}/exact"] = float((sums[1] == sums[2]).mean())
+    for name, exam in exams.items():
+        loss, _, _ = sums_per_example(score, exam.rows, batch_size)
+        items[f"{name}/exam"] = exam.grade(-loss)
+        results[f"{name}/exam"] = float(items[f"{name}/exam"].mean())
+    return results
+
+
+def compare_pairs(
+    name: str,
+    sums: np.ndarray,
+    reference_logps: np.ndarray | None,
+    config: ml_collections.ConfigDict,
+) -> dict[str, float]:
+    """How often, and by how much, the chosen answers of pairs are preferred.
+
+    Args:
+      name: of the pairs.
+      sums: `sums_per_example` of their rows, [3, 2 pairs].
+      reference_logps: the reference's summed log-probabilities, nats, [2 pairs].
+      config: `config.preference`; rewards are those of its loss.
+
+    Returns:
+      `{name}/pair_accuracy`: share of pairs whose chosen answer is likelier per token.
+      With a reference also `{name}/reward_accuracy`, the share whose chosen answer has
+      the larger reward `beta (logp - reference logp)`, and `{name}/reward_margin`, the
+      mean difference of the two rewards; of means over tokens where the loss is.
+    """
+    loss, _, count = sums
+    count = np.maximum(count, 1)
+    results = {f"{name}/pair_accuracy": float(_is_chosen_likelier(sums).mean())}
+    if reference_logps is not None:
+        divisor = count if config.length_normalised or config.loss == "ipo" else 1
+        ratios = (-loss - reference_logps) / divisor
+        rewards = config.beta * ratios.reshape(-1, 2)
+        margins = rewards[:, 0] - rewards[:, 1]
+        results[f"{name}/reward_accuracy"] = float((margins > 0).mean())
+        results[f"{name}/reward_margin"] = float(margins.mean())
+    return results
+
+
+def _is_chosen_likelier(sums: np.ndarray) -> np.ndarray:
+    """Of each pair whether the chosen answer is likelier per token, bool [pairs]."""
+    loss, _, count = sums
+    chosen, rejected = (-loss / np.maximum(count, 1)).reshape(-1, 2).T
+    return chosen > rejected
+
+
+def sums_per_example(
+    score: Score, rows: mixture.PackedRows, batch_size: int
+) -> np.ndarray:
+    """Sums of loss, correct and count over each example's targets, [3, examples]."""
+    sums = np.zeros((3, len(rows.source.examples)))
+    for _ in add_sums(sums, score, rows, batch_size):
+        pass
+    return sums
+
+
+def add_sums(
+    sums: np.ndarray,
+    score: Score,
+    rows: mixture.PackedRows,
+    batch_size: int,
+    first_batch: int = 0,
+) -> Iterator[int]:
+    """Adds to `sums` what `sums_per_example` returns, batch by batch.
+
+    Args:
+      sums: [3, examples], changed in place; holds the sums of the batches before.
+      score, rows, batch_size: as for `measure`.
+      first_batch: where to begin.
+
+    Yields:
+      After each batch, how many batches `sums` holds.
+    """
+    batches = mixture.evaluation_batches(rows, batch_size, first_batch)
+    for number, batch in enumerate(batches, first_batch):
+        scores = score(batch)
+        first = number * batch_size
+        owners = np.stack(
+            [rows.example_ids(row) for row in range(first, first + batch_size)]
+        )
+        counted = batch["loss_mask"] > 0
+        for total, values in zip(
+            sums,
+            (scores["ntp"], scores["correct"], batch["loss_mask"]),
+            strict=True,
+        ):
+            total += np.bincount(
+                owners[counted],
+                np.asarray(values, np.float64)[counted],
+                minlength=sums.shape[1],
+            )
+        yield number + 1
+
+
+def measure_tasks(
+    trained: runs.Trained,
+    read: Sequence[tasks.Task],
+    row_length: int = 1024,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measures a model on tasks.
+
+    Args:
+      trained: the model.
+      read: the tasks.
+      row_length: tokens that a document is cut to; at most the model's context counts.
+      batch_size: rows at a time, rounded up to what the devices share.
+      seed: of the bootstrap.
+
+    Returns:
+      A tree for JSON: `checkpoint`, `dtype`, `row_length`, and `tasks`: name -> `kind`,
+      `path`, `fingerprint` of the items, `measures` (name -> value, low, high: the 95 %
+      interval of a bootstrap over items) and `items` (column -> a number for each).
+
+    Raises:
+      InputError: an item does not suit its task or the model.
+    """
+    score, results = trained.score(), {}
+    with jax.set_mesh(trained.mesh):
+        batch_size = decoding.whole_batch(batch_size)
+    for task in read:
+        encoded = task.encode(
+            trained.tokenizer, row_length, trained.config.max_positions
+        )
+        with jax.set_mesh(trained.mesh):
+            sums = sums_per_example(score, encoded.rows, batch_size)
+        items = encoded.columns(sums)
+        results[task.name] = {
+            "kind": task.kind,
+            "path": task.path,
+            "fingerprint": task.fingerprint,
+            "measures": {
+                name: _estimate(measure, [items], seed)._asdict()
+                for name, measure in tasks.MEASURES[task.kind].items()
+            },
+            "items": items,
+        }
+    return {
+        "checkpoint": trained.place,
+        "dtype": trained.dtype,
+        "row_length": row_length,
+        "tasks": results,
+    }
+
+
+def _estimate(
+    measure: tasks.Measure, sides: Sequence[Mapping[str, Any]], seed: int
+) -> statistics.Estimate:
+    """The measure of one model's items, or the first's less the second's."""
+    columns = []
+    for items in sides:
+        numerator = items[measure.numerator]
+        denominator = items.get(measure.denominator) or np.ones(len(numerator))
+        columns += [numerator, denominator]
+
+    def statistic(sums):
+        values = [
+            measure.of(sums[..., at] / sums[..., at + 1])
+            for at in range(0, 2 * len(sides), 2)
+        ]
+        return values[0] - values[1] if len(sides) > 1 else values[0]
+
+    return statistics.bootstrap(np.stack(columns, axis=1), statistic, seed)
+
+
+def compare(
+    first: Mapping[str, Any], second: Mapping[str, Any], seed: int = 0
+) -> dict[str, Any]:
+    """What the first model does otherwise than the second on the tasks of both.
+
+    Args:
+      first, second: from `measure_tasks`.
+      seed: of the bootstrap.
+
+    Returns:
+      Task -> measure -> `difference`, the first's less the second's, with `low` and
+      `high`, its paired 95 % interval; of measures of right and wrong also
+      `first_alone`, `second_alone` and `p_value`, see `statistics.mcnemar`.
+
+    Raises:
+      InputError: they have no task in common, or one that has not the same items.
+    """
+    shared = [name for name in first["tasks"] if name in second["tasks"]]
+    if not shared:
+        raise InputError(
+            f"--compare: no task in common: {', '.join(first['tasks'])} and "
+            f"{', '.join(second['tasks'])}; measure both on the same"
+        )
+    comparison = {}
+    for name in shared:
+        sides = [side["tasks"][name] for side in (first, second)]
+        if sides[0]["fingerprint"] != sides[1]["fingerprint"]:
+            raise InputError(
+                f"--compare: task {name} has not the same items in both; measure both on "
+                "one file with one --limit"
+            )
+        items = [side["items"] for side in sides]
+        comparison[name] = {}
+        for key, measure in tasks.MEASURES[sides[0]["kind"]].items():
+            difference = _estimate(measure, items, seed)
+            entry = dict(zip(("difference", "low", "high"), difference, strict=True))
+            if not measure.denominator:
+                answers = (side[measure.numerator] for side in items)
+                entry |= statistics.mcnemar(*answers)._asdict()
+            comparison[name][key] = entry
+    return comparison
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """A table of what `measure_tasks` returns."""
+    header, rows = ["task", "measure", "items", "value", "95 % interval"], []
+    for name, task in result["tasks"].items():
+        for key, entry in task["measures"].items():
+            form = _form(key)
+            num_items = len(next(iter(task["items"].values())))
+            interval = f"{form.format(entry['low'])} to {form.format(entry['high'])}"
+            if num_items < 2:
+                interval = ""
+            rows.append(
+                [name, key, str(num_items), form.format(entry["value"]), interval]
+            )
+    return (
+        f"{result['checkpoint']} ({result['dtype']})\n\n{metrics.table(header, rows)}"
+    )
+
+
+def describe_comparison(result: Mapping[str, Any]) -> str:
+    """A table of `compare`, for a result that holds it."""
+    header = ["task", "measure", "difference", "95 % interval", "only A", "only B", "p"]
+    rows: list[list[str]] = []
+    for name, measures in result["comparison"].items():
+        for key, entry in measures.items():
+            form = _form(key).replace(":", ":+")
+            row = [name, key, form.format(entry["difference"])]
+            row.append(f"{form.format(entry['low'])} to {form.format(entry['high'])}")
+            if "p_value" in entry:
+                row += [str(entry["first_alone"]), str(entry["second_alone"])]
+                row.append(f"{entry['p_value']:.2g}")
+            rows.append(row + [""] * (len(header) - len(row)))
+    second = result["compared_with"]["checkpoint"]
+    legend = f"A - B; A: {result['checkpoint']}, B: {second}"
+    return f"{legend}\n\n{metrics.table(header, rows)}"
+
+
+def _form(measure: str) -> str:
+    is_share = measure not in ("perplexity", "bits_per_byte")
+    return "{:.1%}" if is_share else "{:.3f}"
