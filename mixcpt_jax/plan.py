@@ -38,8 +38,10 @@ _OUTPUT = flags.DEFINE_string("output", "", "A JSON file for what is printed.")
 
 
 def main(argv: list[str]) -> None:
-    # Shapes need no device.
+    # Shapes need no device, and what is compiled for devices that are not there cannot be
+    # read back.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     config, workdir = command_line.read(argv)
     name, config = command_line.training_phase(config, workdir)
     topology = _TOPOLOGY.value or config.mesh.topology

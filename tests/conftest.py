@@ -1,10 +1,15 @@
 """Eight CPU devices, no silent broadcasting, and warnings of ours are errors."""
 
 import os
+import tempfile
 
 # Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# What one test compiles serves the others, in all processes of this run of the tests.
+COMPILED = tempfile.TemporaryDirectory(prefix="mixcpt-compiled-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 
@@ -15,12 +20,23 @@ import pathlib
 
 import pytest
 import tokenizers
+from jax.experimental.compilation_cache import compilation_cache
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import main, model, paths, weights
 from mixcpt_jax import tokenizer as tokenizer_lib
 
 ASSETS = "package:mixcpt_jax/assets"
+
+
+@pytest.fixture(scope="module")
+def compiled_anew():
+    """For tests that compile for a slice, which cannot be read back from the cache."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,12 @@ from jax.sharding import PartitionSpec as P
 
 from mixcpt_jax import hlo, sharding
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+    ),
+    pytest.mark.usefixtures("compiled_anew"),
+]
 
 
 REPLICATED = P()

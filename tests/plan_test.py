@@ -20,6 +20,7 @@ from mixcpt_jax.errors import InputError
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 PRESETS = sorted(
     file.stem
     for file in pathlib.Path(presets.__file__).parent.glob("*.py")

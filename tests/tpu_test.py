@@ -10,9 +10,12 @@ from benchmarks import lssd_head
 from mixcpt_jax import chips, fused, hlo, model, sharding
 from mixcpt_jax.chips import GIB
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+    ),
+    pytest.mark.usefixtures("compiled_anew"),
+]
 
 TOKENS, HIDDEN, VOCABULARY = 8192, 4096, 128256
 
