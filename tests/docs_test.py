@@ -1,8 +1,9 @@
 """What the pages say to type is typed.
 
 Blocks marked `sh` run, each page in a folder of its own, with a tiny model in the place of
-the one that the page names. Of all other commands, and those of the README and of
-docstrings in `configs/`, the flags are read.
+the one that the page names. All other commands, which want models, buckets and slices of
+the reader's own, run with stand-ins for these, and shortened. Of commands in docstrings of
+`configs/` the flags are read.
 """
 
 import ast
@@ -13,9 +14,12 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
 
+import bucket
 import pytest
 import yaml
 
@@ -23,6 +27,9 @@ PROJECT = pathlib.Path(__file__).parent.parent
 DOCS = PROJECT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 _SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
 _YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(r"python -m (mixcpt_jax[\w.]*)((?:[^\n\\`]|\\\n)*)")
 
@@ -54,24 +61,121 @@ def scripts():
 @pytest.mark.parametrize("script", list(scripts()))
 def test_what_a_page_says_runs(script, tmp_path, write_tiny_model):
     model = write_tiny_model(tmp_path / "model", max_positions=512)
-    for name in ("configs", "experiments"):
-        (tmp_path / name).symlink_to(PROJECT / name)
     script = re.sub(r"(?m)^export MODEL=.*$", f"export MODEL={model}", script)
+    run(script, tmp_path, pathlib.Path(sys.executable).parent)
+
+
+def run(script, folder, *programs, **environment):
+    """Runs a script in a folder as if that were a clone of the project."""
+    for name in ("configs", "experiments", "benchmarks"):
+        (folder / name).symlink_to(PROJECT / name)
     done = subprocess.run(
         ["bash", "-eo", "pipefail", "-c", script],
-        cwd=tmp_path,
+        cwd=folder,
         env=os.environ
         | {
-            "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": ":".join([*map(str, programs), os.environ["PATH"]]),
             "PYTHONPATH": str(PROJECT),
             "XLA_FLAGS": "",
-        },
+        }
+        | environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def blocks():
+    """What is not marked `sh`, each as a script."""
+    for page in (PROJECT / "README.md", *PAGES):
+        text = page.read_text()
+        found = _INDENTED.findall(_FENCED.sub("", text))
+        for block in [*map(textwrap.dedent, found), *_CONSOLE.findall(text)]:
+            if "python -m mixcpt_jax" in block and "[--" not in block:
+                yield block
+
+
+# Programs of the reader's machine, of Google's and of a fresh VM. What trains does so in
+# small: a flag that is given twice counts as it was given last.
+_STAND_INS = {
+    "python": """
+case "$*" in
+    *configs/mixcpt.py*) set -- "$@" --config.data.row_length=128 \\
+        --config.train.num_steps=2 --config.optimizer.warmup_steps=1 \\
+        --config.overrides.sft.train.num_steps=3 --config.overrides.dpo.train.num_steps=3 \\
+        --config.sources.domain.holdout=2 ;;
+    *mixcpt_jax.plan*) set -- "$@" --topology=v5e:2x2 --config.mesh.data=1 \\
+        --config.mesh.fsdp=4 --config.data.batch_size=4 --config.data.row_length=1024 \\
+        --config.model.architecture=ARCHITECTURES/smollm2_135m.json ;;
+    *mixcpt_jax.main*:v*) set -- "$@" --config.mesh.data=1 --config.mesh.fsdp=1 \\
+        --config.data.batch_size=2 --config.eval.batch_size=2 \\
+        --config.model.architecture= --config.data.row_length=64 \\
+        --config.optimizer.accumulation_steps=1 \\
+        --config.train.num_steps=2 --config.optimizer.warmup_steps=1 \\
+        --config.sources.domain.holdout=2 --config.sources.instructions.holdout=2 \\
+        --config.sources.preferences.holdout=2 ;;
+    *mixcpt_jax.harness*) set -- "$@" --limit=2 ;;
+esac
+exec REAL "$@"
+""",
+    "gcloud": """
+for argument; do
+    case "$argument" in --command=*) exec bash -ec "${argument#--command=}" ;; esac
+done
+""",
+    "git": "mkdir -p mixcpt_jax && ln -sfn PROJECT/configs mixcpt_jax/configs",
+    "python3.11": "mkdir -p ~/venv/bin && cp ~/bin/pip ~/venv/bin && >~/venv/bin/activate",
+    "pip": "",
+    "sudo": "",
+}
+
+
+def test_what_wants_models_buckets_and_slices_runs(tmp_path, write_tiny_model):
+    pytest.importorskip("libtpu")
+    pytest.importorskip("lm_eval")
+    model = write_tiny_model(tmp_path / "model", max_positions=512)
+    assets = PROJECT / "mixcpt_jax" / "assets"
+    (tmp_path / "data/domain").mkdir(parents=True)
+    shutil.copy(assets / "general_text.jsonl", tmp_path / "data/domain/part.jsonl")
+    for name in ("instructions", "preferences"):
+        shutil.copy(assets / f"{name}.jsonl", tmp_path / "data")
+    shutil.copy(assets / "general_exam.jsonl", tmp_path / "data/exam.jsonl")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in _STAND_INS.items():
+        text = text.replace("REAL", sys.executable).replace("PROJECT", str(PROJECT))
+        text = text.replace("ARCHITECTURES", f"{assets}/architectures")
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    script = "\n".join(
+        block.replace("BUCKET", "bucket").replace("bucket/run", f"bucket/run{number}")
+        for number, block in enumerate(blocks())
+    )
+    assert script.count("python -m mixcpt_jax") > 7
+    script = re.sub(r"/models/\S+", model, script)
+    script = re.sub(r"gs://bucket/Meta\S+", "gs://bucket/model", script)
+    script = re.sub(r"(?<=[= ])/data/", f"{tmp_path}/data/", script)
+    with bucket.serve() as port:
+        with bucket.reached_by(port) as there:
+            for name, here in (("model", model), ("", tmp_path / "data")):
+                for file in pathlib.Path(here).rglob("*"):
+                    if file.is_file():
+                        target = there / name / str(file.relative_to(here))
+                        target.write_bytes(file.read_bytes())
+        run(
+            script,
+            tmp_path,
+            programs,
+            HOME=str(tmp_path),
+            # A cluster of one host, as Open MPI would tell of it.
+            OMPI_MCA_orte_hnp_uri=f"{port}.0;tcp://127.0.0.1:{port}",
+            OMPI_COMM_WORLD_SIZE="1",
+            OMPI_COMM_WORLD_RANK="0",
+            OMPI_COMM_WORLD_LOCAL_RANK="0",
+            **bucket.environment(port),
+        )
 
 
 def commands(text):
