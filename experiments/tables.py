@@ -471,6 +471,7 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "chat-memory": lambda: memory_table(records, "chat"),
         "documents": lambda: arms_table(records, "documents"),
         "narrow": lambda: arms_table(records, "narrow"),
+        "narrow-memory": lambda: memory_table(records, "narrow"),
         "documents-memory": lambda: memory_table(records, "documents"),
         "chat-alignment": lambda: alignment_table(records, "chat"),
         "documents-alignment": lambda: alignment_table(records, "documents"),

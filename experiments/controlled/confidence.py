@@ -72,14 +72,13 @@ def main() -> None:
             base = Cell(**given | {"world": str(root / record["world"])})
             start = root / cells.name(base, run.STUDY)
             if not start.exists():
-                print(
-                    f"{start}: this base is not here, nothing is written; train it anew"
-                )
-                return
+                print(f"{start}: left out, for this base is not here; train it anew")
+                continue
             with tempfile.TemporaryDirectory() as workdir:
                 numbers = measure(base, start, pathlib.Path(workdir))
             found.setdefault(base.base, []).append(numbers)
-    FILE.write_text(json.dumps(found, indent=1) + "\n")
+    if found:
+        FILE.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
