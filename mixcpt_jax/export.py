@@ -29,6 +29,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     if results is not None:
         return results
     phase = phase_lib.start(config, workdir, name)
+    phase.announce(f"exports {phase.config.export.dtype}")
     phase.claim()
     vocabulary = phase.tokenizer
     # Of a model not for conversations the template, if any, is not ours to change.

@@ -102,6 +102,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     if results is not None:
         return results
     phase = phase_lib.start(config, workdir, name)
+    phase.announce("measures")
     data = phase.load_data()
     with jax.set_mesh(phase.mesh):
         params = phase.starting_params(phase.config.model.param_dtype)

@@ -30,6 +30,7 @@ from mixcpt_jax import (
     paths,
     sharding,
     steps,
+    terminal,
     tokenizer,
     weights,
 )
@@ -202,6 +203,26 @@ class Phase:
         kind = self.mesh.devices.flat[0].device_kind
         shape = " ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
         return f"{self.mesh.size} x {kind}, mesh {shape}"
+
+    def announce(self, work: str, resumed: str = "") -> None:
+        """Says what runs on what, and where it starts, before anything is read.
+
+        Args:
+          work: what the phase is going to do.
+          resumed: where it goes on, if it does.
+        """
+        if not self.config.metrics.progress or jax.process_index():
+            return
+        if self.config.init_from:
+            weights = self.config.init_from
+        elif _is_random(self.config):
+            weights = f"random weights (seed {self.config.seed})"
+        else:
+            weights = self.config.model.path
+        terminal.say(
+            f"{self.name}: {self.devices}, {self.num_parameters / 1e6:,.1f} M "
+            f"parameters, {work}; {resumed or f'starts from {weights}'}"
+        )
 
     def _environment(self) -> dict[str, Any]:
         """What the process that works on the phase runs in, the last one if several did."""

@@ -49,6 +49,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
             f"select.max_tokens={settings.max_tokens}: longer than the model's context "
             f"of {phase.model_config.max_positions}; use at most that"
         )
+    phase.announce("selects samples")
     wanted = {source: config.sources[source] for source in settings.keep}
     found = {
         source: selection.candidates(

@@ -31,7 +31,6 @@ from mixcpt_jax import (
     sharding,
     steps,
     teacher,
-    terminal,
     watchdog,
 )
 from mixcpt_jax import config as config_lib
@@ -61,8 +60,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     if results is not None:
         return results
     phase = phase_lib.start(config, workdir, name)
-    if config.metrics.progress and jax.process_index() == 0:
-        terminal.say(_first_line(phase))
+    _announce(phase)
     data = phase.load_data(functools.partial(_with_teacher, phase))
     with jax.set_mesh(phase.mesh):
         return _run(phase, data)
@@ -533,31 +531,23 @@ def _check_step(
     )
 
 
-def _first_line(phase: phase_lib.Phase) -> str:
-    """What runs on what, and where it starts; said before anything is read."""
-    config = phase.config
-    adapters = ""
+def _announce(phase: phase_lib.Phase) -> None:
+    """Says how much is trained, and from which step."""
+    config, adapters = phase.config, ""
     if phase.lora:
         trained = model.abstract_adapters(
             phase.model_config, phase.lora, config.model.param_dtype
         )
         size = sum(leaf.size for leaf in jax.tree.leaves(trained)) / 1e6
-        adapters = f" and {size:.2f} M in adapters"
+        adapters = f"{size:.2f} M in adapters, "
     num_steps = config.train.num_steps
     steps_text = f"{num_steps:,} steps" if num_steps else "to the end of the data"
-    step = checkpoint.newest_step(phase.folder)
+    tokens = config.data.batch_size * config.data.row_length
+    step, resumed = checkpoint.newest_step(phase.folder), ""
     if step is not None:
         of = f" of {num_steps:,}" if num_steps else ""
-        start = f"resumes at step {step:,}{of} from {phase.folder}"
-    else:
-        random = f"random weights (seed {config.seed})"
-        weights = random if config.model.weights == "random" else config.model.path
-        start = f"starts from {config.init_from or weights}"
-    return (
-        f"{phase.name}: {phase.devices}, {phase.num_parameters / 1e6:,.1f} M "
-        f"parameters{adapters}, {config.data.batch_size * config.data.row_length:,} "
-        f"tokens a step, {steps_text}; {start}"
-    )
+        resumed = f"resumes at step {step:,}{of} from {phase.folder}"
+    phase.announce(f"{adapters}{tokens:,} tokens a step, {steps_text}", resumed)
 
 
 def _mixture_table(report: list[dict[str, Any]]) -> str:

@@ -33,7 +33,7 @@ ALLOWED = {
     "watchdog": set(),
     "phase": {
         "__version__", "checkpoint", "config", "data", "fused", "hosts", "model",
-        "sharding", "steps", "tokenizer", "weights",
+        "sharding", "steps", "terminal", "tokenizer", "weights",
     },
     "command": {"preemption", "terminal"},
     "decoding": {"model", "sharding", "tokenizer"},
@@ -66,7 +66,7 @@ ALLOWED = {
     "train": {
         "checkpoint", "config", "data", "fused", "losses", "measures", "metrics",
         "model", "optim", "phase", "preemption", "reference", "sharding", "steps",
-        "teacher", "terminal", "watchdog",
+        "teacher", "watchdog",
     },
     "main": {
         "command", "config", "export", "hosts", "measures", "phase", "report", "select",

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mixcpt_jax import paths, phase, train
+from mixcpt_jax import export, paths, phase, train
 
 
 def run(project, *arguments):
@@ -189,7 +189,7 @@ def test_phases_run_in_order_and_end_in_one_table(
 
 
 def test_a_cluster_gets_json_and_first_what_runs_where(
-    project, write_config, tiny_config, tmp_path
+    project, write_config, tiny_config, tmp_path, capsys
 ):
     config = write_config({"metrics.progress": True, "metrics.log": "json"})
     folder = tmp_path / "run"
@@ -207,9 +207,13 @@ def test_a_cluster_gets_json_and_first_what_runs_where(
     assert steps == [*range(1, 7)]
     assert any("domain: perplexity" in entry["message"] for entry in told)
     (folder / "results.json").unlink()
-    tiny_config.metrics.log = "text"
-    started = phase.start(tiny_config, str(folder), "run")
-    assert train._first_line(started).endswith(f"resumes at step 6 of 6 from {folder}")
+    tiny_config.metrics.update({"progress": True, "log": "text"})
+    train._announce(phase.start(tiny_config, str(folder), "run"))
+    first = capsys.readouterr().err
+    assert first.endswith(f"resumes at step 6 of 6 from {folder}\n")
     tiny_config.lora.rank = 2
-    started = phase.start(tiny_config, str(tmp_path / "other"), "run")
-    assert "M in adapters" in train._first_line(started)
+    train._announce(phase.start(tiny_config, str(tmp_path / "other"), "run"))
+    assert "0.00 M in adapters, 512 tokens a step" in capsys.readouterr().err
+    tiny_config.job = "export"
+    export.run(tiny_config, str(tmp_path / "third"), "last")
+    assert capsys.readouterr().err.startswith("last: 8 x cpu, ")
