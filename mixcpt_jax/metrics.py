@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any
 
@@ -31,6 +32,7 @@ FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES_PAGE = "samples.md"
 ITEMS_FILE = "items.jsonl"
+_WANDB_ID_FILE = "wandb_id"
 _SECONDS_BETWEEN_LINES = 20.0
 _SECONDS_BETWEEN_UPLOADS = 60.0
 _MOST_WAITING = 10_000
@@ -97,7 +99,9 @@ class Writer:
             )
         if config.wandb_project:
             project = config.wandb_project
-            self._copies["W&B"] = _Copy("W&B", lambda: _Wandb(project, run_config))
+            self._copies["W&B"] = _Copy(
+                "W&B", lambda: _Wandb(project, workdir, run_config)
+            )
 
     def __enter__(self) -> "Writer":
         return self
@@ -271,13 +275,21 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """Scalars, samples as a table, and the config."""
+    """Scalars, samples as a table, and the config; one run there for each folder."""
 
-    def __init__(self, project: str, run_config: dict[str, Any]):
+    def __init__(self, project: str, workdir: epath.Path, run_config: dict[str, Any]):
         import wandb  # optional: only those who ask for it need it
 
+        if not (workdir / _WANDB_ID_FILE).exists():
+            (workdir / _WANDB_ID_FILE).write_text(uuid.uuid4().hex)
         self._wandb = wandb
-        self._run = wandb.init(project=project, config=run_config, resume="allow")
+        self._run = wandb.init(
+            project=project,
+            id=(workdir / _WANDB_ID_FILE).read_text(),
+            name="/".join(workdir.parts[-2:]),
+            config=run_config,
+            resume="allow",
+        )
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         self._run.log(scalars, step=step)

@@ -131,6 +131,11 @@ def test_a_slow_place_is_not_waited_for_and_gets_all_in_order(tmp_path, fake_wan
         assert len(wandb.calls) == 102
     (_, settings), *rows, (_, samples), end = wandb.calls
     assert settings["project"] == "mine"
+    assert settings["name"] == "/".join(tmp_path.parts[-2:])
+    with open_writer(tmp_path, 99, wandb="mine"):
+        pass
+    (_, resumed), _ = wandb.calls[-2:]
+    assert resumed["id"] == settings["id"]
     assert settings["config"] == {"seed": 3}
     assert rows == [(step, {"loss": float(step)}) for step in range(100)]
     assert samples["samples"]["data"] == [["Why?", "So."]]
