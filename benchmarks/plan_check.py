@@ -24,7 +24,7 @@ import ml_collections
 import numpy as np
 
 from configs import cpt
-from mixcpt_jax import hlo, metrics, plan, planning, sharding, train
+from mixcpt_jax import hlo, metrics, planning, sharding, train
 from mixcpt_jax.chips import GIB
 
 
@@ -106,7 +106,7 @@ def measure(settings: str) -> list[str]:
     ]
 
 
-def _random_arguments(step: plan.Step):
+def _random_arguments(step: planning.Step):
     rng = np.random.default_rng(0)
 
     def make(leaf):

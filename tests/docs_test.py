@@ -208,6 +208,52 @@ def test_flags_of_all_commands_exist():
     assert done.returncode == 0, done.stderr
 
 
+# Stops each benchmark once it has read its flags.
+_READ_BENCHMARKS_FLAGS = """
+import argparse, json, runpy, sys
+
+class Read(Exception):
+    pass
+
+parse_args = argparse.ArgumentParser.parse_args
+
+def read(parser):
+    parse_args(parser)
+    raise Read
+
+argparse.ArgumentParser.parse_args = read
+for module, *sys.argv[1:] in json.load(sys.stdin):
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except Read:
+        print(module)
+"""
+
+
+def test_flags_of_all_benchmarks_exist():
+    """What they measure is in the page; running all takes an hour."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("lm_eval")
+    text = " ".join((DOCS / "speed.md").read_text().split())
+    text += (DOCS / "reference.md").read_text()
+    found = [
+        line.split() for line in re.findall(r"`python -m (benchmarks[^`]+)`", text)
+    ]
+    found = [entry for entry in found if "tunix" not in entry[0]]  # not for this jax
+    modules = {
+        f"benchmarks.{file.stem}" for file in (PROJECT / "benchmarks").glob("*.py")
+    }
+    assert {module for module, *_ in found} <= modules
+    done = subprocess.run(
+        [sys.executable, "-c", _READ_BENCHMARKS_FLAGS],
+        input=json.dumps(found),
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == [module for module, *_ in found], done.stderr
+
+
 def _configs():
     return (file.read_text() for file in sorted((PROJECT / "configs").glob("*.py")))
 
