@@ -265,10 +265,12 @@ def measure_memory(texts, megabytes: int, folder: pathlib.Path) -> None:
 
 _CHILD = """
 import pathlib, sys
+from absl import flags
 from benchmarks import pipeline as benchmark
 from mixcpt_jax import tokenizer
 from mixcpt_jax.data import pipeline, preparation
 
+flags.FLAGS.mark_as_parsed()
 what, file, target = sys.argv[1:]
 config = benchmark.make_config(pathlib.Path(file), pathlib.Path(target))
 vocabulary = tokenizer.load(benchmark.SMOLLM2)
