@@ -26,6 +26,7 @@ import time
 
 import grain
 import numpy as np
+from absl import flags
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import tokenizer as tokenizer_lib
