@@ -54,8 +54,18 @@ def take_logs() -> None:
 
 
 class _Handler(logging.Handler):
+    """Says what was logged; a warning once, for phases read the same text again."""
+
+    def __init__(self):
+        super().__init__()
+        self._warned: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
+        if record.levelno <= logging.WARNING:
+            if text in self._warned:
+                return
+            self._warned.add(text)
         if record.exc_info:
             text += "\n" + "".join(traceback.format_exception(*record.exc_info))
         severity = {"WARN": "WARNING", "FATAL": "CRITICAL"}.get(

@@ -11,7 +11,8 @@ from mixcpt_jax import terminal
 terminal.take_logs()
 {setup}
 print("one\\ntwo")
-logging.getLogger("orbax").warning("damaged %d", 3)
+for _ in range(2):
+    logging.getLogger("orbax").warning("damaged %d", 3)
 terminal.say("cpt 1/2", step=1, loss=0.5, rate=float("nan"))
 terminal.say("no such file", "ERROR")
 raise ValueError("the end")
