@@ -540,8 +540,8 @@ def spell(
         yield text[shown:]
 
 
-class Chat:
-    """A conversation that goes on: it remembers what was said."""
+class _Speaker:
+    """Who answers one person, piece by piece."""
 
     def __init__(
         self,
@@ -552,8 +552,19 @@ class Chat:
         seed: int = 0,
     ):
         self._stream, self._tokenizer = stream, tokenizer
-        self._settings = max_new_tokens, _turn_ends(tokenizer), choice, seed
+        self._settings = max_new_tokens, self._ends(), choice, seed
         self.reset()
+
+    def _tokens(self, prompt: list[int]) -> Iterator[list[int]]:
+        """What comes after a prompt."""
+        return (new for (new,) in self._stream([prompt], *self._settings))
+
+
+class Chat(_Speaker):
+    """A conversation that goes on: it remembers what was said."""
+
+    def _ends(self) -> set[int]:
+        return _turn_ends(self._tokenizer)
 
     def reset(self) -> None:
         """Forgets what was said."""
@@ -567,10 +578,9 @@ class Chat:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt, _ = self._tokenizer.encode_chat(messages, add_generation_prompt=True)
-        news = self._stream([prompt], *self._settings)
         answer = ""
         try:
-            for piece in spell(self._tokenizer, (new for (new,) in news)):
+            for piece in spell(self._tokenizer, self._tokens(prompt)):
                 answer += piece
                 yield piece
         finally:
@@ -579,19 +589,11 @@ class Chat:
                 self.messages = [*messages, {"role": "assistant", "content": answer}]
 
 
-class Completion:
+class Completion(_Speaker):
     """Texts that go on, each for itself; otherwise as `Chat`."""
 
-    def __init__(
-        self,
-        stream: Stream,
-        tokenizer: Tokenizer,
-        max_new_tokens: int,
-        choice: Choice,
-        seed: int = 0,
-    ):
-        self._stream, self._tokenizer = stream, tokenizer
-        self._settings = max_new_tokens, tokenizer.document_ends, choice, seed
+    def _ends(self) -> set[int]:
+        return self._tokenizer.document_ends
 
     def reset(self) -> None:
         """There is nothing to forget."""
@@ -603,8 +605,7 @@ class Completion:
           InputError: the text is empty, or fills the context.
         """
         (prompt,) = _read_texts(self._tokenizer, [text])
-        news = self._stream([prompt], *self._settings)
-        return spell(self._tokenizer, (new for (new,) in news), prompt)
+        return spell(self._tokenizer, self._tokens(prompt), prompt)
 
 
 def _widen(cache: model.Cache, room: int) -> model.Cache:
