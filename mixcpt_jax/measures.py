@@ -201,11 +201,19 @@ def _is_chosen_likelier(sums: np.ndarray) -> np.ndarray:
 
 
 def sums_per_example(
-    score: Score, rows: mixture.PackedRows, batch_size: int
+    score: Score, rows: mixture.PackedRows, batch_size: int, shown_as: str = ""
 ) -> np.ndarray:
-    """Sums of loss, correct and count over each example's targets, [3, examples]."""
+    """Sums of loss, correct and count over each example's targets, [3, examples].
+
+    Args:
+      score, rows, batch_size: as for `measure`.
+      shown_as: the name of a bar in the terminal; empty: none.
+    """
     sums = np.zeros((3, len(rows.source.examples)))
-    for _ in add_sums(sums, score, rows, batch_size):
+    done = add_sums(sums, score, rows, batch_size)
+    if shown_as:
+        done = metrics.track(done, shown_as, -(-len(rows) // batch_size))
+    for _ in done:
         pass
     return sums
 
@@ -280,7 +288,7 @@ def measure_tasks(
             trained.tokenizer, row_length, trained.config.max_positions
         )
         with jax.set_mesh(trained.mesh):
-            sums = sums_per_example(score, encoded.rows, batch_size)
+            sums = sums_per_example(score, encoded.rows, batch_size, task.name)
         items = encoded.columns(sums)
         results[task.name] = {
             "kind": task.kind,

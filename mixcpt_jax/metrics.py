@@ -15,7 +15,7 @@ import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any
 
 import ml_collections
@@ -409,6 +409,31 @@ class Progress:
             terminal.say(text, **fields)
         else:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def track(done: Iterable[int], name: str, total: int) -> Iterator[int]:
+    """Gives on what it is given, and shows in a terminal how far that is.
+
+    Args:
+      done: after each batch, how many are done.
+      name: of what is going on.
+      total: how many batches there are.
+    """
+    console = rich_console.Console(stderr=True)
+    bar = rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(name, total=total)
+        for number in done:
+            bar.update(task, completed=number)
+            yield number
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -211,18 +211,26 @@ class Phase:
           work: what the phase is going to do.
           resumed: where it goes on, if it does.
         """
-        if not self.config.metrics.progress or jax.process_index():
-            return
         if self.config.init_from:
             weights = self.config.init_from
         elif _is_random(self.config):
             weights = f"random weights (seed {self.config.seed})"
         else:
             weights = self.config.model.path
-        terminal.say(
-            f"{self.name}: {self.devices}, {self.num_parameters / 1e6:,.1f} M "
-            f"parameters, {work}; {resumed or f'starts from {weights}'}"
+        self.say(
+            f"{self.devices}, {self.num_parameters / 1e6:,.1f} M parameters, {work}; "
+            f"{resumed or f'starts from {weights}'}"
         )
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether this host says how far it is."""
+        return self.config.metrics.progress and jax.process_index() == 0
+
+    def say(self, text: str) -> None:
+        """Says something about the phase, if asked to."""
+        if self.shows_progress:
+            terminal.say(f"{self.name}: {text}")
 
     def _environment(self) -> dict[str, Any]:
         """What the process that works on the phase runs in, the last one if several did."""

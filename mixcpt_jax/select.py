@@ -68,22 +68,16 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     phase.claim(
         {s: sources.hashes(e.path, e.reader, e.split) for s, e in wanted.items()}
     )
-    is_first_host = jax.process_index() == 0
-    with (
-        jax.set_mesh(phase.mesh),
-        metrics.Progress(
-            name, 0, 1, config.metrics.progress and is_first_host
-        ) as progress,
-    ):
+    with jax.set_mesh(phase.mesh):
         params = phase.starting_params(config.model.param_dtype)
         eval_step = phase.eval_step()
         start = repr(phase.starts_from)
         results = {}
         for source, candidates in found.items():
             left_out = {why: n for why, n in candidates.filtered.items() if n}
-            progress.say(
-                f"{name}: scoring {len(candidates.records)} samples of {source}; "
-                f"left out: {left_out}"
+            phase.say(
+                f"scoring {len(candidates.records)} samples of {source}; left out: "
+                f"{left_out}"
             )
             measured = [
                 _measure(
@@ -92,6 +86,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
                     config,
                     phase.folder / f"{source}.{form}.npz",
                     start,
+                    f"{name}: {source}, {form}" if phase.shows_progress else "",
                 )
                 for form, examples in (
                     ("plain", candidates.plain),
@@ -109,11 +104,11 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
             )
             results[source] = selection.summary(ranking)
             if ranking.num_selected < ranking.keep:
-                progress.say(
-                    f"{name}: only {ranking.num_selected} of {ranking.keep} samples of "
-                    f"{source} are left to select"
+                phase.say(
+                    f"only {ranking.num_selected} of {ranking.keep} samples of {source} "
+                    "are left to select"
                 )
-            if is_first_host:
+            if jax.process_index() == 0:
                 selection.write(phase.folder / f"{source}.jsonl", ranking)
     return phase.finish({"selection": results})
 
@@ -124,6 +119,7 @@ def _measure(
     config: ml_collections.ConfigDict,
     file: epath.Path,
     start: str,
+    shown_as: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """NLL summed over each example's response, and its tokens; kept in `file`."""
     row_length = max(config.data.row_length, int(examples.lengths.max()) - 1)
@@ -140,7 +136,10 @@ def _measure(
             sums, first_batch = stored["sums"], int(stored["done"])
     saved = time.monotonic()
     num_batches = -(-len(rows) // batch_size)
-    for done in measures.add_sums(sums, score, rows, batch_size, first_batch):
+    steps = measures.add_sums(sums, score, rows, batch_size, first_batch)
+    if shown_as:
+        steps = metrics.track(steps, shown_as, num_batches)
+    for done in steps:
         if done == num_batches or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
             _save(file, key, sums, done)
             saved = time.monotonic()

@@ -210,3 +210,8 @@ def test_the_table_is_markdown():
         "| first  |   1.5 |",
         "| second | 10.25 |",
     ]
+
+
+def test_work_goes_on_behind_its_bar(capsys):
+    assert list(metrics.track(iter([3, 4]), "exam", 4)) == [3, 4]
+    assert capsys.readouterr().err == ""  # no terminal
