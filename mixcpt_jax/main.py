@@ -77,6 +77,11 @@ def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     try:
         config.phases  # noqa: B018
     except OSError as error:  # A config file that did not load says so on first use.
+        file, _, _ = flags.FLAGS["config"].config_filename.partition(":")
+        if not pathlib.Path(file).exists():
+            raise InputError(
+                f"--config={file}: no such file below {pathlib.Path.cwd()}"
+            ) from error
         raise InputError(str(error)) from error
     if config.get("metrics", {}).get("log") == "json":
         terminal.use_json()

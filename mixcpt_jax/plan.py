@@ -30,6 +30,7 @@ from mixcpt_jax import main as command_line
 from mixcpt_jax import paths
 from mixcpt_jax.errors import InputError
 
+flags.adopt_module_key_flags(command_line)
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "", "The slice, such as v5e:4x4; empty: the config's mesh.topology."
 )

@@ -90,7 +90,7 @@ def _find(path: str) -> tuple[str, ml_collections.ConfigDict | None]:
     if not folder.is_dir():
         raise InputError(
             f"{path}: no such folder; name the workdir of a run, a phase's folder, a "
-            "Hugging Face folder or a .gguf file"
+            "Hugging Face folder or a .gguf file (nothing is downloaded)"
         )
     if checkpoint.exists(str(folder)):
         stored = checkpoint.read_config(str(folder))

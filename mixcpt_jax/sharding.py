@@ -111,7 +111,12 @@ def make_topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
         devices = topologies.get_topology_desc(
             platform="tpu", topology_name=topology
         ).devices
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:  # jax's own errors are of this kind, too
+        if "not installed" in str(error):
+            raise InputError(
+                f"{topology}: the compiler for TPUs is not installed; run "
+                "`pip install 'jax[tpu]'`, it wants no TPU"
+            ) from error
         if "INVALID_ARGUMENT" not in str(error):
             raise
         raise InputError(

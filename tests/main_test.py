@@ -142,8 +142,8 @@ def test_a_new_name_on_the_command_line(project, write_config, section):
 
 
 def test_missing_config_file(project, tmp_path):
-    process = run(project, f"--config={tmp_path / 'none.py'}")
-    assert_one_line(process, "none.py")
+    process = run(project, f"--config={tmp_path / 'none.py'}:tiny")
+    assert_one_line(process, "none.py: no such file below ")
 
 
 def test_a_workdir_is_not_taken_by_a_mistake(project, write_config, tmp_path):

@@ -194,6 +194,15 @@ def test_an_unknown_slice_is_named(config):
         planning.make(config, "v9x:2x2")
 
 
+def test_what_a_plan_needs_is_named(config, monkeypatch):
+    def describe(**_):
+        raise RuntimeError("JAX TPU support not installed; cannot generate topology")
+
+    monkeypatch.setattr(sharding.topologies, "get_topology_desc", describe)
+    with pytest.raises(InputError, match="run `pip install 'jax\\[tpu\\]'`"):
+        planning.make(config, "v5e:2x2")
+
+
 @needs_libtpu
 def test_an_impossible_shape_is_named(config):
     with pytest.raises(InputError, match="v5e:3x5x7: no slice has this shape"):

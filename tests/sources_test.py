@@ -135,6 +135,11 @@ def test_a_bad_setting_is_named_before_reading(path, reader, words):
         sources.read(path, reader)
 
 
+def test_an_empty_folder_is_told_from_a_wrong_path(tmp_path):
+    with pytest.raises(InputError, match="an empty folder; put the texts there"):
+        sources.read(str(tmp_path))
+
+
 def _jsonl_bytes(records):
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 

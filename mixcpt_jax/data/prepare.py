@@ -19,6 +19,7 @@ from etils import epath
 from mixcpt_jax import main as command_line
 from mixcpt_jax.errors import InputError
 
+flags.adopt_module_key_flags(command_line)
 _TEACHER = flags.DEFINE_bool("teacher", False, "Prepare the teacher too.")
 _WORKERS = flags.DEFINE_integer(
     "workers", os.cpu_count(), "Processes that tokenise; 0: this one alone.", 0

@@ -258,6 +258,8 @@ def _find(path: str, reader: str, split: str) -> tuple[list[_Part], list[epath.P
 
 
 def _nothing(piece: str, reader: str, passed_over: list[epath.Path]) -> str:
+    if not passed_over and paths.resolve(piece).is_dir():
+        return f"{piece}: an empty folder; put the texts there, or name another path"
     if not passed_over:
         return f"{piece}: no file matches; check the path"
     known = [s for s, r in readers.READER_OF_SUFFIX.items() if reader in ("", r)]
