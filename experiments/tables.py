@@ -380,6 +380,8 @@ def book_table(records: list[Record], is_aligned: bool) -> str:
         is_start = record["arm"] == "start"
         if "failed" not in record and (is_start or bool(record["align"]) == is_aligned):
             groups.setdefault((record["arm"], record["rate"]), []).append(record)
+    if is_aligned and len(groups) < 2:
+        return _table([], [])
     order = ["start", *ARMS]
     rows = []
     for arm, rate in sorted(groups, key=lambda key: (order.index(key[0]), key[1])):
