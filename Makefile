@@ -20,7 +20,7 @@ experiments-controlled: .venv/installed
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed-test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
