@@ -34,14 +34,15 @@ def main() -> None:
     # Imported here so that --help does not wait for jax.
     import jax
 
-    from mixcpt_jax import runs
+    from mixcpt_jax import decoding, runs
 
+    choice = decoding.Choice(arguments.temperature, arguments.top_k, arguments.top_p)
     trained = runs.load(arguments.checkpoint, arguments.dtype)
     with jax.set_mesh(trained.mesh):
         if len(arguments.prompt) > 1 or arguments.prompts:
             _answer_all(arguments, trained)
             return
-        speaker = _speaker(arguments, trained)
+        speaker = _speaker(arguments, trained, choice)
         if arguments.prompt:
             print_pieces(speaker.say(arguments.prompt[0]))
         else:
@@ -111,14 +112,13 @@ def _answer_all(arguments: argparse.Namespace, trained: "runs.Trained") -> None:
 
 
 def _speaker(
-    arguments: argparse.Namespace, trained: "runs.Trained"
+    arguments: argparse.Namespace, trained: "runs.Trained", choice: "decoding.Choice"
 ) -> "decoding.Chat | decoding.Completion":
     from mixcpt_jax import decoding
 
     stream = decoding.Stream(
         trained.params, trained.config, trained.tokenizer, trained.dtype
     )
-    choice = decoding.Choice(arguments.temperature, arguments.top_k, arguments.top_p)
     speaker = decoding.Completion if arguments.raw else decoding.Chat
     return speaker(
         stream, trained.tokenizer, arguments.max_new_tokens, choice, arguments.seed
