@@ -25,6 +25,7 @@ import yaml
 
 PROJECT = pathlib.Path(__file__).parent.parent
 DOCS = PROJECT / "docs"
+SHARED = PROJECT / "../shared/data"
 PAGES = sorted(DOCS.glob("*.md"))
 _SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -230,16 +231,49 @@ for module, *sys.argv[1:] in json.load(sys.stdin):
 """
 
 
+def benchmarks():
+    """Module and arguments of each that a page names."""
+    text = " ".join("\n".join(page.read_text() for page in PAGES).split())
+    for line in re.findall(r"`python -m (benchmarks[^`]+)`", text):
+        if "tunix" not in line:  # which is not for this jax
+            yield line.split()
+
+
+# What makes a benchmark short.
+_SHORT = {
+    "benchmarks.train_step": "--rows 1 --length 64 --rounds 1",
+    "benchmarks.overhead": "--layers 1 --length 64 --steps 2 --rounds 1",
+    "benchmarks.sample": "--new_tokens 4 --rounds 1 --batches 1",
+    "benchmarks.lm_eval_agreement": "--limit 1",
+    "benchmarks.lssd_head": "--part cpu",
+    "benchmarks.plan_check": "--rows 1 --row_length 128 --remat none",
+    "benchmarks.head_cpu": "--rounds 1",
+    "benchmarks.prepared_teacher": "--rows 1 --length 64 --rounds 1",
+    "benchmarks.pipeline": "--megabytes 1 --memory 0",
+    "benchmarks.parity": "--only llama3",
+}
+
+
+@pytest.mark.skipif("BENCHMARKS" not in os.environ, reason="BENCHMARKS=all: minutes")
+@pytest.mark.parametrize("command", list(benchmarks()), ids=lambda command: command[0])
+def test_a_benchmark_runs(command):
+    arguments = [str(SHARED) if part == "FOLDER" else part for part in command]
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments, *_SHORT[command[0]].split()],
+        cwd=PROJECT,
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout
+
+
 def test_flags_of_all_benchmarks_exist():
-    """What they measure is in the page; running all takes an hour."""
     pytest.importorskip("transformers")
     pytest.importorskip("lm_eval")
-    text = " ".join((DOCS / "speed.md").read_text().split())
-    text += (DOCS / "reference.md").read_text()
-    found = [
-        line.split() for line in re.findall(r"`python -m (benchmarks[^`]+)`", text)
-    ]
-    found = [entry for entry in found if "tunix" not in entry[0]]  # not for this jax
+    found = list(benchmarks())
     modules = {
         f"benchmarks.{file.stem}" for file in (PROJECT / "benchmarks").glob("*.py")
     }
