@@ -103,6 +103,8 @@ def blocks():
 _STAND_INS = {
     "python": """
 case "$*" in
+    *configs/quickstart.py*) set -- "$@" --config.model.path=MODEL \\
+        --config.data.row_length=128 --config.train.num_steps=4 ;;
     *configs/mixcpt.py*) set -- "$@" --config.data.row_length=128 \\
         --config.train.num_steps=2 --config.optimizer.warmup_steps=1 \\
         --config.overrides.sft.train.num_steps=3 --config.overrides.dpo.train.num_steps=3 \\
@@ -148,6 +150,7 @@ def test_what_wants_models_buckets_and_slices_runs(tmp_path, write_tiny_model):
     for name, text in _STAND_INS.items():
         text = text.replace("REAL", sys.executable).replace("PROJECT", str(PROJECT))
         text = text.replace("ARCHITECTURES", f"{assets}/architectures")
+        text = text.replace("MODEL", model)
         (programs / name).write_text(f"#!/bin/bash\n{text}\n")
         (programs / name).chmod(0o755)
     script = "\n".join(
@@ -155,6 +158,12 @@ def test_what_wants_models_buckets_and_slices_runs(tmp_path, write_tiny_model):
         for number, block in enumerate(blocks())
     )
     assert script.count("python -m mixcpt_jax") > 7
+    # The environment of the two commands of the README is there, and is this one.
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to(programs / "python")
+    (tmp_path / "requirements.txt").symlink_to(PROJECT / "requirements.txt")
+    (tmp_path / ".venv/installed").touch()
+    script = f"make -f {PROJECT}/Makefile quickstart\n{script}"
     script = re.sub(r"/models/\S+", model, script)
     script = re.sub(r"gs://bucket/Meta\S+", "gs://bucket/model", script)
     script = re.sub(r"(?<=[= ])/data/", f"{tmp_path}/data/", script)
