@@ -117,7 +117,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             is_first_host,
         ) as writer,
         metrics.Progress(
-            phase.name, first_step, num_steps, config.metrics.progress and is_first_host
+            phase.name, first_step, num_steps, phase.shows_progress
         ) as progress,
     ):
         progress.say(_mixture_table(data.report))

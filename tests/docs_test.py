@@ -196,6 +196,17 @@ def commands(text):
             yield module, arguments
 
 
+def read_flags(script, found):
+    """Runs a script that reads the flags of commands, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(found),
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_flags_of_all_commands_exist():
     files = [PROJECT / "README.md", PROJECT / "experiments" / "README.md", *PAGES]
     found = [
@@ -208,13 +219,7 @@ def test_flags_of_all_commands_exist():
         if any(argument.startswith("--config=") for argument in entry[1])
     ]
     assert len(found) > 20
-    done = subprocess.run(
-        [sys.executable, "-c", _READ_FLAGS],
-        input=json.dumps(found),
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-    )
+    done = read_flags(_READ_FLAGS, found)
     assert done.returncode == 0, done.stderr
 
 
@@ -287,13 +292,7 @@ def test_flags_of_all_benchmarks_exist():
         f"benchmarks.{file.stem}" for file in (PROJECT / "benchmarks").glob("*.py")
     }
     assert {module for module, *_ in found} <= modules
-    done = subprocess.run(
-        [sys.executable, "-c", _READ_BENCHMARKS_FLAGS],
-        input=json.dumps(found),
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-    )
+    done = read_flags(_READ_BENCHMARKS_FLAGS, found)
     assert done.stdout.split() == [module for module, *_ in found], done.stderr
 
 
