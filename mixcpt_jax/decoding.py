@@ -276,10 +276,7 @@ class Sampler:
         params: model.Params,
         conversations: Sequence[Sequence[Mapping[str, Any]]],
         max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
+        choice: Choice = Choice(),
         seed: int = 0,
     ) -> list[str]:
         """The assistant's next turn in each conversation.
@@ -288,19 +285,18 @@ class Sampler:
           params: the parameters, sharded in any way.
           conversations: lists of messages, see `Tokenizer.encode_chat`.
           max_new_tokens: where an answer is cut off that has not ended.
-          temperature, top_k, top_p: see `Choice`.
+          choice: of each token.
           seed: of the draws.
 
         Raises:
-          InputError: the template refuses a conversation, a prompt does not fit into
-            the context, or a value is out of its range.
+          InputError: the template refuses a conversation, or a prompt does not fit into
+            the context.
         """
         prompts = [
             self._tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
             for messages in conversations
         ]
         stop_ids = _turn_ends(self._tokenizer)
-        choice = Choice(temperature, top_k, top_p)
         answers = self.generate(params, prompts, max_new_tokens, stop_ids, choice, seed)
         return [self._tokenizer.decode(answer) for answer in answers]
 
@@ -309,16 +305,12 @@ class Sampler:
         params: model.Params,
         texts: Sequence[str],
         max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
+        choice: Choice = Choice(),
         seed: int = 0,
     ) -> list[str]:
         """How each text goes on to the end of its document; otherwise as `chat`."""
         prompts = _read_texts(self._tokenizer, texts)
         stop_ids = self._tokenizer.document_ends
-        choice = Choice(temperature, top_k, top_p)
         continuations = self.generate(
             params, prompts, max_new_tokens, stop_ids, choice, seed
         )

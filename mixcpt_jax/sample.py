@@ -40,7 +40,7 @@ def main() -> None:
     trained = runs.load(arguments.checkpoint, arguments.dtype)
     with jax.set_mesh(trained.mesh):
         if len(arguments.prompt) > 1 or arguments.prompts:
-            _answer_all(arguments, trained)
+            _answer_all(arguments, trained, choice)
             return
         speaker = _speaker(arguments, trained, choice)
         if arguments.prompt:
@@ -87,16 +87,12 @@ def _read_prompts(path: str, is_raw: bool) -> list[Any]:
     return [messages[0]["content"] for messages in conversations]
 
 
-def _answer_all(arguments: argparse.Namespace, trained: "runs.Trained") -> None:
+def _answer_all(
+    arguments: argparse.Namespace, trained: "runs.Trained", choice: "decoding.Choice"
+) -> None:
     from mixcpt_jax import decoding
 
     sampler = decoding.Sampler(trained.config, trained.tokenizer, trained.dtype)
-    settings = {
-        "temperature": arguments.temperature,
-        "top_k": arguments.top_k,
-        "top_p": arguments.top_p,
-        "seed": arguments.seed,
-    }
     if arguments.raw:
         work, prompts = sampler.complete, arguments.prompt
     else:
@@ -105,7 +101,9 @@ def _answer_all(arguments: argparse.Namespace, trained: "runs.Trained") -> None:
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             for prompt in arguments.prompt
         ]
-    answers = work(trained.params, prompts, arguments.max_new_tokens, **settings)
+    answers = work(
+        trained.params, prompts, arguments.max_new_tokens, choice, arguments.seed
+    )
     for prompt, answer in zip(arguments.prompt, answers, strict=True):
         key = "prompt" if isinstance(prompt, str) else "messages"
         print(json.dumps({key: prompt, "answer": answer}, ensure_ascii=False))

@@ -341,7 +341,9 @@ def test_an_answer_ends_with_its_turn_or_document(tokenizer, stop):
     ]
     assert sampler.chat(params, conversations, 20) == ["Hey", "Hey"]
     assert sampler.chat(params, conversations, 2) == ["He", "He"]
-    drawn = sampler.chat(params, conversations, 3, temperature=1e-3, seed=3)
+    drawn = sampler.chat(
+        params, conversations, 3, decoding.Choice(temperature=1e-3), seed=3
+    )
     assert drawn == ["Hey", "Hey"]
 
 
