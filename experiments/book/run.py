@@ -40,8 +40,8 @@ def plan(part: str, folder: str) -> Iterator[Cell]:
             for arm in ARMS:
                 yield Cell(folder, arm, rate)
     elif part == "seeds":
-        for seed in (1, 2):
-            for rate in reversed(RATES):
+        for rate in RATES:
+            for seed in (1, 2):
                 for arm in BEST:
                     yield Cell(folder, arm, rate, seed)
     else:
