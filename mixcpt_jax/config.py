@@ -497,7 +497,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         _check(config[key] >= 0, config, key, "0 or more")
     if config.train.num_steps:
         check_schedule(config, config.train.num_steps)
-    _check(bool(config.model.path), config, "model.path", "a folder or a GGUF file")
+    _check_paths(config)
     optimizer = config.optimizer
     for key in ("beta1", "beta2"):
         _check(0 <= optimizer[key] < 1, config, f"optimizer.{key}", "0 to below 1")
@@ -745,6 +745,19 @@ def _unread(config) -> Iterator[str]:
             yield f"sources.{name}"
 
 
+def _check_paths(config) -> None:
+    """Of what has no default, all that is missing is told at once."""
+    given = {"model": config.model.path} | {
+        f"{section}.{name}": entry.path
+        for section in ("sources", "eval.texts", "eval.pairs")
+        for name, entry in config[section].items()
+    }
+    missing = [f"{place}.path" for place, path in given.items() if not path]
+    if missing:
+        flags = " ".join(f"--config.{key}=..." for key in missing)
+        raise InputError(f"{', '.join(missing)}: no path is given; add {flags}")
+
+
 def _check_sources(config) -> None:
     is_training = config.job == "train"
     if is_training and not any(entry.weight > 0 for entry in config.sources.values()):
@@ -754,7 +767,6 @@ def _check_sources(config) -> None:
     for section in ("sources", "eval.texts", "eval.pairs"):
         for name, entry in config[section].items():
             place = f"{section}.{name}"
-            _check(bool(entry.path), config, f"{place}.path", "a path")
             for key in ("weight", "holdout", "max_records", "epochs", "max_tokens"):
                 _check(entry[key] >= 0, config, f"{place}.{key}", "0 or more")
             if entry.final_weight is not None and not (
