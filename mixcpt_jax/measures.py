@@ -6,6 +6,7 @@ the gold token is the top token with no more than the teacher's own confidence. 
 accuracy always stands beside it.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -38,7 +39,6 @@ class Measure:
         data: pipeline.Data,
         references: Mapping[str, np.ndarray] | None = None,
         lora: model.Lora | None = None,
-        on_batch: Callable[[], None] = lambda: None,
     ):
         """
         Args:
@@ -47,13 +47,11 @@ class Measure:
           references: "pairs/NAME" -> the reference's log-probabilities of the examples
             of `data.pairs[NAME]`; without them pairs have no rewards.
           lora: the adapters in the parameters that will be given.
-          on_batch: called after each batch.
         """
         self._config = phase.config
         self._data = data
         self._references = references or {}
         self._score = phase.eval_step(lora)
-        self._on_batch = on_batch
         self.items: dict[str, np.ndarray] = {}
         self._sampler = decoding.Sampler(
             phase.model_config,
@@ -62,12 +60,28 @@ class Measure:
             lora=lora,
         )
 
-    def __call__(self, params) -> dict[str, float]:
-        """Runs `measure` on the whole parameters, adapters and all."""
+    @property
+    def num_batches(self) -> int:
+        """How many batches are measured at a time."""
+        data = self._data
+        exams = (exam.rows for exam in data.exams.values())
+        measured = *data.texts.values(), *exams, *data.pairs.values()
+        return sum(-(-len(rows) // self._config.eval.batch_size) for rows in measured)
+
+    def __call__(
+        self, params, on_batch: Callable[[int], None] = lambda done: None
+    ) -> dict[str, float]:
+        """Runs `measure` on the whole parameters, adapters and all.
+
+        Args:
+          params: the parameters.
+          on_batch: is told after each batch how many of `num_batches` are done.
+        """
+        done = itertools.count(1)
 
         def score(batch):
             scores = self._score(params, batch)
-            self._on_batch()
+            on_batch(next(done))
             return scores
 
         data, batch_size = self._data, self._config.eval.batch_size
@@ -107,7 +121,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     with jax.set_mesh(phase.mesh):
         params = phase.starting_params(phase.config.model.param_dtype)
         measures = Measure(phase, data)
-        results = {"before": None, "after": measures(params)}
+        with metrics.bar(name, measures.num_batches, phase.shows_progress) as show:
+            results = {"before": None, "after": measures(params, show)}
         with metrics.Writer(
             phase.folder, phase.config.metrics, -1, {}, jax.process_index() == 0
         ) as writer:

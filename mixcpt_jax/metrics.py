@@ -5,6 +5,7 @@ of it, and made by threads of their own, so that no step waits for them and none
 them. Only the first host writes.
 """
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -363,14 +364,13 @@ class Progress:
             rich_progress.TextColumn("{task.description}"),
             rich_progress.BarColumn(),
             rich_progress.MofNCompleteColumn(),
-            rich_progress.TextColumn("loss {task.fields[loss]:.4f}"),
-            rich_progress.TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            rich_progress.TextColumn("{task.fields[reached]}"),
             rich_progress.TimeRemainingColumn(),
             console=self._console,
             disable=not (enabled and self._console.is_terminal),
         )
         self._task = self._bar.add_task(
-            name, total=num_steps, completed=first_step, loss=math.nan, rate=math.nan
+            name, total=num_steps, completed=first_step, reached=""
         )
         self._first_update = None  # (step, time): what comes before it is compilation
 
@@ -386,7 +386,8 @@ class Progress:
     ) -> None:
         """Shows a step that is done; its scalars are fields of a cluster's log."""
         loss = scalars["loss"]
-        self._bar.update(self._task, completed=step, loss=loss, rate=tokens_per_second)
+        reached = f"loss {loss:.4f} {tokens_per_second:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, reached=reached)
         if self._console.is_terminal or not self._enabled:
             return
         now = time.monotonic()
@@ -401,6 +402,15 @@ class Progress:
             rate = {"tokens_per_second": tokens_per_second}
             self.say(text, step=step, **scalars, **rate)
 
+    @contextlib.contextmanager
+    def measuring(self, num_batches: int) -> Iterator[Callable[[int], None]]:
+        """A second bar; what it gives is told how many batches are done."""
+        task = self._bar.add_task("measuring", total=num_batches, reached="")
+        try:
+            yield lambda done: self._bar.update(task, completed=done)
+        finally:
+            self._bar.remove_task(task)
+
     def say(self, text: str, **fields: Any) -> None:
         """Prints a line above the bar; the fields are for a cluster's log."""
         if not self._enabled:
@@ -411,28 +421,29 @@ class Progress:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def track(done: Iterable[int], name: str, total: int) -> Iterator[int]:
-    """Gives on what it is given, and shows in a terminal how far that is.
-
-    Args:
-      done: after each batch, how many are done.
-      name: of what is going on.
-      total: how many batches there are.
-    """
+@contextlib.contextmanager
+def bar(name: str, total: int, enabled: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar in a terminal; what it gives is told how many of `total` are done."""
     console = rich_console.Console(stderr=True)
-    bar = rich_progress.Progress(
+    shown = rich_progress.Progress(
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),
         rich_progress.MofNCompleteColumn(),
         rich_progress.TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (enabled and console.is_terminal),
     )
-    with bar:
-        task = bar.add_task(name, total=total)
+    with shown:
+        task = shown.add_task(name, total=total)
+        yield lambda done: shown.update(task, completed=done)
+
+
+def track(done: Iterable[int], name: str, total: int) -> Iterator[int]:
+    """Gives on how many batches of `total` are done, after each, and shows them."""
+    with bar(name, total) as show:
         for number in done:
-            bar.update(task, completed=number)
+            show(number)
             yield number
 
 

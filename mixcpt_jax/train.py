@@ -92,7 +92,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
     if resumed is None:
         state = _starting_state(phase, program)
     guard = watchdog.Watchdog(config.train.timeout)
-    measure = measures.Measure(phase, data, references, lora, guard.alive)
+    measure = measures.Measure(phase, data, references, lora)
 
     def student() -> model.Params:
         return model.with_adapters(frozen, state.params) if lora else state.params
@@ -132,7 +132,13 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             """Measures, writes, and returns the mean loss; None if SIGTERM came."""
             place = f"step {step}" if step else "the start"
             progress.say(f"{phase.name}: measuring {place}")
-            results = notice.unless_it_comes(measure, student())
+            with progress.measuring(measure.num_batches) as show:
+
+                def on_batch(done: int) -> None:
+                    guard.alive()
+                    show(done)
+
+                results = notice.unless_it_comes(measure, student(), on_batch)
             if results is None:
                 return None
             writer.write_items(step, measure.items)

@@ -1,6 +1,7 @@
 import importlib.machinery
 import importlib.util
 import math
+import re
 import struct
 import sys
 import threading
@@ -215,3 +216,18 @@ def test_the_table_is_markdown():
 def test_work_goes_on_behind_its_bar(capsys):
     assert list(metrics.track(iter([3, 4]), "exam", 4)) == [3, 4]
     assert capsys.readouterr().err == ""  # no terminal
+
+
+def test_a_terminal_shows_steps_and_what_is_measured(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    monkeypatch.setenv("COLUMNS", "120")
+    with metrics.Progress("cpt", 0, 4, enabled=True) as progress:
+        progress.update(2, {"loss": 1.5}, 1000.0)
+        with progress.measuring(7) as show:
+            show(3)
+            time.sleep(0.3)  # ten frames a second
+        progress.update(3, {"loss": 1.25}, 1000.0)
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", capsys.readouterr().err)
+    for text in ("2/4 loss 1.5000 1,000 tokens/s", "measuring", "3/7", "3/4 loss 1.25"):
+        assert text in shown
+    assert shown.rindex("measuring") < shown.rindex("3/4 loss 1.25")
