@@ -358,10 +358,14 @@ def confidence_table(found: dict[str, list[dict[str, float]]]) -> str:
     return _table(["base", "seeds", *columns.values()], rows)
 
 
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.2f}"
+
+
 # What is measured of the model that read a book: column -> (measure, form). Exams and
 # clozes in per cent.
 _BOOK = {
-    "unread modules, perplexity": ("unread/loss", lambda loss: f"{math.exp(loss):.2f}"),
+    "unread modules, perplexity": ("unread/loss", _perplexity),
     "top-1": ("unread/accuracy", _per_cent),
     "exam, read": ("read_modules/exam", _per_cent),
     "exam, unread": ("unread_modules/exam", _per_cent),
@@ -369,7 +373,12 @@ _BOOK = {
     "PIQA": ("piqa/exam", _per_cent),
     "OpenBookQA": ("openbook_qa/exam", _per_cent),
     "LAMBADA": ("lambada/exact", _per_cent),
-    "WikiText-2, perplexity": ("wikitext/loss", lambda loss: f"{math.exp(loss):.2f}"),
+    "WikiText-2, perplexity": ("wikitext/loss", _perplexity),
+}
+# What the phases after it are for, on held-out samples, which only their cells have.
+_BOOK_ALIGNED = {
+    "instructions, perplexity": ("instructions/loss", _perplexity),
+    "chosen answer likelier": ("preferences/pair_accuracy", _per_cent),
 }
 
 
@@ -383,6 +392,7 @@ def book_table(records: list[Record], is_aligned: bool) -> str:
     if is_aligned and len(groups) < 2:
         return _table([], [])
     order = ["start", *ARMS]
+    columns = _BOOK | _BOOK_ALIGNED if is_aligned else _BOOK
     rows = []
     for arm, rate in sorted(groups, key=lambda key: (order.index(key[0]), key[1])):
         found = groups[arm, rate]
@@ -393,10 +403,19 @@ def book_table(records: list[Record], is_aligned: bool) -> str:
                 continue
             label = f"{name}: {phase.upper()}" if is_aligned and arm in ARMS else name
             rows.append([label, str(len(found))] + [
-                form(statistics.fmean(seed[key] for seed in after))
-                for key, form in _BOOK.values()
+                _mean_and_range([seed[key] for seed in after if key in seed], form)
+                for key, form in columns.values()
             ])  # fmt: skip
-    return _table(["arm, rate", "seeds", *_BOOK], rows)
+    return _table(["arm, rate", "seeds", *columns], rows)
+
+
+def _mean_and_range(values: list[float], form: Callable[[float], str]) -> str:
+    if not values:
+        return ""
+    mean = form(statistics.fmean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({form(min(values))} to {form(max(values))})"
 
 
 def book_changes_table(records: list[Record]) -> str:
