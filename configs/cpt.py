@@ -11,8 +11,8 @@ self-distillation; the paper's own is `--config.objective.ntp_weight=0
         --config.sources.preferences.path=/data/preferences.jsonl
 
 `model.path` is a Hugging Face folder (config.json and safetensors) or a GGUF file of the
-Llama, Mistral or Qwen2 family. Records are JSON lines: `{"text"}` for documents (or .txt
-and .md files), `{"instruction", "input", "output"}` or `{"prompt", "response"}` for
+Llama, Mistral, Qwen or Gemma family. Records are JSON lines: `{"text"}` for documents (or
+.txt and .md files), `{"instruction", "input", "output"}` or `{"prompt", "response"}` for
 instructions, `{"prompt", "chosen", "rejected"}` for preferences; other field names are
 mapped with `sources.NAME.fields`. Weights are shares of tokens. The defaults of every
 other key, with their meaning, are in `mixcpt_jax/config.py`.

@@ -2,8 +2,10 @@
 
 import argparse
 import ast
+import contextlib
 import errno
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -32,7 +34,7 @@ def parser(module: str, doc: str) -> argparse.ArgumentParser:
 def explained(command: Callable[..., Any], *args: Any) -> None:
     """Runs a command to its end; what ends it early is said in one line.
 
-    SIGTERM ends it with exit status 0, what the user can mend with 1.
+    SIGTERM ends it with exit status 0, what the user can mend with 1, Ctrl-C with 130.
     """
     sys.unraisablehook = _tell_unraisable
     preemption.interrupt()
@@ -59,6 +61,9 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
         )
     except preemption.Preempted as stop:
         terminal.say(str(stop))
+    except KeyboardInterrupt:
+        terminal.say("stopped; a run keeps what it saved, and the same command goes on")
+        sys.exit(128 + signal.SIGINT)
 
 
 def _tell_unraisable(entry: Any) -> None:
@@ -79,14 +84,15 @@ def explain(error: Exception) -> NoReturn:
     # A KeyError's text is the quoted form of what it was given, and ConfigDict makes one
     # error of another's text.
     text = str(error.args[0] if isinstance(error, KeyError) else error)
-    if re.fullmatch(r"'.*'|\".*\"", text) and "\\" in text:
-        text = ast.literal_eval(text)
-    name = text.strip("'")
+    with contextlib.suppress(SyntaxError, ValueError):
+        while re.fullmatch(r"'.*'|\".*\"", text):
+            text = ast.literal_eval(text)
+    name = text
     if isinstance(error, LookupError | AttributeError) and name.isidentifier():
         text = (
-            f"--config: nothing is called {name!r}; new sources, texts and exams are added "
-            "in a config file of your own, as in config.eval.exams.NAME = "
-            "config_lib.exam(path=...)"
+            f"--config: nothing is called {name!r} there; mixcpt_jax/config.py has all "
+            "settings. New sources, texts and exams are added in a config file of your "
+            "own, as in config.eval.exams.NAME = config_lib.exam(path=...)"
         )
     # Grain adds what it did to the traceback.
     text = text.partition("\n-----")[0]

@@ -141,6 +141,11 @@ def test_a_new_name_on_the_command_line(project, write_config, section):
     assert_one_line(process, "nothing is called 'mine'", "in a config file of your own")
 
 
+def test_a_key_that_is_like_no_other(project, write_config):
+    process = run(project, write_config({}), "--config.train.steps=3")
+    assert_one_line(process, "nothing is called 'steps'", "config.py has all settings")
+
+
 def test_missing_config_file(project, tmp_path):
     process = run(project, f"--config={tmp_path / 'none.py'}:tiny")
     assert_one_line(process, "none.py: no such file below ")

@@ -38,6 +38,18 @@ def test_a_command_ends_at_once_and_well(capsys):
     sigterm()  # on the way out nothing is cut off
 
 
+def test_ctrl_c_is_told_in_one_line(capsys):
+    def command():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    with pytest.raises(SystemExit) as caught:
+        command_line.explained(command)
+    assert caught.value.code == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "stopped; a run keeps what it saved, and the same command goes on"
+
+
 def test_code_that_catches_every_exception_does_not_catch_it():
     preemption.interrupt()
 
