@@ -4,7 +4,6 @@ import argparse
 import ast
 import contextlib
 import errno
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -85,12 +84,11 @@ def explain(error: Exception) -> NoReturn:
     # error of another's text.
     text = str(error.args[0] if isinstance(error, KeyError) else error)
     with contextlib.suppress(SyntaxError, ValueError):
-        while re.fullmatch(r"'.*'|\".*\"", text):
-            text = ast.literal_eval(text)
-    name = text
-    if isinstance(error, LookupError | AttributeError) and name.isidentifier():
+        while isinstance(unquoted := ast.literal_eval(text), str):
+            text = unquoted
+    if isinstance(error, LookupError | AttributeError) and text.isidentifier():
         text = (
-            f"--config: nothing is called {name!r} there; mixcpt_jax/config.py has all "
+            f"--config: nothing is called {text!r} there; mixcpt_jax/config.py has all "
             "settings. New sources, texts and exams are added in a config file of your "
             "own, as in config.eval.exams.NAME = config_lib.exam(path=...)"
         )
