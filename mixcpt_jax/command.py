@@ -1,8 +1,6 @@
 """How a command ends: what the user can mend is one line, and SIGTERM is no mistake."""
 
 import argparse
-import ast
-import contextlib
 import errno
 import signal
 import sys
@@ -80,19 +78,7 @@ def _tell_unraisable(entry: Any) -> None:
 
 def explain(error: Exception) -> NoReturn:
     """What the user can mend is one line and exit status 1."""
-    # A KeyError's text is the quoted form of what it was given, and ConfigDict makes one
-    # error of another's text.
-    text = str(error.args[0] if isinstance(error, KeyError) else error)
-    with contextlib.suppress(SyntaxError, ValueError):
-        while isinstance(unquoted := ast.literal_eval(text), str):
-            text = unquoted
-    if isinstance(error, LookupError | AttributeError) and text.isidentifier():
-        text = (
-            f"--config: nothing is called {text!r} there; mixcpt_jax/config.py has all "
-            "settings. New sources, texts and exams are added in a config file of your "
-            "own, as in config.eval.exams.NAME = config_lib.exam(path=...)"
-        )
     # Grain adds what it did to the traceback.
-    text = text.partition("\n-----")[0]
+    text = str(error).partition("\n-----")[0]
     terminal.say(" ".join(text.split("\n")), "ERROR")
     sys.exit(1)

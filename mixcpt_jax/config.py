@@ -481,12 +481,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
       InputError: names the key, what was found and the remedy.
     """
     _check_keys(config, default(), "")
-    for name, entry in config.sources.items():
-        _check_keys(entry, source(), f"sources.{name}.")
-    for name, entry in config.eval.texts.items():
-        _check_keys(entry, source(), f"eval.texts.{name}.")
-    for name, entry in config.eval.pairs.items():
-        _check_keys(entry, source(), f"eval.pairs.{name}.")
+    for place, entry in _all_sources(config):
+        _check_keys(entry, source(), f"{place}.")
     for name, entry in config.eval.exams.items():
         _check_keys(entry, exam(), f"eval.exams.{name}.")
     for key, choices in _CHOICES.items():
@@ -514,7 +510,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         )
     if config.metrics.wandb_project and importlib.util.find_spec("wandb") is None:
         raise InputError(
-            "metrics.wandb_project: wandb is not installed; pip install it"
+            f"metrics.wandb_project={config.metrics.wandb_project}: the package wandb is "
+            "not installed; run `pip install wandb`, or leave it empty"
         )
     preference, lora = config.preference, config.lora
     _check(
@@ -745,14 +742,17 @@ def _unread(config) -> Iterator[str]:
             yield f"sources.{name}"
 
 
+def _all_sources(config) -> Iterator[tuple[str, ml_collections.ConfigDict]]:
+    """Place in the config -> all that `source` made: what is learnt, and measured."""
+    for section in ("sources", "eval.texts", "eval.pairs"):
+        for name, entry in config[section].items():
+            yield f"{section}.{name}", entry
+
+
 def _check_paths(config) -> None:
     """Of what has no default, all that is missing is told at once."""
-    given = {"model": config.model.path} | {
-        f"{section}.{name}": entry.path
-        for section in ("sources", "eval.texts", "eval.pairs")
-        for name, entry in config[section].items()
-    }
-    missing = [f"{place}.path" for place, path in given.items() if not path]
+    wanted = [("model", config.model), *_all_sources(config)]
+    missing = [f"{place}.path" for place, entry in wanted if not entry.path]
     if missing:
         flags = " ".join(f"--config.{key}=..." for key in missing)
         raise InputError(f"{', '.join(missing)}: no path is given; add {flags}")
@@ -764,30 +764,22 @@ def _check_sources(config) -> None:
         raise InputError(
             "sources: none has a weight above 0; give at least one something to learn"
         )
-    for section in ("sources", "eval.texts", "eval.pairs"):
-        for name, entry in config[section].items():
-            place = f"{section}.{name}"
-            for key in ("weight", "holdout", "max_records", "epochs", "max_tokens"):
-                _check(entry[key] >= 0, config, f"{place}.{key}", "0 or more")
-            if entry.final_weight is not None and not (
-                entry.weight > 0 and 0 < entry.final_weight < math.inf
-            ):
-                raise InputError(
-                    f"{place}.final_weight={entry.final_weight}: a number above 0 is "
-                    f"wanted, and {place}.weight above 0 (as little as 1e-6 will do)"
-                )
-            _check(
-                entry.on_bad_record in ("refuse", "skip"),
-                config,
-                f"{place}.on_bad_record",
-                "refuse or skip",
+    for place, entry in _all_sources(config):
+        for key in ("weight", "holdout", "max_records", "epochs", "max_tokens"):
+            _check(entry[key] >= 0, config, f"{place}.{key}", "0 or more")
+        if entry.final_weight is not None and not (
+            entry.weight > 0 and 0 < entry.final_weight < math.inf
+        ):
+            raise InputError(
+                f"{place}.final_weight={entry.final_weight}: a number above 0 is wanted, "
+                f"and {place}.weight above 0 (as little as 1e-6 will do)"
             )
-            _check(
-                entry.format in FORMATS,
-                config,
-                f"{place}.format",
-                f"one of {', '.join(FORMATS)}",
-            )
+        for key, choices in (
+            ("on_bad_record", ("refuse", "skip")),
+            ("format", FORMATS),
+        ):
+            known = f"one of {', '.join(choices)}"
+            _check(entry[key] in choices, config, f"{place}.{key}", known)
     for name, entry in config.sources.items():
         has_limit = entry.epochs or entry.max_tokens
         if is_training and entry.weight and not (config.train.num_steps or has_limit):

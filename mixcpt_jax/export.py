@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import ml_collections
 
 from mixcpt_jax import phase as phase_lib
 from mixcpt_jax import weights
@@ -12,7 +11,8 @@ from mixcpt_jax import weights
 FOLDER = "hf"
 
 
-def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str, Any]:
+@phase_lib.job
+def run(phase: phase_lib.Phase) -> dict[str, Any]:
     """Writes `hf/` in the phase's folder: weights, config and tokenizer.
 
     Adapters are merged into the weights they adapt. The tokenizer gets the chat template
@@ -25,10 +25,6 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     Raises:
       InputError: config, weights or workdir are wrong.
     """
-    results = phase_lib.finished(config, workdir)
-    if results is not None:
-        return results
-    phase = phase_lib.start(config, workdir, name)
     phase.announce(f"exports {phase.config.export.dtype}")
     phase.claim()
     vocabulary = phase.tokenizer

@@ -6,9 +6,11 @@
 The same command run again goes on where the last one stopped.
 """
 
+import ast
 import contextlib
 import functools
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -177,8 +179,15 @@ def run(
         "export": export.run,
     }
     configs = phase_configs(config, workdir)
-    for phase_config in configs.values():
-        config_lib.validate(phase_config, jax.device_count())
+    for name, phase_config in configs.items():
+        try:
+            config_lib.validate(phase_config, jax.device_count())
+        except InputError as error:
+            if name not in config.overrides:
+                raise
+            raise InputError(
+                f"phase {name}, whose own settings are overrides.{name}: {error}"
+            ) from error
     folders = {name: phase_folder(config, workdir, name) for name in configs}
     # All before the first: hours of training must not end in a refusal.
     for name, phase_config in configs.items():
@@ -215,8 +224,39 @@ def _parse(argv: list[str]) -> list[str]:
     """Parses flags; the config file is read here, so its mistakes show here."""
     try:
         return app.parse_flags_with_usage(argv)
-    except (InputError, LookupError, AttributeError, OSError, SyntaxError) as error:
+    except ModuleNotFoundError as error:
+        command.explain(
+            InputError(
+                f"--config: the file imports {error.name}, which is not found from "
+                f"{pathlib.Path.cwd()}; run in the folder that has it, or install it"
+            )
+        )
+    except (LookupError, AttributeError) as error:
+        command.explain(InputError(_unknown_key(error, argv)))
+    except (InputError, OSError, SyntaxError) as error:
         command.explain(error)
+
+
+def _unknown_key(error: LookupError | AttributeError, argv: list[str]) -> str:
+    """What to say of a key that the config does not have, and in which flag it stands."""
+    # A KeyError's text is the quoted form of what it was given, and ConfigDict makes one
+    # error of another's text.
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    with contextlib.suppress(SyntaxError, ValueError):
+        while isinstance(unquoted := ast.literal_eval(text), str):
+            text = unquoted
+    found = re.fullmatch(r"'?(\w+)'?(?:\s+(Did you mean .*))?", text)
+    if not found:
+        return text
+    name, guess = found.groups()
+    given = (argument.partition("=")[0] for argument in argv)
+    flag = next((key for key in given if name in key.split(".")), "--config")
+    advice = guess or (
+        "mixcpt_jax/config.py has all settings. New sources, texts and exams are added in "
+        "a config file of your own, as in config.eval.exams.NAME = "
+        "config_lib.exam(path=...)"
+    )
+    return f"{flag}: nothing is called {name!r} there. {advice}"
 
 
 def launch(main: Callable[[list[str]], None]) -> None:

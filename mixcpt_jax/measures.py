@@ -66,7 +66,8 @@ class Measure:
         data = self._data
         exams = (exam.rows for exam in data.exams.values())
         measured = *data.texts.values(), *exams, *data.pairs.values()
-        return sum(-(-len(rows) // self._config.eval.batch_size) for rows in measured)
+        batch_size = self._config.eval.batch_size
+        return sum(rows.num_batches(batch_size) for rows in measured)
 
     def __call__(
         self, params, on_batch: Callable[[int], None] = lambda done: None
@@ -103,7 +104,8 @@ class Measure:
         )
 
 
-def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str, Any]:
+@phase_lib.job
+def run(phase: phase_lib.Phase) -> dict[str, Any]:
     """The job "evaluate": measures what the phase starts from.
 
     Returns:
@@ -112,16 +114,14 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     Raises:
       InputError: config, data, weights or workdir are wrong.
     """
-    results = phase_lib.finished(config, workdir)
-    if results is not None:
-        return results
-    phase = phase_lib.start(config, workdir, name)
     phase.announce("measures")
     data = phase.load_data()
     with jax.set_mesh(phase.mesh):
         params = phase.starting_params(phase.config.model.param_dtype)
         measures = Measure(phase, data)
-        with metrics.bar(name, measures.num_batches, phase.shows_progress) as show:
+        with metrics.bar(
+            phase.name, measures.num_batches, phase.shows_progress
+        ) as show:
             results = {"before": None, "after": measures(params, show)}
         with metrics.Writer(
             phase.folder, phase.config.metrics, -1, {}, jax.process_index() == 0
@@ -227,7 +227,7 @@ def sums_per_example(
     sums = np.zeros((3, len(rows.source.examples)))
     done = add_sums(sums, score, rows, batch_size)
     if shown_as:
-        done = metrics.track(done, shown_as, -(-len(rows) // batch_size))
+        done = metrics.track(done, shown_as, rows.num_batches(batch_size))
     for _ in done:
         pass
     return sums

@@ -6,7 +6,6 @@ them. Only the first host writes.
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import math
@@ -27,7 +26,6 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 
 from mixcpt_jax import paths, terminal
-from mixcpt_jax.errors import InputError
 
 FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -69,19 +67,11 @@ class Writer:
             process that did it, and are dropped.
           run_config: the whole config, for W&B.
           is_first_host: the other hosts write nothing.
-
-        Raises:
-          InputError: W&B is asked for and not installed.
         """
         self._file = self._to_upload = None
         self._copies: dict[str, _Copy] = {}
         if not is_first_host:
             return
-        if config.wandb_project and importlib.util.find_spec("wandb") is None:
-            raise InputError(
-                f"metrics.wandb_project={config.wandb_project}: the package wandb is not "
-                "installed; run `pip install wandb`, or leave it empty"
-            )
         self._workdir = workdir
         for name in (FILE, SAMPLES_FILE, ITEMS_FILE):
             if (workdir / name).exists():
@@ -358,21 +348,12 @@ class Progress:
     def __init__(self, name: str, first_step: int, num_steps: int, enabled: bool):
         self._console = rich_console.Console(stderr=True)
         self._name, self._num_steps = name, num_steps
-        self._next_line = 0.0
         self._enabled = enabled
-        self._bar = rich_progress.Progress(
-            rich_progress.TextColumn("{task.description}"),
-            rich_progress.BarColumn(),
-            rich_progress.MofNCompleteColumn(),
-            rich_progress.TextColumn("{task.fields[reached]}"),
-            rich_progress.TimeRemainingColumn(),
-            console=self._console,
-            disable=not (enabled and self._console.is_terminal),
-        )
+        self._pace = _Pace(num_steps)
+        self._bar = _rich_bar(self._console, enabled)
         self._task = self._bar.add_task(
             name, total=num_steps, completed=first_step, reached=""
         )
-        self._first_update = None  # (step, time): what comes before it is compilation
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -390,15 +371,11 @@ class Progress:
         self._bar.update(self._task, completed=step, reached=reached)
         if self._console.is_terminal or not self._enabled:
             return
-        now = time.monotonic()
-        first_step, first_time = self._first_update = self._first_update or (step, now)
-        if now >= self._next_line or step == self._num_steps or terminal.is_json():
-            self._next_line = now + _SECONDS_BETWEEN_LINES
-            done = step - first_step
-            left = (now - first_time) / done * (self._num_steps - step) if done else 0.0
+        left = self._pace.left(step)
+        if self._pace.is_due() or step == self._num_steps or terminal.is_json():
             text = f"{self._name} {step}/{self._num_steps} loss {loss:.4f}"
-            if done:
-                text += f" {tokens_per_second:,.0f} tokens/s, {left:.0f} s left"
+            if left:
+                text += f" {tokens_per_second:,.0f} tokens/s{left}"
             rate = {"tokens_per_second": tokens_per_second}
             self.say(text, step=step, **scalars, **rate)
 
@@ -406,8 +383,11 @@ class Progress:
     def measuring(self, num_batches: int) -> Iterator[Callable[[int], None]]:
         """A second bar; what it gives is told how many batches are done."""
         task = self._bar.add_task("measuring", total=num_batches, reached="")
+        say = self.say if not self._console.is_terminal else None
         try:
-            yield lambda done: self._bar.update(task, completed=done)
+            yield _update_of(
+                self._bar, task, f"{self._name}: measuring", num_batches, say
+            )
         finally:
             self._bar.remove_task(task)
 
@@ -423,20 +403,75 @@ class Progress:
 
 @contextlib.contextmanager
 def bar(name: str, total: int, enabled: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar in a terminal; what it gives is told how many of `total` are done."""
+    """Shows work that goes on; what it gives is told how many of `total` are done.
+
+    In a terminal it is a bar, elsewhere a line now and then.
+    """
     console = rich_console.Console(stderr=True)
-    shown = rich_progress.Progress(
+    say = terminal.say if enabled and not console.is_terminal else None
+    with _rich_bar(console, enabled, transient=True) as shown:
+        task = shown.add_task(name, total=total, reached="")
+        yield _update_of(shown, task, name, total, say)
+
+
+class _Pace:
+    """Where there is no bar: when a line is due, and how long the rest will take."""
+
+    def __init__(self, total: int, seconds_to_first: float = 0.0):
+        self._total = total
+        self._next_line = time.monotonic() + seconds_to_first
+        self._first = None  # (done, time): what comes before it is compilation
+
+    def left(self, done: int) -> str:
+        """Such as ", 12 s left"; nothing at first."""
+        now = time.monotonic()
+        first_done, first_time = self._first = self._first or (done, now)
+        if done == first_done:
+            return ""
+        pace = (now - first_time) / (done - first_done)
+        return f", {pace * (self._total - done):.0f} s left"
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        if now < self._next_line:
+            return False
+        self._next_line = now + _SECONDS_BETWEEN_LINES
+        return True
+
+
+def _rich_bar(
+    console: rich_console.Console, enabled: bool, transient: bool = False
+) -> rich_progress.Progress:
+    """Its tasks have a field `reached`, a text."""
+    return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),
         rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[reached]}"),
         rich_progress.TimeRemainingColumn(),
         console=console,
-        transient=True,
+        transient=transient,
         disable=not (enabled and console.is_terminal),
     )
-    with shown:
-        task = shown.add_task(name, total=total)
-        yield lambda done: shown.update(task, completed=done)
+
+
+def _update_of(
+    shown: rich_progress.Progress,
+    task: rich_progress.TaskID,
+    name: str,
+    total: int,
+    say: Callable[[str], None] | None,
+) -> Callable[[int], None]:
+    """Tells a bar's task how much is done, or says so where there is no bar."""
+    pace = _Pace(total, seconds_to_first=_SECONDS_BETWEEN_LINES)
+
+    def update(done: int) -> None:
+        shown.update(task, completed=done)
+        left = pace.left(done)
+        if say and pace.is_due():
+            say(f"{name} {done}/{total}{left}")
+
+    return update
 
 
 def track(done: Iterable[int], name: str, total: int) -> Iterator[int]:

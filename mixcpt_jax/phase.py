@@ -225,7 +225,7 @@ class Phase:
     @property
     def shows_progress(self) -> bool:
         """Whether this host says how far it is."""
-        return self.config.metrics.progress and jax.process_index() == 0
+        return _shows_progress(self.config)
 
     def say(self, text: str) -> None:
         """Says something about the phase, if asked to."""
@@ -315,6 +315,29 @@ def start(config: ml_collections.ConfigDict, workdir: str, name: str) -> Phase:
     return Phase(name, folder, given, config, model_config, vocabulary, mesh, started)
 
 
+def job(work: Callable[[Phase], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Makes of a phase's work what `main` runs: a phase that is finished is left alone.
+
+    Args:
+      work: does it, to the end, or goes on where an earlier run stopped; returns what
+        `results.json` holds.
+
+    Returns:
+      `(config, workdir, name) -> results`, with the arguments of `start`.
+    """
+
+    @functools.wraps(work)
+    def run(config, workdir, name):
+        results = finished(config, workdir)
+        if results is None:
+            return work(start(config, workdir, name))
+        if _shows_progress(config):
+            terminal.say(f"{name}: finished before, in {workdir}")
+        return results
+
+    return run
+
+
 def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] | None:
     """The results of a phase that has come to its end, or None.
 
@@ -332,6 +355,10 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
     if resolved.init_from and checkpoint.exists(resolved.init_from):
         _check_start(folder, provenance, _start_identity(config, resolved))
     return json.loads(path.read_text())
+
+
+def _shows_progress(config: ml_collections.ConfigDict) -> bool:
+    return config.metrics.progress and jax.process_index() == 0
 
 
 def _check_is_shared(file: epath.Path) -> None:

@@ -34,7 +34,7 @@ def write(
     folder = paths.absolute(workdir)
     paths.replace(folder / "report.json", json.dumps(results, indent=2))
     if any("after" in result for result in results.values()):
-        text = comparison(results)
+        text = f"{comparison(results)}\n\n{wall_times(results)}"
         print(f"\n{text}\n")
         paths.replace(folder / TABLE_FILE, text + "\n")
     phases = {name: metrics.read(paths.absolute(f)) for name, f in folders.items()}
@@ -79,11 +79,13 @@ def comparison(results: dict[str, dict[str, Any]]) -> str:
             rows.append(
                 [cell.replace("%", "") if i else cell for i, cell in enumerate(row)]
             )
-    seconds = [result.get("seconds") for result in results.values()]
-    if any(seconds):
-        cells = ["" if s is None else f"{s:.0f}" for s in seconds]
-        rows.append(["wall time, s", ""] + [x for cell in cells for x in (cell, "")])
     return metrics.table(header, rows)
+
+
+def wall_times(results: dict[str, dict[str, Any]]) -> str:
+    """How long each phase took, those that measure nothing too."""
+    times = [f"{name} {result['seconds']:.0f} s" for name, result in results.items()]
+    return f"Wall time: {', '.join(times)}."
 
 
 def _draw_curves(path: epath.Path, phases: dict[str, list[dict[str, Any]]]) -> None:

@@ -38,6 +38,9 @@ def main() -> None:
 
     choice = decoding.Choice(arguments.temperature, arguments.top_k, arguments.top_p)
     trained = runs.load(arguments.checkpoint, arguments.dtype)
+    is_watched = sys.stdout.isatty()
+    if is_watched:
+        print(f"{trained.place} ({trained.dtype})", file=sys.stderr)
     with jax.set_mesh(trained.mesh):
         if len(arguments.prompt) > 1 or arguments.prompts:
             _answer_all(arguments, trained, choice)
@@ -46,8 +49,7 @@ def main() -> None:
         if arguments.prompt:
             print_pieces(speaker.say(arguments.prompt[0]))
         else:
-            name = f"{trained.place} ({trained.dtype})"
-            converse(speaker, name if sys.stdout.isatty() else "")
+            converse(speaker, is_watched)
 
 
 def _parse() -> argparse.Namespace:
@@ -126,22 +128,24 @@ def _speaker(
 _HELP = "/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer."
 
 
-def converse(speaker: "decoding.Chat | decoding.Completion", name: str = "") -> None:
+def converse(
+    speaker: "decoding.Chat | decoding.Completion", is_watched: bool = False
+) -> None:
     """Reads what is said on standard input, line by line, and answers, to its end.
 
     Args:
       speaker: who answers.
-      name: of the model, for a person who reads along; empty: print answers alone.
+      is_watched: by a person, to whom more than answers is shown.
     """
-    if name:
+    if is_watched:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (lines can be edited from now on)
-        print(f"{name}. {_HELP}", file=sys.stderr)
+        print(_HELP, file=sys.stderr)
     while True:
         try:
-            text = input("> " if name else "").strip()
+            text = input("> " if is_watched else "").strip()
         except EOFError:
-            print(end="\n" if name else "")
+            print(end="\n" if is_watched else "")
             return
         except KeyboardInterrupt:
             print()  # what was typed is dropped
@@ -150,7 +154,7 @@ def converse(speaker: "decoding.Chat | decoding.Completion", name: str = "") -> 
             return
         if text == "/reset":
             speaker.reset()
-        elif name and text.startswith("/"):
+        elif is_watched and text.startswith("/"):
             print(_HELP, file=sys.stderr)
         elif text:
             try:

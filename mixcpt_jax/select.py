@@ -27,7 +27,8 @@ from mixcpt_jax.errors import InputError
 _SECONDS_BETWEEN_SAVES = 30.0
 
 
-def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str, Any]:
+@phase_lib.job
+def run(phase: phase_lib.Phase) -> dict[str, Any]:
     """Ranks the samples of every source in `select.keep`.
 
     Writes `SOURCE.jsonl` (see `selection.write`). A run that was killed goes on with the
@@ -39,10 +40,6 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
     Raises:
       InputError: config, data, weights or workdir are wrong.
     """
-    results = phase_lib.finished(config, workdir)
-    if results is not None:
-        return results
-    phase = phase_lib.start(config, workdir, name)
     config, settings = phase.config, phase.config.select
     if settings.max_tokens > phase.model_config.max_positions:
         raise InputError(
@@ -74,10 +71,10 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
         start = repr(phase.starts_from)
         results = {}
         for source, candidates in found.items():
-            left_out = {why: n for why, n in candidates.filtered.items() if n}
+            reasons = [f"{n} {why}" for why, n in candidates.filtered.items() if n]
             phase.say(
                 f"scoring {len(candidates.records)} samples of {source}; left out: "
-                f"{left_out}"
+                f"{', '.join(reasons) or 'none'}"
             )
             measured = [
                 _measure(
@@ -86,7 +83,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
                     config,
                     phase.folder / f"{source}.{form}.npz",
                     start,
-                    f"{name}: {source}, {form}" if phase.shows_progress else "",
+                    f"{phase.name}: {source}, {form}" if phase.shows_progress else "",
                 )
                 for form, examples in (
                     ("plain", candidates.plain),
@@ -135,7 +132,7 @@ def _measure(
         if str(stored["key"]) == key:
             sums, first_batch = stored["sums"], int(stored["done"])
     saved = time.monotonic()
-    num_batches = -(-len(rows) // batch_size)
+    num_batches = rows.num_batches(batch_size)
     steps = measures.add_sums(sums, score, rows, batch_size, first_batch)
     if shown_as:
         steps = metrics.track(steps, shown_as, num_batches)

@@ -38,13 +38,9 @@ from mixcpt_jax import phase as phase_lib
 from mixcpt_jax.data import pipeline
 
 
-def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str, Any]:
+@phase_lib.job
+def run(phase: phase_lib.Phase) -> dict[str, Any]:
     """Runs one training phase to its end, or goes on where an earlier run stopped.
-
-    Args:
-      config: a validated config without phases.
-      workdir: the phase's folder.
-      name: of the phase, for the terminal.
 
     Returns:
       What `results.json` holds: `before` and `after` (evaluation by measure),
@@ -56,10 +52,6 @@ def run(config: ml_collections.ConfigDict, workdir: str, name: str) -> dict[str,
       FloatingPointError: the loss is no longer finite.
       Preempted: SIGTERM has come; the state after the last step is saved.
     """
-    results = phase_lib.finished(config, workdir)
-    if results is not None:
-        return results
-    phase = phase_lib.start(config, workdir, name)
     _announce(phase)
     data = phase.load_data(functools.partial(_with_teacher, phase))
     with jax.set_mesh(phase.mesh):

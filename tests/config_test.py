@@ -61,7 +61,11 @@ BAD = [
     ("objective.kind", "dpo", "objective.kind='dpo': one of tokens, preference"),
     ("objective.kind", "preference", "format='document' does not go with objective.ki"),
     ("sources.domain.format", "chat_preference", "does not go with.*kind='tokens'"),
-    ("sources.domain.on_bad_record", "drop", "on_bad_record='drop': refuse or skip"),
+    (
+        "sources.domain.on_bad_record",
+        "drop",
+        "on_bad_record='drop': one of refuse, skip",
+    ),
     ("data.overlong", "cut", "data.overlong='cut': one of split, truncate, drop"),
     ("preference.label_smoothing", 0.5, "preference.label_smoothing=0.5: < 0.5"),
     ("lora.targets", ["query", "bias"], "lora.targets=.*'bias'.*some of query, key"),
@@ -85,6 +89,14 @@ def test_the_key_the_value_and_the_remedy_are_named(key, value, message):
     with pytest.raises(InputError, match=message) as caught:
         config_lib.validate(ml_collections.ConfigDict(config), 8)
     assert "\n" not in str(caught.value)
+
+
+def test_wandb_has_to_be_there(monkeypatch):
+    config = valid()
+    config.metrics.wandb_project = "mine"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        config_lib.validate(config)
 
 
 def test_a_source_with_an_unknown_setting():

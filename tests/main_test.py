@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from mixcpt_jax import export, paths, phase, train
+from mixcpt_jax import export, main, paths, phase, train
+from mixcpt_jax.errors import InputError
 
 
 def run(project, *arguments):
@@ -131,7 +132,7 @@ def test_impossible_batch(project, write_config, tmp_path):
 @pytest.mark.parametrize("key", ["train.num_stepz", "sources.domain.epoch"])
 def test_unknown_override_on_the_command_line(project, write_config, key):
     process = run(project, write_config({}), f"--config.{key}=3")
-    assert_one_line(process, key.split(".")[-1], "Did you mean")
+    assert_one_line(process, f"--config.{key}: nothing is called", "Did you mean")
     assert "\\" not in process.stderr
 
 
@@ -149,6 +150,24 @@ def test_a_key_that_is_like_no_other(project, write_config):
 def test_missing_config_file(project, tmp_path):
     process = run(project, f"--config={tmp_path / 'none.py'}:tiny")
     assert_one_line(process, "none.py: no such file below ")
+
+
+def test_a_config_file_that_is_not_where_its_imports_are(project, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from nowhere import presets\n")
+    process = run(project, f"--config={file}")
+    assert_one_line(process, "imports nowhere, which is not found from ")
+
+
+def test_a_setting_that_only_a_phase_has_is_told_with_the_phase(tiny_config, tmp_path):
+    tiny_config.phases = ("cpt", "sft")
+    tiny_config.overrides.sft = {"optimizer": {"warmup_steps": 6}}
+    own = "phase sft, whose own settings are overrides.sft: optimizer.warmup_steps=6: "
+    with pytest.raises(InputError, match=own):
+        main.run(tiny_config, str(tmp_path / "run"))
+    tiny_config.optimizer.warmup_steps = 6
+    with pytest.raises(InputError, match="^optimizer.warmup_steps=6: "):
+        main.run(tiny_config, str(tmp_path / "run"))
 
 
 def test_a_workdir_is_not_taken_by_a_mistake(project, write_config, tmp_path):
@@ -182,6 +201,7 @@ def test_phases_run_in_order_and_end_in_one_table(
     assert "after first" in header
     assert "after second" in header
     assert "domain: perplexity" in table
+    assert table.splitlines()[-1].startswith("Wall time: first ")
     assert "after second" in (tmp_path / "run" / "report.html").read_text()
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     # Both phases are the same config, so they must be the same run.
@@ -222,3 +242,7 @@ def test_a_cluster_gets_json_and_first_what_runs_where(
     tiny_config.job = "export"
     export.run(tiny_config, str(tmp_path / "third"), "last")
     assert capsys.readouterr().err.startswith("last: 8 x cpu, ")
+    export.run(tiny_config, str(tmp_path / "third"), "last")
+    assert (
+        capsys.readouterr().err == f"last: finished before, in {tmp_path / 'third'}\n"
+    )

@@ -15,7 +15,6 @@ from tensorboardX.proto import event_pb2
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import metrics, paths
-from mixcpt_jax.errors import InputError
 
 
 def open_writer(folder, resume_step, tensorboard=False, wandb="", run_config=None):
@@ -173,12 +172,6 @@ def test_a_place_that_hangs_does_not_hold_up_the_run(
     hangs.set()
 
 
-def test_wandb_has_to_be_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install wandb"):
-        open_writer(tmp_path, 0, wandb="mine")
-
-
 def test_items_of_a_step_measured_again_replace_the_first(tmp_path):
     for right in (False, True):
         with open_writer(tmp_path, 0) as writer:
@@ -215,7 +208,22 @@ def test_the_table_is_markdown():
 
 def test_work_goes_on_behind_its_bar(capsys):
     assert list(metrics.track(iter([3, 4]), "exam", 4)) == [3, 4]
-    assert capsys.readouterr().err == ""  # no terminal
+    assert capsys.readouterr().err == ""  # no terminal, and done before a line is due
+
+
+def test_without_a_terminal_lines_tell_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "_SECONDS_BETWEEN_LINES", 0.0)
+    for _ in metrics.track(iter([1, 2]), "exam", 4):
+        time.sleep(0.6)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "exam 1/4"
+    assert second in ("exam 2/4, 1 s left", "exam 2/4, 2 s left")
+    with (
+        metrics.Progress("cpt", 0, 4, enabled=True) as progress,
+        progress.measuring(7) as show,
+    ):
+        show(3)
+    assert capsys.readouterr().err == "cpt: measuring 3/7\n"
 
 
 def test_a_terminal_shows_steps_and_what_is_measured(monkeypatch, capsys):

@@ -697,6 +697,18 @@ def test_skipping_counts_files_lines_and_records_together(tmp_path, monkeypatch)
         list(corpus.Corpus(config, source).held_in())
 
 
+def test_a_field_that_is_not_there_is_told_before_too_few_to_hold_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
+    source = config_lib.source(path=f"{tmp_path}/a.jsonl", holdout=16)
+    read = corpus.Corpus(config_lib.default(), source)
+    with pytest.raises(InputError, match="a.jsonl:1: .*'text'"):
+        list(read.held_in())
+    source.fields = {"text": "body"}
+    read = corpus.Corpus(config_lib.default(), source)
+    with pytest.raises(InputError, match="cannot hold out 16 of the 1 .*NAME.holdout"):
+        list(read.held_in())
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

@@ -65,10 +65,19 @@ class Corpus:
 
     @functools.cached_property
     def _held_out(self) -> dict[bytes, sources.Record]:
-        records = self._read(None if self._refuses else lambda error: None)
         return sources.held_out(
-            records, self._source.holdout, self._seed, self._source.path
+            self._to_choose_from(), self._source.holdout, self._seed, self._source.path
         )
+
+    def _to_choose_from(self) -> Iterator[sources.Record]:
+        # Whatever is wrong with the first, such as a field's name, is told before what
+        # all together are too few for.
+        is_first = self._refuses
+        for record in self._read(None if self._refuses else lambda error: None):
+            if is_first:
+                format.plain_text(record, *self._settings)
+                is_first = False
+            yield record
 
     @property
     def held_out(self) -> list[sources.Record]:

@@ -339,6 +339,10 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.plan)
 
+    def num_batches(self, batch_size: int) -> int:
+        """How many `evaluation_batches` makes of them."""
+        return -(-len(self) // batch_size)
+
     def __repr__(self) -> str:
         # Grain compares it when an iterator's state is restored.
         return f"PackedRows({self.source.name}, {len(self)} rows)"
