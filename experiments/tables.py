@@ -338,7 +338,7 @@ def cost_table(records: list[Record], costs: dict[str, dict[str, float]]) -> str
     return _table(["arm", *columns], rows)
 
 
-def confidence_table(found: dict[str, list[dict[str, float]]]) -> str:
+def confidence_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
     """How sure the bases are of what they cannot know."""
     columns = {
         "p_a": "mean p_a",
@@ -351,7 +351,7 @@ def confidence_table(found: dict[str, list[dict[str, float]]]) -> str:
         + [
             f"{100 * mean:.1f}" if key == "swapped" else f"{mean:.2f}"
             for key in columns
-            for mean in [statistics.fmean(seed[key] for seed in seeds)]
+            for mean in [statistics.fmean(seed[key] for seed in seeds.values())]
         ]
         for base, seeds in found.items()
     ]

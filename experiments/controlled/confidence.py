@@ -3,9 +3,10 @@
     python -m experiments.controlled.confidence [--workdir=runs/controlled]
 
 Logit swap gives the gold token the teacher's own top probability `p_a`, so what it can
-teach ends where `p_a` does. Writes `confidence.json`: base -> a list over seeds of the mean
-of `p_a` and of the gold token's `p_y`, over the value tokens, the share of tokens that are
-swapped, and the ceiling of the loss, the mean of `-log p_a`.
+teach ends where `p_a` does. Writes to `confidence.json`: base -> seed -> the means of
+`p_a` and of the gold token's `p_y` over the value tokens, the share of tokens that are
+swapped, and the ceiling of the loss, the mean of `-log p_a`. What it has of bases that are
+not here stays.
 """
 
 import argparse
@@ -65,20 +66,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workdir", default="runs/controlled")
     root = pathlib.Path(parser.parse_args().workdir)
-    found: dict[str, list[dict[str, float]]] = {}
+    found = json.loads(FILE.read_text()) if FILE.exists() else {}
     for record in cells.load(run.RESULTS):
         if record["arm"] == "base":
             given = {key: record[key] for key in Cell.__dataclass_fields__}
             base = Cell(**given | {"world": str(root / record["world"])})
             start = root / cells.name(base, run.STUDY)
             if not start.exists():
-                print(f"{start}: left out, for this base is not here; train it anew")
+                print(f"{start}: this base is not here; its numbers stay as they are")
                 continue
             with tempfile.TemporaryDirectory() as workdir:
                 numbers = measure(base, start, pathlib.Path(workdir))
-            found.setdefault(base.base, []).append(numbers)
-    if found:
-        FILE.write_text(json.dumps(found, indent=1) + "\n")
+            found.setdefault(base.base, {})[str(base.seed)] = numbers
+    FILE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
