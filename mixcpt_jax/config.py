@@ -467,7 +467,9 @@ def check_variant(variant: str, known: tuple[str, ...]) -> None:
       InputError: names those it has.
     """
     if variant and variant not in known:
-        raise InputError(f"--config=...:{variant}: no such variant; known: {known}")
+        raise InputError(
+            f"--config=...:{variant}: no such variant; known: {', '.join(known)}"
+        )
 
 
 def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) -> None:
@@ -524,7 +526,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     unknown = sorted(set(lora.targets) - set(default().lora.targets))
     if unknown or not lora.targets:
         raise InputError(
-            f"lora.targets={tuple(lora.targets)}: some of "
+            f"lora.targets={','.join(lora.targets)}: some of "
             f"{', '.join(default().lora.targets)} are wanted"
         )
     temperature = config.data.temperature
@@ -638,7 +640,8 @@ def for_phase(
     for name in config.overrides:
         if name not in config.phases:
             raise InputError(
-                f"overrides.{name}: no such phase; config.phases is {tuple(config.phases)}"
+                f"overrides.{name}: no such phase; config.phases has "
+                f"{', '.join(config.phases)}"
             )
     overrides = config.overrides.get(phase, {})
     _check_keys(overrides, merged, f"overrides.{phase}.")
@@ -652,7 +655,8 @@ def for_phase(
             if name not in known:
                 raise InputError(
                     f"{key}={value!r} (phase {phase}): there is no phase {name!r}"
-                    f"{' before it' if key == 'init_from' else ''}; known: {known}"
+                    f"{' before it' if key == 'init_from' else ''}; known: "
+                    f"{', '.join(known) or 'none'}"
                 )
     return merged
 

@@ -68,7 +68,7 @@ BAD = [
     ),
     ("data.overlong", "cut", "data.overlong='cut': one of split, truncate, drop"),
     ("preference.label_smoothing", 0.5, "preference.label_smoothing=0.5: < 0.5"),
-    ("lora.targets", ["query", "bias"], "lora.targets=.*'bias'.*some of query, key"),
+    ("lora.targets", ["query", "bias"], "lora.targets=query,bias: some of query, key"),
     ("select.origin_share", 0.0, "select.origin_share=0.0: a number above 0"),
     ("select.origin_share", 1.5, "select.origin_share=1.5: at most 1"),
     ("select.keep", {"other": 3}, "select.keep.other: no such source; known: domain"),
