@@ -1,6 +1,6 @@
 # make quickstart   run the main job on this machine
 # make test         run the tests
-# make experiments-controlled   the study of experiments/README.md, about two hours
+# make experiments-controlled   the core of experiments/README.md's first study anew, an hour
 # All make .venv first; PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
@@ -12,10 +12,8 @@ quickstart: .venv/installed
 	$(BIN)/python -m mixcpt_jax.main --config=configs/quickstart.py
 
 experiments-controlled: .venv/installed
-	$(BIN)/python -m experiments.controlled.run --part core
-	$(BIN)/python -m experiments.controlled.confidence
-	$(BIN)/python -m experiments.controlled.cost
-	$(BIN)/python -m experiments.tables
+	$(BIN)/python -m experiments.controlled.run --part core --results runs/controlled/results
+	$(BIN)/python -m experiments.tables --beside runs/controlled/results
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

@@ -1,10 +1,13 @@
 """Writes the numbers and plots of the README beside this file from the studies' results.
 
-    python -m experiments.tables
+    python -m experiments.tables [--beside=FOLDER]
 
-What stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README is made here.
+What stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README is made here. With
+`--beside` nothing is written: the arms of the controlled study whose results are in FOLDER
+are printed as they are recorded, and as they are there.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -515,8 +518,29 @@ def fill(text: str, records: list[Record]) -> str:
     return text
 
 
+def reproduced(records: list[Record], others: list[Record]) -> str:
+    """The tables of arms of other records, each under that of the same in ours."""
+
+    def key(record: Record) -> tuple[str, str, int]:
+        return record["base"], record["arm"], record["seed"]
+
+    wanted = set(map(key, others))
+    recorded = [record for record in records if key(record) in wanted]
+    return "\n\n".join(
+        f"{base} base, {label}:\n\n{arms_table(found, base)}"
+        for base in dict.fromkeys(record["base"] for record in others)
+        for label, found in (("as recorded", recorded), ("as run here", others))
+    )
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--beside", metavar="FOLDER", help="print, and write nothing")
+    beside = parser.parse_args().beside
     records = cells.load(run.RESULTS)
+    if beside:
+        print(reproduced(records, cells.load(pathlib.Path(beside))))
+        return
     readme = FOLDER / "README.md"
     readme.write_text(fill(readme.read_text(), records))
     for base in JUDGED:

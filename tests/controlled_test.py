@@ -202,6 +202,22 @@ def test_the_page_holds_what_the_records_say():
     assert tables.fill(readme, cells.load(run.RESULTS)) == readme
 
 
+def test_what_is_run_again_is_told_under_the_same_of_the_record():
+    records = cells.load(run.RESULTS)
+    again = [
+        record
+        for record in records
+        if record["base"] == "chat"
+        and record["arm"] in ("base", "plain", "mixture_ntp")
+        and record["seed"] < 3
+    ]
+    told = tables.reproduced(records, again).split("\n\n")
+    assert told[::2] == ["chat base, as recorded:", "chat base, as run here:"]
+    recorded, here = told[1::2]
+    assert recorded == here == tables.arms_table(again, "chat")
+    assert len(here.splitlines()) == 2 + 2
+
+
 def test_a_tiny_study_runs_and_runs_nothing_twice(project, tmp_path):
     command = [sys.executable, "-m", "experiments.controlled.run", "--tiny"]
     command += [
