@@ -11,7 +11,7 @@ import contextlib
 import functools
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_collections
@@ -38,13 +38,16 @@ _PHASE = flags.DEFINE_string(
     "trains. A run takes all of them.",
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Elsewhere: HOST:PORT of the process 0. Implies --distributed."
+    "coordinator",
+    None,
+    "Where jax does not find the hosts by itself, on each of them: HOST:PORT of the "
+    "first. Implies --distributed.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Elsewhere: how many processes there are.", 1
+    "num_processes", None, "With --coordinator: how many hosts there are.", 1
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Elsewhere: which of them this is, from 0 on.", 0
+    "process_id", None, "With --coordinator: which host this is, from 0 on.", 0
 )
 _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "heartbeat_timeout",
@@ -180,23 +183,31 @@ def run(
     }
     configs = phase_configs(config, workdir)
     for name, phase_config in configs.items():
-        try:
+        with _naming(name, config):
             config_lib.validate(phase_config, jax.device_count())
-        except InputError as error:
-            if name not in config.overrides:
-                raise
-            raise InputError(
-                f"phase {name}, whose own settings are overrides.{name}: {error}"
-            ) from error
     folders = {name: phase_folder(config, workdir, name) for name in configs}
     # All before the first: hours of training must not end in a refusal.
     for name, phase_config in configs.items():
         phase.finished(phase_config, folders[name])
-    results = {
-        name: jobs[phase_config.job](phase_config, folders[name], name)
-        for name, phase_config in configs.items()
-    }
+    results = {}
+    for name, phase_config in configs.items():
+        with _naming(name, config):
+            run_job = jobs[phase_config.job]
+            results[name] = run_job(phase_config, folders[name], name)
     return folders, results
+
+
+@contextlib.contextmanager
+def _naming(phase: str, config: ml_collections.ConfigDict) -> Iterator[None]:
+    """Adds to a mistake in which phase it is, where that one has settings of its own."""
+    try:
+        yield
+    except InputError as error:
+        if phase not in config.overrides:
+            raise
+        raise InputError(
+            f"phase {phase}, whose own settings are overrides.{phase}: {error}"
+        ) from error
 
 
 def _is_distributed() -> bool:

@@ -152,6 +152,12 @@ def read_model_config(path: str) -> ModelConfig:
         return _config_from_gguf(open_gguf(file), file)
     if not path.endswith(".json"):
         path = f"{path.rstrip('/')}/{_MARKER}"
+        if not paths.resolve(path).exists():
+            raise InputError(
+                f"{path}: no such file; a Hugging Face folder or a .gguf file is wanted. "
+                "Nothing is downloaded: a model of the hub becomes a folder by "
+                "`hf download NAME --local-dir FOLDER`"
+            )
     return _config_from_hf(paths.require_file(path))
 
 

@@ -377,7 +377,8 @@ def _conversation(record: Record, fields: dict) -> list[dict[str, str]]:
         found = ", ".join(sorted(record.fields)) or "none"
         raise InputError(
             f"{record.place}: no field {name!r}, 'instruction' or 'prompt' (found: "
-            f"{found}); map one with the source's `fields`"
+            f"{found}); map one, as in "
+            "--config.sources.NAME.fields=\"{'prompt': 'question'}\""
         )
     *question, answer = _instruction(record, fields)
     return [
@@ -489,8 +490,8 @@ def _read_field(record: Record, name: str, also: str = "") -> str:
     if name not in record.fields:
         found = ", ".join(sorted(record.fields)) or "none"
         raise InputError(
-            f"{record.place}: no field {name!r} (found: {found}); map it with the "
-            "source's `fields`"
+            f"{record.place}: no field {name!r} (found: {found}); map it, as in "
+            "--config.sources.NAME.fields=\"{'text': 'body'}\""
         )
     value = record.fields[name]
     _check_text(value, f"field {name!r}", record.place, also=also)

@@ -148,8 +148,8 @@ def held_out(
     if not are_more:
         raise InputError(
             f"{where}: cannot hold out {num_records} of the {len(chosen)} distinct "
-            "records there are (a text file is one record); make the source's holdout "
-            "smaller, as in --config.sources.NAME.holdout=0"
+            "records there are; give more of them (a text file is one record, a line of "
+            "JSON lines too), or hold out fewer by --config.sources.NAME.holdout"
         )
     return chosen
 
