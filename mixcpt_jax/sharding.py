@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import topologies
+from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -79,14 +79,24 @@ def _sizes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
-    """Builds the `(data, fsdp, tensor)` mesh over all devices of all hosts."""
+    """Builds the `(data, fsdp, tensor)` mesh over all devices of all hosts.
+
+    An axis may take a part of a side of the torus, such as data=4 and fsdp=64 of 16x16.
+
+    Raises:
+      InputError: the sizes do not lay out the devices, or these are of several slices.
+    """
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh(
-        mesh_shape(sizes, len(devices)),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        raise InputError(
+            f"the devices are of {len(slices)} slices; one run takes one slice"
+        )
+    # `jax.make_mesh` does the same and splits a side on v5e alone.
+    laid_out = mesh_utils.create_device_mesh(
+        mesh_shape(sizes, len(devices)), devices, allow_split_physical_axes=True
     )
+    return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def make_topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:

@@ -1,8 +1,12 @@
+import types
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from configs import presets
 from mixcpt_jax import sharding
 from mixcpt_jax.errors import InputError
 
@@ -18,6 +22,23 @@ def test_the_open_axis_takes_the_devices_that_are_left():
 def test_impossible_meshes_are_refused(sizes):
     with pytest.raises(InputError, match="mesh: "):
         sharding.mesh_shape(dict(zip(sharding.MESH_AXES, sizes, strict=True)), 8)
+
+
+@pytest.mark.parametrize("topology", presets.SLICES.values())
+def test_chips_that_share_weights_are_neighbours_on_every_slice(topology):
+    pytest.importorskip("libtpu")
+    sizes = {"data": 4, "fsdp": -1, "tensor": 1}
+    mesh = sharding.make_topology_mesh(topology, sizes)
+    for group in mesh.devices:
+        coordinates = np.array([chip.coords for chip in group.flat])
+        box = np.ptp(coordinates, axis=0) + 1
+        assert box.prod() == group.size
+
+
+def test_several_slices_are_refused():
+    devices = [types.SimpleNamespace(slice_index=i // 4) for i in range(8)]
+    with pytest.raises(InputError, match="of 2 slices; one run takes one"):
+        sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, devices)
 
 
 def test_logical_axes_to_mesh_axes():
