@@ -383,11 +383,9 @@ class Progress:
     def measuring(self, num_batches: int) -> Iterator[Callable[[int], None]]:
         """A second bar; what it gives is told how many batches are done."""
         task = self._bar.add_task("measuring", total=num_batches, reached="")
-        say = self.say if not self._console.is_terminal else None
+        name = f"{self._name}: measuring"
         try:
-            yield _update_of(
-                self._bar, task, f"{self._name}: measuring", num_batches, say
-            )
+            yield _update_of(self._bar, task, name, num_batches, self.say)
         finally:
             self._bar.remove_task(task)
 
@@ -408,7 +406,7 @@ def bar(name: str, total: int, enabled: bool = True) -> Iterator[Callable[[int],
     In a terminal it is a bar, elsewhere a line now and then.
     """
     console = rich_console.Console(stderr=True)
-    say = terminal.say if enabled and not console.is_terminal else None
+    say = terminal.say if enabled else None
     with _rich_bar(console, enabled, transient=True) as shown:
         task = shown.add_task(name, total=total, reached="")
         yield _update_of(shown, task, name, total, say)
@@ -468,7 +466,7 @@ def _update_of(
     def update(done: int) -> None:
         shown.update(task, completed=done)
         left = pace.left(done)
-        if say and pace.is_due():
+        if say and not shown.console.is_terminal and pace.is_due():
             say(f"{name} {done}/{total}{left}")
 
     return update

@@ -81,16 +81,21 @@ def copy_file(source: epath.Path, target: epath.Path) -> None:
         shutil.copyfileobj(content, copy, _COPY_BYTES)
 
 
-def require_file(path: str) -> epath.Path:
+def require_file(path: str, remedy: str = "") -> epath.Path:
     """Resolves `path` and checks that it is an existing file.
+
+    Args:
+      path: local, in a bucket or in a package.
+      remedy: what to do if it is not there.
 
     Raises:
       InputError: there is no such file.
     """
     resolved = resolve(path)
     if not resolved.exists():
-        place = "" if str(resolved) == path else f" (looked for {resolved})"
-        raise InputError(f"{path}: no such file{place}")
+        rest = "" if str(resolved) == path else f" (looked for {resolved})"
+        rest += f"; {remedy}" if remedy else ""
+        raise InputError(f"{path}: no such file{rest}")
     if resolved.is_dir():
         raise InputError(f"{path}: is a folder, a file is wanted")
     return resolved

@@ -84,7 +84,12 @@ def comparison(results: dict[str, dict[str, Any]]) -> str:
 
 def wall_times(results: dict[str, dict[str, Any]]) -> str:
     """How long each phase took, those that measure nothing too."""
-    times = [f"{name} {result['seconds']:.0f} s" for name, result in results.items()]
+    # What an older version finished may not say.
+    times = [
+        f"{name} {result['seconds']:.0f} s"
+        for name, result in results.items()
+        if "seconds" in result
+    ]
     return f"Wall time: {', '.join(times)}."
 
 

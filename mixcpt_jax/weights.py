@@ -123,6 +123,10 @@ _FIXED_OF = {
 
 # Without it nobody takes a folder for a model.
 _MARKER = "config.json"
+_REMEDY = (
+    "a Hugging Face folder or a .gguf file is wanted. Nothing is downloaded: a model of "
+    "the hub becomes a folder by `hf download NAME --local-dir FOLDER`"
+)
 
 Index = tuple[slice, ...]
 
@@ -150,15 +154,10 @@ def read_model_config(path: str) -> ModelConfig:
     if path.endswith(".gguf"):
         file = paths.require_file(path)
         return _config_from_gguf(open_gguf(file), file)
-    if not path.endswith(".json"):
-        path = f"{path.rstrip('/')}/{_MARKER}"
-        if not paths.resolve(path).exists():
-            raise InputError(
-                f"{path}: no such file; a Hugging Face folder or a .gguf file is wanted. "
-                "Nothing is downloaded: a model of the hub becomes a folder by "
-                "`hf download NAME --local-dir FOLDER`"
-            )
-    return _config_from_hf(paths.require_file(path))
+    if path.endswith(".json"):
+        return _config_from_hf(paths.require_file(path))
+    file = f"{path.rstrip('/')}/{_MARKER}"
+    return _config_from_hf(paths.require_file(file, _REMEDY))
 
 
 def load_params(path: str, abstract_params: Params) -> Params:
