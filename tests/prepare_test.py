@@ -27,6 +27,13 @@ def config(tiny_config, tmp_path):
     return tiny_config
 
 
+@pytest.fixture
+def few_records(config):
+    """A teacher reads all records that there are, so there are few."""
+    for source in config.sources.values():
+        source.max_records = 60
+
+
 def tokenizer(config):
     return tokenizer_lib.load(config.model.path)
 
@@ -352,12 +359,14 @@ def test_a_prepared_teacher_gives_the_losses_of_a_running_one(config, tmp_path):
     assert_close(taught(config, tmp_path / "taught"), rows(tmp_path / "step"), 4e-3)
 
 
+@pytest.mark.usefixtures("few_records")
 def test_in_bfloat16_a_prepared_teacher_is_exact(config, tmp_path):
     config.model.compute_dtype = "bfloat16"
     train.run(config, str(tmp_path / "step"), "cpt")
     assert_close(taught(config, tmp_path / "taught"), rows(tmp_path / "step"), 1e-6)
 
 
+@pytest.mark.usefixtures("few_records")
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_a_compact_teacher_that_keeps_all_is_exact(config, tmp_path, temperature):
     config.objective.teacher_temperature = temperature
@@ -368,6 +377,7 @@ def test_a_compact_teacher_that_keeps_all_is_exact(config, tmp_path, temperature
     assert_close(taught(config, tmp_path / "taught"), rows(tmp_path / "step"), 6e-3)
 
 
+@pytest.mark.usefixtures("few_records")
 def test_a_compact_teacher_underestimates_the_divergence(config, tmp_path):
     config.objective.kd_weight = 1.0
     train.run(config, str(tmp_path / "step"), "cpt")
@@ -392,6 +402,7 @@ def test_training_holds_no_more_of_the_teacher_than_it_reads(
     assert len(frozen or {}) == leaves
 
 
+@pytest.mark.usefixtures("few_records")
 def test_adapters_read_a_prepared_teacher(config, tmp_path):
     config.lora.rank = 4
     train.run(config, str(tmp_path / "step"), "cpt")
