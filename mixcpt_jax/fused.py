@@ -413,8 +413,9 @@ def default_sizes(num_columns: int) -> tuple[int, int]:
 def _layout(vocab_parallel: bool) -> Layout:
     if jax.sharding.get_abstract_mesh().empty:
         return Layout()
-    vocab_axes = (RULES["vocab"],)
-    return Layout(BATCH_AXES, (FSDP, *vocab_axes) if vocab_parallel else vocab_axes)
+    vocab_axes = (FSDP, RULES["vocab"]) if vocab_parallel else (RULES["vocab"],)
+    # Over an axis of one device nothing is to be exchanged.
+    return Layout(BATCH_AXES, tuple(a for a in vocab_axes if _axes_size((a,)) > 1))
 
 
 def _axes_size(axes: tuple[str, ...]) -> int:
@@ -509,8 +510,10 @@ def _sharded_sweep(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
 def _scatters(options: _Options, hidden_size: int) -> bool:
     """Whether each device keeps one slice of the unembedding's gradient over fsdp."""
     token_axes, vocab_axes = options.layout
-    is_summed = FSDP in token_axes and FSDP not in vocab_axes
-    return is_summed and hidden_size % _axes_size((FSDP,)) == 0
+    if FSDP not in token_axes or FSDP in vocab_axes:
+        return False
+    shards = _axes_size((FSDP,))
+    return shards > 1 and hidden_size % shards == 0
 
 
 def _sweep(options, with_gradients, by_token, kernel, teacher_kernel):

@@ -41,9 +41,6 @@ from mixcpt_jax.errors import InputError
 # scores, their gradient, the values' and the keys' going back.
 _KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
-# How many of those that a search compiled quickly are compiled as they would run.
-_FINALISTS = 6
-
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
@@ -213,7 +210,8 @@ def compile_lowered(
       lowered: the program.
       mesh: of the slice; its devices need not be there.
       quick: in a third of the time, to a program of the same products and collectives in
-        which nothing overlaps. Its memory differs by a few percent.
+        which nothing overlaps. Its memory is about the same: 14.4 instead of 14.8 GiB
+        for Llama-3-8B on v5e:4x4.
 
     Raises:
       DoesNotFit: the compiler finds no room for it.
@@ -463,13 +461,14 @@ def search(
     config: ml_collections.ConfigDict,
     topology: str,
     remats: tuple[str, ...] = config_lib.REMAT,
+    finalists: int = 6,
 ) -> list[dict[str, Any]]:
     """Plans that fit, fastest first, over meshes, rematerialisation and microbatches.
 
-    All are compiled quickly, and the fastest of them as they would run. Of each mesh and
-    rematerialisation the two fewest numbers of microbatches that fit are tried: more of
-    them gather and reduce the weights more often, but where memory is short the compiler
-    multiplies again what it cannot keep.
+    All are compiled quickly, and the `finalists` fastest of them as they would run. Of
+    each mesh and rematerialisation the two fewest numbers of microbatches that fit are
+    tried: more of them gather and reduce the weights more often, but where memory is
+    short the compiler multiplies again what it cannot keep.
     """
     fitting = []
     for mesh in _meshes(config, topology):
@@ -478,7 +477,7 @@ def search(
     fitting.sort(key=lambda candidate: candidate[1]["time"]["step"])
     print("\nThe fastest, compiled as they would run:", flush=True)
     plans = []
-    for candidate, _ in fitting[:_FINALISTS]:
+    for candidate, _ in fitting[:finalists]:
         plans.append(make(candidate, topology))
         print(_one_line(plans[-1]), flush=True)
     fit = [plan for plan in plans if plan["fits"]]
