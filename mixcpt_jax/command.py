@@ -37,7 +37,8 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
     preemption.interrupt()
     try:
         try:
-            command(*args)
+            with preemption.in_time():
+                command(*args)
         finally:
             preemption.ignore()
     except (InputError, FloatingPointError) as error:

@@ -4,10 +4,18 @@ Whatever a run does may be cut off at any moment, since its files are written wh
 not at all. Only what training has learnt since its last checkpoint would be lost. So
 SIGTERM raises `Preempted` at once, wherever the run is, but for the training loop: there a
 `Notice` takes it down, the loop ends its step and saves, and raises `Preempted` itself.
+Python raises only between two of its own instructions, and a compilation is one, which can
+take minutes: a command that does not end `in_time` is ended.
 """
 
+import contextlib
+import os
+import select
 import signal
-from collections.abc import Callable
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -21,6 +29,11 @@ class Preempted(BaseException):
 # SIGTERM, and the alarm that repeats it.
 _SIGNALS = signal.SIGTERM, signal.SIGALRM
 _SECONDS_BETWEEN_REPEATS = 0.5
+# From SIGTERM to the end of a process that has nothing to save.
+_PATIENCE = 5.0
+
+# Whether a `Notice` has put SIGTERM off, so that what was learnt is saved first.
+_is_deferred = False
 
 
 def interrupt() -> None:
@@ -44,8 +57,48 @@ def _raise(*_) -> None:
     raise Preempted
 
 
+@contextlib.contextmanager
+def in_time() -> Iterator[None]:
+    """SIGTERM inside ends the process within seconds, whatever call it is in.
+
+    Not where a `Notice` has put it off. Of a child that is forked inside nothing is
+    heard.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    # Written to as the signal comes, before Python can do anything about it.
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_end_if_late, args=(reading,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+
+
+def _end_if_late(reading: int) -> None:
+    """Reads numbers of signals until there is no more to come."""
+    deadline = None
+    while True:
+        left = None if deadline is None else max(0, deadline - time.monotonic())
+        if select.select([reading], [], [], left)[0]:
+            number = os.read(reading, 1)
+            if not number:
+                break
+            if number[0] == signal.SIGTERM and deadline is None:
+                deadline = time.monotonic() + _PATIENCE
+        elif _is_deferred:
+            deadline = None
+        else:
+            sys.stdout.flush()
+            print(Preempted(), file=sys.stderr, flush=True)
+            os._exit(0)
+    os.close(reading)
+
+
 class Notice:
-    """SIGTERM is noted and nothing more; use it as a context manager.
+    """From `defer` on SIGTERM is noted and nothing more; use it as a context manager.
 
     With several processes jax notes the signal (`jax.distributed.initialize` takes it
     over, everywhere), tells the other hosts, and agrees with them on a step.
@@ -59,17 +112,24 @@ class Notice:
 
         self._has_come = False
         self._is_alone = jax.process_count() == 1
-        if self._is_alone:
-            self._before = [signal.getsignal(number) for number in _SIGNALS]
-            _handle_by(self._note)
         return self
 
     def __exit__(self, kind, *exception) -> None:
-        if self._is_alone:
+        global _is_deferred
+        if _is_deferred:
             for number, handler in zip(_SIGNALS, self._before, strict=True):
                 signal.signal(number, handler)
+            _is_deferred = False
         if self._has_come and kind is None:
             raise Preempted
+
+    def defer(self) -> None:
+        """To be called as soon as there is something to save; again it does nothing."""
+        global _is_deferred
+        if self._is_alone and not _is_deferred:
+            _is_deferred = True
+            self._before = [signal.getsignal(number) for number in _SIGNALS]
+            _handle_by(self._note)
 
     def has_come(self, step: int) -> bool:
         """Whether to stop after this step; asked after every step, on every host."""
@@ -82,10 +142,10 @@ class Notice:
     def unless_it_comes(self, function: Callable[..., Any], *args: Any) -> Any | None:
         """Calls a function that leaves nothing half done; None if SIGTERM cut it off.
 
-        Once SIGTERM has come nothing is called. With several processes the function is
+        Once SIGTERM is noted nothing is called. With several processes the function is
         not cut off, as it would not be at the same place on all of them.
         """
-        if not self._is_alone:
+        if not _is_deferred:
             return function(*args)
         try:
             _handle_by(self._note_and_raise)

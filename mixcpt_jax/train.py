@@ -191,6 +191,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             batch = _anneal(next(batches), config.objective.anneal, step, num_steps)
             batch = _put_rows(batch, config, mesh)
             state, step_metrics = program.train_step(state, frozen, batch)
+            notice.defer()
             # The device is busy with this step while the host reads the one before.
             read_pending()
             is_last = step == num_steps

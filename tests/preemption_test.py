@@ -1,5 +1,6 @@
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -69,6 +70,7 @@ def test_where_it_is_noted_nothing_is_cut_off():
 
     def loop():
         with preemption.Notice() as notice:
+            notice.defer()
             for step in range(1, 5):
                 if step == 2:
                     sigterm()
@@ -91,6 +93,7 @@ def test_what_may_be_cut_off_is_and_nothing_of_the_kind_begins_after():
 
     def stretch():
         with preemption.Notice() as notice:
+            notice.defer()
             assert notice.unless_it_comes(lambda x: x + 1, 1) == 2
             assert not notice.has_come(1)
             assert notice.unless_it_comes(measure) is None
@@ -106,6 +109,7 @@ def test_what_may_be_cut_off_is_and_nothing_of_the_kind_begins_after():
 def test_an_error_is_not_hidden_by_a_signal():
     def failing():
         with preemption.Notice() as notice:
+            notice.defer()
             sigterm()
             assert notice.has_come(1)
             raise ZeroDivisionError
@@ -139,6 +143,7 @@ def test_what_comes_again_cuts_off_no_step():
     def loop():
         Careless()
         with preemption.Notice() as notice:
+            notice.defer()
             for step in range(1, 100):
                 time.sleep(0.1)
                 if notice.has_come(step):
@@ -147,3 +152,52 @@ def test_what_comes_again_cuts_off_no_step():
     sys.unraisablehook = lambda _: None
     with pytest.raises(preemption.Preempted, match="after step"):
         loop()
+
+
+# Python hears of no signal in here; the first million takes about a second.
+LONG_CALL = """
+import hashlib, sys
+from mixcpt_jax import command, preemption
+preemption._PATIENCE = 0.5
+def long_call(millions):
+    print("begins", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", millions * 2_000_000)
+"""
+
+
+def stop_in_the_call(program):
+    child = subprocess.Popen(
+        [sys.executable, "-c", LONG_CALL + program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        assert child.stdout.readline() == "begins\n"
+        began = time.monotonic()
+        child.send_signal(signal.SIGTERM)
+        output, errors = child.communicate(timeout=60)
+    return child.returncode, output, errors, time.monotonic() - began
+
+
+def test_a_call_that_hears_of_no_signal_is_ended():
+    program = "command.explained(long_call, 100)"
+    status, _, errors, seconds = stop_in_the_call(program)
+    assert status == 0
+    assert errors == "stopped by SIGTERM; the same command goes on\n"
+    assert seconds < 20
+
+
+def test_what_is_to_be_saved_is_waited_for():
+    program = """
+def train():
+    with preemption.Notice() as notice:
+        notice.defer()
+        long_call(2)
+        assert notice.has_come(1)
+        print("saved", flush=True)
+command.explained(train)
+"""
+    status, output, _, seconds = stop_in_the_call(program)
+    assert (status, output) == (0, "saved\n")
+    assert seconds > 0.5
