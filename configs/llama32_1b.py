@@ -15,4 +15,4 @@ from configs import presets
 
 
 def get_config(slice_name: str = ""):
-    return presets.get_config("llama32_1b", slice_name, 4, fsdp=16)
+    return presets.get_config("llama32_1b", slice_name, 4, fsdp=(1, 16))

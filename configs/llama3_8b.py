@@ -15,4 +15,4 @@ from configs import presets
 
 
 def get_config(slice_name: str = ""):
-    return presets.get_config("llama3_8b", slice_name, 2, fsdp=64)
+    return presets.get_config("llama3_8b", slice_name, 2, fsdp=(16, 64))

@@ -6,21 +6,34 @@ else is set as there: `model.path`, the paths of the sources, the steps.
 """
 
 import math
+from typing import NamedTuple
 
 import ml_collections
 
 from configs import cpt
 from mixcpt_jax import config as config_lib
 
-# Slice -> its topology.
+
+class Slice(NamedTuple):
+    """A TPU slice, and how many of its chips share the weights; the rest hold copies.
+
+    With those, and no fewer, the modelled step of Llama-3-8B is shortest: fewer have to
+    reduce larger pieces over the copies, and gradients that a whole square slice shares
+    are all-reduced where all others are reduce-scattered.
+    """
+
+    topology: str
+    fsdp: int
+
+
 SLICES = {
-    "v5e-16": "v5e:4x4",
-    "v5e-64": "v5e:8x8",
-    "v5e-256": "v5e:16x16",
-    "v5p-8": "v5p:2x2x1",
-    "v5p-64": "v5p:2x4x4",
-    "v6e-16": "v6e:4x4",
-    "v6e-256": "v6e:16x16",
+    "v5e-16": Slice("v5e:4x4", 8),
+    "v5e-64": Slice("v5e:8x8", 16),
+    "v5e-256": Slice("v5e:16x16", 64),
+    "v5p-8": Slice("v5p:2x2x1", 4),
+    "v5p-64": Slice("v5p:2x4x4", 16),
+    "v6e-16": Slice("v6e:4x4", 8),
+    "v6e-256": Slice("v6e:16x16", 64),
 }
 
 
@@ -29,7 +42,10 @@ MEMORY = {"v5e": 1, "v6e": 2, "v5p": 4}
 
 
 def get_config(
-    architecture: str, slice_name: str, rows_per_chip: int = 2, fsdp: int = -1
+    architecture: str,
+    slice_name: str,
+    rows_per_chip: int,
+    fsdp: tuple[int, int],
 ) -> ml_collections.ConfigDict:
     """The preset of a model on a slice.
 
@@ -38,18 +54,20 @@ def get_config(
       slice_name: of `SLICES`; empty: the first.
       rows_per_chip: sequences of 4,096 tokens that a v5e takes at a time, the others in
         proportion to their memory; as many microbatches as the batch then needs.
-      fsdp: chips that share the weights; the rest hold copies. -1: all.
+      fsdp: of a v5e the fewest chips that can hold the weights together, of the others
+        fewer in proportion to their memory; and the most that are to share them.
     """
     config_lib.check_variant(slice_name, tuple(SLICES))
     slice_name = slice_name or next(iter(SLICES))
     config = cpt.get_config()
     folder = "package:mixcpt_jax/assets/architectures"
     config.model.architecture = f"{folder}/{architecture}.json"
-    topology = SLICES[slice_name]
+    topology, shared_by = SLICES[slice_name]
     chip, _, sides = topology.partition(":")
     chips = math.prod(map(int, sides.split("x")))
+    fewest, most = fsdp
     config.mesh.topology = topology
-    config.mesh.fsdp = chips if fsdp == -1 else min(fsdp, chips)
+    config.mesh.fsdp = max(min(shared_by, most), fewest // MEMORY[chip])
     config.mesh.data = chips // config.mesh.fsdp
     config.data.batch_size = config.eval.batch_size = max(64, chips)
     parts = config.data.batch_size // (chips * rows_per_chip * MEMORY[chip])

@@ -16,4 +16,4 @@ from configs import presets
 
 # Its shape is that of Qwen2-7B.
 def get_config(slice_name: str = ""):
-    return presets.get_config("qwen2_7b", slice_name, 2, fsdp=64)
+    return presets.get_config("qwen2_7b", slice_name, 2, fsdp=(16, 64))

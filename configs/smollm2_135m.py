@@ -15,4 +15,4 @@ from configs import presets
 
 
 def get_config(slice_name: str = ""):
-    return presets.get_config("smollm2_135m", slice_name, 4, fsdp=1)
+    return presets.get_config("smollm2_135m", slice_name, 4, fsdp=(1, 1))

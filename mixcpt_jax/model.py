@@ -570,7 +570,7 @@ def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32) -> Param
 
 def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
     """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`s."""
-    state = nnx.to_pure_dict(nnx.state(_abstract_decoder(config, dtype, "none")))
+    state = nnx.to_pure_dict(nnx.state(_abstract_decoder(config, jnp.float32, "none")))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), state)
 
 
@@ -678,9 +678,11 @@ def merge_adapters(params: Params, adapters: Params, lora: Lora) -> Params:
     return params | {"layers": layers}
 
 
+@functools.cache
 def _abstract_decoder(
     config: ModelConfig, dtype, remat: str, lora: Lora | None = None
 ) -> Decoder:
+    """The network with shapes in the place of arrays; not to be changed."""
     return nnx.eval_shape(
         lambda: Decoder(config, jnp.dtype(dtype), remat, lora, rngs=nnx.Rngs(0))
     )

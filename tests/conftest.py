@@ -39,6 +39,18 @@ def compiled_anew():
     compilation_cache.reset_cache()
 
 
+@pytest.fixture
+def compiled_quickly(monkeypatch):
+    """For tests that compile for a slice whatever need not be as it would run.
+
+    So do their processes. Compiling for a CPU takes the same effort as ever.
+    """
+    monkeypatch.setenv("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1")
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    yield
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, write_tiny_model) -> str:
     """An HF folder with a random two-layer model and a byte-level BPE tokenizer."""

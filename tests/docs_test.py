@@ -59,6 +59,7 @@ def scripts():
             yield pytest.param("\n".join(blocks), id=page.stem)
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("script", list(scripts()))
 def test_what_a_page_says_runs(script, tmp_path, write_tiny_model):
     model = write_tiny_model(tmp_path / "model", max_positions=512)
@@ -135,6 +136,7 @@ done
 }
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_what_wants_models_buckets_and_slices_runs(tmp_path, write_tiny_model):
     pytest.importorskip("libtpu")
     pytest.importorskip("lm_eval")

@@ -64,6 +64,7 @@ def test_only_hidden_states_and_scalars_cross_between_shards_of_the_vocabulary()
         assert collective.num_bytes <= 2048 * HIDDEN * 4, collective
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_the_step_holds_a_block_of_logits_and_computes_nothing_twice():
     block, length = 1024, 2048
     compiled = lssd_head.compile_step(
@@ -89,6 +90,7 @@ def test_the_step_holds_a_block_of_logits_and_computes_nothing_twice():
     assert module.flops <= 1.05 * needed
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_with_adapters_the_teacher_costs_no_second_copy():
     lora = model.Lora(8, 8.0, model.LORA_TARGETS)
     length = 1024
