@@ -6,13 +6,16 @@ case; each letter of a script that is written without blanks is one by itself.
 """
 
 import collections
+import functools
 import hashlib
 import re
+import typing
 import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import datasketch
+if typing.TYPE_CHECKING:  # It imports SciPy, and is asked for by few runs.
+    import datasketch
 
 REASONS = (
     "too_short",
@@ -31,7 +34,6 @@ LEAST_WORDS = 8
 # The standard error of an estimated Jaccard similarity is 0.03 at most.
 _NUM_HASHES = 256
 _RECALL = 0.99
-_NO_WORDS = datasketch.MinHash(_NUM_HASHES, seed=1)
 _ALONE = (
     "\u0e00-\u0eff"  # Thai, Lao
     "\u1000-\u109f"  # Burmese
@@ -55,7 +57,7 @@ class Findings(NamedTuple):
 
     reason: str
     digest: bytes = b""
-    min_hash: datasketch.LeanMinHash | None = None
+    min_hash: "datasketch.LeanMinHash | None" = None
 
 
 class Ngrams(NamedTuple):
@@ -157,15 +159,24 @@ def repetition(words: list[str]) -> float:
     return sum(len(words[number]) for number in covered) / max(total, 1)
 
 
-def min_hash(words: list[str]) -> datasketch.LeanMinHash:
+def min_hash(words: list[str]) -> "datasketch.LeanMinHash":
     """256 MinHash values of the set of word 5-grams.
 
     A text of fewer words is a single 5-gram.
     """
-    hashes = _NO_WORDS.copy()
+    import datasketch
+
+    hashes = _no_words().copy()
     shingles = set(_ngrams(words, WORDS_PER_SHINGLE)) or {" ".join(words)}
     hashes.update_batch([s.encode("utf-8", "surrogatepass") for s in shingles])
     return datasketch.LeanMinHash(hashes)
+
+
+@functools.cache
+def _no_words() -> "datasketch.MinHash":
+    import datasketch
+
+    return datasketch.MinHash(_NUM_HASHES, seed=1)
 
 
 def ngrams_of(texts: Iterable[str], n: int) -> Ngrams:
@@ -208,16 +219,21 @@ class Seen:
         values of a band agree, as 99% of the pairs at the threshold do.
         """
         self._threshold = threshold
+        self._digests = set()
+        self._min_hashes = []
+
+    @functools.cached_property
+    def _index(self) -> "datasketch.MinHashLSH":
+        import datasketch
+
         # The longest bands that let almost no pair at the threshold slip spare the most
         # comparisons.
         sizes = range(1, _NUM_HASHES // 2 + 1)
-        slips = [(1 - threshold**size) ** (_NUM_HASHES // size) for size in sizes]
+        slips = [(1 - self._threshold**size) ** (_NUM_HASHES // size) for size in sizes]
         size = max(1, sum(slip <= 1 - _RECALL for slip in slips))
-        self._index = datasketch.MinHashLSH(
+        return datasketch.MinHashLSH(
             num_perm=_NUM_HASHES, params=(_NUM_HASHES // size, size)
         )
-        self._digests = set()
-        self._min_hashes = []
 
     def reason(self, findings: Findings) -> str:
         """Says why a text is not to be learnt, and remembers one that is.
