@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mixcpt_jax.attention import attend, attend_to_cache
 from mixcpt_jax.errors import InputError
-from mixcpt_jax.sharding import constrain
+from mixcpt_jax.sharding import constrain, scatter_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +294,8 @@ class Layer(nnx.Module):
         def param(suffix=""):
             return getattr(self, name + suffix)[...].astype(self.dtype)
 
-        y_TxO = x_TxI @ param()
+        kernel_axes = param_axes(self.config)["layers"][name][1:]
+        y_TxO = x_TxI @ scatter_gradient(param(), kernel_axes)
         if self.lora is not None and name in self.lora.targets:
             # Never a merged kernel: its gradient would be as large as the kernel.
             narrow_TxR = (x_TxI @ param("_lora_a")) * self.lora.scale

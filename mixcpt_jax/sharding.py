@@ -3,9 +3,11 @@
 A batch is split over `data` and `fsdp`. Parameters and their optimizer moments are
 split over `fsdp` (along the hidden size) and `tensor` (along heads, MLP columns and
 the vocabulary); `data` holds copies of them. All axes are Auto: the compiler places
-the collectives, `constrain` only tells it where activations live.
+the collectives, `constrain` only tells it where activations live, and
+`scatter_gradient` by which way a gradient gets to its place.
 """
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mixcpt_jax.errors import InputError
@@ -177,3 +179,41 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(logical_axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def scatter_gradient(kernel: jax.Array, logical_axes: tuple[str, ...]) -> jax.Array:
+    """The kernel itself, whose gradient is reduce-scattered wherever it is shared.
+
+    XLA all-reduces the gradient of an array that all chips of a slice share if the slice
+    is square or has three sides, and reduce-scatters it otherwise. So it is first asked
+    for in half as many parts, of which each is then on two chips; that comes apart
+    without a further exchange.
+
+    Args:
+      kernel: an array, or one layer of a stack.
+      logical_axes: of its dimensions.
+    """
+    del logical_axes
+    return kernel
+
+
+def _scatter_gradient_forward(kernel, logical_axes):
+    return scatter_gradient(kernel, logical_axes), None
+
+
+def _scatter_gradient_backward(logical_axes, _, gradient):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape[FSDP] != mesh.size or mesh.size < 8 or mesh.size % 2:
+        return (gradient,)
+    halved = AbstractMesh(
+        (1, mesh.size // 2, 2, 1),
+        (DATA, FSDP, "fsdp_halves", TENSOR),
+        axis_types=(AxisType.Auto,) * 4,
+    )
+    where = NamedSharding(halved, spec(logical_axes))
+    gradient = jax.lax.with_sharding_constraint(gradient, where)
+    return (constrain(gradient, *logical_axes),)
+
+
+scatter_gradient.defvjp(_scatter_gradient_forward, _scatter_gradient_backward)

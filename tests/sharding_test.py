@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import presets
@@ -55,3 +56,24 @@ def test_constrain_is_silent_without_a_mesh_and_pins_with_one():
     with jax.set_mesh(mesh):
         pinned = jax.jit(lambda x: sharding.constrain(x, "batch", None))(x)
     assert {shard.data.shape for shard in pinned.addressable_shards} == {(1, 4)}
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), None])
+def test_a_gradient_that_is_scattered_is_the_same_and_in_its_place(sizes):
+    kernel, x = np.arange(32.0).reshape(8, 4), np.linspace(0, 1, 64).reshape(8, 8)
+
+    def loss(kernel, x):
+        return jnp.sum((x @ sharding.scatter_gradient(kernel, ("hidden", "mlp"))) ** 2)
+
+    expected = jax.grad(lambda kernel, x: jnp.sum((x @ kernel) ** 2))(kernel, x)
+    if sizes is None:
+        actual = jax.jit(jax.grad(loss))(kernel, x)
+    else:
+        mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes)))
+        with jax.set_mesh(mesh):
+            where = NamedSharding(mesh, sharding.spec(("hidden", "mlp")))
+            rows = sharding.batch_sharding(mesh)
+            arrays = jax.device_put(kernel, where), jax.device_put(x, rows)
+            actual = jax.jit(jax.grad(loss))(*arrays)
+        assert actual.sharding.is_equivalent_to(where, 2)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
