@@ -17,9 +17,8 @@ from mixcpt_jax import config as config_lib
 class Slice(NamedTuple):
     """A TPU slice, and how many of its chips share the weights; the rest hold copies.
 
-    With those, and no fewer, the modelled step of Llama-3-8B is shortest: fewer have to
-    reduce larger pieces over the copies, and gradients that a whole square slice shares
-    are all-reduced where all others are reduce-scattered.
+    More have to wait for each other, fewer reduce larger pieces over the copies; see
+    `docs/speed.md`.
     """
 
     topology: str
