@@ -1,7 +1,9 @@
 """How a command ends: what the user can mend is one line, and SIGTERM is no mistake."""
 
 import argparse
+import atexit
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -35,33 +37,49 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
     """
     sys.unraisablehook = _tell_unraisable
     preemption.interrupt()
-    try:
+    with preemption.in_time():
         try:
-            with preemption.in_time():
+            try:
                 command(*args)
-        finally:
-            preemption.ignore()
-    except (InputError, FloatingPointError) as error:
-        explain(error)
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        explain(InputError(f"{error}; make room, and the same command goes on"))
-    except Exception as error:
-        if not paths.is_bucket_error(error):
-            raise
-        kind = type(error).__name__
-        explain(
-            InputError(
-                f"the bucket cannot be read or written ({kind}: {error}), not even after "
-                "trying again; what was saved is whole, and the same command goes on"
+            finally:
+                preemption.ignore()
+        except (InputError, FloatingPointError) as error:
+            explain(error)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            explain(InputError(f"{error}; make room, and the same command goes on"))
+        except Exception as error:
+            if not paths.is_bucket_error(error):
+                raise
+            kind = type(error).__name__
+            explain(
+                InputError(
+                    f"the bucket cannot be read or written ({kind}: {error}), not even "
+                    "after trying again; what was saved is whole, and the same command "
+                    "goes on"
+                )
             )
-        )
-    except preemption.Preempted as stop:
-        terminal.say(str(stop))
-    except KeyboardInterrupt:
-        terminal.say("stopped; a run keeps what it saved, and the same command goes on")
-        sys.exit(128 + signal.SIGINT)
+        except preemption.Preempted as stop:
+            terminal.say(str(stop))
+            _leave()
+        except KeyboardInterrupt:
+            terminal.say(
+                "stopped; a run keeps what it saved, and the same command goes on"
+            )
+            sys.exit(128 + signal.SIGINT)
+
+
+def _leave() -> NoReturn:
+    """Ends the process, and well.
+
+    The interpreter would take apart what libraries' threads may still be at, as the
+    signal found them: that takes long, and can crash.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _tell_unraisable(entry: Any) -> None:

@@ -15,8 +15,9 @@ def sigterm():
 
 
 @pytest.fixture(autouse=True)
-def handler():
-    """What SIGTERM does is the process's, so it is put back."""
+def handler(monkeypatch):
+    """What SIGTERM does is the process's, so it is put back; and this one stays."""
+    monkeypatch.setattr(command_line, "_leave", lambda: None)
     numbers = signal.SIGTERM, signal.SIGALRM
     before = [signal.getsignal(number) for number in numbers]
     hook = sys.unraisablehook
