@@ -37,7 +37,7 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
     """
     sys.unraisablehook = _tell_unraisable
     preemption.interrupt()
-    with preemption.in_time():
+    with preemption.in_time(_stop):
         try:
             try:
                 command(*args)
@@ -77,6 +77,16 @@ def _leave() -> NoReturn:
     signal found them: that takes long, and can crash.
     """
     atexit._run_exitfuncs()
+    _exit()
+
+
+def _stop() -> NoReturn:
+    """Ends the process while its main thread is in a call, so without exit functions."""
+    terminal.say(str(preemption.Preempted()))
+    _exit()
+
+
+def _exit() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -12,7 +12,6 @@ import contextlib
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,18 +57,21 @@ def _raise(*_) -> None:
 
 
 @contextlib.contextmanager
-def in_time() -> Iterator[None]:
-    """SIGTERM inside ends the process within seconds, whatever call it is in.
+def in_time(end: Callable[[], Any]) -> Iterator[None]:
+    """Seconds after SIGTERM came inside `end` is called, whatever the main thread is in.
 
     Not where a `Notice` has put it off. Of a child that is forked inside nothing is
     heard.
+
+    Args:
+      end: ends the process, from any thread.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     # Written to as the signal comes, before Python can do anything about it.
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-    threading.Thread(target=_end_if_late, args=(reading,), daemon=True).start()
+    threading.Thread(target=_end_if_late, args=(reading, end), daemon=True).start()
     try:
         yield
     finally:
@@ -77,7 +79,7 @@ def in_time() -> Iterator[None]:
         os.close(writing)
 
 
-def _end_if_late(reading: int) -> None:
+def _end_if_late(reading: int, end: Callable[[], Any]) -> None:
     """Reads numbers of signals until there is no more to come."""
     deadline = None
     while True:
@@ -91,9 +93,7 @@ def _end_if_late(reading: int) -> None:
         elif _is_deferred:
             deadline = None
         else:
-            sys.stdout.flush()
-            print(Preempted(), file=sys.stderr, flush=True)
-            os._exit(0)
+            end()
     os.close(reading)
 
 
