@@ -20,27 +20,40 @@ _LEAST = 20
 def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Schedule:
     """The learning rate at each step, after a linear warm-up.
 
+    Step `warmup_steps` (counted from 0), the first after the warm-up, has the peak.
+    Under "cosine" and "wsd" the last step, `num_steps - 1`, has exactly `final_ratio` of
+    it; a warm-up that leaves no step between is one step shorter. A phase of one step
+    has the last rate alone.
+
     Args:
-      config: `config.optimizer`. `schedule` is "cosine" (to `final_ratio` of the peak),
-        "wsd" (warm-up, stable, then linear to `final_ratio` over the last
-        `decay_fraction` of the steps) or "constant".
+      config: `config.optimizer`. `schedule` is "cosine" (decays from the peak on), "wsd"
+        (warm-up, stable, then a linear decay over the last `decay_fraction` of the
+        steps, or over those after the peak if they are fewer) or "constant".
       num_steps: length of the phase, warm-up included.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     final = peak * config.final_ratio
-    after_warmup = num_steps - warmup
+    if config.schedule != "constant":
+        warmup = max(min(warmup, num_steps - 2), 0)
+    steps_after_peak = num_steps - 1 - warmup
     match config.schedule:
-        case "cosine":
-            body = optax.cosine_decay_schedule(
-                peak, max(after_warmup, 1), config.final_ratio
-            )
-        case "wsd":
-            decay_steps = max(1, round(config.decay_fraction * num_steps))
-            body = optax.linear_schedule(
-                peak, final, decay_steps, transition_begin=after_warmup - decay_steps
-            )
         case "constant":
             body = optax.constant_schedule(peak)
+        case "cosine" | "wsd" if steps_after_peak == 0:
+            body = optax.constant_schedule(final)
+        case "cosine":
+            body = optax.cosine_decay_schedule(
+                peak, steps_after_peak, config.final_ratio
+            )
+        case "wsd":
+            wanted = max(1, round(config.decay_fraction * num_steps))
+            decay_steps = min(wanted, steps_after_peak)
+            body = optax.linear_schedule(
+                peak,
+                final,
+                decay_steps,
+                transition_begin=steps_after_peak - decay_steps,
+            )
         case unknown:
             raise ValueError(f"optimizer.schedule={unknown!r}")
     # Step 0 already learns: the warm-up ramp starts one step in.
