@@ -46,29 +46,17 @@ _ASIDE = "damaged"
 class Checkpoints:
     """Where one phase saves; use it as a context manager."""
 
-    def __init__(self, workdir: epath.Path, keep_last: int = 2, keep_best: int = 0):
+    def __init__(self, workdir: epath.Path, keep_last: int = 2):
         """Opens `workdir/checkpoints`, made if need be, after `restore` has read it.
 
         Args:
           workdir: the phase's folder.
           keep_last: how many of the newest checkpoints stay.
-          keep_best: how many stay for the lowest `loss` given to `save`.
         """
-        policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(keep_last)]
-        if keep_best:
-            keep.append(
-                policies.BestN(
-                    n=keep_best,
-                    get_metric_fn=lambda metrics: metrics["loss"],
-                    reverse=True,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
         self._folder = workdir / FOLDER
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
-            preservation_policy=policies.AnyPreservationPolicy(keep),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep_last),
             cleanup_tmp_directories=True,
         )
 
@@ -95,7 +83,6 @@ class Checkpoints:
         config: dict[str, Any],
         sources: dict[str, str],
         provenance: dict[str, Any],
-        loss: float | None = None,
     ) -> None:
         """Starts a save and returns once the device's arrays are copied.
 
@@ -106,7 +93,6 @@ class Checkpoints:
           config: written beside the arrays.
           sources: source name -> hash of its tokens, checked by `restore`.
           provenance: `start`, also checked, and whatever else there is to know.
-          loss: what `keep_best` compares.
 
         Raises:
           InputError: this one or the one before it cannot be written.
@@ -118,7 +104,6 @@ class Checkpoints:
             "config": json.dumps(config),
             "sources": sources,
             "provenance": json.dumps(provenance),
-            "loss": loss,
             "leaves": _describe(items),
         }
         with self._writing():
@@ -126,7 +111,6 @@ class Checkpoints:
                 step,
                 items,
                 force=True,
-                metrics=None if loss is None else {"loss": loss},
                 custom_metadata=record | {"digest": _digest(record)},
             )
 
@@ -429,11 +413,6 @@ def _read_record(entry: orbax_path.step.Metadata) -> dict[str, Any]:
     if record.keys() & {"digest", "leaves"}:
         if record.pop("digest", None) != _digest(record):
             raise _Damaged("its metadata is not what was saved")
-        if record["loss"] is not None:
-            # This, too, of all, to tell which are the best.
-            metrics = json.loads((path / "metrics" / "metrics").read_text())
-            if json.dumps(metrics) != json.dumps({"loss": record["loss"]}):
-                raise _Damaged("its metrics are not what was saved")
         return record
     # A version that had no checksums wrote it.
     leaves = {"params": ocp.checkpointables_metadata(path).metadata["params"]}

@@ -83,7 +83,6 @@ _NOT_NEGATIVE = (
     "train.num_steps",
     "train.save_every",
     "train.eval_every",
-    "train.keep_best",
     "train.max_skipped",
     "train.timeout",
     "head.chunk_size",
@@ -111,8 +110,8 @@ FREE_ON_RESUME = (
     "train.save_every",
     "train.eval_every",
     "train.keep_last",
-    "train.keep_best",
     "train.timeout",
+    "train.keep_best",  # in the configs of earlier versions
 )
 
 
@@ -300,7 +299,8 @@ def default() -> ml_collections.ConfigDict:
             "learning_rate": 1e-5,
             "schedule": "cosine",
             "warmup_steps": 0,
-            "final_ratio": 0.1,  # last learning rate / peak (cosine, wsd)
+            # Learning rate of the last step / peak (cosine, wsd).
+            "final_ratio": 0.1,
             "decay_fraction": 0.2,  # share of the steps that decay (wsd)
             "weight_decay": 0.1,
             "beta1": 0.9,
@@ -328,7 +328,6 @@ def default() -> ml_collections.ConfigDict:
             # Checkpoints that stay: should the newest be damaged on the disk, the one
             # before is used.
             "keep_last": 2,
-            "keep_best": 0,  # checkpoints kept by lowest eval loss, beside the last
             # How many steps in a row may be skipped, because their gradient is not
             # finite or a spike: parameters and moments stay as they are, and the run
             # goes on with the next batch. More of them end the run. 0: the first loss
@@ -558,16 +557,6 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
             "eval.exams, of which none has a path; add one, or set it to 0"
         )
     _check_teacher(config)
-    train = config.train
-    if train.keep_best and not (
-        train.eval_every
-        and train.save_every
-        and train.save_every % train.eval_every == 0
-    ):
-        raise InputError(
-            f"train.keep_best={train.keep_best}: needs train.save_every to be a multiple "
-            "of train.eval_every, both above 0, so that every checkpoint is measured"
-        )
     _check_sources(config)
     _check_formats(config)
     _check_selection(config)

@@ -98,9 +98,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
     with (
         guard,
         preemption.Notice() as notice,
-        checkpoint.Checkpoints(
-            phase.folder, config.train.keep_last, config.train.keep_best
-        ) as checkpoints,
+        checkpoint.Checkpoints(phase.folder, config.train.keep_last) as checkpoints,
         metrics.Writer(
             phase.folder,
             config.metrics,
@@ -120,8 +118,8 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
 
         clock = _Clock()
 
-        def measure_texts(step: int) -> float | None:
-            """Measures, writes, and returns the mean loss; None if SIGTERM came."""
+        def measure_texts(step: int) -> None:
+            """Measures and writes, unless SIGTERM comes."""
             place = f"step {step}" if step else "the start"
             progress.say(f"{phase.name}: measuring {place}")
             with progress.measuring(measure.num_batches) as show:
@@ -132,16 +130,14 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
 
                 results = notice.unless_it_comes(measure, student(), on_batch)
             if results is None:
-                return None
+                return
             writer.write_items(step, measure.items)
             writer.write(step, _prefixed(results))
             text_losses = [v for k, v in results.items() if k.endswith("/loss")]
-            loss = float(np.mean(text_losses)) if text_losses else None
-            mean = "" if loss is None else f", mean loss {loss:.4f}"
+            mean = f", mean loss {np.mean(text_losses):.4f}" if text_losses else ""
             progress.say(
                 f"{phase.name}: measured {place}{mean}", step=step, **_prefixed(results)
             )
-            return loss
 
         def answer_prompts(step: int) -> None:
             answers = notice.unless_it_comes(measure.answers, student())
@@ -200,10 +196,9 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             is_logged = is_saved or _is_due(step, config.train.log_every)
             if is_logged:
                 pending = step, step_metrics
-            loss = None
             if _is_measured(step, config, num_steps):
                 read_pending()
-                loss = measure_texts(step)
+                measure_texts(step)
                 clock.restart(step)
             if _is_answered(step, config, num_steps):
                 answer_prompts(step)
@@ -222,7 +217,6 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
                     phase.given.to_dict(),
                     fingerprint,
                     provenance,
-                    loss,
                 )
                 guard.alive()
                 clock.restart(step)

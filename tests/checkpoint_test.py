@@ -51,7 +51,6 @@ def save(folder, steps, **options):
                 {"seed": 0},
                 SOURCES,
                 PROVENANCE,
-                loss=abs(step - 3.0),
             )
 
 
@@ -82,10 +81,10 @@ def test_another_mesh_reads_the_same_numbers(tmp_path):
     assert restored.params["kernel"].sharding == other.params["kernel"].sharding
 
 
-def test_the_last_and_the_best_are_kept(tmp_path):
-    save(tmp_path, range(1, 8), keep_last=2, keep_best=1)
+def test_the_last_are_kept(tmp_path):
+    save(tmp_path, range(1, 8), keep_last=2)
     kept = {int(path.name) for path in (tmp_path / checkpoint.FOLDER).iterdir()}
-    assert kept == {3, 6, 7}
+    assert kept == {6, 7}
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):
@@ -357,7 +356,7 @@ def test_a_checkpoint_of_a_version_without_checksums_is_read(tmp_path, monkeypat
     original = checkpoint.ocp.training.Checkpointer.save_checkpointables_async
 
     def save_as_before(self, *args, custom_metadata, **kwargs):
-        for key in ("digest", "leaves", "loss"):
+        for key in ("digest", "leaves"):
             del custom_metadata[key]
         return original(self, *args, custom_metadata=custom_metadata, **kwargs)
 
@@ -391,14 +390,3 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(tmp_path, monkeypatch):
     ):
         save(tmp_path, [2])
     assert restore(tmp_path, make_state(1)).step == 1
-
-
-def test_one_that_was_not_measured_is_none_of_the_best(tmp_path):
-    """Its measuring was cut off; that is made up for, but not in the checkpoint."""
-    with checkpoint.Checkpoints(epath.Path(tmp_path), 1, 1) as checkpoints:
-        for step, loss in [(1, 2.0), (2, None), (3, 3.0), (4, None)]:
-            state = make_state(step)
-            checkpoints.save(state, step, 0, {}, SOURCES, PROVENANCE, loss)
-    kept = {int(path.name) for path in (tmp_path / checkpoint.FOLDER).iterdir()}
-    assert kept == {1, 4}
-    assert restore(tmp_path, make_state(4)).step == 4

@@ -56,7 +56,6 @@ BAD = [
         "spike_factor=5.0: .*train.max_skipped, which is 0",
     ),
     ("train.timeout", -1.0, "train.timeout=-1.0: 0 or more"),
-    ("train.keep_best", 1, "train.keep_best=1: needs train.save_every"),
     ("job", "learn", "job='learn': one of train, select, evaluate, export"),
     ("objective.kind", "dpo", "objective.kind='dpo': one of tokens, preference"),
     ("objective.kind", "preference", "format='document' does not go with objective.ki"),

@@ -506,44 +506,15 @@ def test_what_is_wrong_with_the_options_of_a_preference_is_named(options, named)
 # and rejected, `[2, T]`; the reference's sums `[2]`.
 
 
-def trl_1_16(logps_2T, mask_2T, reference_2, loss_type, beta, label_smoothing):
-    """TRL 1.16.0, trl/trainer/dpo_trainer.py, `DPOTrainer._compute_loss`, in NumPy.
+def trl_loss(logps_2T, mask_2T, reference_2, loss_type, beta, label_smoothing):
+    """TRL's loss, its metrics, and the loss's gradient in `logps_2T`.
 
-    Transcribed for one pair: lines 1350-1383 (ratios, `delta_score`), the branches
-    `sigmoid`, `ipo`, `robust`, `aot`, `sft` and `sigmoid_norm` of lines 1387-1510, and
-    the metrics of lines 1581-1597. Its `sigmoid` has no label smoothing; `aot` has
-    DPO's conservative form, with sorted ratios, which for one pair changes nothing.
+    By the method of TRL 1.16, `DPOTrainer._compute_loss`. Its `sigmoid` has no label
+    smoothing; `aot` has DPO's conservative form, with sorted ratios, which for one pair
+    changes nothing.
     """
-    logps_2 = (logps_2T * mask_2T).sum(1)
-    ratios_2 = logps_2 - reference_2
-    delta = ratios_2[0] - ratios_2[1]
-    averages_2 = ratios_2 / np.maximum(mask_2T.sum(1), 1.0)
-    average_delta = averages_2[0] - averages_2[1]
-    clean = -(1 - label_smoothing) * oracle_log_sigmoid(beta * delta)
-    flipped = -label_smoothing * oracle_log_sigmoid(-beta * delta)
-    loss = {
-        "sigmoid": -oracle_log_sigmoid(beta * delta),
-        "aot": clean + flipped,
-        "robust": (clean - flipped) / (1 - 2 * label_smoothing),
-        "ipo": (average_delta - 1 / (2 * beta)) ** 2,
-        "sigmoid_norm": -oracle_log_sigmoid(beta * average_delta),
-        "sft": -logps_2T[0][mask_2T[0] > 0].mean(),
-    }[loss_type]
-    rewards_2 = beta * ratios_2
-    return loss, {
-        "rewards/chosen": rewards_2[0],
-        "rewards/rejected": rewards_2[1],
-        "rewards/accuracies": float(rewards_2[0] > rewards_2[1]),
-        "rewards/margins": rewards_2[0] - rewards_2[1],
-    }
-
-
-def trl_installed(logps_2T, mask_2T, reference_2, loss_type, beta, label_smoothing):
-    """The same by the method itself, and the loss's gradient in `logps_2T`."""
     torch = pytest.importorskip("torch")
     trl = pytest.importorskip("trl")
-    if not trl.__version__.startswith("1.16."):
-        pytest.skip(f"trl {trl.__version__}: the private method was read in 1.16")
     metrics = collections.defaultdict(lambda: collections.defaultdict(list))
     trainer = types.SimpleNamespace(
         model=types.SimpleNamespace(training=True),
@@ -632,23 +603,12 @@ def draw_tokens(seed, length=9):
 TRL_LOSSES = ["sigmoid", "aot", "robust", "ipo", "sigmoid_norm", "sft"]
 
 
-@pytest.mark.parametrize("loss_type", TRL_LOSSES)
-def test_preference_equals_trl_as_transcribed(loss_type):
-    for seed in range(12):
-        arguments = (*draw_tokens(seed), loss_type, 0.3, 0.1)
-        loss, rewards = ours_as_trl(*arguments)
-        expected, expected_rewards = trl_1_16(*arguments)
-        np.testing.assert_allclose(loss, expected, rtol=1e-12, atol=1e-13)
-        for name, value in expected_rewards.items():
-            np.testing.assert_allclose(rewards[name], value, rtol=1e-12, err_msg=name)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("loss_type", TRL_LOSSES)
-def test_preference_equals_trl_as_installed_in_value_and_gradient(loss_type):
+def test_preference_equals_trl_in_value_and_gradient(loss_type):
     for seed in range(4):
         tokens, *others = (*draw_tokens(seed), loss_type, 0.3, 0.1)
-        expected, expected_rewards, expected_gradient = trl_installed(tokens, *others)
+        expected, expected_rewards, expected_gradient = trl_loss(tokens, *others)
         loss, rewards = ours_as_trl(tokens, *others)
         gradient = jax.grad(lambda t, others=others: ours_as_trl(t, *others)[0])(tokens)
         np.testing.assert_allclose(loss, expected, rtol=1e-12, atol=1e-13)
