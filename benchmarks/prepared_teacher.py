@@ -126,11 +126,12 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, nargs="+", default=[8, 32, 128])
     arguments = parser.parse_args()
     ntp = {"ntp_weight": 1.0, "lssd_weight": 0.0}
-    stored = {"teacher": "prepared"}
+    lssd = {"ntp_weight": 0.0, "lssd_weight": 1.0}
+    stored = lssd | {"teacher": "prepared"}
     with tempfile.TemporaryDirectory() as folder:
         sides = [
             make_side(arguments, folder, "plain CPT", **ntp),
-            make_side(arguments, folder, "LSSD, teacher in the step"),
+            make_side(arguments, folder, "LSSD, teacher in the step", **lssd),
             make_side(arguments, folder, "LSSD, hidden states read", **stored),
         ]
         sides += [

@@ -1,8 +1,7 @@
 """Mix-CPT's first phase on your own model, text and mesh.
 
-Each token is learnt by 0.8 parts of next-token prediction and 0.2 parts of logit swap
-self-distillation; the paper's own is `--config.objective.ntp_weight=0
---config.objective.lssd_weight=1`.
+The loss of each token is next-token prediction plus logit swap self-distillation, with the
+default weights of `config.objective`; `docs/mixture.md` explains the alternatives.
 
     python -m mixcpt_jax.main --config=configs/cpt.py --workdir=runs/mine \\
         --config.model.path=/models/Llama-3.2-1B \\
@@ -38,9 +37,6 @@ def get_config(size: str = ""):
     config.sources.preferences = config_lib.source(
         format="preference", weight=0.1, holdout=64
     )
-    # Of all that `experiments/` compares this has, with its like, the best curve of what is
-    # learnt against what is kept: distillation alone learns little, none forgets much.
-    config.objective.ntp_weight, config.objective.lssd_weight = 0.8, 0.2
     config.data.row_length = 4096
     config.data.batch_size = 64
     config.eval.batch_size = 64

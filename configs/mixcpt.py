@@ -9,9 +9,8 @@
 Six phases, each in its own folder of the workdir; the same command run again goes on at
 the first unfinished one:
 
-- `cpt`: the knowledge mixture, all of it plain text, by 0.8 parts of next-token prediction
-  and 0.2 parts of logit swap self-distillation (the paper's own is
-  `--config.objective.ntp_weight=0 --config.objective.lssd_weight=1`);
+- `cpt`: trains on the knowledge mixture, all of it plain text, with next-token prediction
+  plus logit swap self-distillation (the default weights of `config.objective`);
 - `select`: ranks the general samples of that mixture under the model it made;
 - `sft`: the first few instructions, in the chat format, next-token loss on responses;
 - `dpo`: the first few preference pairs, against the SFT model as reference;
@@ -76,10 +75,6 @@ def get_config(size: str = ""):
     follow(sources.dpo, "max_records", config.select.keep, "preferences")
     for key in ("path", "reader", "split", "holdout", "max_records", "on_bad_record"):
         follow(config.eval.pairs.preferences, key, sources.preferences)
-
-    # Of all that `experiments/` compares this has, with its like, the best curve of what is
-    # learnt against what is kept: distillation alone learns little, none forgets much.
-    config.objective.ntp_weight, config.objective.lssd_weight = 0.8, 0.2
 
     # All phases are measured on rows of one length, so that their numbers compare.
     config.eval.row_length = config.data.get_ref("row_length")

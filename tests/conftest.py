@@ -104,6 +104,7 @@ def _write_tiny_model(folder: pathlib.Path, max_positions: int = 256) -> str:
 def tiny_config(tiny_model):
     """A config of one short LSSD phase over eight devices; tests change it freely."""
     config = config_lib.default()
+    config.objective.ntp_weight, config.objective.lssd_weight = 0.0, 1.0
     config.model.path = tiny_model
     config.model.compute_dtype = "float32"
     config.model.teacher_dtype = "float32"
