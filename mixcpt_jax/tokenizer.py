@@ -47,6 +47,10 @@ CHATML = (
 )
 # For vocabularies without that token.
 CHATML_WITH_EOS = CHATML.replace("'<|im_end|>\n'", "eos_token + '\n'")
+_BOS = "{{ bos_token }}"
+
+# Some editors put it first in a file; a conversation would begin with it.
+_BYTE_ORDER_MARK = "\ufeff"
 
 
 class _JsonModel:
@@ -134,16 +138,23 @@ class _JsonModel:
         """Whether the post-processor puts this token before a text."""
         return self._plain.encode("").ids[:1] == [token_id]
 
-    def save(self, folder: epath.Path) -> str:
+    def save(self, folder: epath.Path) -> dict[str, Any]:
+        """Writes its file; what `tokenizer_config.json` says of it."""
         (folder / "tokenizer.json").write_text(self.source)
-        return "PreTrainedTokenizerFast"
+        return {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 class _SentencePieceModel:
-    """The sentencepiece library on the contents of a `tokenizer.model`."""
+    """The sentencepiece library on the contents of a `tokenizer.model`.
 
-    def __init__(self, source: bytes):
+    Where the model puts a space before every text, transformers' LlamaTokenizer puts it
+    before the first text alone or, if `legacy`, before each text behind a special token,
+    but for texts that begin with one.
+    """
+
+    def __init__(self, source: bytes, legacy: bool = False):
         self.source = source
+        self.legacy = legacy
         self._model = sentencepiece.SentencePieceProcessor()
         self._model.LoadFromSerializedProto(source)
         self.vocab_size = self._model.get_piece_size()
@@ -157,16 +168,18 @@ class _SentencePieceModel:
         )
 
     def __reduce__(self):
-        return _SentencePieceModel, (self.source,)
+        return _SentencePieceModel, (self.source, self.legacy)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
     def encode_with_special(self, text: str) -> list[int]:
         pattern, special = self._control
-        ids = []
-        for part in pattern.split(text):
-            ids += [special[part]] if part in special else self._model.encode(part)
+        first, *rest = pattern.split(text)
+        ids = self._model.encode(first)
+        for part in rest:
+            known = part in special
+            ids += [special[part]] if known else self.encode_next(part, True)
         return ids
 
     @functools.cached_property
@@ -203,7 +216,8 @@ class _SentencePieceModel:
         )
 
     def encode_next(self, text: str, after_mark: bool) -> list[int]:
-        return (self._model if after_mark else self._after_text).encode(text)
+        has_space = after_mark and self.legacy and not text.startswith((" ", "▁"))
+        return (self._model if has_space else self._after_text).encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts))
@@ -219,12 +233,13 @@ class _SentencePieceModel:
     def id_to_token(self, token_id: int) -> str:
         return self._model.id_to_piece(token_id)
 
-    def save(self, folder: epath.Path) -> str:
+    def save(self, folder: epath.Path) -> dict[str, Any]:
+        """Writes its file; what `tokenizer_config.json` says of it."""
         (folder / "tokenizer.model").write_bytes(self.source)
         proto = sentencepiece_model_pb2.ModelProto.FromString(self.source)
-        # transformers' class for Llama puts a space before every text.
-        has_prefix = proto.normalizer_spec.add_dummy_prefix
-        return "LlamaTokenizer" if has_prefix else "GemmaTokenizer"
+        if not proto.normalizer_spec.add_dummy_prefix:
+            return {"tokenizer_class": "GemmaTokenizer"}
+        return {"tokenizer_class": "LlamaTokenizer", "legacy": self.legacy}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -271,12 +286,31 @@ class Tokenizer:
     def template(self) -> str:
         """The Jinja template of conversations: the model's own, or else ChatML.
 
-        A vocabulary without ChatML's end of a turn gets its end of a text in that place.
+        ChatML begins with BOS where the model's plain texts do. In a vocabulary without
+        `<|im_end|>`, EOS ends a turn instead; without `<|im_start|>`, that is text.
         """
         if self.chat_template is not None:
             return self.chat_template
         has_end = self.token_to_id(_END_OF_TURN) is not None or self.eos_id is None
-        return CHATML if has_end else CHATML_WITH_EOS
+        chatml = CHATML if has_end else CHATML_WITH_EOS
+        return _BOS + chatml if self.add_bos else chatml
+
+    def with_template(self, template: str) -> "Tokenizer":
+        """A copy with a template that was not published with the model.
+
+        BOS is put first where the model's plain texts begin with it and what the template
+        writes does not.
+        """
+        copy = dataclasses.replace(self, chat_template=template)
+        if not self.add_bos or self.bos_id is None:
+            return copy
+        try:
+            text = copy.apply_chat_template([{"role": "user", "content": "Hi"}])
+        except InputError:  # It is reported when a conversation needs the template.
+            return copy
+        if text.startswith(self.model.id_to_token(self.bos_id)):
+            return copy
+        return dataclasses.replace(self, chat_template=_BOS + template)
 
     @functools.cached_property
     def end_of_turn_id(self) -> int:
@@ -312,7 +346,8 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with anything that changes an encoding."""
-        parts = repr((self.model.source, *dataclasses.astuple(self)[1:]))
+        _, model = self.model.__reduce__()
+        parts = repr((*model, *dataclasses.astuple(self)[1:]))
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
@@ -549,7 +584,7 @@ class Tokenizer:
         target = epath.Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         config = {
-            "tokenizer_class": self.model.save(target),
+            **self.model.save(target),
             "add_bos_token": self.add_bos,
             "clean_up_tokenization_spaces": False,
         }
@@ -568,16 +603,16 @@ def load(path: str, chat_template: str = "") -> Tokenizer:
     Args:
       path: a folder with `tokenizer.json` or `tokenizer.model`, or a `.json`, `.model`
         or `.gguf` file. A `tokenizer_config.json` beside it is read too.
-      chat_template: a file with a Jinja template to use instead of its own; empty: none.
+      chat_template: a file with a Jinja template to use instead of its own, see
+        `Tokenizer.with_template`; empty: none.
 
     Raises:
       InputError: a file is missing, malformed or of an unsupported kind.
     """
     loaded = _load(path)
-    if chat_template:
-        template = paths.require_file(chat_template).read_text()
-        loaded = dataclasses.replace(loaded, chat_template=template)
-    return loaded
+    if not chat_template:
+        return loaded
+    return loaded.with_template(_read_template(paths.require_file(chat_template)))
 
 
 def _load(path: str) -> Tokenizer:
@@ -652,7 +687,7 @@ def _load_json(file: epath.Path) -> Tokenizer:
 def _load_sentencepiece(file: epath.Path) -> Tokenizer:
     config = _read_config(file)
     try:
-        model = _SentencePieceModel(file.read_bytes())
+        model = _SentencePieceModel(file.read_bytes(), config.get("legacy") is True)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{file}: not a sentencepiece model ({error})") from error
     add_bos = config.get("add_bos_token")
@@ -690,11 +725,21 @@ def _special_id(model, config, file, key: str) -> int | None:
 def _chat_template(config: dict[str, Any], file: epath.Path) -> str | None:
     separate = file.parent / "chat_template.jinja"
     if separate.exists():
-        return separate.read_text()
+        return _read_template(separate)
     template = config.get("chat_template")
     if isinstance(template, list):  # Several named templates.
         template = {t["name"]: t["template"] for t in template}.get("default")
-    return template
+    return template and template.removeprefix(_BYTE_ORDER_MARK)
+
+
+def _read_template(file: epath.Path) -> str:
+    """A template file's text; Jinja itself reads all line ends as line feeds."""
+    try:
+        return file.read_bytes().decode().removeprefix(_BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{file}: byte {error.start} is not UTF-8; save the template as UTF-8"
+        ) from error
 
 
 def _marks(spellings: dict[int, str]) -> tuple[re.Pattern, list[int]]:
@@ -854,7 +899,8 @@ def _gguf_sentencepiece(field, bos_id, eos_id, pad_id) -> _SentencePieceModel:
     proto.normalizer_spec.name = "identity"
     proto.normalizer_spec.add_dummy_prefix = field("ggml.add_space_prefix", True)
     proto.normalizer_spec.remove_extra_whitespaces = False
-    return _SentencePieceModel(proto.SerializeToString())
+    # llama.cpp puts a space before each text behind a special token.
+    return _SentencePieceModel(proto.SerializeToString(), legacy=True)
 
 
 @functools.lru_cache

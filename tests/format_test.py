@@ -422,7 +422,7 @@ def test_an_end_of_turn_that_is_not_marked_special(base):
 
 
 def test_bos_is_what_the_template_says(base):
-    for template, count in [(None, 0), (LLAMA3, 1)]:
+    for template, count in [(None, 1), (LLAMA3, 1), (QWEN2, 0)]:
         tok = dataclasses.replace(base, chat_template=template)
         assert tok.add_bos
         assert tok.encode_chat([ASK, ANSWER])[0].count(tok.bos_id) == count

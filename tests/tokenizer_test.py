@@ -473,7 +473,7 @@ def with_template(source, target, template):
 def test_chat_template_defaults_to_chatml(json_folder, tmp_path):
     loaded = with_template(json_folder, tmp_path, None)
     assert loaded.apply_chat_template(MESSAGES, add_generation_prompt=True) == (
-        "<|im_start|>user\nWhat is 2+2?<|im_end|>\n"
+        "<|begin|><|im_start|>user\nWhat is 2+2?<|im_end|>\n"
         "<|im_start|>assistant\n4 <i>& no more</i><|im_end|>\n"
         "<|im_start|>assistant\n"
     )
