@@ -41,7 +41,7 @@ def get_config(size: str = ""):
     config.data.batch_size = 64
     config.eval.batch_size = 64
     config.optimizer.learning_rate = 1e-5
-    config.optimizer.warmup_steps = 100
+    config.optimizer.warmup_share = 0.05
     config.train.num_steps = 2000
 
     if size == "tiny":
@@ -55,6 +55,5 @@ def get_config(size: str = ""):
         config.data.row_length = 128
         config.data.batch_size = 2
         config.eval.batch_size = 2
-        config.optimizer.warmup_steps = 1
         config.train.num_steps = 4
     return config

@@ -24,7 +24,7 @@ def get_config():
     config.eval.batch_size = 16
     config.eval.prompts = "package:mixcpt_jax/assets/prompts.jsonl"
     config.optimizer.learning_rate = 5e-7
-    config.optimizer.warmup_steps = 10
+    config.optimizer.warmup_share = 0.1
     config.optimizer.weight_decay = 0.0
     config.train.num_steps = 100
     return config

@@ -82,14 +82,14 @@ def get_config(size: str = ""):
     config.data.batch_size = 64
     config.eval.batch_size = 64
     config.optimizer.learning_rate = 1e-5
-    config.optimizer.warmup_steps = 100
+    config.optimizer.warmup_share = 0.05
     config.train.num_steps = 2000
 
     config.phases = ("cpt", "select", "sft", "dpo", "evaluate", "export")
     alignment = {
         # Conversations stay whole: what does not fit a row is cut at its end.
         "data": {"packing": "best_fit", "overlong": "truncate"},
-        "optimizer": {"warmup_steps": 2, "weight_decay": 0.0},
+        "optimizer": {"warmup_steps": 0, "warmup_share": 0.15, "weight_decay": 0.0},
         "train": {"eval_before": False},
     }
     config.overrides.select = {"job": "select", "init_from": "phase:cpt"}
@@ -130,7 +130,7 @@ def get_config(size: str = ""):
         config.select.max_tokens = 256
         config.eval.max_new_tokens = 64
         config.optimizer.learning_rate = 1e-4
-        config.optimizer.warmup_steps = 5
+        config.optimizer.warmup_share = 0.1
         sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 3e-5, 3e-6
         config.train.save_every = 10
     if size == "tiny":
@@ -142,7 +142,6 @@ def get_config(size: str = ""):
         config.select.keep.instructions = config.select.keep.preferences = 16
         config.select.max_tokens = 128
         config.eval.max_new_tokens = 16
-        config.optimizer.warmup_steps = 1
         config.train.save_every = 1
     return config
 

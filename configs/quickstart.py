@@ -58,7 +58,7 @@ def get_config(size: str = ""):
     config.data.batch_size = 4
     config.eval.batch_size = 8
     config.optimizer.learning_rate = 2e-4
-    config.optimizer.warmup_steps = 2
+    config.optimizer.warmup_share = 0.1
     config.train.num_steps = 20
     config.train.save_every = 0
 
@@ -70,7 +70,6 @@ def get_config(size: str = ""):
 
     if size == "tiny":
         config.train.num_steps = 4
-        config.optimizer.warmup_steps = 1
         config.data.row_length = 128
         config.data.batch_size = 2
         config.eval.batch_size = 2

@@ -60,11 +60,13 @@ _POSITIVE = (
     "preference.beta",
     "lora.alpha",
     "select.max_tokens",
+    "select.max_candidates",
     "select.origin_share",
 )
 _NOT_NEGATIVE = (
     "data.num_workers",
     "optimizer.warmup_steps",
+    "optimizer.warmup_share",
     "optimizer.weight_decay",
     "optimizer.clip_norm",
     "optimizer.final_ratio",
@@ -91,6 +93,8 @@ _NOT_NEGATIVE = (
     "preference.label_smoothing",
     "preference.sft_weight",
     "lora.rank",
+    "data.warn_epochs",
+    "data.max_epochs",
     "eval.row_length",
     "select.min_tokens",
     "select.min_response_tokens",
@@ -265,6 +269,11 @@ def default() -> ml_collections.ConfigDict:
             # (documents go on in the next row), truncate (cut at their end; of a pair
             # each side to half of a row), drop, or refuse. All but refuse are counted.
             "overlong": "split",
+            # Epochs of one source above which a run warns, and above which it does not
+            # start; 0: never. Up to four, repeated text is nearly as good as new, and
+            # from about forty on worth nothing (Muennighoff et al. 2023).
+            "warn_epochs": 4.0,
+            "max_epochs": 40.0,
             "num_workers": 0,  # processes that build batches; 0: threads
             # Folder of tokens that `python -m mixcpt_jax.data.prepare` made; a source
             # that it has, unchanged, is read from there. Empty: none.
@@ -301,7 +310,9 @@ def default() -> ml_collections.ConfigDict:
         {
             "learning_rate": 1e-5,
             "schedule": "cosine",
+            # Steps in which the rate rises to its peak; 0: `warmup_share` of the phase's.
             "warmup_steps": 0,
+            "warmup_share": 0.0,
             # Learning rate of the last step / peak (cosine, wsd).
             "final_ratio": 0.1,
             "decay_fraction": 0.2,  # share of the steps that decay (wsd)
@@ -321,8 +332,8 @@ def default() -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict(
         {
-            # 0: to the end of the data, which every source's `epochs` or `max_tokens`
-            # sets.
+            # 0: until every source that has `epochs` or `max_tokens` has given them; the
+            # others are read for as long as that takes.
             "num_steps": 1000,
             "log_every": 1,  # steps between lines of metrics.jsonl
             "save_every": 200,  # 0: only at the end
@@ -368,7 +379,11 @@ def default() -> ml_collections.ConfigDict:
     # Which samples of the mixture go to format alignment (job "select").
     config.select = ml_collections.ConfigDict(
         {
-            "method": "format_alignment",  # perplexity, format_alignment or random
+            # random, which runs no model; perplexity, which scores every sample once; or
+            # format_alignment, which scores it twice. In our study all three did alike.
+            "method": "random",
+            # Samples of a source that are scored at most, picked by a hash of their text.
+            "max_candidates": 2000,
             # Source -> how many of its samples are wanted.
             "keep": ml_collections.ConfigDict(),
             # Length of a sample in its chat format, in tokens; others are left out.
@@ -544,6 +559,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         "clean.near_duplicates",
         "clean.min_letters",
         "clean.max_repetition",
+        "optimizer.warmup_share",
     ):
         _check(config[key] <= 1, config, key, "at most 1")
     _check(
@@ -598,14 +614,21 @@ def check_schedule(config: ml_collections.ConfigDict, num_steps: int) -> None:
         "optimizer.warmup_steps",
         f"less than {steps}",
     )
+    warmup = warmup_steps(optimizer, num_steps)
     if optimizer.schedule == "wsd":
         decay_steps = round(optimizer.decay_fraction * num_steps)
         _check(
-            0 < decay_steps <= num_steps - optimizer.warmup_steps,
+            0 < decay_steps <= num_steps - warmup,
             config,
             "optimizer.decay_fraction",
-            "a share of the steps that leaves room for optimizer.warmup_steps",
+            f"a share of the steps that leaves room for {warmup} of warm-up",
         )
+
+
+def warmup_steps(optimizer: ml_collections.ConfigDict, num_steps: int) -> int:
+    """Steps of warm-up in a phase of `num_steps`, see `config.optimizer`."""
+    share = int(optimizer.warmup_share * num_steps + 0.5)
+    return optimizer.warmup_steps or min(share, num_steps - 1)
 
 
 def objective_weights(config: ml_collections.ConfigDict, name: str) -> dict[str, float]:
@@ -776,13 +799,19 @@ def _check_sources(config) -> None:
         ):
             known = f"one of {', '.join(choices)}"
             _check(entry[key] in choices, config, f"{place}.{key}", known)
+    if (
+        is_training
+        and not config.train.num_steps
+        and not any(
+            entry.weight and (entry.epochs or entry.max_tokens)
+            for entry in config.sources.values()
+        )
+    ):
+        raise InputError(
+            "train.num_steps=0: reads to the limits of the sources, and none has one; set "
+            "epochs or max_tokens of the source that decides, or train.num_steps"
+        )
     for name, entry in config.sources.items():
-        has_limit = entry.epochs or entry.max_tokens
-        if is_training and entry.weight and not (config.train.num_steps or has_limit):
-            raise InputError(
-                f"sources.{name}: train.num_steps=0 reads all sources to their end, and "
-                "this one has none; set its epochs or max_tokens, or train.num_steps"
-            )
         is_pair = entry.format == "chat_preference"
         measured = config.eval.pairs if is_pair else config.eval.texts
         if name == "eval" or (entry.holdout and name in measured):
@@ -861,6 +890,11 @@ def _check_selection(config) -> None:
             f"sources.{name}.format",
             "instruction, preference or chat (for select.keep)",
         )
+        most = config.select.max_candidates
+        if config.job == "select" and count > most:
+            raise InputError(
+                f"{place}={count}: more than select.max_candidates={most}; raise that"
+            )
     if config.job == "select" and not config.select.keep:
         raise InputError("select.keep: names no source; say how many samples of which")
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from mixcpt_jax import config as config_lib
+
 # How many accepted steps the running mean of gradient norms looks back on, and how many
 # there have to be before a step can be a spike.
 _MEAN_OVER = 100
@@ -31,7 +33,8 @@ def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Sc
         steps, or over those after the peak if they are fewer) or "constant".
       num_steps: length of the phase, warm-up included.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
+    peak = config.learning_rate
+    warmup = config_lib.warmup_steps(config, num_steps)
     final = peak * config.final_ratio
     if config.schedule != "constant":
         warmup = max(min(warmup, num_steps - 2), 0)

@@ -1,9 +1,9 @@
 """The job "select": which few general samples of the mixture go to format alignment.
 
-The model after continual pre-training scores every general sample that it was trained
-on, once as plain text and once in its chat template; `data.selection` says what becomes
-of the scores. Each source's ranking is a JSONL file, best first, that SFT and DPO read
-the first lines of.
+The general samples that the model was trained on are filtered, and ranked by chance or by
+what that model makes of each: as plain text alone, or in its chat template too. The method
+says which forms are scored (`data.selection.FORMS`); "random", the default, needs none.
+Each source's ranking is a JSONL file, best first, that SFT and DPO read the first lines of.
 """
 
 import hashlib
@@ -59,6 +59,8 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
             min_response_tokens=settings.min_response_tokens,
             near_duplicates=settings.near_duplicates,
             on_bad_record=entry.on_bad_record,
+            max_candidates=settings.max_candidates,
+            seed=config.seed,
         )
         for source, entry in wanted.items()
     }
@@ -66,33 +68,32 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
         {s: sources.hashes(e.path, e.reader, e.split) for s, e in wanted.items()}
     )
     with jax.set_mesh(phase.mesh):
-        params = phase.starting_params(config.model.param_dtype)
-        eval_step = phase.eval_step()
+        forms = selection.FORMS[settings.method]
+        if forms:
+            params = phase.starting_params(config.model.param_dtype)
+            eval_step = phase.eval_step()
         start = repr(phase.starts_from)
         results = {}
         for source, candidates in found.items():
             reasons = [f"{n} {why}" for why, n in candidates.filtered.items() if n]
             phase.say(
-                f"scoring {len(candidates.records)} samples of {source}; left out: "
+                f"{len(candidates.records)} samples of {source} by {settings.method}, each "
+                f"scored {('not at all', 'once', 'twice')[len(forms)]}; left out: "
                 f"{', '.join(reasons) or 'none'}"
             )
-            measured = [
-                _measure(
+            scored: dict[str, np.ndarray] = {}
+            for form in forms:
+                scored[f"{form}_nll_C"], scored[f"{form}_count_C"] = _measure(
                     lambda batch: eval_step(params, batch),
-                    examples,
+                    getattr(candidates, form),
                     config,
                     phase.folder / f"{source}.{form}.npz",
                     start,
                     f"{phase.name}: {source}, {form}" if phase.shows_progress else "",
                 )
-                for form, examples in (
-                    ("plain", candidates.plain),
-                    ("chat", candidates.chat),
-                )
-            ]
             ranking = selection.rank(
                 candidates,
-                selection.Measured(*measured[0], *measured[1]),
+                selection.Measured(**scored),
                 settings.method,
                 settings.keep[source],
                 config.seed,

@@ -21,7 +21,7 @@ ALLOWED = {
     "attention": {"sharding"},
     "model": {"attention", "sharding"},
     "fused": {"chips", "sharding"},
-    "optim": set(),
+    "optim": {"config"},
     "tokenizer": set(),
     "weights": {"model", "tokenizer"},
     "steps": {"fused", "model", "optim", "sharding"},

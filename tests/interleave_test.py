@@ -102,3 +102,26 @@ def test_copies_in_other_processes_say_the_same():
     order = Interleaving([1, 2], [3, 1], 50, [40, 60])
     copy = pickle.loads(pickle.dumps(order))
     assert [order[i] for i in range(100)] == [copy[i] for i in range(100)]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data(), SHARES, st.booleans())
+def test_rows_to_limits_are_the_fewest_that_give_them_all(data, shares, anneals):
+    size = len(shares)
+    limits = data.draw(
+        st.lists(
+            st.one_of(st.integers(1, 60), st.just(math.inf)),
+            min_size=size,
+            max_size=size,
+        )
+    )
+    final = shares[::-1] if anneals else None
+    order = Interleaving(shares, final, 30 if anneals else 0, limits)
+    limited = np.flatnonzero(np.isfinite(limits))
+    rows = order.rows_to_limits()
+    if not len(limited):
+        assert rows == math.inf
+        return
+    wanted = np.array(limits)[limited]
+    assert (order.given(rows)[limited] == wanted).all()
+    assert (order.given(rows - 1)[limited] < wanted).any()

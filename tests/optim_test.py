@@ -25,6 +25,17 @@ def test_warm_up_is_linear_and_starts_above_zero():
     np.testing.assert_allclose(rates[10:], 2.0)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 37, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 1.0])
+def test_a_share_of_warm_up_suits_a_phase_of_any_length(num_steps, share):
+    rates = schedule(num_steps, warmup_share=share, schedule="constant")
+    steps = min(int(share * num_steps + 0.5), num_steps - 1)
+    np.testing.assert_allclose(rates[steps:], 2.0)
+    assert (rates[:steps] < 2.0).all()
+    same = schedule(num_steps, warmup_steps=steps, schedule="constant")
+    np.testing.assert_array_equal(rates, same)
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_the_peak_follows_the_warm_up_and_the_last_step_has_the_final_ratio(data):

@@ -485,6 +485,47 @@ def test_counts_add_up():
     assert json.loads(json.dumps(total)) == total
 
 
+@hypothesis.given(st.text("ab", min_size=1, max_size=12), st.integers(0, 3))
+@hypothesis.settings(max_examples=50, deadline=None)
+def test_each_method_needs_the_scores_of_its_forms_alone(origins, seed):
+    found, scored = (
+        _unmeasured(origins),
+        _measured([1.0] * len(origins), [2.0] * len(origins)),
+    )
+    for method, forms in selection.FORMS.items():
+        given = {
+            key: value
+            for key, value in scored._asdict().items()
+            if key.partition("_")[0] in forms
+        }
+        ranking = selection.rank(found, selection.Measured(**given), method, 1, seed)
+        whole = selection.rank(found, scored, method, 1, seed)
+        assert _order(ranking) == _order(whole)
+        assert (ranking.rows[0].perplexity is None) == (not forms)
+        for form in forms:
+            less = {k: v for k, v in given.items() if not k.startswith(form)}
+            with pytest.raises(InputError, match=f"{method}.*needs scores of {form}"):
+                selection.rank(found, selection.Measured(**less), method, 1, seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("most", [1, 3, 50])
+def test_a_limit_leaves_what_chance_would_select_first(bpe, most, seed):
+    rows = [_ask(f"Question {i}?", f"It is answer number {i}.") for i in range(20)]
+
+    def read(**settings):
+        return selection.candidates(
+            _records(rows), "instruction", bpe, max_tokens=500, seed=seed, **settings
+        )
+
+    every, some = read(), read(max_candidates=most)
+    first = selection.rank(every, selection.Measured(), "random", most, seed)
+    best = [every.records[row.candidate] for row in first.rows[:most]]
+    assert some.records == [record for record in every.records if record in best]
+    assert some.filtered["beyond_limit"] == 20 - len(some.records)
+    assert len(some.plain) == len(some.chat) == len(some.records) == min(most, 20)
+
+
 @pytest.mark.parametrize("method", selection.METHODS)
 @pytest.mark.parametrize(
     "measured",

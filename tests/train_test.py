@@ -148,6 +148,40 @@ def test_a_phase_reads_its_sources_to_the_end(tiny_config, tmp_path):
         train.run(config, str(tmp_path / "more"), "cpt")
 
 
+def test_the_source_with_a_limit_says_how_long_a_phase_is(tiny_config, tmp_path):
+    config = tiny_config
+    config.train.num_steps = 0
+    config.sources.domain.epochs = 2.0
+    tokens = phase.start(config, str(tmp_path), "").tokenizer
+    data = train.pipeline.load(config, tokens)
+    domain, instructions = data.report
+    assert domain["epochs"] == pytest.approx(2, abs=0.2)
+    # The other source keeps its share for as long as that takes.
+    assert domain["share_delivered"] == pytest.approx(0.6, abs=0.05)
+    config.sources.domain.epochs = 0.0
+    with pytest.raises(InputError, match="num_steps=0.*none has one; set epochs"):
+        config_lib.validate(config)
+
+
+def test_text_that_is_read_very_often_is_warned_of_and_then_refused(
+    tiny_config, tmp_path, caplog
+):
+    config = tiny_config
+    config.sources.instructions.max_records = 20
+    tokens = phase.start(config, str(tmp_path), "").tokenizer
+    epochs = train.pipeline.load(config, tokens).report[1]["epochs"]
+    for warned, most in [(0.9 * epochs, 0.0), (1.1 * epochs, 0.0), (0.0, 1.1 * epochs)]:
+        caplog.clear()
+        config.data.warn_epochs, config.data.max_epochs = warned, most
+        train.pipeline.load(config, tokens)
+        told = [r.getMessage() for r in caplog.records if "times" in r.getMessage()]
+        assert bool(told) == (0 < warned < epochs)
+        assert all("sources.instructions" in text for text in told)
+    config.data.max_epochs = 0.9 * epochs
+    with pytest.raises(InputError, match="^sources.instructions: its .*max_epochs="):
+        train.pipeline.load(config, tokens)
+
+
 def test_the_batch_size_may_change_on_the_way(tiny_config, tmp_path):
     """The rows go on where they stopped: none is lost, none read twice."""
     config = tiny_config

@@ -49,6 +49,7 @@ def get_config(data: str = "../shared/data"):
     config.optimizer.warmup_steps = 2
     config.train.num_steps = 24
     config.train.save_every = 8
+    config.select.method = "format_alignment"
     config.select.keep.instructions = 100
     config.select.keep.preferences = 100
     config.select.max_tokens = 256
@@ -56,6 +57,7 @@ def get_config(data: str = "../shared/data"):
     sft, dpo = config.overrides.sft, config.overrides.dpo
     sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 3e-5, 3e-6
     for phase in (sft, dpo):
+        phase.optimizer.warmup_steps = 2
         phase.data.batch_size = 4
         phase.data.row_length = 512
         phase.train.num_steps = 8

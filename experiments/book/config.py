@@ -127,11 +127,13 @@ def _set_measures(config, cell: Cell) -> None:
 
 
 def _set_alignment(config) -> None:
+    config.select.method = "format_alignment"
     config.select.keep.instructions = config.select.keep.preferences = 100
     config.select.max_tokens = 256
     config.select.origin_share = 0.5
     sft, dpo = config.overrides.sft, config.overrides.dpo
     sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 3e-5, 3e-6
     for phase in (sft, dpo):
+        phase.optimizer.warmup_steps = 2
         phase.data.batch_size, phase.data.row_length = BATCH_SIZE, ROW_LENGTH
         phase.train.num_steps, phase.train.save_every = 8, 8

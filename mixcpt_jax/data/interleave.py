@@ -9,6 +9,7 @@ the rows that are due in a block are counted and sorted on their own.
 Shape suffixes: M sources, K rows of a block, N times in it.
 """
 
+import bisect
 import functools
 import math
 from collections.abc import Sequence
@@ -66,6 +67,27 @@ class Interleaving:
     def num_rows(self) -> float:
         """Of the whole stream: the sum of the limits."""
         return float(self._limits_M.sum())
+
+    def rows_to_limits(self) -> float:
+        """The first rows in which every source with a limit gives all; inf: none has one.
+
+        Sources without a limit are read on meanwhile, so this is less than `num_rows`.
+        """
+        is_limited_M = np.isfinite(self._limits_M)
+        if is_limited_M.all() or not is_limited_M.any():
+            return self.num_rows
+        limits_M = self._limits_M[is_limited_M]
+        # Where the last of them has given all, to a row for each source.
+        end = math.ceil(self._pieces[-1].start) + len(self._limits_M)
+        low = max(0, end - 2 * len(self._limits_M))
+        rows = range(low, end + 1)
+        return rows[
+            bisect.bisect_left(
+                rows,
+                True,
+                key=lambda n: (self.given(n)[is_limited_M] >= limits_M).all(),
+            )
+        ]
 
     def __getitem__(self, row: int) -> tuple[int, int]:
         """The source of a row of the stream, and which of that source's rows it is."""

@@ -94,6 +94,7 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
         num_steps = _num_steps(config, packed)
         rows = mixture.describe(packed, num_steps * config.data.batch_size)
         report = [row | note for row, note in zip(rows, notes, strict=True)]
+        _check_epochs(config, report)
     return Data(
         packed=packed,
         objectives=objectives,
@@ -256,18 +257,44 @@ def _num_steps(config, packed: list[mixture.PackedRows]) -> int:
     """How many steps the phase takes, from the config or from the data."""
     batch_size, asked = config.data.batch_size, config.train.num_steps
     used = [rows for rows in packed if rows.source.share]
-    rows = mixture.interleaving(used, asked * batch_size).num_rows
-    if rows == math.inf:
-        return asked
-    most = math.ceil(rows / batch_size)
+    order = mixture.interleaving(used, asked * batch_size)
     if not asked:
-        config_lib.check_schedule(config, most)
+        steps = math.ceil(order.rows_to_limits() / batch_size)
+        config_lib.check_schedule(config, steps)
+        return steps
+    if order.num_rows == math.inf:
+        return asked
+    most = math.ceil(order.num_rows / batch_size)
     if asked > most:
         raise InputError(
             f"train.num_steps={asked}: the epochs and max_tokens of the sources end after "
             f"{most} steps; set it to at most that (0: all of them), or raise a limit"
         )
-    return asked or most
+    return asked
+
+
+def _check_epochs(config, report: list[dict[str, Any]]) -> None:
+    """Warns of sources that are read very often, and refuses them above the limit.
+
+    Raises:
+      InputError: names the source, its epochs and what makes them fewer.
+    """
+    warned, most = config.data.warn_epochs, config.data.max_epochs
+    for source in report:
+        name, epochs = source["name"], source["epochs"]
+        found = (
+            f"sources.{name}: its {source['learnt_tokens']:,} tokens are read "
+            f"{epochs:.1f} times"
+        )
+        remedy = "give it more text, a lower weight or epochs, or train fewer steps"
+        if most and epochs > most:
+            raise InputError(
+                f"{found}, data.max_epochs={most:g}; {remedy}, or raise data.max_epochs"
+            )
+        if warned and epochs > warned:
+            logging.warning(
+                "%s; text that is repeated so often teaches little: %s", found, remedy
+            )
 
 
 def batches(

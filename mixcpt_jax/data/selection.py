@@ -25,7 +25,13 @@ from mixcpt_jax.data.format import Examples
 from mixcpt_jax.data.sources import Record
 from mixcpt_jax.errors import InputError
 
-METHODS = ("perplexity", "format_alignment", "random")
+# Method -> the forms in which the model has to score a sample.
+FORMS = {
+    "random": (),
+    "perplexity": ("plain",),
+    "format_alignment": ("plain", "chat"),
+}
+METHODS = tuple(FORMS)
 REASONS = (
     "unusable",
     "no_preference",
@@ -34,6 +40,7 @@ REASONS = (
     "too_long",
     "duplicate",
     "near_duplicate",
+    "beyond_limit",
 )
 # What is found about a record stands under this key of its line.
 FIELD = "selection"
@@ -64,7 +71,7 @@ class Candidates:
 
 
 class Measured(NamedTuple):
-    """A model's view of the responses.
+    """A model's view of the responses; None for a form that was not scored.
 
     Attributes:
       plain_nll_C, chat_nll_C: negative log-likelihood summed over a response's tokens,
@@ -72,10 +79,10 @@ class Measured(NamedTuple):
       plain_count_C, chat_count_C: how many tokens those are.
     """
 
-    plain_nll_C: np.ndarray
-    plain_count_C: np.ndarray
-    chat_nll_C: np.ndarray
-    chat_count_C: np.ndarray
+    plain_nll_C: np.ndarray | None = None
+    plain_count_C: np.ndarray | None = None
+    chat_nll_C: np.ndarray | None = None
+    chat_count_C: np.ndarray | None = None
 
 
 class Row(NamedTuple):
@@ -88,7 +95,8 @@ class Row(NamedTuple):
       score: see `scores`.
       perplexity: of the response after the plain prompt, per token.
       plain_nll, chat_nll: of the response, nats per token.
-      response_tokens: of the plain form.
+      response_tokens: of the plain form. These four are None where the form was not
+        scored.
       selected: the rank is within `keep`, and its origin within the quota.
     """
 
@@ -96,10 +104,10 @@ class Row(NamedTuple):
     origin: str
     rank: int
     score: float
-    perplexity: float
-    plain_nll: float
-    chat_nll: float
-    response_tokens: int
+    perplexity: float | None
+    plain_nll: float | None
+    chat_nll: float | None
+    response_tokens: int | None
     selected: bool
 
 
@@ -132,6 +140,8 @@ def candidates(
     min_response_tokens: int = 1,
     near_duplicates: float = 0.8,
     on_bad_record: str = "refuse",
+    max_candidates: int = 0,
+    seed: int = 0,
 ) -> Candidates:
     """Reads, filters and encodes the samples to choose from.
 
@@ -139,8 +149,9 @@ def candidates(
     because they lack what they need or the chat template refuses them; preferences with
     `no_preference`, whose rejected answer is blank or the chosen one; those with a
     `short_response`; records that are `too_short` or `too_long`; `duplicate`, whose
-    prompt and response are an earlier one's but for case and white space; and
-    `near_duplicate`. The earliest of several stays.
+    prompt and response are an earlier one's but for case and white space;
+    `near_duplicate`; and, of what remains, those `beyond_limit`. The earliest of several
+    duplicates stays.
 
     Args:
       records: see `sources.read`; they are read once.
@@ -154,6 +165,8 @@ def candidates(
       min_response_tokens: of the response alone. Ratios of one or two tokens' NLLs are
         mostly noise, and extreme ones.
       on_bad_record: 'refuse' or 'skip'.
+      max_candidates: how many remain at most, those that 'random' with this `seed` would
+        select first; 0: no limit.
       near_duplicates: from this Jaccard similarity of the sets of word 5-grams on, as
         MinHash estimates it (see `clean.Seen`), a record is a near duplicate; 0: none is.
 
@@ -217,6 +230,13 @@ def candidates(
         raise InputError(
             f"no sample is left to select from; left out are {filtered}; widen the bounds"
         )
+    # What "random" would select first, in the order of the source.
+    keys = _keys(digests, seed)
+    first = sorted(range(len(kept)), key=keys.__getitem__)[: max_candidates or None]
+    filtered["beyond_limit"] = len(kept) - len(first)
+    kept, texts, chats, digests = (
+        [column[i] for i in sorted(first)] for column in (kept, texts, chats, digests)
+    )
     plain = Examples.collect(_encode_plain(texts, tokenizer))
     return Candidates(kept, plain, Examples.collect(chats), digests, filtered)
 
@@ -235,16 +255,20 @@ def scores(
     hash of seed and content, uniform in [0, 1); the lowest are selected.
 
     Raises:
-      InputError: an unknown method; a perplexity or a ratio that is not finite.
+      InputError: an unknown method, or scores that it needs are missing; a perplexity
+        or a ratio that is not finite.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is unknown; use one of {list(METHODS)}")
-    plain_C, chat_C = _per_token(candidates, measured)
+    nll = _per_token(candidates, measured)
+    if missing := [form for form in FORMS[method] if form not in nll]:
+        raise InputError(f"method {method!r}: needs scores of {' and '.join(missing)}")
     if method == "perplexity":
-        return np.exp(plain_C)
+        return np.exp(nll["plain"])
     if method == "format_alignment":
-        return np.maximum(chat_C, _LEAST_NLL) / np.maximum(plain_C, _LEAST_NLL)
-    heads = [int.from_bytes(key[:6]) for key in _keys(candidates, seed)]
+        plain_C, chat_C = (np.maximum(nll[form], _LEAST_NLL) for form in FORMS[method])
+        return chat_C / plain_C
+    heads = [int.from_bytes(key[:6]) for key in _keys(candidates.digests, seed)]
     return np.array(heads) / 2**48
 
 
@@ -281,7 +305,7 @@ def rank(
         )
     score_C = scores(candidates, measured, method, seed)
     cost_C = -score_C if method == "format_alignment" else score_C
-    keys = _keys(candidates, seed)
+    keys = _keys(candidates.digests, seed)
     origins = [_origin(r, origin_field, origin_share < 1) for r in candidates.records]
     # Rounded first, because 0.07 * 100 is a little more than 7.
     quota = math.ceil(round(origin_share * keep, 9))
@@ -294,17 +318,22 @@ def rank(
         else:
             num_held_back += len(selected) < keep
             others.append(number)
-    plain_C, chat_C = _per_token(candidates, measured)
+    nll = _per_token(candidates, measured)
+    plain_C, chat_C = (
+        nll[form].tolist() if form in nll else [None] * len(keys)
+        for form in ("plain", "chat")
+    )
+    is_scored = "plain" in nll
     rows = [
         Row(
             candidate=number,
             origin=origins[number],
             rank=place,
             score=float(score_C[number]),
-            perplexity=math.exp(plain_C[number]),
-            plain_nll=float(plain_C[number]),
-            chat_nll=float(chat_C[number]),
-            response_tokens=int(measured.plain_count_C[number]),
+            perplexity=math.exp(plain_C[number]) if is_scored else None,
+            plain_nll=plain_C[number],
+            chat_nll=chat_C[number],
+            response_tokens=int(measured.plain_count_C[number]) if is_scored else None,
             selected=place <= len(selected),
         )
         for place, number in enumerate(selected + others, 1)
@@ -316,9 +345,10 @@ def write(path: epath.PathLike, ranking: Ranking) -> None:
     """Writes the records by rank as JSON lines, the file whole or not at all.
 
     A line is the record's own fields behind `selection`, the numbers of its `Row` to six
-    digits. So the source's `fields` fit this file too, read as format 'chat' or, from
-    preferences, 'chat_preference'. Its first `keep` lines are what to train on: where
-    fewer are selected, the file ends with them, lest others make up for them.
+    digits; what was not scored is left out. So the source's `fields` fit this file too,
+    read as format 'chat' or, from preferences, 'chat_preference'. Its first `keep` lines
+    are what to train on: where fewer are selected, the file ends with them, lest others
+    make up for them.
     """
     is_short = ranking.num_selected < ranking.keep
     lines = []
@@ -326,7 +356,7 @@ def write(path: epath.PathLike, ranking: Ranking) -> None:
         ours = {
             name: float(f"{value:.6g}") if isinstance(value, float) else value
             for name, value in row._asdict().items()
-            if name not in ("candidate", "origin")
+            if name not in ("candidate", "origin") and value is not None
         }
         fields = ranking.candidates.records[row.candidate].fields
         line = {FIELD: ours} | {k: v for k, v in fields.items() if k != FIELD}
@@ -388,28 +418,31 @@ def _encode_plain(texts: list[tuple[str, str]], tokenizer):
         yield given + answer, [False] * len(given) + [True] * len(answer)
 
 
-def _per_token(candidates: Candidates, measured: Measured):
-    """NLL per token after the plain prompt and in the chat template, float64 [C]."""
-    columns = np.stack([np.asarray(column, np.float64) for column in measured])
-    plain_C, plain_count_C, chat_C, chat_count_C = columns.reshape(
-        4, len(candidates.records)
-    )
-    with np.errstate(all="ignore"):
-        plain_C, chat_C = plain_C / plain_count_C, chat_C / chat_count_C
-        is_finite_C = np.isfinite(np.exp(plain_C)) & np.isfinite(chat_C / _LEAST_NLL)
-    for number in np.flatnonzero(~is_finite_C)[:1]:
-        raise InputError(
-            f"{candidates.records[number].place}: the response has an NLL of "
-            f"{plain_C[number]} nats per token after the plain prompt and of "
-            f"{chat_C[number]} in the chat template, which makes no finite score; check "
-            "the model"
-        )
-    return plain_C, chat_C
+def _per_token(candidates: Candidates, measured: Measured) -> dict[str, np.ndarray]:
+    """Form -> NLL per token of each response, float64 [C]; of the forms scored."""
+    nll, size = {}, len(candidates.records)
+    for form, sums_C, count_C in (
+        ("plain", measured.plain_nll_C, measured.plain_count_C),
+        ("chat", measured.chat_nll_C, measured.chat_count_C),
+    ):
+        if sums_C is None:
+            continue
+        with np.errstate(all="ignore"):
+            nll_C = np.asarray(sums_C, np.float64) / np.asarray(count_C, np.float64)
+            is_finite_C = np.isfinite(np.exp(nll_C)) & np.isfinite(nll_C / _LEAST_NLL)
+        for number in np.flatnonzero(~is_finite_C.reshape(size))[:1]:
+            raise InputError(
+                f"{candidates.records[number].place}: the response has an NLL of "
+                f"{nll_C[number]} nats per token in its {form} form, which makes no "
+                "finite score; check the model"
+            )
+        nll[form] = nll_C
+    return nll
 
 
-def _keys(candidates: Candidates, seed: int) -> list[bytes]:
+def _keys(digests: list[bytes], seed: int) -> list[bytes]:
     prefix = f"{seed} ".encode()
-    return [hashlib.blake2b(prefix + digest).digest() for digest in candidates.digests]
+    return [hashlib.blake2b(prefix + digest).digest() for digest in digests]
 
 
 def _origin(record: Record, name: str, is_needed: bool) -> str:
