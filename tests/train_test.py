@@ -154,7 +154,7 @@ def test_the_source_with_a_limit_says_how_long_a_phase_is(tiny_config, tmp_path)
     config.sources.domain.epochs = 2.0
     tokens = phase.start(config, str(tmp_path), "").tokenizer
     data = train.pipeline.load(config, tokens)
-    domain, instructions = data.report
+    domain, _ = data.report
     assert domain["epochs"] == pytest.approx(2, abs=0.2)
     # The other source keeps its share for as long as that takes.
     assert domain["share_delivered"] == pytest.approx(0.6, abs=0.05)
