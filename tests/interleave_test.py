@@ -118,10 +118,10 @@ def test_rows_to_limits_are_the_fewest_that_give_them_all(data, shares, anneals)
     final = shares[::-1] if anneals else None
     order = Interleaving(shares, final, 30 if anneals else 0, limits)
     limited = np.flatnonzero(np.isfinite(limits))
-    rows = order.rows_to_limits()
     if not len(limited):
-        assert rows == math.inf
+        assert order.rows_to_limits() == math.inf
         return
+    rows = int(order.rows_to_limits())
     wanted = np.array(limits)[limited]
     assert (order.given(rows)[limited] == wanted).all()
     assert (order.given(rows - 1)[limited] < wanted).any()

@@ -76,18 +76,13 @@ class Interleaving:
         is_limited_M = np.isfinite(self._limits_M)
         if is_limited_M.all() or not is_limited_M.any():
             return self.num_rows
-        limits_M = self._limits_M[is_limited_M]
-        # Where the last of them has given all, to a row for each source.
-        end = math.ceil(self._pieces[-1].start) + len(self._limits_M)
-        low = max(0, end - 2 * len(self._limits_M))
-        rows = range(low, end + 1)
-        return rows[
-            bisect.bisect_left(
-                rows,
-                True,
-                key=lambda n: (self.given(n)[is_limited_M] >= limits_M).all(),
-            )
-        ]
+        # The last of them has given all before the last piece begins, but for rounding.
+        rows = range(math.ceil(self._pieces[-1].start) + len(self._limits_M) + 1)
+
+        def gives_all(num_rows: int) -> bool:
+            return (self.given(num_rows) >= self._limits_M)[is_limited_M].all()
+
+        return bisect.bisect_left(rows, True, key=gives_all)
 
     def __getitem__(self, row: int) -> tuple[int, int]:
         """The source of a row of the stream, and which of that source's rows it is."""
