@@ -139,6 +139,45 @@ def _is_not_raised_too(entry: std_logging.LogRecord) -> bool:
     return not (entry.exc_info and "orbax" in entry.pathname)
 
 
+def check_folder(workdir: epath.Path) -> None:
+    """Writes a tiny checkpoint, reads it back and removes it; on every host.
+
+    So a folder in which no checkpoint could be written, or none be read again, is found
+    before hours of training and not after them.
+
+    Args:
+      workdir: the phase's folder, made if need be.
+
+    Raises:
+      InputError: what was read is not what was written, or an exception came of it.
+    """
+    folder = workdir / f"{FOLDER}.check"
+    tree = {"x": jnp.arange(4.0)}
+    # For good, as in `Checkpoints`.
+    logging.get_absl_logger().addFilter(_is_not_raised_too)
+    try:
+        if hosts.is_first():  # what the disk refuses, Orbax would tell at length
+            workdir.mkdir(parents=True, exist_ok=True)
+            paths.replace(workdir / f"{FOLDER}.test", "")
+            (workdir / f"{FOLDER}.test").unlink()
+        with _hushed():
+            ocp.save(folder, tree, overwrite=True)
+            is_same = np.array_equal(ocp.load(folder, tree)["x"], tree["x"])
+        problem = "" if is_same else "it has other values"
+    except Exception as error:  # Orbax and TensorStore raise of every kind.
+        if other := next((e for e in _chain(error) if _is_no_damage(e)), None):
+            raise other from None
+        problem = _cause(error)
+    if problem:
+        raise InputError(
+            f"{workdir}: a checkpoint cannot be written there and read back ({problem}); "
+            "give another --workdir, or make room"
+        )
+    hosts.wait_for_all(f"check of {workdir}")
+    if hosts.is_first():
+        folder.rmtree()
+
+
 class Restored(NamedTuple):
     """The newest whole checkpoint: its step, the rows of the stream taken, the state."""
 
@@ -214,7 +253,8 @@ def newest_step(workdir: epath.Path) -> int | None:
 def phase_folder(folder: str) -> epath.Path:
     """The phase's folder, of itself or of its `checkpoints`."""
     path = paths.absolute(folder)
-    return path.parent if path.name == FOLDER else path
+    is_inner = path.name == FOLDER and not (path / FOLDER).exists()
+    return path.parent if is_inner else path
 
 
 def identity(folder: str) -> dict[str, Any]:

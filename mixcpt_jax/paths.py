@@ -1,6 +1,7 @@
 """Paths as users write them: local, `gs://` and `package:NAME/FILE`."""
 
 import contextlib
+import glob
 import hashlib
 import importlib.util
 import shutil
@@ -8,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 
 from etils import epath
+from etils.epath import gpath
 from fsspec import config as fsspec_config
 
 from mixcpt_jax.errors import InputError
@@ -24,6 +26,19 @@ fsspec_config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 _OF_BUCKETS = ("gcsfs", "aiohttp", "google", "requests")
 
 
+class _Path(gpath.PosixGPath):
+    """A path whose `glob` takes the folder's own name as it stands.
+
+    etils makes one pattern of both, so that Orbax, which lists what it has saved by
+    `glob`, finds nothing in a folder `run [1]`. Paths derived from this one are of this
+    class, and Orbax derives all of its own from the folder that it is given.
+    """
+
+    def glob(self, pattern: str) -> Iterator["_Path"]:
+        folder = gpath.PosixGPath(glob.escape(str(self)))
+        return (type(self)(match) for match in folder.glob(pattern))
+
+
 def resolve(path: str) -> epath.Path:
     """Turns a path setting into a path object; the file need not exist.
 
@@ -35,19 +50,44 @@ def resolve(path: str) -> epath.Path:
       InputError: the package is not installed.
     """
     if not path.startswith(_PACKAGE):
-        return epath.Path(path).expanduser()
+        return _Path(path).expanduser()
     name, _, file = path.removeprefix(_PACKAGE).partition("/")
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         remedy = _INSTALL.get(name, f"pip install {name}")
         raise InputError(f"{path}: package {name} is not installed; run `{remedy}`")
-    return epath.Path(spec.submodule_search_locations[0]) / file
+    return _Path(spec.submodule_search_locations[0]) / file
 
 
 def absolute(path: str) -> epath.Path:
-    """A folder to write to, as Orbax wants it: `gs://` as it is, local ones absolute."""
-    folder = epath.Path(path).expanduser()
-    return folder if "://" in path else folder.absolute()
+    """A folder to write to, as Orbax wants it: `gs://` as it is, local ones absolute.
+
+    Raises:
+      InputError: the path is not UTF-8 or has a backslash; TensorStore writes such
+        folders, if at all, so that it cannot read them again.
+    """
+    folder = _Path(path).expanduser()
+    folder = folder if is_remote(path) else folder.absolute()
+    if not is_utf8(str(folder)) or "\\" in str(folder):
+        raise InputError(
+            f"{shown(folder)}: a folder to write to whose path has a backslash or is not "
+            "UTF-8 is not supported; give it another name"
+        )
+    return folder
+
+
+def is_utf8(path: epath.Path | str) -> bool:
+    """Whether a path is text; Python keeps other bytes of a name as surrogates."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(path: epath.Path | str) -> str:
+    """A path as text for people and for files; bytes that are no UTF-8 are escaped."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def is_remote(path: epath.Path | str) -> bool:
@@ -109,9 +149,15 @@ def hash_of(file: epath.Path) -> str:
 
 
 def replace(path: epath.Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all.
+
+    Args:
+      path: of the file.
+      content: text is written as UTF-8; what is no UTF-8 in it, such as a byte of a
+        file's name, is written as an escape.
+    """
     if isinstance(content, str):
-        content = content.encode()
+        content = content.encode("utf-8", "backslashreplace")
     if is_remote(path):
         path.write_bytes(content)  # an object appears when all of it is there
         return

@@ -53,6 +53,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
       Preempted: SIGTERM has come; the state after the last step is saved.
     """
     _announce(phase)
+    checkpoint.check_folder(phase.folder)
     data = phase.load_data(functools.partial(_with_teacher, phase))
     with jax.set_mesh(phase.mesh):
         return _run(phase, data)

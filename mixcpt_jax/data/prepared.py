@@ -39,7 +39,7 @@ Entry = dict[str, Any]
 
 def folder_of(root: str, source: str) -> epath.Path:
     """Where the tokens of a source lie."""
-    return epath.Path(root).expanduser() / source
+    return paths.absolute(root) / source
 
 
 def write_shard(

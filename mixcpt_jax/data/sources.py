@@ -27,7 +27,7 @@ _READ_FILE = {
     "arrow": readers.arrow,
     "array_record": readers.array_record,
 }
-# Their libraries read local disks alone.
+# Their libraries read local disks alone, by names that are UTF-8.
 _LOCAL_ONLY = ("array_record", "tfds")
 _KEY_BYTES = 64
 _WILDCARD = re.compile(r"[*?\[]")
@@ -188,7 +188,8 @@ def _read_parts(parts: list[_Part], path: str, on_bad: OnBad) -> Iterator[Record
 
 
 def _read_part(part: _Part, on_bad: OnBad) -> Iterator[Record]:
-    if part.reader in _LOCAL_ONLY and "://" in str(part.path):
+    is_plain = paths.is_utf8(part.path) and not paths.is_remote(part.path)
+    if part.reader in _LOCAL_ONLY and not is_plain:
         return _read_copy(part, on_bad)
     if part.reader == "tfds":
         return readers.tfds(part.path, part.split, on_bad)
@@ -198,7 +199,7 @@ def _read_part(part: _Part, on_bad: OnBad) -> Iterator[Record]:
 def _read_copy(part: _Part, on_bad: OnBad) -> Iterator[Record]:
     """Reads by a copy on the local disk, which is there as long as the reading lasts."""
     with tempfile.TemporaryDirectory(prefix="mixcpt-source-") as folder:
-        copy = epath.Path(folder) / part.path.name
+        copy = epath.Path(folder) / paths.shown(part.path.name)
 
         def here(text: str) -> str:
             return text.replace(str(copy), str(part.path))

@@ -1,0 +1,105 @@
+"""Any name that a folder or a file can have works, or is refused before it is used."""
+
+import os
+
+import hypothesis
+import jax.numpy as jnp
+import pytest
+from etils import epath
+from hypothesis import strategies as st
+
+from mixcpt_jax import checkpoint, paths
+from mixcpt_jax.data import prepared, sources
+from mixcpt_jax.errors import InputError
+from mixcpt_jax.steps import TrainState
+
+IN_TMP = [hypothesis.HealthCheck.function_scoped_fixture]
+# Weighted towards what shells, patterns and URLs take for their own.
+NAMES = st.text(st.sampled_from("[]*?!-%#&=:;,~ '\"{}$.aé日\n"), min_size=1).filter(
+    lambda name: name not in (".", "..") and len(name.encode()) < 200
+)
+
+
+@hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=IN_TMP)
+@hypothesis.given(name=NAMES, other=NAMES)
+def test_a_folder_of_any_name_lists_its_own_files(tmp_path_factory, name, other):
+    root = tmp_path_factory.mktemp("names")
+    for folder in {name, other}:
+        (root / folder).mkdir()
+        (root / folder / "a.txt").touch()
+    folder = paths.absolute(f"{root}/{name}")
+    assert [str(file) for file in folder.glob("*.txt")] == [f"{root}/{name}/a.txt"]
+    assert list((folder / "x").parent.glob("b*")) == []
+
+
+@hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=IN_TMP)
+@hypothesis.given(name=NAMES.filter(lambda name: "," not in name))
+def test_a_file_of_any_name_is_read(tmp_path_factory, name):
+    file = tmp_path_factory.mktemp("names") / f"{name}.txt"
+    file.write_text("content")
+    [record] = sources.read(str(file))
+    assert record.fields == {"id": str(file), "text": "content"}
+    assert list(sources.hashes(str(file))) == [str(file)]
+
+
+@pytest.mark.parametrize("name", ["run [1]", "a*b**?", "50% #1?x=ü", "checkpoints"])
+def test_checkpoints_in_a_folder_of_any_name_are_read_back(tmp_path, name):
+    folder = paths.absolute(f"{tmp_path}/{name}")
+    checkpoint.check_folder(folder)
+    assert list(folder.iterdir()) == []
+    tree = {"x": jnp.arange(3.0)}
+    state = TrainState(jnp.zeros((), jnp.int32), tree, tree)
+    provenance = {"start": {}}
+    with checkpoint.Checkpoints(folder, keep_last=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(state, step, step, {}, {}, provenance)
+    restored = checkpoint.restore(folder, state, {}, provenance)
+    assert restored.step == 2
+    for path in (folder, folder / checkpoint.FOLDER):
+        loaded = checkpoint.load_params(str(path), tree)
+        assert (loaded["x"] == tree["x"]).all()
+    assert checkpoint.newest_step(folder) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.filterwarnings("ignore")  # Orbax leaves coroutines behind
+def test_a_folder_whose_checkpoints_cannot_be_read_is_refused(tmp_path):
+    # By the library's own paths, which take the name for a pattern.
+    folder = epath.Path(tmp_path) / "run [1]"
+    with pytest.raises(InputError, match="cannot be written there and read back"):
+        checkpoint.check_folder(folder)
+    with pytest.raises(InputError, match=r"No such file .*give another --workdir"):
+        checkpoint.check_folder(paths.absolute("/proc/no/such/folder"))
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\\b"])
+def test_a_folder_to_write_to_that_cannot_be_read_again_is_refused(name):
+    with pytest.raises(InputError, match="not supported; give it another name") as e:
+        paths.absolute(os.fsdecode(name))
+    assert str(e.value).encode()
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "array_record"])
+def test_a_name_that_is_not_utf8_is_read_and_written(tmp_path, suffix):
+    file = os.path.join(tmp_path, os.fsdecode(b"caf\xe9." + suffix.encode()))
+    if suffix == "array_record":
+        entry = prepared.write_shard(epath.Path(tmp_path), 0, [b'{"text": "x"}'], {})
+        os.rename(tmp_path / entry["file"], file)
+    else:
+        with open(file, "w") as content:
+            content.write('{"text": "x"}\n')
+    [record] = sources.read(file)
+    assert record.place.startswith(file)
+    paths.replace(epath.Path(tmp_path / "report"), f"# {record.place}\n")
+    assert r"caf\udce9." in (tmp_path / "report").read_text()
+
+
+def test_shards_of_other_folders_stay(tmp_path):
+    """Whatever pattern the folder's own name would be."""
+    for name in ("[ab]", "*", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "00001.array_record").touch()
+    for name in ("[ab]", "*"):
+        prepared.write_manifest(prepared.folder_of(str(tmp_path), name), {}, [], {})
+        assert [f.name for f in (tmp_path / name).iterdir()] == ["manifest.json"]
+    assert (tmp_path / "a" / "00001.array_record").exists()
