@@ -21,6 +21,9 @@ from mixcpt_jax.data import mixture, pipeline, tasks
 from mixcpt_jax.data.exams import Exam
 from mixcpt_jax.errors import InputError
 
+# The largest loss whose perplexity is a float.
+_MOST_NATS = math.log(np.finfo(float).max)
+
 HostBatch = dict[str, np.ndarray]
 Score = Callable[[HostBatch], Mapping[str, Any]]
 
@@ -155,6 +158,11 @@ def measure(
       tokens that are the top token) and `{exam}/exam` (share answered rightly). Where
       examples begin with what is given (formats cloze and chat), also `{text}/exact`:
       the share of examples whose rest greedy decoding would give to the last token.
+      A text without a token that counts has no results, and a perplexity beyond the
+      largest float is left out.
+
+    Raises:
+      InputError: a score is not a finite number; names the item.
     """
     results = {}
     items = {} if items is None else items
@@ -163,11 +171,15 @@ def measure(
         for key, values in zip(("loss", "correct", "tokens"), sums, strict=True):
             items[f"{name}/{key}"] = values
         loss, correct, count = sums.sum(axis=1)
+        if not count:
+            continue
         results[f"{name}/loss"] = float(loss / count)
-        results[f"{name}/perplexity"] = math.exp(loss / count)
+        if loss / count < _MOST_NATS:
+            results[f"{name}/perplexity"] = math.exp(loss / count)
         results[f"{name}/accuracy"] = float(correct / count)
         if rows.source.examples.is_continuation:
-            results[f"{name}/exact"] = float((sums[1] == sums[2]).mean())
+            is_asked = sums[2] > 0
+            results[f"{name}/exact"] = float((sums[1] == sums[2])[is_asked].mean())
     for name, exam in exams.items():
         loss, _, _ = sums_per_example(score, exam.rows, batch_size)
         items[f"{name}/exam"] = exam.grade(-loss)
@@ -197,6 +209,8 @@ def compare_pairs(
     """
     loss, _, count = sums
     count = np.maximum(count, 1)
+    if not sums.size:
+        return {}
     results = {f"{name}/pair_accuracy": float(_is_chosen_likelier(sums).mean())}
     if reference_logps is not None:
         divisor = count if config.length_normalised or config.loss == "ipo" else 1
@@ -223,6 +237,9 @@ def sums_per_example(
     Args:
       score, rows, batch_size: as for `measure`.
       shown_as: the name of a bar in the terminal; empty: none.
+
+    Raises:
+      InputError: a score is not a finite number; names the item.
     """
     sums = np.zeros((3, len(rows.source.examples)))
     done = add_sums(sums, score, rows, batch_size)
@@ -249,6 +266,9 @@ def add_sums(
 
     Yields:
       After each batch, how many batches `sums` holds.
+
+    Raises:
+      InputError: a score is not a finite number; names the item.
     """
     batches = mixture.evaluation_batches(rows, batch_size, first_batch)
     for number, batch in enumerate(batches, first_batch):
@@ -258,6 +278,13 @@ def add_sums(
             [rows.example_ids(row) for row in range(first, first + batch_size)]
         )
         counted = batch["loss_mask"] > 0
+        is_broken = counted & ~np.isfinite(scores["ntp"])
+        if is_broken.any():
+            raise InputError(
+                f"{rows.place(owners[is_broken][0])}: its log-likelihood is not a finite "
+                "number; the model's training has diverged, or its activations are too "
+                "large for the dtype that is computed in: use float32 or other weights"
+            )
         for total, values in zip(
             sums,
             (scores["ntp"], scores["correct"], batch["loss_mask"]),

@@ -366,14 +366,15 @@ class Progress:
         self, step: int, scalars: Mapping[str, float], tokens_per_second: float
     ) -> None:
         """Shows a step that is done; its scalars are fields of a cluster's log."""
-        loss = scalars["loss"]
-        reached = f"loss {loss:.4f} {tokens_per_second:,.0f} tokens/s"
+        # A step to whose loss nothing contributes has none.
+        loss = f"loss {scalars['loss']:.4f}" if "loss" in scalars else "no loss"
+        reached = f"{loss} {tokens_per_second:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, reached=reached)
         if self._console.is_terminal or not self._enabled:
             return
         left = self._pace.left(step)
         if self._pace.is_due() or step == self._num_steps or terminal.is_json():
-            text = f"{self._name} {step}/{self._num_steps} loss {loss:.4f}"
+            text = f"{self._name} {step}/{self._num_steps} {loss}"
             if left:
                 text += f" {tokens_per_second:,.0f} tokens/s{left}"
             rate = {"tokens_per_second": tokens_per_second}

@@ -187,7 +187,28 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
 
 Params = dict
 Cache = dict[str, jax.Array]
-Forward = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A network as a pure function of its parameters, from `make_forward`.
+
+    It knows what its logits are capped at, so that whoever applies an unembedding to
+    its hidden states need not be told.
+
+    Attributes:
+      hidden: `(params, tokens_BxL, positions_BxL, segment_ids_BxL) -> hidden_BxLxD`;
+        calling the object calls it.
+      final_soft_cap: logits become `cap * tanh(logits / cap)`; None: they stay.
+    """
+
+    hidden: Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
+    final_soft_cap: float | None = None
+
+    def __call__(self, params, tokens_BxL, positions_BxL, segment_ids_BxL):
+        return self.hidden(params, tokens_BxL, positions_BxL, segment_ids_BxL)
+
+
 Decode = Callable[[Params, Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
 
 _CACHE_AXES = ("batch", "layers", None, "kv_heads")
@@ -464,7 +485,7 @@ def make_forward(
     def forward(params, tokens_BxL, positions_BxL, segment_ids_BxL):
         return nnx.merge(graphdef, params)(tokens_BxL, positions_BxL, segment_ids_BxL)
 
-    return forward
+    return Forward(forward, config.final_soft_cap)
 
 
 def make_decode(

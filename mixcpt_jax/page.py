@@ -31,6 +31,7 @@ _CURVES = (
     ("ntp", "Cross-entropy, nats a token", 1),
     ("correct", "Top-1 token accuracy, %", 100),
     ("kd", "KL(teacher ‖ student), nats a token", 1),
+    ("kd_lower_bound", "KL(teacher ‖ student) at least, nats a token", 1),
     ("margin", "Reward margin of pairs", 1),
 )
 _CHANGES = (

@@ -84,7 +84,6 @@ class Phase:
             "block_size": head.block_size or None,
             "vocab_tile": head.vocab_tile or None,
             "vocab_parallel": head.vocab_parallel,
-            "soft_cap": self.model_config.final_soft_cap,
         }
 
     @property
@@ -138,7 +137,9 @@ class Phase:
         Args:
           complete: adds what else is read.
         """
-        data = pipeline.load(self.config, self.tokenizer)
+        data = pipeline.load(
+            self.config, self.tokenizer, self.model_config.max_positions
+        )
         self._check_prompts(data.prompts)
         data = complete(data)
         self.claim(data.files)

@@ -66,7 +66,8 @@ class Arm:
     @property
     def steps(self) -> list[dict[str, Any]]:
         """The rows of training."""
-        return [row for row in self.rows if "loss" in row]
+        # A step to whose loss nothing contributes has none.
+        return [row for row in self.rows if {"loss", "learning_rate"} & row.keys()]
 
     @property
     def trains(self) -> bool:

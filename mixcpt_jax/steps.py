@@ -12,7 +12,8 @@ Shape suffixes: B batch rows, L row length, T = B * L tokens, S segments of a ro
 P = B * S / 2 pairs.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +60,8 @@ class Objective(NamedTuple):
     Attributes:
       count: `batch -> (number, metrics)`: how much the loss is a mean over, a float32
         scalar, and counts to report. It is asked of the global batch, before any
-        microbatch runs.
+        microbatch runs. The metric `loss` is the mean of nothing, `(0, 0)`, where no
+        part of the batch contributes to the loss, else `(0, 1)`.
       loss_sum: `(student, frozen_params, batch, scale) -> (loss, metrics)`: the sum over
         a (micro)batch times `scale`, and its metrics.
     """
@@ -134,7 +136,7 @@ def make_train_step(
                 "skipped_in_a_row": (opt_state.longest, one),
             }
         metrics |= {
-            "loss": (loss, one),
+            "loss": (loss, count_metrics["loss"][1]),
             "grad_norm": (global_norm(grads), one),
             "learning_rate": (jnp.asarray(schedule(scheduled), jnp.float32), one),
         }
@@ -155,8 +157,9 @@ def running_teacher(
     Args:
       forward: from `model.make_forward`.
       temperature: what the logits are divided by.
-      soft_cap: of the logits, before that.
+      soft_cap: of the logits, before that; None: the network's own.
     """
+    soft_cap = _soft_cap(forward) if soft_cap is None else soft_cap
 
     def view(frozen_params, batch: Batch):
         hidden = _flatten(forward(frozen_params, *_inputs(batch)))
@@ -223,6 +226,7 @@ def token_objective(
     teacher: Teacher | None,
     source_names: tuple[str, ...],
     head_loss: Callable[..., tuple[jax.Array, fused.TokenStatistics]] = fused.head_loss,
+    untaught: Collection[str] = (),
 ) -> Objective:
     """A weighted sum over tokens of the objectives of `fused.TokenWeights`.
 
@@ -234,6 +238,11 @@ def token_objective(
       teacher: the frozen teacher, or None when no objective needs one.
       source_names: names of the sources, in the order of `source_ids`.
       head_loss: `fused.head_loss` with its settings.
+      untaught: sources in the stream of which a prepared teacher holds nothing. They
+        have no metrics of the teacher, and where there are any the whole batch has none.
+
+    The metrics of a compact teacher that does not list the whole vocabulary are called
+    `kd_lower_bound` and `lssd_lower_bound`, see `fused.CompactTeacher`.
     """
 
     def loss_sum(student, frozen_params, batch: Batch, scale):
@@ -248,7 +257,7 @@ def token_objective(
                 for name in fused.TokenWeights._fields
             )
         )
-        loss, statistics = head_loss(
+        loss, statistics = _capped(head_loss, forward)(
             hidden,
             unembedding,
             targets_T=_flatten(batch["targets"]),
@@ -257,15 +266,24 @@ def token_objective(
             **view,
         )
         values_T = statistics._asdict()
-        if teacher is None:
-            values_T = {name: values_T[name] for name in ("ntp", "correct")}
+        own_T = {name: values_T.pop(name) for name in ("ntp", "correct")}
+        compact = view.get("compact")
+        vocab_size = unembedding.shape[0 if vocab_first else 1]
+        if compact is not None and compact.ids.shape[1] < vocab_size:
+            for name in ("kd", "lssd"):
+                values_T[f"{name}_lower_bound"] = values_T.pop(name)
         mask_T = _flatten(batch["loss_mask"]).astype(jnp.float32)
-        source_ids_T = _flatten(batch["source_ids"])
-        return loss, _means(values_T, mask_T, source_ids_T, source_names)
+        of_tokens = mask_T, _flatten(batch["source_ids"]), source_names
+        metrics = _means(own_T, *of_tokens)
+        if teacher is not None:
+            metrics |= _of_taught(_means(values_T, *of_tokens), untaught)
+        return loss, metrics
 
     def num_tokens(batch: Batch):
         counts = _token_counts(batch, source_names)
-        return counts["tokens"][0], counts
+        weights = (batch[f"{name}_weights"] for name in fused.TokenWeights._fields)
+        has_loss = functools.reduce(jnp.logical_or, (jnp.any(w != 0) for w in weights))
+        return counts["tokens"][0], counts | _loss_count(has_loss)
 
     return Objective(num_tokens, loss_sum)
 
@@ -298,7 +316,7 @@ def preference_objective(
     def answers(params, forward, batch: Batch):
         """Summed log-probability of each segment's learnt tokens, `[B, S]`."""
         unembedding, vocab_first = model.unembedding(params)
-        logps_T = log_probabilities(
+        logps_T = _capped(log_probabilities, forward)(
             _flatten(forward(params, *_inputs(batch))),
             unembedding,
             _flatten(batch["targets"]),
@@ -345,7 +363,7 @@ def preference_objective(
         lengths_BxS = _sum_per_segment(batch["loss_mask"], batch, num_segments)
         count = jnp.sum(_pairs(lengths_BxS)[1] > 0, dtype=jnp.float32)
         counts = _token_counts(batch, source_names) | {"pairs": (count, jnp.ones(()))}
-        return count, counts
+        return count, counts | _loss_count(count > 0)
 
     return Objective(num_pairs, loss_sum)
 
@@ -354,13 +372,21 @@ def make_eval_step(
     forward: model.Forward,
     head_loss: Callable[..., tuple[jax.Array, fused.TokenStatistics]] = fused.head_loss,
 ) -> Callable[[model.Params, Batch], dict[str, jax.Array]]:
-    """Builds `(params, batch) -> {"ntp", "correct"}`, `[B, L]` float32 per target."""
+    """Builds `(params, batch) -> {"ntp", "correct"}`, `[B, L]` float32 per target.
+
+    The one scorer: runs, `evaluate`, the harness, selection and the reference of pairs
+    all read their log-likelihoods, `-ntp` in nats, from it.
+
+    Args:
+      forward: from `model.make_forward`.
+      head_loss: `fused.head_loss` with its settings.
+    """
 
     def eval_step(params, batch: Batch):
         hidden = _flatten(forward(params, *_inputs(batch)))
         targets = _flatten(batch["targets"])
         unembedding, vocab_first = model.unembedding(params)
-        _, statistics = head_loss(
+        _, statistics = _capped(head_loss, forward)(
             hidden,
             unembedding,
             None,
@@ -391,8 +417,9 @@ def make_teacher_step(
       top_k: 0: hidden states, see `prepared_teacher`; else how many tokens are kept,
         see `compact_teacher`.
       temperature: what the logits are divided by; hidden states are left as they are.
-      soft_cap: of the logits, before that.
+      soft_cap: of the logits, before that; None: the network's own.
     """
+    soft_cap = _soft_cap(forward) if soft_cap is None else soft_cap
 
     def teacher_step(params, batch: Batch):
         hidden = _flatten(forward(params, *_inputs(batch)))
@@ -416,6 +443,17 @@ def make_teacher_step(
         return {k: v.reshape(*shape, *v.shape[1:]) for k, v in arrays.items()}
 
     return teacher_step
+
+
+def _soft_cap(forward: model.Forward) -> float | None:
+    """What the logits of a network are capped at; a bare function caps nothing."""
+    return getattr(forward, "final_soft_cap", None)
+
+
+def _capped(head: Callable[..., Any], forward: model.Forward) -> Callable[..., Any]:
+    """`fused.head_loss`, or another head, with the soft cap of a network's logits."""
+    cap = _soft_cap(forward)
+    return head if cap is None else functools.partial(head, soft_cap=cap)
 
 
 def _inputs(batch: Batch):
@@ -470,6 +508,20 @@ def _means(
         for m, source in enumerate(source_names):
             metrics[f"{source}/{name}"] = (sums_MxK[m, k], counts_M[m])
     return metrics
+
+
+def _of_taught(metrics: Metrics, untaught: Collection[str]) -> Metrics:
+    """Without those of sources that have no teacher, nor of a batch that may hold one."""
+    return {
+        name: metric
+        for name, metric in metrics.items()
+        if not untaught or ("/" in name and name.rpartition("/")[0] not in untaught)
+    }
+
+
+def _loss_count(has_loss: jax.Array) -> Metrics:
+    """See `Objective.count`."""
+    return {"loss": (jnp.zeros(()), has_loss.astype(jnp.float32))}
 
 
 def _token_counts(batch: Batch, source_names: tuple[str, ...]) -> Metrics:

@@ -79,7 +79,6 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
                 phase.forward(),
                 config.objective.teacher_top_k,
                 config.objective.teacher_temperature,
-                phase.model_config.final_soft_cap,
             ),
             out_shardings=sharding.replicated(phase.mesh),
             compiler_options=phase.compiler_options,

@@ -286,6 +286,7 @@ def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> steps.Objective:
             _teacher(phase, data),
             names,
             functools.partial(fused.head_loss, **phase.head_options),
+            _untaught(config, data),
         )
     preference = config.preference
     return steps.preference_objective(
@@ -323,12 +324,23 @@ def _teacher(phase: phase_lib.Phase, data: pipeline.Data) -> steps.Teacher | Non
     config, objective = phase.config, phase.config.objective
     if not _needs_teacher(config, data):
         return None
-    how = objective.teacher_temperature, phase.model_config.final_soft_cap
     if not _reads_teacher(config, data):
-        return steps.running_teacher(phase.forward(), *how)
+        return steps.running_teacher(phase.forward(), objective.teacher_temperature)
     if objective.teacher_top_k:
         return steps.compact_teacher()
-    return steps.prepared_teacher(config.model.compute_dtype, *how)
+    return steps.prepared_teacher(
+        config.model.compute_dtype,
+        objective.teacher_temperature,
+        phase.model_config.final_soft_cap,
+    )
+
+
+def _untaught(config, data: pipeline.Data) -> list[str]:
+    """The sources in the stream of which a prepared teacher holds nothing."""
+    if not _reads_teacher(config, data):
+        return []
+    used = (rows for rows in data.packed if rows.source.share > 0)
+    return [rows.source.name for rows in used if not teacher.is_asked(rows)]
 
 
 def frozen_passes(config: ml_collections.ConfigDict, data: pipeline.Data) -> str:
@@ -507,7 +519,7 @@ def _check_step(
     saved_step: int | None,
 ) -> None:
     """Raises FloatingPointError if training has broken down."""
-    loss, norm = scalars["loss"], scalars["grad_norm"]
+    loss, norm = scalars.get("loss", 0.0), scalars["grad_norm"]
     in_a_row = scalars.get("skipped_in_a_row", 0)
     is_left_out = max_skipped and not math.isfinite(norm)
     if in_a_row <= max_skipped and (is_left_out or math.isfinite(loss + norm)):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import vocabularies
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import (
     decoding,
@@ -137,9 +138,28 @@ def test_length_is_in_bytes_not_tokens():
     np.testing.assert_array_equal(exam.num_bytes, [2, 2])
 
 
-def test_a_question_must_fit_a_row():
-    with pytest.raises(InputError, match="data.row_length is 8; make it at least 2"):
-        exams.encode(QUESTIONS, Letters(), row_length=8)
+def test_a_question_must_fit_the_context():
+    exam = exams.encode(QUESTIONS, Letters(), row_length=8, max_positions=27)
+    assert len(exam.rows.source.examples) == 9
+    assert len(exam.rows.plan.length) == 9  # each in one piece
+    with pytest.raises(InputError, match="quiz: question 3: has 27 tokens, the mo"):
+        exams.encode(QUESTIONS, Letters(), 8, max_positions=26, name="quiz")
+
+
+@pytest.mark.parametrize("kind", vocabularies.TYPES)
+def test_a_choice_has_the_tokens_that_it_has_in_text(kind, tmp_path):
+    vocabularies.write(kind, tmp_path)
+    vocabulary = tokenizer.load(str(tmp_path))
+    question = {"question": "Of which?", "choices": ["the heart", "It is", "ünd  so"]}
+    exam = exams.encode([question | {"answer": 0}], vocabulary, 64)
+    examples = exam.rows.source.examples
+    before = vocabulary.encode("Question: Of which?\nAnswer:")
+    start = [vocabulary.bos_id] * vocabulary.add_bos
+    for number, choice in enumerate(question["choices"]):
+        tokens, mask = examples.read(*examples.offsets[number : number + 2])
+        text = vocabulary.encode(f"Question: Of which?\nAnswer: {choice}")
+        assert tokens.tolist() == start + text
+        assert tokens[mask].tolist() == text[len(before) :]
 
 
 @pytest.mark.parametrize(

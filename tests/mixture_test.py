@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import pickle
 
@@ -383,7 +384,9 @@ def test_the_number_of_workers_changes_nothing():
 
 
 def test_evaluation_reads_every_row_once_in_batches_of_one_shape():
-    rows = mixture.pack_text("held out", _examples(list(range(1, 40))), 16)
+    examples = _examples(list(range(1, 40)))
+    documents = dataclasses.replace(examples, loss_mask=examples.tokens > 0)
+    rows = mixture.pack_text("held out", documents, 16)
     targets = []
     batches = list(mixture.evaluation_batches(rows, 8))
     assert len(batches) == -(-len(rows) // 8)
@@ -393,6 +396,24 @@ def test_evaluation_reads_every_row_once_in_batches_of_one_shape():
     np.testing.assert_array_equal(
         np.sort(targets), _expected_targets(rows.source.examples)
     )
+
+
+@pytest.mark.parametrize("row_length", [8, 19, 64])
+def test_what_is_judged_in_its_context_is_never_cut(row_length):
+    examples = _examples([3, 20, 1, 7])
+    rows = mixture.pack_text("exam", examples, row_length)
+    assert rows.plan.row_length == max(row_length, 19)
+    pieces = dict(zip(rows.plan.example.tolist(), rows.plan.length.tolist()))
+    assert pieces == {0: 2, 1: 19, 3: 6}
+    mixture.pack_text("exam", examples, row_length, max_positions=19)
+    for places, named in (
+        ((), "exam: example 2"),
+        (["f:1", "f:2", "f:3", "f:4"], "f:2"),
+        (["f:1", "f:2"], "f:1"),  # pairs: two examples a record
+    ):
+        if row_length < 19:
+            with pytest.raises(InputError, match=f"{named}: has 19 tokens"):
+                mixture.pack_text("exam", examples, row_length, 18, places)
 
 
 def test_targets_know_their_example():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import fused, losses, measures, model, optim, sharding, steps
+from mixcpt_jax import fused, losses, measures, metrics, model, optim, sharding, steps
 from mixcpt_jax.data import format, mixture
 
 CONFIG = model.ModelConfig(
@@ -124,7 +124,7 @@ def test_every_objective_of_the_config_has_its_weights():
 )
 def test_the_loss_is_the_weighted_mean_of_the_dense_losses(temperature, soft_cap):
     batch = make_batch()
-    _, metrics = take_step(batch, teacher_temperature=temperature, soft_cap=soft_cap)
+    _, found = take_step(batch, teacher_temperature=temperature, soft_cap=soft_cap)
     inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
     forward = model.make_forward(CONFIG)
     student, teacher = (
@@ -138,13 +138,58 @@ def test_the_loss_is_the_weighted_mean_of_the_dense_losses(temperature, soft_cap
         + batch["selective_weights"] * losses.selective(student, teacher, targets)
     ).sum()
     np.testing.assert_allclose(
-        metrics["loss"][0], total / batch["loss_mask"].sum(), rtol=1e-5
+        found["loss"][0], total / batch["loss_mask"].sum(), rtol=1e-5
     )
     # Per-source metrics add up to those of the batch.
     for name in ("ntp", "lssd", "kd", "correct", "agree", "swapped"):
-        parts = [metrics[f"{source}/{name}"] for source in SOURCES]
-        np.testing.assert_allclose(metrics[name], np.sum(parts, axis=0), rtol=1e-5)
-    assert metrics["tokens"][0] == batch["loss_mask"].sum()
+        parts = [found[f"{source}/{name}"] for source in SOURCES]
+        np.testing.assert_allclose(found[name], np.sum(parts, axis=0), rtol=1e-5)
+    assert found["tokens"][0] == batch["loss_mask"].sum()
+
+
+@pytest.mark.parametrize("top_k", [0, 8, 63])
+def test_what_a_prepared_teacher_does_not_hold_is_not_measured(top_k):
+    """Each metric of a prepared teacher is the running one's, a bound of it, or absent."""
+    batch, forward = make_batch(), model.make_forward(CONFIG)
+    teacher_step = jax.jit(steps.make_teacher_step(forward, top_k))
+    in_general = batch["source_ids"] == 1
+    assert 0 < in_general.mean() < 1
+    held = {
+        # As `taught.TaughtRows` fills in what is not there.
+        name: np.where(in_general.reshape(*in_general.shape, *[1] * (x.ndim - 2)), 0, x)
+        for name, x in teacher_step(params(1), batch).items()
+    }
+    held = {k: v.astype(np.uint16) if "hidden" in k else v for k, v in held.items()}
+    prepared = steps.compact_teacher() if top_k else steps.prepared_teacher("float32")
+
+    def measured(teacher, batch, **options):
+        objective = steps.token_objective(forward, teacher, SOURCES, **options)
+        _, found = jax.jit(objective.loss_sum)(params(), params(1), batch, 1.0)
+        return metrics.means(found)
+
+    expected = measured(steps.running_teacher(forward), batch)
+    actual = measured(prepared, batch | held, untaught=["general"])
+    assert {"ntp", "general/ntp", "domain/agree", "domain/swapped"} <= actual.keys()
+    of_teacher = {k for k in actual if not k.endswith(("ntp", "correct"))}
+    assert all(name.startswith("domain/") for name in of_teacher)
+    assert ("domain/kd" in actual) == (top_k != 8)
+    for name, value in actual.items():
+        if name.endswith("_lower_bound"):
+            assert value < expected[name.removesuffix("_lower_bound")]
+        else:  # hidden states are rounded to bfloat16
+            assert value == pytest.approx(expected[name], rel=1e-2), name
+
+
+@pytest.mark.parametrize("zeroed", ["loss_mask", "weights"])
+def test_a_step_to_which_nothing_contributes_has_no_loss(zeroed):
+    batch = make_batch()
+    assert metrics.means(take_step(batch)[1])["loss"] > 0
+    batch |= {k: 0 * v for k, v in batch.items() if k.endswith("_weights")}
+    if zeroed == "loss_mask":
+        batch["loss_mask"] = 0 * batch["loss_mask"]
+    found = metrics.means(take_step(batch)[1])
+    assert "loss" not in found
+    assert ("ntp" in found) == (zeroed == "weights")
 
 
 def test_padding_and_segments_of_others_change_nothing():

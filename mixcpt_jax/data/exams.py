@@ -1,12 +1,13 @@
 """Multiple-choice exams as rows whose choices are scored."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mixcpt_jax.data import mixture
-from mixcpt_jax.data.format import Examples
+from mixcpt_jax.data.format import Examples, encode_continuations
 from mixcpt_jax.data.readers import parse_line
 from mixcpt_jax.errors import InputError
 from mixcpt_jax.paths import require_file
@@ -90,52 +91,56 @@ def _is_sound(question: dict[str, Any]) -> bool:
     )
 
 
-def encode(questions: list[dict[str, Any]], tokenizer: Any, row_length: int) -> Exam:
+def encode(
+    questions: list[dict[str, Any]],
+    tokenizer: Any,
+    row_length: int,
+    max_positions: int | None = None,
+    name: str = "exam",
+    places: Sequence[str] = (),
+) -> Exam:
     """Encodes questions the way few-shot benchmarks print them.
 
+    Args:
+      questions: at least one.
+      tokenizer: see `format.encode_continuations`.
+      row_length, max_positions, name: see `mixture.pack_text`.
+      places: where each question is from; empty: they are counted.
+
     Raises:
-      InputError: a question does not fit into a row.
+      InputError: there are no questions, one does not fit the context, or a choice has
+        no token of its own.
     """
     if not questions:
         raise InputError("an exam has no questions; give its source more documents")
-    examples = spell_out(questions, tokenizer)
-    longest = int(examples.lengths.max())
-    if longest > row_length + 1:
-        raise InputError(
-            f"an exam question has {longest} tokens with its choice, data.row_length is "
-            f"{row_length}; make it at least {longest - 1}"
-        )
-    return pack(questions, examples, row_length)
-
-
-def spell_out(questions: list[dict[str, Any]], tokenizer: Any) -> Examples:
-    """One example per choice: the question, and the choice, which alone is learnt."""
-    prompts, choices = [], []
-    for question in questions:
-        text = question["question"].removeprefix("Question:").strip()
-        prompts += [f"Question: {text}\nAnswer:"] * len(question["choices"])
-        choices += question["choices"]
-    start = [tokenizer.bos_id] if tokenizer.add_bos else []
-    return Examples.collect(
-        (
-            [*start, *prompt, *choice],
-            [False] * (len(start) + len(prompt)) + [True] * len(choice),
-        )
-        for prompt, choice in zip(
-            tokenizer.encode_batch(prompts),
-            tokenizer.encode_batch([f" {choice}" for choice in choices]),
-            strict=True,
-        )
-    )
-
-
-def pack(questions: list[dict[str, Any]], examples: Examples, row_length: int) -> Exam:
-    """An exam of what `spell_out` made of its questions; each example fits a row."""
-    choices = [choice for question in questions for choice in question["choices"]]
+    places = places or [f"{name}: question {i + 1}" for i in range(len(questions))]
     counts = [len(question["choices"]) for question in questions]
+    choice_places = np.repeat(places, counts).tolist()
+    examples = spell_out(questions, tokenizer, choice_places)
+    choices = [choice for question in questions for choice in question["choices"]]
     return Exam(
-        mixture.pack_text("exam", examples, row_length),
+        mixture.pack_text(name, examples, row_length, max_positions, choice_places),
         np.array([len(choice.encode()) for choice in choices]),
         np.concatenate([[0], np.cumsum(counts)]),
         np.array([question["answer"] for question in questions]),
     )
+
+
+def spell_out(
+    questions: list[dict[str, Any]], tokenizer: Any, places: Sequence[str] = ()
+) -> Examples:
+    """One example per choice: the question, and the choice, which alone is learnt.
+
+    Args:
+      questions: the questions.
+      tokenizer: see `format.encode_continuations`.
+      places: where each choice is from, for errors.
+    """
+    continuations = []
+    for number, question in enumerate(questions, 1):
+        text = question["question"].removeprefix("Question:").strip()
+        for choice in question["choices"]:
+            place = places[len(continuations)] if places else f"question {number}"
+            prompt = f"Question: {text}\nAnswer:"
+            continuations.append((prompt, f" {choice}", place))
+    return Examples.collect(encode_continuations(continuations, tokenizer))

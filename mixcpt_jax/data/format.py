@@ -158,7 +158,7 @@ def encode(
         `prompt` and `response`, with a blank line between;
         'preference': `prompt` and the answer of `preference_side`, likewise;
         'cloze': `context` and `target` with nothing between, of which the target is
-        learnt and no token ends it, see `_cloze`;
+        learnt and no token ends it, see `encode_continuations`;
         'chat': `messages`, a list of `{role, content}` whose role is system, user or
         assistant (other keys are not read), or else the fields of 'instruction' as a
         user's message and the assistant's;
@@ -185,7 +185,15 @@ def encode(
             for record in records
         )
     if format == "cloze":
-        return Examples.collect(_cloze(record, tokenizer, fields) for record in records)
+        return Examples.collect(
+            encode_continuations(
+                [
+                    (*_context_and_target(record, fields), record.place)
+                    for record in records
+                ],
+                tokenizer,
+            )
+        )
     texts = (
         text
         for record in records
@@ -430,24 +438,39 @@ def _tokenize(texts: Iterator[str], tokenizer) -> Iterator[tuple[list, np.ndarra
             yield start + ids + end, mask
 
 
-def _cloze(record: Record, tokenizer, fields: dict) -> tuple[list[int], list[bool]]:
-    """A context and the target it is to be continued with.
+def encode_continuations(
+    continuations: Sequence[tuple[str, str, str]], tokenizer
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Encodes contexts together with what they are continued with.
 
     As lm-evaluation-harness does it, but for line ends, which stay in the context: spaces
-    at its end go to the target, the whole is cut into tokens as one text, and the
-    target's are those behind as many as the context alone has.
+    at its end go to the target, context and target are tokenised as one text, and the
+    target's tokens are those after as many as the context alone has. So a target has the
+    tokens that it has in text.
+
+    Args:
+      continuations: (context, target, place of the record) of each.
+      tokenizer: has `encode_batch`, `add_bos` and `bos_id`.
+
+    Yields:
+      Tokens, and which of them are the target's.
+
+    Raises:
+      InputError: a target has no token of its own; begins with its place.
     """
-    context, target = _context_and_target(record, fields)
     start = [tokenizer.bos_id] if tokenizer.add_bos else []
-    alone = context.rstrip(" ")
-    opening, ids = tokenizer.encode_batch([alone, context + target])
-    if len(ids) <= len(opening):
-        raise InputError(
-            f"{record.place}: the target {target!r} has no token of its own behind its "
-            "context; let it begin with a space or a new word"
-        )
-    given = len(start) + len(opening)
-    return start + ids, [False] * given + [True] * (len(ids) - len(opening))
+    openings = tokenizer.encode_batch([c.rstrip(" ") for c, *_ in continuations])
+    wholes = tokenizer.encode_batch([c + target for c, target, _ in continuations])
+    for (_, target, place), opening, ids in zip(
+        continuations, openings, wholes, strict=True
+    ):
+        if len(ids) <= len(opening):
+            raise InputError(
+                f"{place}: the target {target!r} has no token of its own behind its "
+                "context; let it begin with a space or a new word"
+            )
+        given = len(start) + len(opening)
+        yield start + ids, [False] * given + [True] * (len(ids) - len(opening))
 
 
 def _context_and_target(record: Record, fields: dict) -> list[str]:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from mixcpt_jax.config import OBJECTIVES
 from mixcpt_jax.data.format import Examples
@@ -329,12 +329,21 @@ class PackedRows:
         plan: PackingPlan,
         pad_id: int,
         num_segments: int = 0,
+        places: Sequence[str] = (),
     ):
         self.source = source
         self.source_id = source_id
         self.plan = plan
         self.pad_id = pad_id
         self.num_segments = num_segments
+        self._places = places
+
+    def place(self, example: int) -> str:
+        """Where an example is from, for errors."""
+        group, rest = divmod(len(self.source.examples), len(self._places) or 1)
+        if not self._places or rest:
+            return f"{self.source.name}: example {example + 1}"
+        return self._places[example // group]
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -445,10 +454,51 @@ def pack_sources(
     ]
 
 
-def pack_text(name: str, examples: Examples, row_length: int) -> PackedRows:
-    """Packs text that is only measured: examples stay whole where they fit a row."""
-    plan = pack(examples.lengths, row_length, "best_fit")
-    return PackedRows(Source(name, examples), 0, plan, pad_id=0)
+def pack_text(
+    name: str,
+    examples: Examples,
+    row_length: int,
+    max_positions: int | None = None,
+    places: Sequence[str] = (),
+) -> PackedRows:
+    """Packs text that is only measured.
+
+    Documents that are longer than a row are continued in the next one, where nothing
+    before is seen. What is judged in its context (a cloze, a conversation, an exam's
+    choice, an answer of a pair) is never cut: rows are as long as the longest.
+
+    Args:
+      name: for logs and errors.
+      examples: what is measured.
+      row_length: targets in a row, at least.
+      max_positions: targets that fit the model's context; None: any number.
+      places: where examples are from, one for each or for as many that follow each
+        other, such as the two of a pair.
+
+    Raises:
+      InputError: an example that is not to be cut does not fit the context; names it.
+    """
+    targets = examples.lengths - 1
+    longest = int(targets.max(initial=0))
+    is_longer = examples.is_continuation and longest > row_length
+    if is_longer:
+        logging.warning(
+            "%s: %d of %d items are longer than rows of %d tokens; they are measured "
+            "whole, in rows of %d",
+            name,
+            np.sum(targets > row_length),
+            len(targets),
+            row_length,
+            longest,
+        )
+    plan = pack(examples.lengths, longest if is_longer else row_length, "best_fit")
+    rows = PackedRows(Source(name, examples), 0, plan, pad_id=0, places=places)
+    if is_longer and max_positions is not None and longest > max_positions:
+        raise InputError(
+            f"{rows.place(int(targets.argmax()))}: has {longest} tokens, the model's "
+            f"context is {max_positions}; leave it out"
+        )
+    return rows
 
 
 def mixture(

@@ -45,7 +45,11 @@ class Data:
     num_steps: int
 
 
-def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
+def load(
+    config: ml_collections.ConfigDict,
+    tokenizer: Any,
+    max_positions: int | None = None,
+) -> Data:
     """Reads, encodes and packs what the phase reads of the config.
 
     Sources without weight or holdout are not read: a phase may name files that only a
@@ -54,11 +58,18 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
     Args:
       config: a validated config.
       tokenizer: the model's.
+      max_positions: its context, which what is measured has to fit; None: any.
 
     Raises:
       InputError: names the file, line or setting that is wrong.
     """
     row_length = config.eval.row_length or config.data.row_length
+
+    def measured(name, records, source) -> mixture.PackedRows:
+        examples = _encode(records, source, tokenizer)
+        places = [record.place for record in records]
+        return mixture.pack_text(name, examples, row_length, max_positions, places)
+
     is_training = config.job == "train"
     asked = {exam.source for exam in config.eval.exams.values()}
     corpora, texts, pairs, files = {}, {}, {}, {}
@@ -68,15 +79,15 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
             files[name] = sources.hashes(source.path, source.reader, source.split)
             if source.holdout:
                 is_pair = source.format == "chat_preference"
-                measured = pairs if is_pair else texts
-                measured[name] = _encode(corpora[name].held_out, source, tokenizer)
+                rows = measured(name, corpora[name].held_out, source)
+                (pairs if is_pair else texts)[name] = rows
     for name, source in config.eval.texts.items():
-        texts[name] = _encode(_measured(config, source), source, tokenizer)
+        texts[name] = measured(name, _measured(config, source), source)
         files[f"eval.texts.{name}"] = sources.hashes(
             source.path, source.reader, source.split
         )
     for name, source in config.eval.pairs.items():
-        pairs[name] = _encode(_measured(config, source), source, tokenizer)
+        pairs[name] = measured(name, _measured(config, source), source)
         files[f"eval.pairs.{name}"] = sources.hashes(
             source.path, source.reader, source.split
         )
@@ -98,16 +109,16 @@ def load(config: ml_collections.ConfigDict, tokenizer: Any) -> Data:
     return Data(
         packed=packed,
         objectives=objectives,
-        texts={
-            name: mixture.pack_text(name, examples, row_length)
-            for name, examples in texts.items()
-        },
-        pairs={
-            name: _pack_pairs(name, examples, row_length)
-            for name, examples in pairs.items()
-        },
+        texts=texts,
+        pairs=pairs,
         exams={
-            name: _load_exam(config, exam, corpora, tokenizer, row_length)
+            name: exams.encode(
+                _questions(config, exam, corpora),
+                tokenizer,
+                row_length,
+                max_positions,
+                exam.path or f"eval.exams.{name}",
+            )
             for name, exam in config.eval.exams.items()
         },
         prompts=_load_prompts(config.eval.prompts),
@@ -384,34 +395,14 @@ def _encode(records, source, tokenizer) -> format.Examples:
     )
 
 
-def _pack_pairs(name: str, examples: format.Examples, row_length: int):
-    """Pairs that are measured: none is split, and none is lost."""
-    fitting, counts = mixture.fit(examples, row_length, "truncate", group=2)
-    if counts["truncated"]:
-        logging.warning(
-            "%s: %d held-out pairs are cut to fit data.row_length=%d",
-            name,
-            counts["truncated"],
-            row_length,
-        )
-    if counts["dropped"]:
-        raise InputError(
-            f"{name}: of {counts['dropped']} held-out pairs the prompt alone fills half "
-            f"of data.row_length={row_length}; make it larger or shorten them"
-        )
-    return mixture.pack_text(name, fitting, row_length)
-
-
 def _load_prompts(path: str) -> list[list[dict[str, str]]]:
     if not path:
         return []
     return [format.read_prompt(record) for record in sources.read(path, "jsonl")]
 
 
-def _load_exam(config, exam, corpora, tokenizer, row_length: int) -> exams.Exam:
+def _questions(config, exam, corpora) -> list[dict[str, Any]]:
     if exam.path:
-        questions = exams.read(exam.path)[: exam.num_questions or None]
-    else:
-        documents = [record.fields for record in corpora[exam.source].held_in()]
-        questions = docstrings.exam(documents, exam.num_questions, config.seed)
-    return exams.encode(questions, tokenizer, row_length)
+        return exams.read(exam.path)[: exam.num_questions or None]
+    documents = [record.fields for record in corpora[exam.source].held_in()]
+    return docstrings.exam(documents, exam.num_questions, config.seed)

@@ -79,40 +79,32 @@ class Task:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def encode(self, tokenizer: Any, row_length: int, max_positions: int) -> "Encoded":
-        """Rows of `row_length`, or of as much as the longest item has that is not cut.
-
-        Documents go on in the next row, where nothing before is seen.
+        """In rows, see `mixture.pack_text`.
 
         Args:
           tokenizer: the model's.
-          row_length: at least.
-          max_positions: at most, the model's context.
+          row_length: of rows, but for items that are not cut; the context's at most.
+          max_positions: the model's context.
 
         Raises:
           InputError: an item does not fit the context, or is not as its kind should be.
         """
+        row_length = min(row_length, max_positions)
+        places = [record.place for record in self.records]
         match self.kind:
-            case "text":
-                examples = format.encode(self.records, "document", tokenizer)
             case "choice":
                 questions = [record.fields for record in self.records]
-                examples = exams.spell_out(questions, tokenizer)
+                exam = exams.encode(
+                    questions, tokenizer, row_length, max_positions, self.name, places
+                )
+                return Encoded(self, exam.rows, exam)
+            case "text":
+                examples = format.encode(self.records, "document", tokenizer)
             case "cloze":
                 records = [_with_target(record) for record in self.records]
                 examples = format.encode(records, "cloze", tokenizer)
-        if self.kind != "text":
-            longest = int(examples.lengths.max()) - 1
-            if longest > max_positions:
-                raise InputError(
-                    f"{self.path}: an item has {longest} tokens, the model's context is "
-                    f"{max_positions}; leave it out"
-                )
-            row_length = max(row_length, longest)
-        row_length = min(row_length, max_positions)
-        if self.kind == "choice":
-            exam = exams.pack(questions, examples, row_length)
-            return Encoded(self, exam.rows, exam)
-        return Encoded(self, mixture.pack_text(self.name, examples, row_length))
+        rows = mixture.pack_text(self.name, examples, row_length, max_positions, places)
+        return Encoded(self, rows)
 
 
 @dataclasses.dataclass(frozen=True)
