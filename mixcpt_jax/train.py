@@ -111,7 +111,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             phase.name, first_step, num_steps, phase.shows_progress
         ) as progress,
     ):
-        progress.say(_mixture_table(data.report))
+        progress.say("\n".join([_mixture_table(data.report), *_limits(data)]))
         if _reads_teacher(config, data):
             top_k = config.objective.teacher_top_k
             what = f"its top {top_k} tokens" if top_k else "its hidden states"
@@ -583,6 +583,11 @@ def _mixture_table(report: list[dict[str, Any]]) -> str:
             counts = (f"{count} {why}" for why, count in source["left_out"].items())
             notes.append(f"{source['name']}: left out {', '.join(counts)}")
     return "\n".join([table, *notes])
+
+
+def _limits(data: pipeline.Data) -> list[str]:
+    limited = "; ".join(data.limited)
+    return [f"measured, to eval.max_tokens of each: {limited}"] if limited else []
 
 
 def _results(folder: epath.Path, data: pipeline.Data) -> dict[str, Any]:

@@ -119,6 +119,27 @@ def test_an_exam_is_graded_by_log_likelihood_per_byte():
     assert results["quiz/exam"] == pytest.approx(np.mean(right))
 
 
+@pytest.mark.parametrize("budget", [0, 1, 60, 200, 10**6])
+def test_an_exam_keeps_to_its_tokens(budget):
+    questions = [
+        q | {"question": f"{i} {q['question']}"} for i in range(9) for q in QUESTIONS
+    ]
+
+    def size(places):
+        return sum(
+            len(f"{questions[i]['question']} {choice}")
+            for i in places
+            for choice in questions[i]["choices"]
+        )
+
+    kept = exams.within(questions, Letters(), budget)
+    assert kept == sorted(set(kept))
+    if budget:
+        assert size(kept) <= budget or len(kept) == 1
+    if not budget or size(range(len(questions))) <= budget:
+        assert kept == list(range(len(questions)))
+
+
 def test_only_the_choice_is_scored():
     exam = exams.encode(QUESTIONS[:1], Letters(), row_length=64)
     examples = exam.rows.source.examples

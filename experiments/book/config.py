@@ -58,6 +58,7 @@ def make(cell: Cell) -> ml_collections.ConfigDict:
     _set_measures(config, cell)
     config.data.row_length, config.data.batch_size = ROW_LENGTH, BATCH_SIZE
     config.eval.batch_size = 2 * BATCH_SIZE
+    config.eval.max_tokens = 0  # all
     config.optimizer.warmup_steps = 2
     config.train.eval_before = False
     config.metrics.progress = False
@@ -114,6 +115,7 @@ def _set_sources(config, cell: Cell) -> None:
 def _set_measures(config, cell: Cell) -> None:
     data, evaluation = cell.data, config.eval
     texts, exams = evaluation.texts, evaluation.exams
+    del texts.general, exams.general
     texts.unread = config_lib.source(path=f"{data}/unread_modules.jsonl")
     texts.wikitext = config_lib.source(path=f"{data}/wikitext.jsonl")
     texts.lambada = config_lib.source(path=f"{data}/lambada.jsonl", format="cloze")

@@ -78,6 +78,7 @@ def _shared(cell: Cell) -> ml_collections.ConfigDict:
     config.data.batch_size = BATCH_SIZE
     config.data.warn_epochs = config.data.max_epochs = 0.0  # a small world, told often
     config.eval.batch_size = BATCH_SIZE
+    config.eval.max_tokens = 0  # all
     config.eval.max_new_tokens = 16
     config.optimizer.warmup_steps = 5
     config.optimizer.weight_decay = 0.01

@@ -126,6 +126,28 @@ def encode(
     )
 
 
+def within(
+    questions: list[dict[str, Any]], tokenizer: Any, max_tokens: int
+) -> list[int]:
+    """Places of the questions that are asked: with their choices so many tokens at most.
+
+    Args:
+      questions: see `check`.
+      tokenizer: has `encode_batch`.
+      max_tokens: 0: no limit; see `mixture.spread`.
+    """
+    if not questions:
+        return []
+    asked = [
+        f"{question['question']} {choice}"
+        for question in questions
+        for choice in question["choices"]
+    ]
+    lengths = [len(ids) for ids in tokenizer.encode_batch(asked)]
+    first_choice = np.cumsum([0, *(len(q["choices"]) for q in questions)])[:-1]
+    return mixture.spread(np.add.reduceat(lengths, first_choice), max_tokens).tolist()
+
+
 def spell_out(
     questions: list[dict[str, Any]], tokenizer: Any, places: Sequence[str] = ()
 ) -> Examples:

@@ -169,6 +169,65 @@ def fit(
     return Examples.collect(pairs), counts
 
 
+# Tokens that a text is not cut below, so that what is measured still has a context.
+_LEAST_TEXT = 128
+
+
+def within(
+    examples: Examples, max_tokens: int, group: int = 1
+) -> tuple[Examples, np.ndarray]:
+    """At most so many tokens of what is measured: the same ones in every run.
+
+    Plain texts are cut at their ends to one length, the greatest that leaves them all
+    and makes none of them shorter than 128 tokens. Where that is not enough, and of
+    groups and of examples that begin with what is given, which are not cut, some are left
+    out: those that stay are spread evenly over the file.
+
+    Args:
+      examples: in groups of `group` that stay or go together.
+      max_tokens: 0: no limit. One group stays in any case.
+      group: 1, or 2 for pairs.
+
+    Returns:
+      The examples, and the numbers of the groups that stay.
+    """
+    lengths = examples.lengths
+    if not max_tokens or lengths.sum() <= max_tokens:
+        return examples, np.arange(len(examples) // max(group, 1))
+    if not examples.is_continuation:
+        # With the longest k texts cut to one length, that length.
+        ordered = np.sort(lengths)
+        shared = (max_tokens - np.cumsum(ordered) + ordered) // np.arange(
+            len(ordered), 0, -1
+        )
+        fits = np.flatnonzero(ordered > shared)
+        length = shared[fits[0]] if len(fits) else ordered[-1]
+        lengths = np.minimum(lengths, max(length, _LEAST_TEXT))
+    kept = spread(lengths.reshape(-1, group).sum(1), max_tokens)
+    members = (kept[:, None] * group + np.arange(group)).ravel()
+    parts = [
+        slice(s, s + n)
+        for s, n in zip(examples.offsets[members], lengths[members], strict=True)
+    ]
+    pairs = ((examples.tokens[part], examples.loss_mask[part]) for part in parts)
+    return Examples.collect(pairs), kept
+
+
+def spread(sizes: np.ndarray, budget: int) -> np.ndarray:
+    """Places of items whose sizes add up to at most a budget, evenly over all; ascending.
+
+    Args:
+      sizes: [items].
+      budget: 0: no limit. One item is there in any case.
+    """
+    # Multiples of the golden ratio, modulo 1, lie evenly however many there are.
+    order = np.argsort(np.arange(len(sizes)) * ((math.sqrt(5) - 1) / 2) % 1)
+    if not budget:
+        return np.arange(len(sizes))
+    count = np.searchsorted(np.cumsum(np.asarray(sizes)[order]), budget, side="right")
+    return np.sort(order[: max(count, 1)])
+
+
 def pack(
     lengths: np.ndarray, row_length: int, strategy: str = "best_fit", seed: int = 0
 ) -> PackingPlan:

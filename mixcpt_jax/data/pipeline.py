@@ -32,6 +32,7 @@ class Data:
       files: what was read, name -> {file: hash}.
       report: one dict per source: what it holds and what the mixture gives of it.
       num_steps: how many the phase takes.
+      limited: of which texts, pairs and exams `eval.max_tokens` leaves how much, in words.
     """
 
     packed: list[mixture.PackedRows]
@@ -43,6 +44,7 @@ class Data:
     files: dict[str, dict[str, str]]
     report: list[dict[str, Any]]
     num_steps: int
+    limited: list[str] = dataclasses.field(default_factory=list)
 
 
 def load(
@@ -64,10 +66,17 @@ def load(
       InputError: names the file, line or setting that is wrong.
     """
     row_length = config.eval.row_length or config.data.row_length
+    max_tokens, limited = config.eval.max_tokens, []
 
     def measured(name, records, source) -> mixture.PackedRows:
-        examples = _encode(records, source, tokenizer)
-        places = [record.place for record in records]
+        whole = _encode(records, source, tokenizer)
+        group = len(whole) // max(len(records), 1)
+        examples, kept = mixture.within(whole, max_tokens, group)
+        if examples is not whole:
+            limited.append(
+                f"{name} {examples.num_tokens:,} of {whole.num_tokens:,} tokens"
+            )
+        places = [records[number].place for number in kept]
         return mixture.pack_text(name, examples, row_length, max_positions, places)
 
     is_training = config.job == "train"
@@ -96,6 +105,22 @@ def load(
             files[f"eval.exams.{name}"] = sources.hashes(exam.path, "jsonl")
     if config.eval.prompts:
         files["eval.prompts"] = sources.hashes(config.eval.prompts, "jsonl")
+    loaded_exams = {}
+    for name, exam in config.eval.exams.items():
+        place = exam.path or f"eval.exams.{name}"
+        questions = _questions(config, exam, corpora)
+        asked_of = exams.within(questions, tokenizer, max_tokens)
+        if len(asked_of) < len(questions):
+            of = f"{len(asked_of)} of {len(questions)} questions"
+            limited.append(f"exam {name} {of}")
+        loaded_exams[name] = exams.encode(
+            [questions[number] for number in asked_of],
+            tokenizer,
+            row_length,
+            max_positions,
+            place,
+            [f"{place}: question {number + 1}" for number in asked_of],
+        )
     packed, report, num_steps = [], [], 0
     objectives = {
         name: config_lib.objective_weights(config, name) for name in config.sources
@@ -111,20 +136,12 @@ def load(
         objectives=objectives,
         texts=texts,
         pairs=pairs,
-        exams={
-            name: exams.encode(
-                _questions(config, exam, corpora),
-                tokenizer,
-                row_length,
-                max_positions,
-                exam.path or f"eval.exams.{name}",
-            )
-            for name, exam in config.eval.exams.items()
-        },
+        exams=loaded_exams,
         prompts=_load_prompts(config.eval.prompts),
         files=files,
         report=report,
         num_steps=num_steps,
+        limited=limited,
     )
 
 
