@@ -1,20 +1,24 @@
-"""Writes the numbers and plots of the README beside this file from the studies' results.
+"""Writes the tables and plots of `PAGES` from the results that are committed here.
 
     python -m experiments.tables [--beside=FOLDER]
 
-What stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README is made here. With
-`--beside` nothing is written: the arms of the controlled study whose results are in FOLDER
-are printed as they are recorded, and as they are there.
+Text between `<!-- NAME -->` and `<!-- /NAME -->` in a page is written by this command; a
+test compares the pages with the results. `--beside` writes nothing: it prints the tables
+of those arms of the controlled study whose results are in FOLDER, once from the committed
+results and once from FOLDER.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
 import pathlib
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -24,11 +28,34 @@ from experiments.arms import ARMS
 from experiments.book import run as book_run
 from experiments.controlled import confidence, cost, run
 from experiments.controlled.run import RATE, RATES
-from mixcpt_jax import metrics
+from mixcpt_jax import metrics, report
 from mixcpt_jax import statistics as intervals
 
 FOLDER = pathlib.Path(__file__).parent
+PAGES = (
+    FOLDER.parent / "README.md",
+    FOLDER / "README.md",
+    FOLDER / "quickstart" / "README.md",
+    FOLDER / "anatomy" / "README.md",
+)
 KEPT_LEVEL = 0.9
+# Levels of use, within the reach of next-token prediction on the mixture, at which arms
+# are compared by what they keep.
+USE_LEVELS = {
+    "chat": (0.4, 0.6, 0.8),
+    "documents": (0.05, 0.1, 0.15),
+    "narrow": (0.2, 0.35, 0.5),
+}
+# Arms with a term that holds the student to the teacher; compared with "mixture_ntp", the
+# same mixture without one.
+CONSTRAINED = (
+    "mixture_lssd20",
+    "mixture_lssd50",
+    "mixture_lssd",
+    "mixture_mft80",
+    "mixture_mft50",
+    "ntp_kl",
+)
 
 Record = cells.Record
 Point = tuple[float, float]
@@ -106,6 +133,14 @@ def use_at(points: list[Point], level: float) -> float:
     return best
 
 
+def kept_at(points: list[Point], level: float) -> float:
+    """The most that is kept on the polyline through the points at a use of `level`.
+
+    0 where the curve never reaches it.
+    """
+    return use_at([(use, kept) for kept, use in points], level)
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half of the 95 % interval of it over seeds (Student's t)."""
     if len(values) < 3:  # of two seeds it says next to nothing
@@ -120,7 +155,7 @@ def _cell(shares: list[float], is_difference: bool = False) -> str:
         return ""
     mean, half = interval([100 * share for share in shares])
     if half != half:
-        return f"{mean:.1f}"
+        return f"{mean:+.1f}" if is_difference else f"{mean:.1f}"
     if is_difference:
         return f"{mean:+.1f} ± {half:.1f}"
     low, high = max(mean - half, 0.0), min(mean + half, 100.0)
@@ -173,6 +208,49 @@ def arms_table(records: list[Record], base: str) -> str:
     header += [f"use at {KEPT_LEVEL:.0%} kept", *(f"{rate:g}" for rate in RATES)]
     rows.sort(key=lambda row: -row[0])
     return _table(header, [row for _, row in rows])
+
+
+def constraint_table(records: list[Record], base: str) -> str:
+    """What each constrained arm gains over next-token prediction on the same mixture."""
+    return _differences_table(
+        records, base, [(ARMS[arm].label, arm, "mixture_ntp") for arm in CONSTRAINED]
+    )
+
+
+def swap_table(records: list[Record], base: str) -> str:
+    """What the swap gains over plain distillation of the same weight."""
+    pairs = [
+        ("weight 0.2 beside 0.8 NTP", "mixture_lssd20", "mixture_mft80"),
+        ("weight 0.5 beside 0.5 NTP", "mixture_lssd50", "mixture_mft50"),
+    ]
+    return _differences_table(records, base, pairs)
+
+
+def _differences_table(
+    records: list[Record], base: str, pairs: list[tuple[str, str, str]]
+) -> str:
+    """Rows of (label, arm, reference arm): their difference, seed by seed.
+
+    In area, and in what is kept at the same use. Only seeds in which both curves reach a
+    level of use count for it; the cell says so where some do not.
+    """
+    rows = []
+    for label, arm, reference in pairs:
+        found, others = (curves(records, base, a) for a in (arm, reference))
+        seeds = sorted(found.keys() & others.keys())
+        if not seeds:
+            continue
+        areas = [hypervolume(found[s]) - hypervolume(others[s]) for s in seeds]
+        row = [label, str(len(seeds)), _cell(areas, True)]
+        for level in USE_LEVELS[base]:
+            kept = [[kept_at(c[s], level) for c in (found, others)] for s in seeds]
+            gains = [mine - other for mine, other in kept if mine and other]
+            cell = _cell(gains, True) or "not reached"
+            is_partial = 0 < len(gains) < len(seeds)
+            row.append(f"{cell} ({len(gains)} of {len(seeds)})" if is_partial else cell)
+        rows.append(row)
+    levels = [f"kept at a use of {level:.0%}" for level in USE_LEVELS[base]]
+    return _table(["difference", "seeds", "area", *levels], rows)
 
 
 def bases_table(records: list[Record]) -> str:
@@ -247,13 +325,15 @@ def alignment_table(records: list[Record], base: str) -> str:
     """After each phase: answers in the chat format, of domain people and untold ones."""
     rows = []
     for arm in ARMS:
-        found = [r for r in _at_rate(records, base, arm) if r["align"] == "dpo"]
-        for phase in ("sft", "dpo") if found else ():
-            results = [r["phases"][phase] for r in found]
+        found = [r for r in _at_rate(records, base, arm) if r["align"]]
+        for phase in ("sft", "dpo"):
+            results = [r["phases"][phase] for r in found if phase in r["phases"]]
+            if not results:
+                continue
             rows.append(
                 [
                     f"{ARMS[arm].label}: {phase.upper()}",
-                    str(len(found)),
+                    str(len(results)),
                     *(
                         _cell([r["answers"][group][key] for r in results])
                         for key in ("form", "value")
@@ -454,42 +534,177 @@ def book_changes_table(records: list[Record]) -> str:
     return _table(["arm, rate", *columns.values()], rows)
 
 
+class Style(NamedTuple):
+    """How a plot shows an arm: the label beside its curve, colour and marker."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+# The arms that carry the claims. The colours are those of Okabe and Ito, which readers with
+# any common colour blindness tell apart.
+STYLES = {
+    "plain": Style("plain CPT", "#000000", "s"),
+    "mixture_ntp": Style("mixture, NTP", "#D55E00", "^"),
+    "mixture_lssd20": Style("mixture,\n0.8 NTP +\n0.2 LSSD", "#0072B2", "o"),
+    "ntp_kl": Style("NTP on domain,\nKL on general", "#009E73", "D"),
+    "mixture_lssd": Style("mixture, LSSD alone", "#CC79A7", "v"),
+}
+# Base -> arm -> where the label stands: kept, use, and its side that is there.
+_LABELS = {
+    "chat": {
+        "plain": (17, 44, "left"),
+        "mixture_ntp": (24, 82, "left"),
+        "mixture_lssd20": (77.5, 70, "left"),
+        "ntp_kl": (61, 92, "right"),
+        "mixture_lssd": (84, 8, "right"),
+    },
+    "documents": {
+        "plain": (29, 1, "right"),
+        "mixture_ntp": (27, 25, "left"),
+        "mixture_lssd20": (53.5, 17, "left"),
+        "ntp_kl": (36.5, 6.5, "right"),
+        "mixture_lssd": (42, 6.6, "left"),
+    },
+    "narrow": {
+        "plain": (31, 32, "right"),
+        "mixture_ntp": (33, 66, "left"),
+        "mixture_lssd20": (65, 62, "left"),
+        "mixture_lssd": (74, 37, "right"),
+    },
+}
+
+
 def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
-    """Curves over learning rates, use against kept, with 95 % intervals over seeds."""
+    """The arms of `STYLES` as curves over learning rates, use against kept.
+
+    Bars are 95 % intervals over seeds. Where use stays low, a second panel shows the lower
+    part of the square.
+    """
+    tops = sorted({100, _top(base)}, reverse=True)
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        1, len(tops), figsize=(6.2 * len(tops), 5.6), squeeze=False
+    )
+    for axis, top in zip(axes[0], tops, strict=True):
+        for arm, style in STYLES.items():
+            found = list(curves(records, base, arm).values())
+            if not found:
+                continue
+            (kept, kept_bars), (use, use_bars) = _means_and_bars(found)
+            axis.errorbar(
+                kept, use, xerr=kept_bars, yerr=use_bars, color=style.colour,
+                marker=style.marker, ms=6, lw=2, elinewidth=0.8,
+            )  # fmt: skip
+            if top == tops[-1]:
+                x, y, side = _LABELS[base][arm]
+                axis.text(
+                    x, y, style.label, color=style.colour, ha=side, va="bottom",
+                    bbox={"color": "white", "alpha": 0.8, "pad": 1}, zorder=5,
+                )  # fmt: skip
+        _label_axes(axis, base, top)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def draw_others(records: list[Record], base: str, path: pathlib.Path) -> None:
+    """A panel for each arm that `draw` leaves out, with next-token prediction in grey."""
+    arms = [a for a in ARMS if a not in STYLES and curves(records, base, a)]
+    if not arms:
+        return
+    columns = min(4, len(arms))
+    rows = -(-len(arms) // columns)
+    figure, axes = _pyplot().subplots(
+        rows, columns, figsize=(3.1 * columns, 3.1 * rows), sharex=True, sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    reference = list(curves(records, base, "mixture_ntp").values())
+    for axis in axes.flat[len(arms) :]:
+        axis.axis("off")
+    for axis, arm in zip(axes.flat, arms, strict=False):
+        kept, use = (means for means, _ in _means_and_bars(reference))
+        axis.plot(kept, use, color="#BBBBBB", marker="^", ms=4, lw=1.5)
+        found = list(curves(records, base, arm).values())
+        (kept, kept_bars), (use, use_bars) = _means_and_bars(found)
+        axis.errorbar(
+            kept, use, xerr=kept_bars, yerr=use_bars, color="#0072B2", marker="o", ms=4,
+            lw=1.5, elinewidth=0.7,
+        )  # fmt: skip
+        axis.set_title("\n".join(textwrap.wrap(ARMS[arm].label, 34)), fontsize=8)
+        _label_axes(axis, base, _top(base))
+        axis.label_outer()
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _means_and_bars(
+    found: list[list[Point]],
+) -> list[tuple[list[float], list[tuple[float, ...]]]]:
+    """Of curves, one a seed: (means, (below, above)) of kept, and of use, in per cent.
+
+    What can be kept or used is a share, so no bar leaves 0 to 100.
+    """
+    parts = []
+    for part in (0, 1):
+        by_rate = zip(*found, strict=True)
+        pairs = [interval([100 * p[part] for p in points]) for points in by_rate]
+        below = tuple(min(half, mean) for mean, half in pairs)
+        above = tuple(min(half, 100 - mean) for mean, half in pairs)
+        parts.append(([mean for mean, _ in pairs], [below, above]))
+    return parts
+
+
+def _top(base: str) -> int:
+    """Of the axis of use, in per cent: lower where no arm uses much."""
+    return 100 if max(USE_LEVELS[base]) > 0.2 else 40
+
+
+def _label_axes(axis, base: str, top: int) -> None:
+    *_, kept, use = JUDGED[base]
+    axis.set(xlim=(0, 100), ylim=(0, top))
+    axis.set_xlabel(f"kept: {kept}")
+    axis.set_ylabel(f"use: {use}")
+    axis.grid(alpha=0.3)
+
+
+def _pyplot():
+    # Imported here: tables need no plots, and it is slow.
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7.5, 5))
-    for arm in ARMS:
-        found = list(curves(records, base, arm).values())
-        if not found:
-            continue
-        at_rates = [
-            [interval([100 * points[i][part] for points in found]) for part in (0, 1)]
-            for i in range(len(RATES) + 1)
-        ]
-        (x, x_half), (y, y_half) = (
-            zip(*(rate[part] for rate in at_rates), strict=True) for part in (0, 1)
-        )
-        axis.errorbar(
-            x, y, xerr=x_half, yerr=y_half, marker="o", ms=4, lw=1.3, elinewidth=0.6,
-            label=ARMS[arm].label,
-        )  # fmt: skip
-    *_, kept, use = JUDGED[base]
-    axis.set_xlabel(f"kept: {kept}")
-    axis.set_ylabel(f"use: {use}")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return pyplot
+
+
+def _save(figure, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    pyplot.close(figure)
+    _pyplot().close(figure)
+
+
+def run_table(study: str) -> str:
+    """A study of one run: its measures before and after each phase, and its time."""
+    results = json.loads((FOLDER / study / "results.json").read_text())
+    # The job "evaluate" repeats what the last training phase measured at its end.
+    measured = {name: result for name, result in results.items() if name != "evaluate"}
+    parts = [report.comparison(measured)]
+    if any("seconds" in result for result in results.values()):
+        parts.append(report.wall_times(results))
+    return "\n\n".join(parts)
 
 
 def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
-    """Name of a block in the README -> what makes it."""
+    """Name of a block of a page -> what makes it."""
     book = cells.load(book_run.RESULTS)
-    return {
+    compared = {
+        f"{base}-{name}": functools.partial(make, records, base)
+        for base in JUDGED
+        for name, make in (("constraint", constraint_table), ("swap", swap_table))
+    }
+    return compared | {
+        "quickstart": lambda: run_table("quickstart"),
+        "anatomy": lambda: run_table("anatomy"),
         "bases": lambda: bases_table(records),
         "chat": lambda: arms_table(records, "chat"),
         "chat-memory": lambda: memory_table(records, "chat"),
@@ -510,12 +725,18 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
 
 
 def fill(text: str, records: list[Record]) -> str:
-    """The README with its blocks made anew."""
-    for name, make in blocks(records).items():
-        block = f"<!-- {name} -->\n\n{make()}\n\n<!-- /{name} -->"
-        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
-        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
-    return text
+    """A page with its blocks written from the results.
+
+    Raises:
+      KeyError: a block of the page has no such name here.
+    """
+    made = blocks(records)
+
+    def block(found: re.Match) -> str:
+        name = found[1]
+        return f"<!-- {name} -->\n\n{made[name]()}\n\n<!-- /{name} -->"
+
+    return re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", block, text, flags=re.DOTALL)
 
 
 def reproduced(records: list[Record], others: list[Record]) -> str:
@@ -541,11 +762,12 @@ def main() -> None:
     if beside:
         print(reproduced(records, cells.load(pathlib.Path(beside))))
         return
-    readme = FOLDER / "README.md"
-    readme.write_text(fill(readme.read_text(), records))
+    for page in PAGES:
+        page.write_text(fill(page.read_text(), records))
     for base in JUDGED:
         if any(curves(records, base, arm) for arm in ARMS):
             draw(records, base, FOLDER / "controlled" / f"{base}.png")
+            draw_others(records, base, FOLDER / "controlled" / f"{base}-others.png")
 
 
 if __name__ == "__main__":

@@ -197,9 +197,106 @@ def test_use_at_a_level_is_on_the_curve_and_at_least_that_of_its_points(points, 
         assert use == 0
 
 
-def test_the_page_holds_what_the_records_say():
-    readme = (tables.FOLDER / "README.md").read_text()
-    assert tables.fill(readme, cells.load(run.RESULTS)) == readme
+@given(POINTS, st.floats(0.01, 0.99))
+def test_kept_at_a_use_is_on_the_curve_and_at_least_that_of_its_points(points, level):
+    kept = tables.kept_at(points, level)
+    assert kept >= max([x for x, y in points if y >= level], default=0.0)
+    assert kept <= max([x for x, _ in points])
+    if all(y < level for _, y in points):
+        assert kept == 0
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.parent.name)
+def test_a_page_holds_what_the_results_say(page):
+    text = page.read_text()
+    assert tables.fill(text, cells.load(run.RESULTS)) == text
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.parent.name)
+def test_a_table_of_measurements_is_written_from_results(page):
+    by_hand = re.sub(
+        r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", "", page.read_text(), flags=re.DOTALL
+    )
+    assert not re.findall(r"^\|.*\d\.\d.*$", by_hand, flags=re.MULTILINE)
+
+
+def test_every_page_with_results_is_held_to_them(project):
+    folders = project / "experiments", project
+    pages = {page for folder in folders for page in folder.glob("*.md")}
+    pages |= set((project / "experiments").glob("*/README.md"))
+    with_results = {
+        page for page in pages if re.search(r"^\|.*\d\.\d", page.read_text(), re.M)
+    }
+    assert with_results <= set(tables.PAGES)
+
+
+def _records(curves_by_arm):
+    """Records of the chat base from (kept, use) at each rate, by arm and seed."""
+    shared = {"base": "chat", "share": 0.0, "rule": "first"}
+
+    def record(arm, seed, rate, point, phase):
+        kept, use = point
+        after = {"untold_use/exact": kept, "domain_use/exact": use}
+        return shared | {
+            "arm": arm, "seed": seed, "rate": rate, "phases": {phase: {"after": after}},
+        }  # fmt: skip
+
+    records = []
+    for arm, seeds in curves_by_arm.items():
+        for seed, points in enumerate(seeds):
+            for rate, point in zip(run.RATES, points, strict=True):
+                records.append(record(arm, seed, rate, point, "cpt"))
+    for seed in range(max(map(len, curves_by_arm.values()))):
+        records.append(record("base", seed, 0.0, (1.0, 0.0), "base"))
+    return records
+
+
+def test_a_constraint_is_judged_at_the_same_use():
+    """An arm that keeps a tenth more at any use gains ten points at each level."""
+    uses = (0.2, 0.4, 0.6, 0.9)
+
+    def curve(loss):
+        return [(1 - loss - use / 2, use) for use in uses]
+
+    records = _records(
+        {
+            "mixture_ntp": [curve(0.2), curve(0.2), curve(0.2)],
+            "mixture_lssd20": [curve(0.1), curve(0.1), curve(0.1)],
+            # Reaches a use of 0.5 in one seed, and of 0.7 in none.
+            "mixture_lssd": [curve(0.1)[:2] * 2, curve(0.1)[:2] * 2,
+                             [*curve(0.1)[:3], (0.6, 0.6)]],
+        }
+    )  # fmt: skip
+    table = tables.constraint_table(records, "chat")
+    _, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+    )
+    assert [row[0] for row in rows] == [
+        ARMS["mixture_lssd20"].label, ARMS["mixture_lssd"].label,
+    ]  # fmt: skip
+    assert rows[0][1] == "3"
+    assert rows[0][3:] == ["+10.0 ± 0.0"] * 3
+    assert rows[1][3:] == ["+10.0 ± 0.0", "+10.0 (1 of 3)", "not reached"]
+
+
+def test_bars_of_a_plot_stay_within_shares():
+    found = [[(0.9, 0.0)], [(1.0, 0.4)], [(1.0, 0.1)]]
+    for means, (below, above) in tables._means_and_bars(found):
+        for mean, low, high in zip(means, below, above, strict=True):
+            assert mean - low >= 0
+            assert mean + high <= 100 + 1e-9
+
+
+def test_the_arms_of_a_plot_are_told_apart():
+    for key in ("colour", "marker"):
+        assert len({getattr(s, key) for s in tables.STYLES.values()}) == len(
+            tables.STYLES
+        )
+    records = cells.load(run.RESULTS)
+    for base, labels in tables._LABELS.items():
+        shown = {arm for arm in tables.STYLES if tables.curves(records, base, arm)}
+        assert set(labels) == shown
 
 
 def test_what_is_run_again_is_told_under_the_same_of_the_record():
