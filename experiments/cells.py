@@ -23,10 +23,17 @@ from mixcpt_jax import config as config_lib
 
 Record = dict[str, Any]
 
-# The default objective at the time when the first records were named. A digest leaves out
-# what is at its default; a default that changes later stands here with its old value, so
-# that records keep their names and no cell runs again.
-_DEFAULTS_OF_RECORDS = {"objective.ntp_weight": 0.0, "objective.lssd_weight": 1.0}
+# Defaults at the time when the first records were named, of settings whose default has
+# changed since. A digest leaves out what is at its default; with these it stays what it
+# was, so records keep their names and no cell runs again.
+_DEFAULTS_OF_RECORDS = {
+    "objective.ntp_weight": 0.0,
+    "objective.lssd_weight": 1.0,
+    "select.method": "format_alignment",
+    "eval.max_tokens": 0,
+}
+# Settings that can refuse a cell and do not change what it computes.
+_LIMITS = ("data.warn_epochs", "data.max_epochs")
 
 
 class Study(NamedTuple):
@@ -56,10 +63,13 @@ def digest(cell: Any, make: Callable[[Any], ml_collections.ConfigDict]) -> str:
     """A hash of a cell's config, wherever its files lie; defaults are not in it."""
     config = make(_without_folders(cell))
     settings = config_lib.changed(config.to_dict())
-    for key, value in _DEFAULTS_OF_RECORDS.items():
+    for key in (*_DEFAULTS_OF_RECORDS, *_LIMITS):
         settings.pop(key, None)
-        if config[key] != value:
-            settings[key] = config[key]
+    settings |= {
+        key: config[key]
+        for key, value in _DEFAULTS_OF_RECORDS.items()
+        if config[key] != value
+    }
     text = json.dumps(settings, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

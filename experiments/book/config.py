@@ -59,7 +59,7 @@ def make(cell: Cell) -> ml_collections.ConfigDict:
     config.data.row_length, config.data.batch_size = ROW_LENGTH, BATCH_SIZE
     config.eval.batch_size = 2 * BATCH_SIZE
     config.eval.max_tokens = 0  # all
-    config.optimizer.warmup_steps = 2
+    config.optimizer.warmup_steps, config.optimizer.warmup_share = 2, 0.0
     config.train.eval_before = False
     config.metrics.progress = False
     config.metrics.tensorboard = False
@@ -137,5 +137,6 @@ def _set_alignment(config) -> None:
     sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 3e-5, 3e-6
     for phase in (sft, dpo):
         phase.optimizer.warmup_steps = 2
+        del phase.optimizer.warmup_share
         phase.data.batch_size, phase.data.row_length = BATCH_SIZE, ROW_LENGTH
         phase.train.num_steps, phase.train.save_every = 8, 8

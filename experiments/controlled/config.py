@@ -87,6 +87,10 @@ def _shared(cell: Cell) -> ml_collections.ConfigDict:
     config.train.save_every = 0
     config.metrics.tensorboard = False
     config.metrics.progress = False
+    # Not read: sources set their own weights, and `_align` the method. The records have
+    # these values.
+    config.objective.ntp_weight, config.objective.lssd_weight = 0.0, 1.0
+    config.select.method = "format_alignment"
     texts = config.eval.texts
     for group in ("domain", "untold", "rehearsed"):
         for measure in ("use", "memory"):
@@ -125,8 +129,6 @@ def _base(config, cell: Cell) -> ml_collections.ConfigDict:
 def _arm(config, cell: Cell, arm: arms.Arm) -> ml_collections.ConfigDict:
     sources = config.sources
     config.init_from = cell.start
-    # Each source sets its own weights; these are LSSD's only because records say so.
-    config.objective.ntp_weight, config.objective.lssd_weight = 0.0, 1.0
     has_mixture = arm.general is not None
     share = (cell.share or arm.share) if has_mixture else 1.0
     sources.domain = config_lib.source(
