@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 import jinja2
@@ -134,6 +134,19 @@ class _JsonModel:
     def id_to_token(self, token_id: int) -> str:
         return self._plain.id_to_token(token_id)
 
+    @functools.cached_property
+    def special_tokens(self) -> frozenset[str]:
+        added = self._plain.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
+    @functools.cached_property
+    def unknown_id(self) -> int | None:
+        """What a character becomes that the vocabulary lacks; None: it vanishes."""
+        model = json.loads(self.source)["model"]
+        if model.get("unk_token") is not None:
+            return self.token_to_id(model["unk_token"])
+        return model.get("unk_id")
+
     def starts_with(self, token_id: int) -> bool:
         """Whether the post-processor puts this token before a text."""
         return self._plain.encode("").ids[:1] == [token_id]
@@ -181,6 +194,16 @@ class _SentencePieceModel:
             known = part in special
             ids += [special[part]] if known else self.encode_next(part, True)
         return ids
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        return frozenset(self._control[1])
+
+    @property
+    def unknown_id(self) -> int | None:
+        """What a character becomes that the vocabulary lacks."""
+        token_id = self._model.unk_id()
+        return None if token_id < 0 else token_id
 
     @functools.cached_property
     def _control(self) -> tuple[re.Pattern, dict[str, int]]:
@@ -258,6 +281,9 @@ class Tokenizer:
     pad_id: int | None
     add_bos: bool
     chat_template: str | None
+
+    # The keys that a message may have; `content` holds its `parts` a line each.
+    message_keys: ClassVar[tuple[str, ...]] = ("role", "content", "parts", "weight")
 
     @property
     def vocab_size(self) -> int:
@@ -369,6 +395,23 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         return self.model.token_to_id(token)
 
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """The spellings that are tokens in a chat template and plain text elsewhere."""
+        return self.model.special_tokens
+
+    def loses(self, character: str) -> bool:
+        """Whether nothing but "unknown" is left of a character in an encoded text."""
+        unknown = self.model.unknown_id
+        if unknown is not None and unknown in self.encode(character):
+            return True
+        # Between two others, because vocabularies may trim what stands at an end.
+        return self.decode(self.encode(f"a{character}a")) == self._two
+
+    @functools.cached_property
+    def _two(self) -> str:
+        return self.decode(self.encode("aa"))
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
     ) -> str:
@@ -426,7 +469,8 @@ class Tokenizer:
         change from day to day.
 
         Args:
-          messages: dicts with `role` and `content`.
+          messages: dicts with `role` and `content`, and perhaps a `weight`; where that is
+            0, the assistant's turn is as given as the others'.
           add_generation_prompt: end with the opening of an assistant's turn.
 
         Returns:
@@ -437,6 +481,7 @@ class Tokenizer:
             render a conversation as a growing text; or a message has the text of a
             special token that the tokenizer cannot take for text.
         """
+        given = [m.get("weight", 1) == 0 for m in messages if m["role"] == "assistant"]
         messages = [{"role": m["role"], "content": m["content"]} for m in messages]
         text = self._render_stable(messages, add_generation_prompt)
         spans = self._content_spans(messages, text, add_generation_prompt)
@@ -444,7 +489,9 @@ class Tokenizer:
         marks = self._find_marks(text, spans, [start for start, *_ in turns])
         # (start, stop) of what is learnt: ends with the token that ends the turn.
         learnt = []
-        for start, content_stop, stop in turns:
+        for is_given, (start, content_stop, stop) in zip(given, turns, strict=True):
+            if is_given:
+                continue
             ends = [end for at, end, _ in marks if content_stop <= at and end <= stop]
             if not ends:
                 raise InputError(

@@ -35,7 +35,7 @@ from mixcpt_jax import (
 )
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import phase as phase_lib
-from mixcpt_jax.data import pipeline
+from mixcpt_jax.data import pipeline, tally
 
 
 @phase_lib.job
@@ -579,9 +579,7 @@ def _mixture_table(report: list[dict[str, Any]]) -> str:
     for source in used:
         if source["prepared"]:
             notes.append(f"{source['name']}: read from what was prepared")
-        if source["left_out"]:
-            counts = (f"{count} {why}" for why, count in source["left_out"].items())
-            notes.append(f"{source['name']}: left out {', '.join(counts)}")
+        notes += [f"{source['name']}: {line}" for line in tally.lines(source)]
     return "\n".join([table, *notes])
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
 from mixcpt_jax import tokenizer as tokenizer_lib
-from mixcpt_jax.data import format, readers, sources
+from mixcpt_jax.data import fields, format, readers, sources
 from mixcpt_jax.errors import InputError
 
 FUZZ = hypothesis.settings(
@@ -415,7 +415,7 @@ TEXTS = st.text(max_size=5) | st.sampled_from(
 )
 MESSAGES = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(format.ROLES), "content": TEXTS},
+        {"role": st.sampled_from(fields.ROLES), "content": TEXTS},
         optional={"name": TEXTS},
     ),
     min_size=1,
@@ -428,7 +428,7 @@ JSON = st.recursive(
     | st.integers()
     | st.floats()
     | TEXTS
-    | st.sampled_from(format.ROLES),
+    | st.sampled_from(fields.ROLES),
     lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner),
     max_leaves=6,
 )

@@ -18,7 +18,7 @@ InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[tuple[Any, An
 
 _RECORDS_PER_BLOCK = 256
 # Raised whenever the same records and settings make other tokens than before.
-_VERSION = 1
+_VERSION = 2
 
 
 def one_by_one(function, items):

@@ -17,22 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixcpt_jax.data import fields as fields_lib
+from mixcpt_jax.data.fields import FIELDS, PREFERENCE_SIDES, SEPARATOR
+from mixcpt_jax.data.readers import OnBad
 from mixcpt_jax.data.sources import Record
+from mixcpt_jax.data.tally import Tally
 from mixcpt_jax.errors import InputError
 
-FIELDS = {
-    "document": ("text",),
-    "instruction": ("instruction", "input", "output", "prompt", "response"),
-    "preference": ("prompt", "chosen", "rejected"),
-    "cloze": ("context", "target"),
-    "chat": ("messages", "instruction", "input", "output", "prompt", "response"),
-    "chat_preference": ("prompt", "chosen", "rejected"),
-}
-ROLES = ("system", "user", "assistant")
-PREFERENCE_SIDES = ("chosen", "rejected", "both")
-
-# What stands between a question and its answer, as between two paragraphs.
-SEPARATOR = "\n\n"
 _TEXTS_PER_BLOCK = 1024
 
 
@@ -143,63 +134,60 @@ def encode(
     tokenizer,
     fields: Mapping[str, str] | None = None,
     preference_side: str = "chosen",
+    tally: Tally | None = None,
+    on_bad_record: str = "refuse",
 ) -> Examples:
     """Turns records into examples.
 
     Plain texts become [BOS if the tokenizer adds it] + text + [end], all learnt but BOS.
     Conversations become what the tokenizer's chat template makes of them and no more;
-    learnt is what the assistant writes, the token that ends its turn with it.
+    learnt is what the assistant writes, the token that ends its turn with it, save in
+    turns whose `weight` is 0.
 
     Args:
       records: see `sources.read`; they are read once and not kept.
-      format: what a record is written as:
+      format: what a record is written as, of the fields in `fields.FIELDS`:
         'document': its `text`;
-        'instruction': `instruction`, `input` if there is one, and `output`, or
-        `prompt` and `response`, with a blank line between;
+        'instruction': `system`, the questions and answers of `history`, `instruction`
+        and `input`, those there are, and `output`, or `prompt` and `response`, with a
+        blank line between;
         'preference': `prompt` and the answer of `preference_side`, likewise;
         'cloze': `context` and `target` with nothing between, of which the target is
         learnt and no token ends it, see `encode_continuations`;
         'chat': `messages`, a list of `{role, content}` whose role is system, user or
-        assistant (other keys are not read), or else the fields of 'instruction' as a
-        user's message and the assistant's;
-        'chat_preference': two examples a record, see `chat_pair`.
+        assistant and whose content is a text or a list of text parts, behind the
+        `system` message if there is one, or else the fields of 'instruction' as
+        messages;
+        'chat_preference': two examples a record, see `chat_pair`. Pairs of equal
+        answers are left out and counted.
       tokenizer: has `encode_batch`, `add_bos`, `bos_id` and `end_of_document_id`; for
         'chat' `encode_chat`.
       fields: our field name -> the source's name for it, where they differ.
       preference_side: 'chosen', 'rejected', or 'both' for two examples a record.
+      tally: counts what is found; without it, that is logged.
+      on_bad_record: 'refuse', or 'skip' to leave out and count what cannot be encoded.
 
     Raises:
       InputError: an unknown format, side or field name; a record that lacks a field,
         or whose field is not a string or is blank (`input` and a system message may
-        be); a conversation without an assistant's turn, or which the chat template
-        cannot write.
+        be), or that has one of `fields.REFUSED`; a conversation without an assistant's
+        turn, or which the chat template cannot write.
     """
-    fields = dict(fields or {})
-    _check_settings(format, fields, preference_side)
-    if format == "chat_preference":
-        pairs = (chat_pair(record, tokenizer, fields) for record in records)
-        return Examples.collect(side for pair in pairs for side in (pair[:2], pair[2:]))
-    if format == "chat":
-        return Examples.collect(
-            _encode_chat(_conversation(record, fields), tokenizer, record.place)
-            for record in records
-        )
-    if format == "cloze":
-        return Examples.collect(
-            encode_continuations(
-                [
-                    (*_context_and_target(record, fields), record.place)
-                    for record in records
-                ],
-                tokenizer,
-            )
-        )
-    texts = (
-        text
-        for record in records
-        for text in _texts(record, format, fields, preference_side)
-    )
-    return Examples.collect(_tokenize(texts, tokenizer))
+    settings = format, dict(fields or {}), preference_side
+    _check_settings(*settings)
+    ours = tally or Tally()
+    on_bad = ours.skip if on_bad_record == "skip" else _raise
+    checked = _checked(records, settings, ours, on_bad)
+    match format:
+        case "chat" | "chat_preference" | "cloze":
+            encode_one = {"chat": _chat, "chat_preference": _pair, "cloze": _cloze}
+            examples = _one_by_one(checked, encode_one[format], tokenizer, ours, on_bad)
+        case _:
+            examples = _tokenize(checked, tokenizer, ours)
+    collected = Examples.collect(examples)
+    if tally is None:
+        ours.warn("records")
+    return collected
 
 
 def chat_pair(
@@ -210,232 +198,139 @@ def chat_pair(
     Args:
       record: `prompt` is a user's message or a list of messages; `chosen` and
         `rejected` are the assistant's message or lists of messages that end with one,
-        with or without the prompt's messages before them. Every turn of the assistant
-        after the prompt counts.
+        with or without the prompt's messages before them, see `fields.pair`. Every turn
+        of the assistant after the prompt counts.
       tokenizer: has `encode_chat`.
       fields: our field name -> the source's name for it, where they differ.
 
     Raises:
-      InputError: see `encode`, format 'chat'; also if the prompt ends with the
-        assistant's message.
+      InputError: see `encode`, format 'chat', and `fields.pair`.
     """
     fields = dict(fields or {})
     _check_settings("chat_preference", fields, "both")
-    prompt, *answers = _read_pair(record, fields)
+    said = _read(record, "chat_preference", fields, "both")
     arrays = []
-    for answer in answers:
-        arrays += encode_answer(prompt, answer, tokenizer, record.place)
+    for example in _pair(said, tokenizer, record.place):
+        arrays += map(np.asarray, example, (np.int32, bool))
     return Pair(*arrays)
 
 
-def plain_text(
-    record: Record,
-    format: str,
-    fields: Mapping[str, str] | None = None,
-    preference_side: str = "chosen",
-) -> str:
-    """All that is written in a record, in one text; arguments as for `encode`.
+class Said(NamedTuple):
+    """What a record says in its format.
 
-    Raises:
-      InputError: see `encode`.
+    Attributes:
+      texts: all of it, in order: one a field or message.
+      parts: as `fields` reads the format.
+      unread: names of the fields that are not in it.
+      left_out: why the record is no example though nothing is wrong with it, or ''.
     """
-    fields = dict(fields or {})
-    _check_settings(format, fields, preference_side)
-    if format == "chat":
-        parts = [turn["content"] for turn in _conversation(record, fields)]
-    elif format == "chat_preference":
-        turns = itertools.chain.from_iterable(_read_pair(record, fields))
-        parts = [turn["content"] for turn in turns]
-    elif format == "cloze":
-        parts = ["".join(_context_and_target(record, fields))]
-    else:
-        parts = _texts(record, format, fields, preference_side)
-    return SEPARATOR.join(parts)
+
+    texts: list[str]
+    parts: Any
+    unread: list[str]
+    left_out: str = ""
 
 
-def _read_pair(record: Record, fields: dict) -> list[list[dict[str, str]]]:
-    """The messages of the prompt, and those that the two answers add."""
-
-    def read(name: str, role: str) -> list[dict[str, str]]:
-        name = fields.get(name, name)
-        if isinstance(record.fields.get(name), list):
-            return _read_messages(record, name)
-        return [{"role": role, "content": _read_field(record, name, "a list or ")}]
-
-    prompt = read("prompt", "user")
-    if prompt[-1]["role"] == "assistant":
-        raise InputError(
-            f"{record.place}: field {fields.get('prompt', 'prompt')!r} ends with the "
-            "assistant's message; end it with the user's"
-        )
-    answers = []
-    for side in PREFERENCE_SIDES[:2]:
-        answer = read(side, "assistant")
-        if answer[-1]["role"] != "assistant":
-            raise InputError(
-                f"{record.place}: field {fields.get(side, side)!r} ends with a message "
-                f"of role {answer[-1]['role']!r}; end it with the assistant's"
-            )
-        if answer[: len(prompt)] == prompt:
-            answer = answer[len(prompt) :]
-        answers.append(answer)
-    return [prompt, *answers]
+def _read(record: Record, format: str, fields: dict, side: str) -> Said:
+    reading = fields_lib.Reading(record, fields)
+    left_out = ""
+    match format:
+        case "document":
+            texts = parts = fields_lib.document(reading)
+        case "cloze":
+            texts = parts = fields_lib.cloze(reading)
+        case "instruction":
+            messages, response = parts = fields_lib.instruction(reading)
+            texts = [*_contents(messages), response]
+        case "preference":
+            messages, answers = parts = fields_lib.preference(reading, side)
+            texts = [*_contents(messages), *answers]
+        case "chat":
+            parts = fields_lib.conversation(reading)
+            texts = _contents(parts)
+        case "chat_preference":
+            parts = fields_lib.pair(reading)
+            texts = [text for messages in parts for text in _contents(messages)]
+            if not fields_lib.prefers(*parts[1:]):
+                left_out = "no_preference"
+    return Said(texts, parts, reading.unread(format, texts), left_out)
 
 
-def encode_answer(
-    prompt: list[dict[str, str]], answer: list[dict[str, str]], tokenizer, place: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes a conversation of which `answer` alone is learnt.
-
-    Returns:
-      Tokens of both, int32 [tokens], and the mask, bool [tokens]: the assistant's
-      tokens in `answer`, the one that ends each turn with them.
-
-    Raises:
-      InputError: the chat template cannot write it; begins with `place`.
-    """
-    ids, mask = _encode_chat([*prompt, *answer], tokenizer, place)
-    # The assistant's turns within the prompt are given, as all of the prompt is.
-    opening, _ = _encode_chat(prompt, tokenizer, place, True)
-    mask[: len(opening)] = [False] * len(opening)
-    return np.array(ids, np.int32), np.array(mask, bool)
+def _contents(messages: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [message["content"] for message in messages]
 
 
-def prompt_and_response(
-    record: Record, format: str, fields: Mapping[str, str] | None = None
-) -> tuple[list[dict[str, str]], str]:
-    """A record as the messages of a prompt and the assistant's response to it.
-
-    The contents of the messages and the response, joined by `SEPARATOR`, are the plain
-    text that `encode` makes of an instruction or a preference.
-
-    Args:
-      record: see `encode`.
-      format: 'instruction'; 'preference', whose response is the chosen one; or 'chat',
-        whose response is the assistant's last message.
-      fields: our field name -> the source's name for it, where they differ.
-
-    Raises:
-      InputError: see `encode`; also if no message with a content comes before the
-        response.
-    """
-    fields = dict(fields or {})
-    _check_settings(format, fields, "chosen")
-    if format in ("instruction", "preference"):
-        if format == "instruction":
-            *question, response = _instruction(record, fields)
-        else:
-            names = (fields.get(name, name) for name in ("prompt", "chosen"))
-            *question, response = (_read_field(record, name) for name in names)
-        return [{"role": "user", "content": SEPARATOR.join(question)}], response
-    if format != "chat":
-        raise InputError(
-            f"format {format!r} has no prompt with a response; use 'instruction', "
-            "'preference' or 'chat'"
-        )
-    messages = _conversation(record, fields)
-    while messages[-1]["role"] != "assistant":
-        messages.pop()
-    *prompt, response = messages
-    if not any(message["content"].strip() for message in prompt):
-        raise InputError(
-            f"{record.place}: nothing comes before the assistant's last message; drop "
-            "the record"
-        )
-    return prompt, response["content"]
+def _checked(
+    records: Iterable[Record], settings: tuple, tally: Tally, on_bad: OnBad
+) -> Iterator[tuple[Said, str]]:
+    """What each record says, and its place; those that are left out are counted."""
+    for record in records:
+        try:
+            said = _read(record, *settings)
+        except InputError as error:
+            on_bad(error)
+            continue
+        if said.left_out:
+            tally.leave_out(said.left_out, record.place)
+            continue
+        tally.leave_unread(said.unread, record.place)
+        yield said, record.place
 
 
-def read_prompt(record: Record) -> list[dict[str, str]]:
-    """The conversation to answer: `messages`, or `prompt` as a user's message.
-
-    Raises:
-      InputError: neither is there, or it is malformed or ends with the assistant.
-    """
-    if "messages" not in record.fields:
-        return [{"role": "user", "content": _read_field(record, "prompt")}]
-    messages = _read_messages(record, "messages")
-    if messages[-1]["role"] == "assistant":
-        raise InputError(
-            f"{record.place}: field 'messages' ends with the assistant's message; end "
-            "it with the user's"
-        )
-    return messages
+def _one_by_one(checked, encode_one, tokenizer, tally: Tally, on_bad: OnBad):
+    """The examples of records that are encoded alone, each of one or two."""
+    for said, place in checked:
+        try:
+            examples = encode_one(said, tokenizer, place)
+        except InputError as error:
+            on_bad(error)
+            continue
+        for text in said.texts:
+            tally.see(text, place, tokenizer)
+        tally.keep(place)
+        yield from examples
 
 
-def _encode_chat(
-    messages: list[dict[str, str]], tokenizer, place: str, prompt: bool = False
-) -> tuple[list[int], list[bool]]:
-    try:
-        return tokenizer.encode_chat(messages, add_generation_prompt=prompt)
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from error
-
-
-def _conversation(record: Record, fields: dict) -> list[dict[str, str]]:
-    name = fields.get("messages", "messages")
-    if name in record.fields:
-        messages = _read_messages(record, name)
-        if all(message["role"] != "assistant" for message in messages):
-            raise InputError(
-                f"{record.place}: field {name!r} has no message of the assistant, so "
-                "there is nothing to learn; drop the record"
-            )
-        return messages
-    if not any(_has(record, fields, name) for name in ("instruction", "prompt")):
-        found = ", ".join(sorted(record.fields)) or "none"
-        raise InputError(
-            f"{record.place}: no field {name!r}, 'instruction' or 'prompt' (found: "
-            f"{found}); map one, as in "
-            "--config.sources.NAME.fields=\"{'prompt': 'question'}\""
-        )
-    *question, answer = _instruction(record, fields)
-    return [
-        {"role": "user", "content": SEPARATOR.join(question)},
-        {"role": "assistant", "content": answer},
-    ]
-
-
-def _read_messages(record: Record, name: str) -> list[dict[str, str]]:
-    value = record.fields[name]
-    if not isinstance(value, list) or not value:
-        found = "empty" if value == [] else f"of type {type(value).__name__}"
-        raise InputError(
-            f"{record.place}: field {name!r} is {found}, a list of "
-            '{"role": ..., "content": ...} is wanted'
-        )
-    messages = []
-    for number, message in enumerate(value):
-        where = f"{name}[{number}]"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            found = (
-                f"has the keys {sorted(message)}"
-                if isinstance(message, dict)
-                else f"is of type {type(message).__name__}"
-            )
-            raise InputError(
-                f"{record.place}: {where} {found}, an object with role and content is "
-                "wanted"
-            )
-        role = message["role"]
-        if role not in ROLES:
-            raise InputError(
-                f"{record.place}: {where}.role is {role!r}; use one of {list(ROLES)}"
-            )
-        _check_text(
-            message["content"], f"{where}.content", record.place, role == "system"
-        )
-        messages.append({"role": role, "content": message["content"]})
-    return messages
-
-
-def _tokenize(texts: Iterator[str], tokenizer) -> Iterator[tuple[list, np.ndarray]]:
+def _tokenize(checked, tokenizer, tally: Tally) -> Iterator[tuple[list, np.ndarray]]:
+    """The examples of plain texts, many at once."""
     start = [tokenizer.bos_id] if tokenizer.add_bos else []
     end = [tokenizer.end_of_document_id]
-    while block := list(itertools.islice(texts, _TEXTS_PER_BLOCK)):
+
+    def texts() -> Iterator[str]:
+        for said, place in checked:
+            for text in _plain(said):
+                tally.see(text, place, tokenizer)
+                tally.keep(place)
+                yield text
+
+    stream = texts()
+    while block := list(itertools.islice(stream, _TEXTS_PER_BLOCK)):
         for ids in tokenizer.encode_batch(block):
             mask = np.ones(len(start) + len(ids) + len(end), bool)
             mask[: len(start)] = False
             yield start + ids + end, mask
+
+
+def _plain(said: Said) -> list[str]:
+    """The text of each example of a plain format."""
+    match said.parts:
+        case [list(messages), list(answers)]:
+            question = _contents(messages)
+            return [SEPARATOR.join([*question, answer]) for answer in answers]
+    return [SEPARATOR.join(said.texts)]
+
+
+def _chat(said: Said, tokenizer, place: str):
+    return [_encode_chat(said.parts, tokenizer, place)]
+
+
+def _pair(said: Said, tokenizer, place: str):
+    prompt, *answers = said.parts
+    return [encode_answer(prompt, answer, tokenizer, place) for answer in answers]
+
+
+def _cloze(said: Said, tokenizer, place: str):
+    return list(encode_continuations([(*said.parts, place)], tokenizer))
 
 
 def encode_continuations(
@@ -473,71 +368,118 @@ def encode_continuations(
         yield start + ids, [False] * given + [True] * (len(ids) - len(opening))
 
 
-def _context_and_target(record: Record, fields: dict) -> list[str]:
-    return [_read_field(record, fields.get(n, n)) for n in FIELDS["cloze"]]
+def plain_text(
+    record: Record,
+    format: str,
+    fields: Mapping[str, str] | None = None,
+    preference_side: str = "chosen",
+) -> str:
+    """All that is written in a record, in one text; arguments as for `encode`.
 
-
-def _texts(record: Record, format: str, fields: dict, side: str) -> list[str]:
-    def read(name: str) -> str:
-        return _read_field(record, fields.get(name, name))
-
-    if format == "document":
-        return [read("text")]
+    Raises:
+      InputError: see `encode`.
+    """
+    fields = dict(fields or {})
+    _check_settings(format, fields, preference_side)
+    said = _read(record, format, fields, preference_side)
+    if format == "cloze":
+        return "".join(said.texts)
     if format == "preference":
-        sides = ("chosen", "rejected") if side == "both" else (side,)
-        prompt = read("prompt")
-        return [SEPARATOR.join([prompt, read(answer)]) for answer in sides]
-    return [SEPARATOR.join(_instruction(record, fields))]
+        return SEPARATOR.join(_plain(said))
+    return SEPARATOR.join(said.texts)
 
 
-def _instruction(record: Record, fields: dict) -> list[str]:
-    """What is asked, in one or two parts, and the answer."""
+def encode_answer(
+    prompt: list[dict[str, str]], answer: list[dict[str, str]], tokenizer, place: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes a conversation of which `answer` alone is learnt.
 
-    def read(name: str) -> str:
-        return _read_field(record, fields.get(name, name))
+    Returns:
+      Tokens of both, int32 [tokens], and the mask, bool [tokens]: the assistant's
+      tokens in `answer`, the one that ends each turn with them.
 
-    if _has(record, fields, "prompt") and not _has(record, fields, "instruction"):
-        return [read("prompt"), read("response")]
-    parts = [read("instruction")]
-    # Many instruction sets have the field in every record and leave it blank.
-    if record.fields.get(fields.get("input", "input")):
-        parts.append(read("input"))
-    return [*parts, read("output")]
-
-
-def _has(record: Record, fields: dict, name: str) -> bool:
-    return fields.get(name, name) in record.fields
+    Raises:
+      InputError: the chat template cannot write it; begins with `place`.
+    """
+    ids, mask = _encode_chat([*prompt, *answer], tokenizer, place)
+    # The assistant's turns within the prompt are given, as all of the prompt is.
+    opening, _ = _encode_chat(prompt, tokenizer, place, True)
+    mask[: len(opening)] = [False] * len(opening)
+    return np.array(ids, np.int32), np.array(mask, bool)
 
 
-def _read_field(record: Record, name: str, also: str = "") -> str:
-    if name not in record.fields:
-        found = ", ".join(sorted(record.fields)) or "none"
+def prompt_and_response(
+    record: Record, format: str, fields: Mapping[str, str] | None = None
+) -> tuple[list[dict[str, Any]], str]:
+    """A record as the messages of a prompt and the assistant's response to it.
+
+    The contents of the messages and the response, joined by `SEPARATOR`, are the plain
+    text that `encode` makes of an instruction or a preference.
+
+    Args:
+      record: see `encode`.
+      format: 'instruction'; 'preference', whose response is the chosen one; or 'chat',
+        whose response is the assistant's last message that is trained on.
+      fields: our field name -> the source's name for it, where they differ.
+
+    Raises:
+      InputError: see `encode`; also if no message with a content comes before the
+        response.
+    """
+    fields = dict(fields or {})
+    _check_settings(format, fields, "chosen")
+    if format not in ("instruction", "preference", "chat"):
         raise InputError(
-            f"{record.place}: no field {name!r} (found: {found}); map it, as in "
-            "--config.sources.NAME.fields=\"{'text': 'body'}\""
+            f"format {format!r} has no prompt with a response; use 'instruction', "
+            "'preference' or 'chat'"
         )
-    value = record.fields[name]
-    _check_text(value, f"field {name!r}", record.place, also=also)
-    return value
-
-
-def _check_text(
-    value: Any, what: str, place: str, may_be_blank: bool = False, also: str = ""
-) -> None:
-    if not isinstance(value, str):
+    parts = _read(record, format, fields, "chosen").parts
+    if format == "instruction":
+        return parts
+    if format == "preference":
+        prompt, [response] = parts
+        return prompt, response
+    messages = list(parts)
+    while not fields_lib.is_loss_turn(messages[-1]):
+        messages.pop()
+    *prompt, response = messages
+    if not any(message["content"].strip() for message in prompt):
         raise InputError(
-            f"{place}: {what} is of type {type(value).__name__}, "
-            f"{also}a string is wanted"
+            f"{record.place}: nothing comes before the assistant's last message; drop "
+            "the record"
         )
+    return prompt, response["content"]
+
+
+def read_prompt(record: Record) -> list[dict[str, Any]]:
+    """The conversation to answer: `messages`, or `prompt` as a user's message.
+
+    A `system` message and a `history` come before it.
+
+    Raises:
+      InputError: neither is there, or it is malformed or ends with the assistant.
+    """
+    return fields_lib.prompt(fields_lib.Reading(record))
+
+
+def _encode_chat(
+    messages: list[dict[str, Any]], tokenizer, place: str, prompt: bool = False
+) -> tuple[list[int], list[bool]]:
+    known = getattr(tokenizer, "message_keys", ("role", "content"))
+    for number, message in enumerate(messages):
+        if unknown := sorted(message.keys() - set(known)):
+            raise InputError(
+                f"{place}: messages[{number}] has {unknown[0]!r}, which this tokenizer "
+                "cannot write; drop the record"
+            )
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{place}: {what} has half of a surrogate pair, which is no "
-            "text; drop the record"
-        ) from None
-    if not value.strip() and not may_be_blank:
-        raise InputError(f"{place}: {what} is blank; drop the record")
+        return tokenizer.encode_chat(messages, add_generation_prompt=prompt)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def _raise(error: InputError) -> None:
+    raise error
 
 
 def _check_settings(format: str, fields: dict, preference_side: str) -> None:

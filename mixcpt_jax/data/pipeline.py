@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import grain
@@ -13,7 +13,9 @@ from absl import logging
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.data import corpus as corpus_lib
 from mixcpt_jax.data import docstrings, exams, format, mixture, prepared, sources
+from mixcpt_jax.data import tally as tally_lib
 from mixcpt_jax.data.corpus import Corpus
+from mixcpt_jax.data.tally import Tally
 from mixcpt_jax.data.taught import Form, TaughtRows
 from mixcpt_jax.errors import InputError
 
@@ -69,14 +71,15 @@ def load(
     max_tokens, limited = config.eval.max_tokens, []
 
     def measured(name, records, source) -> mixture.PackedRows:
-        whole = _encode(records, source, tokenizer)
-        group = len(whole) // max(len(records), 1)
+        tally = Tally(keeps_places=True)
+        whole = _encode(records, source, tokenizer, tally)
+        group = len(whole) // max(len(tally.places), 1)
         examples, kept = mixture.within(whole, max_tokens, group)
         if examples is not whole:
             limited.append(
                 f"{name} {examples.num_tokens:,} of {whole.num_tokens:,} tokens"
             )
-        places = [records[number].place for number in kept]
+        places = [tally.places[number] for number in kept]
         return mixture.pack_text(name, examples, row_length, max_positions, places)
 
     is_training = config.job == "train"
@@ -186,7 +189,7 @@ def _pack(config, corpora, files, objectives, tokenizer):
     used, notes = [], []
     for name, source in config.sources.items():
         has_pairs = source.format == "chat_preference"
-        examples, places, note = format.Examples.collect([]), [], {}
+        examples, places, note = format.Examples.collect([]), [], Tally().counts()
         if source.weight:
             examples, places, note = _examples(
                 config, name, corpora[name], files[name], tokenizer
@@ -241,7 +244,7 @@ def _examples(
 
     Returns:
       The examples; where each sample is from, if that will be asked for; and for the
-      report whether they were `prepared` and what was `left_out`.
+      report whether they were `prepared` and what `Tally.counts` tells.
     """
     source = config.sources[name]
     if config.data.prepared:
@@ -258,7 +261,7 @@ def _examples(
             part = prepared.difference(manifest, key)
         if manifest is not None and part is None:
             examples = prepared.PreparedExamples(folder, manifest)
-            return examples, [], {"prepared": True, "left_out": examples.left_out}
+            return examples, [], {"prepared": True} | examples.found
         logging.warning(
             "sources.%s: %s, so it is tokenised here; `python -m mixcpt_jax.data.prepare` "
             "with this config would prepare it",
@@ -267,18 +270,10 @@ def _examples(
             if part
             else f"{folder} holds nothing prepared",
         )
-    places = []
-
-    def records() -> Iterator[sources.Record]:
-        for record in corpus.held_in():
-            if config.data.overlong == "refuse":
-                places.append(record.place)
-            yield record
-
-    examples = _encode(records(), source, tokenizer)
-    if source.format == "preference" and source.preference_side == "both":
-        places = [place for place in places for _ in range(2)]
-    return examples, places, {"prepared": False, "left_out": corpus.left_out}
+    tally = Tally(keeps_places=config.data.overlong == "refuse")
+    examples = _encode(corpus.held_in(), source, tokenizer, tally)
+    tally.left_out.update(corpus.left_out)
+    return examples, tally.places, {"prepared": False} | tally.counts()
 
 
 def _num_steps(config, packed: list[mixture.PackedRows]) -> int:
@@ -402,14 +397,28 @@ def _measured(config, source) -> list[sources.Record]:
     return corpus.held_out if source.holdout else list(corpus.held_in())
 
 
-def _encode(records, source, tokenizer) -> format.Examples:
-    return format.encode(
+def _encode(records, source, tokenizer, tally: Tally | None = None) -> format.Examples:
+    """The examples of a source's records; what is left out of them is logged.
+
+    Raises:
+      InputError: see `format.encode`; or nothing is left.
+    """
+    tally = Tally() if tally is None else tally
+    examples = format.encode(
         records,
         source.format,
         tokenizer,
         source.fields.to_dict(),
         source.preference_side,
+        tally,
+        source.on_bad_record,
     )
+    if tally.left_out:
+        found = tally_lib.lines({"left_out": tally.left_out}, tally.such)[0]
+        if not len(examples):
+            raise InputError(f"{source.path}: no record is left; {found}")
+        logging.warning("%s: %s", source.path, found)
+    return examples
 
 
 def _load_prompts(path: str) -> list[list[dict[str, str]]]:

@@ -20,6 +20,7 @@ from etils import epath
 
 from mixcpt_jax.data import corpus as corpus_lib
 from mixcpt_jax.data import format, prepared, sources
+from mixcpt_jax.data.tally import Tally
 from mixcpt_jax.errors import InputError
 
 # Of text in a shard, in characters; as many shards as there are processes are in memory.
@@ -73,11 +74,13 @@ def _prepare_source(
     (folder / prepared.MANIFEST).unlink(missing_ok=True)
     corpus = corpus_lib.Corpus(config, source)
     settings = source.format, source.fields.to_dict(), source.preference_side
+    settings = *settings, source.on_bad_record
     make = functools.partial(_make_shard, folder, key, settings, tokenizer)
     groups = _groups(corpus.held_in(in_order), shard_size)
-    shards, num_kept = [], 0
+    shards, num_kept, tally = [], 0, Tally()
     for _, (entry, is_new) in in_order(make, enumerate(groups)):
         shards.append(entry)
+        tally.add(entry["found"])
         num_kept += not is_new
         if is_new:
             print(
@@ -85,14 +88,15 @@ def _prepare_source(
                 f"{entry['examples']} examples",
                 flush=True,
             )
-    examples = prepared.finish_examples(folder, key, shards, corpus.left_out)
-    left_out = ", ".join(f"{n} {why}" for why, n in corpus.left_out.items())
+    tally.left_out.update(corpus.left_out)
+    examples = prepared.finish_examples(folder, key, shards, tally.counts())
     print(
         f"{name}: {examples.num_tokens} tokens of {len(examples)} examples in "
-        f"{len(shards)} shards, {num_kept} of them from before; left out: "
-        f"{left_out or 'none'}",
+        f"{len(shards)} shards, {num_kept} of them from before",
         flush=True,
     )
+    for line in tally.lines():
+        print(f"{name}: {line}", flush=True)
 
 
 def _make_shard(
@@ -107,8 +111,12 @@ def _make_shard(
     entry = prepared.finished_shard(folder, number, facts)
     if entry is not None:
         return entry, False
-    format_name, fields, side = settings
-    examples = format.encode(records, format_name, tokenizer, fields, side)
+    format_name, fields, side, on_bad_record = settings
+    tally = Tally()
+    examples = format.encode(
+        records, format_name, tokenizer, fields, side, tally, on_bad_record
+    )
+    facts["found"] = tally.counts()
     return prepared.write_examples(folder, number, examples, facts), True
 
 

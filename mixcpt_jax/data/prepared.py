@@ -238,9 +238,9 @@ class PreparedExamples:
         return self._manifest["fingerprint"]
 
     @property
-    def left_out(self) -> dict[str, int]:
-        """Why -> how many records of the source are not in it."""
-        return self._manifest["left_out"]
+    def found(self) -> dict[str, dict[str, int]]:
+        """What `tally.Tally.counts` told of the source."""
+        return self._manifest["found"]
 
     def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and loss mask of a range of all tokens.
@@ -286,7 +286,10 @@ def write_examples(
 
 
 def finish_examples(
-    folder: epath.Path, key: Entry, shards: list[Entry], left_out: dict[str, int]
+    folder: epath.Path,
+    key: Entry,
+    shards: list[Entry],
+    found: dict[str, dict[str, int]],
 ) -> PreparedExamples:
     """Writes the index and the manifest of a source whose shards are all there."""
     digest = hashlib.blake2b(digest_size=8)
@@ -307,7 +310,7 @@ def finish_examples(
             "examples": sum(shard["examples"] for shard in shards),
             "tokens": sum(shard["tokens"] for shard in shards),
             "learnt_tokens": sum(shard["learnt_tokens"] for shard in shards),
-            "left_out": left_out,
+            "found": found,
             "fingerprint": digest.hexdigest(),
             "index": paths.hash_of(folder / INDEX),
         },

@@ -1,0 +1,530 @@
+"""What a record says in its format, and what else stands in it.
+
+Each function takes a `Reading` of one record and returns the texts or messages of one
+format. A reading keeps the names of the fields that were asked for. The others are
+`REFUSED` where the text would mean something else without them, and `unread` where it
+would not: whoever reads a source reports those with a count.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from mixcpt_jax.data.readers import Record
+from mixcpt_jax.errors import InputError
+
+_INSTRUCTION = (
+    "instruction", "input", "output", "prompt", "response", "system", "history",
+)  # fmt: skip
+_PREFERENCE = ("prompt", "chosen", "rejected", "system", "history")
+# Format -> the fields that it reads, under these names or those that `fields` maps them to.
+FIELDS = {
+    "document": ("text",),
+    "instruction": _INSTRUCTION,
+    "preference": _PREFERENCE,
+    "cloze": ("context", "target"),
+    "chat": ("messages", *_INSTRUCTION),
+    "chat_preference": _PREFERENCE,
+}
+ROLES = ("system", "user", "assistant")
+PREFERENCE_SIDES = ("chosen", "rejected", "both")
+# What stands between a question and its answer, as between two paragraphs.
+SEPARATOR = "\n\n"
+
+_NO_TEXT = "text alone is trained on; drop the record"
+_NO_TOOLS = "write it into the content as text, or drop the record"
+_NO_THOUGHTS = (
+    "write it into the content as the model is to write it, or drop the field"
+)
+# Field of a record or key of a message -> the remedy where it is not empty. A text
+# without it would say something else.
+REFUSED = {
+    "tools": _NO_TOOLS,
+    "functions": _NO_TOOLS,
+    "tool_calls": _NO_TOOLS,
+    "function_call": _NO_TOOLS,
+    "tool_call_id": _NO_TOOLS,
+    "reasoning_content": _NO_THOUGHTS,
+    "reasoning": _NO_THOUGHTS,
+    "thinking": _NO_THOUGHTS,
+    "refusal": "make it the content, or drop the record",
+    "image": _NO_TEXT,
+    "images": _NO_TEXT,
+    "audio": _NO_TEXT,
+    "audios": _NO_TEXT,
+    "video": _NO_TEXT,
+    "videos": _NO_TEXT,
+    "chat_template_kwargs": "name a template that needs none (model.chat_template)",
+    "train_detail": "give whole turns a `weight` of 0 or 1",
+    "training_detail": "give whole turns a `weight` of 0 or 1",
+}
+# Formats in which these fields have that meaning; in others they are unread.
+_DIALOGUES = ("instruction", "preference", "chat", "chat_preference")
+# Keys of a message that say whether its tokens are loss tokens: 0 or false, they are not.
+_WEIGHTS = ("weight", "train", "training")
+# An id says where a record is from; `selection` is what the job "select" wrote about it.
+_SILENT = ("id", "selection")
+
+Message = dict[str, Any]
+
+
+class Reading:
+    """The fields of a record by our names, and which of them were asked for.
+
+    Attributes:
+      place: where the record is from.
+    """
+
+    def __init__(self, record: Record, fields: Mapping[str, str] | None = None):
+        self.place = record.place
+        self._values = record.fields
+        self._names = dict(fields or {})
+        self._read: set[str] = set()
+        self._in_messages: set[str] = set()
+
+    def name(self, field: str) -> str:
+        """The source's name of a field."""
+        return self._names.get(field, field)
+
+    def has(self, field: str) -> bool:
+        """Whether the field is there and not null."""
+        return self._values.get(self.name(field)) is not None
+
+    def get(self, field: str) -> Any:
+        """The value of a field, None if it is not there."""
+        self._read.add(self.name(field))
+        return self._values.get(self.name(field))
+
+    def text(self, field: str, also: str = "") -> str:
+        """A field that must be a text, and not blank.
+
+        Raises:
+          InputError: it is not there, no text or blank.
+        """
+        name = self.name(field)
+        if name not in self._values:
+            raise InputError(
+                f"{self.place}: no field {name!r} (found: {self.found()}); map it, as in "
+                "--config.sources.NAME.fields=\"{'text': 'body'}\""
+            )
+        value = self.get(field)
+        check_text(value, f"field {name!r}", self.place, also=also)
+        return value
+
+    def optional_text(self, field: str) -> str:
+        """A field that may be missing, null or blank: then it is ''."""
+        if not self.has(field):
+            return ""
+        value = self.get(field)
+        check_text(value, f"field {self.name(field)!r}", self.place, may_be_blank=True)
+        return value if value.strip() else ""
+
+    def found(self) -> str:
+        """The names of the record's fields, for an error."""
+        return ", ".join(sorted(self._values)) or "none"
+
+    def fail(self, problem: str) -> InputError:
+        return InputError(f"{self.place}: {problem}")
+
+    def messages(self, field: str) -> list[Message]:
+        """A field that is a list of messages.
+
+        Returns:
+          One dict a message: `role` and `content`; `weight` 0 where the message is not
+          trained on; `parts`, where that is what `content` is joined of.
+
+        Raises:
+          InputError: it is no list of messages, or one has a key that is `REFUSED`.
+        """
+        name, value = self.name(field), self.get(field)
+        if not isinstance(value, list) or not value:
+            found = "empty" if value == [] else f"of type {type(value).__name__}"
+            raise self.fail(
+                f"field {name!r} is {found}, a list of "
+                '{"role": ..., "content": ...} is wanted'
+            )
+        return [self._message(m, f"{name}[{i}]") for i, m in enumerate(value)]
+
+    def _message(self, message: Any, where: str) -> Message:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            found = (
+                f"has the keys {sorted(message)}"
+                if isinstance(message, dict)
+                else f"is of type {type(message).__name__}"
+            )
+            raise self.fail(
+                f"{where} {found}, an object with role and content is wanted"
+            )
+        self._refuse(message, f"{where}.")
+        role = message["role"]
+        if role not in ROLES:
+            raise self.fail(f"{where}.role is {role!r}; use one of {list(ROLES)}")
+        content, said = message["content"], {}
+        if isinstance(content, list):
+            said["parts"] = self._parts(content, f"{where}.content")
+            content = "\n".join(said["parts"])
+        check_text(content, f"{where}.content", self.place, role == "system")
+        others = message.keys() - {"role", "content", *_WEIGHTS, *_SILENT}
+        self._note(message, others)
+        if not self._is_trained(message, where):
+            said["weight"] = 0
+        return {"role": role, "content": content} | said
+
+    def _parts(self, parts: list, where: str) -> list[str]:
+        """The text parts of a content in OpenAI's form."""
+        texts = []
+        for number, part in enumerate(parts):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text":
+                raise self.fail(
+                    f"{where}[{number}] is a part of type {kind!r}, parts of type 'text' "
+                    f"are read; {_NO_TEXT}"
+                )
+            text = part.get("text")
+            check_text(text, f"{where}[{number}].text", self.place, may_be_blank=True)
+            self._note(part, part.keys() - {"type", "text"}, "content.")
+            texts.append(text)
+        return texts
+
+    def _is_trained(self, message: Mapping[str, Any], where: str) -> bool:
+        given = [message[key] for key in _WEIGHTS if message.get(key) is not None]
+        for value in given:
+            if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+                raise self.fail(
+                    f"{where}: a weight of {value!r}, 0 or 1 is wanted (parts of a "
+                    "weight are a source's, sources.NAME.weight)"
+                )
+        return all(given)
+
+    def _note(self, values: Mapping[str, Any], keys, prefix: str = "") -> None:
+        self._in_messages |= {
+            f"messages.{prefix}{key}" for key in keys if not _is_empty(values[key])
+        }
+
+    def _refuse(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        """Raises InputError if one of the values, not yet asked for, is `REFUSED`."""
+        for key, remedy in REFUSED.items():
+            is_read = not prefix and key in self._read
+            if not is_read and not _is_empty(values.get(key)):
+                raise self.fail(f"{prefix}{key} is not written into the text; {remedy}")
+
+    def unread(self, format: str, texts: list[str]) -> list[str]:
+        """The names of what was not asked for, to be called when all else was.
+
+        What is empty, an id, or stands in the texts all the same is not among them.
+
+        Args:
+          format: that was read.
+          texts: what it gave.
+
+        Raises:
+          InputError: one of them is `REFUSED`.
+        """
+        if format in _DIALOGUES:
+            self._refuse(self._values)
+            if not self._is_wanted():
+                raise self.fail(
+                    "label is false: the answer is a bad one; drop the record"
+                )
+            weight = self._values.get("weight")
+            if "weight" not in self._read and weight is not None and weight != 1:
+                raise self.fail(
+                    f"weight is {weight!r}: records of one source count alike; drop the "
+                    "field, or make a source of records of this weight"
+                )
+        said = {text.strip() for text in texts}
+        others = self._values.keys() - self._read - set(_SILENT)
+        names = [
+            str(name)
+            for name in others
+            if not _is_empty(value := self._values[name])
+            and not (isinstance(value, str) and value.strip() in said)
+        ]
+        return sorted(names) + sorted(self._in_messages)
+
+    def _is_wanted(self) -> bool:
+        """TRL marks answers that are to be unlearnt by a label of false."""
+        return "label" in self._read or self._values.get("label") is not False
+
+
+def document(reading: Reading) -> list[str]:
+    """The text."""
+    return [reading.text("text")]
+
+
+def cloze(reading: Reading) -> list[str]:
+    """The context and the target."""
+    return [reading.text(name) for name in FIELDS["cloze"]]
+
+
+def instruction(reading: Reading) -> tuple[list[Message], str]:
+    """The messages before a response, the question last, and the response."""
+    question, answer, other = "instruction", "output", "response"
+    if reading.has("prompt") and not reading.has("instruction"):
+        question, answer, other = "prompt", "response", "output"
+    parts = [reading.text(question)]
+    # Many instruction sets have the field in every record and leave it blank.
+    if extra := reading.optional_text("input"):
+        parts.append(extra)
+    is_other = reading.has(other) and not reading.has(answer)
+    response = reading.text(other if is_other else answer)
+    asked = {"role": "user", "content": SEPARATOR.join(parts)}
+    return _before(reading, [asked]), response
+
+
+def preference(reading: Reading, side: str) -> tuple[list[Message], list[str]]:
+    """The messages before an answer, and the answers of a side, all plain texts."""
+    prompt = reading.text("prompt")
+    sides = ("chosen", "rejected") if side == "both" else (side,)
+    answers = [reading.text(name) for name in sides]
+    # The side that is not asked for is left out on purpose.
+    others = [reading.get(name) for name in ("chosen", "rejected")]
+    _check_apart(reading, prompt, others)
+    return _before(reading, [{"role": "user", "content": prompt}]), answers
+
+
+def conversation(reading: Reading) -> list[Message]:
+    """The messages of a conversation, of which the assistant's are trained on."""
+    name = reading.name("messages")
+    if reading.has("messages"):
+        messages = reading.messages("messages")
+        if not any(is_loss_turn(message) for message in messages):
+            raise reading.fail(
+                f"field {name!r} has no message of the assistant, so "
+                "there is nothing to learn; drop the record"
+            )
+        if not _is_empty(reading.get("history")):
+            raise reading.fail(
+                f"has both {name!r} and {reading.name('history')!r}; make one of them"
+            )
+        return _before(reading, messages)
+    if not reading.has("instruction") and not reading.has("prompt"):
+        raise reading.fail(
+            f"no field {name!r}, 'instruction' or 'prompt' (found: {reading.found()}); "
+            "map one, as in --config.sources.NAME.fields=\"{'prompt': 'question'}\""
+        )
+    prompt, response = instruction(reading)
+    return [*prompt, {"role": "assistant", "content": response}]
+
+
+def prompt(reading: Reading) -> list[Message]:
+    """The messages of a conversation to answer, of `messages` or of `prompt`."""
+    if reading.has("messages"):
+        messages = reading.messages("messages")
+    else:
+        messages = [{"role": "user", "content": reading.text("prompt")}]
+    if messages[-1]["role"] == "assistant":
+        raise reading.fail(
+            "field 'messages' ends with the assistant's message; end it with the user's"
+        )
+    messages = _before(reading, messages)
+    reading.unread("chat", [])
+    return messages
+
+
+def is_loss_turn(message: Mapping[str, Any]) -> bool:
+    """Whether the message is the assistant's, and trained on."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
+
+
+def pair(reading: Reading) -> tuple[list[Message], list[Message], list[Message]]:
+    """The messages of a prompt, and those that the chosen and rejected answers add.
+
+    An answer that begins with a message of the user or the system is a whole
+    conversation: the prompt in it is written once. So is one that begins with the
+    prompt's own messages. Where `prompt` is missing, or only the last question of two
+    whole conversations, the prompt is what both begin with, to the user's last message.
+
+    Raises:
+      InputError: where the prompt ends in an answer is not clear, system messages
+        differ, or an answer ends with another role than the assistant's.
+    """
+    given = None
+    if reading.has("prompt"):
+        given = _messages_or_text(reading, "prompt", "user")
+        if given[-1]["role"] == "assistant":
+            raise reading.fail(
+                f"field {reading.name('prompt')!r} ends with the assistant's message; "
+                "end it with the user's"
+            )
+    sides = [_answer(reading, side) for side in PREFERENCE_SIDES[:2]]
+    are_whole = [side[0]["role"] != "assistant" for side in sides]
+    systems, turns = zip(*map(_split_system, sides), strict=True)
+    shared = _shared_prompt(*turns) if all(are_whole) else []
+    if given is None and not shared:
+        reading.text("prompt", "a list or ")
+        raise reading.fail(
+            f"{reading.name('chosen')!r} and {reading.name('rejected')!r} do not begin "
+            f"with the same question; give it as {reading.name('prompt')!r}"
+        )
+    system, prompt = _split_system(_before(reading, given or shared))
+    if shared and not _begins_with(shared, prompt) and _ends_with(shared, prompt):
+        prompt = shared
+    answers = []
+    for name, rest, is_whole in zip(PREFERENCE_SIDES, turns, are_whole, strict=False):
+        if _begins_with(rest, prompt):
+            rest = rest[len(prompt) :]
+        elif is_whole or _repeats(rest, prompt):
+            raise reading.fail(
+                f"field {reading.name(name)!r} has a prompt of its own that is not how "
+                f"{reading.name('prompt')!r} reads; let it begin with the same messages, "
+                "or give the answer alone"
+            )
+        if not any(map(is_loss_turn, rest)):
+            raise reading.fail(
+                f"field {reading.name(name)!r} has no answer of weight 1 behind the "
+                "prompt; drop the record"
+            )
+        answers.append(rest)
+    _check_apart(reading, prompt[-1]["content"], [a[0]["content"] for a in answers])
+    is_one = (
+        system or _content(systems[0]) == _content(systems[1]) or not all(are_whole)
+    )
+    if not is_one or len({*map(_content, (system, *systems))} - {""}) > 1:
+        raise reading.fail("has different system messages; keep one of them")
+    return [*(system or systems[0] or systems[1]), *prompt], *answers
+
+
+def prefers(chosen: list[Message], rejected: list[Message]) -> bool:
+    """Whether two answers differ in more than blanks around their messages."""
+    return [_key(m) for m in chosen] != [_key(m) for m in rejected]
+
+
+def _answer(reading: Reading, side: str) -> list[Message]:
+    answer = _messages_or_text(reading, side, "assistant")
+    if answer[-1]["role"] != "assistant":
+        raise reading.fail(
+            f"field {reading.name(side)!r} ends with a message of role "
+            f"{answer[-1]['role']!r}; end it with the assistant's"
+        )
+    return answer
+
+
+def _messages_or_text(reading: Reading, field: str, role: str) -> list[Message]:
+    if isinstance(reading.get(field), list):
+        return reading.messages(field)
+    return [{"role": role, "content": reading.text(field, "a list or ")}]
+
+
+def _shared_prompt(chosen: list[Message], rejected: list[Message]) -> list[Message]:
+    """What two conversations begin with, to the user's last message in it."""
+    same = [a for a, b in zip(chosen, rejected, strict=False) if _key(a) == _key(b)]
+    while same and not (
+        same[-1]["role"] == "user"
+        and _begins_with(chosen, same)
+        and _begins_with(rejected, same)
+    ):
+        same.pop()
+    return same
+
+
+def _begins_with(messages: list[Message], prompt: list[Message]) -> bool:
+    return [_key(m) for m in messages[: len(prompt)]] == [_key(m) for m in prompt]
+
+
+def _ends_with(messages: list[Message], end: list[Message]) -> bool:
+    return _begins_with(messages[-len(end) :], end)
+
+
+def _repeats(answer: list[Message], prompt: list[Message]) -> bool:
+    """Whether the last question of the prompt is asked in the answer again."""
+    return _key(prompt[-1]) in map(_key, answer)
+
+
+def _key(message: Message) -> tuple[str, str]:
+    return message["role"], " ".join(message["content"].split())
+
+
+def _content(system: list[Message]) -> str:
+    return _key(system[0])[1] if system else ""
+
+
+def _split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """A system message at the beginning, in a list of one or none, and the others."""
+    has_system = messages[0]["role"] == "system"
+    return messages[:has_system], messages[has_system:]
+
+
+def _check_apart(reading: Reading, prompt: str, answers: list[Any]) -> None:
+    """Raises InputError if both answers have the prompt before them as text."""
+    prompt = prompt.strip()
+    if all(
+        isinstance(answer, str)
+        and answer.strip().startswith(prompt)
+        and answer.strip()[len(prompt) :][:1].isspace()
+        for answer in answers
+    ):
+        raise reading.fail(
+            "both answers begin with the prompt, which would be written twice; take it "
+            "out of them"
+        )
+
+
+def _before(reading: Reading, messages: list[Message]) -> list[Message]:
+    """The messages, behind the record's `system` and `history`."""
+    value = reading.get("history")
+    if not _is_empty(value):
+        name = reading.name("history")
+        if not isinstance(value, list):
+            raise reading.fail(
+                f"field {name!r} is of type {type(value).__name__}, a list of "
+                "[question, answer] is wanted"
+            )
+        turns = [_exchange(reading, e, f"{name}[{i}]") for i, e in enumerate(value)]
+        messages = [*itertools.chain(*turns), *messages]
+    system = reading.optional_text("system")
+    if not system:
+        return messages
+    system = [{"role": "system", "content": system}]
+    theirs, others = _split_system(messages)
+    if _content(theirs) not in ("", _content(system)):
+        raise reading.fail(
+            f"field {reading.name('system')!r} is not the system message of its "
+            "conversation; keep one of them"
+        )
+    return [*system, *others]
+
+
+def _exchange(reading: Reading, value: Any, where: str) -> list[Message]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise reading.fail(f"{where} is not of the form [question, answer]; mend it")
+    for number, text in enumerate(value):
+        check_text(text, f"{where}[{number}]", reading.place)
+    return [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant"), value, strict=True)
+    ]
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a value says nothing, as null in every row of a table does."""
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, (list, dict)):
+        entries = value.values() if isinstance(value, dict) else value
+        return all(map(_is_empty, entries))
+    return value is None or value is False
+
+
+def check_text(
+    value: Any, what: str, place: str, may_be_blank: bool = False, also: str = ""
+) -> None:
+    """Checks that a value is text that can be encoded.
+
+    Raises:
+      InputError: it is no text, has half of a surrogate pair, or is blank and may not be.
+    """
+    if not isinstance(value, str):
+        raise InputError(
+            f"{place}: {what} is of type {type(value).__name__}, "
+            f"{also}a string is wanted"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{place}: {what} has half of a surrogate pair, which is no "
+            "text; drop the record"
+        ) from None
+    if not value.strip() and not may_be_blank:
+        raise InputError(f"{place}: {what} is blank; drop the record")

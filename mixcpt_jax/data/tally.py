@@ -1,0 +1,157 @@
+"""What is found while a source is encoded: what is left out, not read, or lost.
+
+A run's report shows it beside each source; prepared sources keep it in their manifest.
+"""
+
+import collections
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from absl import logging
+
+from mixcpt_jax.errors import InputError
+
+KINDS = ("left_out", "unread", "lost", "spelt")
+# Special tokens that texts spell out whether or not the vocabulary has them: ends of
+# documents in files put together, tags of chats that were written as text.
+_USUAL = (
+    "<|endoftext|>", "<|end_of_text|>", "<eos>", "<s>", "</s>", "<|im_start|>",
+    "<|im_end|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>",
+)  # fmt: skip
+# The form of nearly all special tokens. One search for it is faster than one for each
+# of the thousands that some vocabularies have.
+_FORM = re.compile(r"<[^<>\s]{1,64}>")
+_FORM_OR_BRACKETS = re.compile(r"<[^<>\s]{1,64}>|\[[^\[\]\s]{1,64}\]")
+# Names of fields and tokens that are told apart; data could have any number of them.
+_MOST_NAMES = 100
+_OTHERS = "others"
+_MOST_SHOWN = 8
+
+
+class Tally:
+    """Counts of one source.
+
+    Attributes:
+      left_out: why -> how many records.
+      unread: field -> how many records have it, and what it says is not in the text.
+      lost: character -> how often it occurs, and the vocabulary drops it.
+      spelt: special token -> how often a text spells it, which makes it plain text.
+      places: where the record of each example is from, if `keeps_places`.
+      such: kind of finding -> where the first of it is.
+    """
+
+    def __init__(self, keeps_places: bool = False):
+        self.left_out: collections.Counter[str] = collections.Counter()
+        self.unread: collections.Counter[str] = collections.Counter()
+        self.lost: collections.Counter[str] = collections.Counter()
+        self.spelt: collections.Counter[str] = collections.Counter()
+        self.places: list[str] = []
+        self.such: dict[str, str] = {}
+        self._keeps_places = keeps_places
+        self._seen: set[str] = set()
+
+    def leave_out(self, why: str, such: str) -> None:
+        """Counts a record that is left out, at a place or for an error."""
+        self.left_out[why] += 1
+        self.such.setdefault(why, such)
+
+    def skip(self, error: InputError) -> None:
+        """Counts a record that cannot be used."""
+        self.leave_out("bad_record", str(error))
+
+    def keep(self, place: str, num_examples: int = 1) -> None:
+        """Notes where examples are from."""
+        if self._keeps_places:
+            self.places += [place] * num_examples
+
+    def leave_unread(self, names: Iterable[str], place: str) -> None:
+        """Counts a record with fields that are not read."""
+        for name in names:
+            self._count(self.unread, name, place)
+
+    def see(self, text: str, place: str, tokenizer: Any) -> None:
+        """Looks for what the vocabulary makes of a text other than it says.
+
+        Each character is tried once, whichever text it occurs in first.
+
+        Args:
+          text: as it will be encoded.
+          place: where it is from.
+          tokenizer: may have `loses` and `special_tokens`.
+        """
+        loses = getattr(tokenizer, "loses", None)
+        characters = set(text)
+        if loses is not None:
+            for character in characters - self._seen:
+                if loses(character):
+                    self._count(self.lost, character, place, 0)
+        self._seen |= characters
+        for character in characters & self.lost.keys():
+            self.lost[character] += text.count(character)
+        special = getattr(tokenizer, "special_tokens", frozenset())
+        has_brackets = any(token.startswith("[") for token in special)
+        form = _FORM_OR_BRACKETS if has_brackets else _FORM
+        for found in form.findall(text):
+            if found in special or found in _USUAL:
+                self._count(self.spelt, found, place)
+
+    def _count(self, counts, name: str, place: str, number: int = 1) -> None:
+        if not name.isprintable() and counts is not self.lost:
+            name = ascii(name)
+        if name not in counts and len(counts) >= _MOST_NAMES:
+            name = _OTHERS
+        counts[name[:64]] += number
+        self.such.setdefault(name[:64], place)
+
+    def add(self, counts: Mapping[str, Mapping[str, int]]) -> None:
+        """Adds what `counts` of another tally gave."""
+        for kind, numbers in counts.items():
+            getattr(self, kind).update(numbers)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """`left_out`, `unread`, `lost` and `spelt`."""
+        return {kind: dict(getattr(self, kind)) for kind in KINDS}
+
+    def lines(self) -> list[str]:
+        """A line for each kind of finding; see `lines`."""
+        return lines(self.counts(), self.such)
+
+    def warn(self, where: str) -> None:
+        """Logs the lines, records that are left out as a warning."""
+        for line in self.lines():
+            log = logging.warning if line.startswith("left out") else logging.info
+            log("%s: %s", where, line)
+
+
+def lines(
+    counts: Mapping[str, Mapping[str, int]], such: Mapping[str, str] | None = None
+) -> list[str]:
+    """Findings in words.
+
+    Args:
+      counts: what `Tally.counts` gave.
+      such: what `Tally.such` holds, for an example of each.
+    """
+
+    def listed(kind: str, form: Callable[[str], str] = str) -> str:
+        found = sorted(counts.get(kind, {}).items(), key=lambda item: -item[1])
+        shown = [f"{form(name)} ({number})" for name, number in found[:_MOST_SHOWN]]
+        if len(found) > _MOST_SHOWN:
+            shown.append(f"and {len(found) - _MOST_SHOWN} more")
+        text = ", ".join(shown)
+        first = (such or {}).get(found[0][0]) if found else None
+        return f"{text}, such as {first}" if first else text
+
+    texts = {
+        "left_out": "left out: {}",
+        "unread": "fields that are not read: {}",
+        "lost": "characters that the vocabulary lacks and drops: {}",
+        "spelt": "special tokens that texts spell, read as plain text: {}",
+    }
+    forms = {"lost": ascii}
+    return [
+        text.format(listed(kind, forms.get(kind, str)))
+        for kind, text in texts.items()
+        if counts.get(kind)
+    ]
