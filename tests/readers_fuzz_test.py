@@ -466,6 +466,10 @@ def test_any_record_is_examples_or_an_error_of_its_place(tokenizer, name, data, 
     if complaint:
         assert complaint.startswith("f:7: ")
         return
+    if name == "chat_preference" and not len(examples):
+        prompt, chosen, rejected = fields.pair(fields.Reading(record, mapped))
+        assert not fields.prefers(chosen, rejected)
+        return
     is_pair = name == "chat_preference" or (name == "preference" and side == "both")
     assert len(examples) == 1 + is_pair
     assert examples.tokens.min() >= 0
