@@ -467,7 +467,7 @@ def test_any_record_is_examples_or_an_error_of_its_place(tokenizer, name, data, 
         assert complaint.startswith("f:7: ")
         return
     if name == "chat_preference" and not len(examples):
-        prompt, chosen, rejected = fields.pair(fields.Reading(record, mapped))
+        _, chosen, rejected = fields.pair(fields.Reading(record, mapped))
         assert not fields.prefers(chosen, rejected)
         return
     is_pair = name == "chat_preference" or (name == "preference" and side == "both")
