@@ -497,9 +497,10 @@ def _check_resumable(
             "start a new --workdir"
         )
     start = json.loads(record["provenance"])["start"]
-    if start != provenance["start"]:
+    if not is_same_start(start, provenance["start"]):
+        key = "init_from" if "init_from" in provenance["start"] else "model.path"
         raise InputError(
-            f"init_from: {folder} was trained from {start}, which is now "
+            f"{key}: {folder} was trained from {start}, which is now "
             f"{provenance['start']}; put that back, or start a new --workdir"
         )
     stored = record["sources"]
@@ -510,6 +511,24 @@ def _check_resumable(
                 "written, so the run cannot go on exactly; put the files back, or "
                 "start a new --workdir with --config.init_from set to this one"
             )
+
+
+def is_same_start(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a phase's `provenance["start"]` is what it was.
+
+    Where weights lie does not count, what they are does. What an older version did not
+    note is not compared.
+    """
+    noted = then.keys() & now.keys()
+
+    def compared(start):
+        facts = {k: v for k, v in start.items() if k in noted or k not in _NOTED_LATER}
+        return facts | ({"weights": ""} if "weights" in facts else {})
+
+    return compared(then) == compared(now)
+
+
+_NOTED_LATER = ("identity", "architecture")
 
 
 def checksum(x: jax.Array) -> jax.Array:

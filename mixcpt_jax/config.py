@@ -106,6 +106,8 @@ _NOT_NEGATIVE = (
 FREE_ON_RESUME = (
     "mesh",
     "metrics",
+    # Where the weights lie; what they are is in the provenance.
+    "model.path",
     "model.remat",
     "model.architecture",
     "head",

@@ -15,6 +15,7 @@ Shape suffixes:
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable
 
@@ -99,6 +100,17 @@ class ModelConfig:
             None if layer in self.global_layers else self.sliding_window
             for layer in range(self.num_layers)
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of all that is not the default."""
+        settings = (
+            (field.name, getattr(self, field.name), field.default)
+            for field in dataclasses.fields(self)
+        )
+        changed = [(name, value) for name, value, usual in settings if value != usual]
+        digest = hashlib.blake2b(repr(changed).encode(), digest_size=8)
+        return digest.hexdigest()
 
 
 LORA_TARGETS = ("query", "key", "value", "output", "gate", "up", "down")

@@ -4,13 +4,16 @@ import contextlib
 import glob
 import hashlib
 import importlib.util
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 from etils import epath
 from etils.epath import gpath
 from fsspec import config as fsspec_config
+from fsspec.core import url_to_fs
 
 from mixcpt_jax.errors import InputError
 
@@ -57,6 +60,14 @@ def resolve(path: str) -> epath.Path:
         remedy = _INSTALL.get(name, f"pip install {name}")
         raise InputError(f"{path}: package {name} is not installed; run `{remedy}`")
     return _Path(spec.submodule_search_locations[0]) / file
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file or folder; there is none in a missing package."""
+    try:
+        return resolve(path).exists()
+    except InputError:
+        return False
 
 
 def absolute(path: str) -> epath.Path:
@@ -139,6 +150,31 @@ def require_file(path: str, remedy: str = "") -> epath.Path:
     if resolved.is_dir():
         raise InputError(f"{path}: is a folder, a file is wanted")
     return resolved
+
+
+def read_ranges(file: epath.Path, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Reads ranges of bytes, (start, end) each; of a bucket's file many at once."""
+    if is_remote(file):
+        system, name = url_to_fs(str(file))
+        starts, ends = zip(*ranges, strict=True)
+        names = [name] * len(ranges)
+        return system.cat_ranges(names, list(starts), list(ends), on_error="raise")
+    with file.open("rb") as content:
+        return [_read_range(content, *bounds) for bounds in ranges]
+
+
+def _read_range(content: BinaryIO, start: int, end: int) -> bytes:
+    content.seek(start)
+    return content.read(end - start)
+
+
+def stamp(file: epath.Path) -> tuple[int, ...]:
+    """Numbers that change when a file is written anew or replaced."""
+    if is_remote(file):
+        stat = file.stat()
+        return stat.length, int(stat.mtime)
+    stat = os.stat(file)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def hash_of(file: epath.Path) -> str:

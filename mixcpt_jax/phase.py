@@ -186,7 +186,12 @@ class Phase:
         Raises:
           InputError: `init_from` has no checkpoint.
         """
-        return _start_identity(self.given, self.config)
+        return _start_identity(self.given, self.config, self.model_config)
+
+    @property
+    def start_key(self) -> dict[str, Any]:
+        """The same for what is kept of the frozen model; a copy of weights is the same."""
+        return {k: v for k, v in self.starts_from.items() if k != "weights"}
 
     def provenance(self, files: dict[str, dict[str, str]]) -> dict[str, Any]:
         """What the phase starts from, and the files it reads."""
@@ -343,8 +348,8 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
     """The results of a phase that has come to its end, or None.
 
     Raises:
-      InputError: the folder belongs to another config, or the phase started from a
-        checkpoint that has been made anew since.
+      InputError: the folder belongs to another config, or what the phase started from,
+        a checkpoint or weights, has changed since.
     """
     folder = paths.absolute(workdir)
     check_workdir(folder, config)
@@ -353,8 +358,13 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
         return None
     provenance = json.loads((folder / PROVENANCE_FILE).read_text())
     resolved = config_lib.resolve_phases(config, str(folder.parent))
-    if resolved.init_from and checkpoint.exists(resolved.init_from):
-        _check_start(folder, provenance, _start_identity(config, resolved))
+    # What a finished phase started from may have been deleted since.
+    model_path, start = resolved.model.path, resolved.init_from
+    if checkpoint.exists(start) if start else paths.exists(model_path):
+        has_model = paths.exists(model_path)
+        architecture = weights.read_model_config(model_path) if has_model else None
+        now = _start_identity(config, resolved, architecture)
+        _check_start(folder, provenance, now)
     return json.loads(path.read_text())
 
 
@@ -375,19 +385,28 @@ def _check_is_shared(file: epath.Path) -> None:
         time.sleep(1)
 
 
-def _start_identity(given, config) -> dict[str, Any]:
+def _start_identity(
+    given: ml_collections.ConfigDict,
+    config: ml_collections.ConfigDict,
+    model_config: model.ModelConfig | None,
+) -> dict[str, Any]:
     """What a phase starts from, in a few words that no other start has."""
-    if not config.init_from and _is_random(config):
-        return {"random": config.seed}
-    if not config.init_from:
-        return {"weights": config.model.path}
-    return {"init_from": given.init_from} | checkpoint.identity(config.init_from)
+    if config.init_from:
+        start = {"init_from": given.init_from} | checkpoint.identity(config.init_from)
+    elif _is_random(config):
+        start = {"random": config.seed}
+    else:
+        path = config.model.path
+        start = {"weights": path, "identity": weights.identity(path)}
+    if model_config is None:
+        return start
+    return start | {"architecture": model_config.fingerprint}
 
 
 def _check_start(
     folder: epath.Path, provenance: dict[str, Any], now: dict[str, Any]
 ) -> None:
-    if provenance["start"] != now:
+    if not checkpoint.is_same_start(provenance["start"], now):
         raise InputError(
             f"{folder}: was made from {provenance['start']}, which is now {now}; delete "
             f"{folder} to make it anew, or put that back"
@@ -511,7 +530,7 @@ def load_params(
 
     Raises:
       InputError: no checkpoint there, or of another model; or adapters whose start has
-        been made anew since.
+        changed since.
     """
     stored = ml_collections.ConfigDict(checkpoint.read_config(folder))
     lora = _lora(stored.get("lora"))
@@ -525,12 +544,11 @@ def load_params(
     if model_path:
         stored.model.path = model_path
     given, stored = stored, config_lib.resolve_phases(stored, str(run_folder))
-    if stored.init_from:
-        _check_start(
-            checkpoint.phase_folder(folder),
-            checkpoint.read_provenance(folder),
-            _start_identity(given, stored),
-        )
+    _check_start(
+        checkpoint.phase_folder(folder),
+        checkpoint.read_provenance(folder),
+        _start_identity(given, stored, model_config),
+    )
     merge = jax.jit(
         functools.partial(model.merge_adapters, lora=lora),
         donate_argnums=0,

@@ -95,6 +95,7 @@ def _find(path: str) -> tuple[str, ml_collections.ConfigDict | None]:
     if checkpoint.exists(str(folder)):
         stored = checkpoint.read_config(str(folder))
         return str(folder), ml_collections.ConfigDict(stored)
+    weights.refuse_adapter(str(folder))
     for place in (folder, folder / EXPORT_FOLDER):
         if "model_type" in _read_json(place / phase.CONFIG_FILE):
             return str(place), None

@@ -72,7 +72,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
         if forms:
             params = phase.starting_params(config.model.param_dtype)
             eval_step = phase.eval_step()
-        start = repr(phase.starts_from)
+        start = repr(phase.start_key)
         results = {}
         for source, candidates in found.items():
             reasons = [f"{n} {why}" for why, n in candidates.filtered.items() if n]

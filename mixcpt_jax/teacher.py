@@ -178,7 +178,7 @@ def _key(phase: phase_lib.Phase, rows: mixture.PackedRows) -> dict[str, Any]:
         "seed": config.seed,
         "tokens": rows.source.examples.fingerprint,
         "rows": rows.plan.fingerprint,
-        "start": phase.starts_from,
+        "start": phase.start_key,
         "teacher_dtype": phase.frozen_dtype,
         "compute_dtype": config.model.compute_dtype,
     }

@@ -9,13 +9,15 @@ Data workers are processes that import this file and receive tokenizers by pickl
 does not import jax.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, ClassVar
 
@@ -30,6 +32,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mixcpt_jax import paths
 from mixcpt_jax.errors import InputError
+from mixcpt_jax.headers import Header
 
 # The day on which training conversations take place; Llama 3's templates say it too.
 _TODAY = datetime(2024, 7, 26)
@@ -695,23 +698,75 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, where: str) ->
         )
 
 
-@functools.lru_cache(maxsize=1)
 def open_gguf(path: epath.Path) -> gguf.GGUFReader:
     """Memory-maps a GGUF file and parses its header.
 
     That takes seconds, mostly for the vocabulary, and config, weights and tokenizer
-    each ask for it, so the last one is kept.
+    each ask for it, so the last one is kept for as long as its file stays the same.
 
     Raises:
-      InputError: the file is not a whole GGUF file.
+      InputError: the file is not a whole GGUF file, or not of a whole model.
     """
+    return _parse_gguf(path, paths.stamp(path))
+
+
+@functools.lru_cache(maxsize=1)
+def _parse_gguf(path: epath.Path, stamp: tuple[int, ...]) -> gguf.GGUFReader:
     try:
         with paths.on_local_disk(path) as local:
-            return gguf.GGUFReader(local)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+            reader = gguf.GGUFReader(local)
+    except Exception as error:  # Of what is damaged it raises whatever Python can.
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"{path}: not a whole GGUF file ({error}); download it again"
+            f"{path}: not a whole GGUF file ({reason}); download it again"
         ) from error
+    header = gguf_header(reader, path)
+    kind = header.text("general.type", "model")
+    if kind != "model":
+        raise InputError(
+            f"{path}: general.type is {kind!r}, which is no whole model; "
+            f"{_NO_MODEL.get(kind, 'name the file of the model')}"
+        )
+    num_parts = header.integer("split.count", 1, least=0)
+    if num_parts > 1:
+        raise InputError(
+            f"{path}: is one of {num_parts} parts (split.count); join them by "
+            "`llama-gguf-split --merge FIRST_PART OUT.gguf` and name that file"
+        )
+    return reader
+
+
+# What to do about a GGUF file that holds something else.
+_NO_MODEL = {
+    "adapter": "merge it into its base by `llama-export-lora` and name the new file",
+    "imatrix": "it was measured to quantise a model; name the file of the model",
+    "mmproj": "it projects images into a model; name the file of the text model",
+}
+
+
+def gguf_header(reader: gguf.GGUFReader, file: epath.Path) -> Header:
+    """The metadata of a GGUF file, decoded as it is asked for."""
+    return Header(file, _GgufValues(reader, file))
+
+
+class _GgufValues(Mapping):
+    def __init__(self, reader: gguf.GGUFReader, file: epath.Path):
+        self._fields, self._file = reader.fields, file
+
+    def __getitem__(self, key: str) -> Any:
+        field = self._fields[key]
+        try:
+            return field.contents()
+        except Exception as error:  # Such as of text that is not UTF-8.
+            raise InputError(
+                f"{self._file}: {key} cannot be read ({error}); download it again"
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
 
 
 def _load_json(file: epath.Path) -> Tokenizer:
@@ -858,43 +913,84 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
 
 
 def _load_gguf(file: epath.Path) -> Tokenizer:
-    reader = open_gguf(file)
-
-    def field(name: str, default=None):
-        value = reader.get_field(f"tokenizer.{name}")
-        return default if value is None else value.contents()
-
+    header = gguf_header(open_gguf(file), file)
+    kind = header.text("tokenizer.ggml.model")
+    header.require("tokenizer.ggml.model", ("gpt2", "llama"))
+    template = header.text("tokenizer.chat_template", None)
+    header = header.within("tokenizer.ggml.")
+    pre = header.text("pre", None)
+    vocabulary = _gguf_vocabulary(header, kind)
     bos_id, eos_id, pad_id = (
-        field(f"ggml.{name}_token_id") for name in ("bos", "eos", "padding")
+        _gguf_special_id(header, f"{name}_token_id", vocabulary)
+        for name in ("bos", "eos", "padding")
     )
-    kind, pre = field("ggml.model"), field("ggml.pre")
     # llama.cpp's defaults for files which do not say.
-    add_bos = field("ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")
-    match kind:
-        case "gpt2":
-            model = _gguf_bpe(file, field, pre, bos_id if add_bos else None)
-        case "llama":
-            model = _gguf_sentencepiece(field, bos_id, eos_id, pad_id)
-        case _:
-            raise InputError(
-                f"{file}: tokenizer.ggml.model is {kind!r}; supported: gpt2, llama"
-            )
-    template = field("chat_template")
+    add_bos = header.flag("add_bos_token", kind == "llama" or pre == "llama-bpe")
+    if bos_id is None and header.get("add_bos_token") is None:
+        add_bos = False
+    _check_has_bos(f"{file}: tokenizer.ggml.bos_token_id", add_bos, bos_id)
+    if kind == "gpt2":
+        model = _gguf_bpe(header, vocabulary, bos_id if add_bos else None)
+    else:
+        model = _gguf_sentencepiece(header, vocabulary, bos_id, eos_id, pad_id)
     return Tokenizer(model, bos_id, eos_id, pad_id, add_bos, template)
 
 
-def _gguf_bpe(file, field, pre: str | None, leading_id: int | None) -> _JsonModel:
+def _check_has_bos(place: str, add_bos: bool, bos_id: int | None) -> None:
+    if add_bos and bos_id is None:
+        raise InputError(
+            f"{place} is missing, and add_bos_token is true; name the token, or set "
+            "add_bos_token to false"
+        )
+
+
+def _gguf_special_id(header: Header, key: str, vocabulary, default=None) -> int | None:
+    return header.integer(key, default, least=0, most=len(vocabulary) - 1)
+
+
+def _gguf_vocabulary(header: Header, kind: str) -> list[tuple[str, int]]:
+    """Each token with its kind."""
+    tokens = header.many("tokens", lambda t: isinstance(t, str), "a list of strings")
+    kinds = tuple(map(int, gguf.TokenType))
+    types = header.many(
+        "token_type",
+        kinds.__contains__,
+        f"a list of integers from {min(kinds)} to {max(kinds)}",
+    )
+    if len(types) != len(tokens) or not tokens:
+        raise InputError(
+            f"{header.file}: {header.prefix}token_type has {len(types)} items for the "
+            f"{len(tokens)} of {header.prefix}tokens; download the file again"
+        )
+    if len(set(tokens)) < len(tokens):
+        counts = collections.Counter(tokens)
+        (twice, count), *_ = counts.most_common(1)
+        raise InputError(
+            f"{header.file}: {header.prefix}tokens has {twice!r} {count} times; use the "
+            "model's own tokenizer.json instead"
+        )
+    return list(zip(tokens, types, strict=True))
+
+
+def _gguf_bpe(header: Header, vocabulary, leading_id: int | None) -> _JsonModel:
+    pre = header.text("pre", None)
     pre_tokenizer = _pre_tokenizer(pre)
     if pre_tokenizer is None:
         raise InputError(
-            f"{file}: tokenizer.ggml.pre is {pre!r}; supported: gpt-2, smollm, "
+            f"{header.file}: tokenizer.ggml.pre is {pre!r}; supported: gpt-2, smollm, "
             "llama-bpe, qwen2. Use the model's own tokenizer.json instead"
         )
-    tokens, types = field("ggml.tokens"), field("ggml.token_type")
+    ids = {token: i for i, (token, _) in enumerate(vocabulary)}
+
+    def is_merge(merge: Any) -> bool:
+        parts = merge.split(" ") if isinstance(merge, str) else ()
+        return len(parts) == 2 and {*parts, "".join(parts)} <= ids.keys()
+
+    merges = header.many("merges", is_merge, "a list of pairs of its tokens")
     model = tokenizers.Tokenizer(
         models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in field("ggml.merges")],
+            vocab=ids,
+            merges=[tuple(merge.split(" ")) for merge in merges],
             ignore_merges=pre == "llama-bpe",
         )
     )
@@ -902,25 +998,35 @@ def _gguf_bpe(file, field, pre: str | None, leading_id: int | None) -> _JsonMode
     model.decoder = decoders.ByteLevel()
     if pre == "qwen2":
         model.normalizer = normalizers.NFC()
-    for token, kind in zip(tokens, types, strict=True):
+    for token, kind in vocabulary:
         added = tokenizers.AddedToken(token, normalized=False)
         if kind == gguf.TokenType.CONTROL:
             model.add_special_tokens([added])
         elif kind == gguf.TokenType.USER_DEFINED:
             model.add_tokens([added])
     if leading_id is not None:
-        bos = tokens[leading_id]
+        bos = vocabulary[leading_id][0]
         model.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, leading_id)]
         )
     return _JsonModel(model.to_str())
 
 
-def _gguf_sentencepiece(field, bos_id, eos_id, pad_id) -> _SentencePieceModel:
+def _gguf_sentencepiece(
+    header: Header, vocabulary, bos_id, eos_id, pad_id
+) -> _SentencePieceModel:
+    scores = header.many(
+        "scores",
+        lambda s: isinstance(s, int | float) and math.isfinite(s),
+        "a list of finite numbers",
+    )
+    if len(scores) != len(vocabulary):
+        raise InputError(
+            f"{header.file}: {header.prefix}scores has {len(scores)} items for the "
+            f"{len(vocabulary)} of {header.prefix}tokens; download the file again"
+        )
     proto = sentencepiece_model_pb2.ModelProto()
-    tokens = field("ggml.tokens")
-    columns = (tokens, field("ggml.scores"), field("ggml.token_type"))
-    for token, score, kind in zip(*columns, strict=True):
+    for (token, kind), score in zip(vocabulary, scores, strict=True):
         if kind == gguf.TokenType.USER_DEFINED:
             # Spelt as in texts; sentencepiece looks for them where spaces are marked.
             token = token.replace(" ", "▁")
@@ -928,26 +1034,32 @@ def _gguf_sentencepiece(field, bos_id, eos_id, pad_id) -> _SentencePieceModel:
         proto.pieces.add(piece=token, score=score, type=kind)
     trainer = proto.trainer_spec
     trainer.model_type = trainer.BPE
-    trainer.vocab_size = len(tokens)
+    trainer.vocab_size = len(vocabulary)
     trainer.byte_fallback = True
     trainer.bos_id, trainer.eos_id, trainer.pad_id = (
         -1 if token_id is None else token_id for token_id in (bos_id, eos_id, pad_id)
     )
-    trainer.unk_id = field("ggml.unknown_token_id", 0)
-    trainer.unk_piece = tokens[trainer.unk_id]
+    trainer.unk_id = _gguf_special_id(header, "unknown_token_id", vocabulary, 0)
+    trainer.unk_piece = vocabulary[trainer.unk_id][0]
     # Gemma's files call it a control token, and sentencepiece then knows of none.
     proto.pieces[
         trainer.unk_id
     ].type = sentencepiece_model_pb2.ModelProto.SentencePiece.UNKNOWN
     if bos_id is not None:
-        trainer.bos_piece = tokens[bos_id]
+        trainer.bos_piece = vocabulary[bos_id][0]
     if eos_id is not None:
-        trainer.eos_piece = tokens[eos_id]
+        trainer.eos_piece = vocabulary[eos_id][0]
     proto.normalizer_spec.name = "identity"
-    proto.normalizer_spec.add_dummy_prefix = field("ggml.add_space_prefix", True)
+    proto.normalizer_spec.add_dummy_prefix = header.flag("add_space_prefix", True)
     proto.normalizer_spec.remove_extra_whitespaces = False
-    # llama.cpp puts a space before each text behind a special token.
-    return _SentencePieceModel(proto.SerializeToString(), legacy=True)
+    try:
+        # llama.cpp puts a space before each text behind a special token.
+        return _SentencePieceModel(proto.SerializeToString(), legacy=True)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{header.file}: {header.prefix}tokens is no vocabulary of sentencepiece "
+            f"({error}); use the model's own tokenizer.model instead"
+        ) from error
 
 
 @functools.lru_cache

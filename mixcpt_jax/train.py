@@ -78,7 +78,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
     frozen, references = None, {}
     if first_step < num_steps or not (is_measured and is_answered):
         frozen, references = _load_frozen(
-            phase, data, program, fingerprint | provenance["start"]
+            phase, data, program, fingerprint | phase.start_key
         )
     if config.preference.reference == "precomputed":
         data = pipeline.with_references(data, references)

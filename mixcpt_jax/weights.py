@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 import tempfile
@@ -23,13 +24,15 @@ from typing import Any, NamedTuple
 import gguf
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mixcpt_jax import paths
+from mixcpt_jax import headers, paths
 from mixcpt_jax.errors import InputError
+from mixcpt_jax.headers import Header
 from mixcpt_jax.model import (
     LinearRopeScaling,
     Llama3RopeScaling,
@@ -37,7 +40,7 @@ from mixcpt_jax.model import (
     Params,
     rope_frequencies,
 )
-from mixcpt_jax.tokenizer import Tokenizer, open_gguf
+from mixcpt_jax.tokenizer import Tokenizer, gguf_header, open_gguf
 
 _TENSORS = {
     "embedding": "model.embed_tokens.weight",
@@ -123,6 +126,8 @@ _FIXED_OF = {
 
 # Without it nobody takes a folder for a model.
 _MARKER = "config.json"
+_INDEX = "model.safetensors.index.json"
+_MOST_LAYERS = 10_000
 _REMEDY = (
     "a Hugging Face folder or a .gguf file is wanted. Nothing is downloaded: a model of "
     "the hub becomes a folder by `hf download NAME --local-dir FOLDER`"
@@ -156,8 +161,38 @@ def read_model_config(path: str) -> ModelConfig:
         return _config_from_gguf(open_gguf(file), file)
     if path.endswith(".json"):
         return _config_from_hf(paths.require_file(path))
+    refuse_adapter(path)
     file = f"{path.rstrip('/')}/{_MARKER}"
     return _config_from_hf(paths.require_file(file, _REMEDY))
+
+
+def refuse_adapter(path: str) -> None:
+    """Checks that a folder does not hold an adapter, alone or beside a model.
+
+    What reads a folder of both differs: some merge the adapter, some leave it out.
+
+    Raises:
+      InputError: it holds one; names its base and what to do.
+    """
+    folder = paths.resolve(path)
+    found = [*folder.glob("adapter_config.json"), *folder.glob("adapter_model.*")]
+    if not found:
+        return
+    settings = headers.read_if_there(folder / "adapter_config.json")
+    base = settings.text("base_model_name_or_path", "a model that it does not name")
+    merge = (
+        f"`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "
+        f"{str(folder)!r}).merge_and_unload().save_pretrained(new)`"
+    )
+    if (folder / _MARKER).exists():
+        raise InputError(
+            f"{folder}: holds an adapter ({found[0].name}) beside a model; move the "
+            f"adapter's files away to use the model alone, or merge them by {merge}"
+        )
+    raise InputError(
+        f"{folder}: holds an adapter of {base} and no model ({found[0].name}); merge the "
+        f"two by {merge} and name the new folder"
+    )
 
 
 def load_params(path: str, abstract_params: Params) -> Params:
@@ -200,6 +235,96 @@ def load_params(path: str, abstract_params: Params) -> Params:
         return _make_array(leaf, read)
 
     return jax.tree.map_with_path(load, abstract_params)
+
+
+def identity(path: str) -> str:
+    """Sixteen hex digits that tell a checkpoint's weights from others.
+
+    A hash of each file's size and header, and of samples of each tensor: 64 KiB at its
+    beginning, at its end and after every 16 MiB in between, so all of one of 128 KiB.
+    That reads some 100 MB of 16 GB. Training, merging and quantising change every
+    sample; an edit of single rows of a large tensor may lie between two. Names of files
+    and folders do not count: a copy is the same.
+
+    Args:
+      path: as for `read_model_config`.
+
+    Raises:
+      InputError: a file is missing or damaged.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    if path.endswith(".gguf"):
+        reader = open_gguf(paths.require_file(path))
+        content, header_end = reader.data, int(reader.data_offset)
+        digest.update(f"{len(content)}".encode())
+        digest.update(content[:header_end])
+        for tensor in reader.tensors:
+            begin = int(tensor.data_offset)
+            for start, end in _samples(begin, begin + int(tensor.n_bytes)):
+                digest.update(content[start:end])
+        return digest.hexdigest()
+    folder = paths.resolve(path)
+    files = sorted({*_weight_map(folder).values()} or {"model.safetensors"})
+    for file in (folder / name for name in files):
+        header, data_begin = _read_safetensors_header(file)
+        digest.update(f"{file.stat().length}".encode())
+        digest.update(header)
+        ranges = [
+            sample
+            for begin, end in sorted(_tensor_bounds(file, header))
+            for sample in _samples(data_begin + begin, data_begin + end)
+        ]
+        for sample in paths.read_ranges(file, ranges) if ranges else ():
+            digest.update(sample)
+    return digest.hexdigest()
+
+
+_SAMPLE_BYTES = 2**16
+_BYTES_BETWEEN_SAMPLES = 2**24
+
+
+def _samples(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Ranges of bytes that are spread over a tensor from its first to its last."""
+    count = 2 + (end - begin) // _BYTES_BETWEEN_SAMPLES
+    room = end - begin - _SAMPLE_BYTES
+    if room <= (count - 1) * _SAMPLE_BYTES:
+        yield begin, end
+        return
+    for i in range(count):
+        start = begin + room * i // (count - 1)
+        yield start, start + _SAMPLE_BYTES
+
+
+def _read_safetensors_header(file: epath.Path) -> tuple[bytes, int]:
+    """The header, JSON, and where the tensors behind it begin."""
+    if not file.exists():
+        raise InputError(f"{file}: no such file; download it again")
+    (size,) = paths.read_ranges(file, [(0, 8)])
+    end = 8 + int.from_bytes(size, "little")
+    if len(size) < 8 or end > file.stat().length:
+        raise InputError(f"{file}: not a whole safetensors file; download it again")
+    (header,) = paths.read_ranges(file, [(8, end)])
+    return header, end
+
+
+def _tensor_bounds(file: epath.Path, header: bytes) -> Iterator[tuple[int, int]]:
+    """(begin, end) of each tensor, in bytes after the header."""
+    try:
+        entries = json.loads(header)
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                yield int(begin), int(end)
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise InputError(
+            f"{file}: not a whole safetensors file ({error!r}); download it again"
+        ) from error
 
 
 def save_pretrained(
@@ -345,28 +470,55 @@ def _check_tensors(
                 f"{tensors[name].shape}; the config asks for {shape}"
             )
     for name, tensor in tensors.items():
-        # A tied model may repeat its embedding; RoPE's frequencies are computed here.
-        known = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
-        if name not in wanted and not known:
+        if name in wanted or name.endswith("rotary_emb.inv_freq"):
+            continue  # RoPE's frequencies are computed here.
+        if name == _TENSORS["unembedding"]:
+            _check_repeats(tensor, tensors[_TENSORS["embedding"]])
+        else:
             raise InputError(
                 f"{tensor.file}: tensor {name} {tensor.shape} has no place in this "
                 "model; the weights do not belong to this config"
             )
 
 
+def _check_repeats(head: _Tensor, embedding: _Tensor) -> None:
+    """A tied model may repeat its embedding, and nothing else, under the head's name."""
+    is_same = head.shape == embedding.shape
+    num_rows = head.shape[0] if is_same else 0
+    for first in range(0, num_rows, 2**12):
+        index = (slice(first, min(first + 2**12, num_rows)), slice(None))
+        is_same = is_same and np.array_equal(head.read(index), embedding.read(index))
+    if not is_same:
+        raise InputError(
+            f"{head.file}: tensor {_TENSORS['unembedding']} differs from the embedding, "
+            f"and {_MARKER} says that the two are tied; set tie_word_embeddings to false "
+            "there to use it, or take the tensor out"
+        )
+
+
 def _open_safetensors(folder: epath.Path, family: str) -> dict[str, _Tensor]:
+    weight_map = _weight_map(folder)
+    files = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
+    _tell_of_others(folder, files)
     tensors = {}
-    for file in _safetensors_files(folder):
+    for file in (folder / name for name in files):
         try:
             with paths.on_local_disk(file) as local:
                 handle = safe_open(local, framework="numpy")
         except FileNotFoundError as error:
             raise InputError(f"{file}: no such file; download it again") from error
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{file}: not a whole safetensors file ({error}); download it again"
             ) from error
         for name in handle.offset_keys():
+            if weight_map and name not in weight_map:
+                raise InputError(
+                    f"{file}: tensor {name} is not in {_INDEX}; the two are not of one "
+                    "save, download both again"
+                )
+            if weight_map and weight_map[name] != file.name:
+                continue  # A copy; the index says which of them counts.
             view = handle.get_slice(name)
             if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                 raise InputError(
@@ -375,6 +527,11 @@ def _open_safetensors(folder: epath.Path, family: str) -> dict[str, _Tensor]:
                 )
             read = functools.partial(_read_view, view, _norm_offset(name, family))
             tensors[name] = _Tensor(str(file), tuple(view.get_shape()), read)
+    for name in weight_map.keys() - tensors.keys():
+        raise InputError(
+            f"{folder / _INDEX}: tensor {name} is not in {weight_map[name]}, which it "
+            "names; the two are not of one save, download both again"
+        )
     return tensors
 
 
@@ -383,27 +540,51 @@ def _read_view(view: Any, offset: int, index: Index) -> np.ndarray:
     return np.float32(view[index]) + offset if offset else view[index]
 
 
-def _safetensors_files(folder: epath.Path) -> list[epath.Path]:
+def _weight_map(folder: epath.Path) -> dict[str, str]:
+    """Tensor -> the file that holds it; empty where `model.safetensors` holds all."""
     if not folder.exists():
         raise InputError(f"{folder}: no such folder")
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():
-        return [whole]
+    whole, index = folder / "model.safetensors", folder / _INDEX
     if index.exists():
-        try:
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index}: not an index of weights ({error!r})") from error
-        return [folder / name for name in sorted(files)]
+        names = headers.read(index).mapping("weight_map")
+        for tensor, name in names.items():
+            # Of this folder, whoever wrote the index.
+            if not isinstance(name, str) or epath.Path(name).name != name or not name:
+                raise InputError(
+                    f"{index}: weight_map names {name!r} for tensor {tensor}; a file of "
+                    "the same folder is wanted"
+                )
+        if not names:
+            raise InputError(f"{index}: weight_map names no file; download it again")
+        if whole.exists() and whole.name not in names.values():
+            raise InputError(
+                f"{folder}: holds {whole.name} and {index.name}, which does not name "
+                "it: weights of two saves; move away what belongs to the older one"
+            )
+        return names
+    if whole.exists():
+        return {}
     if pickles := [*folder.glob("*.bin"), *folder.glob("*.pt*")]:
         raise InputError(
             f"{folder}: holds pickled weights ({pickles[0].name}), which can run code "
             "and are refused. If you trust them, convert them once: `transformers."
             "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`"
         )
-    raise InputError(
-        f"{folder}: holds neither model.safetensors nor model.safetensors.index.json"
-    )
+    others = ", ".join(sorted(file.name for file in folder.glob("*.safetensors")))
+    remedy = f" ({others} is not read); convert it to those" if others else ""
+    raise InputError(f"{folder}: holds neither {whole.name} nor {index.name}{remedy}")
+
+
+def _tell_of_others(folder: epath.Path, files: list[str]) -> None:
+    """Warns of weights in a folder that are no part of the model that is read."""
+    others = {file.name for file in folder.glob("*.safetensors")} - set(files)
+    if others and jax.process_index() == 0:
+        logging.warning(
+            "%s: weights are read from %s; not read: %s",
+            folder,
+            files[0] if len(files) == 1 else f"the {len(files)} files of {_INDEX}",
+            ", ".join(sorted(others)),
+        )
 
 
 def _open_gguf(file: epath.Path) -> dict[str, _Tensor]:
@@ -470,73 +651,94 @@ def _read_gguf(
 
 
 def _config_from_hf(file: epath.Path) -> ModelConfig:
-    try:
-        raw = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error})") from error
-    family = raw.get("model_type")
+    header = headers.read(file)
+    family = header.get("model_type")
     if family == "gemma3":
         raise InputError(
             f"{file}: model_type is 'gemma3', which reads images too; supported is its "
             "text model by itself: save that (Gemma3ForCausalLM, gemma3_text)"
         )
-    if family not in _ARCHITECTURES:
-        raise _unsupported(file, "model_type", family, ", ".join(_ARCHITECTURES))
+    header.require("model_type", tuple(_ARCHITECTURES))
     fixed = _FIXED | _FIXED_OF.get(family, {"hidden_act": "silu"})
     for key, supported in fixed.items():
         # Null counts as absent, as in transformers.
-        if raw.get(key) not in (None, supported):
-            raise _unsupported(file, key, raw[key], supported)
-    number = functools.partial(_number, raw, file)
-    hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
-    num_layers = number("num_hidden_layers")
-    head_size = number("head_dim", _head_size(family, hidden_size, num_heads))
+        if header.get(key) not in (None, supported):
+            raise header.unsupported(key, supported)
+    hidden_size = header.integer("hidden_size")
+    num_heads = header.integer("num_attention_heads")
+    num_layers = header.integer("num_hidden_layers", most=_MOST_LAYERS)
+    head_size = header.integer("head_dim", _head_size(family, hidden_size, num_heads))
     # Transformers 5 gathers everything about RoPE under a new name, and by kinds of
     # layers where they differ.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    local_rope = rope.get("sliding_attention") or {}
-    rope = rope.get("full_attention") or rope
+    ropes = header.mapping("rope_parameters", {}) or header.mapping("rope_scaling", {})
+    ropes = Header(file, ropes)
+    local_rope = Header(file, ropes.mapping("sliding_attention", {}))
+    rope = Header(file, ropes.mapping("full_attention", {}) or ropes.values)
     default_theta = 1e6 if family == "gemma3_text" else 1e4
-    theta = _number(rope, file, "rope_theta", number("rope_theta", default_theta))
-    if _rope_scaling_from_hf(local_rope, file) is not None:
-        kind = local_rope["rope_type"]
-        raise _unsupported(file, "rope_type of local layers", kind, "default")
-    window, global_layers = _windows_from_hf(raw, file, num_layers)
+    theta = rope.number("rope_theta", header.number("rope_theta", default_theta))
+    if _rope_scaling_from_hf(local_rope) is not None:
+        raise local_rope.unsupported("rope_type", "default in local layers")
+    window, global_layers = _windows_from_hf(header, num_layers)
     settings = {}
     if family == "gemma3_text" and window is not None:
-        local_theta = number("rope_local_base_freq", 1e4)
-        settings["local_rope_theta"] = _number(
-            local_rope, file, "rope_theta", local_theta
-        )
+        local_theta = header.number("rope_local_base_freq", 1e4)
+        settings["local_rope_theta"] = local_rope.number("rope_theta", local_theta)
     if family in _GEMMA:
-        query_scale = number("query_pre_attn_scalar", 256)
+        query_scale = header.number("query_pre_attn_scalar", 256)
         settings["query_scale"] = None if query_scale == head_size else query_scale
         # Absent they have defaults in Gemma 2; null there are none.
         for name, key, default in (
             ("attention_soft_cap", "attn_logit_softcapping", 50.0),
             ("final_soft_cap", "final_logit_softcapping", 30.0),
         ):
-            cap = raw.get(key, default if family == "gemma2" else None)
-            settings[name] = None if cap is None else _number({key: cap}, file, key)
-    return ModelConfig(
+            is_default = family == "gemma2" and key not in header.values
+            settings[name] = header.number(key, default if is_default else None)
+    vocab_size = header.integer("vocab_size")
+    _check_special_ids(header, vocab_size)
+    config = ModelConfig(
         family=family,
-        vocab_size=number("vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        mlp_size=number("intermediate_size"),
+        mlp_size=header.integer("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=number("num_key_value_heads", num_heads),
+        num_kv_heads=header.integer("num_key_value_heads", num_heads),
         head_size=head_size,
-        max_positions=number("max_position_embeddings"),
+        max_positions=header.integer("max_position_embeddings"),
         rope_theta=theta,
-        rope_scaling=_rope_scaling_from_hf(rope, file),
+        rope_scaling=_rope_scaling_from_hf(rope),
         sliding_window=window,
         global_layers=global_layers,
-        norm_epsilon=number("rms_norm_eps", 1e-6),
-        tie_embeddings=raw.get("tie_word_embeddings", family in _GEMMA),
+        norm_epsilon=header.number("rms_norm_eps", 1e-6),
+        tie_embeddings=header.flag("tie_word_embeddings", family in _GEMMA),
         **_implied(family),
         **settings,
     )
+    _check_heads(config, header, "num_attention_heads", "num_key_value_heads")
+    return config
+
+
+def _check_special_ids(header: Header, vocab_size: int) -> None:
+    """They are the tokenizer's affair; ones that no row is for belong to another model."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if isinstance(header.get(name), list):
+            header.many(
+                name,
+                lambda i: headers.is_integer(i) and 0 <= i < vocab_size,
+                f"a list of integers from 0 to {vocab_size - 1}",
+            )
+        else:
+            header.integer(name, None, least=0, most=vocab_size - 1)
+
+
+def _check_heads(config: ModelConfig, header: Header, heads: str, kv_heads: str):
+    if config.num_heads % config.num_kv_heads:
+        raise header.wrong(kv_heads, f"a divisor of {heads}, {config.num_heads},")
+    if config.head_size < 2 or config.head_size % 2:
+        raise InputError(
+            f"{header.file}: heads have size {config.head_size}; RoPE takes an even one, "
+            f"see {header.prefix}{heads}"
+        )
 
 
 def _implied(family: str) -> dict[str, Any]:
@@ -565,55 +767,69 @@ def _head_size(family: str, hidden_size: int, num_heads: int) -> int:
 
 
 def _rope_scaling_from_hf(
-    rope: dict[str, Any], file: epath.Path
+    rope: Header,
 ) -> Llama3RopeScaling | LinearRopeScaling | None:
-    number = functools.partial(_number, rope, file)
-    kind = rope.get("rope_type") or rope.get("type", "default")
+    kind = rope.text("rope_type", None) or rope.text("type", None)
     match kind:
-        case "default":
+        case None if rope.get("factor") is not None:
+            raise InputError(
+                f"{rope.file}: factor is given, and rope_type is missing; say which "
+                "kind of scaling it is of"
+            )
+        case None | "default":
             return None
         case "linear":
-            return LinearRopeScaling(number("factor"))
+            return LinearRopeScaling(rope.number("factor"))
         case "llama3":
-            return Llama3RopeScaling(
-                factor=number("factor"),
-                low_freq_factor=number("low_freq_factor"),
-                high_freq_factor=number("high_freq_factor"),
-                original_max_positions=number("original_max_position_embeddings"),
+            scaling = Llama3RopeScaling(
+                factor=rope.number("factor"),
+                low_freq_factor=rope.number("low_freq_factor"),
+                high_freq_factor=rope.number("high_freq_factor"),
+                original_max_positions=rope.integer("original_max_position_embeddings"),
             )
-    raise _unsupported(file, "rope_type", kind, "default, linear, llama3")
+            if scaling.high_freq_factor <= scaling.low_freq_factor:
+                low = scaling.low_freq_factor
+                raise rope.wrong(
+                    "high_freq_factor", f"more than low_freq_factor, {low},"
+                )
+            return scaling
+    key = "rope_type" if rope.get("rope_type") else "type"
+    raise rope.unsupported(key, "default, linear, llama3")
 
 
 def _windows_from_hf(
-    raw: dict[str, Any], file: epath.Path, num_layers: int
+    header: Header, num_layers: int
 ) -> tuple[int | None, tuple[int, ...]]:
     """The sliding window, and the layers that do not have it."""
     layers = range(num_layers)
-    match raw["model_type"]:
+    # Null there is none.
+    default = 4096 if "sliding_window" not in header.values else None
+    match header.get("model_type"):
         case "llama":
             return None, ()
         case "mistral":
-            return raw.get("sliding_window", 4096), ()
+            return header.integer("sliding_window", default), ()
         case "qwen2" | "qwen3":
-            if not raw.get("use_sliding_window", False):
+            if not header.flag("use_sliding_window", False):
                 return None, ()
-            local = [i >= raw.get("max_window_layers", 28) for i in layers]
+            first_local = header.integer("max_window_layers", 28, least=0)
+            local = [i >= first_local for i in layers]
         case "gemma2":
             local = [i % 2 == 0 for i in layers]
         case "gemma3_text":
-            period = _number(raw, file, "sliding_window_pattern", 6)
+            period = header.integer("sliding_window_pattern", 6)
             local = [(i + 1) % period != 0 for i in layers]
-    if (kinds := raw.get("layer_types")) is not None:
-        known = ("full_attention", "sliding_attention")
-        if [kind for kind in kinds if kind in known] != kinds or len(kinds) != len(
-            layers
-        ):
-            wanted = f"{num_layers} of {', '.join(known)}"
-            raise _unsupported(file, "layer_types", kinds, wanted)
+    known = ("full_attention", "sliding_attention")
+    kinds = header.get("layer_types")
+    if kinds is not None:
+        wanted = f"{num_layers} of {', '.join(known)}"
+        is_right = isinstance(kinds, list) and all(kind in known for kind in kinds)
+        if not is_right or len(kinds) != num_layers:
+            raise header.unsupported("layer_types", wanted)
         local = [kind == known[1] for kind in kinds]
-    if raw.get("sliding_window", 4096) is None or not any(local):
+    window = header.integer("sliding_window", default)
+    if window is None or not any(local):
         return None, ()
-    window = _number(raw, file, "sliding_window", 4096)
     return window, tuple(i for i in layers if not local[i])
 
 
@@ -678,86 +894,99 @@ def _config_to_hf(
 
 
 def _config_from_gguf(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
-    fields = {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if not name.startswith("tokenizer.")
-    }
-    name = fields["general.architecture"]
-    if name not in _GGUF_FAMILIES:
-        raise _unsupported(
-            file, "general.architecture", name, ", ".join(_GGUF_FAMILIES)
-        )
-    family = _GGUF_FAMILIES[name]
-    if fields.get(f"{name}.expert_count"):
-        raise _unsupported(file, "expert_count", fields[f"{name}.expert_count"], 0)
-
-    def number(key: str, default: float | None = None):
-        return _number(fields, file, f"{name}.{key}", default)
-
+    general = gguf_header(reader, file)
+    general.require("general.architecture", tuple(_GGUF_FAMILIES))
+    name = general.text("general.architecture")
+    family, header = _GGUF_FAMILIES[name], general.within(f"{name}.")
+    if header.integer("expert_count", 0, least=0):
+        raise header.unsupported("expert_count", 0)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise InputError(f"{file}: tensor token_embd.weight is missing")
-    hidden_size, num_heads = (
-        number("embedding_length"),
-        number("attention.head_count"),
-    )
-    num_layers = number("block_count")
-    head_size = number("attention.key_length", hidden_size // num_heads)
-    rotated = number("rope.dimension_count", head_size)
-    if rotated != head_size:
-        raise _unsupported(file, f"{name}.rope.dimension_count", rotated, head_size)
+    vocab_size = int(tensors["token_embd.weight"].shape[-1])
+    if header.integer("vocab_size", vocab_size) != vocab_size:
+        raise header.wrong("vocab_size", f"the embedding's {vocab_size}")
+    hidden_size = header.integer("embedding_length")
+    num_heads = header.integer("attention.head_count")
+    num_layers = header.integer("block_count", most=_MOST_LAYERS)
+    head_size = header.integer("attention.key_length", hidden_size // num_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if header.integer(key, head_size) != head_size:
+            raise header.unsupported(key, head_size)
+    theta = header.number("rope.freq_base", 1e6 if name == "gemma3" else 1e4)
+    epsilon = header.number("attention.layer_norm_rms_epsilon")
     config = ModelConfig(
         family=family,
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        mlp_size=number("feed_forward_length"),
+        mlp_size=header.integer("feed_forward_length"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=number("attention.head_count_kv", num_heads),
+        num_kv_heads=header.integer("attention.head_count_kv", num_heads),
         head_size=head_size,
-        max_positions=number("context_length"),
-        rope_theta=number("rope.freq_base", 1e6 if name == "gemma3" else 1e4),
+        max_positions=header.integer("context_length"),
+        rope_theta=theta,
         # Stored as float32; its shortest decimal is the number the authors wrote.
-        norm_epsilon=float(str(np.float32(number("attention.layer_norm_rms_epsilon")))),
+        norm_epsilon=float(str(np.float32(epsilon))),
         tie_embeddings="output.weight" not in tensors,
         **_implied(family),
-        **_gemma_from_gguf(name, number, num_layers, head_size),
+        **_gemma_from_gguf(name, header, num_layers, head_size),
     )
-    kind = fields.get(f"{name}.rope.scaling.type", "none")
-    match kind:
-        case "linear":
-            scaling = LinearRopeScaling(number("rope.scaling.factor"))
-        case "none" if "rope_freqs.weight" in tensors:
-            scaling = _llama3_scaling(config, tensors["rope_freqs.weight"].data, file)
-        case "none":
-            scaling = None
-        case _:
-            raise _unsupported(file, f"{name}.rope.scaling.type", kind, "none, linear")
+    _check_heads(config, header, "attention.head_count", "attention.head_count_kv")
+    frequencies = tensors.get("rope_freqs.weight")
+    scaling = _rope_scaling_from_gguf(header, config, frequencies)
     return dataclasses.replace(config, rope_scaling=scaling)
 
 
+def _rope_scaling_from_gguf(
+    header: Header, config: ModelConfig, frequencies: gguf.ReaderTensor | None
+) -> Llama3RopeScaling | LinearRopeScaling | None:
+    # Older files spell the factor otherwise; one without a kind is linear: llama.cpp.
+    factors = [
+        factor
+        for key in ("rope.scaling.factor", "rope.scale_linear")
+        if (factor := header.number(key, None)) is not None
+    ]
+    default = "linear" if any(factor != 1 for factor in factors) else "none"
+    match header.text("rope.scaling.type", default):
+        case "linear":
+            if frequencies is not None or len(set(factors)) > 1:
+                raise InputError(
+                    f"{header.file}: scales RoPE in several ways, by factors {factors}"
+                    f"{' and rope_freqs.weight' if frequencies is not None else ''}; "
+                    "use the model's safetensors instead"
+                )
+            return LinearRopeScaling(header.number("rope.scaling.factor", *factors[:1]))
+        case "none" if frequencies is not None:
+            return _llama3_scaling(config, frequencies.data, header.file)
+        case "none":
+            return None
+    raise header.unsupported("rope.scaling.type", "none, linear")
+
+
 def _gemma_from_gguf(
-    name: str, number: Callable[..., Any], num_layers: int, head_size: int
+    name: str, header: Header, num_layers: int, head_size: int
 ) -> dict[str, Any]:
     """What is peculiar to Gemma; llama.cpp knows some of it by heart."""
     if name not in ("gemma2", "gemma3"):
         return {}
     period = 2 if name == "gemma2" else 6
     settings = {
-        "sliding_window": number("attention.sliding_window", 4096),
+        "sliding_window": header.integer("attention.sliding_window", 4096),
         "global_layers": tuple(range(period - 1, num_layers, period)),
     }
     if num_layers == {"gemma2": 46, "gemma3": 62}[name]:
         # The 27B models divide by what heads would have if all were of one width.
-        scale = number("embedding_length") // number("attention.head_count")
+        scale = header.integer("embedding_length") // header.integer(
+            "attention.head_count"
+        )
         settings["query_scale"] = None if scale == head_size else scale
     if name == "gemma3":
-        settings["local_rope_theta"] = number("rope.freq_base_swa", 1e4)
+        settings["local_rope_theta"] = header.number("rope.freq_base_swa", 1e4)
         return settings
     return settings | {
-        "attention_soft_cap": number("attn_logit_softcapping", 50.0),
-        "final_soft_cap": number("final_logit_softcapping", 30.0),
+        "attention_soft_cap": header.number("attn_logit_softcapping", 50.0),
+        "final_soft_cap": header.number("final_logit_softcapping", 30.0),
     }
 
 
@@ -779,24 +1008,6 @@ def _llama3_scaling(
             "and 4, 8192 original positions); use the model's safetensors instead"
         )
     return scaling
-
-
-def _number(
-    raw: dict[str, Any], file: epath.Path, key: str, default: float | None = None
-):
-    """A positive number of a header; null counts as absent, as in transformers."""
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise InputError(f"{file}: {key} is missing; a number is wanted")
-    if not isinstance(value, int | float) or value <= 0:
-        raise InputError(f"{file}: {key} is {value!r}; a positive number is wanted")
-    return value
-
-
-def _unsupported(file: epath.Path, key: str, found: Any, supported: Any) -> InputError:
-    return InputError(f"{file}: {key} is {found!r}; supported: {supported}")
 
 
 def _hf_tensors(

@@ -480,7 +480,7 @@ def test_damaged_safetensors(export):
     with pytest.raises(InputError, match=rf"{shard.name}: no such file"):
         load(export)
     (export / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(InputError, match=r"index\.json: not an index"):
+    with pytest.raises(InputError, match=r"index\.json: an object of JSON"):
         load(export)
 
 
