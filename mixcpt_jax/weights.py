@@ -769,12 +769,14 @@ def _head_size(family: str, hidden_size: int, num_heads: int) -> int:
 def _rope_scaling_from_hf(
     rope: Header,
 ) -> Llama3RopeScaling | LinearRopeScaling | None:
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise rope.unsupported("partial_rotary_factor", 1.0)
     kind = rope.text("rope_type", None) or rope.text("type", None)
     match kind:
-        case None if rope.get("factor") is not None:
+        case None if settings := rope.values.keys() - _ROPE_OF_ANY_KIND:
             raise InputError(
-                f"{rope.file}: factor is given, and rope_type is missing; say which "
-                "kind of scaling it is of"
+                f"{rope.file}: rope_type is missing beside {', '.join(sorted(settings))}; "
+                "say which kind of scaling of RoPE it is"
             )
         case None | "default":
             return None
@@ -795,6 +797,9 @@ def _rope_scaling_from_hf(
             return scaling
     key = "rope_type" if rope.get("rope_type") else "type"
     raise rope.unsupported(key, "default, linear, llama3")
+
+
+_ROPE_OF_ANY_KIND = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 
 
 def _windows_from_hf(
