@@ -14,8 +14,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from mixcpt_jax import changes, paths, plots, records
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import paths, plots, records, statistics
 from mixcpt_jax.records import Arm
 
 # Suffix in the results, name, format of a value and of a change.
@@ -41,9 +41,7 @@ _CHANGES = (
     ("pair_accuracy", "Chosen answer likelier", "change, points", 100),
     ("loss", "Cross-entropy", "change, nats a token; to the left is better", 1),
 )
-_SHORT = {"exam": "exam", "exact": "continued exactly", "accuracy": "token accuracy"}
 _POINTS = 100
-_MATCHED = "Exams and pairs: matched pairs, question by question (Agresti and Min)"
 _TEMPLATE = "package:mixcpt_jax/assets/report.html"
 
 
@@ -53,7 +51,7 @@ def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
     Args:
       arms: from `records.load`.
       domain: names of texts and exams that are about the domain; empty: they are told
-        by the sources, see `_domain_names`.
+        by the sources, see `changes.domain_names`.
     """
     environment = jinja2.Environment(
         autoescape=True,
@@ -64,16 +62,16 @@ def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
     environment.filters["markup"] = jinja2.filters.do_mark_safe
     source = paths.require_file(_TEMPLATE).read_text()
     style, script = (_between(source, tag) for tag in ("style", "script"))
-    domain_names = _domain_names(arms, domain)
+    domain_names = changes.domain_names(arms, domain)
     return environment.from_string(source).render(
         policy="default-src 'none'; base-uri 'none'; form-action 'none'; "
         f"style-src {_hash(style)}; script-src {_hash(script)}",
         title=", ".join(dict.fromkeys(records.name_of(arm.run) for arm in arms)),
         arms=arms,
         style=plots.style,
-        facts=list(_facts(arms)),
+        facts=[("Outcome", " ".join(changes.verdict(arms, domain))), *_facts(arms)],
         work=[_work(arm) for arm in arms],
-        table=_table(arms),
+        table=_table(arms, domain_names),
         planes=list(_planes(arms, domain_names)),
         curves=list(_curves(arms)),
         mixtures=list(_mixtures(arms)),
@@ -93,47 +91,6 @@ def _hash(content: str) -> str:
     """How a content security policy names the one style or script it allows."""
     digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
     return f"'sha256-{digest}'"
-
-
-def _starts(arms: Sequence[Arm]) -> dict[str, Arm]:
-    """Run -> the arm that measured what the run started from."""
-    starts = {}
-    for arm in arms:
-        if arm.before:
-            starts.setdefault(arm.run, arm)
-    return starts
-
-
-def _domain_names(arms: Sequence[Arm], given: Sequence[str]) -> set[str]:
-    """Names of what is about the domain: sources of documents, and exams made of them.
-
-    Where sources are called domain or domain_SOMETHING these alone.
-    """
-    if given:
-        return set(given)
-    documents, exams, measured = set(), set(), set()
-    for arm in arms:
-        measured |= {key.rpartition("/")[0] for key in arm.before | arm.after}
-        for name, source in (arm.setting("sources") or {}).items():
-            if source.get("format") == "document" and source.get("weight"):
-                documents.add(name)
-    named = {n for n in documents | measured if n.split("_")[0] == "domain"}
-    names = named or documents
-    for arm in arms:
-        for name, exam in (arm.setting("eval.exams") or {}).items():
-            if exam.get("source") in names:
-                exams.add(name)
-    return names | exams
-
-
-def _role(name: str, arms: Sequence[Arm], domain: set[str]) -> str:
-    if name in domain:
-        return "domain"
-    trained = {row["name"] for a in arms for row in a.results.get("mixture", [])
-               if row.get("share_asked")}  # fmt: skip
-    trained |= {n for a in arms for n, s in (a.setting("sources") or {}).items()
-                if s.get("weight")}  # fmt: skip
-    return "rehearsed" if name in trained else "never trained on"
 
 
 def _facts(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
@@ -236,9 +193,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _table(arms: Sequence[Arm]) -> dict[str, Any]:
+def _table(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
     """Each measure at the start of each run, and after each phase with its change."""
-    starts = _starts(arms)
+    starts = changes.starts(arms)
     measured = [arm for arm in arms if arm.after]
     groups = []  # (run, its start, its phases)
     for run in dict.fromkeys(arm.run for arm in measured):
@@ -252,6 +209,8 @@ def _table(arms: Sequence[Arm]) -> dict[str, Any]:
     rows = []
     for suffix, label, form, change_form in MEASURES:
         for key in sorted(k for k in keys if k.endswith(f"/{suffix}")):
+            name = key.removesuffix(f"/{suffix}")
+            role = changes.role(name, arms, domain)
             cells = []
             for run, start, of_run in groups:
                 cells.append(_cell(form, start.get(key), run, "before"))
@@ -264,7 +223,9 @@ def _table(arms: Sequence[Arm]) -> dict[str, Any]:
                     is_good = bool(change) and (change < 0) == (suffix == "perplexity")
                     kind = "" if not change else "good" if is_good else "bad"
                     cells.append(_cell(change_form, change, arm.name, "change", kind))
-            rows.append((key, key.removesuffix(f"/{suffix}"), label, cells))
+            rows.append((role, (key, changes.label(name, role), label, cells)))
+    # Within a kind of measure by role: what is rehearsed stands apart from what is kept.
+    rows = [row for _, row in sorted(rows, key=lambda r: changes.ROLES.index(r[0]))]
     header = []
     for run, _, of_run in groups:
         several = len(groups) > 1
@@ -291,7 +252,7 @@ def _planes(arms: Sequence[Arm], domain: set[str]) -> Iterator[dict[str, str]]:
     shared = (
         set.intersection(*(set(arm.after) for arm in measured)) if measured else set()
     )
-    roles = {key: _role(_names([key]), arms, domain) for key in shared}
+    roles = {key: changes.role(_names([key]), arms, domain) for key in shared}
 
     def having(suffix: str, role: str) -> list[str]:
         return sorted(
@@ -300,14 +261,10 @@ def _planes(arms: Sequence[Arm], domain: set[str]) -> Iterator[dict[str, str]]:
 
     for suffix in ("exam", "exact", "accuracy"):
         learnt = having(suffix, "domain")
-        # What nothing rehearses tells most; else what is rehearsed, else another kind.
-        choices = (
-            (kind, role)
-            for kind in dict.fromkeys((suffix, "accuracy"))
-            for role in ("never trained on", "rehearsed")
-        )
-        kept_suffix, role = next((c for c in choices if having(*c)), ("", ""))
-        kept = having(kept_suffix, role)
+        # Kept is what nothing trains on; what is rehearsed does not count.
+        kinds = dict.fromkeys((suffix, "accuracy"))
+        kept_suffix = next((k for k in kinds if having(k, "untouched")), "")
+        kept = having(kept_suffix, "untouched")
         if not learnt or not kept:
             continue
         journeys = [
@@ -319,16 +276,16 @@ def _planes(arms: Sequence[Arm], domain: set[str]) -> Iterator[dict[str, str]]:
             )
             for arm in measured
         ]
-        x_label = f"{_names(learnt)}: {_SHORT[suffix]}, %"
-        y_label = f"{_names(kept)}: {_SHORT[kept_suffix]}, %"
+        x_label = f"{_names(learnt)}: {changes.SHORT[suffix]}, %"
+        y_label = f"{_names(kept)}: {changes.SHORT[kept_suffix]}, %"
         what = f"{x_label}, against {y_label}"
         of = ["mean of " if len(keys) > 1 else "" for keys in (learnt, kept)]
         yield {
             "svg": plots.journeys(journeys, x_label, y_label, what),
-            "title": f"{_SHORT[suffix].capitalize()} learnt, "
-            f"{_SHORT[kept_suffix]} kept",
-            "caption": f"Across: {of[0]}{_names(learnt)} ({_SHORT[suffix]}). "
-            f"Up: {of[1]}{_names(kept)} ({_SHORT[kept_suffix]}; {role}).",
+            "title": f"{changes.SHORT[suffix].capitalize()} learnt, "
+            f"{changes.SHORT[kept_suffix]} kept",
+            "caption": f"Across: {of[0]}{_names(learnt)} ({changes.SHORT[suffix]}). "
+            f"Up: {of[1]}{_names(kept)} ({changes.SHORT[kept_suffix]}; untouched).",
         }
 
 
@@ -427,21 +384,22 @@ def _keys(arm: Arm) -> list[str]:
 
 def _changes(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
     """The change of each measure since the start of its run, with intervals."""
-    starts, methods, panels = _starts(arms), set(), []
+    starts, methods, panels = changes.starts(arms), set(), []
     measured = [a for a in arms if a.trains and a.after and a.run in starts]
-    order = ("domain", "never trained on", "rehearsed")
+    order = changes.ROLES
     for suffix, title, label, scale in _CHANGES:
         keys = {k for a in measured for k in a.after if k.endswith(f"/{suffix}")}
         rows = []
         for key in sorted(
-            keys, key=lambda k: (order.index(_role(_names([k]), arms, domain)), k)
+            keys,
+            key=lambda k: (order.index(changes.role(_names([k]), arms, domain)), k),
         ):
             dots = []
             for arm in measured:
                 start = starts[arm.run]
                 if key not in start.before or key not in arm.after:
                     continue
-                interval, method = _interval(key, start, arm)
+                interval, method = changes.interval(key, start, arm)
                 methods.add(method)
                 dots.append(
                     plots.Whisker(
@@ -452,45 +410,13 @@ def _changes(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
                     )
                 )
             name = _names([key])
-            role = _role(name, arms, domain)
-            text = name if role == name else f"{name} · {role}"
+            text = changes.label(name, changes.role(name, arms, domain))
             if dots:
                 rows.append((text, dots))
         if rows:
             svg = plots.whiskers(rows, f"{title}: change since the start", label)
             panels.append({"title": title, "svg": svg})
     return {"arms": measured, "panels": panels, "methods": sorted(methods - {""})}
-
-
-def _interval(key: str, start: Arm, arm: Arm) -> tuple[statistics.Interval | None, str]:
-    """The interval of a change, and how it was made in words; (None, "") without data."""
-    name, _, suffix = key.rpartition("/")
-    before = start.items.get(0, {})
-    after = arm.items.get(arm.after.get("step", max(arm.items, default=0)), {})
-    if suffix in ("exam", "pair_accuracy") and _are_alike(before, after, key):
-        return statistics.change_of_share(before[key], after[key]), _MATCHED
-    count = arm.setting(f"eval.exams.{name}.num_questions")
-    if suffix == "exam" and count:
-        return (
-            statistics.change_of_counts(start.before[key], arm.after[key], count),
-            "Exams of which only the number of questions is known: from both shares "
-            "(Newcombe), wider than need be",
-        )
-    column = {"accuracy": "correct", "loss": "loss", "exact": "correct"}.get(suffix)
-    needed = [f"{name}/{column}", f"{name}/tokens"]
-    if column is None or not all(_are_alike(before, after, k) for k in needed):
-        return None, ""
-    (was, tokens), (now, _) = ([x[k] for k in needed] for x in (before, after))
-    if suffix == "exact":
-        return statistics.change_of_share(was == tokens, now == tokens), _MATCHED
-    return statistics.change_of_ratio(was, now, tokens), (
-        "Texts: a ratio of sums over the same texts, where texts, not tokens, are what "
-        "is counted (Student’s t)"
-    )
-
-
-def _are_alike(before: dict, after: dict, key: str) -> bool:
-    return key in before and key in after and len(before[key]) == len(after[key])
 
 
 def _samples(arms: Sequence[Arm]) -> dict[str, Any]:

@@ -8,11 +8,12 @@ RUN is a workdir, or a file that holds what `report.json` does.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from mixcpt_jax import command, metrics, page, paths, records
+from mixcpt_jax import changes, command, metrics, page, paths, records
 
 TABLE_FILE = "report.md"
 CURVES_FILE = "curves.png"
@@ -33,8 +34,19 @@ def write(
     """
     folder = paths.absolute(workdir)
     paths.replace(folder / "report.json", json.dumps(results, indent=2))
+    arms = records.load([workdir])
     if any("after" in result for result in results.values()):
-        text = f"{comparison(results)}\n\n{wall_times(results)}"
+        names = changes.domain_names(arms, ())
+        measured = {n for r in results.values() for n in changes.measured(r)}
+        roles = {name: changes.role(name, arms, names) for name in measured}
+        sentences = "\n".join(changes.verdict(arms))
+        text = "\n\n".join(
+            [
+                comparison(results, roles),
+                wall_times(results),
+                *filter(None, [sentences]),
+            ]
+        )
         print(f"\n{text}\n")
         paths.replace(folder / TABLE_FILE, text + "\n")
     phases = {name: metrics.read(paths.absolute(f)) for name, f in folders.items()}
@@ -44,15 +56,26 @@ def write(
     if trained:
         _draw_curves(folder / CURVES_FILE, trained)
     if trained or any("after" in result for result in results.values()):
-        paths.replace(folder / PAGE_FILE, page.render(records.load([workdir])))
+        paths.replace(folder / PAGE_FILE, page.render(arms))
+        print(f"Report: {workdir}/{PAGE_FILE}")
+        last = next((folders.get(a.phase) for a in changes.ends(arms)), None)
+        print(f"Talk to it: python -m mixcpt_jax.sample --checkpoint={last or workdir}")
     print(f"Done; everything is in {workdir}")
 
 
-def comparison(results: dict[str, dict[str, Any]]) -> str:
+def comparison(
+    results: dict[str, dict[str, Any]], roles: Mapping[str, str] | None = None
+) -> str:
     """One Markdown table: each measure before, and after each phase with its change.
 
     Phases that measure nothing, such as a selection, are left out.
+
+    Args:
+      results: phase -> its results.
+      roles: of the texts and exams, see `changes.role`: the domain comes first, what is
+        untouched next, and what is rehearsed last.
     """
+    roles = roles or {}
     results = {name: r for name, r in results.items() if r.get("after")}
     before = next((r["before"] for r in results.values() if r["before"]), {})
     measured = set(before).union(*(r["after"] for r in results.values()))
@@ -62,8 +85,10 @@ def comparison(results: dict[str, dict[str, Any]]) -> str:
     rows = []
     for suffix, label, form, change_form in page.MEASURES:
         for key in sorted(k for k in measured if k.endswith(f"/{suffix}")):
+            name = key.removesuffix(f"/{suffix}")
+            role = roles.get(name, "")
             row = [
-                f"{key.removesuffix('/' + suffix)}: {label}",
+                f"{changes.label(name, role) if role else name}: {label}",
                 form.format(before[key]) if key in before else "",
             ]
             for result in results.values():
@@ -76,9 +101,10 @@ def comparison(results: dict[str, dict[str, Any]]) -> str:
                     form.format(after),
                     "" if change is None else change_form.format(change),
                 ]
-            rows.append(
-                [cell.replace("%", "") if i else cell for i, cell in enumerate(row)]
-            )
+            cells = [cell.replace("%", "") if i else cell for i, cell in enumerate(row)]
+            rows.append((role, cells))
+    order = {role: place for place, role in enumerate(changes.ROLES)}
+    rows = [cells for _, cells in sorted(rows, key=lambda r: order.get(r[0], 0))]
     return metrics.table(header, rows)
 
 

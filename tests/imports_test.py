@@ -62,8 +62,9 @@ ALLOWED = {
     "export": {"phase", "weights"},
     "plots": set(),
     "records": {"metrics"},
-    "page": {"config", "plots", "records", "statistics"},
-    "report": {"command", "metrics", "page", "records"},
+    "changes": {"records", "statistics"},
+    "page": {"changes", "config", "plots", "records"},
+    "report": {"changes", "command", "metrics", "page", "records"},
     "train": {
         "checkpoint", "config", "data", "fused", "losses", "measures", "metrics",
         "model", "optim", "phase", "preemption", "reference", "sharding", "steps",

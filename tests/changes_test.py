@@ -1,0 +1,102 @@
+"""Roles of measures, and the sentence that a run ends with."""
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from mixcpt_jax import changes, page, report
+from mixcpt_jax.records import Arm
+
+SOURCES = {
+    "domain": {"format": "document", "weight": 0.6, "path": "a"},
+    "instructions": {"format": "instruction", "weight": 0.4, "path": "b"},
+    "unused": {"format": "chat", "weight": 0.0, "path": "c"},
+}
+TEXTS = {"general": {"path": "d"}, "fixed": {"path": "b"}, "facts": {"path": "a"}}
+ROLES = {
+    "domain": "domain",
+    "facts": "domain",
+    "instructions": "rehearsed",
+    "fixed": "rehearsed",
+    "general": "untouched",
+    "unused": "untouched",
+}
+
+
+def arm(name="cpt", init_from="", seed=0, **settings):
+    """Ten texts of ten tokens each; `settings` are changes of their correct tokens."""
+    rng = np.random.default_rng(seed)
+    was = {key: rng.integers(3, 7, 10) for key in settings}
+    now = {key: was[key] + change for key, change in settings.items()}
+
+    def evaluation(step, correct):
+        return {"step": step} | {
+            f"{k}/accuracy": v.sum() / 100 for k, v in correct.items()
+        }
+
+    def items(correct):
+        columns = {f"{k}/correct": v for k, v in correct.items()}
+        return columns | {f"{k}/tokens": np.full(10, 10) for k in correct}
+
+    config = {
+        "job": "train",
+        "init_from": init_from,
+        "sources": SOURCES,
+        "eval": {"texts": TEXTS},
+    }
+    before, after = evaluation(0, was), evaluation(9, now)
+    results = {"before": before, "after": after, "seconds": 1.0}
+    files = {0: items(was), 9: items(now)}
+    return Arm(0, name, "run", name, config, results, {}, [], [], files)
+
+
+def test_each_measure_has_its_role():
+    arms = [arm(**dict.fromkeys(ROLES, 0))]
+    names = changes.domain_names(arms, ())
+    assert {n: changes.role(n, arms, names) for n in ROLES} == ROLES
+
+
+@hypothesis.given(st.integers(-3, 3), st.integers(-3, 3), st.integers(-3, 3))
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_what_is_rehearsed_says_nothing_of_what_is_kept(domain, general, rehearsed):
+    arms = [arm(domain=domain, general=general, instructions=rehearsed)]
+    [sentence] = changes.verdict(arms)
+    assert ("lost: general token accuracy" in sentence) == (general < 0)
+    assert ("no loss is shown" in sentence) == (general >= 0)
+    assert (
+        f"domain token accuracy {10 * domain:+.1f} ({10 * domain:+.1f} to" in sentence
+    )
+    assert f"general token accuracy {10 * general:+.1f} (" in sentence
+    assert "instructions" not in sentence
+    assert "instructions" not in str(
+        [p["caption"] for p in page._planes(arms, {"domain"})]
+    )
+
+
+def test_without_anything_untouched_nothing_is_said_to_be_kept():
+    arms = [arm(domain=1, instructions=2)]
+    [sentence] = changes.verdict(arms)
+    assert "what is kept is not known" in sentence
+    assert "loss" not in sentence
+    assert not list(page._planes(arms, {"domain"}))
+
+
+def test_a_chain_of_phases_is_judged_at_its_end():
+    first = arm(domain=1, general=0)
+    last = arm("sft", "phase:cpt", domain=2, general=-1)
+    assert [a.name for a in changes.ends([first, last])] == ["sft"]
+    beside = arm("plain", domain=2, general=-1)
+    assert [a.name for a in changes.ends([first, beside])] == ["cpt", "plain"]
+
+
+@pytest.mark.parametrize("suffix", ["perplexity", "accuracy", "exam"])
+def test_the_table_has_the_domain_first_and_what_is_rehearsed_last(suffix):
+    evaluation = {f"{name}/{suffix}": 0.5 for name in ROLES}
+    results = {"cpt": {"before": evaluation, "after": evaluation}}
+    lines = report.comparison(results, ROLES).splitlines()[2:]
+    order = [line.strip("| ").partition(":")[0].partition(", ") for line in lines]
+    assert [ROLES[name] for name, _, _ in order] == sorted(
+        ROLES.values(), key=changes.ROLES.index
+    )
+    assert all(role in ("", ROLES[name]) for name, _, role in order)
