@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import gguf
 import jinja2
@@ -39,6 +39,12 @@ _TODAY = datetime(2024, 7, 26)
 
 # In this order: to Gemma, which has <eos>, </s> is a tag of HTML.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
+
+# The shortest conversation that tells how a template writes a turn.
+_EXCHANGE = (
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hi"},
+)
 
 _END_OF_TURN = "<|im_end|>"
 CHATML = (
@@ -101,14 +107,17 @@ class _JsonModel:
         return self._build(json.dumps(raw | steps), special_as_text=True)
 
     @functools.cached_property
-    def marks(self) -> tuple[re.Pattern, list[int]]:
+    def marks(self) -> tuple[re.Pattern, dict[str, int]]:
         """See `_marks`."""
         added = self._plain.get_added_tokens_decoder()
         return _marks(
             {
-                token_id: (r"\s*" if token.lstrip else "")
-                + re.escape(token.content)
-                + (r"\s*" if token.rstrip else "")
+                token.content: (
+                    token_id,
+                    (r"\s*" if token.lstrip else "")
+                    + re.escape(token.content)
+                    + (r"\s*" if token.rstrip else ""),
+                )
                 for token_id, token in added.items()
                 if token.content.strip()
             }
@@ -228,13 +237,13 @@ class _SentencePieceModel:
         return model
 
     @functools.cached_property
-    def marks(self) -> tuple[re.Pattern, list[int]]:
+    def marks(self) -> tuple[re.Pattern, dict[str, int]]:
         """See `_marks`."""
         proto = sentencepiece_model_pb2.ModelProto.FromString(self.source)
         piece = proto.SentencePiece
         return _marks(
             {
-                i: re.escape(token.piece)
+                token.piece: (i, re.escape(token.piece))
                 for i, token in enumerate(proto.pieces)
                 if token.type in (piece.CONTROL, piece.USER_DEFINED)
                 and token.piece.strip("▁ ")
@@ -266,6 +275,25 @@ class _SentencePieceModel:
         if not proto.normalizer_spec.add_dummy_prefix:
             return {"tokenizer_class": "GemmaTokenizer"}
         return {"tokenizer_class": "LlamaTokenizer", "legacy": self.legacy}
+
+
+class _Turn(NamedTuple):
+    """A response as generation would write it: the last turn of a conversation.
+
+    Attributes:
+      prompt: the messages before, with a generation prompt.
+      text: these messages and the response.
+      content_stop: where in `text` what the response says ends.
+      stops: where the tokens end that may be learnt to end the turn; none if the response
+        cannot be learnt.
+      problem: why, unless it is that `text` does not begin with `prompt`.
+    """
+
+    prompt: str
+    text: str
+    content_stop: int = 0
+    stops: Sequence[int] = ()
+    problem: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -348,9 +376,7 @@ class Tokenizer:
         Raises:
           InputError: the template does not end turns with a token.
         """
-        ids, is_learnt = self.encode_chat(
-            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
-        )
+        ids, is_learnt = self.encode_chat(_EXCHANGE)
         return [i for i, learnt in zip(ids, is_learnt, strict=True) if learnt][-1]
 
     @property
@@ -453,20 +479,21 @@ class Tokenizer:
             ) from error
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """Encodes a conversation and says which tokens the assistant writes in it.
+        """Encodes a conversation and says which tokens of it contribute to the loss.
 
-        Those are, of every assistant's turn, all that follows the generation prompt,
-        up to and with the first special token behind the content, which ends the turn.
+        Those are, of every assistant's turn, all that follows the generation prompt, up
+        to and with the special tokens that end the turn. A template may write a turn
+        otherwise once others follow (Qwen3's leaves thinking out): then the model would
+        not write it so, and none of its tokens contribute.
 
-        Tokens are cut where generation cuts them: the prompt of each response is
-        encoded by itself, and the response goes on from there. So the tokens of
-        `messages[:n]` with a generation prompt are the first ones of the tokens of
-        `messages`. Apart from these cuts they are those of `encode_with_special` on
-        the rendered text, except that what the messages say is plain text: only the
-        template's own text makes special tokens, BOS among them. To know one from the
-        other, the template is rendered a second time with placeholders for contents.
+        The tokens are those of transformers' `apply_chat_template`, with two exceptions.
+        What the messages say is plain text: only the template's own text makes special
+        tokens, BOS among them. And tokens are cut where generation cuts them: the prompt
+        of each response is encoded by itself, and the response continues it. So the
+        tokens of `messages[:n]` with a generation prompt are the first ones of the tokens
+        of `messages`, if response `n` contributes.
 
         Templates that print today's date print that of `_TODAY`, lest the tokens
         change from day to day.
@@ -477,150 +504,195 @@ class Tokenizer:
           add_generation_prompt: end with the opening of an assistant's turn.
 
         Returns:
-          (ids, whether the assistant writes the token).
+          (ids, whether the token contributes to the loss).
 
         Raises:
-          InputError: the template is malformed, refuses the messages, or does not
-            render a conversation as a growing text; or a message has the text of a
-            special token that the tokenizer cannot take for text.
+          InputError: the template is malformed or refuses the messages; of responses,
+            none can contribute, and no generation prompt is asked for; or a message has
+            the text of a token that begins or ends turns, and the tokenizer cannot take
+            it for text.
         """
-        given = [m.get("weight", 1) == 0 for m in messages if m["role"] == "assistant"]
-        messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+        given = {
+            n for n, message in enumerate(messages) if message.get("weight", 1) == 0
+        }
+        guard, hole, messages = self._guarded(messages)
+        self._check_turn_tokens(messages, guard)
         text = self._render_stable(messages, add_generation_prompt)
-        spans = self._content_spans(messages, text, add_generation_prompt)
-        turns = self._assistant_turns(messages, text, spans)
-        marks = self._find_marks(text, spans, [start for start, *_ in turns])
-        # (start, stop) of what is learnt: ends with the token that ends the turn.
-        learnt = []
-        for is_given, (start, content_stop, stop) in zip(given, turns, strict=True):
-            if is_given:
+        learnt, problems = [], []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant" or number in given:
                 continue
-            ends = [end for at, end, _ in marks if content_stop <= at and end <= stop]
-            if not ends:
-                raise InputError(
-                    "chat template: no special token ends the assistant's turn (found "
-                    f"{text[content_stop:stop]!r} behind its content), so the model "
-                    "would never learn to stop; name a template "
-                    "(model.chat_template) that writes one the vocabulary has, such as "
-                    "eos_token"
-                )
-            learnt.append((start, ends[0]))
-        return self._encode_spans(text, marks, learnt)
+            turn = self._last_turn(messages[: number + 1], guard, hole)
+            kept = [stop for stop in turn.stops if text.startswith(turn.text[:stop])]
+            if kept:
+                learnt.append((len(turn.prompt), kept[-1]))
+            else:
+                problems.append(turn.problem or _rewriting(number, turn, text))
+        if problems and not learnt and not add_generation_prompt:
+            raise InputError(f"chat template: {problems[0].replace(guard, '')}")
+        return self._encode_parts(text, guard, learnt)
+
+    def encode_response(
+        self, messages: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[int], str]:
+        """Encodes a conversation up to the end of what its last message says.
+
+        Args:
+          messages: see `encode_chat`; the last one is the assistant's.
+
+        Returns:
+          The tokens, without those that end the turn; and the content of the last
+          message as the template writes it, which may be trimmed.
+
+        Raises:
+          InputError: see `encode_chat`.
+        """
+        content = messages[-1]["content"]
+        guard, hole, messages = self._guarded(messages)
+        self._check_turn_tokens(messages, guard)
+        turn = self._last_turn(messages, guard, hole)
+        if not turn.stops:
+            problem = turn.problem or _rewriting(len(messages) - 1, turn, turn.text)
+            raise InputError(f"chat template: {problem.replace(guard, '')}")
+        text = turn.text[: turn.content_stop]
+        ids, _ = self._encode_parts(text, guard, [(len(turn.prompt), len(text))])
+        written = text[len(turn.prompt) :].replace(guard, "")
+        trimmed = (content, content.rstrip(), content.lstrip(), content.strip())
+        return ids, next((c for c in trimmed if written.endswith(c)), written)
 
     def _render_stable(self, messages, add_generation_prompt: bool) -> str:
         return self._render(
             messages, add_generation_prompt, strftime_now=_TODAY.strftime
         )
 
-    def _content_spans(self, messages, text: str, add_generation_prompt: bool):
-        """Where `text` has which message's content: (start, stop, message), in order.
+    def _guarded(self, messages) -> tuple[str, str, list[dict[str, Any]]]:
+        """Messages that spell no special token, so that all in a rendering are its own.
 
-        Contents may be trimmed. Blank ones are left out; nothing hides in them.
+        Returns:
+          (guard, hole, messages): two characters that occur nowhere else; within special
+          tokens that messages spell, `guard` follows the first character.
         """
-        marked = [
-            message | {"content": f"\ufdd0{i}\ufdd1"}
-            if message["content"].strip()
-            else message
-            for i, message in enumerate(messages)
+        known = {*self.template}.union(*(message["content"] for message in messages))
+        unused = (c for c in map(chr, range(0xFDD0, 0x110000)) if c not in known)
+        guard, hole = next(unused), next(unused)
+
+        def broken(content: str) -> str:
+            return self._special_spelling.sub(lambda first: first[0] + guard, content)
+
+        messages = [
+            {"role": message["role"], "content": broken(message["content"])}
+            for message in messages
         ]
-        skeleton = self._render_stable(marked, add_generation_prompt)
-        first, *rest = re.split("\ufdd0(\\d+)\ufdd1", skeleton)
-        spans = []
-        at = len(first) if text.startswith(first) else -1
-        for number, following in zip(rest[::2], rest[1::2], strict=True):
-            content = messages[int(number)]["content"]
-            variants = (content, content.strip(), content.rstrip(), content.lstrip())
-            for variant in variants:
-                stop = at + len(variant)
-                if at >= 0 and text.startswith(variant + following, at):
-                    spans.append((at, stop, int(number)))
-                    at = stop + len(following)
-                    break
-            else:
-                at = -1
-        if at != len(text):
-            raise InputError(
-                "chat template: what it writes around messages or makes of them depends "
-                "on what they say (it may cut thinking out of earlier turns); mend the "
+        return guard, hole, messages
+
+    @functools.cached_property
+    def _special_spelling(self) -> re.Pattern:
+        """Matches the first character wherever a text spells a special token."""
+        pattern = "|".join(
+            f"{re.escape(token[0])}(?={re.escape(token[1:])})"
+            for token in self.special_tokens
+            if token.strip()
+        )
+        return re.compile(pattern or "(?!)")
+
+    def _last_turn(self, messages, guard: str, hole: str) -> "_Turn":
+        """The last message, which is the assistant's, as generation would write it."""
+        *before, message = messages
+        prompt = self._render_stable(before, True)
+        text = self._render_stable(messages, False)
+        holed = self._render_stable([*before, message | {"content": hole}], False)
+        lead, *endings = holed.split(hole)
+        turn, here = _Turn(prompt, text), f"messages[{len(before)}]"
+        if len(endings) != 1:
+            return turn._replace(
+                problem=f"it does not write the content of {here} exactly once; use "
+                "another template"
+            )
+        [ending] = endings
+        stop = len(text) - len(ending)
+        said = "".join(message["content"].split())
+        if not (text.endswith(ending) and "".join(text[:stop].split()).endswith(said)):
+            return turn._replace(
+                problem=f"what it makes of {here} depends on what they say; mend the "
                 "messages or use a template that writes them as they are"
             )
-        return spans
+        if not text[:stop].startswith(prompt):
+            return turn
+        opening = lead[len(prompt) :]
+        if opening.strip() and prompt == self._render_stable(before, False):
+            return turn._replace(
+                problem=f"it ignores add_generation_prompt, yet writes {opening!r} before "
+                "a response; let it write that when add_generation_prompt is true"
+            )
+        stops = []
+        for start, end, _ in self._find_marks(text, guard, [stop, len(text)]):
+            # Further ones follow the first with nothing between.
+            if not stops or start == stops[-1]:
+                stops.append(end)
+        if not stops:
+            return turn._replace(
+                problem="no special token ends the assistant's turn (found "
+                f"{ending!r} behind its content), so the model would never learn to "
+                "stop; name a template (model.chat_template) that writes one the "
+                "vocabulary has, such as eos_token"
+            )
+        return turn._replace(content_stop=stop, stops=stops)
 
-    def _assistant_turns(self, messages, text: str, spans):
-        """Per response: ends of its prompt, its content and its turn in `text`."""
-        turns, before = [], 0
-        places = {number: (start, stop) for start, stop, number in spans}
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                before = max(before, places.get(number, (0, 0))[1])
-                continue
-            prompt = self._render_stable(messages[:number], True)
-            turn = self._render_stable(messages[: number + 1], False)
-            for shorter, what in ((prompt, "prompt"), (turn, "turn")):
-                if not text.startswith(shorter):
-                    differ = (a != b for a, b in zip(shorter, text, strict=False))
-                    at = next((i for i, d in enumerate(differ) if d), len(text))
-                    here = slice(at, at + 40)
+    def _check_turn_tokens(self, messages, guard: str) -> None:
+        for message in messages:
+            content = message["content"]
+            marks = self._find_marks(content, guard, [0, len(content)])
+            for *_, token_id in marks:
+                if token_id in self._turn_tokens:
                     raise InputError(
-                        f"chat template: the {what} of messages[{number}] is not how "
-                        f"the whole conversation begins: {shorter[here]!r} against "
-                        f"{text[here]!r}; use a template that rewrites no earlier turns"
+                        f"a message has {self.model.id_to_token(token_id)!r} in it, "
+                        "which the chat template uses and the tokenizer cannot take "
+                        "for text; drop the record or mark the token as special in the "
+                        "tokenizer"
                     )
-            if [n for *_, n in spans].count(number) != 1:
-                raise InputError(
-                    f"chat template: it does not write the content of "
-                    f"messages[{number}] exactly once; use another template"
-                )
-            start, stop = places[number]
-            lead = text[len(prompt) : start]
-            if not before <= len(prompt) <= start or stop > len(turn):
-                raise InputError(
-                    f"chat template: it writes messages[{number}] out of order; use "
-                    "another template"
-                )
-            if lead.strip() and prompt == self._render_stable(messages[:number], False):
-                raise InputError(
-                    f"chat template: it ignores add_generation_prompt, yet writes "
-                    f"{lead!r} before a response; let it write that when "
-                    "add_generation_prompt is true"
-                )
-            turns.append((len(prompt), stop, len(turn)))
-            before = stop
-        return turns
 
-    def _find_marks(self, text: str, spans, cuts) -> list[tuple[int, int, int]]:
-        """Special tokens that the template wrote: (start, stop, id), in order."""
+    @functools.cached_property
+    def _turn_tokens(self) -> frozenset[int]:
+        """The tokens that begin and end the assistant's turns."""
+        guard, hole, messages = self._guarded(_EXCHANGE)
+        try:
+            before, prompt = (
+                self._render_stable(messages[:1], p) for p in (False, True)
+            )
+            turn = self._last_turn(messages, guard, hole)
+        except InputError:  # It is reported when a conversation needs the template.
+            return frozenset()
+        opening = self._find_marks(prompt, guard, [len(before), len(prompt)])[:1]
+        ending = self._find_marks(turn.text, guard, [turn.content_stop, len(turn.text)])
+        ending = [mark for mark in ending if mark[1] in turn.stops]
+        return frozenset(token_id for *_, token_id in opening + ending)
+
+    def _find_marks(self, text: str, guard: str, edges) -> list[tuple[int, int, int]]:
+        """The template's tokens between edges of a text: (start, stop, id), in order."""
         pattern, ids = self.model.marks
-        edges = {0, len(text), *cuts}
-        edges.update(edge for start, stop, _ in spans for edge in (start, stop))
-        contents = {start for start, stop, _ in spans if stop > start}
         return [
-            (*match.span(), ids[match.lastindex - 1])
-            for start, stop in itertools.pairwise(sorted(edges))
-            if start not in contents
+            (*match.span(), ids[match[0] if match[0] in ids else match[0].strip()])
+            for start, stop in itertools.pairwise(edges)
             for match in pattern.finditer(text, start, stop)
+            if not text.startswith(guard, match.end())
         ]
 
-    def _encode_spans(self, text: str, marks, learnt) -> tuple[list[int], list[bool]]:
+    def _encode_parts(self, text: str, guard: str, learnt):
+        """Ids of a text, and of each whether it lies within a (start, stop) of `learnt`."""
+        cuts = [start for start, _ in learnt]
+        marks = self._find_marks(text, guard, sorted({0, len(text), *cuts}))
         known = {start: token_id for start, _, token_id in marks}
         after_mark = {stop for _, stop, _ in marks}
-        names = set(known.values())
-        edges = {0, len(text), *known, *after_mark, *(start for start, _ in learnt)}
         ids, mask = [], []
+        edges = {0, len(text), *known, *after_mark, *cuts}
         for start, stop in itertools.pairwise(sorted(edges)):
+            plain = text[start:stop].replace(guard, "")
             if start in known:
                 part = [known[start]]
             elif start == 0:
-                part = self.model.encode(text[:stop])
+                part = self.model.encode(plain)
             else:
-                part = self.model.encode_next(text[start:stop], start in after_mark)
-            if start not in known and names.intersection(part):
-                token = self.model.id_to_token(min(names.intersection(part)))
-                raise InputError(
-                    f"a message has {token!r} in it, which the chat template uses and "
-                    "the tokenizer cannot take for text; drop the record or mark the "
-                    "token as special in the tokenizer"
-                )
+                part = self.model.encode_next(plain, start in after_mark)
             ids += part
             mask += [any(a <= start < b for a, b in learnt)] * len(part)
         if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
@@ -844,15 +916,35 @@ def _read_template(file: epath.Path) -> str:
         ) from error
 
 
-def _marks(spellings: dict[int, str]) -> tuple[re.Pattern, list[int]]:
+def _marks(tokens: Mapping[str, tuple[int, str]]) -> tuple[re.Pattern, dict[str, int]]:
     """Finds tokens that are taken out of a text whole, before the rest is cut up.
 
+    Args:
+      tokens: spelling -> id, and the pattern that finds it.
+
     Returns:
-      (pattern, ids): where group `i + 1` matches stands token `ids[i]`.
+      (pattern, ids): what the pattern matches is a key of ids, or else without the blanks
+      around it.
     """
-    longest_first = sorted(spellings, key=lambda i: -len(spellings[i]))
-    pattern = "|".join(f"({spellings[i]})" for i in longest_first)
-    return re.compile(pattern or "(?!)"), longest_first
+    # Without groups, which would make the search much slower.
+    longest_first = sorted(tokens, key=len, reverse=True)
+    pattern = "|".join(tokens[spelling][1] for spelling in longest_first)
+    ids = {spelling: token_id for spelling, (token_id, _) in tokens.items()}
+    return re.compile(pattern or "(?!)"), ids
+
+
+def _rewriting(number: int, turn: _Turn, text: str) -> str:
+    """How the text of a conversation differs from a turn as generation writes it."""
+    is_prompt = not text.startswith(turn.prompt)
+    what, shorter = ("prompt", turn.prompt) if is_prompt else ("turn", turn.text)
+    pairs = enumerate(zip(shorter, text, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), len(text))
+    here = slice(at, at + 40)
+    return (
+        f"the {what} of messages[{number}] is not how the whole conversation begins: "
+        f"{shorter[here]!r} against {text[here]!r}; use a template that rewrites no "
+        "earlier turns"
+    )
 
 
 def _drop_leading_space(step: dict | None, after_mark: bool) -> dict | None:

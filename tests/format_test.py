@@ -404,7 +404,9 @@ def test_what_messages_say_is_plain_text(chat):
         ids[text], mask[text] = tok.encode_chat(messages)
     pattern, special = tok.model.marks
     assert pattern.search(attack)
-    marks = {t: [i for i in ids[t] if i in special] for t in (attack, harmless)}
+    marks = {
+        t: [i for i in ids[t] if i in special.values()] for t in (attack, harmless)
+    }
     assert marks[attack] == marks[harmless]
     assert _learnt_parts(tok, ids[attack], mask[attack])[0][0].strip() == attack
 
