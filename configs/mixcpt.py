@@ -89,7 +89,7 @@ def get_config(size: str = ""):
     config.phases = ("cpt", "select", "sft", "dpo", "evaluate", "export")
     alignment = {
         # Conversations stay whole: what does not fit a row is cut at its end.
-        "data": {"packing": "best_fit", "overlong": "truncate"},
+        "data": {"overlong": "truncate"},
         "optimizer": {"warmup_steps": 0, "warmup_share": 0.15, "weight_decay": 0.0},
         "train": {"eval_before": False},
     }

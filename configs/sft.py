@@ -21,7 +21,6 @@ def get_config():
     config.objective.ntp_weight = 1.0
     config.objective.lssd_weight = 0.0
     config.objective.kd_weight = 0.0
-    config.data.packing = "best_fit"
     config.data.overlong = "truncate"
     config.data.batch_size = 16
     config.eval.batch_size = 16

@@ -45,7 +45,7 @@ _CHOICES = {
     "model.remat": REMAT,
     "optimizer.moments_dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
-    "data.packing": ("split", "best_fit", "first_fit"),
+    "data.packing": ("by_format", "split", "best_fit", "first_fit"),
 }
 _POSITIVE = (
     "data.row_length",
@@ -261,9 +261,11 @@ def default() -> ml_collections.ConfigDict:
         {
             "row_length": 2048,  # tokens per row
             "batch_size": 8,  # rows per step over all devices
-            # split: full rows, documents go on in the next; best_fit and first_fit keep
-            # documents whole and leave a little padding.
-            "packing": "split",
+            # split: all of a source end to end, cut into full rows; best_fit and first_fit
+            # keep whole what fits a row, and leave a little padding. by_format: split for
+            # documents, best_fit for all others, whose answers mean little without their
+            # questions.
+            "packing": "by_format",
             # 0: shares are the weights alone. From 1 on: weight x size^(1 / temperature),
             # size being the tokens to learn: at 1 in proportion to size, the higher the
             # more alike.

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 def main() -> None:
     arguments = _parse()
+    for prompt in arguments.prompt:
+        _check_utf8(prompt, "--prompt")
     if arguments.prompts:
         arguments.prompt += _read_prompts(arguments.prompts, arguments.raw)
     if arguments.max_new_tokens < 1:
@@ -72,6 +74,17 @@ def _parse() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", default="", help="float32 (default on CPUs) or bfloat16 (elsewhere)")
     return parser.parse_args()
+
+
+def _check_utf8(text: str, where: str) -> None:
+    # Python keeps what is not UTF-8 as halves of surrogate pairs, which no text has.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: not UTF-8 (character {error.start + 1} of {text!a:.60}); write it "
+            "in UTF-8"
+        ) from None
 
 
 def _read_prompts(path: str, is_raw: bool) -> list[Any]:
@@ -125,6 +138,13 @@ def _speaker(
     )
 
 
+def _read_line(invitation: str) -> str:
+    """A line of standard input; what is not UTF-8 in it as halves of surrogate pairs."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return input(invitation)
+
+
 _HELP = "/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer."
 
 
@@ -143,7 +163,7 @@ def converse(
         print(_HELP, file=sys.stderr)
     while True:
         try:
-            text = input("> " if is_watched else "").strip()
+            text = _read_line("> " if is_watched else "").strip()
         except EOFError:
             print(end="\n" if is_watched else "")
             return
@@ -158,6 +178,7 @@ def converse(
             print(_HELP, file=sys.stderr)
         elif text:
             try:
+                _check_utf8(text, "standard input")
                 print_pieces(speaker.say(text))
             except InputError as error:
                 print(f"error: {error}; /reset begins anew", file=sys.stderr)

@@ -207,7 +207,7 @@ def test_exams_are_read_back(tmp_path):
     file.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     assert exams.read(str(file)) == QUESTIONS
     file.write_text("")
-    with pytest.raises(InputError, match="no questions"):
+    with pytest.raises(InputError, match="exam.jsonl: has no records"):
         exams.read(str(file))
 
 

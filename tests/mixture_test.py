@@ -465,6 +465,26 @@ def test_a_source_with_nothing_to_learn_is_named():
     assert len(_rows([1, 9], 8)) == 1
 
 
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=30),
+    row_length=st.integers(4, 24),
+)
+def test_by_format_only_documents_are_cut_where_they_would_fit(lengths, row_length):
+    examples = [_examples(lengths) for _ in range(2)]
+    sources = [
+        mixture.Source("documents", examples[0], is_cut=True),
+        mixture.Source("answers", examples[1]),
+    ]
+    documents, answers = mixture.pack_sources(sources, row_length, "by_format")
+    pieces = np.bincount(answers.plan.example, minlength=len(lengths))
+    targets = np.array(lengths) - 1
+    np.testing.assert_array_equal(pieces, -(-targets // row_length))
+    full = documents.plan.row_splits
+    filled = np.add.reduceat(documents.plan.length, full[:-1])
+    assert (filled[:-1] == row_length).all()
+
+
 @pytest.mark.parametrize(
     ("row_length", "strategy", "words"),
     [

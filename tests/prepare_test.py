@@ -81,7 +81,7 @@ def shard(config, number=0, source="domain"):
     return pathlib.Path(config.data.prepared, source, f"{number:05d}.array_record")
 
 
-@pytest.mark.parametrize("packing", ["split", "best_fit", "first_fit"])
+@pytest.mark.parametrize("packing", ["by_format", "best_fit", "first_fit"])
 def test_the_stream_is_the_same_either_way(config, packing, warnings):
     config.data.packing = packing
     make(config)
@@ -426,7 +426,7 @@ def test_a_source_without_a_teacher_is_not_asked(config, tmp_path):
             lambda c: c.data.update(row_length=32),
             "its teacher was made with row_length 64",
         ),
-        (lambda c: c.data.update(packing="best_fit"), "with data.packing 'split'"),
+        (lambda c: c.data.update(packing="best_fit"), "with data.packing 'by_format'"),
         (lambda c: c.update(seed=1), "with seed 0, here it is 1"),
         (lambda c: c.sources.domain.update(max_records=20), "with tokens"),
         (lambda c: c.model.update(compute_dtype="bfloat16"), "with compute_dtype"),

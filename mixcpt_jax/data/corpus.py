@@ -185,7 +185,7 @@ def identity(
     exam_hashes = [
         digest
         for path in _exam_files(config)
-        for digest in sources.hashes(path, "jsonl").values()
+        for digest in sources.hashes(path, exams.reader(path)).values()
     ]
     return {
         "version": _VERSION,

@@ -1,16 +1,21 @@
 """Multiple-choice exams as rows whose choices are scored."""
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
-from mixcpt_jax.data import mixture
+from mixcpt_jax import paths
+from mixcpt_jax.data import mixture, readers, sources
+from mixcpt_jax.data.fields import check_text
 from mixcpt_jax.data.format import Examples, encode_continuations
-from mixcpt_jax.data.readers import parse_line
+from mixcpt_jax.data.sources import Record
 from mixcpt_jax.errors import InputError
-from mixcpt_jax.paths import require_file
+
+_FIELDS = ("question", "choices", "answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,21 +56,38 @@ class Exam:
 
 
 def read(path: str) -> list[dict[str, Any]]:
-    """Reads a JSONL exam of `{question, choices, answer}`.
+    """Reads an exam of `{question, choices, answer}`.
+
+    Args:
+      path: as for `sources.read`; a file of an unknown suffix is read as JSON lines.
 
     Raises:
       InputError: names the file and line of what is wrong.
     """
-    questions = []
-    with require_file(path).open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            place = f"{path}:{number}"
-            question = parse_line(line, place)
-            check(question, place)
-            questions.append(question)
-    if not questions:
-        raise InputError(f"{path}: no questions in it")
-    return questions
+    records = list(sources.read(path, reader(path)))
+    check_all(records, path)
+    return [record.fields for record in records]
+
+
+def check_all(records: Sequence[Record], path: str) -> None:
+    """Checks each record, and logs which fields of them are not read.
+
+    Raises:
+      InputError: see `check`.
+    """
+    unread = collections.Counter()
+    for record in records:
+        check(record.fields, record.place)
+        unread.update(record.fields.keys() - {"id", *_FIELDS})
+    if unread:
+        counts = ", ".join(f"{k!a} ({n})" for k, n in sorted(unread.items()))
+        logging.warning("%s: fields that are not read: %s", path, counts)
+
+
+def reader(path: str) -> str:
+    """The reader of a file that is measured on: JSON lines where no suffix says else."""
+    is_known = readers.suffix(path) in readers.READER_OF_SUFFIX
+    return "jsonl" if not is_known and paths.resolve(path).is_file() else ""
 
 
 def check(question: dict[str, Any], place: str) -> None:
@@ -74,21 +96,30 @@ def check(question: dict[str, Any], place: str) -> None:
     Raises:
       InputError: it is not; names the place.
     """
-    if not _is_sound(question):
-        raise InputError(
-            f"{place}: an exam line is a JSON object with question (text), "
-            "choices (list of texts) and answer (index of the right one)"
-        )
-
-
-def _is_sound(question: dict[str, Any]) -> bool:
-    choices, answer = question.get("choices"), question.get("answer")
-    return (
-        isinstance(choices, list)
-        and all(isinstance(t, str) and t for t in (question.get("question"), *choices))
-        and isinstance(answer, int)
-        and 0 <= answer < len(choices)
+    wanted = (
+        "an exam line is a JSON object with question (text), "
+        "choices (list of texts) and answer (index of the right one)"
     )
+    for name in _FIELDS:
+        if name not in question:
+            raise InputError(f"{place}: no field {name!r}; {wanted}")
+    check_text(question["question"], "question", place)
+    choices, answer = question["choices"], question["answer"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise InputError(f"{place}: choices is no list of two or more; {wanted}")
+    for number, choice in enumerate(choices):
+        check_text(choice, f"choices[{number}]", place)
+    if len({choice.strip() for choice in choices}) < len(choices):
+        raise InputError(
+            f"{place}: two choices are the same, so none of them is the answer; drop "
+            "the question"
+        )
+    # True is an int to Python, and 1.0 may be what a table made of a missing value.
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise InputError(
+            f"{place}: answer is {answer!a:.40}, a whole number from 0 to "
+            f"{len(choices) - 1} is wanted, the index of the right choice"
+        )
 
 
 def encode(

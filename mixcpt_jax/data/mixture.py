@@ -57,6 +57,7 @@ class Source:
       objectives: weight of each objective on its tokens, such as {"lssd": 1.0}; its
         rows have an array of weights for each of `OBJECTIVES`.
       has_pairs: its examples are pairs.
+      is_cut: packing 'by_format' may cut its examples anywhere.
       reference_logps: log-probability of each example's learnt tokens under the
         reference, nats, float32 [examples]; None where it is not known ahead.
       taught: what the teacher says about its rows; None where it is not known ahead.
@@ -72,6 +73,7 @@ class Source:
         default_factory=lambda: {"lssd": 1.0}
     )
     has_pairs: bool = False
+    is_cut: bool = False
     reference_logps: np.ndarray | None = None
     taught: TaughtRows | None = None
 
@@ -478,6 +480,13 @@ def pack_sources(
 ) -> list[PackedRows]:
     """Packs each source by itself, so that a row has one source; numbered in order.
 
+    Args:
+      sources: what to pack.
+      row_length, seed: as for `pack`.
+      strategy: as for `pack`; or 'by_format': 'split' for sources whose examples may be
+        cut, 'best_fit' for the others.
+      pad_id: the token of padding; None: 0.
+
     Raises:
       InputError: a share is negative or not finite, all are 0, or a source that has a
         share has nothing to learn.
@@ -503,7 +512,12 @@ def pack_sources(
     plans = [
         pack_pairs(source.examples.lengths, row_length, _seed(seed, number))
         if source.has_pairs
-        else pack(source.examples.lengths, row_length, strategy, _seed(seed, number))
+        else pack(
+            source.examples.lengths,
+            row_length,
+            _strategy(source, strategy),
+            _seed(seed, number),
+        )
         for number, source in enumerate(sources)
     ]
     num_segments = max(plan.max_pieces for plan in plans)
@@ -511,6 +525,12 @@ def pack_sources(
         PackedRows(source, number, plan, pad_id or 0, num_segments)
         for number, (source, plan) in enumerate(zip(sources, plans, strict=True))
     ]
+
+
+def _strategy(source: Source, strategy: str) -> str:
+    if strategy != "by_format":
+        return strategy
+    return "split" if source.is_cut else "best_fit"
 
 
 def pack_text(

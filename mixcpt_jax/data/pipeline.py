@@ -105,7 +105,9 @@ def load(
         )
     for name, exam in config.eval.exams.items():
         if exam.path:
-            files[f"eval.exams.{name}"] = sources.hashes(exam.path, "jsonl")
+            files[f"eval.exams.{name}"] = sources.hashes(
+                exam.path, exams.reader(exam.path)
+            )
     if config.eval.prompts:
         files["eval.prompts"] = sources.hashes(config.eval.prompts, "jsonl")
     loaded_exams = {}
@@ -220,6 +222,7 @@ def _pack(config, corpora, files, objectives, tokenizer):
                 epochs=source.epochs,
                 max_tokens=source.max_tokens,
                 has_pairs=has_pairs,
+                is_cut=source.format == "document",
                 objectives=objectives[name],
             )
         )

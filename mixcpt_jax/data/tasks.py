@@ -168,13 +168,13 @@ def read(setting: str, limit: int = 0) -> Task:
     found = _NAMED.fullmatch(setting)
     name, kind, path = found.groups() if found else ("", "", setting)
     name = name or re.sub(r"\..*", "", path.rstrip("/").rpartition("/")[2])
-    records = list(itertools.islice(sources.read(path), limit or None))
+    read = sources.read(path, exams.reader(path))
+    records = list(itertools.islice(read, limit or None))
     kind = kind or _kind_of(records[0])
     if kind not in MEASURES:
         raise InputError(f"{setting}: kind {kind!r}: use one of {', '.join(MEASURES)}")
     if kind == "choice":
-        for record in records:
-            exams.check(record.fields, record.place)
+        exams.check_all(records, path)
     return Task(name, path, kind, records)
 
 
