@@ -172,18 +172,13 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def arms_table(records: list[Record], base: str) -> str:
     """Every arm of a base as a curve, in the order of the area that it dominates."""
-    reference = curves(records, base, "mixture_ntp")
     rows = []
     for arm in ARMS:
         found = curves(records, base, arm)
         if not found:
             continue
-        areas = {seed: hypervolume(points) for seed, points in found.items()}
-        gains = [
-            area - hypervolume(reference[seed])
-            for seed, area in areas.items()
-            if seed in reference
-        ]
+        areas = [hypervolume(points) for points in found.values()]
+        gains = _gains(records, base, arm, "mixture_ntp")
         at_rates = [
             [
                 statistics.fmean(points[i][part] for points in found.values())
@@ -193,11 +188,11 @@ def arms_table(records: list[Record], base: str) -> str:
         ]
         rows.append(
             (
-                statistics.fmean(areas.values()),
+                statistics.fmean(areas),
                 [
                     ARMS[arm].label,
                     str(len(found)),
-                    _cell(list(areas.values())),
+                    _cell(areas),
                     "" if arm == "mixture_ntp" else _cell(gains, True),
                     _cell([use_at(points, KEPT_LEVEL) for points in found.values()]),
                     *(f"{100 * use:.0f} / {100 * kept:.0f}" for use, kept in at_rates),
@@ -226,6 +221,31 @@ def swap_table(records: list[Record], base: str) -> str:
     return _differences_table(records, base, pairs)
 
 
+def mixing_table(records: list[Record]) -> str:
+    """What a mixture gains in area over training on domain documents alone."""
+    pairs = [
+        ("mixture, NTP, over plain CPT", "mixture_ntp", "plain"),
+        ("mixture, 0.8 NTP + 0.2 LSSD, over plain CPT", "mixture_lssd20", "plain"),
+        ("mixture, NTP, over replay", "mixture_ntp", "replay"),
+    ]
+    rows = []
+    for base in JUDGED:
+        for label, arm, reference in pairs:
+            gains = _gains(records, base, arm, reference)
+            if gains:
+                rows.append([f"{base}: {label}", str(len(gains)), _cell(gains, True)])
+    return _table(["base: difference", "seeds", "area"], rows)
+
+
+def _gains(records: list[Record], base: str, arm: str, reference: str) -> list[float]:
+    """Of each seed that both arms have: the area of one less that of the other."""
+    found, others = (curves(records, base, name) for name in (arm, reference))
+    return [
+        hypervolume(found[seed]) - hypervolume(others[seed])
+        for seed in sorted(found.keys() & others.keys())
+    ]
+
+
 def _differences_table(
     records: list[Record], base: str, pairs: list[tuple[str, str, str]]
 ) -> str:
@@ -240,8 +260,8 @@ def _differences_table(
         seeds = sorted(found.keys() & others.keys())
         if not seeds:
             continue
-        areas = [hypervolume(found[s]) - hypervolume(others[s]) for s in seeds]
-        row = [label, str(len(seeds)), _cell(areas, True)]
+        gains = _gains(records, base, arm, reference)
+        row = [label, str(len(seeds)), _cell(gains, True)]
         for level in USE_LEVELS[base]:
             kept = [[kept_at(c[s], level) for c in (found, others)] for s in seeds]
             gains = [mine - other for mine, other in kept if mine and other]
@@ -706,6 +726,7 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "quickstart": lambda: run_table("quickstart"),
         "anatomy": lambda: run_table("anatomy"),
         "bases": lambda: bases_table(records),
+        "mixing": lambda: mixing_table(records),
         "chat": lambda: arms_table(records, "chat"),
         "chat-memory": lambda: memory_table(records, "chat"),
         "documents": lambda: arms_table(records, "documents"),
