@@ -497,6 +497,32 @@ def exam(**settings: Any) -> ml_collections.ConfigDict:
     return _fill(values, settings, "exam")
 
 
+def add_entry(config: ml_collections.ConfigDict, section: str, name: str) -> None:
+    """Adds a source, or a text, exam or pairs to measure, if the config has none of it.
+
+    Phases that choose among the sources, such as SFT, do not train on a new one.
+
+    Args:
+      config: of a run; may be locked.
+      section: "sources", "eval.texts", "eval.exams" or "eval.pairs".
+      name: of the entry.
+    """
+    if name in _section(config, section):
+        return
+    entry = exam() if section == "eval.exams" else source()
+    if section == "eval.pairs":
+        entry.format = "chat_preference"
+    with config.unlocked():
+        _section(config, section)[name] = entry
+        for phase in config.overrides.values() if section == "sources" else ():
+            if "sources" in phase:
+                phase.sources[name] = ml_collections.ConfigDict({"weight": 0.0})
+
+
+def _section(config: ml_collections.ConfigDict, key: str) -> ml_collections.ConfigDict:
+    return functools.reduce(lambda part, name: part[name], key.split("."), config)
+
+
 def check_variant(variant: str, known: tuple[str, ...]) -> None:
     """Refuses a variant (`--config=FILE:VARIANT`) that the config file does not have.
 

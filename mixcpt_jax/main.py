@@ -11,6 +11,7 @@ import contextlib
 import functools
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,31 @@ from mixcpt_jax import command, terminal
 from mixcpt_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The config file.")
+
+
+class _WithNewEntries(flags.ArgumentParser):
+    """A config file with the sources, texts and exams that flags name anew."""
+
+    def __init__(self, files: flags.ArgumentParser):
+        self._files = files
+
+    def parse(self, path: str) -> ml_collections.ConfigDict:
+        config = self._files.parse(path)
+        from mixcpt_jax import config as config_lib
+
+        if isinstance(config, ml_collections.ConfigDict):
+            given = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
+            for key in filter(None, map(_NEW_ENTRY.fullmatch, given)):
+                config_lib.add_entry(config, *key.groups())
+        return config
+
+
+# A path makes an entry: any other key of a name that is not there is a slip of the pen.
+_NEW_ENTRY = re.compile(
+    r"--?config\.(sources|eval\.texts|eval\.exams|eval\.pairs)\.(\w+)\.path(?:=.*)?",
+    re.DOTALL,
+)
+flags.FLAGS["config"].parser = _WithNewEntries(flags.FLAGS["config"].parser)
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Where the run is kept; empty: runs/<config's name>."
 )
@@ -263,9 +289,8 @@ def _unknown_key(error: LookupError | AttributeError, argv: list[str]) -> str:
     given = (argument.partition("=")[0] for argument in argv)
     flag = next((key for key in given if name in key.split(".")), "--config")
     advice = guess or (
-        "mixcpt_jax/config.py has all settings. New sources, texts and exams are added in "
-        "a config file of your own, as in config.eval.exams.NAME = "
-        "config_lib.exam(path=...)"
+        "mixcpt_jax/config.py has all settings. New sources, texts and exams are added by "
+        "their path, as in --config.eval.exams.NAME.path=FILE"
     )
     return f"{flag}: nothing is called {name!r} there. {advice}"
 

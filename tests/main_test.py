@@ -6,7 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
+from mixcpt_jax import config as config_lib
 from mixcpt_jax import export, main, paths, phase, train
 from mixcpt_jax.errors import InputError
 
@@ -136,10 +139,47 @@ def test_unknown_override_on_the_command_line(project, write_config, key):
     assert "\\" not in process.stderr
 
 
-@pytest.mark.parametrize("section", ["sources", "eval.exams", "eval.texts"])
-def test_a_new_name_on_the_command_line(project, write_config, section):
-    process = run(project, write_config({}), f"--config.{section}.mine.path=x")
-    assert_one_line(process, "nothing is called 'mine'", "in a config file of your own")
+# How ml_collections loads a config file.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("name", ["mixcpt.py:laptop", "cpt.py", "quickstart.py"])
+def test_a_path_adds_a_name_on_the_command_line(project, name, monkeypatch):
+    """In the same way as in a config file, and no phase trains on it by chance."""
+    flags_given = """
+        eval.exams.mine.path=e eval.exams.mine.num_questions=3 eval.exams.general.path=own
+        eval.texts.a_cloze.format=cloze eval.texts.a_cloze.path=t eval.pairs.two.path=p
+        sources.more.weight=0.2 sources.more.path=s
+    """
+    given = ["main", f"--config={project}/configs/{name}", "--workdir=w"]
+    given += [f"--config.{key}" for key in flags_given.split()]
+    monkeypatch.setattr(sys, "argv", given)
+    monkeypatch.chdir(project)
+    values = flags.FLAGS.flag_values_dict()
+    with flagsaver.flagsaver():
+        flags.FLAGS(given)
+        config = flags.FLAGS.config
+        assert flags.FLAGS.workdir == "w"
+    assert values.keys() <= flags.FLAGS.flag_values_dict().keys()
+    for found, wanted in (
+        (config.eval.exams.mine, config_lib.exam(path="e", num_questions=3)),
+        (config.eval.texts.a_cloze, config_lib.source(path="t", format="cloze")),
+        (config.eval.pairs.two, config_lib.source(path="p", format="chat_preference")),
+        (config.sources.more, config_lib.source(path="s", weight=0.2)),
+    ):
+        assert found.to_dict() == wanted.to_dict()
+    assert config.eval.exams.general.path == "own"
+    for part in config.phases:
+        merged = config_lib.for_phase(config, part)
+        chooses = "sources" in config.overrides.get(part, {})
+        assert merged.sources.more.weight == (0.0 if chooses else 0.2)
+
+
+@pytest.mark.parametrize(
+    "key", ["sources.domian.weight=1", "eval.exams.x.source=domain"]
+)
+def test_a_name_without_a_path_is_a_slip(project, write_config, key):
+    process = run(project, write_config({}), f"--config.{key}")
+    name = key.split(".")[-2]
+    assert_one_line(process, f"nothing is called '{name}'")
 
 
 def test_a_key_that_is_like_no_other(project, write_config):
