@@ -240,6 +240,58 @@ def test_pairs_of_equal_answers_are_left_out_wherever_pairs_are_read(tmp_path):
     assert len(data.pairs["all"].source.examples) == 2 * 8
 
 
+def test_a_measured_pair_beyond_the_context_is_left_out_and_named(tmp_path, caplog):
+    file = tmp_path / "pairs.jsonl"
+    lines = [
+        {"prompt": "long " * (30 if n == 2 else 1), "chosen": "yes", "rejected": "no"}
+        for n in range(4)
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    config = config_lib.default()
+    config.job, config.data.row_length = "evaluate", 8
+    config.eval.pairs.all = config_lib.source(path=str(file), format="chat_preference")
+    data = pipeline_lib.load(config, Letters(), max_positions=64)
+    assert len(data.pairs["all"].source.examples) == 2 * 3
+    assert "1 of 4 items are longer than the model's context of 64" in caplog.text
+    assert f"such as {file}:3" in caplog.text
+    with pytest.raises(InputError, match=r"pairs.jsonl:3: has \d+ tokens, the model's"):
+        pipeline_lib.load(config, Letters(), max_positions=8)
+
+
+class Refusing(Letters):
+    """Its template refuses what begins with an exclamation mark."""
+
+    def encode_chat(self, messages, add_generation_prompt=False):
+        if messages[0]["content"].startswith("!"):
+            raise InputError("chat template: no")
+        return super().encode_chat(messages, add_generation_prompt)
+
+
+@pytest.mark.parametrize("holdout", [0, 4])
+@pytest.mark.parametrize("name", ["chat", "chat_preference"])
+def test_skip_leaves_out_what_the_template_refuses(tmp_path, name, holdout):
+    file = tmp_path / "records.jsonl"
+    answers = {"response": "A", "chosen": "A", "rejected": "B"}
+    lines = [{"prompt": f"{'!' * (n % 3 == 0)}Q{n}"} | answers for n in range(12)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    config = config_lib.default()
+    config.sources.x = config_lib.source(path=str(file), format=name, holdout=holdout)
+    config.objective.kind = "tokens" if name == "chat" else "preference"
+    config.data.overlong = "truncate"
+    config.data.row_length, config.data.batch_size = 64, 2
+    config.train.num_steps = 1
+    with pytest.raises(InputError, match=r"records.jsonl:\d+: chat template: no"):
+        pipeline_lib.load(config, Refusing())
+    config.sources.x.on_bad_record = "skip"
+    data = pipeline_lib.load(config, Refusing())
+    examples = [data.packed[0].source.examples]
+    examples += [rows.source.examples for rows in (data.texts | data.pairs).values()]
+    assert sum(map(len, examples)) == 8 * (1 if name == "chat" else 2)
+    assert "!" not in "".join(text_of(part.tokens) for part in examples)
+    left_out = data.report[0]["left_out"].get("bad_record", 0)
+    assert left_out == 4 if not holdout else left_out <= 4
+
+
 GOOD = {"question": "Is it?", "choices": ["yes", "no"], "answer": 0}
 ANSWERS = st.one_of(
     st.integers(-2, 3),

@@ -614,3 +614,21 @@ def test_without_chatmls_end_a_turn_ends_as_a_text_does(tmp_path):
     )
     learnt = [i for i, m in zip(ids, is_learnt) if m]
     assert learnt == [*loaded.encode("you"), loaded.eos_id]
+
+
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+def test_a_character_that_no_token_has_is_lost(unknown):
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "a", "b", " "])}
+    bpe = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
+    model = tokenizer._JsonModel(bpe.to_str())
+    loaded = tokenizer.Tokenizer(model, None, None, None, False, None)
+    text = "ab cé"
+    lost = {character for character in text if loaded.loses(character)}
+    assert lost == {"c", "é"}
+
+
+def test_only_characters_without_bytes_are_lost(any_tokenizer):
+    for character in "a é好\n\U0001f469":
+        back = any_tokenizer.decode(any_tokenizer.encode(f"a{character}a"))
+        assert any_tokenizer.loses(character) == (character not in back)
+    assert "a" not in any_tokenizer.special_tokens

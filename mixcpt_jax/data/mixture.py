@@ -215,6 +215,33 @@ def within(
     return Examples.collect(pairs), kept
 
 
+def of_context(
+    examples: Examples, max_positions: int | None, group: int = 1
+) -> tuple[Examples, np.ndarray]:
+    """What is measured and fits the model's context, where it cannot be cut.
+
+    Args:
+      examples: in groups of `group` that stay or go together. Plain texts all stay, and
+        so do all where none fits, which `pack_text` refuses.
+      max_positions: targets that fit the context; None: any number.
+      group: 1, or 2 for pairs.
+
+    Returns:
+      The examples, and the numbers of the groups that stay.
+    """
+    longest = (examples.lengths - 1).reshape(-1, max(group, 1)).max(axis=1)
+    kept = np.arange(len(longest))
+    if max_positions is None or not examples.is_continuation:
+        return examples, kept
+    fitting = kept[longest <= max_positions]
+    if len(fitting) in (0, len(kept)):
+        return examples, kept
+    members = (fitting[:, None] * group + np.arange(group)).ravel()
+    parts = [slice(*examples.offsets[i : i + 2]) for i in members]
+    pairs = ((examples.tokens[part], examples.loss_mask[part]) for part in parts)
+    return Examples.collect(pairs), fitting
+
+
 def spread(sizes: np.ndarray, budget: int) -> np.ndarray:
     """Places of items whose sizes add up to at most a budget, evenly over all; ascending.
 

@@ -72,14 +72,27 @@ def load(
 
     def measured(name, records, source) -> mixture.PackedRows:
         tally = Tally(keeps_places=True)
-        whole = _encode(records, source, tokenizer, tally)
-        group = len(whole) // max(len(tally.places), 1)
+        examples = _encode(records, source, tokenizer, tally)
+        group = len(examples) // max(len(tally.places), 1)
+        whole, fitting = mixture.of_context(examples, max_positions, group)
+        places = [tally.places[number] for number in fitting]
+        if len(places) < len(tally.places):
+            left_out = set(tally.places) - set(places)
+            logging.warning(
+                "%s: %d of %d items are longer than the model's context of %d tokens and "
+                "are not measured, such as %s",
+                name,
+                len(tally.places) - len(places),
+                len(tally.places),
+                max_positions,
+                next(place for place in tally.places if place in left_out),
+            )
         examples, kept = mixture.within(whole, max_tokens, group)
         if examples is not whole:
             limited.append(
                 f"{name} {examples.num_tokens:,} of {whole.num_tokens:,} tokens"
             )
-        places = [tally.places[number] for number in kept]
+        places = [places[number] for number in kept]
         return mixture.pack_text(name, examples, row_length, max_positions, places)
 
     is_training = config.job == "train"
