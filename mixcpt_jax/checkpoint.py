@@ -35,7 +35,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import path as orbax_path
 from orbax.checkpoint.experimental import v1 as ocp
 
-from mixcpt_jax import hosts, paths
+from mixcpt_jax import finite, hosts, paths
 from mixcpt_jax.errors import InputError
 from mixcpt_jax.steps import TrainState
 
@@ -205,8 +205,9 @@ def restore(
 
     Raises:
       InputError: the state has other shapes or dtypes, a source no longer holds what the
-        run was trained on, or `init_from` is no longer what it started from; or there are
-        checkpoints, but none is whole, and then none is renamed.
+        run was trained on, `init_from` is no longer what it started from, or a parameter
+        is not finite; or there are checkpoints, but none is whole, and then none is
+        renamed.
     """
     folder = workdir / FOLDER
     damaged: dict[epath.Path, str] = {}
@@ -232,6 +233,7 @@ def restore(
                 "begin the phase anew"
             )
         return None
+    _check_finite(f"{folder}/{restored.step}", restored.state.params)
     for path, why in damaged.items():
         aside = _set_aside(path)
         logging.warning(
@@ -286,7 +288,8 @@ def load_params(folder: str, abstract_params: Any) -> Any:
       abstract_params: shapes, shardings and the dtypes to cast to.
 
     Raises:
-      InputError: no checkpoint there, of another model, or damaged.
+      InputError: no checkpoint there, of another model, damaged, or with a parameter
+        that is not finite.
     """
     newest = _newest(folder)
     wanted = {"params": abstract_params}
@@ -310,11 +313,20 @@ def load_params(folder: str, abstract_params: Any) -> Any:
         loaded = _load(newest.path, newest.record, stored)
     except _Damaged as damage:
         raise _damaged_start(folder, newest.path, damage) from damage
+    _check_finite(newest.path, loaded["params"])
     return jax.tree.map(
         lambda leaf, wanted: leaf.astype(wanted.dtype),
         loaded["params"],
         abstract_params,
     )
+
+
+def _check_finite(path: epath.Path | str, params: Any) -> None:
+    if broken := finite.find_broken(params):
+        raise InputError(
+            f"{path}: its parameter {broken} holds values that are not finite numbers; "
+            "its training has diverged: use another checkpoint or begin anew"
+        )
 
 
 class _Newest(NamedTuple):

@@ -19,6 +19,8 @@ from mixcpt_jax.errors import InputError
 if TYPE_CHECKING:
     from mixcpt_jax.data import tasks
 
+_ROW_LENGTH = 1024
+
 
 def main() -> None:
     arguments = _parse()
@@ -31,6 +33,7 @@ def main() -> None:
     names = [task.name for task in read]
     if len(set(names)) < len(names):
         raise InputError(f"--tasks: two have one name in {names}; say NAME=PATH")
+    arguments.row_length = _row_length(places, arguments.row_length)
     sides = [_measure_place(place, read, arguments) for place in places]
     result = sides[0]
     print(measures.describe(result))
@@ -40,7 +43,7 @@ def main() -> None:
         result["comparison"] = measures.compare(*sides, arguments.seed)
         print(f"\n{measures.describe_comparison(result)}")
     if arguments.output:
-        paths.replace(paths.absolute(arguments.output), json.dumps(result, indent=1))
+        paths.replace(paths.absolute(arguments.output), paths.to_json(result, indent=1))
 
 
 def _parse() -> argparse.Namespace:
@@ -57,12 +60,31 @@ def _parse() -> argparse.Namespace:
         help="PATH, NAME=PATH or NAME:KIND=PATH; kinds: text, choice, cloze",
     )
     add("--limit", type=int, default=0, help="items of each task, the first; 0: all")
-    add("--row_length", type=int, default=1024, help="what documents are cut to")
+    add(
+        "--row_length",
+        type=int,
+        default=0,
+        help="what documents are cut to; default: 1024 tokens, or what the other was "
+        "measured with",
+    )
     add("--batch_size", type=int, default=8, help="rows at a time")
     add("--seed", type=int, default=0, help="of the bootstrap")
     add("--dtype", default="", help="float32 (default on CPUs) or bfloat16 (elsewhere)")
     add("--output", default="", help="a JSON file for what is printed, and each item")
     return parser.parse_args()
+
+
+def _row_length(places: Sequence[str], asked: int) -> int:
+    """What documents are cut to, one length for all models that are compared."""
+    from mixcpt_jax import runs
+
+    earlier = [_read_results(p)["row_length"] for p in places if p.endswith(".json")]
+    contexts = [runs.context(p) for p in places if not p.endswith(".json")]
+    length = asked or (earlier[0] if earlier else _ROW_LENGTH)
+    if contexts and min(contexts) < length:
+        length = min(contexts)
+        terminal.say(f"documents are cut to {length} tokens, the shortest context")
+    return length
 
 
 def _measure_place(

@@ -9,7 +9,6 @@ tasks are the harness's own, or YAML files under `--include_path`. Needs the pac
 """
 
 import argparse
-import json
 
 from mixcpt_jax import command, paths
 from mixcpt_jax.errors import InputError
@@ -51,7 +50,7 @@ def main() -> None:
     if results.get("groups"):
         print(utils.make_table(results, "groups"))
     if arguments.output:
-        text = json.dumps(results, indent=1, default=utils.handle_non_serializable)
+        text = paths.to_json(results, indent=1, default=utils.handle_non_serializable)
         paths.replace(paths.absolute(arguments.output), text)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from absl import logging
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -65,6 +66,7 @@ class Model(TemplateLM):
         self._trained = runs.load(checkpoint, dtype)
         self._score = self._trained.score()
         self._vocabulary = self._trained.tokenizer
+        self._has_warned = False
         longest = self._trained.config.max_positions
         self.max_length = max_length or longest
         if self.max_length > longest:
@@ -145,18 +147,40 @@ class Model(TemplateLM):
     ) -> list[tuple[float, bool]]:
         if not requests:
             return []
+        room = self.max_length + 1
+        for number, (_, _, continuation) in enumerate(requests, 1):
+            if len(continuation) > self.max_length:
+                raise InputError(
+                    f"request {number}: its continuation has {len(continuation)} tokens, "
+                    f"the context has {self.max_length}; leave it out"
+                )
+        self._warn_of_cuts(
+            sum(len(context) + len(target) > room for _, context, target in requests)
+        )
         examples = Examples.collect(
-            _given_and_learnt(context, continuation, self.max_length + 1)
+            _given_and_learnt(context, continuation, room)
             for _, context, continuation in requests
         )
         longest = int(examples.lengths.max()) - 1
         row_length = max(_ROW_LENGTH, 1 << (longest - 1).bit_length())
-        rows = mixture.pack_text("requests", examples, row_length)
+        places = [f"request {number + 1}" for number in range(len(requests))]
+        rows = mixture.pack_text("requests", examples, row_length, places=places)
         with jax.set_mesh(self._trained.mesh):
             nats, correct, count = measures.sums_per_example(
                 self._score, rows, self._batch_size
             )
         return list(zip((-nats).tolist(), (correct == count).tolist(), strict=True))
+
+    def _warn_of_cuts(self, count: int) -> None:
+        """Says once how many contexts of the first requests are cut on the left."""
+        if count and not self._has_warned:
+            self._has_warned = True
+            logging.warning(
+                "%d contexts are cut on the left to the model's %d tokens, as the "
+                "harness's own models do; more may follow unsaid",
+                count,
+                self.max_length,
+            )
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -228,6 +252,7 @@ class Model(TemplateLM):
                 settings.get("top_k") or None,
                 settings.get("top_p", 1.0),
             )
+        self._warn_of_cuts(sum(len(context) > room for context in contexts))
         prompts = [context[-room:] or [self.prefix_token_id] for context in contexts]
         stop_ids = self._vocabulary.stop_ids
         made: list[list[int]] = [[] for _ in prompts]

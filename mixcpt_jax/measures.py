@@ -315,9 +315,11 @@ def measure_tasks(
       seed: of the bootstrap.
 
     Returns:
-      A tree for JSON: `checkpoint`, `dtype`, `row_length`, and `tasks`: name -> `kind`,
-      `path`, `fingerprint` of the items, `measures` (name -> value, low, high: the 95 %
-      interval of a bootstrap over items) and `items` (column -> a number for each).
+      A tree for JSON: `checkpoint`, `dtype`, `row_length` (the one that counted), and
+      `tasks`: name -> `kind`, `path`, `fingerprint` of the items, `tokens` (a hash of
+      what the tokenizer made of them), `measures` (name -> value, low, high: the 95 %
+      interval of a bootstrap over items; one that is not finite is left out) and `items`
+      (column -> a number for each).
 
     Raises:
       InputError: an item does not suit its task or the model.
@@ -336,24 +338,29 @@ def measure_tasks(
             "kind": task.kind,
             "path": task.path,
             "fingerprint": task.fingerprint,
+            "tokens": encoded.examples.fingerprint,
             "measures": {
-                name: _estimate(measure, [items], seed)._asdict()
+                name: estimate._asdict()
                 for name, measure in tasks.MEASURES[task.kind].items()
+                if (estimate := _estimate(measure, [items], seed)) is not None
             },
             "items": items,
         }
     return {
         "checkpoint": trained.place,
         "dtype": trained.dtype,
-        "row_length": row_length,
+        "row_length": min(row_length, trained.config.max_positions),
         "tasks": results,
     }
 
 
 def _estimate(
     measure: tasks.Measure, sides: Sequence[Mapping[str, Any]], seed: int
-) -> statistics.Estimate:
-    """The measure of one model's items, or the first's less the second's."""
+) -> statistics.Estimate | None:
+    """The measure of one model's items, or the first's less the second's.
+
+    None where it is not finite: a mean over nothing, or too large a perplexity.
+    """
     columns = []
     for items in sides:
         numerator = items[measure.numerator]
@@ -367,7 +374,11 @@ def _estimate(
         ]
         return values[0] - values[1] if len(sides) > 1 else values[0]
 
-    return statistics.bootstrap(np.stack(columns, axis=1), statistic, seed)
+    with np.errstate(all="ignore"):
+        if not np.isfinite(statistic(np.array([np.sum(c) for c in columns]))):
+            return None
+        estimate = statistics.bootstrap(np.stack(columns, axis=1), statistic, seed)
+    return estimate if np.isfinite(estimate).all() else None
 
 
 def compare(
@@ -382,10 +393,12 @@ def compare(
     Returns:
       Task -> measure -> `difference`, the first's less the second's, with `low` and
       `high`, its paired 95 % interval; of measures of right and wrong also
-      `first_alone`, `second_alone` and `p_value`, see `statistics.mcnemar`.
+      `first_alone`, `second_alone` and `p_value`, see `statistics.mcnemar`. Measures per
+      token are left out where two tokenizers made other tokens of the items.
 
     Raises:
-      InputError: they have no task in common, or one that has not the same items.
+      InputError: they have no task in common, one has not the same items, or documents
+        were cut to other lengths.
     """
     shared = [name for name in first["tasks"] if name in second["tasks"]]
     if not shared:
@@ -401,16 +414,39 @@ def compare(
                 f"--compare: task {name} has not the same items in both; measure both on "
                 "one file with one --limit"
             )
+        lengths = [side["row_length"] for side in (first, second)]
+        if sides[0]["kind"] == "text" and lengths[0] != lengths[1]:
+            raise InputError(
+                f"--compare: documents of task {name} were cut to {lengths[0]} tokens "
+                f"for one model and {lengths[1]} for the other; measure both with "
+                f"--row_length={min(lengths)}"
+            )
+        are_alike = _have_same_tokens(*sides)
         items = [side["items"] for side in sides]
         comparison[name] = {}
         for key, measure in tasks.MEASURES[sides[0]["kind"]].items():
+            if not are_alike and measure.is_per_token:
+                continue
+            needed = {measure.numerator, measure.denominator} - {""}
+            if not all(needed <= side.keys() for side in items):
+                continue  # An earlier version did not measure it.
             difference = _estimate(measure, items, seed)
+            if difference is None:
+                continue
             entry = dict(zip(("difference", "low", "high"), difference, strict=True))
             if not measure.denominator:
                 answers = (side[measure.numerator] for side in items)
                 entry |= statistics.mcnemar(*answers)._asdict()
             comparison[name][key] = entry
     return comparison
+
+
+def _have_same_tokens(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two models read the items of a task as the same tokens."""
+    hashes = {side["tokens"] for side in (first, second) if "tokens" in side}
+    # What an earlier version wrote has no hash; its counts tell nearly as much.
+    counts = [side["items"].get("tokens") for side in (first, second)]
+    return len(hashes) < 2 and counts[0] == counts[1]
 
 
 def describe(result: Mapping[str, Any]) -> str:
@@ -444,8 +480,18 @@ def describe_comparison(result: Mapping[str, Any]) -> str:
                 row += [str(entry["first_alone"]), str(entry["second_alone"])]
                 row.append(f"{entry['p_value']:.2g}")
             rows.append(row + [""] * (len(header) - len(row)))
-    second = result["compared_with"]["checkpoint"]
-    legend = f"A - B; A: {result['checkpoint']}, B: {second}"
+    second = result["compared_with"]
+    legend = f"A - B; A: {result['checkpoint']}, B: {second['checkpoint']}"
+    others = [
+        name
+        for name in result["comparison"]
+        if not _have_same_tokens(result["tasks"][name], second["tasks"][name])
+    ]
+    if others:
+        legend += (
+            f"\nThe tokenizers differ on {', '.join(others)}: what counts per token does "
+            "not compare, bits per byte do."
+        )
     return f"{legend}\n\n{metrics.table(header, rows)}"
 
 

@@ -509,4 +509,4 @@ def _samples_page(rows: list[dict[str, Any]]) -> str:
 
 
 def _write_lines(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
-    paths.replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+    paths.replace(path, "".join(paths.to_json(row) + "\n" for row in rows))

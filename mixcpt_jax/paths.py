@@ -4,11 +4,13 @@ import contextlib
 import glob
 import hashlib
 import importlib.util
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etils import epath
 from etils.epath import gpath
@@ -200,3 +202,28 @@ def replace(path: epath.Path, content: str | bytes) -> None:
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON, which has no word for NaN and infinity.
+
+    Numbers that are not finite are left out of objects, and are null in lists.
+
+    Args:
+      value: what is written.
+      options: of `json.dumps`.
+    """
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case dict():
+            return {k: _finite(v) for k, v in value.items() if not _is_broken(v)}
+        case list() | tuple():
+            return [None if _is_broken(v) else _finite(v) for v in value]
+    return value
+
+
+def _is_broken(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -259,7 +259,7 @@ class Phase:
         """
         results = results | {"seconds": time.monotonic() - self.started}
         if jax.process_index() == 0:
-            text = json.dumps(results, indent=2)
+            text = paths.to_json(results, indent=2)
             paths.replace(self.folder / RESULTS_FILE, text)
         hosts.wait_for_all(f"end of {self.name}")
         return results

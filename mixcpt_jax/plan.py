@@ -20,7 +20,6 @@ A step that does not fit says by how much, and what would make it fit. `--search
 meshes, rematerialisation and microbatches, and prints those that fit, fastest first.
 """
 
-import json
 import os
 from typing import Any
 
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> None:
         if not result["fits"]:
             print(planning.advise(config, topology))
     if _OUTPUT.value:
-        paths.replace(paths.absolute(_OUTPUT.value), json.dumps(result, indent=1))
+        paths.replace(paths.absolute(_OUTPUT.value), paths.to_json(result, indent=1))
 
 
 if __name__ == "__main__":

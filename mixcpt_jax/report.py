@@ -7,7 +7,6 @@ makes the page anew, of a run that still goes on too, or one that compares sever
 RUN is a workdir, or a file that holds what `report.json` does.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +32,7 @@ def write(
       results: phase -> what `train.run` returned.
     """
     folder = paths.absolute(workdir)
-    paths.replace(folder / "report.json", json.dumps(results, indent=2))
+    paths.replace(folder / "report.json", paths.to_json(results, indent=2))
     arms = records.load([workdir])
     if any("after" in result for result in results.values()):
         names = changes.domain_names(arms, ())

@@ -60,16 +60,10 @@ def load(path: str, dtype: str = "") -> Trained:
         raise InputError(f"dtype {dtype!r}: use {' or '.join(_DTYPES)}")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     path, stored = _find(path)
-    if stored is None:
-        model_path = tokenizer_path = path
-        template = ""
-    else:
-        run_folder = checkpoint.phase_folder(path).parent
-        settings = config_lib.resolve_phases(stored, str(run_folder)).model
-        model_path = settings.path
-        tokenizer_path = settings.tokenizer or settings.path
-        template = settings.chat_template
-    model_config = weights.read_model_config(model_path)
+    settings = _model_settings(path, stored)
+    tokenizer_path = settings.tokenizer or settings.path
+    template = settings.chat_template
+    model_config = weights.read_model_config(settings.path)
     vocabulary = tokenizer.load(tokenizer_path, template)
     tokenizer.check_vocabulary(vocabulary, model_config.vocab_size, tokenizer_path)
     mesh = _make_mesh(model_config)
@@ -80,6 +74,31 @@ def load(path: str, dtype: str = "") -> Trained:
         else:
             params = phase.load_params(path, model_config, mesh, dtype)
     return Trained(path, model_config, vocabulary, params, mesh, dtype)
+
+
+def context(path: str) -> int:
+    """The longest context of a model, in tokens; no weights are read.
+
+    Args:
+      path: as for `load`.
+
+    Raises:
+      InputError: see `load`.
+    """
+    settings = _model_settings(*_find(path))
+    return weights.read_model_config(settings.path).max_positions
+
+
+def _model_settings(
+    path: str, stored: ml_collections.ConfigDict | None
+) -> ml_collections.ConfigDict:
+    """`path`, `tokenizer` and `chat_template` of what `_find` found."""
+    if stored is None:
+        return ml_collections.ConfigDict(
+            {"path": path, "tokenizer": "", "chat_template": ""}
+        )
+    run_folder = checkpoint.phase_folder(path).parent
+    return config_lib.resolve_phases(stored, str(run_folder)).model
 
 
 def _find(path: str) -> tuple[str, ml_collections.ConfigDict | None]:

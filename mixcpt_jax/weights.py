@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mixcpt_jax import headers, paths
+from mixcpt_jax import finite, headers, paths
 from mixcpt_jax.errors import InputError
 from mixcpt_jax.headers import Header
 from mixcpt_jax.model import (
@@ -140,6 +140,7 @@ class _Tensor(NamedTuple):
     """A tensor in a file: what its header says, and how to read a part of it."""
 
     file: str
+    name: str
     shape: tuple[int, ...]
     read: Callable[[Index], np.ndarray]
 
@@ -205,8 +206,8 @@ def load_params(path: str, abstract_params: Params) -> Params:
         goes to the first device.
 
     Raises:
-      InputError: a file is missing or damaged, or a tensor is missing, left over or
-        misshapen; names the tensor and the file.
+      InputError: a file is missing or damaged, or a tensor is missing, left over,
+        misshapen or holds a NaN or an infinity; names the tensor and the file.
     """
     family = read_model_config(path).family
     if path.endswith(".gguf"):
@@ -234,7 +235,15 @@ def load_params(path: str, abstract_params: Params) -> Params:
 
         return _make_array(leaf, read)
 
-    return jax.tree.map_with_path(load, abstract_params)
+    params = jax.tree.map_with_path(load, abstract_params)
+    if broken := finite.find_broken(params):
+        tensor = tensors[_name_of(broken, family)]
+        raise InputError(
+            f"{tensor.file}: tensor {tensor.name} holds values that are not finite "
+            "numbers; its training has diverged or its conversion overflowed: use other "
+            "weights"
+        )
+    return params
 
 
 def identity(path: str) -> str:
@@ -355,10 +364,17 @@ def save_pretrained(
         tensor). The host holds one such file at a time.
 
     Raises:
-      InputError: `folder` exists and holds something other than an export.
+      InputError: `folder` exists and holds something other than an export; or a tensor
+        holds a value that `dtype` has no number for, and then nothing is written.
     """
     target = paths.resolve(folder)
     _check_replaceable(target)
+    if broken := finite.find_broken(params, dtype):
+        raise InputError(
+            f"{folder}: tensor {_name_of(broken, config.family)} reaches "
+            f"{broken.largest:.6g}, which {dtype} cannot hold; export bfloat16 or float32 "
+            "(export.dtype)"
+        )
     tensors = _hf_tensors(params, config.family, dtype)
     if jax.process_index() != 0:
         for _ in tensors:  # Takes part in gathering them.
@@ -424,6 +440,12 @@ def _tensor_names(key: str, shape: tuple[int, ...], family: str) -> list[str]:
     """The Hugging Face tensors that make up one of our parameters."""
     name = (_TENSORS | (_GEMMA_TENSORS if family in _GEMMA else {}))[key]
     return [name.format(i) for i in range(shape[0])] if _is_stacked(key) else [name]
+
+
+def _name_of(broken: finite.Broken, family: str) -> str:
+    """The Hugging Face tensor that is broken."""
+    layer = broken.layer or 0
+    return _tensor_names(broken.key, (layer + 1,), family)[layer]
 
 
 def _make_array(
@@ -526,7 +548,7 @@ def _open_safetensors(folder: epath.Path, family: str) -> dict[str, _Tensor]:
                     "are read from GGUF files only"
                 )
             read = functools.partial(_read_view, view, _norm_offset(name, family))
-            tensors[name] = _Tensor(str(file), tuple(view.get_shape()), read)
+            tensors[name] = _Tensor(str(file), name, tuple(view.get_shape()), read)
     for name in weight_map.keys() - tensors.keys():
         raise InputError(
             f"{folder / _INDEX}: tensor {name} is not in {weight_map[name]}, which it "
@@ -602,7 +624,7 @@ def _open_gguf(file: epath.Path) -> dict[str, _Tensor]:
         if config.family == "llama" and ".k_proj." in name:
             interleaved_heads = config.num_kv_heads
         read = functools.partial(_read_gguf, file, tensor, interleaved_heads)
-        tensors[name] = _Tensor(str(file), shape, read)
+        tensors[name] = _Tensor(str(file), tensor.name, shape, read)
     return tensors
 
 

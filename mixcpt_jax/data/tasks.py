@@ -40,6 +40,11 @@ class Measure(NamedTuple):
     denominator: str = ""
     of: Callable[[np.ndarray], np.ndarray] = lambda ratio: ratio
 
+    @property
+    def is_per_token(self) -> bool:
+        """Whether models with different tokenizers cannot be compared by it."""
+        return self.denominator == "tokens"
+
 
 MEASURES = {
     "text": {
@@ -51,6 +56,7 @@ MEASURES = {
     "cloze": {
         "exact": Measure("exact"),
         "perplexity": Measure("nats", "tokens", np.exp),
+        "bits_per_byte": Measure("nats", "bytes", lambda nats: nats / math.log(2)),
     },
 }
 
@@ -146,7 +152,11 @@ class Encoded:
             }
         columns = {"nats": nats.tolist(), "tokens": count.astype(int).tolist()}
         if self.task.kind == "cloze":
-            return columns | {"exact": (correct == count).astype(int).tolist()}
+            targets = [_with_target(r).fields["target"] for r in self.task.records]
+            return columns | {
+                "exact": (correct == count).astype(int).tolist(),
+                "bytes": [len(target.encode()) for target in targets],
+            }
         texts = [record.fields["text"] for record in self.task.records]
         return columns | {
             "correct": correct.astype(int).tolist(),
