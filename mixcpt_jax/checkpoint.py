@@ -508,7 +508,8 @@ def _check_resumable(
             f"{folder}: array {name} is {found} there and {wanted} now; "
             "start a new --workdir"
         )
-    start = json.loads(record["provenance"])["start"]
+    before = json.loads(record["provenance"])
+    start = before["start"]
     if not is_same_start(start, provenance["start"]):
         key = "init_from" if "init_from" in provenance["start"] else "model.path"
         raise InputError(
@@ -517,12 +518,19 @@ def _check_resumable(
         )
     stored = record["sources"]
     for name in sorted(stored.keys() | sources.keys()):
-        if stored.get(name) != sources.get(name):
+        if stored.get(name) == sources.get(name):
+            continue
+        if before.get("split_version") != provenance.get("split_version"):
             raise InputError(
-                f"sources.{name}: holds other text than when {folder} was "
-                "written, so the run cannot go on exactly; put the files back, or "
+                f"sources.{name}: {folder} was written by a version that held out other "
+                "records, so the run cannot go on exactly; go on with that version, or "
                 "start a new --workdir with --config.init_from set to this one"
             )
+        raise InputError(
+            f"sources.{name}: holds other text than when {folder} was "
+            "written, so the run cannot go on exactly; put the files back, or "
+            "start a new --workdir with --config.init_from set to this one"
+        )
 
 
 def is_same_start(then: dict[str, Any], now: dict[str, Any]) -> bool:

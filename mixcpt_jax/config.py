@@ -8,6 +8,7 @@ combination with others, and says what to do.
 import functools
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -370,14 +371,14 @@ def default() -> ml_collections.ConfigDict:
             # texts are cut to one length, the rest is spread over the file: see
             # `mixture.within`.
             "max_tokens": 65536,
-            # Text that is measured and never trained on: name -> source(...). Of
-            # format "cloze" also counts how often all of the target is right.
+            # Text that is measured and never trained on, in whichever source it
+            # stands: name -> source(...). With a `holdout` so many records are
+            # measured, the same as a source with this path and holdout has. Of format
+            # "cloze" also counts how often all of the target is right.
             "texts": ml_collections.ConfigDict(),
             # Multiple choice: name -> exam(...).
             "exams": ml_collections.ConfigDict(),
-            # Preference pairs: name -> source(format="chat_preference", ...). Like a
-            # text it may have a `holdout`: then the pairs that a source of the same
-            # path and holdout keeps out of training are measured.
+            # Preference pairs: name -> source(format="chat_preference", ...).
             "pairs": ml_collections.ConfigDict(),
             # JSONL of {"prompt"} or {"messages"}: answered greedily before and after.
             "prompts": "",
@@ -457,8 +458,8 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     on_bad_record: "refuse", or "skip" for a warning and going on without a record that
       cannot be read, lacks a field, has a blank one or is no conversation, and without
       the rest of a damaged file.
-    holdout: records kept out of training and measured instead. In `eval.texts` and
-      `eval.pairs`: only these records are measured.
+    holdout: records that are measured, chosen by a hash of their text. In `eval.texts`
+      and `eval.pairs` 0 stands for all. What is measured is left out of every source.
     ntp_weight, lssd_weight, kd_weight, selective_weight: objectives on this source;
       None: the config's.
     """
@@ -546,7 +547,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
       InputError: names the key, what was found and the remedy.
     """
     _check_keys(config, default(), "")
-    for place, entry in _all_sources(config):
+    for place, entry in all_sources(config):
         _check_keys(entry, source(), f"{place}.")
     for name, entry in config.eval.exams.items():
         _check_keys(entry, exam(), f"eval.exams.{name}.")
@@ -807,7 +808,7 @@ def _unread(config) -> Iterator[str]:
             yield f"sources.{name}"
 
 
-def _all_sources(config) -> Iterator[tuple[str, ml_collections.ConfigDict]]:
+def all_sources(config) -> Iterator[tuple[str, ml_collections.ConfigDict]]:
     """Place in the config -> all that `source` made: what is learnt, and measured."""
     for section in ("sources", "eval.texts", "eval.pairs"):
         for name, entry in config[section].items():
@@ -816,7 +817,7 @@ def _all_sources(config) -> Iterator[tuple[str, ml_collections.ConfigDict]]:
 
 def _check_paths(config) -> None:
     """Of what has no default, all that is missing is told at once."""
-    wanted = [("model", config.model), *_all_sources(config)]
+    wanted = [("model", config.model), *all_sources(config)]
     missing = [f"{place}.path" for place, entry in wanted if not entry.path]
     if missing:
         flags = " ".join(f"--config.{key}=..." for key in missing)
@@ -829,7 +830,7 @@ def _check_sources(config) -> None:
         raise InputError(
             "sources: none has a weight above 0; give at least one something to learn"
         )
-    for place, entry in _all_sources(config):
+    for place, entry in all_sources(config):
         for key in ("weight", "holdout", "max_records", "epochs", "max_tokens"):
             _check(entry[key] >= 0, config, f"{place}.{key}", "0 or more")
         if entry.final_weight is not None and not (
@@ -898,17 +899,16 @@ def _check_formats(config) -> None:
                 f"objective.kind={kind!r}: pairs ('chat_preference') are learnt with "
                 "'preference', all other formats with 'tokens'"
             )
-    trained = {
-        (e.path, e.split): name for name, e in config.sources.items() if e.weight
-    }
     for section, is_pair in (("texts", False), ("pairs", True)):
         for name, entry in config.eval[section].items():
-            files = entry.path, entry.split
-            if config.job == "train" and files in trained and not entry.holdout:
-                raise InputError(
-                    f"eval.{section}.{name}: sources.{trained[files]} trains on the "
-                    "same files; set holdout of both to the same number above 0"
-                )
+            for trained, source_entry in config.sources.items():
+                if config.job == "train" and _is_all_measured(source_entry, entry):
+                    raise InputError(
+                        f"eval.{section}.{name}: sources.{trained} trains on the same "
+                        "files, of which nothing is left once all of them are measured; "
+                        f"set eval.{section}.{name}.holdout to a number above 0, or name "
+                        "other files"
+                    )
             _check(
                 (entry.format == "chat_preference") == is_pair,
                 config,
@@ -919,6 +919,30 @@ def _check_formats(config) -> None:
         raise InputError(
             "data.overlong='split': a pair cannot be split; use truncate, drop or refuse"
         )
+
+
+def _is_all_measured(trained, measured) -> bool:
+    """Whether all that a source would train on is measured, as far as settings tell."""
+    is_read_whole = not measured.max_records or (
+        0 < trained.max_records <= measured.max_records
+    )
+    return (
+        trained.weight > 0
+        and not measured.holdout
+        and is_read_whole
+        and trained.split == measured.split
+        and (
+            trained.reader == measured.reader or "" in (trained.reader, measured.reader)
+        )
+        and _spelt_out(trained.path) == _spelt_out(measured.path)
+    )
+
+
+def _spelt_out(path: str) -> str:
+    """A path on a local disk without links and dots; another one as it stands."""
+    if "://" in path or path.startswith(("package:", "phase:")):
+        return path
+    return os.path.realpath(os.path.expanduser(path))
 
 
 def _check_selection(config) -> None:

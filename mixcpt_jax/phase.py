@@ -35,7 +35,7 @@ from mixcpt_jax import (
     weights,
 )
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.data import pipeline
+from mixcpt_jax.data import corpus, pipeline
 from mixcpt_jax.errors import InputError
 
 CONFIG_FILE = "config.json"
@@ -195,7 +195,11 @@ class Phase:
 
     def provenance(self, files: dict[str, dict[str, str]]) -> dict[str, Any]:
         """What the phase starts from, and the files it reads."""
-        return {"start": self.starts_from, "files": files}
+        return {
+            "start": self.starts_from,
+            "files": files,
+            "split_version": corpus.SPLIT_VERSION,
+        }
 
     @property
     def num_parameters(self) -> int:

@@ -20,7 +20,7 @@ from etils import epath
 from mixcpt_jax import measures, metrics, paths
 from mixcpt_jax import phase as phase_lib
 from mixcpt_jax.data import mixture, selection, sources
-from mixcpt_jax.data.corpus import Corpus
+from mixcpt_jax.data.corpus import Corpus, measure
 from mixcpt_jax.data.format import Examples
 from mixcpt_jax.errors import InputError
 
@@ -48,9 +48,10 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
         )
     phase.announce("selects samples")
     wanted = {source: config.sources[source] for source in settings.keep}
+    measured = measure(config)
     found = {
         source: selection.candidates(
-            Corpus(config, entry).held_in(),
+            Corpus(config, entry, measured).held_in(),
             entry.format,
             phase.tokenizer,
             entry.fields.to_dict(),

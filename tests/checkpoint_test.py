@@ -390,3 +390,11 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(tmp_path, monkeypatch):
     ):
         save(tmp_path, [2])
     assert restore(tmp_path, make_state(1)).step == 1
+
+
+def test_a_version_that_held_out_other_records_is_named(tmp_path):
+    save(tmp_path, [1])
+    now = PROVENANCE | {"split_version": 2}
+    restore(tmp_path, make_state(1), provenance=now)
+    with pytest.raises(InputError, match="written by a version that held out other"):
+        restore(tmp_path, make_state(1), {"domain": "1234"}, provenance=now)

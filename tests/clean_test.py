@@ -214,7 +214,7 @@ def test_a_corpus_without_its_exam(tmp_path):
     assert [record.fields["text"] for record in found.held_in()] == texts[:1]
     assert found.left_out == {"contaminated": 1, "duplicate": 1, "repetitive": 1}
     # What is measured is not cleaned.
-    assert len(list(corpus.Corpus(config, source, False).held_in())) == 4
+    assert len(corpus.Corpus(config, source).measured()) == 4
 
 
 def _verdicts(texts, **changes):

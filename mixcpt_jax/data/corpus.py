@@ -1,7 +1,9 @@
 """Which records of a source are learnt: its limit, its holdout, damage and cleaning."""
 
 import collections
+import dataclasses
 import functools
+import hashlib
 import itertools
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +12,8 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from mixcpt_jax.data import clean, exams, format, readers, sources
+from mixcpt_jax import config as config_lib
+from mixcpt_jax.data import clean, exams, format, sources
 from mixcpt_jax.errors import InputError
 
 # `(function, items) -> (item, function(item))` in order.
@@ -19,6 +22,8 @@ InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[tuple[Any, An
 _RECORDS_PER_BLOCK = 256
 # Raised whenever the same records and settings make other tokens than before.
 _VERSION = 2
+# Raised whenever other records of the same source are held out than before.
+SPLIT_VERSION = 2
 
 
 def one_by_one(function, items):
@@ -26,35 +31,130 @@ def one_by_one(function, items):
     return ((item, function(item)) for item in items)
 
 
+class HeldOut:
+    """The texts that a phase measures, by their hashes, and what measures them.
+
+    Texts are the same that differ in case and blanks alone. A record is held out if one
+    of its whole texts is held out, whole or as a part of what is, or if one of its parts
+    is a whole text that is. That two records have a part in common, as an answer to
+    different questions, is no reason. See `format.passages`.
+    """
+
+    def __init__(self):
+        self._wholes: dict[bytes, str] = {}
+        self._parts: dict[bytes, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._wholes)
+
+    def add(self, passages: format.Passages, holder: str) -> None:
+        """Holds out a record.
+
+        Args:
+          passages: of the record.
+          holder: which setting measures it, such as "eval.texts.NAME".
+        """
+        for keys, texts in zip((self._wholes, self._parts), passages, strict=True):
+            for text in texts:
+                keys.setdefault(clean.digest(text), holder)
+
+    def holder(self, passages: format.Passages) -> str:
+        """Which setting measures a record of these passages, or ''."""
+        for text in passages.wholes:
+            key = clean.digest(text)
+            if found := self._wholes.get(key) or self._parts.get(key):
+                return found
+        for text in passages.parts:
+            if found := self._wholes.get(clean.digest(text)):
+                return found
+        return ""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits: a hash of the texts; '' if there are none."""
+        if not self:
+            return ""
+        digest = hashlib.blake2b(digest_size=8)
+        for keys in (self._wholes, self._parts):
+            digest.update(b"".join(sorted(keys)) + b" ")
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a phase measures of its sources and of its `eval` entries.
+
+    Attributes:
+      records: place in the config, such as "sources.NAME" -> what is measured of it.
+      held_out: their texts, which no source trains on.
+    """
+
+    records: dict[str, list[sources.Record]]
+    held_out: HeldOut
+
+
+def measure(config: ml_collections.ConfigDict) -> Measured:
+    """Reads what a phase measures.
+
+    That is the `holdout` of each source, and of each of `eval.texts` and `eval.pairs` the
+    same, or all of it if it has none.
+
+    Raises:
+      InputError: see `Corpus.measured`.
+    """
+    measured = Measured({}, HeldOut())
+    for place, entry in config_lib.all_sources(config):
+        if place.startswith("eval.") or entry.holdout:
+            corpus = Corpus(config, entry, measured)
+            measured.records[place] = corpus.measured()
+            for record in measured.records[place]:
+                measured.held_out.add(corpus.passages(record), place)
+    return measured
+
+
+@dataclasses.dataclass
+class _Pass:
+    """What one pass over a source left out, and examples of it."""
+
+    left_out: collections.Counter
+    bad_record: InputError | None = None
+    holder: str = ""
+
+    def note(self, error: InputError) -> None:
+        self.left_out["bad_record"] += 1
+        self.bad_record = self.bad_record or error
+
+
 class Corpus:
     """The records of a source; each pass reads its files anew and keeps none of them.
 
     The holdout is chosen among all records, so it is the same whatever the format; then
     those that the format cannot use are left out, where the source says so, as are those
-    that cannot be read; then those that `config.clean` is against.
+    that cannot be read; then those whose text the phase measures, whichever source or
+    `eval` entry holds it out; then those that `config.clean` is against.
 
     Attributes:
       left_out: why -> how many records, of the last pass of `held_in` that came to its
-        end; "bad_record" or one of `clean.REASONS`.
+        end; "bad_record", "held_out" or one of `clean.REASONS`.
     """
 
     def __init__(
         self,
         config: ml_collections.ConfigDict,
         source: ml_collections.ConfigDict,
-        is_cleaned: bool = True,
+        measured: Measured | None = None,
     ):
         """Reads nothing.
 
         Args:
           config: a validated config.
           source: one of its sources or measured texts.
-          is_cleaned: by the rules of `config.clean`.
+          measured: what the phase measures; None: what `measure` makes of the config,
+            and the source's own holdout, are read when they are asked for.
         """
-        self._source = source
-        self._seed = config.seed
+        self._config, self._source = config, source
+        self._measured = measured
         self._clean = types.SimpleNamespace(**config.clean.to_dict())
-        self._is_cleaned = is_cleaned and clean.is_active(self._clean)
         self._exams = _exam_files(config)
         self._settings = (
             source.format,
@@ -64,10 +164,16 @@ class Corpus:
         self.left_out: dict[str, int] = {}
 
     @functools.cached_property
-    def _held_out(self) -> dict[bytes, sources.Record]:
-        return sources.held_out(
-            self._to_choose_from(), self._source.holdout, self._seed, self._source.path
+    def _chosen(self) -> list[sources.Record]:
+        source = self._source
+        chosen = sources.held_out(
+            self._to_choose_from(),
+            source.holdout,
+            self._config.seed,
+            source.path,
+            lambda record: format.said_in(record, *self._settings[:2]),
         )
+        return list(chosen.values())
 
     def _to_choose_from(self) -> Iterator[sources.Record]:
         # Whatever is wrong with the first, such as a field's name, is told before what
@@ -79,15 +185,40 @@ class Corpus:
                 is_first = False
             yield record
 
+    @functools.cached_property
+    def _held_out(self) -> HeldOut:
+        if self._measured is not None:
+            return self._measured.held_out
+        held_out = measure(self._config).held_out
+        for record in self.held_out:
+            held_out.add(self.passages(record), self._source.path)
+        return held_out
+
+    def passages(self, record: sources.Record) -> format.Passages:
+        """The texts of one of its records, see `format.passages`."""
+        return format.passages(record, *self._settings)
+
     @property
     def held_out(self) -> list[sources.Record]:
-        """Those that are measured instead.
+        """Its holdout.
 
         Raises:
           InputError: see `sources.read` and `sources.held_out`.
         """
-        records = self._held_out.values()
-        return [r for r in records if self._refuses or self._complaint(r) is None]
+        if self._refuses:
+            return self._chosen
+        return [r for r in self._chosen if self._complaint(r) is None]
+
+    def measured(self) -> list[sources.Record]:
+        """What is measured of it: its holdout, or all of it if it has none.
+
+        Raises:
+          InputError: see `held_out`; or no record is left.
+        """
+        if self._source.holdout:
+            return self.held_out
+        this_pass = _Pass(collections.Counter())
+        return list(self._told(self._usable(this_pass), this_pass))
 
     def held_in(self, in_order: InOrder = one_by_one) -> Iterator[sources.Record]:
         """One pass over those that are learnt.
@@ -99,32 +230,34 @@ class Corpus:
           InputError: see `sources.read`, `sources.held_out` and `format.plain_text`; or
             no record is left.
         """
-        left_out = collections.Counter()
-        examples: list[InputError] = []
+        this_pass = _Pass(collections.Counter())
+        records = self._not_held_out(this_pass)
+        if clean.is_active(self._clean):
+            records = self._cleaned(records, in_order, this_pass.left_out)
+        yield from self._told(records, this_pass)
+        self.left_out = dict(this_pass.left_out)
 
-        def note(error: InputError) -> None:
-            left_out["bad_record"] += 1
-            if not examples:
-                examples.append(error)
-
-        records = self._usable(note)
+    def _told(
+        self, records: Iterator[sources.Record], this_pass: _Pass
+    ) -> Iterator[sources.Record]:
+        """The same, at whose end it is told what was left out."""
         is_empty = True
-        if self._is_cleaned:
-            records = self._cleaned(records, in_order, left_out)
         for record in records:
             is_empty = False
             yield record
-        if examples:
+        left_out, bad = this_pass.left_out, this_pass.bad_record
+        if bad:
             logging.warning(
                 "%s: skipped %d bad records or ends of damaged files, such as %s",
                 self._source.path,
                 left_out["bad_record"],
-                examples[0],
+                bad,
             )
-        self.left_out = dict(left_out)
         if is_empty and left_out:
             reasons = ", ".join(f"{n} {why}" for why, n in left_out.items())
-            such = f", such as {examples[0]}" if examples else ""
+            such = f", such as {bad}" if bad else ""
+            if this_pass.holder:
+                such += f"; {this_pass.holder} measures the same texts"
             raise InputError(
                 f"{self._source.path}: no record is left; left out are {reasons}{such}"
             )
@@ -138,16 +271,25 @@ class Corpus:
         records = sources.read(source.path, source.reader, source.split, on_bad)
         return itertools.islice(records, source.max_records or None)
 
-    def _usable(self, note: readers.OnBad) -> Iterator[sources.Record]:
-        held_out = self._held_out
-        for record in self._read(None if self._refuses else note):
-            if held_out and sources.content_key(record, self._seed) in held_out:
-                continue
-            complaint = None if self._refuses else self._complaint(record)
+    def _usable(self, this_pass: _Pass) -> Iterator[sources.Record]:
+        if self._refuses:
+            yield from self._read(None)
+            return
+        for record in self._read(this_pass.note):
+            complaint = self._complaint(record)
             if complaint is None:
                 yield record
             else:
-                note(complaint)
+                this_pass.note(complaint)
+
+    def _not_held_out(self, this_pass: _Pass) -> Iterator[sources.Record]:
+        held_out = self._held_out
+        for record in self._usable(this_pass):
+            if held_out and (holder := held_out.holder(self.passages(record))):
+                this_pass.left_out["held_out"] += 1
+                this_pass.holder = holder
+            else:
+                yield record
 
     def _complaint(self, record: sources.Record) -> InputError | None:
         try:
@@ -173,6 +315,7 @@ def identity(
     source: ml_collections.ConfigDict,
     tokenizer: Any,
     files: dict[str, str],
+    held_out: HeldOut,
 ) -> dict[str, Any]:
     """All that the tokens of a source come from, plain enough for JSON.
 
@@ -180,6 +323,7 @@ def identity(
       config, source: as for `Corpus`.
       tokenizer: has a `fingerprint`.
       files: `sources.hashes` of the source. Their names do not count.
+      held_out: the texts that the phase measures.
     """
     settings = config.clean.to_dict()
     exam_hashes = [
@@ -198,7 +342,7 @@ def identity(
         "preference_side": source.preference_side,
         "max_records": source.max_records,
         "on_bad_record": source.on_bad_record,
-        "holdout": [source.holdout, config.seed] if source.holdout else 0,
+        "holdout": held_out.fingerprint or 0,
         "clean": settings if clean.is_active(config.clean) else {},
         "exams": exam_hashes if settings["decontaminate"] else [],
     }

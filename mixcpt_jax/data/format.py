@@ -389,6 +389,89 @@ def plain_text(
     return SEPARATOR.join(said.texts)
 
 
+class Passages(NamedTuple):
+    """The texts that a record is or has, to tell whether another record has them too.
+
+    Attributes:
+      wholes: what is written in it, the system's message apart and not: a document, a
+        cloze with its target, a question with its answer, a conversation; of a pair the
+        prompt with each answer.
+      parts: what the loss is on by itself: each answer alone, and a conversation up to
+        each answer but the last.
+    """
+
+    wholes: list[str]
+    parts: list[str]
+
+
+def passages(
+    record: Record,
+    format: str,
+    fields: Mapping[str, str] | None = None,
+    preference_side: str = "chosen",
+) -> Passages:
+    """The texts of a record, in which its format leaves no trace.
+
+    So an instruction has the same as a conversation or a preference that says the same.
+
+    Raises:
+      InputError: see `encode`.
+    """
+    fields = dict(fields or {})
+    _check_settings(format, fields, preference_side)
+    parts = _read(record, format, fields, preference_side).parts
+    match format:
+        case "document" | "cloze":
+            return Passages(["".join(parts)], [])
+        case "chat":
+            prompt, answers = [], [parts]
+        case "chat_preference":
+            prompt, *answers = parts
+        case _:
+            prompt, texts = parts
+            texts = [texts] if isinstance(texts, str) else texts
+            answers = [[{"role": "assistant", "content": text}] for text in texts]
+    found = [_passages_of([*prompt, *answer], len(prompt)) for answer in answers]
+    return Passages(
+        [text for passages in found for text in passages.wholes],
+        [text for passages in found for text in passages.parts],
+    )
+
+
+def _passages_of(messages: list[dict[str, Any]], first: int) -> Passages:
+    """The passages of a conversation that is trained on from message `first` on."""
+    wholes, parts = [], []
+    for spoken in (messages, [m for m in messages if m["role"] != "system"]):
+        contents = _contents(spoken)
+        wholes.append(SEPARATOR.join(contents))
+        begin = first - (len(messages) - len(spoken))
+        for number, message in enumerate(spoken):
+            if number >= begin and fields_lib.is_loss_turn(message):
+                parts.append(message["content"])
+                parts.append(SEPARATOR.join(contents[: number + 1]))
+    return Passages(wholes, [part for part in parts if part not in wholes])
+
+
+def said_in(
+    record: Record, format: str, fields: Mapping[str, str] | None = None
+) -> str:
+    """What stands in the fields that a format and its kin read, whatever its shape.
+
+    It is the same for 'instruction' and 'chat', and for 'preference' and
+    'chat_preference', and empty where none of the fields is there.
+    """
+    kin = {"instruction": "chat", "preference": "chat_preference"}
+    texts = []
+    for name in FIELDS[kin.get(format, format)]:
+        value = record.fields.get((fields or {}).get(name, name))
+        if isinstance(value, list):
+            contents = [m.get("content") if isinstance(m, dict) else m for m in value]
+            value = SEPARATOR.join(map(str, contents))
+        if value:
+            texts.append(str(value))
+    return SEPARATOR.join(texts)
+
+
 def encode_answer(
     prompt: list[dict[str, str]], answer: list[dict[str, str]], tokenizer, place: str
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -98,24 +98,20 @@ def load(
     is_training = config.job == "train"
     asked = {exam.source for exam in config.eval.exams.values()}
     corpora, texts, pairs, files = {}, {}, {}, {}
+    kept_out = corpus_lib.measure(config)
     for name, source in config.sources.items():
         if (is_training and source.weight) or source.holdout or name in asked:
-            corpora[name] = Corpus(config, source)
+            corpora[name] = Corpus(config, source, kept_out)
             files[name] = sources.hashes(source.path, source.reader, source.split)
-            if source.holdout:
-                is_pair = source.format == "chat_preference"
-                rows = measured(name, corpora[name].held_out, source)
-                (pairs if is_pair else texts)[name] = rows
-    for name, source in config.eval.texts.items():
-        texts[name] = measured(name, _measured(config, source), source)
-        files[f"eval.texts.{name}"] = sources.hashes(
-            source.path, source.reader, source.split
-        )
-    for name, source in config.eval.pairs.items():
-        pairs[name] = measured(name, _measured(config, source), source)
-        files[f"eval.pairs.{name}"] = sources.hashes(
-            source.path, source.reader, source.split
-        )
+    for place, source in config_lib.all_sources(config):
+        if place not in kept_out.records:
+            continue
+        name = place.rpartition(".")[2]
+        is_pair = source.format == "chat_preference"
+        rows = measured(name, kept_out.records[place], source)
+        (pairs if is_pair else texts)[name] = rows
+        if place.startswith("eval."):
+            files[place] = sources.hashes(source.path, source.reader, source.split)
     for name, exam in config.eval.exams.items():
         if exam.path:
             files[f"eval.exams.{name}"] = sources.hashes(
@@ -144,7 +140,9 @@ def load(
         name: config_lib.objective_weights(config, name) for name in config.sources
     }
     if is_training:
-        packed, notes = _pack(config, corpora, files, objectives, tokenizer)
+        packed, notes = _pack(
+            config, corpora, kept_out.held_out, files, objectives, tokenizer
+        )
         num_steps = _num_steps(config, packed)
         rows = mixture.describe(packed, num_steps * config.data.batch_size)
         report = [row | note for row, note in zip(rows, notes, strict=True)]
@@ -199,7 +197,7 @@ def made_up(config: ml_collections.ConfigDict, form: Form | None = None) -> Data
     return Data(packed, objectives, {}, {}, {}, [], {}, [], config.train.num_steps or 1)
 
 
-def _pack(config, corpora, files, objectives, tokenizer):
+def _pack(config, corpora, held_out, files, objectives, tokenizer):
     """The training stream's sources, and of each what the report says besides."""
     used, notes = [], []
     for name, source in config.sources.items():
@@ -207,7 +205,7 @@ def _pack(config, corpora, files, objectives, tokenizer):
         examples, places, note = format.Examples.collect([]), [], Tally().counts()
         if source.weight:
             examples, places, note = _examples(
-                config, name, corpora[name], files[name], tokenizer
+                config, name, corpora[name], held_out, files[name], tokenizer
             )
         examples, cut = mixture.fit(
             examples,
@@ -221,7 +219,8 @@ def _pack(config, corpora, files, objectives, tokenizer):
                 f"sources.{name}: all of its {cut['dropped']} samples are longer than "
                 f"data.row_length={config.data.row_length} and dropped; make it larger"
             )
-        notes.append({"held_out": source.holdout} | note | cut)
+        held_out_here = note["left_out"].get("held_out", 0)
+        notes.append({"held_out": held_out_here} | note | cut)
         scale = 1.0
         if config.data.temperature:
             scale = max(examples.num_learnt, 1) ** (1 / config.data.temperature)
@@ -253,6 +252,7 @@ def _examples(
     config: ml_collections.ConfigDict,
     name: str,
     corpus: Corpus,
+    held_out: corpus_lib.HeldOut,
     files: dict[str, str],
     tokenizer: Any,
 ) -> tuple[format.Examples | prepared.PreparedExamples, list[str], dict[str, Any]]:
@@ -273,7 +273,7 @@ def _examples(
         manifest = prepared.read_manifest(folder)
         part = None
         if manifest is not None:
-            key = corpus_lib.identity(config, source, tokenizer, files)
+            key = corpus_lib.identity(config, source, tokenizer, files, held_out)
             part = prepared.difference(manifest, key)
         if manifest is not None and part is None:
             examples = prepared.PreparedExamples(folder, manifest)
@@ -405,12 +405,6 @@ def hashes(rows_by_name: Mapping[str, mixture.PackedRows]) -> dict[str, str]:
     return {
         name: rows.source.examples.fingerprint for name, rows in rows_by_name.items()
     }
-
-
-def _measured(config, source) -> list[sources.Record]:
-    """Of a source with a holdout that part, else all of it."""
-    corpus = Corpus(config, source, is_cleaned=False)
-    return corpus.held_out if source.holdout else list(corpus.held_in())
 
 
 def _encode(records, source, tokenizer, tally: Tally | None = None) -> format.Examples:

@@ -44,15 +44,17 @@ def prepare(
     Raises:
       InputError: see `sources.read` and `format.encode`; or nothing can be written.
     """
+    measured = corpus_lib.measure(config)
     with _pool(num_workers) as in_order:
         for name, source in config.sources.items():
             if source.weight:
-                _prepare_source(config, name, tokenizer, in_order, shard_size)
+                _prepare_source(config, name, measured, tokenizer, in_order, shard_size)
 
 
 def _prepare_source(
     config: ml_collections.ConfigDict,
     name: str,
+    measured: corpus_lib.Measured,
     tokenizer: Any,
     in_order: corpus_lib.InOrder,
     shard_size: int,
@@ -60,7 +62,7 @@ def _prepare_source(
     source = config.sources[name]
     folder = prepared.folder_of(config.data.prepared, name)
     hashes = sources.hashes(source.path, source.reader, source.split)
-    key = corpus_lib.identity(config, source, tokenizer, hashes)
+    key = corpus_lib.identity(config, source, tokenizer, hashes, measured.held_out)
     with contextlib.suppress(InputError):  # a damaged manifest is as good as none
         manifest = prepared.read_manifest(folder)
         if (
@@ -72,10 +74,12 @@ def _prepare_source(
             return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / prepared.MANIFEST).unlink(missing_ok=True)
-    corpus = corpus_lib.Corpus(config, source)
+    corpus = corpus_lib.Corpus(config, source, measured)
     settings = source.format, source.fields.to_dict(), source.preference_side
     settings = *settings, source.on_bad_record
-    make = functools.partial(_make_shard, folder, key, settings, tokenizer)
+    # What is held out tells which records there are, and of a shard the records are known.
+    same = {name: value for name, value in key.items() if name != "holdout"}
+    make = functools.partial(_make_shard, folder, same, settings, tokenizer)
     groups = _groups(corpus.held_in(in_order), shard_size)
     shards, num_kept, tally = [], 0, Tally()
     for _, (entry, is_new) in in_order(make, enumerate(groups)):

@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 
 from mixcpt_jax import paths
-from mixcpt_jax.data import docstrings, readers
+from mixcpt_jax.data import clean, docstrings, readers
 from mixcpt_jax.data.readers import OnBad, Record
 from mixcpt_jax.errors import InputError
 
@@ -113,20 +113,33 @@ def _file_hash(file: epath.Path) -> str:
     return paths.hash_of(file)
 
 
-def held_out(
-    records: Iterable[Record], num_records: int, seed: int, where: str = "source"
-) -> dict[bytes, Record]:
-    """Chooses the records that are kept for evaluation; key of the content -> record.
+def said(record: Record) -> str:
+    """A record's `text`, or else all of its fields but `id`."""
+    if isinstance(text := record.fields.get("text"), str):
+        return text
+    fields = {name: value for name, value in record.fields.items() if name != "id"}
+    return json.dumps(fields, sort_keys=True, default=str)
 
-    The choice goes by a hash of the content, so it does not depend on the order of the
-    records and hardly on what else is in the source. Whoever learns from the source
-    leaves out every record whose `content_key` is among these, and so exact copies.
+
+def held_out(
+    records: Iterable[Record],
+    num_records: int,
+    seed: int,
+    where: str = "source",
+    text_of: Callable[[Record], str] = said,
+) -> dict[bytes, Record]:
+    """Chooses the records that are kept for evaluation; `content_key` -> record.
+
+    The choice goes by a hash of the text, so it does not depend on the order of the
+    records and hardly on what else is in the source. A record without text is not
+    chosen, and of records with one text one is.
 
     Args:
       records: read once; no more than `num_records` are kept in memory.
       num_records: how many; 0: none.
       seed: of the choice.
       where: the records are from, for the error.
+      text_of: what a record says; where it is from is no part of it.
 
     Raises:
       InputError: there are not more than `num_records` distinct records.
@@ -137,8 +150,12 @@ def held_out(
     largest: list[int] = []  # a heap of the chosen keys as negative numbers
     are_more = False
     for record in records:
-        key = content_key(record, seed)
+        text = text_of(record)
+        if not text:
+            continue
+        key = content_key(record, seed, text)
         if key in chosen:
+            chosen[key] = min(chosen[key], record, key=_spelling)
             continue
         chosen[key] = record
         heapq.heappush(largest, -int.from_bytes(key))
@@ -154,14 +171,15 @@ def held_out(
     return chosen
 
 
-def content_key(record: Record, seed: int) -> bytes:
-    """A hash of what a record says; of where it is from it knows nothing."""
-    # An id says where a text came from, which is no part of what it says.
-    fields = {name: value for name, value in record.fields.items() if name != "id"}
-    content = json.dumps(fields, sort_keys=True, default=str)
-    return hashlib.blake2b(
-        f"{seed} {content}".encode(), digest_size=_KEY_BYTES
-    ).digest()
+def content_key(record: Record, seed: int, text: str | None = None) -> bytes:
+    """A hash of a record's text but for case and blanks; None: what it `said`."""
+    digest = hashlib.blake2b(f"{seed} ".encode(), digest_size=_KEY_BYTES)
+    digest.update(clean.digest(said(record) if text is None else text))
+    return digest.digest()
+
+
+def _spelling(record: Record) -> str:
+    return json.dumps(record.fields, sort_keys=True, default=str)
 
 
 def _read_parts(parts: list[_Part], path: str, on_bad: OnBad) -> Iterator[Record]:
