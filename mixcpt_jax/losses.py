@@ -5,9 +5,8 @@ logits `[..., V]` and integer targets `[...]` and return one loss per position, 
 training uses `fused`, which computes the same numbers without holding the logits of a
 whole batch. `preference_loss` takes the log-probabilities of whole answers.
 
-Notation of the Mix-CPT paper (arXiv 2407.10804): teacher logits `t`, student logits
-`s`, gold token `y`, `a = argmax t` with the lowest index winning a tie,
-`p = softmax(t)`, `q = softmax(s)`.
+Notation: teacher logits `t`, student logits `s`, gold token `y`, `a = argmax t` with the
+lowest index winning a tie, `p = softmax(t)`, `q = softmax(s)`.
 """
 
 import jax
@@ -184,7 +183,7 @@ def preference_loss(
         is tau). The log-probabilities are per-token means, as in TRL, and the caller
         passes them so; nothing is divided here.
 
-    For `sigmoid` sums over an answer's tokens are the paper's loss. Means give its
+    For `sigmoid` sums over an answer's tokens are the DPO paper's loss. Means give its
     length-normalised variant (TRL's `sigmoid_norm`), and means with references of 0 are
     SimPO's loss (Meng et al., arXiv 2405.14734) without its target margin gamma.
 

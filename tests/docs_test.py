@@ -23,6 +23,8 @@ import bucket
 import pytest
 import yaml
 
+from mixcpt_jax import config as config_lib
+
 PROJECT = pathlib.Path(__file__).parent.parent
 DOCS = PROJECT / "docs"
 SHARED = PROJECT / "../shared/data"
@@ -333,6 +335,33 @@ def messages():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_pages_state_the_default_objective():
+    objective = config_lib.default().objective
+    ntp, lssd = objective.ntp_weight, objective.lssd_weight
+    stated = {
+        "README.md": f"{ntp:g} NTP + {lssd:g} LSSD",
+        "docs/mixture.md": f"`ntp_weight={ntp:g}` and `lssd_weight={lssd:g}`",
+        "docs/reference.md": f"`lssd_weight` (logit swap self-distillation, {lssd:g})",
+    }
+    for page, words in stated.items():
+        assert words in " ".join((PROJECT / page).read_text().split()), page
+
+
+# What no public source says of the paper: that LSSD alone is its objective, or that a
+# score of ours is the one of its equations.
+_UNFOUNDED = re.compile(r"papers?'s?[ ]own|equations?[ ]8\b", re.IGNORECASE)
+
+
+def test_nothing_unfounded_is_said_of_the_paper():
+    for suffix in ("md", "py", "ipynb", "html", "toml"):
+        for file in PROJECT.rglob(f"*.{suffix}"):
+            parts = file.relative_to(PROJECT).parts
+            if parts[0] in ("runs", "shared") or any(p.startswith(".") for p in parts):
+                continue
+            text = " ".join(file.read_text().split())
+            assert not _UNFOUNDED.search(text), file
 
 
 def test_troubleshooting_has_every_message(messages):

@@ -1,4 +1,4 @@
-"""SmolLM2-135M reads a book of anatomy, then learns to answer: all of Mix-CPT, small.
+"""SmolLM2-135M reads a book of anatomy: all phases of Mix-CPT, with LSSD alone, small.
 
     python -m mixcpt_jax.main --config=experiments/anatomy/config.py:../shared/data \\
         --workdir=runs/anatomy

@@ -247,12 +247,13 @@ def scores(
     """The score of each candidate, float64 [C].
 
     'perplexity': of the response after the plain prompt, per token; the lowest are
-    selected. 'format_alignment': NLL per token of the response in the chat template over
-    that after the plain prompt; the highest are selected, which know the content but not
-    the format. That is our reading of Mix-CPT's format alignment score (ICLR 2025,
-    equations 8 and 9), which we could not compare with the paper's. Both NLLs are taken
-    to be 0.001 nats at least, so that the ratio of two certainties is 1. 'random': a
-    hash of seed and content, uniform in [0, 1); the lowest are selected.
+    selected. 'format_alignment': NLL per token of the response in the chat template,
+    divided by its NLL per token after the plain prompt; the highest are selected: the
+    model knows the content and not the format. This ratio is our own choice, after a
+    proposal in the public reviews of the Mix-CPT paper; the paper has a score of this
+    name, whose form we do not know. NLLs below 0.001 nats count as 0.001, so that the
+    ratio of two certainties is 1. 'random': a hash of seed and content, uniform in
+    [0, 1); the lowest are selected.
 
     Raises:
       InputError: an unknown method, or scores that it needs are missing; a perplexity
