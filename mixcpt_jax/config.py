@@ -260,8 +260,11 @@ def default() -> ml_collections.ConfigDict:
     config.sources = ml_collections.ConfigDict()
     config.data = ml_collections.ConfigDict(
         {
-            "row_length": 2048,  # tokens per row
-            "batch_size": 8,  # rows per step over all devices
+            # Tokens per row, and rows per step over all devices. With a batch_size of 0 it,
+            # optimizer.accumulation_steps and eval.batch_size, and a row_length of 0, are
+            # chosen from the corpus and the memory of a device, see `sizing`.
+            "row_length": 2048,
+            "batch_size": 8,
             # split: all of a source end to end, cut into full rows; best_fit and first_fit
             # keep whole what fits a row, and leave a little padding. by_format: split for
             # documents, best_fit for all others, whose answers mean little without their

@@ -155,6 +155,10 @@ def phase_configs(
     """Phase -> its config; of a config without phases, the workdir's name -> itself."""
     from mixcpt_jax import config as config_lib
 
+    if config.data.batch_size == 0:
+        from mixcpt_jax import sizing
+
+        sizing.resolve(config, workdir)
     return {name: config_lib.for_phase(config, name) for name in config.phases} or {
         pathlib.PurePath(workdir).name: config
     }

@@ -36,6 +36,11 @@ from mixcpt_jax.chips import GIB
 from mixcpt_jax.data import pipeline
 from mixcpt_jax.errors import InputError
 
+# Of `step_memory`: keys that a query's scores are kept of at a time, and tokens whose
+# logits are.
+_SCORES_PER_ROW = 512
+_LOGITS_OF = 1024
+
 # The work of splash attention's kernels, in products over the blocks that are visited:
 # scores and values going forwards; scores, their gradient and the queries' going back;
 # scores, their gradient, the values' and the keys' going back.
@@ -310,18 +315,26 @@ def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
 
 
 def _kept_activations(step: Step) -> int:
-    """Bytes of a chip that wait for the backward pass: see `model.REMAT_POLICIES`.
+    """Bytes of a chip that wait for the backward pass: see `model.REMAT_POLICIES`."""
+    config, mesh = step.phase.config, step.phase.mesh
+    rows = config.data.batch_size // config.optimizer.accumulation_steps
+    tokens = rows * config.data.row_length // mesh.shape["data"] // mesh.shape["fsdp"]
+    return activations_kept(config, step.phase.model_config, tokens)
+
+
+def activations_kept(
+    config: ml_collections.ConfigDict, model_config: model.ModelConfig, tokens: int
+) -> int:
+    """Bytes that so many tokens of a device leave for the backward pass.
 
     Of each layer its input, and under "dots" the output of each projection. Under "none"
     more, as the compiler likes.
     """
-    c, config, mesh = step.phase.model_config, step.phase.config, step.phase.mesh
+    c = model_config
     heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_size
     width = c.hidden_size
     if config.model.remat != "full":
         width += heads + 2 * c.hidden_size + 2 * c.mlp_size
-    rows = config.data.batch_size // config.optimizer.accumulation_steps
-    tokens = rows * config.data.row_length // mesh.shape["data"] // mesh.shape["fsdp"]
     return (
         tokens * c.num_layers * width * jnp.dtype(config.model.compute_dtype).itemsize
     )
@@ -529,6 +542,47 @@ def least_memory(
     if not config.lora.rank:
         trained = size[settings.param_dtype] + 2 * size[config.optimizer.moments_dtype]
     return number * (trained + frozen) / (config.mesh.fsdp * config.mesh.tensor)
+
+
+def step_memory(
+    config: ml_collections.ConfigDict,
+    model_config: model.ModelConfig,
+    mesh: tuple[int, int, int],
+    rows: int,
+    row_length: int,
+) -> float:
+    """Bytes of a device that a training step takes, by formula: about, and rather too many.
+
+    Weights, moments, the frozen model and gradients; of each layer its input and what
+    rematerialisation keeps; four times what one layer computes, and, where devices share
+    the weights, four times those of a layer; the head's logits and two float32 copies of
+    its part of the unembedding.
+
+    Args:
+      config, model_config: of the phase.
+      mesh: sizes of the axes data, fsdp and tensor.
+      rows: that a device takes at a time.
+      row_length: their tokens.
+    """
+    c, settings = model_config, config.model
+    _, fsdp, tensor = mesh
+    sized = _with(config, mesh={"fsdp": fsdp, "tensor": tensor})
+    number = sum(x.size for x in jax.tree.leaves(model.abstract_params(c)))
+    gradients = 0 if config.lora.rank else 4 * number / (fsdp * tensor)
+    tokens, itemsize = rows * row_length, jnp.dtype(settings.compute_dtype).itemsize
+    heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_size
+    layer = tokens * (heads + 4 * c.hidden_size + 3 * c.mlp_size) / tensor
+    scores = rows * c.num_heads * row_length * min(row_length, _SCORES_PER_ROW) / tensor
+    columns = c.vocab_size / tensor
+    if config.head.vocab_parallel:
+        columns /= fsdp
+    gathered = 4 * number / c.num_layers / tensor if fsdp > 1 else 0
+    logits = 3 * _LOGITS_OF * columns
+    unembedding = 2 * columns * c.hidden_size
+    kept = activations_kept(config, c, tokens)
+    working = itemsize * (4 * layer + gathered)
+    working += 4 * (scores + logits + unembedding)
+    return least_memory(sized, c) + gradients + kept + working
 
 
 def _microbatches(config, mesh: dict[str, int]) -> Iterator[int]:

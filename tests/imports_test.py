@@ -71,9 +71,13 @@ ALLOWED = {
         "model", "optim", "phase", "preemption", "reference", "sharding", "steps",
         "teacher", "watchdog",
     },
+    "sizing": {
+        "chips", "config", "data", "model", "planning", "sharding", "terminal",
+        "tokenizer", "weights",
+    },
     "main": {
         "command", "config", "export", "hosts", "measures", "phase", "report", "select",
-        "terminal", "train",
+        "sizing", "terminal", "train",
     },
     "data": {"config", "data"},
     # A command that lies with what it makes.

@@ -1,0 +1,126 @@
+"""A run that is sized by its corpus and its devices."""
+
+import itertools
+import json
+import runpy
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from mixcpt_jax import config as config_lib
+from mixcpt_jax import main, planning, sharding, sizing, weights
+from mixcpt_jax.chips import GIB
+from mixcpt_jax.errors import InputError
+
+MODELS = {
+    name: f"package:mixcpt_jax/assets/architectures/{name}.json"
+    for name in ("smollm2_135m", "llama32_1b", "llama3_8b")
+}
+
+
+def choose(name, num_tokens, mesh, gib, **settings):
+    config = config_lib.default()
+    config.data.row_length = 0
+    config.update_from_flattened_dict(settings)
+    architecture = weights.read_model_config(MODELS[name])
+    return sizing.choose(config, architecture, num_tokens, mesh, gib * GIB)
+
+
+@hypothesis.given(
+    st.sampled_from(list(MODELS)),
+    st.floats(0, 1e12),
+    st.tuples(*[st.sampled_from([1, 2, 8])] * 3),
+    st.floats(1, 200),
+)
+@hypothesis.settings(deadline=None, max_examples=60)
+def test_what_is_chosen_fits_and_divides(name, num_tokens, mesh, gib):
+    config, architecture = config_lib.default(), weights.read_model_config(MODELS[name])
+    least = planning.step_memory(config, architecture, mesh, 1, 256)
+    if least > sizing.USABLE * gib * GIB:
+        with pytest.raises(InputError, match="of one row of 256 tokens takes"):
+            choose(name, num_tokens, mesh, gib)
+        return
+    found = choose(name, num_tokens, mesh, gib)
+    assert found.memory <= gib * GIB
+    assert 256 <= found.row_length <= 4096
+    sharers = mesh[0] * mesh[1]
+    at_once = found.batch_size // found.accumulation_steps
+    assert found.batch_size == at_once * found.accumulation_steps
+    assert at_once % sharers == found.eval_batch_size % sharers == 0
+    tokens = found.batch_size * found.row_length
+    assert tokens <= 262_144 or found.batch_size == sharers
+    more = choose(name, num_tokens, mesh, 2 * gib)
+    assert more.accumulation_steps <= found.accumulation_steps or (
+        more.row_length > found.row_length
+    )
+
+
+def test_a_corpus_of_ten_times_the_size_takes_some_three_times_the_steps():
+    sizes = [
+        choose("smollm2_135m", n, (1, 1, 1), 1000) for n in 10.0 ** np.arange(5, 9)
+    ]
+    steps = [
+        n / (s.batch_size * s.row_length)
+        for n, s in zip(10.0 ** np.arange(5, 9), sizes, strict=True)
+    ]
+    assert 30 < steps[0] < 100
+    assert all(1.5 < b / a < 6.4 for a, b in itertools.pairwise(steps))
+
+
+def test_a_row_length_of_the_user_stays():
+    found = choose("smollm2_135m", 1e7, (1, 1, 1), 100, **{"data.row_length": 768})
+    assert found.row_length == 768
+    with pytest.raises(InputError, match="one row of 768 .*set lora.rank=16"):
+        choose("llama3_8b", 1e7, (1, 1, 1), 20, **{"data.row_length": 768})
+
+
+@pytest.fixture
+def auto(project, tiny_model, tmp_path):
+    """`configs/mixcpt.py:auto` on twenty texts."""
+    (tmp_path / "text").mkdir()
+    for i in range(90):
+        words = " ".join(f"word {i * j % 97}" for j in range(60))
+        (tmp_path / "text" / f"{i}.txt").write_text(f"Text {i}. {words}")
+    config = runpy.run_path(f"{project}/configs/mixcpt.py")["get_config"]("auto")
+    config.model.path = tiny_model
+    config.sources.domain.path = str(tmp_path / "text")
+    config.mesh.data = 8  # whatever the devices of the tests
+    return config
+
+
+def test_a_run_is_sized_whole_and_keeps_its_sizes(auto, tmp_path, monkeypatch, capsys):
+    phases = main.phase_configs(auto, str(tmp_path / "run"))
+    assert "rows of 256 tokens a step, of about" in capsys.readouterr().err
+    for phase in phases.values():
+        config_lib.validate(phase, jax.device_count())
+        assert phase.data.row_length == phase.eval.row_length == 256
+    folder = tmp_path / "run" / "cpt"
+    folder.mkdir(parents=True)
+    stored = phases["cpt"].to_dict()
+    stored["data"]["batch_size"], stored["eval"]["batch_size"] = 48, 24
+    (folder / "config.json").write_text(json.dumps(stored))
+    again = config_lib.default()
+    again.update(
+        model={"path": "nowhere"}, data={"batch_size": 0, "row_length": 0},
+        eval={"batch_size": 0},
+    )  # fmt: skip
+    again.phases = ("cpt",)
+    found = main.phase_configs(again, str(tmp_path / "run"))["cpt"]
+    assert (found.data.batch_size, found.eval.batch_size) == (48, 24)
+
+
+def test_the_formula_is_not_far_below_the_compiler(tiny_config, tiny_model):
+    config = tiny_config
+    config.mesh.fsdp = config.mesh.data = config.mesh.tensor = 1
+    config.data.batch_size, config.data.row_length = 16, 256
+    config.model.remat = "full"
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    step = planning.compile_step(config, mesh)
+    analysis = step.compiled.memory_analysis()
+    needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    architecture = weights.read_model_config(tiny_model)
+    found = planning.step_memory(config, architecture, (1, 1, 1), 16, 256)
+    assert needed < found < 4 * needed
