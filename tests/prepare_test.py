@@ -138,14 +138,17 @@ def test_ranges_are_read_across_blocks_and_shards(config, monkeypatch):
 
 def test_what_is_cleaned_away_is_counted(config, tmp_path):
     file = tmp_path / "texts.jsonl"
-    texts = ["a b c d e f g"] * 3 + ["other words than those"]
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    texts = ["a b c d e f g"] * 3 + ["other words than those</s>"]
+    lines = [{"text": text, "url": "u"} for text in texts]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config.sources = {"domain": config_lib.source(path=str(file))}
     config.clean.exact_duplicates = True
+    config.data.max_epochs = 0
     make(config)
     for settings in (config, on_the_fly(config)):
         (row,) = load(settings).report
         assert row["left_out"] == {"duplicate": 2}
+        assert (row["unread"], row["spelt"]) == ({"url": 2}, {"</s>": 1})
         assert row["documents"] == 2
     assert_same(stream(config, 3), stream(on_the_fly(config), 3))
 
