@@ -491,6 +491,24 @@ def encode_answer(
     return np.array(ids, np.int32), np.array(mask, bool)
 
 
+def encode_response(
+    prompt: list[dict[str, Any]], response: str, tokenizer, place: str
+) -> tuple[list[int], str]:
+    """Encodes a conversation up to the end of the assistant's response.
+
+    Returns:
+      The tokens, and the response as the chat template writes it.
+
+    Raises:
+      InputError: the chat template cannot write it; begins with `place`.
+    """
+    messages = [*prompt, {"role": "assistant", "content": response}]
+    try:
+        return tokenizer.encode_response(messages)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
 def prompt_and_response(
     record: Record, format: str, fields: Mapping[str, str] | None = None
 ) -> tuple[list[dict[str, Any]], str]:

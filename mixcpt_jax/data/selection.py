@@ -10,9 +10,10 @@ Shapes: C candidates.
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,10 +56,12 @@ class Candidates:
 
     Attributes:
       records: [C].
-      plain: C examples: [BOS if the tokenizer adds it] + the plain prompt + the
-        response, whose tokens alone count.
-      chat: C examples: the same in the chat template. Again the response alone counts,
-        with blanks that the template writes around it, without the end of the turn.
+      plain: C examples: [BOS if the tokenizer adds it and the chat form begins with it]
+        + the plain prompt + the response, as the chat template writes it. Its tokens
+        alone count, and of them those that the chat form has too.
+      chat: C examples: the same in the chat template. The same tokens count: not the
+        template's, such as an empty `<think>` block or the end of the turn, nor a first
+        word that blanks of the template make other tokens of.
       digests: a hash of each one's normalised text, [C], all different.
       filtered: reason why records were left out -> how many.
     """
@@ -157,13 +160,13 @@ def candidates(
       records: see `sources.read`; they are read once.
       format: what they are in continual pre-training: 'instruction', 'preference' or
         'chat'; see `format.prompt_and_response`.
-      tokenizer: has `encode_batch`, `encode_chat`, `model.encode_next`, `add_bos` and
-        `bos_id`.
+      tokenizer: has `encode_batch`, `encode_chat`, `encode_response`,
+        `model.encode_next`, `add_bos` and `bos_id`.
       fields: our field name -> the source's name for it, where they differ.
       max_tokens, min_tokens: bounds of the chat form's length, inclusive; of a
         preference, of the longer side's.
-      min_response_tokens: of the response alone. Ratios of one or two tokens' NLLs are
-        mostly noise, and extreme ones.
+      min_response_tokens: of the response, those that count. Ratios of one or two tokens'
+        NLLs are mostly noise, and extreme ones.
       on_bad_record: 'refuse' or 'skip'.
       max_candidates: how many remain at most, those that 'random' with this `seed` would
         select first; 0: no limit.
@@ -183,29 +186,33 @@ def candidates(
             prompt, response = format_lib.prompt_and_response(record, format, fields)
             if format != "preference":
                 answer = [{"role": "assistant", "content": response}]
-                ids, mask = format_lib.encode_answer(
+                ids, _ = format_lib.encode_answer(
                     prompt, answer, tokenizer, record.place
                 )
                 length = len(ids)
             elif _prefers(record, response, fields or {}):
                 pair = format_lib.chat_pair(record, tokenizer, fields)
-                ids, mask = pair.chosen, pair.chosen_mask
+                ids = pair.chosen
                 length = max(len(pair.chosen), len(pair.rejected))
             else:
                 filtered["no_preference"] += 1
                 continue
+            opening, written = format_lib.encode_response(
+                prompt, response, tokenizer, record.place
+            )
         except InputError:
             if on_bad_record == "refuse":
                 raise
             filtered["unusable"] += 1
             continue
-        mask[np.flatnonzero(mask)[-1]] = False  # the end of the turn
+        answer_ids = tokenizer.model.encode_next(written, after_mark=False)
+        count = _num_shared(opening[::-1], answer_ids[::-1])
         question = "".join(
             message["content"] + format_lib.SEPARATOR
             for message in prompt
             if message["content"].strip()
         )
-        if mask.sum() < min_response_tokens:
+        if count < max(min_response_tokens, 1):
             filtered["short_response"] += 1
         elif length < min_tokens:
             filtered["too_short"] += 1
@@ -224,8 +231,11 @@ def candidates(
                 continue
             digests.append(findings.digest)
             kept.append(record)
-            texts.append((question, response))
-            chats.append((ids, mask))
+            begins_with_bos = tokenizer.add_bos and opening[0] == tokenizer.bos_id
+            texts.append((question, written, answer_ids, count, begins_with_bos))
+            # A template's blanks behind the response may be one token with its end.
+            is_prefix = list(ids[: len(opening)]) == opening
+            chats.append(_ending(ids if is_prefix else opening, len(opening), count))
     if not kept:
         raise InputError(
             f"no sample is left to select from; left out are {filtered}; widen the bounds"
@@ -403,20 +413,33 @@ def _prefers(record: Record, chosen: str, fields: Mapping[str, str]) -> bool:
     return not isinstance(rejected, str) or rejected.strip() not in ("", chosen.strip())
 
 
-def _encode_plain(texts: list[tuple[str, str]], tokenizer):
-    """Tokens and mask of the response of each (prompt, response)."""
-    start = [tokenizer.bos_id] if tokenizer.add_bos else []
-    wholes = tokenizer.encode_batch([prompt + response for prompt, response in texts])
-    for (prompt, response), whole in zip(texts, wholes, strict=True):
-        answer = tokenizer.model.encode_next(response, after_mark=False)
+def _encode_plain(texts: list[tuple[str, str, list[int], int, bool]], tokenizer):
+    """Tokens and mask of each (prompt, response, its tokens, how many count, BOS)."""
+    wholes = tokenizer.encode_batch(
+        [prompt + response for prompt, response, *_ in texts]
+    )
+    for (prompt, _, answer, count, bos), whole in zip(texts, wholes, strict=True):
         given = whole[: -len(answer)]
         # Continual pre-training cuts up the text as a whole, in which a blank line may
         # be other tokens than at the end of a prompt. Only where a token would reach
         # over the border is the prompt encoded by itself.
         if given + answer != whole:
             [given] = tokenizer.encode_batch([prompt])
-        given = start + given
-        yield given + answer, [False] * len(given) + [True] * len(answer)
+        tokens = [tokenizer.bos_id] * bos + given + answer
+        yield _ending(tokens, len(tokens), count)
+
+
+def _ending(ids: Sequence[int], stop: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and the mask of `count` of them before `stop`."""
+    mask = np.zeros(len(ids), bool)
+    mask[stop - count : stop] = True
+    return np.array(ids, np.int32), mask
+
+
+def _num_shared(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    pairs = zip(ids, others, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _per_token(candidates: Candidates, measured: Measured) -> dict[str, np.ndarray]:
