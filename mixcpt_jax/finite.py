@@ -20,7 +20,7 @@ class Broken(NamedTuple):
     Attributes:
       key: such as "layers/query".
       layer: of a parameter that is stacked over layers; else None.
-      largest: its largest magnitude before the cast.
+      largest: its largest magnitude.
     """
 
     key: str
@@ -33,14 +33,17 @@ class Broken(NamedTuple):
 
 
 def find_broken(params: Any, dtype: str | None = None) -> Broken | None:
-    """The first parameter that holds a NaN or an infinity; None if there is none.
+    """The first parameter with a NaN, an infinity or a value beyond a dtype's range.
 
     Every device reduces what it has of the parameters, once, in one program.
 
     Args:
       params: nested dict of arrays, sharded in any way. Those under "layers" have one
         tensor for each layer, on the first axis.
-      dtype: what they are cast to before; None: to nothing.
+      dtype: whose range counts; None: that of each parameter's own.
+
+    Returns:
+      None if there is none.
     """
     keys, leaves = [], []
     for path, leaf in jax.tree.leaves_with_path(params):
@@ -51,25 +54,25 @@ def find_broken(params: Any, dtype: str | None = None) -> Broken | None:
     stacked = tuple(key.startswith("layers/") for key in keys)
     where = leaves[0].sharding
     everywhere = NamedSharding(where.mesh, P()) if hasattr(where, "mesh") else None
-    survey = jax.jit(
-        functools.partial(_survey, stacked=stacked, dtype=dtype),
-        out_shardings=everywhere,
-    )
-    for key, is_stacked, (counts, largest) in zip(
-        keys, stacked, jax.device_get(survey(leaves)), strict=True
-    ):
-        for layer in np.flatnonzero(counts).tolist():
+    largest = jax.device_get(_make_survey(stacked, everywhere)(leaves))
+    for key, is_stacked, tops in zip(keys, stacked, largest, strict=True):
+        limit = float(jnp.finfo(dtype or tops.dtype).max)
+        # So written a NaN is above it, too.
+        above = ~(np.ravel(tops).astype(np.float64) <= limit)
+        for layer in np.flatnonzero(above).tolist():
             at = layer if is_stacked else None
-            return Broken(key, at, float(np.ravel(largest)[layer]))
+            return Broken(key, at, float(np.ravel(tops)[layer]))
     return None
 
 
-def _survey(leaves, stacked: tuple[bool, ...], dtype: str | None):
-    """Of each tensor: how many values are not finite, and the largest magnitude."""
-    found = []
-    for leaf, is_stacked in zip(leaves, stacked, strict=True):
-        axes = tuple(range(int(is_stacked), leaf.ndim))
-        cast = leaf if dtype is None else leaf.astype(dtype)
-        counts = jnp.sum(~jnp.isfinite(cast), axis=axes, dtype=jnp.int32)
-        found.append((counts, jnp.max(jnp.abs(leaf), axis=axes).astype(jnp.float32)))
-    return found
+@functools.cache
+def _make_survey(stacked: tuple[bool, ...], everywhere: NamedSharding | None):
+    """Of each tensor the largest magnitude, which a NaN makes NaN."""
+
+    def survey(leaves):
+        return [
+            jnp.max(jnp.abs(leaf), axis=tuple(range(int(is_stacked), leaf.ndim)))
+            for leaf, is_stacked in zip(leaves, stacked, strict=True)
+        ]
+
+    return jax.jit(survey, out_shardings=everywhere)
