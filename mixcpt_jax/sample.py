@@ -89,9 +89,11 @@ def _check_utf8(text: str, where: str) -> None:
 
 def _read_prompts(path: str, is_raw: bool) -> list[Any]:
     """Texts, or conversations."""
-    from mixcpt_jax.data import format, sources
+    from mixcpt_jax.data import format, sources, tally
 
-    conversations = [format.read_prompt(r) for r in sources.read(path, "jsonl")]
+    found = tally.Tally()
+    conversations = [format.read_prompt(r, found) for r in sources.read(path, "jsonl")]
+    found.warn(path)
     if not is_raw:
         return conversations
     for messages in conversations:

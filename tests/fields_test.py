@@ -221,16 +221,21 @@ def test_a_turn_of_weight_0_is_read_and_not_trained_on():
 
 
 def test_pairs_of_equal_answers_are_left_out_wherever_pairs_are_read(tmp_path):
-    file = tmp_path / "pairs.jsonl"
-    lines = [
-        {"prompt": f"Q{n}", "chosen": "yes", "rejected": "yes " if n % 3 == 0 else "no"}
-        for n in range(12)
-    ]
-    file.write_text("\n".join(map(json.dumps, lines)))
+    sources = {}
+    for name in ("trained", "measured"):
+        file = tmp_path / f"{name}.jsonl"
+        lines = [
+            {
+                "prompt": f"{name} {n}",
+                "chosen": "yes",
+                "rejected": ["no", "yes "][n % 3 == 0],
+            }
+            for n in range(12)
+        ]
+        file.write_text("\n".join(map(json.dumps, lines)))
+        sources[name] = config_lib.source(path=str(file), format="chat_preference")
     config = config_lib.default()
-    source = {"path": str(file), "format": "chat_preference"}
-    config.sources.dpo = config_lib.source(**source)
-    config.eval.pairs.all = config_lib.source(**source, split="")
+    config.sources.dpo, config.eval.pairs.all = sources.values()
     config.objective.kind, config.data.overlong = "preference", "truncate"
     config.data.row_length, config.data.batch_size = 64, 2
     config.train.num_steps = 1

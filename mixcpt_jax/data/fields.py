@@ -317,9 +317,7 @@ def prompt(reading: Reading) -> list[Message]:
         raise reading.fail(
             "field 'messages' ends with the assistant's message; end it with the user's"
         )
-    messages = _before(reading, messages)
-    reading.unread("chat", [])
-    return messages
+    return _before(reading, messages)
 
 
 def is_loss_turn(message: Mapping[str, Any]) -> bool:

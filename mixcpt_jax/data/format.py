@@ -164,7 +164,7 @@ def encode(
         'chat' `encode_chat`.
       fields: our field name -> the source's name for it, where they differ.
       preference_side: 'chosen', 'rejected', or 'both' for two examples a record.
-      tally: counts what is found; without it, that is logged.
+      tally: counts what is found; without it, what is left out or lost is logged.
       on_bad_record: 'refuse', or 'skip' to leave out and count what cannot be encoded.
 
     Raises:
@@ -186,7 +186,7 @@ def encode(
             examples = _tokenize(checked, tokenizer, ours)
     collected = Examples.collect(examples)
     if tally is None:
-        ours.warn("records")
+        ours.warn("records", ("left_out", "lost", "spelt"))
     return collected
 
 
@@ -552,15 +552,24 @@ def prompt_and_response(
     return prompt, response["content"]
 
 
-def read_prompt(record: Record) -> list[dict[str, Any]]:
+def read_prompt(record: Record, tally: Tally | None = None) -> list[dict[str, Any]]:
     """The conversation to answer: `messages`, or `prompt` as a user's message.
 
     A `system` message and a `history` come before it.
 
+    Args:
+      record: what is read.
+      tally: counts fields that are not read.
+
     Raises:
       InputError: neither is there, or it is malformed or ends with the assistant.
     """
-    return fields_lib.prompt(fields_lib.Reading(record))
+    reading = fields_lib.Reading(record)
+    messages = fields_lib.prompt(reading)
+    unread = reading.unread("chat", _contents(messages))
+    if tally is not None:
+        tally.leave_unread(unread, record.place)
+    return messages
 
 
 def _encode_chat(

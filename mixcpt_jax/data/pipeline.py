@@ -13,7 +13,6 @@ from absl import logging
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.data import corpus as corpus_lib
 from mixcpt_jax.data import docstrings, exams, format, mixture, prepared, sources
-from mixcpt_jax.data import tally as tally_lib
 from mixcpt_jax.data.corpus import Corpus
 from mixcpt_jax.data.tally import Tally
 from mixcpt_jax.data.taught import Form, TaughtRows
@@ -73,6 +72,9 @@ def load(
     def measured(name, records, source) -> mixture.PackedRows:
         tally = Tally(keeps_places=True)
         examples = _encode(records, source, tokenizer, tally)
+        tally.warn(name, ["lost", "spelt"])
+        for line in tally.lines(["unread"]):
+            logging.info("%s: %s", name, line)
         group = len(examples) // max(len(tally.places), 1)
         whole, fitting = mixture.of_context(examples, max_positions, group)
         places = [tally.places[number] for number in fitting]
@@ -407,13 +409,12 @@ def hashes(rows_by_name: Mapping[str, mixture.PackedRows]) -> dict[str, str]:
     }
 
 
-def _encode(records, source, tokenizer, tally: Tally | None = None) -> format.Examples:
+def _encode(records, source, tokenizer, tally: Tally) -> format.Examples:
     """The examples of a source's records; what is left out of them is logged.
 
     Raises:
       InputError: see `format.encode`; or nothing is left.
     """
-    tally = Tally() if tally is None else tally
     examples = format.encode(
         records,
         source.format,
@@ -423,18 +424,20 @@ def _encode(records, source, tokenizer, tally: Tally | None = None) -> format.Ex
         tally,
         source.on_bad_record,
     )
-    if tally.left_out:
-        found = tally_lib.lines({"left_out": tally.left_out}, tally.such)[0]
-        if not len(examples):
-            raise InputError(f"{source.path}: no record is left; {found}")
-        logging.warning("%s: %s", source.path, found)
+    if tally.left_out and not len(examples):
+        [found] = tally.lines(["left_out"])
+        raise InputError(f"{source.path}: no record is left; {found}")
+    tally.warn(source.path, ["left_out"])
     return examples
 
 
 def _load_prompts(path: str) -> list[list[dict[str, str]]]:
     if not path:
         return []
-    return [format.read_prompt(record) for record in sources.read(path, "jsonl")]
+    tally = Tally()
+    prompts = [format.read_prompt(r, tally) for r in sources.read(path, "jsonl")]
+    tally.warn(path)
+    return prompts
 
 
 def _questions(config, exam, corpora) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ A run's report shows it beside each source; prepared sources keep it in their ma
 
 import collections
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -113,15 +113,14 @@ class Tally:
         """`left_out`, `unread`, `lost` and `spelt`."""
         return {kind: dict(getattr(self, kind)) for kind in KINDS}
 
-    def lines(self) -> list[str]:
+    def lines(self, kinds: Sequence[str] = KINDS) -> list[str]:
         """A line for each kind of finding; see `lines`."""
-        return lines(self.counts(), self.such)
+        return lines({kind: getattr(self, kind) for kind in kinds}, self.such)
 
-    def warn(self, where: str) -> None:
-        """Logs the lines, records that are left out as a warning."""
-        for line in self.lines():
-            log = logging.warning if line.startswith("left out") else logging.info
-            log("%s: %s", where, line)
+    def warn(self, where: str, kinds: Sequence[str] = KINDS) -> None:
+        """Logs the lines, each behind the place that they are about."""
+        for line in self.lines(kinds):
+            logging.warning("%s: %s", where, line)
 
 
 def lines(

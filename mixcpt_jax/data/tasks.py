@@ -25,6 +25,7 @@ import numpy as np
 from mixcpt_jax.data import exams, format, mixture, sources
 from mixcpt_jax.data.format import Examples
 from mixcpt_jax.data.sources import Record
+from mixcpt_jax.data.tally import Tally
 from mixcpt_jax.errors import InputError
 
 _NAMED = re.compile(r"([\w.-]+)(?::(\w+))?=(.+)")
@@ -96,7 +97,7 @@ class Task:
           InputError: an item does not fit the context, or is not as its kind should be.
         """
         row_length = min(row_length, max_positions)
-        places = [record.place for record in self.records]
+        places, tally = [record.place for record in self.records], Tally()
         match self.kind:
             case "choice":
                 questions = [record.fields for record in self.records]
@@ -105,10 +106,13 @@ class Task:
                 )
                 return Encoded(self, exam.rows, exam)
             case "text":
-                examples = format.encode(self.records, "document", tokenizer)
+                examples = format.encode(
+                    self.records, "document", tokenizer, tally=tally
+                )
             case "cloze":
                 records = [_with_target(record) for record in self.records]
-                examples = format.encode(records, "cloze", tokenizer)
+                examples = format.encode(records, "cloze", tokenizer, tally=tally)
+        tally.warn(self.path)
         rows = mixture.pack_text(self.name, examples, row_length, max_positions, places)
         return Encoded(self, rows)
 
