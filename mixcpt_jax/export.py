@@ -13,7 +13,7 @@ FOLDER = "hf"
 
 @phase_lib.job
 def run(phase: phase_lib.Phase) -> dict[str, Any]:
-    """Writes `hf/` in the phase's folder: weights, config and tokenizer.
+    """Writes `hf/` in the phase's folder: weights, config, tokenizer and licence.
 
     Adapters are merged into the weights they adapt. The tokenizer gets the chat template
     that was trained with, and generation the tokens that end a turn or a text. The folder
@@ -41,5 +41,6 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
             vocabulary,
             dtype=dtype,
             stop_ids=vocabulary.stop_ids,
+            start=phase.config.model.path,
         )
     return phase.finish({"folder": str(phase.folder / FOLDER), "dtype": dtype})

@@ -26,11 +26,13 @@ import jinja2
 import sentencepiece
 import tokenizers
 from etils import epath
+from google.protobuf.message import DecodeError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from mixcpt_jax import paths
+from mixcpt_jax import companions, paths
+from mixcpt_jax.companions import Added, Companions
 from mixcpt_jax.errors import InputError
 from mixcpt_jax.headers import Header
 
@@ -57,9 +59,6 @@ CHATML = (
 # For vocabularies without that token.
 CHATML_WITH_EOS = CHATML.replace("'<|im_end|>\n'", "eos_token + '\n'")
 _BOS = "{{ bos_token }}"
-
-# Some editors put it first in a file; a conversation would begin with it.
-_BYTE_ORDER_MARK = "\ufeff"
 
 
 class _JsonModel:
@@ -177,9 +176,18 @@ class _SentencePieceModel:
     but for texts that begin with one.
     """
 
-    def __init__(self, source: bytes, legacy: bool = False):
+    def __init__(
+        self, source: bytes, legacy: bool = False, published: bytes | None = None
+    ):
+        """
+        Args:
+          source: the model, added tokens among its pieces.
+          legacy: see above.
+          published: the model without them, which is what an export writes.
+        """
         self.source = source
         self.legacy = legacy
+        self.published = published
         self._model = sentencepiece.SentencePieceProcessor()
         self._model.LoadFromSerializedProto(source)
         self.vocab_size = self._model.get_piece_size()
@@ -193,7 +201,8 @@ class _SentencePieceModel:
         )
 
     def __reduce__(self):
-        return _SentencePieceModel, (self.source, self.legacy)
+        published = () if self.published is None else (self.published,)
+        return _SentencePieceModel, (self.source, self.legacy, *published)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -270,7 +279,8 @@ class _SentencePieceModel:
 
     def save(self, folder: epath.Path) -> dict[str, Any]:
         """Writes its file; what `tokenizer_config.json` says of it."""
-        (folder / "tokenizer.model").write_bytes(self.source)
+        content = self.source if self.published is None else self.published
+        (folder / "tokenizer.model").write_bytes(content)
         proto = sentencepiece_model_pb2.ModelProto.FromString(self.source)
         if not proto.normalizer_spec.add_dummy_prefix:
             return {"tokenizer_class": "GemmaTokenizer"}
@@ -304,6 +314,7 @@ class Tokenizer:
       bos_id, eos_id, pad_id: ids of the special tokens, None where there is none.
       add_bos: whether the model expects the BOS token before each document.
       chat_template: the model's Jinja template, None where it has none.
+      companions: what the files beside it say.
     """
 
     model: _JsonModel | _SentencePieceModel
@@ -312,6 +323,7 @@ class Tokenizer:
     pad_id: int | None
     add_bos: bool
     chat_template: str | None
+    companions: Companions = dataclasses.field(default_factory=Companions)
 
     # The keys that a message may have; `content` holds its `parts` a line each.
     message_keys: ClassVar[tuple[str, ...]] = ("role", "content", "parts", "weight")
@@ -395,14 +407,15 @@ class Tokenizer:
 
     @property
     def document_ends(self) -> set[int]:
-        """The tokens that end a document."""
-        return {self.end_of_document_id, self.eos_id} - {None}
+        """The tokens that end a document, those of `generation_config.json` among them."""
+        return {self.end_of_document_id, self.eos_id, *self.companions.ends} - {None}
 
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with anything that changes an encoding."""
         _, model = self.model.__reduce__()
-        parts = repr((*model, *dataclasses.astuple(self)[1:]))
+        special = (self.bos_id, self.eos_id, self.pad_id)
+        parts = repr((*model, *special, self.add_bos, self.chat_template))
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
@@ -702,21 +715,24 @@ class Tokenizer:
         return ids, mask
 
     def save(self, folder: str) -> None:
-        """Writes the files from which transformers' AutoTokenizer builds its own."""
+        """Writes the files from which transformers' AutoTokenizer builds its own.
+
+        Those beside a vocabulary that was loaded are written too, see `companions`.
+        """
         target = epath.Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        config = {
+        says = {
             **self.model.save(target),
             "add_bos_token": self.add_bos,
             "clean_up_tokenization_spaces": False,
         }
         ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
         for name, token_id in ids.items():
-            if token_id is not None:
-                config[f"{name}_token"] = self.model.id_to_token(token_id)
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
-        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+            is_none = token_id is None
+            says[f"{name}_token"] = (
+                None if is_none else self.model.id_to_token(token_id)
+            )
+        self.companions.save(target, says, self.chat_template)
 
 
 def load(path: str, chat_template: str = "") -> Tokenizer:
@@ -724,7 +740,7 @@ def load(path: str, chat_template: str = "") -> Tokenizer:
 
     Args:
       path: a folder with `tokenizer.json` or `tokenizer.model`, or a `.json`, `.model`
-        or `.gguf` file. A `tokenizer_config.json` beside it is read too.
+        or `.gguf` file. The files beside it are read too, see `companions`.
       chat_template: a file with a Jinja template to use instead of its own, see
         `Tokenizer.with_template`; empty: none.
 
@@ -732,9 +748,16 @@ def load(path: str, chat_template: str = "") -> Tokenizer:
       InputError: a file is missing, malformed or of an unsupported kind.
     """
     loaded = _load(path)
-    if not chat_template:
-        return loaded
-    return loaded.with_template(_read_template(paths.require_file(chat_template)))
+    if chat_template:
+        file = paths.require_file(chat_template)
+        return loaded.with_template(companions.read_template(file))
+    templates = loaded.companions.templates
+    if templates and loaded.chat_template is None:
+        raise InputError(
+            f"{path}: has chat templates named {', '.join(sorted(templates))} and no "
+            "default; name a file with the one to use by model.chat_template"
+        )
+    return loaded
 
 
 def _load(path: str) -> Tokenizer:
@@ -755,6 +778,17 @@ def _load(path: str) -> Tokenizer:
         case ".gguf":
             return _load_gguf(file)
     raise InputError(f"{path}: a tokenizer file ends in .json, .model or .gguf")
+
+
+def _require_vocabulary(tokenizer: Tokenizer, file: epath.Path) -> Tokenizer:
+    """The tokenizer itself, if its ends are tokens."""
+    for token_id in tokenizer.companions.ends:
+        if token_id >= tokenizer.vocab_size:
+            raise InputError(
+                f"{file.parent / 'generation_config.json'}: eos_token_id is {token_id}; "
+                f"{file.name} has ids up to {tokenizer.vocab_size - 1}"
+            )
+    return tokenizer
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, where: str) -> None:
@@ -842,78 +876,130 @@ class _GgufValues(Mapping):
 
 
 def _load_json(file: epath.Path) -> Tokenizer:
-    config = _read_config(file)
+    beside = companions.read(file)
     try:
-        model = _JsonModel(file.read_text())
+        source = file.read_text()
+        model = _JsonModel(source)
     except Exception as error:  # The library raises nothing narrower.
         raise InputError(f"{file}: not a tokenizer.json ({error})") from error
-    bos_id, eos_id, pad_id = (
-        _special_id(model, config, file, f"{name}_token")
-        for name in ("bos", "eos", "pad")
-    )
-    add_bos = config.get("add_bos_token")
-    if add_bos is None:
-        add_bos = bos_id is not None and model.starts_with(bos_id)
-    template = _chat_template(config, file)
-    return Tokenizer(model, bos_id, eos_id, pad_id, add_bos, template)
+    if beside.added:
+        model = _JsonModel(_with_added_json(source, beside, file))
+    own = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
+    return _with_companions(model, beside, own, file)
 
 
 def _load_sentencepiece(file: epath.Path) -> Tokenizer:
-    config = _read_config(file)
+    beside = companions.read(file)
+    published = file.read_bytes()
+    legacy = beside.config.get("legacy") is True
     try:
-        model = _SentencePieceModel(file.read_bytes(), config.get("legacy") is True)
-    except (RuntimeError, ValueError) as error:
+        model = _SentencePieceModel(published, legacy)
+        own = {
+            "bos_token": model.bos_id,
+            "eos_token": model.eos_id,
+            "pad_token": model.pad_id,
+        }
+        extended = _with_added_pieces(published, beside, file)
+        if extended != published:
+            model = _SentencePieceModel(extended, legacy, published)
+    except (RuntimeError, ValueError, DecodeError) as error:
         raise InputError(f"{file}: not a sentencepiece model ({error})") from error
-    add_bos = config.get("add_bos_token")
-    if add_bos is None:
-        add_bos = model.bos_id is not None
-    template = _chat_template(config, file)
-    return Tokenizer(model, model.bos_id, model.eos_id, model.pad_id, add_bos, template)
+    return _with_companions(model, beside, own, file)
 
 
-def _read_config(file: epath.Path) -> dict[str, Any]:
-    config_file = file.parent / "tokenizer_config.json"
-    if not config_file.exists():
-        return {}
-    try:
-        return json.loads(config_file.read_text())
-    except ValueError as error:
-        raise InputError(f"{config_file}: not JSON ({error})") from error
+def _with_companions(
+    model: _JsonModel | _SentencePieceModel,
+    beside: Companions,
+    own: dict[str, int | None],
+    file: epath.Path,
+) -> Tokenizer:
+    """A tokenizer of a model and of what the files beside it say.
+
+    Args:
+      own: the special tokens that the model itself has.
+    """
+    ids = dict(own)
+    for name, token in beside.special_tokens().items():
+        ids[name] = None if token is None else model.token_to_id(token)
+        if token is not None and ids[name] is None:
+            raise InputError(
+                f"{companions.place_of(file, beside, name)}: {name} is {token!r}, which "
+                f"is not in the vocabulary of {file.name}"
+            )
+    bos_id, eos_id, pad_id = ids.values()
+    add_bos = beside.config.get("add_bos_token")
+    if add_bos is None and isinstance(model, _JsonModel):
+        add_bos = bos_id is not None and model.starts_with(bos_id)
+    elif add_bos is None:
+        add_bos = bos_id is not None
+    place = f"{companions.place_of(file, beside, 'bos_token')}: bos_token"
+    _check_has_bos(place, add_bos, bos_id)
+    template = beside.templates.get("default")
+    loaded = Tokenizer(model, bos_id, eos_id, pad_id, add_bos, template, beside)
+    return _require_vocabulary(loaded, file)
 
 
-def _special_id(model, config, file, key: str) -> int | None:
-    token = config.get(key)
-    if isinstance(token, dict):  # An added token written out with its flags.
-        token = token["content"]
-    if token is None:
-        return None
-    token_id = model.token_to_id(token)
-    if token_id is None:
-        raise InputError(
-            f"{file.parent / 'tokenizer_config.json'}: {key} is {token!r}, which is "
-            f"not in the vocabulary of {file.name}"
-        )
-    return token_id
+def _with_added_json(source: str, beside: Companions, file: epath.Path) -> str:
+    """A `tokenizer.json` with the tokens that the files beside it add or flag."""
+    known = {token["id"]: token for token in json.loads(source)["added_tokens"]}
+    is_whole = "added_tokens_decoder" in beside.config
+    wanted = {
+        token_id: token
+        for token_id, token in sorted(beside.added.items())
+        # The older file says nothing of the flags of tokens that are there.
+        if token_id not in known or is_whole
+    }
+    if all(
+        token_id in known
+        and known[token_id]["content"] == token.content
+        and all(known[token_id][name] == flag for name, flag in token.flags.items())
+        for token_id, token in wanted.items()
+    ):
+        return source
+    model = tokenizers.Tokenizer.from_str(source)
+    for token_id, token in wanted.items():
+        flags = token.flags
+        add = model.add_special_tokens if flags.pop("special") else model.add_tokens
+        add([tokenizers.AddedToken(token.content, **flags)])
+        if model.token_to_id(token.content) != token_id:
+            raise _disagrees(
+                file, token_id, token, f"id {model.token_to_id(token.content)}"
+            )
+    return model.to_str()
 
 
-def _chat_template(config: dict[str, Any], file: epath.Path) -> str | None:
-    separate = file.parent / "chat_template.jinja"
-    if separate.exists():
-        return _read_template(separate)
-    template = config.get("chat_template")
-    if isinstance(template, list):  # Several named templates.
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    return template and template.removeprefix(_BYTE_ORDER_MARK)
+def _with_added_pieces(source: bytes, beside: Companions, file: epath.Path) -> bytes:
+    """A sentencepiece model with the tokens that the files beside it add or flag."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(source)
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    puts_space = beside.config.get("legacy") and proto.normalizer_spec.add_dummy_prefix
+    for token_id, token in sorted(beside.added.items()):
+        strips = token.lstrip or token.rstrip or token.single_word
+        if strips or (puts_space and not token.special):
+            raise InputError(
+                f"{file.parent}: added token {token.content!r} changes the text around "
+                "it, which sentencepiece cannot; save the tokenizer as tokenizer.json by "
+                "`AutoTokenizer.from_pretrained(old).save_pretrained(new)`"
+            )
+        # Sentencepiece looks for them where spaces are marked.
+        spelt = token.content.replace(" ", "▁")
+        if ids.setdefault(spelt, len(proto.pieces)) != token_id:
+            raise _disagrees(file, token_id, token, f"id {ids[spelt]}")
+        if token_id == len(proto.pieces):
+            proto.pieces.add(piece=spelt, score=0.0, type=kinds.NORMAL)
+        piece = proto.pieces[token_id]
+        if piece.type in (kinds.NORMAL, kinds.USER_DEFINED):
+            piece.type = kinds.CONTROL if token.special else kinds.USER_DEFINED
+    return proto.SerializeToString() if beside.added else source
 
 
-def _read_template(file: epath.Path) -> str:
-    """A template file's text; Jinja itself reads all line ends as line feeds."""
-    try:
-        return file.read_bytes().decode().removeprefix(_BYTE_ORDER_MARK)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file}: byte {error.start} is not UTF-8; save the template as UTF-8"
-        ) from error
+def _disagrees(file: epath.Path, token_id: int, token: Added, found: str) -> InputError:
+    return InputError(
+        f"{file.parent}: added token {token.content!r} has id {token_id} in the files "
+        f"beside {file.name}, where it has or would get {found}; use the files of one "
+        "tokenizer"
+    )
 
 
 def _marks(tokens: Mapping[str, tuple[int, str]]) -> tuple[re.Pattern, dict[str, int]]:

@@ -128,6 +128,9 @@ _FIXED_OF = {
 _MARKER = "config.json"
 _INDEX = "model.safetensors.index.json"
 _MOST_LAYERS = 10_000
+_GENERATION = "generation_config.json"
+# The key of an export's config.json that lists its files.
+_WRITTEN = "exported_files"
 _REMEDY = (
     "a Hugging Face folder or a .gguf file is wanted. Nothing is downloaded: a model of "
     "the hub becomes a folder by `hf download NAME --local-dir FOLDER`"
@@ -345,6 +348,7 @@ def save_pretrained(
     dtype: str = "bfloat16",
     stop_ids: Iterable[int] = (),
     max_shard_bytes: int = 5 * 2**30,
+    start: str = "",
 ) -> None:
     """Writes a folder that transformers' `from_pretrained` loads.
 
@@ -362,6 +366,8 @@ def save_pretrained(
       stop_ids: where generation ends, for `generation_config.json`.
       max_shard_bytes: weights are split into files of at most this size (or of one
         tensor). The host holds one such file at a time.
+      start: the checkpoint that the parameters were trained from. Of its folder the
+        licence goes along, and what `generation_config.json` says besides special tokens.
 
     Raises:
       InputError: `folder` exists and holds something other than an export; or a tensor
@@ -384,9 +390,38 @@ def save_pretrained(
         _write_safetensors(new, tensors, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(str(new))
-        _write_json(new / _MARKER, _config_to_hf(config, tokenizer, dtype))
-        if stop_ids := sorted(stop_ids):
-            _write_json(new / "generation_config.json", {"eos_token_id": stop_ids})
+        started_from = _files_beside(start)
+        generation = _generation_config(
+            started_from.get(_GENERATION), tokenizer, sorted(stop_ids)
+        )
+        if generation:
+            _write_json(new / _GENERATION, generation)
+        for name, file in started_from.items():
+            if _LICENCE.fullmatch(name):
+                paths.copy_file(file, new / name)
+        raw = _config_to_hf(config, tokenizer, dtype)
+        names = sorted({_MARKER, *(file.name for file in new.iterdir())})
+        _write_json(new / _MARKER, raw | {_WRITTEN: names})
+
+
+def _files_beside(start: str) -> dict[str, epath.Path]:
+    """The files of a checkpoint's folder by name; of a GGUF file there are none."""
+    folder = paths.resolve(start)
+    files = folder.iterdir() if start and folder.is_dir() else ()
+    return {file.name: file for file in files if file.is_file()}
+
+
+def _generation_config(
+    file: epath.Path | None, tokenizer: Tokenizer | None, stop_ids: list[int]
+) -> dict[str, Any]:
+    """What `file` says, but for the special tokens, which are the tokenizer's."""
+    values = dict(headers.read(file).values) if file else {}
+    # It was derived from the config, and would be again.
+    values.pop("_from_model_config", None)
+    ids = {"eos_token_id": stop_ids or None}
+    if file and tokenizer is not None:
+        ids |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+    return values | {name: i for name, i in ids.items() if i is not None}
 
 
 @contextlib.contextmanager
@@ -1104,17 +1139,27 @@ def _write_json(file: epath.Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n")
 
 
+# What an export consists of, one whose config.json does not list it.
 _EXPORTED = re.compile(
     r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer(_config)?\.json|tokenizer\.model"
 )
+_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy)[\w.-]*", re.IGNORECASE)
 
 
 def _check_replaceable(folder: epath.Path) -> None:
+    """Nothing is deleted that an export did not write."""
     if not folder.exists():
         return
+    config = {}
+    if (folder / _MARKER).exists():
+        config = headers.read(folder / _MARKER).values
+    written = config.get(_WRITTEN)
+    # An older export does not list its files; what transformers saved says so.
+    is_foreign = "transformers_version" in config
     for file in folder.iterdir():
-        if not _EXPORTED.fullmatch(file.name):
+        is_ours = _EXPORTED.fullmatch(file.name) and not is_foreign
+        if file.name not in written if isinstance(written, list) else not is_ours:
             raise InputError(
                 f"{folder}: holds {file.name}, which is not part of an export and "
                 "would be lost; name another folder"
