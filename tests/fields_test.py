@@ -332,9 +332,9 @@ def test_an_exam_is_the_same_to_a_run_and_to_evaluate(
         question == "Is it?"
         and len(choices) > 1
         and all(isinstance(c, str) and c.strip() and c.isascii() for c in choices)
-        and len({c.strip() for c in choices}) == len(choices)
         and type(answer) is int
         and 0 <= answer < len(choices)
+        and [c.strip() for c in choices].count(choices[answer].strip()) == 1
     )
     if is_sound:
         assert verdicts[0] == 2

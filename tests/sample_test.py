@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -624,3 +625,21 @@ def test_decoding_costs_no_other_imports():
     )
     loaded = {name.split(".")[0] for name in process.stdout.split()}
     assert not loaded & {"orbax", "grain", "lm_eval", "torch", "transformers", "scipy"}
+
+
+@pytest.mark.parametrize("prompt", ["a\udcff", "\ud800"])
+def test_a_prompt_that_is_not_utf8_is_named_before_anything_is_read(
+    monkeypatch, prompt, capsys
+):
+    # Python gives bytes of the command line that are no text as halves of surrogates.
+    arguments = ["sample", "--checkpoint=nowhere", f"--prompt={prompt}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(InputError, match="--prompt: not UTF-8 .character [12] of '"):
+        sample.main()
+    said = []
+    lines = iter([prompt, "/quit"])
+    monkeypatch.setattr(builtins, "input", lambda *_: next(lines))
+    speaker = types.SimpleNamespace(say=said.append)
+    sample.converse(speaker)
+    assert "error: standard input: not UTF-8" in capsys.readouterr().err
+    assert not said

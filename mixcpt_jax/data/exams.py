@@ -109,16 +109,16 @@ def check(question: dict[str, Any], place: str) -> None:
         raise InputError(f"{place}: choices is no list of two or more; {wanted}")
     for number, choice in enumerate(choices):
         check_text(choice, f"choices[{number}]", place)
-    if len({choice.strip() for choice in choices}) < len(choices):
-        raise InputError(
-            f"{place}: two choices are the same, so none of them is the answer; drop "
-            "the question"
-        )
     # True is an int to Python, and 1.0 may be what a table made of a missing value.
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise InputError(
             f"{place}: answer is {answer!a:.40}, a whole number from 0 to "
             f"{len(choices) - 1} is wanted, the index of the right choice"
+        )
+    # Two wrong choices alike, as ARC has some, change no grade.
+    if sum(choice.strip() == choices[answer].strip() for choice in choices) > 1:
+        raise InputError(
+            f"{place}: another choice is the same as the right one; drop the question"
         )
 
 
