@@ -576,7 +576,7 @@ _LABELS = {
     "chat": {
         "plain": (17, 44, "left"),
         "mixture_ntp": (24, 82, "left"),
-        "mixture_lssd20": (77.5, 70, "left"),
+        "mixture_lssd20": (76, 70, "left"),
         "ntp_kl": (61, 92, "right"),
         "mixture_lssd": (84, 8, "right"),
     },
