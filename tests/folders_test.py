@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import shutil
+import time
 
 import gguf
 import jax
@@ -307,7 +308,9 @@ def test_gguf_loads_the_same_or_names_the_key(tmp_path_factory, data):
         )
     )
     expected = read_gguf(write_gguf(file, GGUF))
+    # Under a name of its own, lest it be the file that is kept open.
     file.unlink()
+    file = file.with_stem(f"mutated-{time.monotonic_ns()}")
     found, message = outcome(read_gguf, write_gguf(file, GGUF | {key: value}))
     if found is None:
         # Lists of another length are told of together.
