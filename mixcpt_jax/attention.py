@@ -124,8 +124,10 @@ def attend_to_cache(
 
 
 def _scaled(query_BxLxHxK: jax.Array, query_scale: float | None) -> jax.Array:
+    # Not rounded to the queries' dtype: that would change all scores by one factor.
     factor = (query_scale or query_BxLxHxK.shape[-1]) ** -0.5
-    return query_BxLxHxK * jnp.asarray(factor, query_BxLxHxK.dtype)
+    scaled_BxLxHxK = query_BxLxHxK.astype(jnp.float32) * factor
+    return scaled_BxLxHxK.astype(query_BxLxHxK.dtype)
 
 
 def _query_blocks(length: int) -> list[tuple[int, int]]:

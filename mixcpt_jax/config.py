@@ -42,7 +42,7 @@ _CHOICES = {
     "export.dtype": ("float32", "bfloat16", "float16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
-    "model.teacher_dtype": ("float32", "bfloat16"),
+    "model.teacher_dtype": ("", "float32", "bfloat16"),
     "model.remat": REMAT,
     "optimizer.moments_dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
@@ -168,10 +168,13 @@ def default() -> ml_collections.ConfigDict:
             # File of a Jinja chat template; empty: the tokenizer's own, or ChatML.
             "chat_template": "",
             # Of what is trained. To bfloat16 each update is rounded up or down by chance,
-            # so that small ones are not lost.
+            # so that small ones are not lost. Norm scales and biases are always float32.
             "param_dtype": "float32",
             "compute_dtype": "bfloat16",
-            "teacher_dtype": "bfloat16",
+            # Of the frozen model: teacher, reference, what adapters adapt. Empty: the
+            # coarser of the two above, with which it computes at the start what the
+            # trained model computes, so that margins and KL begin at 0.
+            "teacher_dtype": "",
             # What the backward pass recomputes: none, dots (all but matrix products)
             # or full (each layer from its input).
             "remat": "full",
@@ -633,8 +636,28 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         _check_batch(config, num_devices)
 
 
+def frozen_dtype(model: ml_collections.ConfigDict) -> str:
+    """What a phase keeps its frozen model in, from `config.model`."""
+    return model.teacher_dtype or _coarser(model.param_dtype, model.compute_dtype)
+
+
+def _coarser(*dtypes: str) -> str:
+    return "bfloat16" if "bfloat16" in dtypes else "float32"
+
+
 def _check_teacher(config) -> None:
-    """Raises InputError if what is prepared of the teacher does not suit the rest."""
+    """Raises InputError if the teacher, or what is prepared of it, does not suit."""
+    model = config.model
+    student = _coarser(model.param_dtype, model.compute_dtype)
+    frozen = _coarser(frozen_dtype(model), model.compute_dtype)
+    # Adapters are trained on the frozen model itself.
+    if config.job == "train" and not config.lora.rank and frozen != student:
+        raise InputError(
+            f"model.teacher_dtype={model.teacher_dtype}: rounds the start otherwise than "
+            f"model.param_dtype={model.param_dtype} and "
+            f"model.compute_dtype={model.compute_dtype} do, so that margins and KL would "
+            "not begin at 0; leave it empty"
+        )
     objective = config.objective
     if objective.teacher == "step":
         if objective.teacher_top_k:

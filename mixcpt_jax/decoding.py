@@ -15,6 +15,7 @@ C candidates for the next token, D hidden size.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -223,7 +224,7 @@ def make_generate(
         choice: Choice,
     ):
         batch, prompt_length = prompts_BxP.shape
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        params = model.cast(params, dtype)
         cache = model.init_cache(config, batch, prompt_length + max_new_tokens, dtype)
         starts_B = jnp.zeros_like(lengths_B)
         state = begin(
@@ -386,11 +387,12 @@ class Stream:
           batch_size: prompts that run together at most.
           tokens_per_call: how many tokens of a row come at a time.
         """
-        cast = jax.jit(
-            lambda tree: jax.tree.map(lambda x: x.astype(compute_dtype), tree)
+        cast = functools.partial(model.cast, dtype=compute_dtype)
+        wanted = jax.eval_shape(cast, params)
+        is_cast = jax.tree.map(lambda x, y: x.dtype == y.dtype, params, wanted)
+        self._params = (
+            params if all(jax.tree.leaves(is_cast)) else jax.jit(cast)(params)
         )
-        is_cast = all(x.dtype == compute_dtype for x in jax.tree.leaves(params))
-        self._params = params if is_cast else cast(params)
         self._config = model_config
         self._tokens_per_call = tokens_per_call
         self._batch = whole_batch(batch_size)

@@ -151,10 +151,12 @@ class Lora:
         return self.alpha / self.rank
 
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """Float32 inside: in bfloat16 its constants are off by a thousandth."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": gelu_tanh}
 
 REMAT_POLICIES = {
     "none": None,
@@ -191,10 +193,11 @@ def rotate(x_BxLxHxK: jax.Array, angles_BxLxK2: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
+    """Float32 inside, in the dtype of `x`; the scale's gradient is summed in float32."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + epsilon)
-    scale = scale_D.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-    return normed.astype(x.dtype) * scale
+    scale = scale_D.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (normed * scale).astype(x.dtype)
 
 
 Params = dict
@@ -325,16 +328,21 @@ class Layer(nnx.Module):
         """The product with a kernel, plus its adapter's and its bias, if it has them."""
 
         def param(suffix=""):
-            return getattr(self, name + suffix)[...].astype(self.dtype)
+            return getattr(self, name + suffix)[...]
 
         kernel_axes = param_axes(self.config)["layers"][name][1:]
-        y_TxO = x_TxI @ scatter_gradient(param(), kernel_axes)
+        kernel_IxO = scatter_gradient(param().astype(self.dtype), kernel_axes)
+        y_TxO = x_TxI @ kernel_IxO
         if self.lora is not None and name in self.lora.targets:
             # Never a merged kernel: its gradient would be as large as the kernel.
-            narrow_TxR = (x_TxI @ param("_lora_a")) * self.lora.scale
-            y_TxO = y_TxO + narrow_TxR @ param("_lora_b")
+            narrow_TxR = x_TxI @ param("_lora_a").astype(self.dtype)
+            b_RxO = param("_lora_b").astype(jnp.float32) * self.lora.scale
+            y_TxO = y_TxO + narrow_TxR @ b_RxO.astype(self.dtype)
         if hasattr(self, f"{name}_bias"):
-            y_TxO = y_TxO + param("_bias")[None]
+            # Spread over tokens first and then cast, so that its gradient, a sum over
+            # them, is float32.
+            bias_TxO = jnp.broadcast_to(param("_bias")[None], y_TxO.shape)
+            y_TxO = y_TxO + bias_TxO.astype(self.dtype)
         return checkpoint_name(y_TxO, "projection")
 
     def _flat_norm(self, x, scale):
@@ -426,7 +434,9 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens_BxL):
         """The first layer's input."""
-        x_BxLxD = self.embedding[...].astype(self.dtype)[tokens_BxL]
+        # Gathered first and then cast, so that gradients are added up per token in the
+        # dtype of the table.
+        x_BxLxD = self.embedding[...][tokens_BxL].astype(self.dtype)
         if self.config.scale_embeddings:
             # Rounded first, as the models were trained.
             x_BxLxD *= jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
@@ -596,16 +606,38 @@ def logits(
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32) -> Params:
-    """Random parameters; jit it with `out_shardings` to have them born sharded."""
+    """Random parameters; jit it with `out_shardings` to have them born sharded.
+
+    Dtypes are as in `cast`.
+    """
     decoder = Decoder(config, dtype, "none", None, rngs=nnx.Rngs(params=key))
-    params = nnx.to_pure_dict(nnx.state(decoder))
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+    return cast(nnx.to_pure_dict(nnx.state(decoder)), dtype)
 
 
 def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
-    """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`s."""
+    """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`s; see `cast`."""
     state = nnx.to_pure_dict(nnx.state(_abstract_decoder(config, jnp.float32, "none")))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), state)
+    return jax.tree.map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, _dtype_of(path, dtype)), state
+    )
+
+
+def cast(params: Params, dtype) -> Params:
+    """The parameters with their matrices in a dtype.
+
+    Norm scales and biases are float32 with every dtype. They are small, they act in
+    float32, and in bfloat16 a scale of `1 + w` (Gemma) has few digits of `w` left.
+    """
+    return jax.tree.map_with_path(
+        lambda path, x: x.astype(_dtype_of(path, dtype)), params
+    )
+
+
+def _dtype_of(path, dtype) -> jnp.dtype:
+    """Of the parameter at a path, where matrices have `dtype`."""
+    if path[-1].key.endswith(("norm", "bias")):
+        return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(dtype)
 
 
 def param_axes(config: ModelConfig) -> Params:

@@ -115,7 +115,7 @@ class Phase:
             stored = checkpoint.read_config(self.config.init_from)
             if stored.get("lora", {}).get("rank"):
                 return model_settings.param_dtype
-        return model_settings.teacher_dtype
+        return config_lib.frozen_dtype(model_settings)
 
     def eval_step(self, lora: model.Lora | None = None) -> Callable[..., Any]:
         """`(params, batch on the host) -> {"ntp", "correct"}` on the host, `[B, L]`."""

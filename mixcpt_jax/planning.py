@@ -538,7 +538,7 @@ def least_memory(
     number = sum(x.size for x in jax.tree.leaves(model.abstract_params(model_config)))
     size = {"float32": 4, "bfloat16": 2}
     settings = config.model
-    frozen, trained = size[settings.teacher_dtype], 0
+    frozen, trained = size[config_lib.frozen_dtype(settings)], 0
     if not config.lora.rank:
         trained = size[settings.param_dtype] + 2 * size[config.optimizer.moments_dtype]
     return number * (trained + frozen) / (config.mesh.fsdp * config.mesh.tensor)

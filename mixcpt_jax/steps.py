@@ -211,8 +211,10 @@ def _logits_from(
     soft_cap: float | None,
 ) -> dict[str, Any]:
     unembedding, _ = model.unembedding(frozen_params)
+    # The temperature is not rounded to the dtype of the hidden states.
+    cooled_TxE = hidden_TxE.astype(jnp.float32) / temperature
     view = {
-        "teacher_hidden_TxE": hidden_TxE / temperature,
+        "teacher_hidden_TxE": cooled_TxE.astype(hidden_TxE.dtype),
         "teacher_unembedding_ExV": unembedding,
     }
     if soft_cap is not None:

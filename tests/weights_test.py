@@ -308,7 +308,7 @@ def test_casts(saved, asked, tmp_path):
     weights.save_pretrained(folder, params, BASE, dtype=saved)
     loaded = weights.load_params(folder, sharded_template(BASE, asked))
     assert {str(p.dtype) for p in jax.tree.leaves(loaded)} == {asked}
-    assert_same(loaded, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
+    assert_same(loaded, model.cast(params, jnp.bfloat16))
 
 
 def test_export_replaces_an_export_and_nothing_else(export, tmp_path):
