@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from mixcpt_jax import tokenizer
-from mixcpt_jax.data import selection
+from mixcpt_jax.data import format, selection, tally
 from mixcpt_jax.data.sources import Record
 from mixcpt_jax.errors import InputError
 
@@ -436,6 +436,23 @@ def test_thinking_is_content_as_any_other(plain, theirs, template):
         assert len(parts) == (1 if template == THINKING else len(conversation) // 2)
     prompt, _ = tok.encode_chat([*messages, THANK], add_generation_prompt=True)
     assert prompt == ids[: len(prompt)]
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=range(7))
+def test_turns_without_loss_are_counted(plain, template):
+    tok = dataclasses.replace(plain, chat_template=template)
+    turns = [ASK, ANSWER, THANK, CLOSE]
+    given = [ASK, ANSWER | {"weight": 0}, THANK, CLOSE]
+    records = [Record({"messages": m}, "f:1") for m in (turns, turns, turns[:2], given)]
+    found = tally.Tally()
+    format.encode(records, "chat", tok, tally=found)
+    rewrites = template == THINKING
+    assert found.counts()["without_loss"] == ({"rewritten": 2} if rewrites else {})
+    assert any("2), such as f:1" in line for line in found.lines()) == rewrites
+    pair = {"prompt": [ASK], "chosen": turns[1:], "rejected": "No."}
+    found = tally.Tally()
+    format.encode([Record(pair, "f:1")], "chat_preference", tok, tally=found)
+    assert found.counts()["without_loss"] == ({"rewritten": 1} if rewrites else {})
 
 
 _FAMILIES = ["llama3", "llama3_1", "llama3_2", "gemma", "gemma3", "qwen2_5", "qwen3"]

@@ -287,8 +287,23 @@ def _one_by_one(checked, encode_one, tokenizer, tally: Tally, on_bad: OnBad):
             continue
         for text in said.texts:
             tally.see(text, place, tokenizer)
+        tally.leave_without_loss(_num_without_loss(said, examples), place)
         tally.keep(place)
         yield from examples
+
+
+def _num_without_loss(said: Said, examples) -> int:
+    """How many of the turns that are meant to contribute to the loss do not."""
+    match said.parts:
+        case [str(), *_]:
+            return 0
+        case [list(), *answers]:
+            turns = itertools.chain.from_iterable(answers)
+        case turns:
+            pass
+    num_wanted = sum(map(fields_lib.is_loss_turn, turns))
+    masks = (np.asarray(mask, np.int8) for _, mask in examples)
+    return num_wanted - sum(int((np.diff(mask, prepend=0) > 0).sum()) for mask in masks)
 
 
 def _tokenize(checked, tokenizer, tally: Tally) -> Iterator[tuple[list, np.ndarray]]:

@@ -12,7 +12,7 @@ from absl import logging
 
 from mixcpt_jax.errors import InputError
 
-KINDS = ("left_out", "unread", "lost", "spelt")
+KINDS = ("left_out", "unread", "lost", "spelt", "without_loss")
 # Special tokens that texts spell out whether or not the vocabulary has them: ends of
 # documents in files put together, tags of chats that were written as text.
 _USUAL = (
@@ -37,6 +37,8 @@ class Tally:
       unread: field -> how many records have it, and what it says is not in the text.
       lost: character -> how often it occurs, and the vocabulary drops it.
       spelt: special token -> how often a text spells it, which makes it plain text.
+      without_loss: why -> how many of the assistant's turns contribute nothing to the
+        loss, though they are meant to.
       places: where the record of each example is from, if `keeps_places`.
       such: kind of finding -> where the first of it is.
     """
@@ -46,6 +48,7 @@ class Tally:
         self.unread: collections.Counter[str] = collections.Counter()
         self.lost: collections.Counter[str] = collections.Counter()
         self.spelt: collections.Counter[str] = collections.Counter()
+        self.without_loss: collections.Counter[str] = collections.Counter()
         self.places: list[str] = []
         self.such: dict[str, str] = {}
         self._keeps_places = keeps_places
@@ -69,6 +72,11 @@ class Tally:
         """Counts a record with fields that are not read."""
         for name in names:
             self._count(self.unread, name, place)
+
+    def leave_without_loss(self, number: int, place: str) -> None:
+        """Counts turns that the chat template rewrites once others follow."""
+        if number > 0:
+            self._count(self.without_loss, "rewritten", place, number)
 
     def see(self, text: str, place: str, tokenizer: Any) -> None:
         """Looks for what the vocabulary makes of a text other than it says.
@@ -110,7 +118,7 @@ class Tally:
             getattr(self, kind).update(numbers)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """`left_out`, `unread`, `lost` and `spelt`."""
+        """The findings of each of `KINDS`."""
         return {kind: dict(getattr(self, kind)) for kind in KINDS}
 
     def lines(self, kinds: Sequence[str] = KINDS) -> list[str]:
@@ -147,6 +155,8 @@ def lines(
         "unread": "fields that are not read: {}",
         "lost": "characters that the vocabulary lacks and drops: {}",
         "spelt": "special tokens that texts spell, read as plain text: {}",
+        "without_loss": "turns without loss, as the chat template rewrites them once "
+        "others follow: {}",
     }
     forms = {"lost": ascii}
     return [
