@@ -447,9 +447,11 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
 
     path: a file, a folder, a glob or a comma-separated list of them; for reader
       "docstrings" names of installed packages. A folder is read by what lies in it.
+      A name that exists as it stands is meant, whatever commas or wildcards it has.
     reader: "jsonl", "text", "parquet", "arrow" (of Hugging Face datasets), "tfds",
       "array_record" or "docstrings"; empty: from the file names, see `sources.read`.
-    split: of a TFDS or Hugging Face dataset that has several.
+    split: of a dataset that has several, a folder with the Hub's names of files
+      among them; empty: "train", or the only one; "all": every file.
     format: "document", "instruction" or "preference", as plain text; "chat";
       "chat_preference" for pairs; or "cloze", a context and the target it is to be
       continued with, which alone is learnt or measured.

@@ -277,8 +277,12 @@ def test_a_folder_is_read_by_what_lies_in_it(tmp_path, monkeypatch):
     in_a = ["a one", "a two", "a zero"]
     in_b = ["first", "second", "b one", "b two", "b zero"]
     assert _texts(tmp_path) == in_a + in_b
-    ((_, *values),) = warnings
-    assert values[1:3] == [3, "2 .csv, 1 no suffix"]
+    ((_, place, told),) = warnings
+    assert place == str(tmp_path)
+    words = (
+        "passed over 3 files that no reader goes with (2 .csv, 1 no suffix), such as "
+    )
+    assert told == f"{words}{tmp_path}/LICENSE"
     assert _texts(tmp_path / "*") == in_a + in_b
     assert _texts(tmp_path, "jsonl") == ["a one", "b one"]
     assert _texts(tmp_path, "arrow") == ["first", "second"]
@@ -431,8 +435,11 @@ def test_splits_of_a_dataset_dict(tmp_path):
     assert len(list(sources.read(str(tmp_path), split="test"))) == 9
     assert len(sources.hashes(str(tmp_path), split="test")) == 3
     words = "has the splits train, test; set the source's `split` to one of them"
-    with pytest.raises(InputError, match=f"{tmp_path}: {words}$"):
+    assert len(list(sources.read(str(tmp_path)))) == len(RECORDS)
+    file.write_text(json.dumps({"splits": ["dev", "test"]}))
+    with pytest.raises(InputError, match="has the splits dev, test; set the source's"):
         sources.read(str(tmp_path))
+    file.write_text(json.dumps({"splits": ["train", "test"]}))
     with pytest.raises(InputError, match=f"{words}, not 'dev'"):
         sources.read(str(tmp_path), split="dev")
     with pytest.raises(InputError, match=r"split='test\[:1\]'; of these only one"):
@@ -501,6 +508,7 @@ def test_tfds(tfds_folder):
     ten = sources.read(str(tfds_folder), split="train[:10%]")
     assert [record.fields for record in ten] == fields[:30]
     assert len(list(sources.read(str(tfds_folder), split="all"))) == 309
+    assert list(sources.read(str(tfds_folder))) == records
     hashes = sources.hashes(str(tfds_folder), split="test")
     assert {os.path.basename(file) for file in hashes} == {
         "dataset_info.json", "features.json", "toy-test.array_record-00000-of-00001",
@@ -509,7 +517,7 @@ def test_tfds(tfds_folder):
     assert len(list(sources.read(str(tfds_folder.parent), split="test"))) == 9
 
 
-@pytest.mark.parametrize("split", ["", "dev", "train[:", "train+dev"])
+@pytest.mark.parametrize("split", ["dev", "train[:", "train+dev"])
 def test_a_split_that_tfds_does_not_have(tfds_folder, split):
     words = r"splits train, test; set" if split != "train[:" else "parsing split"
     with pytest.raises(InputError, match=words):

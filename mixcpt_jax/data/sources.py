@@ -1,25 +1,23 @@
 """From the path of a source to its records, their hashes and the held-out split."""
 
-import collections
 import dataclasses
 import functools
 import hashlib
 import heapq
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
 
 from absl import logging
 from etils import epath
 
 from mixcpt_jax import paths
-from mixcpt_jax.data import clean, docstrings, readers
+from mixcpt_jax.data import clean, docstrings, files, readers
+from mixcpt_jax.data.files import Part
 from mixcpt_jax.data.readers import OnBad, Record
 from mixcpt_jax.errors import InputError
 
-READERS = ("jsonl", "text", "parquet", "arrow", "array_record", "tfds", "docstrings")
+READERS = files.READERS
 _READ_FILE = {
     "jsonl": readers.jsonl,
     "text": readers.text,
@@ -30,15 +28,6 @@ _READ_FILE = {
 # Their libraries read local disks alone, by names that are UTF-8.
 _LOCAL_ONLY = ("array_record", "tfds")
 _KEY_BYTES = 64
-_WILDCARD = re.compile(r"[*?\[]")
-
-
-class _Part(NamedTuple):
-    """A file, or the folder of a TFDS dataset and its split."""
-
-    path: epath.Path
-    reader: str
-    split: str = ""
 
 
 def read(
@@ -53,18 +42,22 @@ def read(
     Args:
       path: a file, a folder, a glob, or several of these separated by commas, each
         local, `gs://` or `package:NAME/FILE`; of ArrayRecord and TFDS on `gs://` a copy
-        is made while they are read. A folder is
-        read by what lies in it, at any depth: files by their suffix, others passed over
-        with a warning; folders that `datasets.save_to_disk` or TFDS (as ArrayRecord)
-        wrote as the datasets they are. For 'docstrings' the names of installed packages.
+        is made while they are read. What exists under the name as it stands is meant,
+        whatever commas and wildcards are in it. A folder is read by what lies in it, at
+        any depth, each file once: files by their suffix; folders that
+        `datasets.save_to_disk` or TFDS (as ArrayRecord) wrote as the datasets they are.
+        What is passed over is logged, see `files.Found`. For 'docstrings' the names of
+        installed packages.
       reader: 'jsonl' (an object a line; .jsonl, .jsonl.gz, .jsonl.zst), 'text' (one
         record `{'id', 'text'}` a file; .txt, .md), 'parquet', 'arrow' (IPC streams and
         files, and saved datasets), 'array_record' (JSON objects or else texts
         `{'text'}`), 'tfds', 'docstrings' (see `docstrings.records`), or '' to go by the
         suffixes. With a reader, a file that is named may have any suffix, and of a
         folder only the files of that reader are read.
-      split: of a TFDS dataset, as TFDS writes it ('train', 'train[:10%]'), or of a saved
-        DatasetDict; '' if there is only one.
+      split: of a folder whose files are named by the Hub's conventions, of a saved
+        DatasetDict, or of a TFDS dataset, as TFDS writes it ('train', 'train[:10%]');
+        'all' for every file; '' for 'train' where there are several, or for the only
+        one.
       on_bad: is told of each record that cannot be read, after which reading goes on,
         and of each damaged file, after what stands before the damage. None raises.
 
@@ -76,16 +69,12 @@ def read(
     """
     if reader == "docstrings":
         return _read_docstrings(path)
-    parts, passed_over = _find(path, reader, split)
-    if passed_over and not reader:
-        logging.warning(
-            "%s: passed over %d files that no reader goes with (%s), such as %s",
-            path,
-            len(passed_over),
-            _suffixes(passed_over),
-            passed_over[0],
-        )
-    return _read_parts(parts, path, on_bad or _raise)
+    found = files.find(path, reader, split)
+    if reader:  # of a folder the others are not asked for
+        found.passed_over.clear()
+    if told := found.lines():
+        logging.warning("%s: %s", path, "; ".join(told))
+    return _read_parts(found.parts, path, on_bad or _raise)
 
 
 def hashes(path: str, reader: str = "", split: str = "") -> dict[str, str]:
@@ -93,18 +82,18 @@ def hashes(path: str, reader: str = "", split: str = "") -> dict[str, str]:
     if reader == "docstrings":
         names = [name.strip() for name in path.split(",")]
         return {name: docstrings.version(name) for name in names}
-    files = []
-    for part in _find(path, reader, split)[0]:
+    read = []
+    for part in files.find(path, reader, split).parts:
         if part.reader == "tfds":
             try:
-                files += readers.tfds_files(part.path, part.split)
+                read += readers.tfds_files(part.path, part.split)
             except Exception as error:
                 raise _damaged(part, None, error) from error
         else:
-            files.append(part.path)
+            read.append(part.path)
         if part.reader == "arrow" and (part.path.parent / "state.json").exists():
-            files.append(part.path.parent / "state.json")  # the order of the shards
-    return {str(file): _file_hash(file) for file in files}
+            read.append(part.path.parent / "state.json")  # the order of the shards
+    return {str(file): _file_hash(file) for file in read}
 
 
 def _file_hash(file: epath.Path) -> str:
@@ -182,7 +171,7 @@ def _spelling(record: Record) -> str:
     return json.dumps(record.fields, sort_keys=True, default=str)
 
 
-def _read_parts(parts: list[_Part], path: str, on_bad: OnBad) -> Iterator[Record]:
+def _read_parts(parts: list[Part], path: str, on_bad: OnBad) -> Iterator[Record]:
     num_records = num_problems = 0
 
     def note(error: InputError) -> None:
@@ -205,7 +194,7 @@ def _read_parts(parts: list[_Part], path: str, on_bad: OnBad) -> Iterator[Record
         on_bad(InputError(f"{path}: has no text; every file found is empty"))
 
 
-def _read_part(part: _Part, on_bad: OnBad) -> Iterator[Record]:
+def _read_part(part: Part, on_bad: OnBad) -> Iterator[Record]:
     is_plain = paths.is_utf8(part.path) and not paths.is_remote(part.path)
     if part.reader in _LOCAL_ONLY and not is_plain:
         return _read_copy(part, on_bad)
@@ -214,7 +203,7 @@ def _read_part(part: _Part, on_bad: OnBad) -> Iterator[Record]:
     return _READ_FILE[part.reader](part.path, on_bad)
 
 
-def _read_copy(part: _Part, on_bad: OnBad) -> Iterator[Record]:
+def _read_copy(part: Part, on_bad: OnBad) -> Iterator[Record]:
     """Reads by a copy on the local disk, which is there as long as the reading lasts."""
     with tempfile.TemporaryDirectory(prefix="mixcpt-source-") as folder:
         copy = epath.Path(folder) / paths.shown(part.path.name)
@@ -222,11 +211,11 @@ def _read_copy(part: _Part, on_bad: OnBad) -> Iterator[Record]:
         def here(text: str) -> str:
             return text.replace(str(copy), str(part.path))
 
-        files = [part.path]
+        originals = [part.path]
         if part.reader == "tfds":
             copy.mkdir()
-            files = readers.tfds_files(part.path, part.split)
-        for file in files:
+            originals = readers.tfds_files(part.path, part.split)
+        for file in originals:
             target = copy / file.name if copy.is_dir() else copy
             paths.copy_file(file, target)
         try:
@@ -238,7 +227,7 @@ def _read_copy(part: _Part, on_bad: OnBad) -> Iterator[Record]:
             raise InputError(here(str(error))) from error
 
 
-def _damaged(part: _Part, place: str | None, error: Exception) -> InputError:
+def _damaged(part: Part, place: str | None, error: Exception) -> InputError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(":")
     if place:
         return InputError(
@@ -252,149 +241,6 @@ def _damaged(part: _Part, place: str | None, error: Exception) -> InputError:
 
 def _raise(error: InputError) -> None:
     raise error
-
-
-def _find(path: str, reader: str, split: str) -> tuple[list[_Part], list[epath.Path]]:
-    """What a path setting stands for, in order, and the files that are passed over."""
-    if reader and reader not in READERS:
-        raise InputError(
-            f"{path}: unknown reader {reader!r}; use one of {', '.join(READERS)}"
-        )
-    parts, passed_over = [], []
-    for piece in filter(None, (piece.strip() for piece in path.split(","))):
-        found = list(_find_one(piece, reader, split))
-        passed = [part.path for part in found if not part.reader]
-        if len(passed) == len(found):
-            raise InputError(_nothing(piece, reader, passed))
-        passed_over += passed
-        parts += [part for part in found if part.reader]
-    if not parts:
-        raise InputError("the path of a source is empty; name a file")
-    if split and not any(part.split for part in parts):
-        raise InputError(
-            f"{path}: split={split!r}, but nothing there has splits; leave it empty"
-        )
-    return parts, passed_over
-
-
-def _nothing(piece: str, reader: str, passed_over: list[epath.Path]) -> str:
-    if not passed_over and paths.resolve(piece).is_dir():
-        return f"{piece}: an empty folder; put the texts there, or name another path"
-    if not passed_over:
-        return f"{piece}: no file matches; check the path"
-    known = [s for s, r in readers.READER_OF_SUFFIX.items() if reader in ("", r)]
-    return (
-        f"{piece}: {f'reader {reader!r}' if reader else 'no reader'} goes with what is "
-        f"there ({_suffixes(passed_over)}); known are {', '.join(known)} and the folders "
-        "of TFDS and save_to_disk; name other files one by one and their `reader`"
-    )
-
-
-def _suffixes(files: list[epath.Path]) -> str:
-    counts = collections.Counter(readers.suffix(f.name) or "no suffix" for f in files)
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common(8))
-
-
-def _find_one(piece: str, reader: str, split: str) -> Iterator[_Part]:
-    """The parts of one piece of the list; those passed over have no reader."""
-    resolved = paths.resolve(piece)
-    if resolved.is_dir():
-        yield from _in_folder(resolved, reader, split)
-        return
-    if resolved.exists():
-        yield _Part(resolved, reader or _reader_of(resolved))
-        return
-    if "**" in piece:
-        raise InputError(f"{piece}: ** is not supported; name the folder instead")
-    wildcard = _WILDCARD.search(str(resolved))
-    if not wildcard:
-        return
-    # The folder above the first wildcard; a glob is relative to it.
-    root, slash, _ = str(resolved)[: wildcard.start()].rpartition("/")
-    pattern = str(resolved)[len(root + slash) :]
-    for match in sorted(epath.Path(root + slash or ".").glob(pattern)):
-        if match.is_dir():
-            yield from _in_folder(match, reader, split)
-        else:
-            yield _Part(match, reader or _reader_of(match))
-
-
-def _reader_of(file: epath.Path) -> str:
-    return readers.READER_OF_SUFFIX.get(readers.suffix(file.name), "")
-
-
-def _in_folder(folder: epath.Path, reader: str, split: str) -> Iterator[_Part]:
-    # `Path.walk` drops the `gs://` of its folders.
-    children = sorted(folder.iterdir())
-    names = {child.name for child in children}
-    if reader in ("", "arrow") and "dataset_dict.json" in names:
-        splits = _load(folder / "dataset_dict.json", lambda content: content["splits"])
-        split = _choose(folder, split, splits)
-        if split not in splits:
-            raise InputError(
-                f"{folder}: split={split!r}; of these only one can be named"
-            )
-        yield from _shards(folder / split, split)
-    elif reader in ("", "arrow") and {"state.json", "dataset_info.json"} <= names:
-        yield from _shards(folder)
-    elif reader in ("", "tfds") and {"features.json", "dataset_info.json"} <= names:
-        yield _tfds_part(folder, split)
-    else:
-        for child in children:
-            if child.is_dir():
-                yield from _in_folder(child, reader, split)
-            else:
-                known = _reader_of(child)
-                yield _Part(child, known if reader in ("", known) else "")
-
-
-def _shards(folder: epath.Path, split: str = "") -> Iterator[_Part]:
-    names = _load(
-        folder / "state.json",
-        lambda content: [shard["filename"] for shard in content["_data_files"]],
-    )
-    for name in names:
-        yield _Part(folder / name, "arrow", split)
-
-
-def _tfds_part(folder: epath.Path, split: str) -> _Part:
-    file_format, splits = _load(
-        folder / "dataset_info.json",
-        lambda content: (
-            content.get("fileFormat", "tfrecord"),
-            [split["name"] for split in content["splits"]],
-        ),
-    )
-    if file_format != "array_record":
-        raise InputError(
-            f"{folder}: a TFDS dataset as {file_format}; build it with "
-            "file_format='array_record', which is read without TensorFlow"
-        )
-    return _Part(folder, "tfds", _choose(folder, split, splits))
-
-
-def _choose(folder: epath.Path, split: str, splits: list[str]) -> str:
-    if not split and len(splits) == 1:
-        return splits[0]
-    # 'train[:50%]+test' names two.
-    named = [part.partition("[")[0].strip() for part in split.split("+")]
-    if not set(named) <= {*splits, "all"}:
-        raise InputError(
-            f"{folder}: has the splits {', '.join(splits)}; set the source's `split` to "
-            f"one of them{f', not {split!r}' if split else ''}"
-        )
-    return split
-
-
-def _load(file: epath.Path, get: Callable[[dict], Any]) -> Any:
-    """What `get` takes out of a JSON file of a saved dataset."""
-    try:
-        return get(json.loads(file.read_text()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{file}: not what a saved dataset has there ({type(error).__name__}: "
-            f"{error}); save it anew"
-        ) from error
 
 
 def _read_docstrings(packages: str) -> Iterator[Record]:

@@ -1,0 +1,481 @@
+"""Which files the path of a source stands for, and how each is read.
+
+A path that exists as it stands is that file or folder, whatever its name; only else is it
+a list or a glob. Of a folder all is read by what it is, but for what is hidden, for cards
+of data sets, and for other splits than the one that is wanted. What is not read is named.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from mixcpt_jax import paths
+from mixcpt_jax.data import readers
+from mixcpt_jax.errors import InputError
+
+READERS = ("jsonl", "text", "parquet", "arrow", "array_record", "tfds", "docstrings")
+# Stands for the files of all splits.
+ALL = "all"
+
+_WILDCARD = re.compile(r"[*?\[]")
+# Words between these characters tell the split of a file or folder, as on the Hub.
+_BETWEEN_WORDS = re.compile(r"[-._ 0-9]")
+_SPLIT_OF_WORD = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+# In the folder `data` of a data set, shards may have splits of any name.
+_SHARD_OF_SPLIT = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
+_CARD_KEYS = re.compile(
+    r"^(?:annotations_creators|configs|dataset_info|language|license|pretty_name|"
+    r"size_categories|source_datasets|task_categories|task_ids):",
+    re.MULTILINE,
+)
+_CARD_BYTES = 1 << 16
+
+
+class Part(NamedTuple):
+    """A file, or the folder of a TFDS dataset and its split."""
+
+    path: epath.Path
+    reader: str
+    split: str = ""
+
+
+@dataclasses.dataclass
+class Found:
+    """What a path stands for.
+
+    Attributes:
+      parts: what is read, in order.
+      passed_over: files that no reader goes with.
+      cards: `README.md` of data sets.
+      beside: text files of no split in a folder whose data has splits.
+      other_splits: split that is not read -> how many files it has; 0: not known.
+      num_hidden: files and folders whose names begin with a dot or two underscores.
+      num_again: files and folders that were found before, by another name.
+    """
+
+    parts: list[Part] = dataclasses.field(default_factory=list)
+    passed_over: list[epath.Path] = dataclasses.field(default_factory=list)
+    cards: list[epath.Path] = dataclasses.field(default_factory=list)
+    beside: list[epath.Path] = dataclasses.field(default_factory=list)
+    other_splits: collections.Counter = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    num_hidden: int = 0
+    num_again: int = 0
+
+    def lines(self) -> list[str]:
+        """What is not read, in words."""
+        told = []
+        if self.passed_over:
+            told.append(
+                f"passed over {len(self.passed_over)} files that no reader goes with "
+                f"({suffixes(self.passed_over)}), such as {self.passed_over[0]}"
+            )
+        if self.other_splits:
+            splits = (
+                f"{name} ({n} files)" if n else name
+                for name, n in sorted(self.other_splits.items())
+            )
+            told.append(f"other splits are not read: {', '.join(splits)}")
+        if self.cards:
+            told.append(
+                f"dataset cards are not read: {', '.join(map(str, self.cards))}"
+            )
+        if self.beside:
+            told.append(
+                f"{len(self.beside)} text files of no split are not read, such as "
+                f"{self.beside[0]}"
+            )
+        if self.num_hidden:
+            told.append(f"{self.num_hidden} hidden files or folders are not read")
+        if self.num_again:
+            told.append(f"{self.num_again} files or folders are there twice, read once")
+        return told
+
+
+def find(path: str, reader: str, split: str) -> Found:
+    """Looks up a path setting; see `sources.read` for the arguments.
+
+    Raises:
+      InputError: the reader or the split is unknown, nothing is found, or which split is
+        meant is not clear.
+    """
+    if reader and reader not in READERS:
+        raise InputError(
+            f"{path}: unknown reader {reader!r}; use one of {', '.join(READERS)}"
+        )
+    search = _Search(reader, split)
+    for piece in _pieces(path):
+        search.add(piece)
+    if not search.found.parts:
+        raise InputError("the path of a source is empty; name a file")
+    if split and not any(part.split for part in search.found.parts):
+        raise InputError(
+            f"{path}: split={split!r}, but nothing there has splits; leave it empty"
+        )
+    return search.found
+
+
+def suffixes(files: list[epath.Path]) -> str:
+    """How many files there are of each suffix, in words."""
+    counts = collections.Counter(readers.suffix(f.name) or "no suffix" for f in files)
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common(8))
+
+
+def _pieces(path: str) -> Iterator[str]:
+    """The paths of a list; a name with commas is one path if it exists."""
+    if _exists(path):
+        yield path
+        return
+    names = path.split(",")
+    while names:
+        joined = (",".join(names[:size]) for size in range(1, len(names) + 1))
+        piece = next(filter(_exists, joined), names[0])
+        names = names[piece.count(",") + 1 :]
+        if piece.strip():
+            yield piece if paths.resolve(piece).exists() else piece.strip()
+
+
+def _exists(piece: str) -> bool:
+    return any(text and paths.resolve(text).exists() for text in (piece, piece.strip()))
+
+
+class _Entry(NamedTuple):
+    """A file below a folder.
+
+    Attributes:
+      path: of the file.
+      folders: names of the folders between.
+      reader: that its suffix tells, '' if none.
+    """
+
+    path: epath.Path
+    folders: tuple[str, ...]
+    reader: str
+
+
+class _Search:
+    """One search, in which every file and folder is found once."""
+
+    def __init__(self, reader: str, split: str):
+        self.found = Found()
+        self._reader, self._split = reader, split
+        self._seen: set[str] = set()
+
+    def add(self, piece: str) -> None:
+        """Adds what one path of the list stands for."""
+        found = self.found
+        first, num_hidden = len(found.passed_over), found.num_hidden
+        is_read = False
+        for path in _matches(piece):
+            if path.is_dir():
+                is_read |= not self._is_new(path) or self._add_folder(path)
+            elif not _is_regular(path):
+                raise InputError(f"{path}: is no regular file; copy it into one")
+            elif known := self._reader or _reader_of(path):
+                self._add_part(Part(path, known))
+                is_read = True
+            else:
+                found.passed_over.append(path)
+        if not is_read:
+            passed = found.passed_over[first:]
+            raise InputError(_nothing(piece, self._reader, passed, found, num_hidden))
+
+    def _is_new(self, path: epath.Path) -> bool:
+        real = str(path) if paths.is_remote(path) else os.path.realpath(path)
+        if real in self._seen:
+            self.found.num_again += 1
+            return False
+        self._seen.add(real)
+        return True
+
+    def _add_part(self, part: Part) -> None:
+        # A folder was found before its dataset.
+        if part.reader == "tfds" or self._is_new(part.path):
+            self.found.parts.append(part)
+
+    def _add_folder(self, root: epath.Path) -> bool:
+        """Adds what is read of a folder, and says whether there is any of it."""
+        entries = list(self._below(root, ()))
+        below = [entry for entry in entries if isinstance(entry, _Entry)]
+        kept = self._of_split(root, [e for e in below if not self._is_card(e, below)])
+        parts = [
+            Part(entry.path, entry.reader, kept[entry.path])
+            if isinstance(entry, _Entry)
+            else entry
+            for entry in entries
+            if isinstance(entry, Part) or entry.path in kept
+        ]
+        for part in parts:
+            self._add_part(part)
+        return bool(parts)
+
+    def _below(
+        self, folder: epath.Path, folders: tuple[str, ...]
+    ) -> Iterator[_Entry | Part]:
+        """The files below a folder and the parts of datasets in it, by name."""
+        # `Path.walk` drops the `gs://` of its folders.
+        try:
+            children = sorted(folder.iterdir())
+        except OSError as error:
+            raise InputError(
+                f"{folder}: cannot be listed ({error.strerror}); mend its permissions, "
+                "or name other folders"
+            ) from error
+        names = {child.name for child in children}
+        reader = self._reader
+        if reader in ("", "arrow") and "dataset_dict.json" in names:
+            splits = _load(folder / "dataset_dict.json", lambda found: found["splits"])
+            split = self._choose(folder, splits)
+            if split not in splits:
+                raise InputError(
+                    f"{folder}: split={split!r}; of these only one can be named"
+                )
+            yield from _shards(folder / split, split)
+        elif reader in ("", "arrow") and {"state.json", "dataset_info.json"} <= names:
+            yield from _shards(folder)
+        elif reader in ("", "tfds") and {"features.json", "dataset_info.json"} <= names:
+            yield Part(folder, "tfds", self._choose(folder, _tfds_splits(folder)))
+        else:
+            for child in children:
+                if child.name.startswith((".", "__")):
+                    self.found.num_hidden += 1
+                elif child.is_dir():
+                    if self._is_new(child):
+                        yield from self._below(child, (*folders, child.name))
+                else:
+                    known = _reader_of(child) if _is_regular(child) else ""
+                    if not known or reader not in ("", known):
+                        self.found.passed_over.append(child)
+                        known = ""
+                    yield _Entry(child, folders, known)
+
+    def _is_card(self, entry: _Entry, files: list[_Entry]) -> bool:
+        """Whether it tells of a data set: by its header, or since data lies beside it."""
+        if entry.path.name.casefold() != "readme.md" or not entry.reader:
+            return False
+        depth = len(entry.folders)
+        is_card = any(
+            other.folders[:depth] == entry.folders
+            and readers.suffix(other.path.name) in readers.READER_OF_SUFFIX
+            and readers.suffix(other.path.name) != ".md"
+            for other in files
+        ) or _has_card_header(entry.path)
+        if is_card:
+            self.found.cards.append(entry.path)
+        return is_card
+
+    def _of_split(self, root: epath.Path, files: list[_Entry]) -> dict[epath.Path, str]:
+        """Those of the wanted split: file -> the split, '' where none are told apart."""
+        files = [entry for entry in files if entry.reader]
+        split_of = _splits(files)
+        counts = collections.Counter(filter(None, split_of.values()))
+        if not counts or (set(counts) == {"train"} and not self._split):
+            split = self._split if self._split in ("train", ALL) else ""
+            return dict.fromkeys(split_of, split)
+        if self._split == ALL:
+            return {path: split or ALL for path, split in split_of.items()}
+        unnamed = [entry for entry in files if not split_of[entry.path]]
+        if any(split_of[e.path] and e.reader != "text" for e in files):
+            self.found.beside += [e.path for e in unnamed if e.reader == "text"]
+            unnamed = [entry for entry in unnamed if entry.reader != "text"]
+        wanted = {_canonical(name) for name in self._split.split("+") if name}
+        if not wanted and not unnamed and (len(counts) == 1 or "train" in counts):
+            wanted = {"train"} if "train" in counts else set(counts)
+        if not wanted or not wanted <= counts.keys():
+            raise InputError(_unclear(root, counts, unnamed, self._split))
+        self.found.other_splits += collections.Counter(
+            {name: n for name, n in counts.items() if name not in wanted}
+        )
+        return {path: split for path, split in split_of.items() if split in wanted}
+
+    def _choose(self, folder: epath.Path, splits: list[str]) -> str:
+        """The wanted split of a dataset that names its own."""
+        if not self._split and (len(splits) == 1 or "train" in splits):
+            split = "train" if "train" in splits else splits[0]
+            for other in splits:
+                if other != split:
+                    self.found.other_splits[other] += 0
+            return split
+        # 'train[:50%]+test' names two.
+        named = [part.partition("[")[0].strip() for part in self._split.split("+")]
+        if not set(named) <= {*splits, ALL}:
+            raise InputError(
+                f"{folder}: has the splits {', '.join(splits)}; set the source's `split` "
+                f"to one of them{f', not {self._split!r}' if self._split else ''}"
+            )
+        return self._split
+
+
+def _splits(files: list[_Entry]) -> dict[epath.Path, str]:
+    """File -> the split that its name or a folder above it tells, or ''."""
+    shards = {
+        entry.path: found[1]
+        for entry in files
+        if entry.folders == ("data",)
+        and (found := _SHARD_OF_SPLIT.match(entry.path.name))
+    }
+    if not any(map(_named, shards.values())):
+        shards = {}
+    by_name = {
+        entry.path: ""
+        if readers.suffix(entry.path.name) == ".md"
+        else _named(entry.path.name)
+        for entry in files
+    }
+    # A text of any title may be called test; beside one that is called train, it is one.
+    if not any(by_name[e.path] == "train" for e in files if e.reader == "text"):
+        by_name |= {entry.path: "" for entry in files if entry.reader == "text"}
+    return {
+        path: _canonical(shards[path])
+        if path in shards
+        else next(filter(None, map(_named, folders)), by_name[path])
+        for path, folders, _ in files
+    }
+
+
+def _named(name: str) -> str:
+    """The split that a word of a name tells; '' if none or several do."""
+    words = _BETWEEN_WORDS.split(name.casefold())
+    found = {_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD}
+    return found.pop() if len(found) == 1 else ""
+
+
+def _canonical(split: str) -> str:
+    return _SPLIT_OF_WORD.get(split.strip().casefold(), split.strip())
+
+
+def _unclear(
+    root: epath.Path, counts: dict[str, int], unnamed: list[_Entry], split: str
+) -> str:
+    found = ", ".join(f"{name} ({n} files)" for name, n in sorted(counts.items()))
+    others = ""
+    if unnamed:
+        others = f" and {len(unnamed)} files of none, such as {unnamed[0].path.name}"
+    return (
+        f"{root}: has the splits {found}{others}; set the source's `split` to one of "
+        f"them, or to {ALL!r}{f', not {split!r}' if split else ''}"
+    )
+
+
+def _has_card_header(file: epath.Path) -> bool:
+    try:
+        with file.open("rb") as content:
+            begin = content.read(_CARD_BYTES).decode("utf-8-sig", "replace")
+    except OSError:  # whoever reads it says so
+        return False
+    if not re.match(r"---\r?\n", begin):
+        return False
+    header = re.split(r"^---\s*$", begin, maxsplit=2, flags=re.MULTILINE)[1]
+    return bool(_CARD_KEYS.search(header))
+
+
+def _matches(piece: str) -> Iterator[epath.Path]:
+    """The file or folder of a path, or what a glob matches."""
+    resolved = paths.resolve(piece)
+    if resolved.exists():
+        yield resolved
+        return
+    if not _WILDCARD.search(str(resolved)):
+        return
+    # The folder to look in: as much of the path as exists.
+    root = resolved
+    while not root.exists() and root != root.parent:
+        root = root.parent
+    pattern = str(resolved)[0 if str(root) == "." else len(str(root)) :].lstrip("/")
+    if "**" in pattern:
+        raise InputError(f"{piece}: ** is not supported; name the folder instead")
+    yield from sorted(root.glob(pattern))
+
+
+def _is_regular(path: epath.Path) -> bool:
+    """Whether it is a file that can be read twice; a dangling link is told later."""
+    if paths.is_remote(path):
+        return True
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return True
+
+
+def _reader_of(file: epath.Path) -> str:
+    return readers.READER_OF_SUFFIX.get(readers.suffix(file.name), "")
+
+
+def _nothing(
+    piece: str,
+    reader: str,
+    passed_over: list[epath.Path],
+    found: Found,
+    num_hidden: int,
+) -> str:
+    is_folder = paths.resolve(piece).is_dir()
+    if not passed_over and (found.cards or found.num_hidden > num_hidden):
+        return (
+            f"{piece}: nothing is there but hidden files and dataset cards; put the "
+            "texts there, or name such a file itself"
+        )
+    if not passed_over and is_folder:
+        return f"{piece}: an empty folder; put the texts there, or name another path"
+    if not passed_over:
+        return f"{piece}: no file matches; check the path"
+    known = [s for s, r in readers.READER_OF_SUFFIX.items() if reader in ("", r)]
+    return (
+        f"{piece}: {f'reader {reader!r}' if reader else 'no reader'} goes with what is "
+        f"there ({suffixes(passed_over)}); known are {', '.join(known)} and the folders "
+        "of TFDS and save_to_disk; name other files one by one and their `reader`"
+    )
+
+
+def _shards(folder: epath.Path, split: str = "") -> Iterator[Part]:
+    names = _load(
+        folder / "state.json",
+        lambda content: [shard["filename"] for shard in content["_data_files"]],
+    )
+    for name in names:
+        yield Part(folder / name, "arrow", split)
+
+
+def _tfds_splits(folder: epath.Path) -> list[str]:
+    file_format, splits = _load(
+        folder / "dataset_info.json",
+        lambda content: (
+            content.get("fileFormat", "tfrecord"),
+            [split["name"] for split in content["splits"]],
+        ),
+    )
+    if file_format != "array_record":
+        raise InputError(
+            f"{folder}: a TFDS dataset as {file_format}; build it with "
+            "file_format='array_record', which is read without TensorFlow"
+        )
+    return splits
+
+
+def _load(file: epath.Path, get: Callable[[dict], Any]) -> Any:
+    """What `get` takes out of a JSON file of a saved dataset."""
+    try:
+        return get(json.loads(file.read_text()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file}: not what a saved dataset has there ({type(error).__name__}: "
+            f"{error}); save it anew"
+        ) from error

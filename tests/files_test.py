@@ -1,0 +1,214 @@
+"""Of a folder all is read that is data of the wanted split, and each file once."""
+
+import contextlib
+import os
+import pathlib
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from mixcpt_jax.data import files, sources
+from mixcpt_jax.errors import InputError
+
+IN_TMP = [hypothesis.HealthCheck.function_scoped_fixture]
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What is logged."""
+    lines = []
+    monkeypatch.setattr(sources.logging, "warning", lambda f, *a: lines.append(f % a))
+    return lines
+
+
+def make(root, *names):
+    for name in names:
+        file = pathlib.Path(root) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        table = file.suffix == ".jsonl" or ".jsonl" in file.name
+        file.write_text(f'{{"text": "{name}"}}\n' if table else name)
+    return str(root)
+
+
+def texts(path, **settings):
+    return [record.fields["text"] for record in sources.read(str(path), **settings)]
+
+
+FOLDERS = ("a", "b", ".git", "__MACOSX", ".cache")
+FILES = (
+    "a.txt",
+    "b.md",
+    "._a.txt",
+    ".DS_Store",
+    ".b.jsonl",
+    "c.jsonl",
+    "50% [1]?,.txt",
+)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=IN_TMP)
+@hypothesis.given(
+    tree=st.sets(
+        st.tuples(
+            st.lists(st.sampled_from(FOLDERS), max_size=3), st.sampled_from(FILES)
+        ).map(lambda found: "/".join((*found[0], found[1]))),
+        min_size=1,
+    ),
+    links=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=4),
+)
+def test_hidden_files_are_not_read_and_others_once(tmp_path_factory, tree, links):
+    """Links to folders above, below and beside, and to files, lead to nothing new."""
+    root = tmp_path_factory.mktemp("tree")
+    make(root, *tree)
+    folders = sorted(path for path in (root, *root.rglob("*")) if path.is_dir())
+    targets = sorted(root.rglob("*"))
+    # What can be seen without links can be seen with them, under one name or another.
+    for number, (where, what) in enumerate(links):
+        folder, target = folders[where % len(folders)], targets[what % len(targets)]
+        hidden = any(p.startswith((".", "__")) for p in target.relative_to(root).parts)
+        if not hidden:
+            os.symlink(target, folder / f"link{number}{target.suffix}")
+        os.symlink(root, folder / f"up{number}")
+    visible = {
+        name
+        for name in tree
+        if not any(part.startswith((".", "__")) for part in name.split("/"))
+    }
+    try:
+        found = texts(root)
+    except InputError as error:
+        assert "nothing is there but hidden" in str(error)  # noqa: PT017
+        found = []
+    assert sorted(found) == sorted(visible)
+
+
+NAMES = st.text(st.sampled_from(",[]*? a%#é"), min_size=1, max_size=5)
+
+
+@hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=IN_TMP)
+@hypothesis.given(names=st.lists(NAMES, min_size=1, max_size=4, unique=True))
+def test_lists_of_files_of_any_names(tmp_path_factory, names):
+    root = tmp_path_factory.mktemp("list")
+    names = [f"{number}{name}.txt" for number, name in enumerate(names)]
+    paths = [f"{make(root, name)}/{name}" for name in names]
+    assert texts(",".join(paths)) == names
+    assert texts(", ".join(paths)) == names
+    assert texts(f"{root}/*.txt") == sorted(names)
+
+
+def test_a_glob_in_a_folder_with_brackets(tmp_path):
+    make(tmp_path / "data [1]", "a.txt", "b.txt", "sub/c.txt")
+    make(tmp_path / "data 1", "d.txt")
+    assert texts(f"{tmp_path}/data [1]/*.txt") == ["a.txt", "b.txt"]
+    assert texts(f"{tmp_path}/data ?/*.txt") == ["d.txt"]
+    assert texts(f"{tmp_path}/data [1]/a.txt,{tmp_path}/data [1]/*.txt") == [
+        "a.txt",
+        "b.txt",
+    ]
+
+
+HUB = {
+    "shards": ("data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl",
+               "data/test-00000-of-00001.jsonl"),
+    "files": ("train.jsonl", "test.jsonl", "validation.jsonl"),
+    "folders": ("train/a/1.txt", "train/2.txt", "test/a/1.txt"),
+    "words": ("my-train.jsonl", "my_eval.jsonl", "my.dev.2.jsonl"),
+    "texts": ("wiki.train.txt", "wiki.valid.txt", "wiki.test.txt"),
+    "tfds": ("toy-train.jsonl-00000-of-00001", "toy-test.jsonl-00000-of-00001"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", HUB)
+def test_train_is_read_and_other_splits_are_named(tmp_path, layout, told):
+    make(tmp_path, *HUB[layout])
+    (tmp_path / "README.md").write_text("# Card\n")
+    expected = sorted(name for name in HUB[layout] if "train" in name)
+    for split in ("", "train", "training"):
+        assert texts(tmp_path, split=split) == expected
+        assert "other splits are not read: test" in told[-1]
+        assert f"dataset cards are not read: {tmp_path}/README.md" in told[-1]
+    for split in ("test", "eval"):
+        assert not set(texts(tmp_path, split=split)) & set(expected)
+    assert len(texts(tmp_path, split="all")) == len(HUB[layout])
+    assert len(texts(tmp_path, split="train+test")) > len(expected)
+    assert list(sources.hashes(str(tmp_path))) == [f"{tmp_path}/{n}" for n in expected]
+    with pytest.raises(InputError, match="has the splits .*, not 'unheard'"):
+        sources.read(str(tmp_path), split="unheard")
+
+
+@pytest.mark.parametrize("layout", [*HUB, "imdb", "chats"])
+def test_splits_are_those_of_datasets(tmp_path, layout):
+    data_files = pytest.importorskip("datasets.data_files")
+    shard = "data/{}-00000-of-00001.jsonl"
+    names = {
+        "imdb": [shard.format(name) for name in ("train", "test", "unsupervised")],
+        "chats": [shard.format(n) for n in ("train_sft", "test_sft", "train_gen")],
+    } | HUB
+    make(tmp_path, *names[layout])
+    for split, patterns in data_files.get_data_patterns(str(tmp_path)).items():
+        theirs = set()
+        for pattern in patterns:
+            with contextlib.suppress(FileNotFoundError):  # one of several spellings
+                theirs |= {*data_files.resolve_pattern(pattern, str(tmp_path))}
+        theirs = {os.path.relpath(file, tmp_path) for file in theirs}
+        assert set(texts(tmp_path, split=str(split))) == theirs
+    if layout == "imdb":
+        assert texts(tmp_path) == [shard.format("train")]
+    if layout == "chats":
+        with pytest.raises(InputError, match="has the splits test_sft .*train_gen"):
+            sources.read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        # No split is told apart.
+        (("a.jsonl", "b.jsonl"), 2),
+        (("train.jsonl", "more.jsonl"), 2),
+        (("test.txt", "dev.txt", "a.txt"), 3),
+        (("testing.md", "training.md", "a.md"), 3),
+        (("test.jsonl",), 1),
+        # Beside data, texts of no split are no data.
+        (("train.jsonl", "test.jsonl", "LICENSE.txt"), 1),
+        # What is meant is not clear.
+        (("train.jsonl", "test.jsonl", "more.jsonl"), None),
+        (("test.jsonl", "more.jsonl"), None),
+        (("dev.jsonl", "test.jsonl"), None),
+        (("train.txt", "test.txt", "more.txt"), None),
+    ],
+)
+def test_names_that_tell_no_split_for_certain(tmp_path, names, read):
+    make(tmp_path, *names)
+    if read is None:
+        with pytest.raises(InputError, match="set the source's `split` to one of them"):
+            sources.read(str(tmp_path))
+    else:
+        assert len(texts(tmp_path)) == read
+    assert len(texts(tmp_path, split="all")) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "header", "is_card"),
+    [
+        (("a.jsonl",), "# Words", True),
+        (("sub/a.txt",), "# Words", True),
+        (("a.md",), "# Words", False),
+        (("a.md",), "---\ntitle: Words\n---\n# Words", False),
+        (("a.md",), "---\nlicense: mit\n---\n# Words", True),
+    ],
+)
+def test_cards_of_data_sets(tmp_path, names, header, is_card):
+    make(tmp_path, *names)
+    (tmp_path / "README.md").write_text(header)
+    assert (header in texts(tmp_path)) != is_card
+    assert texts(tmp_path / "README.md") == [header]
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    make(tmp_path, "a.txt")
+    os.mkfifo(tmp_path / "b.txt")
+    found = files.find(str(tmp_path), "", "")
+    assert found.passed_over == [found.parts[0].path.parent / "b.txt"]
+    with pytest.raises(InputError, match="b.txt: is no regular file"):
+        sources.read(str(tmp_path / "b.txt"))
