@@ -241,6 +241,36 @@ def test_every_mixture_has_the_default_objective(project, monkeypatch):
     assert found == {place: [default] * len(w) for place, w in found.items()}
 
 
+def test_every_mixture_measures_what_nothing_trains_on(project, monkeypatch):
+    configs = shipped_configs(project, monkeypatch)
+    for (name, phase), _ in mixtures(configs):
+        config = configs[name]
+        one = config_lib.for_phase(config, phase) if phase else config
+        trained = {entry.path for entry in one.sources.values() if entry.weight}
+        measured = [*one.eval.texts.values(), *one.eval.exams.values()]
+        untouched = [entry for entry in measured if entry.path not in trained]
+        assert len(untouched) == len(measured) == 2, (name, phase)
+        assert one.eval.max_tokens > 0
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 30])
+def test_a_shipped_config_suits_a_phase_of_any_length(project, monkeypatch, num_steps):
+    for config in shipped_configs(project, monkeypatch).values():
+        config.model.path = "somewhere"
+        # Not what `sizing` is asked for.
+        config.data.batch_size = config.data.batch_size or 4
+        for entry in config.sources.values():
+            entry.path = entry.path or "somewhere"
+        for phase in config.phases or [""]:
+            one = config_lib.for_phase(config, phase) if phase else config
+            one.train.num_steps = num_steps
+            one.data.batch_size = one.data.batch_size or 4
+            one.data.row_length = one.data.row_length or 64
+            one.eval.batch_size = one.eval.batch_size or 4
+            config_lib.validate(one)
+            config_lib.check_schedule(one, num_steps)
+
+
 def test_no_config_repeats_the_default_objective(project, monkeypatch):
     """With another default, every mixture has that one."""
     default, other = config_lib.default, {"ntp_weight": 0.625, "lssd_weight": 0.375}
