@@ -17,7 +17,7 @@ import pathlib
 import re
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +38,12 @@ PAGES = (
     FOLDER / "quickstart" / "README.md",
     FOLDER / "anatomy" / "README.md",
 )
+QUICKSTART_ROLES = {
+    "domain": "domain",
+    "general": "untouched",
+    "instructions": "rehearsed",
+    "preferences": "rehearsed",
+}
 KEPT_LEVEL = 0.9
 # Levels of use, within the reach of next-token prediction on the mixture, at which arms
 # are compared by what they keep.
@@ -703,15 +709,50 @@ def _save(figure, path: pathlib.Path) -> None:
     _pyplot().close(figure)
 
 
-def run_table(study: str) -> str:
-    """A study of one run: its measures before and after each phase, and its time."""
+def run_table(study: str, roles: Mapping[str, str] | None = None) -> str:
+    """A study of one run: its measures before and after each phase, and its time.
+
+    Args:
+      study: its folder.
+      roles: see `report.comparison`.
+    """
     results = json.loads((FOLDER / study / "results.json").read_text())
     # The job "evaluate" repeats what the last training phase measured at its end.
     measured = {name: result for name, result in results.items() if name != "evaluate"}
-    parts = [report.comparison(measured)]
+    parts = [report.comparison(measured, roles)]
     if any("seconds" in result for result in results.values()):
         parts.append(report.wall_times(results))
     return "\n\n".join(parts)
+
+
+def pilot_table() -> str:
+    """The settings that the quickstart's was picked from: both arms of each."""
+    pilot = json.loads((FOLDER / "quickstart" / "pilot.json").read_text())
+    columns = {
+        "domain/accuracy": "domain",
+        "general/perplexity": "general, perplexity",
+        "general/accuracy": "general",
+        "cloze/exact": "last words",
+        "general/exam": "exam",
+    }
+    rows = []
+    for setting in pilot["settings"]:
+        place = (
+            f"{setting['domain']}, {setting['rate']:g}, "
+            f"{setting['steps']} x {setting['row_length']}"
+        )
+        for arm in ("before", "plain_cpt", "mixcpt"):
+            measured = setting[arm]
+            cells = [
+                f"{measured[key]:.1f}"
+                if "perplexity" in key
+                else f"{measured[key]:.1%}"
+                for key in columns
+            ]
+            rows.append([place, arm, *(cell.removesuffix("%") for cell in cells)])
+            place = ""
+    header = ["domain, rate, steps x row", "arm", *columns.values()]
+    return metrics.table(header, rows)
 
 
 def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
@@ -723,7 +764,8 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         for name, make in (("constraint", constraint_table), ("swap", swap_table))
     }
     return compared | {
-        "quickstart": lambda: run_table("quickstart"),
+        "quickstart": lambda: run_table("quickstart", QUICKSTART_ROLES),
+        "quickstart-pilot": pilot_table,
         "anatomy": lambda: run_table("anatomy"),
         "bases": lambda: bases_table(records),
         "mixing": lambda: mixing_table(records),
