@@ -91,8 +91,9 @@ def load(
             )
         examples, kept = mixture.within(whole, max_tokens, group)
         if examples is not whole:
+            what = f"pairs {name}" if source.format == "chat_preference" else name
             limited.append(
-                f"{name} {examples.num_tokens:,} of {whole.num_tokens:,} tokens"
+                f"{what} {examples.num_tokens:,} of {whole.num_tokens:,} tokens"
             )
         places = [places[number] for number in kept]
         return mixture.pack_text(name, examples, row_length, max_positions, places)
