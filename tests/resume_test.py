@@ -254,6 +254,7 @@ def _endless(files):
     for source in config.sources.values():
         source.epochs = 0.0
     config.train.num_steps = 1000
+    config.data.max_epochs = 0.0
     return config
 
 
