@@ -386,7 +386,7 @@ def test_the_teacher_is_in_no_checkpoint(tiny_config, tmp_path):
     train.run(tiny_config, str(tmp_path / "run"), "cpt")
     folder = tmp_path / "run" / checkpoint.FOLDER / "6"
     items = {path.name for path in folder.iterdir() if path.is_dir()}
-    assert items == {"params", "optimizer", "metrics"}
+    assert items == {"params", "optimizer"}
 
 
 def test_the_last_two_checkpoints_stay_by_default(tiny_config, tmp_path):
