@@ -143,20 +143,25 @@ def check_folder(workdir: epath.Path) -> None:
     """Writes a tiny checkpoint, reads it back and removes it; on every host.
 
     So a folder in which no checkpoint could be written, or none be read again, is found
-    before hours of training and not after them.
+    before hours of training and not after them. Folders that are made for it are removed
+    too, so a run that is refused afterwards leaves nothing.
 
     Args:
-      workdir: the phase's folder, made if need be.
+      workdir: the phase's folder; it need not exist.
 
     Raises:
       InputError: what was read is not what was written, or an exception came of it.
     """
     folder = workdir / f"{FOLDER}.check"
     tree = {"x": jnp.arange(4.0)}
+    missing = []  # from the phase's folder upwards
     # For good, as in `Checkpoints`.
     logging.get_absl_logger().addFilter(_is_not_raised_too)
     try:
         if hosts.is_first():  # what the disk refuses, Orbax would tell at length
+            if not paths.is_remote(workdir):  # a bucket has no folders
+                above = (workdir, *workdir.parents)
+                missing = [path for path in above if not path.exists()]
             workdir.mkdir(parents=True, exist_ok=True)
             paths.replace(workdir / f"{FOLDER}.test", "")
             (workdir / f"{FOLDER}.test").unlink()
@@ -176,6 +181,9 @@ def check_folder(workdir: epath.Path) -> None:
     hosts.wait_for_all(f"check of {workdir}")
     if hosts.is_first():
         folder.rmtree()
+        with contextlib.suppress(OSError):  # another run's files lie in one of them
+            for path in missing:
+                path.rmdir()
 
 
 class Restored(NamedTuple):

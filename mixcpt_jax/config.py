@@ -450,6 +450,7 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
       A name that exists as it stands is meant, whatever commas or wildcards it has.
     reader: "jsonl", "text", "parquet", "arrow" (of Hugging Face datasets), "tfds",
       "array_record" or "docstrings"; empty: from the file names, see `sources.read`.
+      The flag `--config.sources.NAME.path` replaces "docstrings" by empty.
     split: of a dataset that has several, a folder with the Hub's names of files
       among them; empty: "train", or the only one; "all": every file.
     format: "document", "instruction" or "preference", as plain text; "chat";
@@ -507,9 +508,11 @@ def exam(**settings: Any) -> ml_collections.ConfigDict:
 
 
 def add_entry(config: ml_collections.ConfigDict, section: str, name: str) -> None:
-    """Adds a source, or a text, exam or pairs to measure, if the config has none of it.
+    """Readies an entry for a path: a source, or a text, exam or pairs to measure.
 
-    Phases that choose among the sources, such as SFT, do not train on a new one.
+    An entry that the config does not have is added; phases that choose among the sources,
+    such as SFT, do not train on it. One whose reader is "docstrings" has names of packages
+    where a path will stand, so it is then read by the names of its files.
 
     Args:
       config: of a run; may be locked.
@@ -517,6 +520,9 @@ def add_entry(config: ml_collections.ConfigDict, section: str, name: str) -> Non
       name: of the entry.
     """
     if name in _section(config, section):
+        entry = _section(config, section)[name]
+        if entry.get("reader") == "docstrings":
+            entry.reader = ""
         return
     entry = exam() if section == "eval.exams" else source()
     if section == "eval.pairs":

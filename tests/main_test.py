@@ -139,6 +139,18 @@ def test_unknown_override_on_the_command_line(project, write_config, key):
     assert "\\" not in process.stderr
 
 
+def parsed(project, name, settings, monkeypatch):
+    """The config of the project that is called so, with settings by flags."""
+    given = ["main", f"--config={project}/configs/{name}", "--workdir=w"]
+    given += [f"--config.{setting}" for setting in settings.split()]
+    monkeypatch.setattr(sys, "argv", given)
+    monkeypatch.chdir(project)
+    with flagsaver.flagsaver():
+        flags.FLAGS(given)
+        assert flags.FLAGS.workdir == "w"
+        return flags.FLAGS.config
+
+
 # How ml_collections loads a config file.
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.parametrize("name", ["mixcpt.py:laptop", "cpt.py", "quickstart.py"])
@@ -149,15 +161,8 @@ def test_a_path_adds_a_name_on_the_command_line(project, name, monkeypatch):
         eval.texts.a_cloze.format=cloze eval.texts.a_cloze.path=t eval.pairs.two.path=p
         sources.more.weight=0.2 sources.more.path=s
     """
-    given = ["main", f"--config={project}/configs/{name}", "--workdir=w"]
-    given += [f"--config.{key}" for key in flags_given.split()]
-    monkeypatch.setattr(sys, "argv", given)
-    monkeypatch.chdir(project)
     values = flags.FLAGS.flag_values_dict()
-    with flagsaver.flagsaver():
-        flags.FLAGS(given)
-        config = flags.FLAGS.config
-        assert flags.FLAGS.workdir == "w"
+    config = parsed(project, name, flags_given, monkeypatch)
     assert values.keys() <= flags.FLAGS.flag_values_dict().keys()
     for found, wanted in (
         (config.eval.exams.mine, config_lib.exam(path="e", num_questions=3)),
@@ -171,6 +176,21 @@ def test_a_path_adds_a_name_on_the_command_line(project, name, monkeypatch):
         merged = config_lib.for_phase(config, part)
         chooses = "sources" in config.overrides.get(part, {})
         assert merged.sources.more.weight == (0.0 if chooses else 0.2)
+
+
+# How ml_collections loads a config file.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("name", ["mixcpt.py:tiny", "cpt.py:tiny", "quickstart.py"])
+def test_a_path_by_flag_is_not_read_as_names_of_packages(project, name, monkeypatch):
+    """Unless a flag says that it is."""
+    for settings, reader in (
+        ("seed=1", "docstrings"),
+        ("sources.domain.path=corpus", ""),
+        ("sources.domain.path=jax sources.domain.reader=docstrings", "docstrings"),
+        ("sources.domain.reader=text sources.domain.path=corpus", "text"),
+    ):
+        config = parsed(project, name, settings, monkeypatch)
+        assert config.sources.domain.reader == reader
 
 
 @pytest.mark.parametrize(
@@ -241,7 +261,9 @@ def test_phases_run_in_order_and_end_in_one_table(
     assert "after first" in header
     assert "after second" in header
     assert "domain: perplexity" in table
-    assert table.splitlines()[-1].startswith("Wall time: first ")
+    *_, times, _, verdict = table.splitlines()
+    assert times.startswith("Wall time: first ")
+    assert verdict.startswith("second: domain token accuracy ")
     assert "after second" in (tmp_path / "run" / "report.html").read_text()
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     # Both phases are the same config, so they must be the same run.

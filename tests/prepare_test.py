@@ -203,24 +203,28 @@ def test_shards_of_an_earlier_longer_source_are_removed(config):
     assert_same(stream(config), stream(on_the_fly(config)))
 
 
+def write_texts(path, form):
+    lines = (json.dumps({"text": form.format(i)}) + "\n" for i in range(40))
+    pathlib.Path(path).write_text("".join(lines))
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
         (lambda c: c.sources.domain.update(max_records=20), "max_records"),
         (lambda c: c.sources.domain.update(holdout=5), "holdout"),
         (lambda c: c.clean.update(exact_duplicates=True), "clean"),
-        (lambda c: pathlib.Path(c.sources.domain.path).write_text('{"text": "new"}' * 1
-            + "\n" + '{"text": "and more"}\n' * 1 + '{"text": "x y"}\n{"text": "z"}\n'
-            + '{"text": "w"}\n'), "files"),
+        (
+            lambda c: write_texts(c.sources.domain.path, "another text, {} of many"),
+            "files",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_source_that_changed_is_tokenised_anew(
     config, tmp_path, warnings, change, part
 ):
-    file = tmp_path / "texts.jsonl"
-    lines = (json.dumps({"text": f"text number {i} of many"}) for i in range(40))
-    file.write_text("\n".join(lines))
-    config.sources.domain.path = str(file)
+    config.sources.domain.path = str(tmp_path / "texts.jsonl")
+    write_texts(config.sources.domain.path, "text number {} of many")
     make(config)
     change(config)
     assert_same(stream(config), stream(on_the_fly(config)))
@@ -393,6 +397,7 @@ def test_a_compact_teacher_underestimates_the_divergence(config, tmp_path):
         assert actual[1][name] == pytest.approx(expected[1][name], abs=2e-3)
 
 
+@pytest.mark.usefixtures("few_records")
 @pytest.mark.parametrize(("top_k", "leaves"), [(0, 1), (8, 0)])
 def test_training_holds_no_more_of_the_teacher_than_it_reads(
     config, tmp_path, top_k, leaves
@@ -413,6 +418,7 @@ def test_adapters_read_a_prepared_teacher(config, tmp_path):
     assert_close(taught(config, tmp_path / "taught"), rows(tmp_path / "step"), 4e-3)
 
 
+@pytest.mark.usefixtures("few_records")
 def test_a_source_without_a_teacher_is_not_asked(config, tmp_path):
     config.sources.domain.update(ntp_weight=1.0, lssd_weight=0.0)
     train.run(config, str(tmp_path / "step"), "cpt")
@@ -422,6 +428,7 @@ def test_a_source_without_a_teacher_is_not_asked(config, tmp_path):
         assert actual[step]["loss"] == pytest.approx(row["loss"], rel=4e-3)
 
 
+@pytest.mark.usefixtures("few_records")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
