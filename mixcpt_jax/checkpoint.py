@@ -153,7 +153,13 @@ def check_folder(workdir: epath.Path) -> None:
       InputError: what was read is not what was written, or an exception came of it.
     """
     folder = workdir / f"{FOLDER}.check"
-    tree = {"x": jnp.arange(4.0)}
+    # On the devices of all hosts: with several, Orbax saves no array of one host alone.
+    everywhere = jax.make_mesh((jax.device_count(),), ("devices",))
+    replicated = jax.NamedSharding(everywhere, jax.P())
+    values = np.arange(4.0, dtype=np.float32)
+    tree = {
+        "x": jax.make_array_from_callback(values.shape, replicated, values.__getitem__)
+    }
     missing = []  # from the phase's folder upwards
     # For good, as in `Checkpoints`.
     logging.get_absl_logger().addFilter(_is_not_raised_too)
@@ -167,7 +173,7 @@ def check_folder(workdir: epath.Path) -> None:
             (workdir / f"{FOLDER}.test").unlink()
         with _hushed():
             ocp.save(folder, tree, overwrite=True)
-            is_same = np.array_equal(ocp.load(folder, tree)["x"], tree["x"])
+            is_same = np.array_equal(ocp.load(folder, tree)["x"], values)
         problem = "" if is_same else "it has other values"
     except Exception as error:  # Orbax and TensorStore raise of every kind.
         if other := next((e for e in _chain(error) if _is_no_damage(e)), None):
