@@ -20,7 +20,7 @@ class Broken(NamedTuple):
     Attributes:
       key: such as "layers/query".
       layer: of a parameter that is stacked over layers; else None.
-      largest: its largest magnitude.
+      largest: its largest magnitude, infinite if it holds a NaN.
     """
 
     key: str
@@ -57,8 +57,7 @@ def find_broken(params: Any, dtype: str | None = None) -> Broken | None:
     largest = jax.device_get(_make_survey(stacked, everywhere)(leaves))
     for key, is_stacked, tops in zip(keys, stacked, largest, strict=True):
         limit = float(jnp.finfo(dtype or tops.dtype).max)
-        # So written a NaN is above it, too.
-        above = ~(np.ravel(tops).astype(np.float64) <= limit)
+        above = np.ravel(tops).astype(np.float64) > limit
         for layer in np.flatnonzero(above).tolist():
             at = layer if is_stacked else None
             return Broken(key, at, float(np.ravel(tops)[layer]))
@@ -67,11 +66,17 @@ def find_broken(params: Any, dtype: str | None = None) -> Broken | None:
 
 @functools.cache
 def _make_survey(stacked: tuple[bool, ...], everywhere: NamedSharding | None):
-    """Of each tensor the largest magnitude, which a NaN makes NaN."""
+    """Of each tensor the largest magnitude, infinite if it holds a NaN.
+
+    NaNs are replaced before the maximum is taken: XLA's on CPUs loses them.
+    """
 
     def survey(leaves):
         return [
-            jnp.max(jnp.abs(leaf), axis=tuple(range(int(is_stacked), leaf.ndim)))
+            jnp.max(
+                jnp.where(jnp.isnan(leaf), jnp.inf, jnp.abs(leaf)),
+                axis=tuple(range(int(is_stacked), leaf.ndim)),
+            )
             for leaf, is_stacked in zip(leaves, stacked, strict=True)
         ]
 

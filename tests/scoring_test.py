@@ -9,6 +9,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -182,6 +183,20 @@ def test_a_nan_in_any_tensor_is_found_at_load(tensors, tmp_path):
             weights.load_params(str(tmp_path / "hf"), wanted)
     write_tensors(tensors, tmp_path / "hf")
     weights.load_params(str(tmp_path / "hf"), wanted)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_value_that_is_not_finite_is_found_wherever_it_is(dtype, bad):
+    for shape in [(3,), (2, 32, 64), (512, 32)]:
+        whole = np.random.default_rng(0).normal(size=shape)
+        assert finite.find_broken({"a": jnp.asarray(whole, dtype)}) is None
+        for place in (0, whole.size // 2, -1):
+            broken = whole.copy()
+            broken.flat[place] = bad
+            found = finite.find_broken({"a": jnp.asarray(broken, dtype)})
+            assert found is not None, (shape, place)
+            assert found.key == "a"
 
 
 def test_a_nan_in_a_checkpoint_is_found(tiny_run, tmp_path, monkeypatch):
