@@ -40,7 +40,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import head_forms
-from mixcpt_jax import fused, losses, steps
+from mixcpt_jax.objectives import dense, streamed
+from mixcpt_jax.training import steps
 
 _LOGIT_DEVIATION = 3.0
 _TEACHER_NOISE = 0.1  # relative to the student's hidden states and unembedding
@@ -135,21 +136,21 @@ def _three_products(*operands):
 @_with_gradients
 def _streamed_distillation(hidden, kernel, *rest_and_weights):
     *rest, weights = rest_and_weights
-    token_weights = fused.TokenWeights.of(len(weights), kd=weights)
-    return fused.head_loss(hidden, kernel, *rest, token_weights, vocab_first=True)[0]
+    token_weights = streamed.TokenWeights.of(len(weights), kd=weights)
+    return streamed.head_loss(hidden, kernel, *rest, token_weights, vocab_first=True)[0]
 
 
 @_with_gradients
 def _streamed_cross_entropy(hidden, kernel, _, __, targets, weights):
-    token_weights = fused.TokenWeights.of(len(weights), ntp=weights)
-    return fused.head_loss(
+    token_weights = streamed.TokenWeights.of(len(weights), ntp=weights)
+    return streamed.head_loss(
         hidden, kernel, None, None, targets, token_weights, vocab_first=True
     )[0]
 
 
 @_with_gradients
 def _dense_cross_entropy(hidden, kernel, _, __, targets, weights):
-    return jnp.sum(weights * losses.cross_entropy(hidden @ kernel, targets))
+    return jnp.sum(weights * dense.cross_entropy(hidden @ kernel, targets))
 
 
 @_with_gradients

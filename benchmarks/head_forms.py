@@ -11,7 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mixcpt_jax import fused, losses
+from mixcpt_jax.objectives import dense
+from mixcpt_jax.objectives import streamed as fused
 
 _CHUNK_SIZE = 1024
 
@@ -40,14 +41,14 @@ def _logits(hidden, kernel):
 def dense_swap(hidden, kernel, teacher_hidden, teacher_kernel, targets, weights):
     """All logits of both models at once, and a swapped copy of the teacher's."""
     student, teacher = _logits(hidden, kernel), _logits(teacher_hidden, teacher_kernel)
-    return jnp.sum(weights * losses.lssd(student, teacher, targets))
+    return jnp.sum(weights * dense.lssd(student, teacher, targets))
 
 
 @_with_gradients
 def dense_identity(hidden, kernel, teacher_hidden, teacher_kernel, targets, weights):
     """All logits of both models at once, without the copy."""
     student, teacher = _logits(hidden, kernel), _logits(teacher_hidden, teacher_kernel)
-    return jnp.sum(weights * losses.lssd_by_identity(student, teacher, targets))
+    return jnp.sum(weights * dense.lssd_by_identity(student, teacher, targets))
 
 
 @_with_gradients
@@ -59,7 +60,7 @@ def chunks_with_remat(hidden, kernel, teacher_hidden, teacher_kernel, targets, w
     def chunk_loss(hidden, teacher_hidden, targets, weights):
         student = _logits(hidden, kernel)
         teacher = _logits(teacher_hidden, teacher_kernel)
-        return jnp.sum(weights * losses.lssd_by_identity(student, teacher, targets))
+        return jnp.sum(weights * dense.lssd_by_identity(student, teacher, targets))
 
     def step(total, chunk):
         return total + chunk_loss(*chunk), None
@@ -72,5 +73,5 @@ def chunks_with_remat(hidden, kernel, teacher_hidden, teacher_kernel, targets, w
 
 
 def streamed(*operands, **options):
-    """`fused.lssd`, the form that training runs."""
+    """`streamed.lssd`, the form that training runs."""
     return _with_gradients(functools.partial(fused.lssd, **options))(*operands)

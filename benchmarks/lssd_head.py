@@ -3,7 +3,7 @@
     python -m benchmarks.lssd_head [--part chip|memory|tensor|step|cpu ...]
 
 The TPU parts compile ahead of time for slices that are not there (package `libtpu`) and
-read the compiled modules with `mixcpt_jax.hlo`:
+read the compiled modules with `mixcpt_jax.planning.hlo`:
 
 - `chip`: one chip, 8,192 tokens of a Llama-3-8B head in bfloat16, value and both
   gradients; each form beside the bare four products.
@@ -30,27 +30,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import head_cpu, head_forms
-from mixcpt_jax import (
-    chips,
-    fused,
-    hlo,
-    losses,
-    model,
-    optim,
-    phase,
-    planning,
-    sharding,
-    steps,
-)
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.chips import GIB
+from mixcpt_jax.models import transformer
+from mixcpt_jax.objectives import dense, over_tokens, streamed, teachers
+from mixcpt_jax.planning import hlo, step_plan
+from mixcpt_jax.runtime import chips, sharding
+from mixcpt_jax.runtime.chips import GIB
+from mixcpt_jax.training import optimizer, phase, steps
 
 # Of each chip a slice that has one.
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 ONE_CHIP = {"data": 1, "fsdp": 1, "tensor": 1}
 TOKENS, HIDDEN, VOCABULARY = 8192, 4096, 128256
 
-LLAMA_3_8B = model.ModelConfig(
+LLAMA_3_8B = transformer.ModelConfig(
     family="llama",
     vocab_size=VOCABULARY,
     hidden_size=HIDDEN,
@@ -105,7 +98,7 @@ def print_chips() -> None:
         for form_name, form in forms.items():
             try:
                 compiled = compile_head(form, mesh, TOKENS, VOCABULARY)
-            except planning.DoesNotFit as refusal:
+            except step_plan.DoesNotFit as refusal:
                 needed = f"temporary {refusal.needed / GIB:.2f} GiB"
                 print(f"| {form_name} | does not fit: {needed} |||")
                 continue
@@ -134,7 +127,7 @@ def print_memory() -> None:
     for num_tokens, vocab_size in sizes:
         compiled = compile_head(head_forms.streamed, mesh, num_tokens, vocab_size)
         with jax.set_mesh(mesh):
-            chunk, block = fused.default_sizes(vocab_size)
+            chunk, block = streamed.default_sizes(vocab_size)
         rest = temporary(compiled) - HIDDEN * vocab_size * 4
         print(
             f"| {num_tokens:,} | {vocab_size:,} | {chunk}, {block} "
@@ -163,16 +156,16 @@ def print_collectives() -> None:
 
 def print_steps() -> None:
     chip = chips.of_topology(SLICES["v5e"])
-    gathered = functools.partial(fused.head_loss, vocab_parallel=False)
-    lora = model.Lora(16, 16.0, model.LORA_TARGETS)
+    gathered = functools.partial(streamed.head_loss, vocab_parallel=False)
+    lora = transformer.Lora(16, 16.0, transformer.LORA_TARGETS)
     rows = [
         ("plain CE, dense head", dense_head, False, 1, None),
         ("LSSD, dense head", dense_head, True, 1, None),
         ("LSSD, unembedding gathered", gathered, True, 1, None),
-        ("LSSD, vocabulary-parallel", fused.head_loss, True, 1, None),
-        ("LSSD, vocabulary-parallel", fused.head_loss, True, 2, None),
-        ("plain CE, adapters of rank 16", fused.head_loss, False, 2, lora),
-        ("LSSD, adapters of rank 16", fused.head_loss, True, 2, lora),
+        ("LSSD, vocabulary-parallel", streamed.head_loss, True, 1, None),
+        ("LSSD, vocabulary-parallel", streamed.head_loss, True, 2, None),
+        ("plain CE, adapters of rank 16", streamed.head_loss, False, 2, lora),
+        ("LSSD, adapters of rank 16", streamed.head_loss, True, 2, lora),
     ]
     print(
         "\nWhole step, Llama-3-8B on v5e:4x4, FSDP over 16 chips, 4,096 tokens a "
@@ -189,7 +182,7 @@ def print_steps() -> None:
             compiled = compile_step(
                 LLAMA_3_8B, "v5e:4x4", head_loss, has_teacher, sequences, 4096, lora
             )
-        except planning.DoesNotFit as refusal:
+        except step_plan.DoesNotFit as refusal:
             needed = f"temporary {refusal.needed / GIB:.2f} GiB"
             print(row + f"| does not fit: {needed} |||||", flush=True)
             continue
@@ -228,17 +221,17 @@ def compile_head(form, mesh, num_tokens: int, vocab_size: int) -> jax.stages.Com
     weights = array((num_tokens,), jnp.float32, rows)
     with jax.set_mesh(mesh):
         operands = (hidden, kernel, hidden, kernel, targets, weights)
-        return planning.compile_lowered(jax.jit(form).lower(*operands), mesh)
+        return step_plan.compile_lowered(jax.jit(form).lower(*operands), mesh)
 
 
 def compile_step(
-    config: model.ModelConfig,
+    config: transformer.ModelConfig,
     topology: str,
     head_loss,
     has_teacher: bool,
     sequences_per_chip: int,
     length: int,
-    lora: model.Lora | None = None,
+    lora: transformer.Lora | None = None,
 ) -> jax.stages.Compiled:
     """The training step of `steps`, sharded over `fsdp`, from shapes alone."""
     mesh = sharding.make_topology_mesh(topology, {"data": 1, "fsdp": -1, "tensor": 1})
@@ -250,10 +243,12 @@ def compile_step(
     if has_teacher or lora:
         frozen = phase.abstract_params(config, mesh, "bfloat16")
     param_shardings = jax.tree.map(lambda x: x.sharding, params)
-    transforms, schedule = optim.make_optimizer(config_lib.default().optimizer, 1000)
+    transforms, schedule = optimizer.make_optimizer(
+        config_lib.default().optimizer, 1000
+    )
     opt_state = sharding.place(
         jax.eval_shape(transforms.init, params),
-        optim.state_shardings(transforms, params, param_shardings, replicated),
+        optimizer.state_shardings(transforms, params, param_shardings, replicated),
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     state = steps.TrainState(step, params, opt_state)
@@ -268,9 +263,9 @@ def compile_step(
         key: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
         for key, dtype in dtypes.items()
     }
-    objective = steps.token_objective(
-        model.make_forward(config, jnp.bfloat16, "full", lora),
-        steps.running_teacher(model.make_forward(config, jnp.bfloat16))
+    objective = over_tokens.token_objective(
+        transformer.make_forward(config, jnp.bfloat16, "full", lora),
+        teachers.running_teacher(transformer.make_forward(config, jnp.bfloat16))
         if has_teacher
         else None,
         ("all",),
@@ -287,7 +282,7 @@ def compile_step(
             out_shardings=(state_shardings, replicated),
             compiler_options=steps.COMPILER_OPTIONS["tpu"],
         )
-        return planning.compile_lowered(jitted.lower(state, frozen, batch), mesh)
+        return step_plan.compile_lowered(jitted.lower(state, frozen, batch), mesh)
 
 
 def dense_head(
@@ -300,7 +295,7 @@ def dense_head(
     teacher_hidden_TxE,
     teacher_unembedding_ExV,
 ):
-    """`fused.head_loss` on all logits at once; the same statistics."""
+    """`streamed.head_loss` on all logits at once; the same statistics."""
     equation = "td,vd->tv" if vocab_first else "td,dv->tv"
 
     def logits(hidden, kernel):
@@ -312,29 +307,31 @@ def dense_head(
 
     student = logits(hidden, kernel)
     top = student.max(-1)
-    ntp = losses.cross_entropy(student, targets_T)
+    ntp = dense.cross_entropy(student, targets_T)
     zero = jnp.zeros_like(ntp)
     if teacher_hidden_TxE is None:
-        statistics = fused.TokenStatistics(ntp, zero, zero, zero, zero, zero)
+        statistics = streamed.TokenStatistics(ntp, zero, zero, zero, zero, zero)
         return jnp.sum(weights.ntp * ntp), statistics
     teacher = logits(teacher_hidden_TxE, teacher_unembedding_ExV)
-    lssd = losses.lssd_by_identity(student, teacher, targets_T)
-    kd = losses.distillation(student, teacher)
+    lssd = dense.lssd_by_identity(student, teacher, targets_T)
+    kd = dense.distillation(student, teacher)
     agree = student.argmax(-1) == teacher.argmax(-1)
     swapped = teacher.argmax(-1) != targets_T
     statistics = jax.tree.map(
         jax.lax.stop_gradient,
-        fused.TokenStatistics(ntp, lssd, kd, top, agree * 1.0, swapped * 1.0),
+        streamed.TokenStatistics(ntp, lssd, kd, top, agree * 1.0, swapped * 1.0),
     )
     return jnp.sum(weights.ntp * ntp + weights.lssd * lssd), statistics
 
 
 def needed_flops(
-    config: model.ModelConfig, has_teacher: bool, lora: model.Lora | None = None
+    config: transformer.ModelConfig,
+    has_teacher: bool,
+    lora: transformer.Lora | None = None,
 ) -> float:
     """Per token, of matrix products alone, under full rematerialisation."""
     frozen = "whole" if has_teacher else "none"
-    return planning.count_flops(config, 1, "full", frozen, lora is not None).products
+    return step_plan.count_flops(config, 1, "full", frozen, lora is not None).products
 
 
 def temporary(compiled: jax.stages.Compiled) -> int:

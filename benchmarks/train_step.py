@@ -20,9 +20,11 @@ import torch
 import transformers
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import model, optim, steps
+from mixcpt_jax.models import transformer
+from mixcpt_jax.objectives import over_tokens, teachers
+from mixcpt_jax.training import optimizer, steps
 
-SMOLLM2 = model.ModelConfig(
+SMOLLM2 = transformer.ModelConfig(
     family="llama",
     vocab_size=49152,
     hidden_size=576,
@@ -46,7 +48,9 @@ def main() -> None:
 
     config = config_lib.default().optimizer
     student, teacher = (
-        jax.jit(lambda seed: model.init_params(SMOLLM2, jax.random.key(seed)))(seed)
+        jax.jit(lambda seed: transformer.init_params(SMOLLM2, jax.random.key(seed)))(
+            seed
+        )
         for seed in (0, 1)
     )
     rng = np.random.default_rng(0)
@@ -82,12 +86,12 @@ def main() -> None:
 
 
 def make_jax_step(config, student, teacher, ids):
-    transforms, schedule = optim.make_optimizer(config, num_steps=1000)
+    transforms, schedule = optimizer.make_optimizer(config, num_steps=1000)
     train_step = jax.jit(
         steps.make_train_step(
-            steps.token_objective(
-                model.make_forward(SMOLLM2, remat="dots"),
-                steps.running_teacher(model.make_forward(SMOLLM2)),
+            over_tokens.token_objective(
+                transformer.make_forward(SMOLLM2, remat="dots"),
+                teachers.running_teacher(transformer.make_forward(SMOLLM2)),
                 ("all",),
             ),
             transforms,

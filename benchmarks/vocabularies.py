@@ -14,7 +14,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from mixcpt_jax import paths
+from mixcpt_jax.core import paths
 
 TYPES = ("sentencepiece", "prepend", "metaspace", "byte-level")
 _BOS, _EOS = "<s>", "</s>"

@@ -16,7 +16,7 @@ instructions, `{"prompt", "chosen", "rejected"}` for preferences; other field na
 mapped with `sources.NAME.fields`. Weights are shares of tokens. The defaults of every
 other key, with their meaning, are in `mixcpt_jax/config.py`.
 
-`python -m mixcpt_jax.data.prepare` with the same flags and
+`mixcpt prepare` with the same flags and
 `--config.data.prepared=FOLDER` tokenises the sources once, for every run that names the
 folder.
 

@@ -28,8 +28,9 @@ from experiments.arms import ARMS
 from experiments.book import run as book_run
 from experiments.controlled import confidence, cost, run
 from experiments.controlled.run import RATE, RATES
-from mixcpt_jax import metrics, report
-from mixcpt_jax import statistics as intervals
+from mixcpt_jax.core import intervals
+from mixcpt_jax.reporting import report as report_lib
+from mixcpt_jax.runtime import metrics
 
 FOLDER = pathlib.Path(__file__).parent
 PAGES = (
@@ -719,9 +720,9 @@ def run_table(study: str, roles: Mapping[str, str] | None = None) -> str:
     results = json.loads((FOLDER / study / "results.json").read_text())
     # The job "evaluate" repeats what the last training phase measured at its end.
     measured = {name: result for name, result in results.items() if name != "evaluate"}
-    parts = [report.comparison(measured, roles)]
+    parts = [report_lib.comparison(measured, roles)]
     if any("seconds" in result for result in results.values()):
-        parts.append(report.wall_times(results))
+        parts.append(report_lib.wall_times(results))
     return "\n\n".join(parts)
 
 

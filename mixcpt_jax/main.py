@@ -19,8 +19,9 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mixcpt_jax import command, terminal
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.cli import command
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import terminal
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The config file.")
 
@@ -86,11 +87,11 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     config, workdir = read(argv)
     # Imported here so that --help does not wait for jax.
-    from mixcpt_jax import report
+    from mixcpt_jax.reporting import report as report_lib
 
     join(config)
     folders, results = run(config, workdir)
-    on_first_host(functools.partial(report.write, workdir, folders, results))
+    on_first_host(functools.partial(report_lib.write, workdir, folders, results))
 
 
 def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
@@ -126,7 +127,7 @@ def join(config: ml_collections.ConfigDict) -> None:
       InputError: they are not to be found, or have another config.
     """
     if _is_distributed():
-        from mixcpt_jax import hosts
+        from mixcpt_jax.runtime import hosts
 
         hosts.join(
             _COORDINATOR.value,
@@ -142,7 +143,7 @@ def on_first_host(work: Callable[[], None]) -> None:
     if not _is_distributed():
         work()
         return
-    from mixcpt_jax import hosts
+    from mixcpt_jax.runtime import hosts
 
     if hosts.is_first():
         work()
@@ -156,7 +157,7 @@ def phase_configs(
     from mixcpt_jax import config as config_lib
 
     if config.data.batch_size == 0:
-        from mixcpt_jax import sizing
+        from mixcpt_jax.planning import sizing
 
         sizing.resolve(config, workdir)
     return {name: config_lib.for_phase(config, name) for name in config.phases} or {
@@ -203,12 +204,13 @@ def run(
     import jax
 
     from mixcpt_jax import config as config_lib
-    from mixcpt_jax import export, measures, phase, select, train
+    from mixcpt_jax.jobs import evaluate, export, select, train
+    from mixcpt_jax.training import phase
 
     jobs = {
         "train": train.run,
         "select": select.run,
-        "evaluate": measures.run,
+        "evaluate": evaluate.run,
         "export": export.run,
     }
     configs = phase_configs(config, workdir)
@@ -248,7 +250,7 @@ def _is_distributed() -> bool:
 def _ending_together() -> contextlib.AbstractContextManager:
     if not _is_distributed():
         return contextlib.nullcontext()
-    from mixcpt_jax import hosts
+    from mixcpt_jax.runtime import hosts
 
     return hosts.ending_together()
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixcpt_jax import attention, sharding
+from mixcpt_jax.core import mesh_shape
+from mixcpt_jax.models import attention
+from mixcpt_jax.runtime import sharding
 
 
 def operands(length, heads=(6, 2, 2), head_size=16, dtype=jnp.float32):
@@ -94,7 +96,7 @@ def test_splash_is_the_same_on_any_mesh():
     expected = splash(*arrays)
     for shape in ((2, 1, 1), (1, 2, 2)):
         mesh = sharding.make_mesh(
-            dict(zip(sharding.MESH_AXES, shape)), jax.devices()[: np.prod(shape)]
+            dict(zip(mesh_shape.MESH_AXES, shape)), jax.devices()[: np.prod(shape)]
         )
         with jax.set_mesh(mesh):
             np.testing.assert_allclose(jax.jit(splash)(*arrays), expected, atol=1e-6)

@@ -15,18 +15,14 @@ import pytest
 from etils import epath
 from processes import Launcher, finish, wait_until
 
-from mixcpt_jax import (
-    checkpoint,
-    command,
-    export,
-    metrics,
-    model,
-    paths,
-    tokenizer,
-    weights,
-)
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.cli import command
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models import pretrained, tokenizer, transformer
+from mixcpt_jax.models import pretrained as pretrained_lib
+from mixcpt_jax.runtime import metrics
+from mixcpt_jax.training import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -140,25 +136,25 @@ def test_what_others_write_is_seen(folder, port):
 def test_a_model_comes_from_a_bucket_and_goes_to_one(tiny_model, folder, tmp_path):
     for file in epath.Path(tiny_model).iterdir():
         paths.copy_file(file, folder / "hf" / file.name)
-    model_config = weights.read_model_config(f"{folder}/hf")
-    abstract = model.abstract_params(model_config)
-    params = weights.load_params(f"{folder}/hf", abstract)
-    expected = weights.load_params(tiny_model, abstract)
+    model_config = pretrained.read_model_config(f"{folder}/hf")
+    abstract = transformer.abstract_params(model_config)
+    params = pretrained.load_params(f"{folder}/hf", abstract)
+    expected = pretrained.load_params(tiny_model, abstract)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     vocabulary = tokenizer.load(f"{folder}/hf")
     assert vocabulary.fingerprint == tokenizer.load(tiny_model).fingerprint
 
-    target = folder / export.FOLDER / "new"
+    target = folder / pretrained_lib.FOLDER / "new"
     for dtype in ("float32", "bfloat16"):  # the second takes the place of the first
         for place in (target, tmp_path / "new"):
-            weights.save_pretrained(
+            pretrained.save_pretrained(
                 str(place), params, model_config, vocabulary, dtype=dtype
             )
     local = {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()}
     assert {file.name: file.read_bytes() for file in target.iterdir()} == local
     (target / "mine.txt").write_text("x")
     with pytest.raises(InputError, match=r"holds mine\.txt"):
-        weights.save_pretrained(str(target), params, model_config)
+        pretrained.save_pretrained(str(target), params, model_config)
 
 
 def test_a_gguf_file_comes_from_a_bucket(folder, tmp_path):

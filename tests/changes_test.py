@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mixcpt_jax import changes, page, report
-from mixcpt_jax.records import Arm
+from mixcpt_jax.reporting import changes, page
+from mixcpt_jax.reporting import report as report_lib
+from mixcpt_jax.reporting.run_records import Arm
 
 SOURCES = {
     "domain": {"format": "document", "weight": 0.6, "path": "a"},
@@ -94,7 +95,7 @@ def test_a_chain_of_phases_is_judged_at_its_end():
 def test_the_table_has_the_domain_first_and_what_is_rehearsed_last(suffix):
     evaluation = {f"{name}/{suffix}": 0.5 for name in ROLES}
     results = {"cpt": {"before": evaluation, "after": evaluation}}
-    lines = report.comparison(results, ROLES).splitlines()[2:]
+    lines = report_lib.comparison(results, ROLES).splitlines()[2:]
     order = [line.strip("| ").partition(":")[0].partition(", ") for line in lines]
     assert [ROLES[name] for name, _, _ in order] == sorted(
         ROLES.values(), key=changes.ROLES.index

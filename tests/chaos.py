@@ -44,10 +44,10 @@ import tokenizers
 from etils import epath
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import paths
+from mixcpt_jax.core import paths
 
 # Imported once, by the server that the runs are forked from; none initialises a backend.
-PRELOADED = ["mixcpt_jax.main", "mixcpt_jax.train", "mixcpt_jax.select"]
+PRELOADED = ["mixcpt_jax.main", "mixcpt_jax.jobs.train", "mixcpt_jax.jobs.select"]
 CHECKPOINTS = "checkpoints"
 NUM_STEPS = 6
 _LONGEST = 120.0  # seconds after which a start counts as hung
@@ -129,7 +129,7 @@ def start(
     os.environ |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | environment
     import jax
 
-    from mixcpt_jax import command
+    from mixcpt_jax.cli import command
 
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -143,13 +143,15 @@ def start(
 def _train(config: ml_collections.ConfigDict, workdir: str) -> None:
     import jax
 
-    from mixcpt_jax import checkpoint, main, model, weights
+    from mixcpt_jax import main
+    from mixcpt_jax.models import pretrained, transformer
+    from mixcpt_jax.training import checkpoint
 
     main.run(config, workdir)
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        model.abstract_params(weights.read_model_config(config.model.path)),
+        transformer.abstract_params(pretrained.read_model_config(config.model.path)),
     )
     params = jax.device_get(checkpoint.load_params(workdir, wanted))
     content = b"".join(leaf.tobytes() for leaf in jax.tree.leaves(params))

@@ -8,7 +8,10 @@ import chaos
 import jax
 import pytest
 
-from mixcpt_jax import measures, phase, preemption, sharding, train, watchdog
+from mixcpt_jax.evaluation import evaluator
+from mixcpt_jax.jobs import train
+from mixcpt_jax.runtime import preemption, sharding, watchdog
+from mixcpt_jax.training import phase
 
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "50"))
 
@@ -51,7 +54,7 @@ def test_what_sigterm_cuts_off_of_the_measuring_is_made_up_for(
         expected = tiny_run("whole")
     # Each step that is read, each batch that is measured, the save and the beginning.
     assert len(signs) > chaos.NUM_STEPS // 2 + 3
-    measure, measured = measures.sums_per_example, []
+    measure, measured = evaluator.sums_per_example, []
 
     def interrupted(*args):
         measured.append(measure(*args))
@@ -60,7 +63,7 @@ def test_what_sigterm_cuts_off_of_the_measuring_is_made_up_for(
             pytest.fail("was not cut off")
         return measured[-1]
 
-    monkeypatch.setattr(measures, "sums_per_example", interrupted)
+    monkeypatch.setattr(evaluator, "sums_per_example", interrupted)
     for step in (3, 6):
         with pytest.raises(preemption.Preempted, match=f"after step {step};"):
             tiny_run("parts")

@@ -8,9 +8,11 @@ import optax
 import pytest
 from etils import epath
 
-from mixcpt_jax import checkpoint, sharding
-from mixcpt_jax.errors import InputError
-from mixcpt_jax.steps import TrainState
+from mixcpt_jax.core import mesh_shape
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import sharding
+from mixcpt_jax.training import checkpoint
+from mixcpt_jax.training.steps import TrainState
 
 # Threads of TensorStore call into Orbax after the read that they belong to has failed.
 pytestmark = pytest.mark.filterwarnings(
@@ -22,7 +24,7 @@ PROVENANCE = {"start": {"weights": "somewhere"}, "files": {}}
 
 
 def make_state(step, mesh_sizes=(1, 8, 1)):
-    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=True)))
+    mesh = sharding.make_mesh(dict(zip(mesh_shape.MESH_AXES, mesh_sizes, strict=True)))
     where = sharding.shardings(mesh, {"kernel": ("hidden", "mlp"), "norm": (None,)})
     params = jax.device_put(
         {"kernel": jnp.arange(64.0).reshape(8, 8) + step, "norm": jnp.ones(8)}, where
@@ -195,7 +197,7 @@ def test_elements_of_eight_bytes_count_as_two():
 def test_a_checksum_does_not_depend_on_the_mesh():
     values = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
     for sizes in [(1, 8, 1), (2, 2, 2), (8, 1, 1)]:
-        mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True)))
+        mesh = sharding.make_mesh(dict(zip(mesh_shape.MESH_AXES, sizes, strict=True)))
         where = sharding.shardings(mesh, {"kernel": ("hidden", "mlp")})["kernel"]
         assert checksum(jax.device_put(values, where)) == literal_checksum(values)
 

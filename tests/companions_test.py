@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import export, model, tokenizer, weights
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.jobs import export
+from mixcpt_jax.models import pretrained, tokenizer, transformer
 
 CHATML = tokenizer.CHATML
 SPECIAL = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
@@ -325,17 +326,19 @@ def test_an_export_keeps_settings_and_licence_and_deletes_nothing(tiny_model, tm
     assert {0, 9} <= set(written["eos_token_id"])
     assert (out / "LICENSE.txt").read_text() == "as it pleases"
     assert not (out / "README.md").exists()
-    params = model.init_params(weights.read_model_config(str(out)), jax.random.key(0))
-    architecture = weights.read_model_config(str(out))
+    params = transformer.init_params(
+        pretrained.read_model_config(str(out)), jax.random.key(0)
+    )
+    architecture = pretrained.read_model_config(str(out))
     write(out, "tokenizer.model", "put there by hand")
     with pytest.raises(InputError, match=r"tokenizer\.model, which is not part of an"):
-        weights.save_pretrained(str(out), params, architecture)
+        pretrained.save_pretrained(str(out), params, architecture)
     (out / "tokenizer.model").unlink()
-    weights.save_pretrained(str(out), params, architecture)
+    pretrained.save_pretrained(str(out), params, architecture)
     foreign = {
         "transformers_version": "5",
         **json.loads((out / "config.json").read_text()),
     }
     write(out, "config.json", {k: v for k, v in foreign.items() if "files" not in k})
     with pytest.raises(InputError, match="which is not part of an export"):
-        weights.save_pretrained(str(out), params, architecture)
+        pretrained.save_pretrained(str(out), params, architecture)

@@ -7,7 +7,7 @@ import ml_collections
 import pytest
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
 
 
 def valid():

@@ -23,8 +23,10 @@ import tokenizers
 from jax.experimental.compilation_cache import compilation_cache
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import main, model, paths, weights
-from mixcpt_jax import tokenizer as tokenizer_lib
+from mixcpt_jax import main
+from mixcpt_jax.core import paths
+from mixcpt_jax.models import pretrained, transformer
+from mixcpt_jax.models import tokenizer as tokenizer_lib
 
 ASSETS = "package:mixcpt_jax/assets"
 
@@ -76,7 +78,7 @@ def _write_tiny_model(folder: pathlib.Path, max_positions: int = 256) -> str:
     bpe.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    model_config = model.ModelConfig(
+    model_config = transformer.ModelConfig(
         family="llama",
         vocab_size=512,
         hidden_size=32,
@@ -89,8 +91,8 @@ def _write_tiny_model(folder: pathlib.Path, max_positions: int = 256) -> str:
         rope_theta=1e4,
         tie_embeddings=True,
     )
-    params = model.init_params(model_config, jax.random.key(0))
-    weights.save_pretrained(
+    params = transformer.init_params(model_config, jax.random.key(0))
+    pretrained.save_pretrained(
         str(folder / "hf"),
         params,
         model_config,

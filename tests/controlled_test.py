@@ -18,7 +18,7 @@ from experiments.arms import ARMS
 from experiments.controlled import run, world
 from experiments.controlled.config import Cell, make
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import tokenizer, weights
+from mixcpt_jax.models import pretrained, tokenizer
 
 POINTS = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6)
 
@@ -94,7 +94,7 @@ def test_the_vocabulary_knows_everything_and_fits_the_model(folder):
     for ids, text in zip(loaded.encode_batch(texts), texts):
         assert loaded.decode(ids) == text
     tokenizer.check_vocabulary(
-        loaded, weights.read_model_config(str(folder)).vocab_size, ""
+        loaded, pretrained.read_model_config(str(folder)).vocab_size, ""
     )
 
 

@@ -112,7 +112,7 @@ case "$*" in
         --config.train.num_steps=2 --config.optimizer.warmup_steps=1 \\
         --config.overrides.sft.train.num_steps=3 --config.overrides.dpo.train.num_steps=3 \\
         --config.sources.domain.holdout=2 ;;
-    *mixcpt_jax.plan*) set -- "$@" --topology=v5e:2x2 --config.mesh.data=1 \\
+    *mixcpt_jax.cli.plan*) set -- "$@" --topology=v5e:2x2 --config.mesh.data=1 \\
         --config.mesh.fsdp=4 --config.data.batch_size=4 --config.data.row_length=1024 \\
         --config.model.architecture=ARCHITECTURES/smollm2_135m.json ;;
     *mixcpt_jax.main*:v*) set -- "$@" --config.mesh.data=1 --config.mesh.fsdp=1 \\
@@ -122,7 +122,7 @@ case "$*" in
         --config.train.num_steps=2 --config.optimizer.warmup_steps=1 \\
         --config.sources.domain.holdout=2 --config.sources.instructions.holdout=2 \\
         --config.sources.preferences.holdout=2 ;;
-    *mixcpt_jax.harness*) set -- "$@" --limit=2 ;;
+    *mixcpt_jax.cli.lm_eval*) set -- "$@" --limit=2 ;;
 esac
 exec REAL "$@"
 """,

@@ -4,8 +4,8 @@ import textwrap
 
 import pytest
 
+from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import docstrings
-from mixcpt_jax.errors import InputError
 
 _LONG = "It is described here at a length that makes it worth keeping as a document."
 

@@ -16,17 +16,11 @@ import pytest
 from etils import epath
 from safetensors import numpy as safetensors
 
-from mixcpt_jax import (
-    checkpoint,
-    metrics,
-    model,
-    paths,
-    phase,
-    sharding,
-    tokenizer,
-    weights,
-)
 from mixcpt_jax import config as config_lib
+from mixcpt_jax.core import paths
+from mixcpt_jax.models import pretrained, tokenizer, transformer
+from mixcpt_jax.runtime import metrics, sharding
+from mixcpt_jax.training import checkpoint, phase
 
 ASSETS = "package:mixcpt_jax/assets"
 PHASES = ("cpt", "select", "sft", "dpo", "evaluate", "export")
@@ -111,7 +105,7 @@ def training_metrics(folder):
 def final_params(folder, tiny_model):
     """The whole parameters at a phase's end, on the host."""
     mesh = sharding.make_mesh(config_lib.default().mesh)
-    model_config = weights.read_model_config(tiny_model)
+    model_config = pretrained.read_model_config(tiny_model)
     with jax.set_mesh(mesh):
         return jax.device_get(
             phase.load_params(str(folder), model_config, mesh, "float32")
@@ -263,15 +257,15 @@ def test_the_export_is_the_end_of_dpo_to_transformers(whole, tiny_model):
         == (vocabulary.encode_chat(messages, add_generation_prompt=True)[0])
     )
     params = final_params(whole / "dpo", tiny_model)
-    model_config = weights.read_model_config(results["folder"])
-    assert model_config == weights.read_model_config(tiny_model)
+    model_config = pretrained.read_model_config(results["folder"])
+    assert model_config == pretrained.read_model_config(tiny_model)
     tokens_BxL = np.random.default_rng(0).integers(0, model_config.vocab_size, (2, 48))
     positions = jnp.broadcast_to(jnp.arange(48), tokens_BxL.shape)
-    forward = jax.jit(model.make_forward(model_config))
+    forward = jax.jit(transformer.make_forward(model_config))
 
     def logits_of(params):
         hidden = forward(params, tokens_BxL, positions, jnp.ones_like(positions))
-        return np.asarray(model.logits(params, hidden))
+        return np.asarray(transformer.logits(params, hidden))
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         results["folder"], dtype="float32", attn_implementation="eager"
@@ -356,10 +350,10 @@ def test_killed_in_every_phase_it_ends_the_same(whole, start, tmp_path, tiny_mod
 def test_adapters_go_through_all_phases(start, tmp_path, tiny_model):
     workdir = epath.Path(tmp_path) / "run"
     finish(start(workdir, "--config.lora.rank=4"), workdir)
-    model_config = weights.read_model_config(tiny_model)
+    model_config = pretrained.read_model_config(tiny_model)
     settings = config_lib.default().lora
-    lora = model.Lora(4, settings.alpha, tuple(settings.targets))
-    adapters = model.abstract_adapters(model_config, lora)["layers"]
+    lora = transformer.Lora(4, settings.alpha, tuple(settings.targets))
+    adapters = transformer.abstract_adapters(model_config, lora)["layers"]
     for name in TRAINED:
         params = workdir / name / checkpoint.FOLDER / str(STEPS) / "params"
         stored = read_json(params, "_METADATA")["tree_metadata"].values()
@@ -387,6 +381,6 @@ def test_adapters_go_through_all_phases(start, tmp_path, tiny_model):
         params,
     )
     assert_same_bits(
-        jax.device_get(weights.load_params(str(folder), abstract)),
+        jax.device_get(pretrained.load_params(str(folder), abstract)),
         jax.device_get(rounded(params)),
     )

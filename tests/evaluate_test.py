@@ -12,21 +12,15 @@ import pytest
 
 from benchmarks import vocabularies
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import (
-    decoding,
-    evaluate,
-    measures,
-    model,
-    paths,
-    runs,
-    steps,
-    tokenizer,
-    weights,
-)
-from mixcpt_jax.data import exams, format, mixture, tasks
-from mixcpt_jax.data.format import Examples
+from mixcpt_jax.cli import evaluate
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import exams, formats, mixture, tasks
+from mixcpt_jax.data.formats import Examples
 from mixcpt_jax.data.sources import Record
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.evaluation import evaluator, generation, load_model
+from mixcpt_jax.models import pretrained, tokenizer, transformer
+from mixcpt_jax.training import steps
 
 
 class Letters:
@@ -52,7 +46,7 @@ def test_measures_of_a_text_count_every_learnt_target_once(row_length, batch_siz
     texts[0] *= 2  # right throughout, and the only one: longer than a row
     masks = [rng.random(len(text)) < 0.7 for text in texts]
     rows = mixture.pack_text("t", Examples.collect(zip(texts, masks)), row_length)
-    results = measures.measure(score, {"t": rows}, {}, batch_size)
+    results = evaluator.measure(score, {"t": rows}, {}, batch_size)
     learnt = np.concatenate([t[1:][m[1:]] for t, m in zip(texts, masks)])
     loss = np.mean((learnt % 7) / 3.0)
     assert results["t/loss"] == pytest.approx(loss)
@@ -64,10 +58,10 @@ def test_measures_of_a_text_count_every_learnt_target_once(row_length, batch_siz
 
 def test_exact_is_what_greedy_decoding_finds(tiny_model):
     vocabulary = tokenizer.load(tiny_model)
-    model_config = weights.read_model_config(tiny_model)
-    params = model.init_params(model_config, jax.random.key(0))
+    model_config = pretrained.read_model_config(tiny_model)
+    params = transformer.init_params(model_config, jax.random.key(0))
     contexts = [f"{a} {b}" for a in ("The sum", "To write", "Use") for b in "abcd"]
-    sampler = decoding.Sampler(model_config, vocabulary)
+    sampler = generation.Sampler(model_config, vocabulary)
     # Every second target is as the model goes on, others are what it says elsewhere.
     found = sampler.complete(params, contexts, 2)
     targets = [found[i - i % 2] for i in range(len(found))]
@@ -75,12 +69,16 @@ def test_exact_is_what_greedy_decoding_finds(tiny_model):
         Record({"context": context, "target": target}, "f:1")
         for context, target in zip(contexts, targets)
     ]
-    examples = format.encode(records, "cloze", vocabulary)
+    examples = formats.encode(records, "cloze", vocabulary)
     right = []
     for first, last in itertools.pairwise(examples.offsets):
         tokens, mask = examples.tokens[first:last], examples.loss_mask[first:last]
         (new,) = sampler.generate(
-            params, [tokens[~mask].tolist()], int(mask.sum()), set(), decoding.Choice()
+            params,
+            [tokens[~mask].tolist()],
+            int(mask.sum()),
+            set(),
+            generation.Choice(),
         )
         right.append(new == tokens[mask].tolist())
     assert 0 < np.mean(right) < 1
@@ -88,11 +86,11 @@ def test_exact_is_what_greedy_decoding_finds(tiny_model):
     texts = {
         "cloze": mixture.pack_text("cloze", examples, 64),
         "plain": mixture.pack_text(
-            "plain", format.encode(documents, "document", vocabulary), 64
+            "plain", formats.encode(documents, "document", vocabulary), 64
         ),
     }
-    score = jax.jit(steps.make_eval_step(model.make_forward(model_config)))
-    results = measures.measure(functools.partial(score, params), texts, {}, 4)
+    score = jax.jit(steps.make_eval_step(transformer.make_forward(model_config)))
+    results = evaluator.measure(functools.partial(score, params), texts, {}, 4)
     assert results["cloze/exact"] == pytest.approx(np.mean(right))
     assert "plain/accuracy" in results
     assert "plain/exact" not in results
@@ -107,7 +105,7 @@ QUESTIONS = [
 
 def test_an_exam_is_graded_by_log_likelihood_per_byte():
     exam = exams.encode(QUESTIONS, Letters(), row_length=64)
-    results = measures.measure(score, {}, {"quiz": exam}, batch_size=2)
+    results = evaluator.measure(score, {}, {"quiz": exam}, batch_size=2)
     right = []
     for question in QUESTIONS:
         per_byte = [
@@ -216,15 +214,15 @@ def test_pairs_are_compared_per_token_and_rewards_by_the_sums():
     counts = np.array([2.0, 3.0, 6.0, 1.0])  # per token (2, 3) and (1, 2)
     sums = np.stack([losses, np.zeros(4), counts])
     config = config_lib.default().preference
-    results = measures.compare_pairs("p", sums, None, config)
+    results = evaluator.compare_pairs("p", sums, None, config)
     assert results == {"p/pair_accuracy": 1.0}
     # Log-ratios: (1, 2) and (3, -1)
     reference = np.array([-5.0, -11.0, -9.0, -1.0])
-    results = measures.compare_pairs("p", sums, reference, config)
+    results = evaluator.compare_pairs("p", sums, reference, config)
     assert results["p/reward_accuracy"] == 0.5
     assert results["p/reward_margin"] == pytest.approx(0.1 * (-1 + 4) / 2)
     config.length_normalised = True
-    results = measures.compare_pairs("p", sums, reference, config)
+    results = evaluator.compare_pairs("p", sums, reference, config)
     # Per token (1/2, 2/3) and (3/6, -1/1)
     assert results["p/reward_margin"] == pytest.approx(0.1 * (-1 / 6 + 1.5) / 2)
 
@@ -269,13 +267,13 @@ def test_the_command_measures_and_compares(
 
     # Each side is what a run measures of the same.
     for side, place in ((both, tiny_model), (both["compared_with"], tiny_run)):
-        trained = runs.load(place)
-        examples = format.encode(
+        trained = load_model.load(place)
+        examples = formats.encode(
             tasks.read(settings[1], 6).records, "document", trained.tokenizer
         )
         questions = exams.read(f"{assets}/general_exam.jsonl")[:6]
         with jax.set_mesh(trained.mesh):
-            expected = measures.measure(
+            expected = evaluator.measure(
                 trained.score(),
                 {"texts": mixture.pack_text("texts", examples, 64)},
                 {"exam": exams.encode(questions, trained.tokenizer, 128)},

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import strategies as st
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.data import exams, fields, format, tally, tasks
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import exams, fields, formats, tally, tasks
 from mixcpt_jax.data import pipeline as pipeline_lib
 from mixcpt_jax.data.sources import Record
-from mixcpt_jax.errors import InputError
 
 FAST = hypothesis.settings(max_examples=150, deadline=None)
 
@@ -44,7 +44,7 @@ def text_of(ids):
 
 def encode(record, name, **settings):
     found = tally.Tally()
-    examples = format.encode(
+    examples = formats.encode(
         [Record(record, "f:7")], name, Letters(), tally=found, **settings
     )
     return examples, found
@@ -169,7 +169,7 @@ def test_the_prompt_of_a_pair_is_written_once(
         ours = first if where in ("prompt", "both") else []
         record["prompt"] = [*ours, *before, loose] if is_list else loose["content"]
     try:
-        pair = format.chat_pair(Record(record, "f:7"), Letters())
+        pair = formats.chat_pair(Record(record, "f:7"), Letters())
     except InputError:
         assert not has_prompt
         assert not are_whole
@@ -201,7 +201,7 @@ def test_the_prompt_of_a_pair_is_written_once(
 )  # fmt: skip
 def test_a_pair_that_can_be_read_in_two_ways_is_refused(record, words):
     with pytest.raises(InputError, match=words):
-        format.chat_pair(Record(record, "f:7"), Letters())
+        formats.chat_pair(Record(record, "f:7"), Letters())
 
 
 def test_a_turn_of_weight_0_is_read_and_not_trained_on():
@@ -363,7 +363,7 @@ def test_what_a_vocabulary_makes_of_texts_is_counted(texts):
         Record({"text": " ".join(parts)}, f"f:{n}") for n, parts in enumerate(texts)
     ]
     found = tally.Tally()
-    format.encode(documents, "document", Lacking(), tally=found)
+    formats.encode(documents, "document", Lacking(), tally=found)
     parts = list(itertools.chain(*texts))
     lost = {c: n for c in "好é" if (n := parts.count(c))}
     spelt = {s: n for s in ("<end>", "</s>") if (n := parts.count(s))}

@@ -8,8 +8,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import files, sources
-from mixcpt_jax.errors import InputError
 
 IN_TMP = [hypothesis.HealthCheck.function_scoped_fixture]
 

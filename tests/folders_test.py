@@ -16,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from mixcpt_jax import checkpoint, model, phase, runs, tokenizer, weights
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.evaluation import load_model
+from mixcpt_jax.models import pretrained, tokenizer, transformer
+from mixcpt_jax.training import checkpoint, phase
 
-CONFIG = model.ModelConfig(
+CONFIG = transformer.ModelConfig(
     family="llama",
     vocab_size=64,
     hidden_size=32,
@@ -40,8 +42,8 @@ FEW = settings(max_examples=60, deadline=None)
 def sharded(tmp_path):
     """(folder, tensor -> file) of a model in several files."""
     folder = tmp_path / "model"
-    params = model.init_params(CONFIG, jax.random.key(0))
-    weights.save_pretrained(
+    params = transformer.init_params(CONFIG, jax.random.key(0))
+    pretrained.save_pretrained(
         str(folder), params, CONFIG, dtype="float32", max_shard_bytes=2**14
     )
     return folder, json.loads((folder / INDEX).read_text())["weight_map"]
@@ -56,8 +58,10 @@ def outcome(read, *args):
 
 
 def load(folder):
-    config = weights.read_model_config(str(folder))
-    return weights.load_params(str(folder), model.abstract_params(config, jnp.float32))
+    config = pretrained.read_model_config(str(folder))
+    return pretrained.load_params(
+        str(folder), transformer.abstract_params(config, jnp.float32)
+    )
 
 
 def edit(file, change):
@@ -113,8 +117,8 @@ def test_weights_of_two_saves_are_refused_and_others_told_of(sharded, caplog):
 
 def test_a_tied_model_repeats_its_embedding_or_is_refused(tmp_path):
     tied = dataclasses.replace(CONFIG, tie_embeddings=True)
-    params = model.init_params(tied, jax.random.key(0))
-    weights.save_pretrained(str(tmp_path / "m"), params, tied, dtype="float32")
+    params = transformer.init_params(tied, jax.random.key(0))
+    pretrained.save_pretrained(str(tmp_path / "m"), params, tied, dtype="float32")
     file = tmp_path / "m" / "model.safetensors"
 
     def repeat(tensors):
@@ -134,7 +138,7 @@ def test_an_adapter_is_refused_by_its_name(sharded, tmp_path):
         (folder / "adapter_config.json").write_text(json.dumps(settings))
 
     write(tmp_path / "adapter")
-    for read in (weights.read_model_config, runs.load):
+    for read in (pretrained.read_model_config, load_model.load):
         with pytest.raises(InputError, match="an adapter of some/base and no model"):
             read(str(tmp_path / "adapter"))
     write(sharded[0])
@@ -210,7 +214,7 @@ def test_config_json_loads_the_same_or_names_the_key(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "mutated" / "config.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(whole))
-    expected = weights.read_model_config(str(file))
+    expected = pretrained.read_model_config(str(file))
     mutated = json.loads(json.dumps(whole))
     *parents, key = place = data.draw(st.sampled_from(sorted(places(whole))))
     values = mutated
@@ -218,7 +222,7 @@ def test_config_json_loads_the_same_or_names_the_key(tmp_path_factory, data):
         values = values[parent]
     values[key] = data.draw(WRONG)
     file.write_text(json.dumps(mutated))
-    found, message = outcome(weights.read_model_config, str(file))
+    found, message = outcome(pretrained.read_model_config, str(file))
     if found is None:
         # A key within an object that has become another kind of value is its own.
         names = {*place, "factor", "rope_type"} if "rope" in place[0] else {*place}
@@ -288,7 +292,7 @@ def write_gguf(file, values):
 
 
 def read_gguf(file):
-    return weights.read_model_config(file), tokenizer.load(file).fingerprint
+    return pretrained.read_model_config(file), tokenizer.load(file).fingerprint
 
 
 @FEW
@@ -348,7 +352,7 @@ def test_gguf_that_is_no_whole_model_or_scales_rope(changes, expected, tmp_path)
         with pytest.raises(InputError, match=rf"a\.gguf: {'.*' + expected}"):
             read_gguf(file)
     else:
-        scaling = None if expected is None else model.LinearRopeScaling(expected)
+        scaling = None if expected is None else transformer.LinearRopeScaling(expected)
         assert read_gguf(file)[0].rope_scaling == scaling
 
 
@@ -362,10 +366,10 @@ def test_identity_is_of_the_weights_alone(kind, sharded, tmp_path):
         place, weight_map = sharded
         file = place / weight_map["model.norm.weight"]
         first, size = 8, file.stat().st_size
-    before = weights.identity(str(place))
+    before = pretrained.identity(str(place))
     moved = place.rename(tmp_path / f"elsewhere{place.suffix}")
     file = moved if file == place else moved / file.name
-    assert weights.identity(str(moved)) == before
+    assert pretrained.identity(str(moved)) == before
     content = file.read_bytes()
     rng = np.random.default_rng(0)
     for place in (size - 1, *rng.integers(first, size, 20)):
@@ -375,7 +379,7 @@ def test_identity_is_of_the_weights_alone(kind, sharded, tmp_path):
         other = file.with_name("other")
         other.write_bytes(bytes(changed))
         other.replace(file)
-        found, message = outcome(weights.identity, str(moved))
+        found, message = outcome(pretrained.identity, str(moved))
         assert found != before, place
         assert found or file.name in message
 
@@ -383,7 +387,7 @@ def test_identity_is_of_the_weights_alone(kind, sharded, tmp_path):
 @FEW
 @given(st.integers(0, 2**40), st.integers(1, 2**36))
 def test_samples_are_spread_over_a_tensor(begin, size):
-    samples = list(weights._samples(begin, begin + size))
+    samples = list(pretrained._samples(begin, begin + size))
     assert samples[0][0] == begin
     assert samples[-1][1] == begin + size
     read = sum(end - start for start, end in samples)
@@ -408,12 +412,12 @@ def test_a_phase_knows_what_it_started_from(tiny_model, tmp_path):
     assert phase.finished(config, str(tmp_path / "run")) == expected
     config.model.path = str(folder.rename(tmp_path / "moved"))
     assert phase.finished(config, str(tmp_path / "run")) == expected
-    identity = weights.identity(config.model.path)
+    identity = pretrained.identity(config.model.path)
     file = tmp_path / "moved" / "model.safetensors"
     edit(file, lambda tensors: tensors["model.norm.weight"].__imul__(2))
     message = outcome(phase.finished, config, str(tmp_path / "run"))[1]
     assert identity in message
-    assert weights.identity(config.model.path) in message
+    assert pretrained.identity(config.model.path) in message
     shutil.rmtree(tmp_path / "moved")
     assert phase.finished(config, str(tmp_path / "run")) == expected
 
@@ -437,7 +441,7 @@ def test_the_same_start(changes, is_same):
 
 def test_a_gguf_that_is_replaced_is_read_again(tmp_path):
     file = write_gguf(tmp_path / "a.gguf", GGUF)
-    assert weights.read_model_config(file).rope_theta == 1e4
+    assert pretrained.read_model_config(file).rope_theta == 1e4
     other = write_gguf(tmp_path / "b.gguf", GGUF | {"llama.rope.freq_base": 5e5})
     pathlib.Path(other).replace(file)
-    assert weights.read_model_config(file).rope_theta == 5e5
+    assert pretrained.read_model_config(file).rope_theta == 5e5

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mixcpt_jax import hlo, sharding
+from mixcpt_jax.planning import hlo
+from mixcpt_jax.runtime import sharding
 
 pytestmark = [
     pytest.mark.skipif(

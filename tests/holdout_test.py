@@ -8,8 +8,8 @@ import pytest
 from hypothesis import strategies as st
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.data import corpus, format, pipeline, preparation, sources
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import corpus, formats, pipeline, sources, token_cache_writer
 
 IN_TMP = [hypothesis.HealthCheck.function_scoped_fixture]
 NUMBERS = range(12)
@@ -212,7 +212,7 @@ def test_what_the_same_text_is(measured, trained, is_held_out):
     def passages(fields, name):
         if callable(fields):
             fields = fields(question(1), answer(1))
-        return format.passages(sources.Record(fields, "place"), name)
+        return formats.passages(sources.Record(fields, "place"), name)
 
     if callable(trained):
         trained = trained(question(1), answer(1))
@@ -233,13 +233,13 @@ def test_what_is_left_out_is_reported_and_prepared_tokens_follow(tmp_path, folde
     config.sources.domain = config_lib.source(path=file, weight=1.0)
     config.data.prepared = str(tmp_path / "prepared")
     tokenizer = _Tokenizer()
-    preparation.prepare(config, tokenizer)
+    token_cache_writer.prepare(config, tokenizer)
     data = pipeline.load(config, tokenizer)
     assert (data.report[0]["prepared"], data.report[0]["held_out"]) == (True, 0)
     config.eval.texts.measured = config_lib.source(path=file, holdout=3)
     data = pipeline.load(config, tokenizer)
     assert (data.report[0]["prepared"], data.report[0]["held_out"]) == (False, 6)
-    preparation.prepare(config, tokenizer)
+    token_cache_writer.prepare(config, tokenizer)
     again = pipeline.load(config, tokenizer)
     assert (again.report[0]["prepared"], again.report[0]["held_out"]) == (True, 6)
     assert pipeline.fingerprint(again) == pipeline.fingerprint(data)

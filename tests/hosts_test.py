@@ -14,8 +14,9 @@ import pytest
 from etils import epath
 from processes import Launcher, finish, free_port, wait_until
 
-from mixcpt_jax import checkpoint, metrics, phase
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import metrics
+from mixcpt_jax.training import checkpoint, phase
 
 HEARTBEAT_TIMEOUT = 10
 ENDS_BY_ITSELF = 3 * HEARTBEAT_TIMEOUT
@@ -221,7 +222,7 @@ def test_two_hosts_prepare_what_one_does(launcher, config_flag, tmp_path):
             "--workers=0",
         )
 
-    module = "mixcpt_jax.data.prepare"
+    module = "mixcpt_jax.cli.prepare"
     finish([launcher.start(*prepare("one"), num_devices=2, module=module)])
     finish(launcher.start_hosts(2, *prepare("two"), module=module))
     assert sum(name.endswith("manifest.json") for name in files(tmp_path / "one")) == 4

@@ -8,11 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from mixcpt_jax import attention, model, steps
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.data import format, mixture
+from mixcpt_jax.data import formats, mixture
+from mixcpt_jax.models import attention, transformer
+from mixcpt_jax.objectives import over_tokens, teachers
+from mixcpt_jax.training import steps
 
-CONFIG = model.ModelConfig(
+CONFIG = transformer.ModelConfig(
     family="llama",
     vocab_size=64,
     hidden_size=32,
@@ -29,14 +31,16 @@ LENGTHS = (9, 14, 60, 7, 3, 20, 11, 16)
 ROW_LENGTH = 24
 # Enough for all ways to pack; empty rows fill up, so that all batches have one shape.
 NUM_ROWS = 10
-FORWARD = model.make_forward(CONFIG)
-OBJECTIVE = steps.token_objective(FORWARD, steps.running_teacher(FORWARD), ("text",))
+FORWARD = transformer.make_forward(CONFIG)
+OBJECTIVE = over_tokens.token_objective(
+    FORWARD, teachers.running_teacher(FORWARD), ("text",)
+)
 
 
 @functools.cache
 def params(seed):
     """Weights so large that attention and logits differ from token to token."""
-    params = model.init_params(CONFIG, jax.random.key(seed))
+    params = transformer.init_params(CONFIG, jax.random.key(seed))
     params["layers"] |= {k: 20 * params["layers"][k] for k in ("query", "key")}
     return params | {"unembedding": 10 * params["unembedding"]}
 
@@ -52,7 +56,7 @@ def draw_documents(changed=None):
 
 def pack(documents, strategy):
     """Rows of a training stream, and the document of each target, -1 for padding."""
-    examples = format.Examples.collect((ids, ids >= 0) for ids in documents)
+    examples = formats.Examples.collect((ids, ids >= 0) for ids in documents)
     source = mixture.Source("text", examples)
     (packed,) = mixture.pack_sources([source], ROW_LENGTH, strategy)
     rows = [packed[number] for number in range(len(packed))]
@@ -158,7 +162,7 @@ def test_changing_a_document_changes_no_bit_of_the_losses_of_others(strategy):
 
 @pytest.mark.parametrize("top_k", [0, 4])
 def test_changing_a_document_changes_no_bit_of_what_is_prepared_for_others(top_k):
-    prepare = jax.jit(steps.make_teacher_step(FORWARD, top_k))
+    prepare = jax.jit(teachers.make_teacher_step(FORWARD, top_k))
     batch, owners = pack_batch(draw_documents(), "split")
     before = prepare(params(1), batch)
     for number in range(len(LENGTHS)):

@@ -10,8 +10,11 @@ from absl import flags
 from absl.testing import flagsaver
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import export, main, paths, phase, train
-from mixcpt_jax.errors import InputError
+from mixcpt_jax import main
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.jobs import export, train
+from mixcpt_jax.training import phase
 
 
 def run(project, *arguments):

@@ -14,7 +14,8 @@ from etils import epath
 from tensorboardX.proto import event_pb2
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import metrics, paths
+from mixcpt_jax.core import paths
+from mixcpt_jax.runtime import metrics
 
 
 def open_writer(folder, resume_step, tensorboard=False, wandb="", run_config=None):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import strategies as st
 
 from mixcpt_jax import config
+from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import mixture
-from mixcpt_jax.data.format import Examples
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.data.formats import Examples
 
 _ROW_LENGTHS = st.integers(1, 12)
 _LENGTHS = st.lists(

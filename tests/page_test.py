@@ -13,8 +13,9 @@ import pytest
 from PIL import Image as image
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import page, records, report
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.cli import report
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.reporting import page, run_records
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 NAME = "<img src=x onerror=hacked=3>"  # a source's has neither dots nor slashes
@@ -237,7 +238,7 @@ def test_runs_are_compared_in_one_page(run, tmp_path, monkeypatch):
 
 
 def test_a_change_has_the_interval_of_what_is_on_record(run):
-    arms = records.load([str(run[0])])
+    arms = run_records.load([str(run[0])])
     changes = page._changes(arms, {"domain"})
     assert [method.split(":")[0] for method in changes["methods"]] == (
         ["Exams and pairs", "Texts"]

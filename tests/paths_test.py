@@ -8,10 +8,11 @@ import pytest
 from etils import epath
 from hypothesis import strategies as st
 
-from mixcpt_jax import checkpoint, paths
-from mixcpt_jax.data import prepared, sources
-from mixcpt_jax.errors import InputError
-from mixcpt_jax.steps import TrainState
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import sources, token_cache
+from mixcpt_jax.training import checkpoint
+from mixcpt_jax.training.steps import TrainState
 
 IN_TMP = [hypothesis.HealthCheck.function_scoped_fixture]
 # Weighted towards what shells, patterns and URLs take for their own.
@@ -83,7 +84,7 @@ def test_a_folder_to_write_to_that_cannot_be_read_again_is_refused(name):
 def test_a_name_that_is_not_utf8_is_read_and_written(tmp_path, suffix):
     file = os.path.join(tmp_path, os.fsdecode(b"caf\xe9." + suffix.encode()))
     if suffix == "array_record":
-        entry = prepared.write_shard(epath.Path(tmp_path), 0, [b'{"text": "x"}'], {})
+        entry = token_cache.write_shard(epath.Path(tmp_path), 0, [b'{"text": "x"}'], {})
         os.rename(tmp_path / entry["file"], file)
     else:
         with open(file, "w") as content:
@@ -100,6 +101,8 @@ def test_shards_of_other_folders_stay(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "00001.array_record").touch()
     for name in ("[ab]", "*"):
-        prepared.write_manifest(prepared.folder_of(str(tmp_path), name), {}, [], {})
+        token_cache.write_manifest(
+            token_cache.folder_of(str(tmp_path), name), {}, [], {}
+        )
         assert [f.name for f in (tmp_path / name).iterdir()] == ["manifest.json"]
     assert (tmp_path / "a" / "00001.array_record").exists()

@@ -12,10 +12,13 @@ import jax
 import pytest
 
 from configs import cpt, presets
-from mixcpt_jax import chips, hlo, model, phase, planning, sharding, weights
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.chips import GIB
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models import pretrained, transformer
+from mixcpt_jax.planning import hlo, step_plan
+from mixcpt_jax.runtime import chips, sharding
+from mixcpt_jax.runtime.chips import GIB
+from mixcpt_jax.training import phase
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -79,8 +82,8 @@ def test_the_formula_counts_the_products_that_are_compiled(config):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     for remat in config_lib.REMAT:
         config.model.remat = remat
-        step = planning.compile_step(config, mesh)
-        counted = planning.count_flops(step.phase.model_config, 256, remat, "whole")
+        step = step_plan.compile_step(config, mesh)
+        counted = step_plan.count_flops(step.phase.model_config, 256, remat, "whole")
         compiled = hlo.Module(step.compiled.as_text()).flops / 512
         # Blocks of 128 queries see 3/4 of the pairs where causality leaves half, and
         # some of attention is done again.
@@ -89,44 +92,44 @@ def test_the_formula_counts_the_products_that_are_compiled(config):
 
 
 def test_the_formula_knows_what_runs_of_the_frozen_model():
-    shape = weights.read_model_config(
+    shape = pretrained.read_model_config(
         "package:mixcpt_jax/assets/architectures/llama3_8b.json"
     )
-    alone = planning.count_flops(shape, 4096)
-    taught = planning.count_flops(shape, 4096, frozen="whole")
-    read = planning.count_flops(shape, 4096, frozen="unembedding")
+    alone = step_plan.count_flops(shape, 4096)
+    taught = step_plan.count_flops(shape, 4096, frozen="whole")
+    read = step_plan.count_flops(shape, 4096, frozen="unembedding")
     weights_of_layers = 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
     assert alone.student == 6 * weights_of_layers
     assert taught.teacher == 2 * weights_of_layers
     assert read.teacher == 0
     assert read.head - alone.head == 2 * 4096 * 128256
     assert taught.attention / alone.attention == pytest.approx(4 / 3)
-    adapted = planning.count_flops(shape, 4096, has_adapters=True)
+    adapted = step_plan.count_flops(shape, 4096, has_adapters=True)
     assert adapted.student == 4 * weights_of_layers
     # A token sees (L + 1) / 2 of its row on average; with a window less.
     assert alone.attention == 3 * 2 * 32 * 4096 * 4097
     windowed = dataclasses.replace(shape, sliding_window=1)
-    assert planning.count_flops(windowed, 4096).attention == 3 * 4 * 32 * 4096
+    assert step_plan.count_flops(windowed, 4096).attention == 3 * 4 * 32 * 4096
     # With a norm behind it, a layer's last product is done again, too.
     again = [
-        planning.count_flops(s, 4096, "full").rematerialisation
+        step_plan.count_flops(s, 4096, "full").rematerialisation
         for s in (shape, dataclasses.replace(shape, post_norms=True))
     ]
     assert again[1] - again[0] == 2 * 32 * 4096 * 14336
     mixed = dataclasses.replace(windowed, global_layers=(1, 3))
     one = alone.attention / 32, 3 * 4 * 4096
     expected = 2 * one[0] + 30 * one[1]
-    assert planning.count_flops(mixed, 4096).attention == expected
+    assert step_plan.count_flops(mixed, 4096).attention == expected
 
 
 @needs_libtpu
 @pytest.mark.usefixtures("compiled_quickly")
 def test_a_plan_of_a_small_step(config):
-    made = planning.make(config, "v5e:2x2")
+    made = step_plan.make(config, "v5e:2x2")
     assert made["fits"]
     memory, flops, times = made["memory"], made["flops"], made["time"]
-    weights_of = model.abstract_params(
-        weights.read_model_config(config.model.architecture)
+    weights_of = transformer.abstract_params(
+        pretrained.read_model_config(config.model.architecture)
     )
     number = sum(leaf.size for leaf in jax.tree.leaves(weights_of))
     # A quarter of each matrix, and all of the norms.
@@ -140,7 +143,7 @@ def test_a_plan_of_a_small_step(config):
     assert times["step"] >= times["compute and memory"]
     kinds = {row["kind"] for row in made["collectives"]}
     assert "all-gather" in kinds
-    assert "mfu bound" in planning.describe(made)
+    assert "mfu bound" in step_plan.describe(made)
 
 
 @needs_libtpu
@@ -149,12 +152,12 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(config):
     config.data.row_length = 256
     config.data.batch_size = config.eval.batch_size = 4096
     config.model.remat = "none"
-    made = planning.make(config, "v5e:2x2")
+    made = step_plan.make(config, "v5e:2x2")
     assert not made["fits"]
     over = made["memory"]["needed"] - made["memory"]["available"]
     assert over > 0
-    assert f"{over / GIB:.2f} more than" in planning.describe(made)
-    advice = planning.advise(config, "v5e:2x2")
+    assert f"{over / GIB:.2f} more than" in step_plan.describe(made)
+    advice = step_plan.advise(config, "v5e:2x2")
     assert "It fits, at" in advice
 
 
@@ -165,7 +168,7 @@ def test_the_search_prints_the_fastest_that_fit(tmp_path, capsys):
     config = small(tmp_path, num_key_value_heads=1)
     config.data.row_length = 256
     config.data.batch_size = config.eval.batch_size = 8
-    plans = planning.search(config, "v5e:2x2", remats=("full",), finalists=2)
+    plans = step_plan.search(config, "v5e:2x2", remats=("full",), finalists=2)
     tried, compiled = capsys.readouterr().out.split("as they would run:")
     # Three meshes, each with the two fewest microbatches; of the first there are two.
     assert tried.count("s, ") == 6
@@ -176,7 +179,7 @@ def test_the_search_prints_the_fastest_that_fit(tmp_path, capsys):
 
 @needs_libtpu
 def test_what_is_compiled_quickly_does_the_same(config):
-    quick, whole = (planning.make(config, "v5e:2x2", quick) for quick in (True, False))
+    quick, whole = (step_plan.make(config, "v5e:2x2", quick) for quick in (True, False))
     done = "products, compiled"
     assert quick["flops"][done] == pytest.approx(whole["flops"][done], rel=1e-3)
     assert received(quick) == pytest.approx(received(whole), rel=0.1)
@@ -191,9 +194,9 @@ def test_presets_suit_their_slices(name, part):
         source.path = "text"
     size = config.mesh.data * config.mesh.fsdp
     config_lib.validate(config, size)
-    shape = weights.read_model_config(config.model.architecture)
+    shape = pretrained.read_model_config(config.model.architecture)
     phase.check_model(config, shape, size)
-    least = planning.least_memory(config, shape)
+    least = step_plan.least_memory(config, shape)
     assert least <= chips.of_topology(config.mesh.topology).hbm_bytes
 
 
@@ -208,8 +211,8 @@ def received(made, kind="", **facts):
 
 def check_that_it_fits(name, part, quick):
     config = preset(name, part)
-    made = planning.make(config, config.mesh.topology, quick)
-    assert made["fits"], planning.describe(made)
+    made = step_plan.make(config, config.mesh.topology, quick)
+    assert made["fits"], step_plan.describe(made)
     flops = made["flops"]
     assert flops["products, compiled"] <= 1.02 * flops["products, by formula"]
     return made
@@ -243,7 +246,7 @@ def test_presets_fit(name, part):
 
 def test_an_unknown_slice_is_named(config):
     with pytest.raises(InputError, match="v9x:2x2: no such TPU slice"):
-        planning.make(config, "v9x:2x2")
+        step_plan.make(config, "v9x:2x2")
 
 
 def test_what_a_plan_needs_is_named(config, monkeypatch):
@@ -252,13 +255,13 @@ def test_what_a_plan_needs_is_named(config, monkeypatch):
 
     monkeypatch.setattr(sharding.topologies, "get_topology_desc", describe)
     with pytest.raises(InputError, match="run `pip install 'jax\\[tpu\\]'`"):
-        planning.make(config, "v5e:2x2")
+        step_plan.make(config, "v5e:2x2")
 
 
 @needs_libtpu
 def test_an_impossible_shape_is_named(config):
     with pytest.raises(InputError, match="v5e:3x5x7: no slice has this shape"):
-        planning.make(config, "v5e:3x5x7")
+        step_plan.make(config, "v5e:3x5x7")
 
 
 @needs_libtpu
@@ -272,7 +275,7 @@ def test_the_command(config, tmp_path):
         "--config.eval.batch_size=4",
         f"--output={tmp_path / 'plan.json'}",
     ]
-    command = [sys.executable, "-m", "mixcpt_jax.plan", "--config=configs/cpt.py"]
+    command = [sys.executable, "-m", "mixcpt_jax.cli.plan", "--config=configs/cpt.py"]
     done = subprocess.run(
         [*command, "--topology=v5e:2x2", *settings],
         capture_output=True,

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixcpt_jax import attention, fused, losses, model, optim, steps, weights
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models import attention, pretrained, transformer
+from mixcpt_jax.objectives import dense, over_pairs, over_tokens, streamed, teachers
+from mixcpt_jax.training import optimizer, steps
 
 # No head size, query scale, temperature, rank or cap below is a power of two, or has one
 # for a root, so each scale shows if it is rounded. The embedding's alone is meant to be.
-LLAMA = model.ModelConfig(
+LLAMA = transformer.ModelConfig(
     family="llama",
     vocab_size=64,
     hidden_size=64,
@@ -58,7 +60,7 @@ FAMILIES = {
         final_soft_cap=None,
     ),
 }
-LORA = model.Lora(rank=3, alpha=7.0, targets=model.LORA_TARGETS)
+LORA = transformer.Lora(rank=3, alpha=7.0, targets=transformer.LORA_TARGETS)
 ROWS, LENGTH, SEGMENTS = 2, 16, 4
 BATCH = {
     "tokens": jnp.int32,
@@ -72,40 +74,40 @@ BATCH = {
 
 def make_objective(config, kind, dtype=jnp.bfloat16, lora=None, temperature=1.0):
     """The objective whose network, and whose frozen model, compute in a dtype."""
-    student = model.make_forward(config, dtype, "full", lora)
-    frozen = model.make_forward(config, dtype)
+    student = transformer.make_forward(config, dtype, "full", lora)
+    frozen = transformer.make_forward(config, dtype)
     head = {"soft_cap": config.final_soft_cap}
     if kind == "tokens":
-        return steps.token_objective(
+        return over_tokens.token_objective(
             student,
-            steps.running_teacher(frozen, temperature, config.final_soft_cap),
+            teachers.running_teacher(frozen, temperature, config.final_soft_cap),
             ("all",),
-            functools.partial(fused.head_loss, **head),
+            functools.partial(streamed.head_loss, **head),
         )
-    return steps.preference_objective(
+    return over_pairs.preference_objective(
         student,
         frozen,
         ("all",),
         SEGMENTS,
-        functools.partial(losses.preference_loss, beta=0.3),
-        log_probabilities=functools.partial(fused.log_probabilities, **head),
+        functools.partial(dense.preference_loss, beta=0.3),
+        log_probabilities=functools.partial(streamed.log_probabilities, **head),
     )
 
 
 def lowered_step(config, kind, lora, parts):
     """The whole training step, as text."""
     objective = make_objective(config, kind, lora=lora, temperature=0.9)
-    transforms, schedule = optim.make_optimizer(config_lib.default().optimizer, 10)
-    params = model.abstract_params(config)
+    transforms, schedule = optimizer.make_optimizer(config_lib.default().optimizer, 10)
+    params = transformer.abstract_params(config)
     if lora:
-        params = model.abstract_adapters(config, lora)
+        params = transformer.abstract_adapters(config, lora)
     state = steps.TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
         params,
         jax.eval_shape(transforms.init, params),
     )
     step = steps.make_train_step(objective, transforms, schedule, parts, bool(lora))
-    frozen = model.abstract_params(config, jnp.bfloat16)
+    frozen = transformer.abstract_params(config, jnp.bfloat16)
     batch = {
         name: jax.ShapeDtypeStruct((ROWS, LENGTH), dtype)
         for name, dtype in BATCH.items()
@@ -148,19 +150,19 @@ def test_a_norm_scale_near_one_keeps_its_digits_in_a_bfloat16_model(tmp_path):
     """Gemma's is 1 + w: read in bfloat16, used, and written again."""
     w = np.float32([0.001, -0.0017, 0.013, 0.0002])
     config = dataclasses.replace(GEMMA2, hidden_size=4)
-    params = model.init_params(config, jax.random.key(0))
+    params = transformer.init_params(config, jax.random.key(0))
     params["final_norm"] = jnp.asarray(1 + w)
-    weights.save_pretrained(str(tmp_path / "start"), params, config, dtype="float32")
-    loaded = weights.load_params(
-        str(tmp_path / "start"), model.abstract_params(config, jnp.bfloat16)
+    pretrained.save_pretrained(str(tmp_path / "start"), params, config, dtype="float32")
+    loaded = pretrained.load_params(
+        str(tmp_path / "start"), transformer.abstract_params(config, jnp.bfloat16)
     )
     assert loaded["embedding"].dtype == jnp.bfloat16
     np.testing.assert_allclose(loaded["final_norm"] - 1, w, atol=2**-23)
-    again = model.cast(loaded, jnp.bfloat16)
+    again = transformer.cast(loaded, jnp.bfloat16)
     np.testing.assert_array_equal(again["final_norm"], loaded["final_norm"])
     x = jax.random.normal(jax.random.key(1), (64, 4), jnp.bfloat16)
-    normed = model.rms_norm(x, loaded["final_norm"], 1e-6)
-    exact = model.rms_norm(x.astype(jnp.float32), jnp.asarray(1 + w), 1e-6)
+    normed = transformer.rms_norm(x, loaded["final_norm"], 1e-6)
+    exact = transformer.rms_norm(x.astype(jnp.float32), jnp.asarray(1 + w), 1e-6)
     np.testing.assert_array_equal(normed, exact.astype(jnp.bfloat16))
 
 
@@ -184,9 +186,9 @@ def test_kl_and_margins_begin_at_zero(compute_dtype):
     rng = np.random.default_rng(0)
     student = jax.tree.map(
         lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32),
-        model.init_params(config, jax.random.key(0)),
+        transformer.init_params(config, jax.random.key(0)),
     )
-    frozen = model.cast(student, config_lib.frozen_dtype(settings))
+    frozen = transformer.cast(student, config_lib.frozen_dtype(settings))
 
     def means(kind):
         objective = make_objective(config, kind, compute_dtype)

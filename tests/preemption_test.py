@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from mixcpt_jax import command as command_line
-from mixcpt_jax import preemption
+from mixcpt_jax.cli import command as command_line
+from mixcpt_jax.runtime import preemption
 
 
 def sigterm():

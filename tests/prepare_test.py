@@ -10,12 +10,14 @@ import pytest
 from etils import epath
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import metrics, train
-from mixcpt_jax import phase as phase_lib
-from mixcpt_jax import teacher as teacher_lib
-from mixcpt_jax import tokenizer as tokenizer_lib
-from mixcpt_jax.data import pipeline, preparation, prepared
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import pipeline, token_cache, token_cache_writer
+from mixcpt_jax.jobs import train
+from mixcpt_jax.models import tokenizer as tokenizer_lib
+from mixcpt_jax.runtime import metrics
+from mixcpt_jax.training import phase as phase_lib
+from mixcpt_jax.training import program
+from mixcpt_jax.training import teacher_outputs as teacher_lib
 
 SHARD_SIZE = 20_000  # characters, so that there are several
 
@@ -39,7 +41,7 @@ def tokenizer(config):
 
 
 def make(config, **settings):
-    preparation.prepare(
+    token_cache_writer.prepare(
         config, tokenizer(config), **{"shard_size": SHARD_SIZE} | settings
     )
 
@@ -87,7 +89,7 @@ def test_the_stream_is_the_same_either_way(config, packing, warnings):
     make(config)
     data = load(config)
     assert all(
-        isinstance(rows.source.examples, prepared.PreparedExamples)
+        isinstance(rows.source.examples, token_cache.PreparedExamples)
         for rows in data.packed
     )
     assert [row["prepared"] for row in data.report] == [True, True]
@@ -122,7 +124,7 @@ def test_workers_make_the_same_shards(config, tmp_path):
 
 
 def test_ranges_are_read_across_blocks_and_shards(config, monkeypatch):
-    monkeypatch.setattr(prepared, "BLOCK_TOKENS", 64)
+    monkeypatch.setattr(token_cache, "BLOCK_TOKENS", 64)
     make(config)
     examples, whole = (
         load(c).packed[0].source.examples for c in (config, on_the_fly(config))
@@ -172,7 +174,7 @@ def test_what_is_whole_is_kept_and_the_rest_mended(config, capsys):
 
 def test_a_maker_that_was_stopped_goes_on(config, monkeypatch, warnings):
     written = []
-    original = prepared.write_shard
+    original = token_cache.write_shard
 
     def write_shard(folder, number, *args):
         if number == 2:
@@ -180,14 +182,14 @@ def test_a_maker_that_was_stopped_goes_on(config, monkeypatch, warnings):
         written.append(number)
         return original(folder, number, *args)
 
-    monkeypatch.setattr(prepared, "write_shard", write_shard)
+    monkeypatch.setattr(token_cache, "write_shard", write_shard)
     with pytest.raises(KeyboardInterrupt):
         make(config)
     assert written == [0, 1]
     # Part of a folder is not taken for the whole.
     assert [row["prepared"] for row in load(config).report] == [False, False]
     assert "holds nothing prepared" in warnings[0]
-    monkeypatch.setattr(prepared, "write_shard", original)
+    monkeypatch.setattr(token_cache, "write_shard", original)
     kept = shard(config, 1).stat().st_mtime_ns
     make(config)
     assert shard(config, 1).stat().st_mtime_ns == kept
@@ -263,7 +265,7 @@ def test_damage_is_named_with_its_remedy(config, name, how):
 
 
 def test_a_full_disk_loses_nothing(config, monkeypatch):
-    original = prepared.array_record_module.ArrayRecordWriter
+    original = token_cache.array_record_module.ArrayRecordWriter
 
     class Full:
         def __init__(self, file, options):
@@ -278,7 +280,7 @@ def test_a_full_disk_loses_nothing(config, monkeypatch):
             self._writer.close()
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepared.array_record_module, "ArrayRecordWriter", Full)
+        patch.setattr(token_cache.array_record_module, "ArrayRecordWriter", Full)
         with pytest.raises(
             InputError, match=r"00001.*No space left.*goes on from here"
         ):
@@ -300,7 +302,7 @@ def test_a_bad_record_is_named_from_a_worker(config, tmp_path):
 
 def run_command(*flags):
     return subprocess.run(
-        [sys.executable, "-m", "mixcpt_jax.data.prepare", *flags],
+        [sys.executable, "-m", "mixcpt_jax.cli.prepare", *flags],
         capture_output=True,
         text=True,
         check=False,
@@ -407,7 +409,7 @@ def test_training_holds_no_more_of_the_teacher_than_it_reads(
     phase = phase_lib.start(config, str(tmp_path / "run"), "cpt")
     data = phase.load_data()
     data = pipeline.with_teacher(data, teacher_lib.open_rows(phase, data))
-    frozen = train.make_program(phase, data).frozen
+    frozen = program.make_program(phase, data).frozen
     assert len(frozen or {}) == leaves
 
 
@@ -458,7 +460,7 @@ def test_a_teacher_of_other_rows_is_refused(config, tmp_path, change, words):
 def test_a_teacher_that_was_stopped_goes_on(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(teacher_lib, "_BYTES_PER_SHARD", 2**16)
     config.objective.teacher = "prepared"
-    original, count = prepared.write_shard, 0
+    original, count = token_cache.write_shard, 0
 
     def write_shard(*args):
         nonlocal count
@@ -467,7 +469,7 @@ def test_a_teacher_that_was_stopped_goes_on(config, tmp_path, monkeypatch, capsy
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(prepared, "write_shard", write_shard)
+    monkeypatch.setattr(token_cache, "write_shard", write_shard)
     with pytest.raises(KeyboardInterrupt):
         teacher_lib.prepare(config, str(tmp_path / "run"), "cpt")
     with pytest.raises(InputError, match="holds no teacher, or part of one"):

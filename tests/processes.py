@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 _PRELOADED = [
-    "mixcpt_jax.data.prepare", "mixcpt_jax.export", "mixcpt_jax.main",
-    "mixcpt_jax.report", "mixcpt_jax.select", "mixcpt_jax.train", "matplotlib.pyplot",
+    "mixcpt_jax.cli.prepare", "mixcpt_jax.jobs.export", "mixcpt_jax.main",
+    "mixcpt_jax.cli.report", "mixcpt_jax.jobs.select", "mixcpt_jax.jobs.train", "matplotlib.pyplot",
 ]  # fmt: skip
 
 

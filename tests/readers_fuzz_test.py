@@ -19,9 +19,9 @@ from array_record.python import array_record_module
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
-from mixcpt_jax import tokenizer as tokenizer_lib
-from mixcpt_jax.data import fields, format, readers, sources
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import fields, formats, readers, sources
+from mixcpt_jax.models import tokenizer as tokenizer_lib
 
 FUZZ = hypothesis.settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),
@@ -409,7 +409,7 @@ def tokenizer(folder):
     return tokenizer_lib.load(str(where))
 
 
-NAMES = sorted({name for names in format.FIELDS.values() for name in names})
+NAMES = sorted({name for names in formats.FIELDS.values() for name in names})
 TEXTS = st.text(max_size=5) | st.sampled_from(
     ("Why?", " ", "\n", "\ud800", "<|im_end|>", "{{ x }}", "\ufdd00\ufdd1", "\0")
 )
@@ -451,16 +451,16 @@ def _fields(name):
     return other | st.tuples(other, parts).map(lambda both: both[0] | both[1])
 
 
-@pytest.mark.parametrize("name", format.FIELDS)
+@pytest.mark.parametrize("name", formats.FIELDS)
 @FUZZ
-@hypothesis.given(data=st.data(), side=st.sampled_from(format.PREFERENCE_SIDES))
+@hypothesis.given(data=st.data(), side=st.sampled_from(formats.PREFERENCE_SIDES))
 def test_any_record_is_examples_or_an_error_of_its_place(tokenizer, name, data, side):
     record = readers.Record(data.draw(_fields(name)), "f:7")
-    ours = st.sampled_from(format.FIELDS[name])
+    ours = st.sampled_from(formats.FIELDS[name])
     mapped = data.draw(st.just({}) | st.dictionaries(ours, KEYS, max_size=2))
     examples, complaint = [], ""
     try:
-        examples = format.encode([record], name, tokenizer, mapped, side)
+        examples = formats.encode([record], name, tokenizer, mapped, side)
     except InputError as error:
         complaint = str(error)
     if complaint:
@@ -476,4 +476,4 @@ def test_any_record_is_examples_or_an_error_of_its_place(tokenizer, name, data, 
     assert examples.tokens.max() < tokenizer.vocab_size
     assert examples.num_learnt > 0
     # Whoever cleans the text finds one, too.
-    assert format.plain_text(record, name, mapped, side).strip()
+    assert formats.plain_text(record, name, mapped, side).strip()

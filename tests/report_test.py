@@ -1,4 +1,4 @@
-from mixcpt_jax import report
+from mixcpt_jax.reporting import report as report_lib
 
 
 def evaluation(**values):
@@ -17,7 +17,7 @@ def test_the_table_shows_before_after_and_change_of_every_phase():
             "after": evaluation(domain__perplexity=14.0, domain__exam=0.125),
         },
     }
-    lines = report.comparison(results).splitlines()
+    lines = report_lib.comparison(results).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["", "before", "after mixcpt", "change", "after plain", "change"]
     assert cells[2] == [
@@ -36,10 +36,10 @@ def test_phases_that_measure_nothing_are_left_out(tmp_path, capsys):
         "cpt": {"before": evaluation(a__perplexity=2.0), "after": evaluation()},
         "select": {"selection": {}},
     }
-    header, *_ = report.comparison(results).splitlines()
+    header, *_ = report_lib.comparison(results).splitlines()
     assert "after cpt" in header
     assert "select" not in header
     folders = {"export": str(tmp_path / "export")}
-    report.write(str(tmp_path), folders, {"export": {"folder": "hf"}})
+    report_lib.write(str(tmp_path), folders, {"export": {"folder": "hf"}})
     assert {path.name for path in tmp_path.iterdir()} == {"report.json"}
     assert str(tmp_path) in capsys.readouterr().out

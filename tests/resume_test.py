@@ -24,8 +24,8 @@ from array_record.python import array_record_module
 from pyarrow import parquet as pq
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import tokenizer as tokenizer_lib
 from mixcpt_jax.data import pipeline
+from mixcpt_jax.models import tokenizer as tokenizer_lib
 
 FORMATS = ("jsonl", "parquet", "array_record", "tfds")
 HOSTS = {"1 to 1": (1, 1), "2 to 2": (2, 2), "4 to 2": (4, 2)}

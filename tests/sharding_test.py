@@ -8,13 +8,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import presets
-from mixcpt_jax import sharding
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core import mesh_shape
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import sharding
 
 
 def test_the_open_axis_takes_the_devices_that_are_left():
-    assert sharding.mesh_shape({"data": 1, "fsdp": -1, "tensor": 2}, 8) == (1, 4, 2)
-    assert sharding.mesh_shape({"data": 2, "fsdp": 2, "tensor": 2}, 8) == (2, 2, 2)
+    assert mesh_shape.mesh_shape({"data": 1, "fsdp": -1, "tensor": 2}, 8) == (1, 4, 2)
+    assert mesh_shape.mesh_shape({"data": 2, "fsdp": 2, "tensor": 2}, 8) == (2, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ def test_the_open_axis_takes_the_devices_that_are_left():
 )
 def test_impossible_meshes_are_refused(sizes):
     with pytest.raises(InputError, match="mesh: "):
-        sharding.mesh_shape(dict(zip(sharding.MESH_AXES, sizes, strict=True)), 8)
+        mesh_shape.mesh_shape(dict(zip(mesh_shape.MESH_AXES, sizes, strict=True)), 8)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_a_gradient_that_is_scattered_is_the_same_and_in_its_place(sizes):
     if sizes is None:
         actual = jax.jit(jax.grad(loss))(kernel, x)
     else:
-        mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes)))
+        mesh = sharding.make_mesh(dict(zip(mesh_shape.MESH_AXES, sizes)))
         with jax.set_mesh(mesh):
             where = NamedSharding(mesh, sharding.spec(("hidden", "mlp")))
             rows = sharding.batch_sharding(mesh)

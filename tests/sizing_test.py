@@ -11,9 +11,12 @@ import pytest
 from hypothesis import strategies as st
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import main, planning, sharding, sizing, weights
-from mixcpt_jax.chips import GIB
-from mixcpt_jax.errors import InputError
+from mixcpt_jax import main
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models import pretrained
+from mixcpt_jax.planning import sizing, step_plan
+from mixcpt_jax.runtime import sharding
+from mixcpt_jax.runtime.chips import GIB
 
 MODELS = {
     name: f"package:mixcpt_jax/assets/architectures/{name}.json"
@@ -25,7 +28,7 @@ def choose(name, num_tokens, mesh, gib, **settings):
     config = config_lib.default()
     config.data.row_length = 0
     config.update_from_flattened_dict(settings)
-    architecture = weights.read_model_config(MODELS[name])
+    architecture = pretrained.read_model_config(MODELS[name])
     return sizing.choose(config, architecture, num_tokens, mesh, gib * GIB)
 
 
@@ -37,8 +40,11 @@ def choose(name, num_tokens, mesh, gib, **settings):
 )
 @hypothesis.settings(deadline=None, max_examples=60)
 def test_what_is_chosen_fits_and_divides(name, num_tokens, mesh, gib):
-    config, architecture = config_lib.default(), weights.read_model_config(MODELS[name])
-    least = planning.step_memory(config, architecture, mesh, 1, 256)
+    config, architecture = (
+        config_lib.default(),
+        pretrained.read_model_config(MODELS[name]),
+    )
+    least = step_plan.step_memory(config, architecture, mesh, 1, 256)
     if least > sizing.USABLE * gib * GIB:
         with pytest.raises(InputError, match="of one row of 256 tokens takes"):
             choose(name, num_tokens, mesh, gib)
@@ -118,9 +124,9 @@ def test_the_formula_is_not_far_below_the_compiler(tiny_config, tiny_model):
     config.data.batch_size, config.data.row_length = 16, 256
     config.model.remat = "full"
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    step = planning.compile_step(config, mesh)
+    step = step_plan.compile_step(config, mesh)
     analysis = step.compiled.memory_analysis()
     needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    architecture = weights.read_model_config(tiny_model)
-    found = planning.step_memory(config, architecture, (1, 1, 1), 16, 256)
+    architecture = pretrained.read_model_config(tiny_model)
+    found = step_plan.step_memory(config, architecture, (1, 1, 1), 16, 256)
     assert needed < found < 4 * needed

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
 from mixcpt_jax import config as config_lib
+from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import corpus, readers, sources
-from mixcpt_jax.errors import InputError
 
 RECORDS = [
     {

@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import fused, losses, measures, metrics, model, optim, sharding, steps
-from mixcpt_jax.data import format, mixture
+from mixcpt_jax.core import mesh_shape
+from mixcpt_jax.data import formats, mixture
+from mixcpt_jax.evaluation import evaluator
+from mixcpt_jax.models import transformer
+from mixcpt_jax.objectives import dense, over_pairs, over_tokens, streamed, teachers
+from mixcpt_jax.runtime import metrics, sharding
+from mixcpt_jax.training import optimizer, steps
 
-CONFIG = model.ModelConfig(
+CONFIG = transformer.ModelConfig(
     family="llama",
     vocab_size=64,
     hidden_size=32,
@@ -29,12 +34,12 @@ SOURCES = ("domain", "general")
 
 @functools.cache
 def params(seed=0):
-    return model.init_params(CONFIG, jax.random.key(seed))
+    return transformer.init_params(CONFIG, jax.random.key(seed))
 
 
 def documents(lengths, seed=0):
     rng = np.random.default_rng(seed)
-    return format.Examples.collect(
+    return formats.Examples.collect(
         (rng.integers(0, 64, n), np.ones(n, bool)) for n in lengths
     )
 
@@ -67,14 +72,14 @@ def take_step(
 ):
     config = config_lib.default().optimizer
     config.learning_rate = 1e-2
-    transforms, schedule = optim.make_optimizer(config, 10)
-    forward = model.make_forward(CONFIG, remat=remat)
+    transforms, schedule = optimizer.make_optimizer(config, 10)
+    forward = transformer.make_forward(CONFIG, remat=remat)
     train_step = steps.make_train_step(
-        steps.token_objective(
+        over_tokens.token_objective(
             forward,
-            steps.running_teacher(forward, teacher_temperature, soft_cap),
+            teachers.running_teacher(forward, teacher_temperature, soft_cap),
             SOURCES,
-            functools.partial(fused.head_loss, soft_cap=soft_cap),
+            functools.partial(streamed.head_loss, soft_cap=soft_cap),
         ),
         transforms,
         schedule,
@@ -87,9 +92,9 @@ def take_step(
         for _ in range(num_steps):
             state, metrics = step(state, params(1), batch)
         return state, metrics
-    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=True)))
-    where = sharding.shardings(mesh, model.param_axes(CONFIG))
-    moments = optim.state_shardings(
+    mesh = sharding.make_mesh(dict(zip(mesh_shape.MESH_AXES, mesh_sizes, strict=True)))
+    where = sharding.shardings(mesh, transformer.param_axes(CONFIG))
+    moments = optimizer.state_shardings(
         transforms, params(), where, sharding.replicated(mesh)
     )
     with jax.set_mesh(mesh):
@@ -116,7 +121,7 @@ def assert_close(actual, expected, rtol=1e-4):
 
 
 def test_every_objective_of_the_config_has_its_weights():
-    assert fused.TokenWeights._fields == config_lib.OBJECTIVES
+    assert streamed.TokenWeights._fields == config_lib.OBJECTIVES
 
 
 @pytest.mark.parametrize(
@@ -126,16 +131,17 @@ def test_the_loss_is_the_weighted_mean_of_the_dense_losses(temperature, soft_cap
     batch = make_batch()
     _, found = take_step(batch, teacher_temperature=temperature, soft_cap=soft_cap)
     inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
-    forward = model.make_forward(CONFIG)
+    forward = transformer.make_forward(CONFIG)
     student, teacher = (
-        model.logits(p, forward(p, *inputs), soft_cap) for p in (params(), params(1))
+        transformer.logits(p, forward(p, *inputs), soft_cap)
+        for p in (params(), params(1))
     )
     targets, teacher = batch["targets"], teacher / temperature
     total = (
-        batch["ntp_weights"] * losses.cross_entropy(student, targets)
-        + batch["lssd_weights"] * losses.lssd(student, teacher, targets)
-        + batch["kd_weights"] * losses.distillation(student, teacher)
-        + batch["selective_weights"] * losses.selective(student, teacher, targets)
+        batch["ntp_weights"] * dense.cross_entropy(student, targets)
+        + batch["lssd_weights"] * dense.lssd(student, teacher, targets)
+        + batch["kd_weights"] * dense.distillation(student, teacher)
+        + batch["selective_weights"] * dense.selective(student, teacher, targets)
     ).sum()
     np.testing.assert_allclose(
         found["loss"][0], total / batch["loss_mask"].sum(), rtol=1e-5
@@ -150,24 +156,26 @@ def test_the_loss_is_the_weighted_mean_of_the_dense_losses(temperature, soft_cap
 @pytest.mark.parametrize("top_k", [0, 8, 63])
 def test_what_a_prepared_teacher_does_not_hold_is_not_measured(top_k):
     """Each metric of a prepared teacher is the running one's, a bound of it, or absent."""
-    batch, forward = make_batch(), model.make_forward(CONFIG)
-    teacher_step = jax.jit(steps.make_teacher_step(forward, top_k))
+    batch, forward = make_batch(), transformer.make_forward(CONFIG)
+    teacher_step = jax.jit(teachers.make_teacher_step(forward, top_k))
     in_general = batch["source_ids"] == 1
     assert 0 < in_general.mean() < 1
     held = {
-        # As `taught.TaughtRows` fills in what is not there.
+        # As `teacher_cache.TaughtRows` fills in what is not there.
         name: np.where(in_general.reshape(*in_general.shape, *[1] * (x.ndim - 2)), 0, x)
         for name, x in teacher_step(params(1), batch).items()
     }
     held = {k: v.astype(np.uint16) if "hidden" in k else v for k, v in held.items()}
-    prepared = steps.compact_teacher() if top_k else steps.prepared_teacher("float32")
+    prepared = (
+        teachers.compact_teacher() if top_k else teachers.prepared_teacher("float32")
+    )
 
     def measured(teacher, batch, **options):
-        objective = steps.token_objective(forward, teacher, SOURCES, **options)
+        objective = over_tokens.token_objective(forward, teacher, SOURCES, **options)
         _, found = jax.jit(objective.loss_sum)(params(), params(1), batch, 1.0)
         return metrics.means(found)
 
-    expected = measured(steps.running_teacher(forward), batch)
+    expected = measured(teachers.running_teacher(forward), batch)
     actual = measured(prepared, batch | held, untaught=["general"])
     assert {"ntp", "general/ntp", "domain/agree", "domain/swapped"} <= actual.keys()
     of_teacher = {k for k in actual if not k.endswith(("ntp", "correct"))}
@@ -214,7 +222,7 @@ def test_a_packed_row_gives_each_document_the_losses_it_has_alone(strategy):
         mixture.pack(examples.lengths, 70, strategy),
         0,
     )
-    score = jax.jit(steps.make_eval_step(model.make_forward(CONFIG)))
+    score = jax.jit(steps.make_eval_step(transformer.make_forward(CONFIG)))
     assert len(rows) == 1
     row = {name: value[None] for name, value in rows[0].items()}
     packed = np.asarray(score(params(), row)["ntp"])[0]
@@ -283,7 +291,7 @@ def make_pairs(rows=8, row_length=48, reference_params=None, seed=0):
         [
             mixture.Source(
                 name,
-                format.Examples.collect(
+                formats.Examples.collect(
                     (rng.integers(0, 64, n), np.arange(n) >= n // 2)
                     for n in rng.integers(4, 20, 2 * 30)
                 ),
@@ -294,9 +302,9 @@ def make_pairs(rows=8, row_length=48, reference_params=None, seed=0):
         row_length,
     )
     if reference_params is not None:
-        score = jax.jit(steps.make_eval_step(model.make_forward(CONFIG)))
+        score = jax.jit(steps.make_eval_step(transformer.make_forward(CONFIG)))
         for number, part in enumerate(packed):
-            sums = measures.sums_per_example(
+            sums = evaluator.sums_per_example(
                 lambda batch: score(reference_params, batch), part, rows
             )
             source = dataclasses.replace(
@@ -314,14 +322,14 @@ def take_preference_step(
 ):
     config = config_lib.default().optimizer
     config.learning_rate = 1e-2
-    transforms, schedule = optim.make_optimizer(config, 10)
-    forward = model.make_forward(CONFIG)
-    objective = steps.preference_objective(
+    transforms, schedule = optimizer.make_optimizer(config, 10)
+    forward = transformer.make_forward(CONFIG)
+    objective = over_pairs.preference_objective(
         forward,
         None if "reference_logps" in batch else forward,
         SOURCES,
         num_segments,
-        functools.partial(losses.preference_loss, **(PREFERENCE | loss)),
+        functools.partial(dense.preference_loss, **(PREFERENCE | loss)),
         normalised,
     )
     step = jax.jit(
@@ -332,9 +340,9 @@ def take_preference_step(
     )
     if mesh_sizes is None:
         return step(state, params(1), batch)
-    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=True)))
+    mesh = sharding.make_mesh(dict(zip(mesh_shape.MESH_AXES, mesh_sizes, strict=True)))
     with jax.set_mesh(mesh):
-        where = sharding.shardings(mesh, model.param_axes(CONFIG))
+        where = sharding.shardings(mesh, transformer.param_axes(CONFIG))
         reference = jax.device_put(params(1), where)
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         return step(state, reference, batch)
@@ -352,7 +360,7 @@ def assert_same_step(actual, expected):
 
 def pairs_alone(batch, normalised):
     """Dense log-probabilities of each answer by itself: `(policy, reference)`, pairs."""
-    forward = jax.jit(model.make_forward(CONFIG))
+    forward = jax.jit(transformer.make_forward(CONFIG))
     answers = []
     for row in range(len(batch["tokens"])):
         for segment in range(1, batch["segment_ids"][row].max() + 1):
@@ -367,8 +375,8 @@ def pairs_alone(batch, normalised):
             )
             logps = []
             for which in (params(), params(1)):
-                logits = model.logits(which, forward(which, *inputs))[0]
-                each = -losses.cross_entropy(logits, targets) * mask
+                logits = transformer.logits(which, forward(which, *inputs))[0]
+                each = -dense.cross_entropy(logits, targets) * mask
                 logps.append(float(each.sum()) / (mask.sum() if normalised else 1))
             answers.append((*logps, 1.0 if normalised else mask.sum()))
     return np.array(answers).reshape(-1, 2, 3)
@@ -388,7 +396,7 @@ def test_the_loss_of_pairs_is_the_mean_over_answers_taken_alone(normalised, loss
         batch, num_segments, normalised=normalised, **loss
     )
     answers = pairs_alone(batch, normalised)
-    expected, chosen, rejected = losses.preference_loss(
+    expected, chosen, rejected = dense.preference_loss(
         answers[:, 0, 0],
         answers[:, 1, 0],
         answers[:, 0, 1],
@@ -450,19 +458,19 @@ def test_padding_and_pairs_of_no_answer_count_nothing():
 
 
 def test_adapters_train_and_what_they_adapt_stays():
-    lora = model.Lora(4, 8.0, ("query", "value", "down"))
+    lora = transformer.Lora(4, 8.0, ("query", "value", "down"))
     config = config_lib.default().optimizer
     config.learning_rate = 1e-2
-    transforms, schedule = optim.make_optimizer(config, 10)
-    objective = steps.token_objective(
-        model.make_forward(CONFIG, lora=lora),
-        steps.running_teacher(model.make_forward(CONFIG)),
+    transforms, schedule = optimizer.make_optimizer(config, 10)
+    objective = over_tokens.token_objective(
+        transformer.make_forward(CONFIG, lora=lora),
+        teachers.running_teacher(transformer.make_forward(CONFIG)),
         SOURCES,
     )
     step = jax.jit(
         steps.make_train_step(objective, transforms, schedule, has_adapters=True)
     )
-    adapters = model.init_adapters(CONFIG, lora, jax.random.key(3), jnp.float32)
+    adapters = transformer.init_adapters(CONFIG, lora, jax.random.key(3), jnp.float32)
     state = steps.TrainState(
         jnp.zeros((), jnp.int32), adapters, transforms.init(adapters)
     )
@@ -477,8 +485,8 @@ def test_adapters_train_and_what_they_adapt_stays():
     assert set(state.params["layers"]) == {
         f"{name}_lora_{part}" for name in lora.targets for part in "ab"
     }
-    merged = model.merge_adapters(params(), state.params, lora)
-    score = jax.jit(steps.make_eval_step(model.make_forward(CONFIG)))
+    merged = transformer.merge_adapters(params(), state.params, lora)
+    score = jax.jit(steps.make_eval_step(transformer.make_forward(CONFIG)))
     ntp = np.asarray(score(merged, batch)["ntp"])[batch["loss_mask"] > 0].mean()
     _, after = step(state, params(), batch)
     np.testing.assert_allclose(ntp, after["ntp"][0] / after["ntp"][1], rtol=1e-5)

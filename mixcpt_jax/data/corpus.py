@@ -13,8 +13,8 @@ import ml_collections
 from absl import logging
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.data import clean, exams, format, sources
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import exams, filters, formats, sources
 
 # `(function, items) -> (item, function(item))` in order.
 InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[tuple[Any, Any]]]
@@ -37,7 +37,7 @@ class HeldOut:
     Texts are the same that differ in case and blanks alone. A record is held out if one
     of its whole texts is held out, whole or as a part of what is, or if one of its parts
     is a whole text that is. That two records have a part in common, as an answer to
-    different questions, is no reason. See `format.passages`.
+    different questions, is no reason. See `formats.passages`.
     """
 
     def __init__(self):
@@ -47,7 +47,7 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self._wholes)
 
-    def add(self, passages: format.Passages, holder: str) -> None:
+    def add(self, passages: formats.Passages, holder: str) -> None:
         """Holds out a record.
 
         Args:
@@ -56,16 +56,16 @@ class HeldOut:
         """
         for keys, texts in zip((self._wholes, self._parts), passages, strict=True):
             for text in texts:
-                keys.setdefault(clean.digest(text), holder)
+                keys.setdefault(filters.digest(text), holder)
 
-    def holder(self, passages: format.Passages) -> str:
+    def holder(self, passages: formats.Passages) -> str:
         """Which setting measures a record of these passages, or ''."""
         for text in passages.wholes:
-            key = clean.digest(text)
+            key = filters.digest(text)
             if found := self._wholes.get(key) or self._parts.get(key):
                 return found
         for text in passages.parts:
-            if found := self._wholes.get(clean.digest(text)):
+            if found := self._wholes.get(filters.digest(text)):
                 return found
         return ""
 
@@ -135,7 +135,7 @@ class Corpus:
 
     Attributes:
       left_out: why -> how many records, of the last pass of `held_in` that came to its
-        end; "bad_record", "held_out" or one of `clean.REASONS`.
+        end; "bad_record", "held_out" or one of `filters.REASONS`.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Corpus:
             source.holdout,
             self._config.seed,
             source.path,
-            lambda record: format.said_in(record, *self._settings[:2]),
+            lambda record: formats.said_in(record, *self._settings[:2]),
         )
         return list(chosen.values())
 
@@ -181,7 +181,7 @@ class Corpus:
         is_first = self._refuses
         for record in self._read(None if self._refuses else lambda error: None):
             if is_first:
-                format.plain_text(record, *self._settings)
+                formats.plain_text(record, *self._settings)
                 is_first = False
             yield record
 
@@ -194,9 +194,9 @@ class Corpus:
             held_out.add(self.passages(record), self._source.path)
         return held_out
 
-    def passages(self, record: sources.Record) -> format.Passages:
-        """The texts of one of its records, see `format.passages`."""
-        return format.passages(record, *self._settings)
+    def passages(self, record: sources.Record) -> formats.Passages:
+        """The texts of one of its records, see `formats.passages`."""
+        return formats.passages(record, *self._settings)
 
     @property
     def held_out(self) -> list[sources.Record]:
@@ -227,12 +227,12 @@ class Corpus:
           in_order: what maps blocks of records to findings about them.
 
         Raises:
-          InputError: see `sources.read`, `sources.held_out` and `format.plain_text`; or
+          InputError: see `sources.read`, `sources.held_out` and `formats.plain_text`; or
             no record is left.
         """
         this_pass = _Pass(collections.Counter())
         records = self._not_held_out(this_pass)
-        if clean.is_active(self._clean):
+        if filters.is_active(self._clean):
             records = self._cleaned(records, in_order, this_pass.left_out)
         yield from self._told(records, this_pass)
         self.left_out = dict(this_pass.left_out)
@@ -293,13 +293,13 @@ class Corpus:
 
     def _complaint(self, record: sources.Record) -> InputError | None:
         try:
-            format.plain_text(record, *self._settings)
+            formats.plain_text(record, *self._settings)
         except InputError as error:
             return error
         return None
 
     def _cleaned(self, records, in_order, left_out) -> Iterator[sources.Record]:
-        seen = clean.Seen(self._clean.near_duplicates)
+        seen = filters.Seen(self._clean.near_duplicates)
         inspect = functools.partial(_inspect, self._settings, self._clean, self._exams)
         for block, findings in in_order(inspect, _blocks(records)):
             for record, found in zip(block, findings, strict=True):
@@ -343,7 +343,7 @@ def identity(
         "max_records": source.max_records,
         "on_bad_record": source.on_bad_record,
         "holdout": held_out.fingerprint or 0,
-        "clean": settings if clean.is_active(config.clean) else {},
+        "clean": settings if filters.is_active(config.clean) else {},
         "exams": exam_hashes if settings["decontaminate"] else [],
     }
 
@@ -357,24 +357,26 @@ def _exam_files(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     return tuple(exam.path for exam in config.eval.exams.values() if exam.path)
 
 
-def _inspect(settings, rules, exam_files, records) -> list[clean.Findings]:
+def _inspect(settings, rules, exam_files, records) -> list[filters.Findings]:
     # A function of the module, so that worker processes can be told of it.
     ngrams = None
     if rules.decontaminate:
         ngrams = _exam_ngrams(exam_files, rules.decontaminate)
     is_document = settings[0] == "document"
     return [
-        clean.inspect(format.plain_text(record, *settings), rules, is_document, ngrams)
+        filters.inspect(
+            formats.plain_text(record, *settings), rules, is_document, ngrams
+        )
         for record in records
     ]
 
 
 @functools.cache
-def _exam_ngrams(files: tuple[str, ...], n: int) -> clean.Ngrams:
+def _exam_ngrams(files: tuple[str, ...], n: int) -> filters.Ngrams:
     """Of questions alone, and of each with each of its choices."""
     texts = []
     for path in files:
         for question in exams.read(path):
             text = question["question"].removeprefix("Question:")
             texts += [text, *(f"{text} {choice}" for choice in question["choices"])]
-    return clean.ngrams_of(texts, n)
+    return filters.ngrams_of(texts, n)

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Sequence
 
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
 
 # Parts of a package that are not its documentation: tests, generated or foreign code.
 _SKIPPED_PARTS = frozenset({"conftest", "dialects", "lib", "proto", "tools"}) | {

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from mixcpt_jax import paths
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import mixture, readers, sources
 from mixcpt_jax.data.fields import check_text
-from mixcpt_jax.data.format import Examples, encode_continuations
+from mixcpt_jax.data.formats import Examples, encode_continuations
 from mixcpt_jax.data.sources import Record
-from mixcpt_jax.errors import InputError
 
 _FIELDS = ("question", "choices", "answer")
 
@@ -134,7 +134,7 @@ def encode(
 
     Args:
       questions: at least one.
-      tokenizer: see `format.encode_continuations`.
+      tokenizer: see `formats.encode_continuations`.
       row_length, max_positions, name: see `mixture.pack_text`.
       places: where each question is from; empty: they are counted.
 
@@ -186,7 +186,7 @@ def spell_out(
 
     Args:
       questions: the questions.
-      tokenizer: see `format.encode_continuations`.
+      tokenizer: see `formats.encode_continuations`.
       places: where each choice is from, for errors.
     """
     continuations = []

@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data.readers import Record
-from mixcpt_jax.errors import InputError
 
 _INSTRUCTION = (
     "instruction", "input", "output", "prompt", "response", "system", "history",

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from mixcpt_jax import paths
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import readers
-from mixcpt_jax.errors import InputError
 
 READERS = ("jsonl", "text", "parquet", "arrow", "array_record", "tfds", "docstrings")
 # Stands for the files of all splits.

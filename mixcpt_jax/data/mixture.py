@@ -25,11 +25,11 @@ import numpy as np
 from absl import flags, logging
 
 from mixcpt_jax.config import OBJECTIVES
-from mixcpt_jax.data.format import Examples
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data.formats import Examples
 from mixcpt_jax.data.interleave import Interleaving
-from mixcpt_jax.data.prepared import PreparedExamples
-from mixcpt_jax.data.taught import TaughtRows
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.data.teacher_cache import TaughtRows
+from mixcpt_jax.data.token_cache import PreparedExamples
 
 STRATEGIES = ("best_fit", "first_fit", "split")
 
@@ -407,7 +407,7 @@ class PackedRows:
     Rows of pairs whose reference is known have one more, [num_segments]:
       reference_logps: float32, that of segment `i + 1` at `i`, 0 behind the last.
     Their segments `2 i + 1` and `2 i + 2` are a pair. Where what the teacher says is
-    known, there are the arrays of `taught.Form`.
+    known, there are the arrays of `teacher_cache.Form`.
     """
 
     def __init__(

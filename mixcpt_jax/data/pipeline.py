@@ -11,12 +11,12 @@ import numpy as np
 from absl import logging
 
 from mixcpt_jax import config as config_lib
+from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import corpus as corpus_lib
-from mixcpt_jax.data import docstrings, exams, format, mixture, prepared, sources
+from mixcpt_jax.data import docstrings, exams, formats, mixture, sources, token_cache
 from mixcpt_jax.data.corpus import Corpus
 from mixcpt_jax.data.tally import Tally
-from mixcpt_jax.data.taught import Form, TaughtRows
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.data.teacher_cache import Form, TaughtRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ def made_up(config: ml_collections.ConfigDict, form: Form | None = None) -> Data
     for name, source in config.sources.items():
         has_pairs = source.format == "chat_preference"
         lengths = [length // 2] * 2 if has_pairs else [length + 1]
-        examples = format.Examples.collect(
+        examples = formats.Examples.collect(
             (np.zeros(n, np.int32), np.ones(n, bool)) for n in lengths
         )
         references = has_pairs and config.preference.reference == "precomputed"
@@ -205,7 +205,7 @@ def _pack(config, corpora, held_out, files, objectives, tokenizer):
     used, notes = [], []
     for name, source in config.sources.items():
         has_pairs = source.format == "chat_preference"
-        examples, places, note = format.Examples.collect([]), [], Tally().counts()
+        examples, places, note = formats.Examples.collect([]), [], Tally().counts()
         if source.weight:
             examples, places, note = _examples(
                 config, name, corpora[name], held_out, files[name], tokenizer
@@ -258,7 +258,7 @@ def _examples(
     held_out: corpus_lib.HeldOut,
     files: dict[str, str],
     tokenizer: Any,
-) -> tuple[format.Examples | prepared.PreparedExamples, list[str], dict[str, Any]]:
+) -> tuple[formats.Examples | token_cache.PreparedExamples, list[str], dict[str, Any]]:
     """What a source has to learn: prepared where it can be, else encoded here.
 
     Returns:
@@ -267,22 +267,22 @@ def _examples(
     """
     source = config.sources[name]
     if config.data.prepared:
-        folder = prepared.folder_of(config.data.prepared, name)
+        folder = token_cache.folder_of(config.data.prepared, name)
         if not folder.parent.exists():
             raise InputError(
                 f"data.prepared={config.data.prepared}: no such folder; make it by "
-                "`python -m mixcpt_jax.data.prepare` with this config, or mend the path"
+                "`mixcpt prepare` with this config, or mend the path"
             )
-        manifest = prepared.read_manifest(folder)
+        manifest = token_cache.read_manifest(folder)
         part = None
         if manifest is not None:
             key = corpus_lib.identity(config, source, tokenizer, files, held_out)
-            part = prepared.difference(manifest, key)
+            part = token_cache.difference(manifest, key)
         if manifest is not None and part is None:
-            examples = prepared.PreparedExamples(folder, manifest)
+            examples = token_cache.PreparedExamples(folder, manifest)
             return examples, [], {"prepared": True} | examples.found
         logging.warning(
-            "sources.%s: %s, so it is tokenised here; `python -m mixcpt_jax.data.prepare` "
+            "sources.%s: %s, so it is tokenised here; `mixcpt prepare` "
             "with this config would prepare it",
             name,
             f"{folder} was prepared with other {part}"
@@ -410,13 +410,13 @@ def hashes(rows_by_name: Mapping[str, mixture.PackedRows]) -> dict[str, str]:
     }
 
 
-def _encode(records, source, tokenizer, tally: Tally) -> format.Examples:
+def _encode(records, source, tokenizer, tally: Tally) -> formats.Examples:
     """The examples of a source's records; what is left out of them is logged.
 
     Raises:
-      InputError: see `format.encode`; or nothing is left.
+      InputError: see `formats.encode`; or nothing is left.
     """
-    examples = format.encode(
+    examples = formats.encode(
         records,
         source.format,
         tokenizer,
@@ -436,7 +436,7 @@ def _load_prompts(path: str) -> list[list[dict[str, str]]]:
     if not path:
         return []
     tally = Tally()
-    prompts = [format.read_prompt(r, tally) for r in sources.read(path, "jsonl")]
+    prompts = [formats.read_prompt(r, tally) for r in sources.read(path, "jsonl")]
     tally.warn(path)
     return prompts
 

@@ -19,7 +19,7 @@ from array_record.python import array_record_module
 from etils import epath
 from pyarrow import parquet as pq
 
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
 
 OnBad = Callable[[InputError], None]
 

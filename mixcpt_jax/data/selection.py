@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from mixcpt_jax import paths
-from mixcpt_jax.data import clean
-from mixcpt_jax.data import format as format_lib
-from mixcpt_jax.data.format import Examples
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import filters
+from mixcpt_jax.data import formats as format_lib
+from mixcpt_jax.data.formats import Examples
 from mixcpt_jax.data.sources import Record
-from mixcpt_jax.errors import InputError
 
 # Method -> the forms in which the model has to score a sample.
 FORMS = {
@@ -159,7 +159,7 @@ def candidates(
     Args:
       records: see `sources.read`; they are read once.
       format: what they are in continual pre-training: 'instruction', 'preference' or
-        'chat'; see `format.prompt_and_response`.
+        'chat'; see `formats.prompt_and_response`.
       tokenizer: has `encode_batch`, `encode_chat`, `encode_response`,
         `model.encode_next`, `add_bos` and `bos_id`.
       fields: our field name -> the source's name for it, where they differ.
@@ -171,15 +171,15 @@ def candidates(
       max_candidates: how many remain at most, those that 'random' with this `seed` would
         select first; 0: no limit.
       near_duplicates: from this Jaccard similarity of the sets of word 5-grams on, as
-        MinHash estimates it (see `clean.Seen`), a record is a near duplicate; 0: none is.
+        MinHash estimates it (see `filters.Seen`), a record is a near duplicate; 0: none is.
 
     Raises:
-      InputError: see `format.prompt_and_response` and `format.chat_pair`; a field
+      InputError: see `formats.prompt_and_response` and `formats.chat_pair`; a field
         `selection` that no earlier selection wrote; no record is left.
     """
     filtered = dict.fromkeys(REASONS, 0)
     kept, texts, chats, digests = [], [], [], []
-    seen = clean.Seen(near_duplicates)
+    seen = filters.Seen(near_duplicates)
     for record in records:
         _check_field_is_free(record)
         try:
@@ -221,10 +221,10 @@ def candidates(
         else:
             text = question + response
             words = text.casefold().split()
-            findings = clean.Findings(
+            findings = filters.Findings(
                 "",
-                clean.digest(text),
-                clean.min_hash(words) if near_duplicates else None,
+                filters.digest(text),
+                filters.min_hash(words) if near_duplicates else None,
             )
             if reason := seen.reason(findings):
                 filtered[reason] += 1

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from absl import logging
 from etils import epath
 
-from mixcpt_jax import paths
-from mixcpt_jax.data import clean, docstrings, files, readers
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import docstrings, files, filters, readers
 from mixcpt_jax.data.files import Part
 from mixcpt_jax.data.readers import OnBad, Record
-from mixcpt_jax.errors import InputError
 
 READERS = files.READERS
 _READ_FILE = {
@@ -163,7 +163,7 @@ def held_out(
 def content_key(record: Record, seed: int, text: str | None = None) -> bytes:
     """A hash of a record's text but for case and blanks; None: what it `said`."""
     digest = hashlib.blake2b(f"{seed} ".encode(), digest_size=_KEY_BYTES)
-    digest.update(clean.digest(said(record) if text is None else text))
+    digest.update(filters.digest(said(record) if text is None else text))
     return digest.digest()
 
 

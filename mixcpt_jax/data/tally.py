@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import logging
 
-from mixcpt_jax.errors import InputError
+from mixcpt_jax.core.errors import InputError
 
 KINDS = ("left_out", "unread", "lost", "spelt", "without_loss")
 # Special tokens that texts spell out whether or not the vocabulary has them: ends of

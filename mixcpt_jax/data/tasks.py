@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixcpt_jax.data import exams, format, mixture, sources
-from mixcpt_jax.data.format import Examples
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import exams, formats, mixture, sources
+from mixcpt_jax.data.formats import Examples
 from mixcpt_jax.data.sources import Record
 from mixcpt_jax.data.tally import Tally
-from mixcpt_jax.errors import InputError
 
 _NAMED = re.compile(r"([\w.-]+)(?::(\w+))?=(.+)")
 
@@ -106,12 +106,12 @@ class Task:
                 )
                 return Encoded(self, exam.rows, exam)
             case "text":
-                examples = format.encode(
+                examples = formats.encode(
                     self.records, "document", tokenizer, tally=tally
                 )
             case "cloze":
                 records = [_with_target(record) for record in self.records]
-                examples = format.encode(records, "cloze", tokenizer, tally=tally)
+                examples = formats.encode(records, "cloze", tokenizer, tally=tally)
         tally.warn(self.path)
         rows = mixture.pack_text(self.name, examples, row_length, max_positions, places)
         return Encoded(self, rows)

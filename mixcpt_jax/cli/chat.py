@@ -1,0 +1,217 @@
+"""Talks to a model.
+
+    mixcpt chat --checkpoint=RUN [--prompt="..." | --prompts=FILE]
+        [--raw] [--temperature=0.7 --top_p=0.9 ...]
+
+opens a chat, or answers what is given. RUN is the workdir of a run, a phase's folder, a
+Hugging Face folder or a GGUF file. Where the output is no terminal it is the answer and
+nothing else.
+"""
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from mixcpt_jax.cli import command
+from mixcpt_jax.core.errors import InputError
+
+if TYPE_CHECKING:
+    from mixcpt_jax.evaluation import generation, load_model
+
+
+def main() -> None:
+    arguments = _parse()
+    for prompt in arguments.prompt:
+        _check_utf8(prompt, "--prompt")
+    if arguments.prompts:
+        arguments.prompt += _read_prompts(arguments.prompts, arguments.raw)
+    if arguments.max_new_tokens < 1:
+        raise InputError(
+            f"--max_new_tokens={arguments.max_new_tokens}: it must be 1 or more"
+        )
+    # Imported here so that --help does not wait for jax.
+    import jax
+
+    from mixcpt_jax.evaluation import generation, load_model
+
+    choice = generation.Choice(arguments.temperature, arguments.top_k, arguments.top_p)
+    trained = load_model.load(arguments.checkpoint, arguments.dtype)
+    is_watched = sys.stdout.isatty()
+    if is_watched:
+        print(f"{trained.place} ({trained.dtype})", file=sys.stderr)
+    with jax.set_mesh(trained.mesh):
+        if len(arguments.prompt) > 1 or arguments.prompts:
+            _answer_all(arguments, trained, choice)
+            return
+        speaker = _speaker(arguments, trained, choice)
+        if arguments.prompt:
+            print_pieces(speaker.say(arguments.prompt[0]))
+        else:
+            converse(speaker, is_watched)
+
+
+def _parse() -> argparse.Namespace:
+    parser = command.parser("sample", __doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="RUN", help="where the model is")
+    add("--prompt", action="append", default=[], help="answer it; may be repeated")
+    add(
+        "--prompts",
+        default="",
+        metavar="FILE",
+        help='JSON lines of {"prompt"} or {"messages"} to answer together; so are '
+        "several --prompt. They come out as JSON lines",
+    )
+    add("--raw", action="store_true", help="complete texts, without a chat template")
+    add("--max_new_tokens", type=int, default=512)
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    add("--top_k", type=int, default=None, help="draw from so many tokens only")
+    add("--top_p", type=float, default=1.0, help="draw from this share only")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--dtype", default="", help="float32 (default on CPUs) or bfloat16 (elsewhere)")
+    return parser.parse_args()
+
+
+def _check_utf8(text: str, where: str) -> None:
+    # Python keeps what is not UTF-8 as halves of surrogate pairs, which no text has.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: not UTF-8 (character {error.start + 1} of {text!a:.60}); write it "
+            "in UTF-8"
+        ) from None
+
+
+def _read_prompts(path: str, is_raw: bool) -> list[Any]:
+    """Texts, or conversations."""
+    from mixcpt_jax.data import formats, sources, tally
+
+    found = tally.Tally()
+    conversations = [formats.read_prompt(r, found) for r in sources.read(path, "jsonl")]
+    found.warn(path)
+    if not is_raw:
+        return conversations
+    for messages in conversations:
+        if len(messages) > 1:
+            raise InputError(
+                f"{path}: --raw completes texts; give prompt, not messages"
+            )
+    return [messages[0]["content"] for messages in conversations]
+
+
+def _answer_all(
+    arguments: argparse.Namespace,
+    trained: "load_model.Trained",
+    choice: "generation.Choice",
+) -> None:
+    from mixcpt_jax.evaluation import generation
+
+    sampler = generation.Sampler(trained.config, trained.tokenizer, trained.dtype)
+    if arguments.raw:
+        work, prompts = sampler.complete, arguments.prompt
+    else:
+        work = sampler.chat
+        prompts = [
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            for prompt in arguments.prompt
+        ]
+    answers = work(
+        trained.params, prompts, arguments.max_new_tokens, choice, arguments.seed
+    )
+    for prompt, answer in zip(arguments.prompt, answers, strict=True):
+        key = "prompt" if isinstance(prompt, str) else "messages"
+        print(json.dumps({key: prompt, "answer": answer}, ensure_ascii=False))
+
+
+def _speaker(
+    arguments: argparse.Namespace,
+    trained: "load_model.Trained",
+    choice: "generation.Choice",
+) -> "generation.Chat | generation.Completion":
+    from mixcpt_jax.evaluation import generation
+
+    stream = generation.Stream(
+        trained.params, trained.config, trained.tokenizer, trained.dtype
+    )
+    speaker = generation.Completion if arguments.raw else generation.Chat
+    return speaker(
+        stream, trained.tokenizer, arguments.max_new_tokens, choice, arguments.seed
+    )
+
+
+def _read_line(invitation: str) -> str:
+    """A line of standard input; what is not UTF-8 in it as halves of surrogate pairs."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return input(invitation)
+
+
+_HELP = "/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer."
+
+
+def converse(
+    speaker: "generation.Chat | generation.Completion", is_watched: bool = False
+) -> None:
+    """Reads what is said on standard input, line by line, and answers, to its end.
+
+    Args:
+      speaker: who answers.
+      is_watched: by a person, to whom more than answers is shown.
+    """
+    if is_watched:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (lines can be edited from now on)
+        print(_HELP, file=sys.stderr)
+    while True:
+        try:
+            text = _read_line("> " if is_watched else "").strip()
+        except EOFError:
+            print(end="\n" if is_watched else "")
+            return
+        except KeyboardInterrupt:
+            print()  # what was typed is dropped
+            continue
+        if text == "/quit":
+            return
+        if text == "/reset":
+            speaker.reset()
+        elif is_watched and text.startswith("/"):
+            print(_HELP, file=sys.stderr)
+        elif text:
+            try:
+                _check_utf8(text, "standard input")
+                print_pieces(speaker.say(text))
+            except InputError as error:
+                print(f"error: {error}; /reset begins anew", file=sys.stderr)
+
+
+def print_pieces(pieces: Iterator[str]) -> None:
+    """Prints a text as it is made; Ctrl-C stops it, and nothing else.
+
+    The second Ctrl-C, should the first take long, is as any.
+    """
+    has_come = []
+
+    def note(*_):
+        has_come.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            if has_come:
+                pieces.close()
+                break
+        print(flush=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    command.explained(main)

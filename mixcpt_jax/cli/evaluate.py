@@ -1,0 +1,121 @@
+"""Measures a model, or two on the same items.
+
+    mixcpt evaluate --checkpoint=RUN --tasks NAME=PATH ...
+        [--compare=OTHER] [--limit=N] [--output=results.json]
+
+measures a model outside of a run, with 95 % intervals, and holds it against a second one
+on the same items. RUN and OTHER are workdirs of runs, phases' folders, Hugging Face
+folders or GGUF files, or what `--output` wrote earlier. Tasks are as in `data/tasks.py`.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mixcpt_jax.cli import command
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import terminal
+
+if TYPE_CHECKING:
+    from mixcpt_jax.data import tasks
+
+_ROW_LENGTH = 1024
+
+
+def main() -> None:
+    arguments = _parse()
+    # Imported here so that --help does not wait for jax.
+    from mixcpt_jax.data import tasks
+    from mixcpt_jax.evaluation import evaluator
+
+    places = [arguments.checkpoint] + [arguments.compare] * bool(arguments.compare)
+    read = [tasks.read(setting, arguments.limit) for setting in arguments.tasks]
+    names = [task.name for task in read]
+    if len(set(names)) < len(names):
+        raise InputError(f"--tasks: two have one name in {names}; say NAME=PATH")
+    arguments.row_length = _row_length(places, arguments.row_length)
+    sides = [_measure_place(place, read, arguments) for place in places]
+    result = sides[0]
+    print(evaluator.describe(result))
+    if arguments.compare:
+        print(f"\n{evaluator.describe(sides[1])}")
+        result["compared_with"] = sides[1]
+        result["comparison"] = evaluator.compare(*sides, arguments.seed)
+        print(f"\n{evaluator.describe_comparison(result)}")
+    if arguments.output:
+        paths.replace(paths.absolute(arguments.output), paths.to_json(result, indent=1))
+
+
+def _parse() -> argparse.Namespace:
+    parser = command.parser("evaluate", __doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="RUN", help="or an earlier --output")
+    add("--compare", default="", metavar="OTHER", help="likewise")
+    add(
+        "--tasks",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TASK",
+        help="PATH, NAME=PATH or NAME:KIND=PATH; kinds: text, choice, cloze",
+    )
+    add("--limit", type=int, default=0, help="items of each task, the first; 0: all")
+    add(
+        "--row_length",
+        type=int,
+        default=0,
+        help="what documents are cut to; default: 1024 tokens, or what the other was "
+        "measured with",
+    )
+    add("--batch_size", type=int, default=8, help="rows at a time")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--dtype", default="", help="float32 (default on CPUs) or bfloat16 (elsewhere)")
+    add("--output", default="", help="a JSON file for what is printed, and each item")
+    return parser.parse_args()
+
+
+def _row_length(places: Sequence[str], asked: int) -> int:
+    """What documents are cut to, one length for all models that are compared."""
+    from mixcpt_jax.evaluation import load_model
+
+    earlier = [_read_results(p)["row_length"] for p in places if p.endswith(".json")]
+    contexts = [load_model.context(p) for p in places if not p.endswith(".json")]
+    length = asked or (earlier[0] if earlier else _ROW_LENGTH)
+    if contexts and min(contexts) < length:
+        length = min(contexts)
+        terminal.say(f"documents are cut to {length} tokens, the shortest context")
+    return length
+
+
+def _measure_place(
+    place: str, read: "Sequence[tasks.Task]", arguments: argparse.Namespace
+) -> dict[str, Any]:
+    if place.endswith(".json"):
+        return _read_results(place)
+    if not read:
+        raise InputError("--tasks: name one or more, as in --tasks exam=exam.jsonl")
+    names = ", ".join(task.name for task in read)
+    from mixcpt_jax.evaluation import evaluator, load_model
+
+    terminal.say(f"reads {place}, then measures {names}")
+    trained = load_model.load(place, arguments.dtype)
+    settings = arguments.row_length, arguments.batch_size, arguments.seed
+    return evaluator.measure_tasks(trained, read, *settings)
+
+
+def _read_results(path: str) -> dict[str, Any]:
+    try:
+        result = json.loads(paths.require_file(path).read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(result, dict) or "tasks" not in result:
+        raise InputError(
+            f"{path}: not what --output wrote; name one of these, or a RUN"
+        )
+    return {key: result[key] for key in ("checkpoint", "dtype", "row_length", "tasks")}
+
+
+if __name__ == "__main__":
+    command.explained(main)

@@ -1,0 +1,67 @@
+"""What a training step takes on a TPU slice, before the slice is paid for.
+
+    mixcpt plan --config=configs/llama3_8b.py --topology=v5e:4x4 \\
+        [--phase=cpt] [--search] [--output=plan.json] [--config.data.batch_size=32 ...]
+
+Compiles the training step of a phase for the slice, from shapes alone: no TPU, no weights
+and no text are needed, only the package `libtpu`, which comes with `jax[tpu]`. Prints,
+and writes as JSON,
+
+- the memory of a chip: what the step's arguments take and what the compiler needs
+  besides, against what the chip has. That it fits is the compiler's own word;
+- FLOPs: the model's own (`count_flops`), what rematerialisation adds, and what the
+  compiled program does;
+- what crosses between chips, in bytes, and whether other work goes on meanwhile;
+- modelled time: each instruction at the peak of what bounds it, products or memory, one
+  after another; collectives at the bandwidth of the links that their group spans. It is
+  a lower bound, and so tokens per second and MFU are upper ones.
+
+A step that does not fit says by how much, and what would make it fit. `--search` tries
+meshes, rematerialisation and microbatches, and prints those that fit, fastest first.
+"""
+
+import os
+from typing import Any
+
+from absl import flags
+
+from mixcpt_jax import main as command_line
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+
+flags.adopt_module_key_flags(command_line)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "The slice, such as v5e:4x4; empty: the config's mesh.topology."
+)
+_SEARCH = flags.DEFINE_bool("search", False, "Look for the fastest settings that fit.")
+_OUTPUT = flags.DEFINE_string("output", "", "A JSON file for what is printed.")
+
+
+def main(argv: list[str]) -> None:
+    # Shapes need no device, and what is compiled for devices that are not there cannot be
+    # read back.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    config, workdir = command_line.read(argv)
+    name, config = command_line.training_phase(config, workdir)
+    topology = _TOPOLOGY.value or config.mesh.topology
+    if not topology:
+        raise InputError("--topology: name the slice, as in --topology=v5e:4x4")
+    # Imported here so that --help does not wait for jax.
+    from mixcpt_jax.planning import step_plan
+
+    if _SEARCH.value:
+        plans = step_plan.search(config, topology)
+        print(step_plan.search_table(plans))
+        result: Any = plans
+    else:
+        result = step_plan.make(config, topology)
+        print(f"{name}: {step_plan.describe(result)}")
+        if not result["fits"]:
+            print(step_plan.advise(config, topology))
+    if _OUTPUT.value:
+        paths.replace(paths.absolute(_OUTPUT.value), paths.to_json(result, indent=1))
+
+
+if __name__ == "__main__":
+    command_line.launch(main)

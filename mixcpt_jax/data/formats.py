@@ -1,0 +1,622 @@
+"""Records to examples: the tokens of a text and which of them are learnt.
+
+Continual pre-training reads everything as plain text: no chat template, no role
+names, a loss on every token. Format alignment comes after it and reads conversations,
+which the tokenizer's chat template writes and of which the assistant's turns are learnt.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import fields as fields_lib
+from mixcpt_jax.data.fields import FIELDS, PREFERENCE_SIDES, SEPARATOR
+from mixcpt_jax.data.readers import OnBad
+from mixcpt_jax.data.sources import Record
+from mixcpt_jax.data.tally import Tally
+
+_TEXTS_PER_BLOCK = 1024
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """Token sequences end to end in flat arrays.
+
+    Attributes:
+      tokens: int32 [total].
+      loss_mask: bool [total]; whether `tokens[i]` is learnt when it is the target.
+      offsets: int64 [examples + 1]; example `i` is `tokens[offsets[i]:offsets[i + 1]]`.
+
+    When pickled, the arrays go to a temporary file that lives as long as this object,
+    and the copy maps it: worker processes share one corpus in memory.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def collect(
+        cls, pairs: Iterable[tuple[Sequence[int], Sequence[bool]]]
+    ) -> "Examples":
+        """Gathers (tokens, loss mask) pairs, one pair an example."""
+        tokens, masks, lengths = [], [], [0]
+        for ids, mask in pairs:
+            tokens.append(np.asarray(ids, np.int32))
+            masks.append(np.asarray(mask, bool))
+            lengths.append(len(ids))
+        return cls(
+            tokens=np.concatenate([np.empty(0, np.int32), *tokens]),
+            loss_mask=np.concatenate([np.empty(0, bool), *masks]),
+            offsets=np.cumsum(lengths, dtype=np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 [examples]."""
+        return np.diff(self.offsets)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits: a hash of the tokens."""
+        return hashlib.blake2b(self.tokens.tobytes(), digest_size=8).hexdigest()
+
+    def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """`tokens[begin:end]` and `loss_mask[begin:end]`."""
+        return self.tokens[begin:end], self.loss_mask[begin:end]
+
+    @functools.cached_property
+    def num_learnt(self) -> int:
+        """Targets that are learnt: masked-in tokens, save the first of each example."""
+        first = self.offsets[:-1][self.lengths > 0]
+        return int(self.loss_mask.sum()) - int(self.loss_mask[first].sum())
+
+    @property
+    def is_continuation(self) -> bool:
+        """Whether some targets are given and others are to be found."""
+        return self.num_learnt < int(np.maximum(self.lengths - 1, 0).sum())
+
+    @functools.cached_property
+    def _folder(self) -> str:
+        folder = tempfile.mkdtemp(prefix="mixcpt-tokens-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        for field in dataclasses.fields(self):
+            np.save(f"{folder}/{field.name}.npy", getattr(self, field.name))
+        return folder
+
+    def __reduce__(self):
+        return _open_examples, (self._folder,)
+
+
+def _open_examples(folder: str) -> Examples:
+    return Examples(
+        **{
+            field.name: np.load(f"{folder}/{field.name}.npy", mmap_mode="r")
+            for field in dataclasses.fields(Examples)
+        }
+    )
+
+
+class Pair(NamedTuple):
+    """A preference: two conversations that begin with the same prompt.
+
+    Attributes:
+      chosen, rejected: int32 [tokens], prompt and all.
+      chosen_mask, rejected_mask: bool, same shapes; the assistant's tokens after the
+        prompt.
+    """
+
+    chosen: np.ndarray
+    chosen_mask: np.ndarray
+    rejected: np.ndarray
+    rejected_mask: np.ndarray
+
+
+def encode(
+    records: Iterable[Record],
+    format: str,
+    tokenizer,
+    fields: Mapping[str, str] | None = None,
+    preference_side: str = "chosen",
+    tally: Tally | None = None,
+    on_bad_record: str = "refuse",
+) -> Examples:
+    """Turns records into examples.
+
+    Plain texts become [BOS if the tokenizer adds it] + text + [end], all learnt but BOS.
+    Conversations become what the tokenizer's chat template makes of them and no more;
+    learnt is what the assistant writes, the token that ends its turn with it, save in
+    turns whose `weight` is 0.
+
+    Args:
+      records: see `sources.read`; they are read once and not kept.
+      format: what a record is written as, of the fields in `fields.FIELDS`:
+        'document': its `text`;
+        'instruction': `system`, the questions and answers of `history`, `instruction`
+        and `input`, those there are, and `output`, or `prompt` and `response`, with a
+        blank line between;
+        'preference': `prompt` and the answer of `preference_side`, likewise;
+        'cloze': `context` and `target` with nothing between, of which the target is
+        learnt and no token ends it, see `encode_continuations`;
+        'chat': `messages`, a list of `{role, content}` whose role is system, user or
+        assistant and whose content is a text or a list of text parts, behind the
+        `system` message if there is one, or else the fields of 'instruction' as
+        messages;
+        'chat_preference': two examples a record, see `chat_pair`. Pairs of equal
+        answers are left out and counted.
+      tokenizer: has `encode_batch`, `add_bos`, `bos_id` and `end_of_document_id`; for
+        'chat' `encode_chat`.
+      fields: our field name -> the source's name for it, where they differ.
+      preference_side: 'chosen', 'rejected', or 'both' for two examples a record.
+      tally: counts what is found; without it, what is left out or lost is logged.
+      on_bad_record: 'refuse', or 'skip' to leave out and count what cannot be encoded.
+
+    Raises:
+      InputError: an unknown format, side or field name; a record that lacks a field,
+        or whose field is not a string or is blank (`input` and a system message may
+        be), or that has one of `fields.REFUSED`; a conversation without an assistant's
+        turn, or which the chat template cannot write.
+    """
+    settings = format, dict(fields or {}), preference_side
+    _check_settings(*settings)
+    ours = tally or Tally()
+    on_bad = ours.skip if on_bad_record == "skip" else _raise
+    checked = _checked(records, settings, ours, on_bad)
+    match format:
+        case "chat" | "chat_preference" | "cloze":
+            encode_one = {"chat": _chat, "chat_preference": _pair, "cloze": _cloze}
+            examples = _one_by_one(checked, encode_one[format], tokenizer, ours, on_bad)
+        case _:
+            examples = _tokenize(checked, tokenizer, ours)
+    collected = Examples.collect(examples)
+    if tally is None:
+        ours.warn("records", ("left_out", "lost", "spelt"))
+    return collected
+
+
+def chat_pair(
+    record: Record, tokenizer, fields: Mapping[str, str] | None = None
+) -> Pair:
+    """Encodes a preference between two ways on from one prompt.
+
+    Args:
+      record: `prompt` is a user's message or a list of messages; `chosen` and
+        `rejected` are the assistant's message or lists of messages that end with one,
+        with or without the prompt's messages before them, see `fields.pair`. Every turn
+        of the assistant after the prompt counts.
+      tokenizer: has `encode_chat`.
+      fields: our field name -> the source's name for it, where they differ.
+
+    Raises:
+      InputError: see `encode`, format 'chat', and `fields.pair`.
+    """
+    fields = dict(fields or {})
+    _check_settings("chat_preference", fields, "both")
+    said = _read(record, "chat_preference", fields, "both")
+    arrays = []
+    for example in _pair(said, tokenizer, record.place):
+        arrays += map(np.asarray, example, (np.int32, bool))
+    return Pair(*arrays)
+
+
+class Said(NamedTuple):
+    """What a record says in its format.
+
+    Attributes:
+      texts: all of it, in order: one a field or message.
+      parts: as `fields` reads the format.
+      unread: names of the fields that are not in it.
+      left_out: why the record is no example though nothing is wrong with it, or ''.
+    """
+
+    texts: list[str]
+    parts: Any
+    unread: list[str]
+    left_out: str = ""
+
+
+def _read(record: Record, format: str, fields: dict, side: str) -> Said:
+    reading = fields_lib.Reading(record, fields)
+    left_out = ""
+    match format:
+        case "document":
+            texts = parts = fields_lib.document(reading)
+        case "cloze":
+            texts = parts = fields_lib.cloze(reading)
+        case "instruction":
+            messages, response = parts = fields_lib.instruction(reading)
+            texts = [*_contents(messages), response]
+        case "preference":
+            messages, answers = parts = fields_lib.preference(reading, side)
+            texts = [*_contents(messages), *answers]
+        case "chat":
+            parts = fields_lib.conversation(reading)
+            texts = _contents(parts)
+        case "chat_preference":
+            parts = fields_lib.pair(reading)
+            texts = [text for messages in parts for text in _contents(messages)]
+            if not fields_lib.prefers(*parts[1:]):
+                left_out = "no_preference"
+    return Said(texts, parts, reading.unread(format, texts), left_out)
+
+
+def _contents(messages: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [message["content"] for message in messages]
+
+
+def _checked(
+    records: Iterable[Record], settings: tuple, tally: Tally, on_bad: OnBad
+) -> Iterator[tuple[Said, str]]:
+    """What each record says, and its place; those that are left out are counted."""
+    for record in records:
+        try:
+            said = _read(record, *settings)
+        except InputError as error:
+            on_bad(error)
+            continue
+        if said.left_out:
+            tally.leave_out(said.left_out, record.place)
+            continue
+        tally.leave_unread(said.unread, record.place)
+        yield said, record.place
+
+
+def _one_by_one(checked, encode_one, tokenizer, tally: Tally, on_bad: OnBad):
+    """The examples of records that are encoded alone, each of one or two."""
+    for said, place in checked:
+        try:
+            examples = encode_one(said, tokenizer, place)
+        except InputError as error:
+            on_bad(error)
+            continue
+        for text in said.texts:
+            tally.see(text, place, tokenizer)
+        tally.leave_without_loss(_num_without_loss(said, examples), place)
+        tally.keep(place)
+        yield from examples
+
+
+def _num_without_loss(said: Said, examples) -> int:
+    """How many of the turns that are meant to contribute to the loss do not."""
+    match said.parts:
+        case [str(), *_]:
+            return 0
+        case [list(), *answers]:
+            turns = itertools.chain.from_iterable(answers)
+        case turns:
+            pass
+    num_wanted = sum(map(fields_lib.is_loss_turn, turns))
+    masks = (np.asarray(mask, np.int8) for _, mask in examples)
+    return num_wanted - sum(int((np.diff(mask, prepend=0) > 0).sum()) for mask in masks)
+
+
+def _tokenize(checked, tokenizer, tally: Tally) -> Iterator[tuple[list, np.ndarray]]:
+    """The examples of plain texts, many at once."""
+    start = [tokenizer.bos_id] if tokenizer.add_bos else []
+    end = [tokenizer.end_of_document_id]
+
+    def texts() -> Iterator[str]:
+        for said, place in checked:
+            for text in _plain(said):
+                tally.see(text, place, tokenizer)
+                tally.keep(place)
+                yield text
+
+    stream = texts()
+    while block := list(itertools.islice(stream, _TEXTS_PER_BLOCK)):
+        for ids in tokenizer.encode_batch(block):
+            mask = np.ones(len(start) + len(ids) + len(end), bool)
+            mask[: len(start)] = False
+            yield start + ids + end, mask
+
+
+def _plain(said: Said) -> list[str]:
+    """The text of each example of a plain format."""
+    match said.parts:
+        case [list(messages), list(answers)]:
+            question = _contents(messages)
+            return [SEPARATOR.join([*question, answer]) for answer in answers]
+    return [SEPARATOR.join(said.texts)]
+
+
+def _chat(said: Said, tokenizer, place: str):
+    return [_encode_chat(said.parts, tokenizer, place)]
+
+
+def _pair(said: Said, tokenizer, place: str):
+    prompt, *answers = said.parts
+    return [encode_answer(prompt, answer, tokenizer, place) for answer in answers]
+
+
+def _cloze(said: Said, tokenizer, place: str):
+    return list(encode_continuations([(*said.parts, place)], tokenizer))
+
+
+def encode_continuations(
+    continuations: Sequence[tuple[str, str, str]], tokenizer
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Encodes contexts together with what they are continued with.
+
+    As lm-evaluation-harness does it, but for line ends, which stay in the context: spaces
+    at its end go to the target, context and target are tokenised as one text, and the
+    target's tokens are those after as many as the context alone has. So a target has the
+    tokens that it has in text.
+
+    Args:
+      continuations: (context, target, place of the record) of each.
+      tokenizer: has `encode_batch`, `add_bos` and `bos_id`.
+
+    Yields:
+      Tokens, and which of them are the target's.
+
+    Raises:
+      InputError: a target has no token of its own; begins with its place.
+    """
+    start = [tokenizer.bos_id] if tokenizer.add_bos else []
+    openings = tokenizer.encode_batch([c.rstrip(" ") for c, *_ in continuations])
+    wholes = tokenizer.encode_batch([c + target for c, target, _ in continuations])
+    for (_, target, place), opening, ids in zip(
+        continuations, openings, wholes, strict=True
+    ):
+        if len(ids) <= len(opening):
+            raise InputError(
+                f"{place}: the target {target!r} has no token of its own behind its "
+                "context; let it begin with a space or a new word"
+            )
+        given = len(start) + len(opening)
+        yield start + ids, [False] * given + [True] * (len(ids) - len(opening))
+
+
+def plain_text(
+    record: Record,
+    format: str,
+    fields: Mapping[str, str] | None = None,
+    preference_side: str = "chosen",
+) -> str:
+    """All that is written in a record, in one text; arguments as for `encode`.
+
+    Raises:
+      InputError: see `encode`.
+    """
+    fields = dict(fields or {})
+    _check_settings(format, fields, preference_side)
+    said = _read(record, format, fields, preference_side)
+    if format == "cloze":
+        return "".join(said.texts)
+    if format == "preference":
+        return SEPARATOR.join(_plain(said))
+    return SEPARATOR.join(said.texts)
+
+
+class Passages(NamedTuple):
+    """The texts that a record is or has, to tell whether another record has them too.
+
+    Attributes:
+      wholes: what is written in it, the system's message apart and not: a document, a
+        cloze with its target, a question with its answer, a conversation; of a pair the
+        prompt with each answer.
+      parts: what the loss is on by itself: each answer alone, and a conversation up to
+        each answer but the last.
+    """
+
+    wholes: list[str]
+    parts: list[str]
+
+
+def passages(
+    record: Record,
+    format: str,
+    fields: Mapping[str, str] | None = None,
+    preference_side: str = "chosen",
+) -> Passages:
+    """The texts of a record, in which its format leaves no trace.
+
+    So an instruction has the same as a conversation or a preference that says the same.
+
+    Raises:
+      InputError: see `encode`.
+    """
+    fields = dict(fields or {})
+    _check_settings(format, fields, preference_side)
+    parts = _read(record, format, fields, preference_side).parts
+    match format:
+        case "document" | "cloze":
+            return Passages(["".join(parts)], [])
+        case "chat":
+            prompt, answers = [], [parts]
+        case "chat_preference":
+            prompt, *answers = parts
+        case _:
+            prompt, texts = parts
+            texts = [texts] if isinstance(texts, str) else texts
+            answers = [[{"role": "assistant", "content": text}] for text in texts]
+    found = [_passages_of([*prompt, *answer], len(prompt)) for answer in answers]
+    return Passages(
+        [text for passages in found for text in passages.wholes],
+        [text for passages in found for text in passages.parts],
+    )
+
+
+def _passages_of(messages: list[dict[str, Any]], first: int) -> Passages:
+    """The passages of a conversation that is trained on from message `first` on."""
+    wholes, parts = [], []
+    for spoken in (messages, [m for m in messages if m["role"] != "system"]):
+        contents = _contents(spoken)
+        wholes.append(SEPARATOR.join(contents))
+        begin = first - (len(messages) - len(spoken))
+        for number, message in enumerate(spoken):
+            if number >= begin and fields_lib.is_loss_turn(message):
+                parts.append(message["content"])
+                parts.append(SEPARATOR.join(contents[: number + 1]))
+    return Passages(wholes, [part for part in parts if part not in wholes])
+
+
+def said_in(
+    record: Record, format: str, fields: Mapping[str, str] | None = None
+) -> str:
+    """What stands in the fields that a format and its kin read, whatever its shape.
+
+    It is the same for 'instruction' and 'chat', and for 'preference' and
+    'chat_preference', and empty where none of the fields is there.
+    """
+    kin = {"instruction": "chat", "preference": "chat_preference"}
+    texts = []
+    for name in FIELDS[kin.get(format, format)]:
+        value = record.fields.get((fields or {}).get(name, name))
+        if isinstance(value, list):
+            contents = [m.get("content") if isinstance(m, dict) else m for m in value]
+            value = SEPARATOR.join(map(str, contents))
+        if value:
+            texts.append(str(value))
+    return SEPARATOR.join(texts)
+
+
+def encode_answer(
+    prompt: list[dict[str, str]], answer: list[dict[str, str]], tokenizer, place: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes a conversation of which `answer` alone is learnt.
+
+    Returns:
+      Tokens of both, int32 [tokens], and the mask, bool [tokens]: the assistant's
+      tokens in `answer`, the one that ends each turn with them.
+
+    Raises:
+      InputError: the chat template cannot write it; begins with `place`.
+    """
+    ids, mask = _encode_chat([*prompt, *answer], tokenizer, place)
+    # The assistant's turns within the prompt are given, as all of the prompt is.
+    opening, _ = _encode_chat(prompt, tokenizer, place, True)
+    mask[: len(opening)] = [False] * len(opening)
+    return np.array(ids, np.int32), np.array(mask, bool)
+
+
+def encode_response(
+    prompt: list[dict[str, Any]], response: str, tokenizer, place: str
+) -> tuple[list[int], str]:
+    """Encodes a conversation up to the end of the assistant's response.
+
+    Returns:
+      The tokens, and the response as the chat template writes it.
+
+    Raises:
+      InputError: the chat template cannot write it; begins with `place`.
+    """
+    messages = [*prompt, {"role": "assistant", "content": response}]
+    try:
+        return tokenizer.encode_response(messages)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def prompt_and_response(
+    record: Record, format: str, fields: Mapping[str, str] | None = None
+) -> tuple[list[dict[str, Any]], str]:
+    """A record as the messages of a prompt and the assistant's response to it.
+
+    The contents of the messages and the response, joined by `SEPARATOR`, are the plain
+    text that `encode` makes of an instruction or a preference.
+
+    Args:
+      record: see `encode`.
+      format: 'instruction'; 'preference', whose response is the chosen one; or 'chat',
+        whose response is the assistant's last message that is trained on.
+      fields: our field name -> the source's name for it, where they differ.
+
+    Raises:
+      InputError: see `encode`; also if no message with a content comes before the
+        response.
+    """
+    fields = dict(fields or {})
+    _check_settings(format, fields, "chosen")
+    if format not in ("instruction", "preference", "chat"):
+        raise InputError(
+            f"format {format!r} has no prompt with a response; use 'instruction', "
+            "'preference' or 'chat'"
+        )
+    parts = _read(record, format, fields, "chosen").parts
+    if format == "instruction":
+        return parts
+    if format == "preference":
+        prompt, [response] = parts
+        return prompt, response
+    messages = list(parts)
+    while not fields_lib.is_loss_turn(messages[-1]):
+        messages.pop()
+    *prompt, response = messages
+    if not any(message["content"].strip() for message in prompt):
+        raise InputError(
+            f"{record.place}: nothing comes before the assistant's last message; drop "
+            "the record"
+        )
+    return prompt, response["content"]
+
+
+def read_prompt(record: Record, tally: Tally | None = None) -> list[dict[str, Any]]:
+    """The conversation to answer: `messages`, or `prompt` as a user's message.
+
+    A `system` message and a `history` come before it.
+
+    Args:
+      record: what is read.
+      tally: counts fields that are not read.
+
+    Raises:
+      InputError: neither is there, or it is malformed or ends with the assistant.
+    """
+    reading = fields_lib.Reading(record)
+    messages = fields_lib.prompt(reading)
+    unread = reading.unread("chat", _contents(messages))
+    if tally is not None:
+        tally.leave_unread(unread, record.place)
+    return messages
+
+
+def _encode_chat(
+    messages: list[dict[str, Any]], tokenizer, place: str, prompt: bool = False
+) -> tuple[list[int], list[bool]]:
+    known = getattr(tokenizer, "message_keys", ("role", "content"))
+    for number, message in enumerate(messages):
+        if unknown := sorted(message.keys() - set(known)):
+            raise InputError(
+                f"{place}: messages[{number}] has {unknown[0]!r}, which this tokenizer "
+                "cannot write; drop the record"
+            )
+    try:
+        return tokenizer.encode_chat(messages, add_generation_prompt=prompt)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def _raise(error: InputError) -> None:
+    raise error
+
+
+def _check_settings(format: str, fields: dict, preference_side: str) -> None:
+    if format not in FIELDS:
+        raise InputError(f"format {format!r} is unknown; use one of {sorted(FIELDS)}")
+    if unknown := sorted(set(fields) - set(FIELDS[format])):
+        raise InputError(
+            f"fields: {unknown[0]!r} is not a field of format {format!r}; "
+            f"use some of {list(FIELDS[format])}"
+        )
+    if preference_side not in PREFERENCE_SIDES:
+        raise InputError(
+            f"preference_side {preference_side!r} is unknown; "
+            f"use one of {list(PREFERENCE_SIDES)}"
+        )

@@ -1,0 +1,140 @@
+"""What the frozen teacher says about packed rows, made once; see `prepared`.
+
+There are two forms. Hidden states, in bfloat16, of which the teacher's unembedding makes
+its logits: exact but for that rounding. Or what `streamed.CompactTeacher` has: the most
+likely tokens and the gold one, with their log-probabilities, in float16.
+
+A record is a row: of each array of the form what belongs to the row's tokens, without
+padding, one array after the other.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import token_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is stored of a teacher at each token.
+
+    Attributes:
+      arrays: name in the batch -> (size, numpy dtype); size 0: one number a token.
+    """
+
+    arrays: Mapping[str, tuple[int, str]]
+
+    @classmethod
+    def of_hidden_states(cls, hidden_size: int) -> "Form":
+        # NumPy has no bfloat16; these are its bits.
+        return cls({"teacher_hidden": (hidden_size, "<u2")})
+
+    @classmethod
+    def compact(cls, top_k: int, vocab_size: int) -> "Form":
+        ids = "<u2" if vocab_size <= 2**16 else "<i4"
+        return cls(
+            {
+                "teacher_ids": (top_k + 1, ids),
+                "teacher_logps": (top_k + 1, "<f2"),
+                "teacher_tail": (0, "<f4"),
+            }
+        )
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(max(n, 1) * np.dtype(d).itemsize for n, d in self.arrays.values())
+
+    def empty(self, row_length: int) -> dict[str, np.ndarray]:
+        """The arrays of a row of padding, [row_length, size]."""
+        return {
+            name: np.zeros((row_length, size) if size else row_length, dtype)
+            for name, (size, dtype) in self.arrays.items()
+        }
+
+    def encode(self, arrays: Mapping[str, np.ndarray], num_tokens: int) -> bytes:
+        """The record of a row, [row_length, size] each."""
+        return b"".join(
+            np.ascontiguousarray(arrays[name][:num_tokens], dtype).tobytes()
+            for name, (_, dtype) in self.arrays.items()
+        )
+
+    def decode(self, record: bytes, row_length: int) -> dict[str, np.ndarray]:
+        """The arrays of a row, padded."""
+        arrays = self.empty(row_length)
+        num_tokens = len(record) // self.bytes_per_token
+        offset = 0
+        for name, (size, dtype) in self.arrays.items():
+            count = num_tokens * max(size, 1)
+            flat = np.frombuffer(record, dtype, count, offset)
+            arrays[name][:num_tokens] = flat.reshape(num_tokens, *[size][: bool(size)])
+            offset += flat.nbytes
+        return arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class TaughtRows:
+    """The teacher's arrays of the rows of one source.
+
+    Attributes:
+      form: what they are.
+      records: by row; None for a source that learns nothing from the teacher.
+    """
+
+    form: Form
+    records: token_cache.Records | None = None
+
+    def read(self, row: int, row_length: int) -> dict[str, np.ndarray]:
+        """The arrays of a row, [row_length, size] each.
+
+        Raises:
+          InputError: a shard is damaged.
+        """
+        if self.records is None:
+            return self.form.empty(row_length)
+        return self.form.decode(self.records[row], row_length)
+
+
+def folder_of(root: str, source: str, top_k: int) -> epath.Path:
+    """Where the teacher's rows of a source lie; both forms may."""
+    name = f"teacher-top{top_k}" if top_k else "teacher"
+    return token_cache.folder_of(root, source) / name
+
+
+def shard_facts(key: dict[str, Any], first_row: int, num_rows: int) -> dict[str, Any]:
+    """What tells a shard from one of another teacher, or of other rows."""
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8)
+    return {"input": digest.hexdigest(), "first_row": first_row, "rows": num_rows}
+
+
+def open_rows(folder: epath.Path, form: Form, key: dict[str, Any]) -> TaughtRows:
+    """What the teacher said about the rows of a source.
+
+    Args:
+      folder: see `folder_of`.
+      form: as it was stored.
+      key: what the rows and the teacher are.
+
+    Raises:
+      InputError: it is not there, damaged, or of other rows or another teacher.
+    """
+    remedy = (
+        "run `mixcpt prepare --teacher` with this config, or set "
+        "objective.teacher='step'"
+    )
+    manifest = token_cache.read_manifest(folder)
+    if manifest is None:
+        raise InputError(f"{folder}: holds no teacher, or part of one; {remedy}")
+    part = token_cache.difference(manifest, key)
+    if part is not None:
+        raise InputError(
+            f"{folder}: its teacher was made with {part} {manifest['key'].get(part)!r}, "
+            f"here it is {key[part]!r}; {remedy}"
+        )
+    return TaughtRows(form, token_cache.Records(folder, manifest["shards"]))

@@ -1,0 +1,331 @@
+"""What is made once and read in every run: ArrayRecord shards, with a manifest each.
+
+A folder holds shards `00000.array_record` and so on and, written last, `manifest.json`:
+the key of all that the shards come from, and of each shard its hash and what its maker
+wrote about it. Beside each shard lies its entry of the manifest as a file of its own, by
+which a maker that was stopped goes on.
+
+There are folders of two kinds: the tokens of a source (`PreparedExamples`), cut into
+blocks, and what a teacher says about its packed rows (`mixcpt_jax.data.teacher_cache`).
+"""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+from etils import epath
+
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import readers
+from mixcpt_jax.data.formats import Examples
+
+MANIFEST = "manifest.json"
+INDEX = "lengths.npy"
+REMEDY = "run `mixcpt prepare` again, which mends it"
+# A row takes a few pieces out of a block or two each; long blocks would be read in vain.
+BLOCK_TOKENS = 4096
+
+_OPEN_READERS = 128
+
+Entry = dict[str, Any]
+
+
+def folder_of(root: str, source: str) -> epath.Path:
+    """Where the tokens of a source lie."""
+    return paths.absolute(root) / source
+
+
+def write_shard(
+    folder: epath.Path, number: int, records: Iterable[bytes], facts: Entry
+) -> Entry:
+    """Writes a shard whole or not at all, and returns its entry of the manifest.
+
+    Raises:
+      InputError: the disk is full, or the like.
+    """
+    file = folder / f"{number:05d}.array_record"
+    temporary = file.with_suffix(".incomplete")
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+        num_records = 0
+        for record in records:
+            writer.write(record)
+            num_records += 1
+        writer.close()
+        entry = {
+            "file": file.name,
+            "hash": paths.hash_of(temporary),
+            "records": num_records,
+        } | facts
+        temporary.replace(file)
+        paths.replace(file.with_suffix(".json"), json.dumps(entry))
+    except InputError:
+        raise
+    except Exception as error:  # ArrayRecord has no class of its own for a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"{file}: cannot be written ({type(error).__name__}: {error}); free some "
+            "space and run the same command again, which goes on from here"
+        ) from error
+    return entry
+
+
+def finished_shard(folder: epath.Path, number: int, facts: Entry) -> Entry | None:
+    """The entry of a shard that is there, undamaged and has these facts."""
+    file = folder / f"{number:05d}.array_record"
+    try:
+        entry = json.loads(file.with_suffix(".json").read_text())
+        if facts.items() <= entry.items() and paths.hash_of(file) == entry["hash"]:
+            return entry
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass
+    return None
+
+
+def write_manifest(
+    folder: epath.Path, key: Entry, shards: list[Entry], facts: Entry
+) -> None:
+    """Marks a folder as whole, and removes shards that an earlier maker left in it."""
+    for file in folder.glob("[0-9]*"):
+        if int(file.name[:5]) >= len(shards):
+            file.unlink()
+    manifest = {"key": key} | facts | {"shards": shards}
+    paths.replace(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def read_manifest(folder: epath.Path) -> Entry | None:
+    """The manifest, or None if the folder is not there or not whole.
+
+    Raises:
+      InputError: it is damaged, or a shard is missing.
+    """
+    file = folder / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        manifest = json.loads(file.read_text())
+        shards = [(folder / s["file"], s["records"]) for s in manifest["shards"]]
+        manifest["key"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: damaged ({error}); {REMEDY}") from error
+    for shard, _ in shards:
+        if not shard.exists():
+            raise InputError(f"{shard}: is missing; {REMEDY}")
+    return manifest
+
+
+def is_undamaged(folder: epath.Path, manifest: Entry) -> bool:
+    """Whether every file has the hash it had; reads all of them."""
+    files = {shard["file"]: shard["hash"] for shard in manifest["shards"]}
+    files |= {INDEX: manifest["index"]} if "index" in manifest else {}
+    return all(
+        (folder / name).exists() and paths.hash_of(folder / name) == digest
+        for name, digest in files.items()
+    )
+
+
+def difference(manifest: Entry, key: Entry) -> str | None:
+    """The first part of the key that is not as in the manifest, or None."""
+    then = manifest["key"]
+    return next((name for name in key if then.get(name) != key[name]), None)
+
+
+class Records:
+    """The records of shards that follow each other, by number; can be pickled.
+
+    Attributes:
+      starts: the number of each shard's first record, and how many there are.
+    """
+
+    def __init__(self, folder: epath.Path, shards: list[Entry]):
+        self._folder, self._shards = folder, shards
+        self.starts = np.cumsum([0, *(shard["records"] for shard in shards)])
+        self._readers: dict[int, Any] = {}
+
+    def __reduce__(self):
+        return Records, (self._folder, self._shards)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, number: int) -> bytes:
+        """
+        Raises:
+          InputError: the shard is damaged.
+        """
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        try:
+            reader = self._reader(shard)
+            record = reader.read([int(number - self.starts[shard])])[0]
+        except Exception as error:  # the library raises all sorts at damaged files
+            raise InputError(self._complaint(shard, str(error))) from error
+        return record
+
+    def _reader(self, shard: int):
+        if shard not in self._readers:
+            if len(self._readers) >= _OPEN_READERS:
+                self._readers.pop(next(iter(self._readers)))
+            file = self._folder / self._shards[shard]["file"]
+            reader = readers.array_record_reader(file)
+            if reader.num_records() != self._shards[shard]["records"]:
+                raise EOFError(f"it has {reader.num_records()} records")
+            self._readers[shard] = reader
+        return self._readers[shard]
+
+    def _complaint(self, shard: int, reason: str) -> str:
+        file = self._folder / self._shards[shard]["file"]
+        reason = " ".join(reason.split())[:200]
+        return f"{file}: damaged ({reason}); {REMEDY}"
+
+
+class PreparedExamples:
+    """As `formats.Examples`, of which only what is asked for is read from the disk.
+
+    Attributes:
+      offsets, lengths, num_tokens, num_learnt, fingerprint: as there.
+    """
+
+    def __init__(self, folder: epath.Path, manifest: Entry):
+        """
+        Args:
+          folder: of a source, as `write_examples` and `finish_examples` made it.
+          manifest: from `read_manifest`.
+
+        Raises:
+          InputError: the index is damaged.
+        """
+        self._folder, self._manifest = folder, manifest
+        shards = manifest["shards"]
+        self._records = Records(folder, shards)
+        self._token_starts = np.cumsum([0, *(s["tokens"] for s in shards)])
+        try:
+            self.lengths = np.load(folder / INDEX).astype(np.int64)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(
+                f"{folder / INDEX}: damaged ({error}); {REMEDY}"
+            ) from error
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+        if self.offsets[-1] != self.num_tokens:
+            raise InputError(
+                f"{folder / INDEX}: tells of {self.offsets[-1]} tokens, the shards hold "
+                f"{self.num_tokens}; {REMEDY}"
+            )
+
+    def __reduce__(self):
+        return PreparedExamples, (self._folder, self._manifest)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._token_starts[-1])
+
+    @property
+    def num_learnt(self) -> int:
+        return sum(shard["learnt_tokens"] for shard in self._manifest["shards"])
+
+    @property
+    def fingerprint(self) -> str:
+        return self._manifest["fingerprint"]
+
+    @property
+    def found(self) -> dict[str, dict[str, int]]:
+        """What `tally.Tally.counts` told of the source."""
+        return self._manifest["found"]
+
+    def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and loss mask of a range of all tokens.
+
+        Raises:
+          InputError: a shard is damaged.
+        """
+        tokens, masks = [], []
+        while begin < end:
+            shard = int(np.searchsorted(self._token_starts, begin, side="right")) - 1
+            block, first = divmod(int(begin - self._token_starts[shard]), BLOCK_TOKENS)
+            in_block = _decode(self._records[self._records.starts[shard] + block])
+            last = min(first + int(end - begin), len(in_block[0]))
+            tokens.append(in_block[0][first:last])
+            masks.append(in_block[1][first:last])
+            begin += last - first
+        if len(tokens) == 1:
+            return tokens[0], masks[0]
+        return (
+            np.concatenate([np.empty(0, np.int32), *tokens]),
+            np.concatenate([np.empty(0, bool), *masks]),
+        )
+
+    def load(self) -> Examples:
+        """All of it, in memory."""
+        tokens, mask = self.read(0, self.num_tokens)
+        return Examples(tokens, mask, self.offsets)
+
+
+def write_examples(
+    folder: epath.Path, number: int, examples: Examples, facts: Entry
+) -> Entry:
+    """Writes a shard of examples, their lengths as its last record; see `write_shard`."""
+    starts = range(0, examples.num_tokens, BLOCK_TOKENS)
+    blocks = (_encode(*examples.read(s, s + BLOCK_TOKENS)) for s in starts)
+    lengths = examples.lengths.astype("<i4").tobytes()
+    facts = facts | {
+        "examples": len(examples),
+        "tokens": examples.num_tokens,
+        "learnt_tokens": examples.num_learnt,
+    }
+    return write_shard(folder, number, itertools.chain(blocks, [lengths]), facts)
+
+
+def finish_examples(
+    folder: epath.Path,
+    key: Entry,
+    shards: list[Entry],
+    found: dict[str, dict[str, int]],
+) -> PreparedExamples:
+    """Writes the index and the manifest of a source whose shards are all there."""
+    digest = hashlib.blake2b(digest_size=8)
+    records = Records(folder, shards)
+    lengths = [np.empty(0, np.int32)]
+    for first, end in itertools.pairwise(records.starts.tolist()):
+        for number in range(first, end - 1):
+            digest.update(_decode(records[number])[0])
+        lengths.append(np.frombuffer(records[end - 1], "<i4"))
+    index = io.BytesIO()
+    np.save(index, np.concatenate(lengths))
+    paths.replace(folder / INDEX, index.getvalue())
+    write_manifest(
+        folder,
+        key,
+        shards,
+        {
+            "examples": sum(shard["examples"] for shard in shards),
+            "tokens": sum(shard["tokens"] for shard in shards),
+            "learnt_tokens": sum(shard["learnt_tokens"] for shard in shards),
+            "found": found,
+            "fingerprint": digest.hexdigest(),
+            "index": paths.hash_of(folder / INDEX),
+        },
+    )
+    return PreparedExamples(folder, read_manifest(folder))
+
+
+def _encode(tokens: np.ndarray, loss_mask: np.ndarray) -> bytes:
+    """A block: its tokens, int32, little endian, then its mask, a bit each."""
+    return tokens.astype("<i4").tobytes() + np.packbits(loss_mask).tobytes()
+
+
+def _decode(record: bytes) -> tuple[np.ndarray, np.ndarray]:
+    # n tokens take 4 n + ceil(n / 8) bytes.
+    size = len(record) * 8 // 33
+    tokens = np.frombuffer(record, "<i4", size)
+    bits = np.frombuffer(record, np.uint8, offset=4 * size)
+    return tokens, np.unpackbits(bits, count=size).astype(bool)

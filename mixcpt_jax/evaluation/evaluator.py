@@ -1,0 +1,475 @@
+"""What a model knows and prefers: perplexity and top-1 accuracy on text, multiple choice,
+and which answer of a pair it finds likelier.
+
+Perplexity alone understates what logit swap self-distillation teaches: at its optimum
+the gold token is the top token with no more than the teacher's own confidence. So
+accuracy always stands beside it.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from mixcpt_jax.core import intervals
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import mixture, pipeline, tasks
+from mixcpt_jax.data.exams import Exam
+from mixcpt_jax.evaluation import generation, load_model
+from mixcpt_jax.models import transformer
+from mixcpt_jax.runtime import metrics
+from mixcpt_jax.training import phase as phase_lib
+
+# The largest loss whose perplexity is a float.
+_MOST_NATS = math.log(np.finfo(float).max)
+
+HostBatch = dict[str, np.ndarray]
+Score = Callable[[HostBatch], Mapping[str, Any]]
+
+
+class Measure:
+    """Everything that a phase measures of given parameters, compiled once.
+
+    Attributes:
+      items: what the last call measured of each example, question and pair; see
+        `metrics.Writer.write_items`.
+    """
+
+    def __init__(
+        self,
+        phase: phase_lib.Phase,
+        data: pipeline.Data,
+        references: Mapping[str, np.ndarray] | None = None,
+        lora: transformer.Lora | None = None,
+    ):
+        """
+        Args:
+          phase: whose evaluation settings and model it is.
+          data: what the phase reads.
+          references: "pairs/NAME" -> the reference's log-probabilities of the examples
+            of `data.pairs[NAME]`; without them pairs have no rewards.
+          lora: the adapters in the parameters that will be given.
+        """
+        self._config = phase.config
+        self._data = data
+        self._references = references or {}
+        self._score = phase.eval_step(lora)
+        self.items: dict[str, np.ndarray] = {}
+        self._sampler = generation.Sampler(
+            phase.model_config,
+            phase.tokenizer,
+            compute_dtype=phase.config.model.compute_dtype,
+            lora=lora,
+        )
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches are measured at a time."""
+        data = self._data
+        exams = (exam.rows for exam in data.exams.values())
+        measured = *data.texts.values(), *exams, *data.pairs.values()
+        batch_size = self._config.eval.batch_size
+        return sum(rows.num_batches(batch_size) for rows in measured)
+
+    def __call__(
+        self, params, on_batch: Callable[[int], None] = lambda done: None
+    ) -> dict[str, float]:
+        """Runs `measure` on the whole parameters, adapters and all.
+
+        Args:
+          params: the parameters.
+          on_batch: is told after each batch how many of `num_batches` are done.
+        """
+        done = itertools.count(1)
+
+        def score(batch):
+            scores = self._score(params, batch)
+            on_batch(next(done))
+            return scores
+
+        data, batch_size = self._data, self._config.eval.batch_size
+        self.items = {}
+        results = measure(score, data.texts, data.exams, batch_size, self.items)
+        for name, rows in data.pairs.items():
+            sums = sums_per_example(score, rows, batch_size)
+            references = self._references.get(f"pairs/{name}")
+            results |= compare_pairs(name, sums, references, self._config.preference)
+            self.items[f"{name}/pair_accuracy"] = _is_chosen_likelier(sums)
+        return results
+
+    def answers(self, params) -> list[str]:
+        """Greedy answers to the phase's prompts."""
+        if not self._data.prompts:
+            return []
+        return self._sampler.chat(
+            params, self._data.prompts, self._config.eval.max_new_tokens
+        )
+
+
+def measure(
+    score: Score,
+    texts: Mapping[str, mixture.PackedRows],
+    exams: Mapping[str, Exam],
+    batch_size: int,
+    items: dict[str, np.ndarray] | None = None,
+) -> dict[str, float]:
+    """Measures every text and exam.
+
+    Args:
+      score: maps a batch to `ntp` (nats) and `correct`, `[B, L]` each, whole on every
+        host; see `steps.make_eval_step`.
+      texts: name -> held-out text.
+      exams: name -> exam.
+      batch_size: rows per batch.
+      items: gets what the results are means of: `{text}/loss`, `{text}/correct` and
+        `{text}/tokens`, sums over each example, and `{exam}/exam`, right or not.
+
+    Returns:
+      `{text}/loss` (nats per token), `{text}/perplexity`, `{text}/accuracy` (share of
+      tokens that are the top token) and `{exam}/exam` (share answered rightly). Where
+      examples begin with what is given (formats cloze and chat), also `{text}/exact`:
+      the share of examples whose rest greedy decoding would give to the last token.
+      A text without a token that counts has no results, and a perplexity beyond the
+      largest float is left out.
+
+    Raises:
+      InputError: a score is not a finite number; names the item.
+    """
+    results = {}
+    items = {} if items is None else items
+    for name, rows in texts.items():
+        sums = sums_per_example(score, rows, batch_size)
+        for key, values in zip(("loss", "correct", "tokens"), sums, strict=True):
+            items[f"{name}/{key}"] = values
+        loss, correct, count = sums.sum(axis=1)
+        if not count:
+            continue
+        results[f"{name}/loss"] = float(loss / count)
+        if loss / count < _MOST_NATS:
+            results[f"{name}/perplexity"] = math.exp(loss / count)
+        results[f"{name}/accuracy"] = float(correct / count)
+        if rows.source.examples.is_continuation:
+            is_asked = sums[2] > 0
+            results[f"{name}/exact"] = float((sums[1] == sums[2])[is_asked].mean())
+    for name, exam in exams.items():
+        loss, _, _ = sums_per_example(score, exam.rows, batch_size)
+        items[f"{name}/exam"] = exam.grade(-loss)
+        results[f"{name}/exam"] = float(items[f"{name}/exam"].mean())
+    return results
+
+
+def compare_pairs(
+    name: str,
+    sums: np.ndarray,
+    reference_logps: np.ndarray | None,
+    config: ml_collections.ConfigDict,
+) -> dict[str, float]:
+    """How often, and by how much, the chosen answers of pairs are preferred.
+
+    Args:
+      name: of the pairs.
+      sums: `sums_per_example` of their rows, [3, 2 pairs].
+      reference_logps: the reference's summed log-probabilities, nats, [2 pairs].
+      config: `config.preference`; rewards are those of its loss.
+
+    Returns:
+      `{name}/pair_accuracy`: share of pairs whose chosen answer is likelier per token.
+      With a reference also `{name}/reward_accuracy`, the share whose chosen answer has
+      the larger reward `beta (logp - reference logp)`, and `{name}/reward_margin`, the
+      mean difference of the two rewards; of means over tokens where the loss is.
+    """
+    loss, _, count = sums
+    count = np.maximum(count, 1)
+    if not sums.size:
+        return {}
+    results = {f"{name}/pair_accuracy": float(_is_chosen_likelier(sums).mean())}
+    if reference_logps is not None:
+        divisor = count if config.length_normalised or config.loss == "ipo" else 1
+        ratios = (-loss - reference_logps) / divisor
+        rewards = config.beta * ratios.reshape(-1, 2)
+        margins = rewards[:, 0] - rewards[:, 1]
+        results[f"{name}/reward_accuracy"] = float((margins > 0).mean())
+        results[f"{name}/reward_margin"] = float(margins.mean())
+    return results
+
+
+def _is_chosen_likelier(sums: np.ndarray) -> np.ndarray:
+    """Of each pair whether the chosen answer is likelier per token, bool [pairs]."""
+    loss, _, count = sums
+    chosen, rejected = (-loss / np.maximum(count, 1)).reshape(-1, 2).T
+    return chosen > rejected
+
+
+def sums_per_example(
+    score: Score, rows: mixture.PackedRows, batch_size: int, shown_as: str = ""
+) -> np.ndarray:
+    """Sums of loss, correct and count over each example's targets, [3, examples].
+
+    Args:
+      score, rows, batch_size: as for `measure`.
+      shown_as: the name of a bar in the terminal; empty: none.
+
+    Raises:
+      InputError: a score is not a finite number; names the item.
+    """
+    sums = np.zeros((3, len(rows.source.examples)))
+    done = add_sums(sums, score, rows, batch_size)
+    if shown_as:
+        done = metrics.track(done, shown_as, rows.num_batches(batch_size))
+    for _ in done:
+        pass
+    return sums
+
+
+def add_sums(
+    sums: np.ndarray,
+    score: Score,
+    rows: mixture.PackedRows,
+    batch_size: int,
+    first_batch: int = 0,
+) -> Iterator[int]:
+    """Adds to `sums` what `sums_per_example` returns, batch by batch.
+
+    Args:
+      sums: [3, examples], changed in place; holds the sums of the batches before.
+      score, rows, batch_size: as for `measure`.
+      first_batch: where to begin.
+
+    Yields:
+      After each batch, how many batches `sums` holds.
+
+    Raises:
+      InputError: a score is not a finite number; names the item.
+    """
+    batches = mixture.evaluation_batches(rows, batch_size, first_batch)
+    for number, batch in enumerate(batches, first_batch):
+        scores = score(batch)
+        first = number * batch_size
+        owners = np.stack(
+            [rows.example_ids(row) for row in range(first, first + batch_size)]
+        )
+        counted = batch["loss_mask"] > 0
+        is_broken = counted & ~np.isfinite(scores["ntp"])
+        if is_broken.any():
+            raise InputError(
+                f"{rows.place(owners[is_broken][0])}: its log-likelihood is not a finite "
+                "number; the model's training has diverged, or its activations are too "
+                "large for the dtype that is computed in: use float32 or other weights"
+            )
+        for total, values in zip(
+            sums,
+            (scores["ntp"], scores["correct"], batch["loss_mask"]),
+            strict=True,
+        ):
+            total += np.bincount(
+                owners[counted],
+                np.asarray(values, np.float64)[counted],
+                minlength=sums.shape[1],
+            )
+        yield number + 1
+
+
+def measure_tasks(
+    trained: load_model.Trained,
+    read: Sequence[tasks.Task],
+    row_length: int = 1024,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measures a model on tasks.
+
+    Args:
+      trained: the model.
+      read: the tasks.
+      row_length: tokens that a document is cut to; at most the model's context counts.
+      batch_size: rows at a time, rounded up to what the devices share.
+      seed: of the bootstrap.
+
+    Returns:
+      A tree for JSON: `checkpoint`, `dtype`, `row_length` (the one that counted), and
+      `tasks`: name -> `kind`, `path`, `fingerprint` of the items, `tokens` (a hash of
+      what the tokenizer made of them), `measures` (name -> value, low, high: the 95 %
+      interval of a bootstrap over items; one that is not finite is left out) and `items`
+      (column -> a number for each).
+
+    Raises:
+      InputError: an item does not suit its task or the model.
+    """
+    score, results = trained.score(), {}
+    with jax.set_mesh(trained.mesh):
+        batch_size = generation.whole_batch(batch_size)
+    for task in read:
+        encoded = task.encode(
+            trained.tokenizer, row_length, trained.config.max_positions
+        )
+        with jax.set_mesh(trained.mesh):
+            sums = sums_per_example(score, encoded.rows, batch_size, task.name)
+        items = encoded.columns(sums)
+        results[task.name] = {
+            "kind": task.kind,
+            "path": task.path,
+            "fingerprint": task.fingerprint,
+            "tokens": encoded.examples.fingerprint,
+            "measures": {
+                name: estimate._asdict()
+                for name, measure in tasks.MEASURES[task.kind].items()
+                if (estimate := _estimate(measure, [items], seed)) is not None
+            },
+            "items": items,
+        }
+    return {
+        "checkpoint": trained.place,
+        "dtype": trained.dtype,
+        "row_length": min(row_length, trained.config.max_positions),
+        "tasks": results,
+    }
+
+
+def _estimate(
+    measure: tasks.Measure, sides: Sequence[Mapping[str, Any]], seed: int
+) -> intervals.Estimate | None:
+    """The measure of one model's items, or the first's less the second's.
+
+    None where it is not finite: a mean over nothing, or too large a perplexity.
+    """
+    columns = []
+    for items in sides:
+        numerator = items[measure.numerator]
+        denominator = items.get(measure.denominator) or np.ones(len(numerator))
+        columns += [numerator, denominator]
+
+    def statistic(sums):
+        values = [
+            measure.of(sums[..., at] / sums[..., at + 1])
+            for at in range(0, 2 * len(sides), 2)
+        ]
+        return values[0] - values[1] if len(sides) > 1 else values[0]
+
+    with np.errstate(all="ignore"):
+        if not np.isfinite(statistic(np.array([np.sum(c) for c in columns]))):
+            return None
+        estimate = intervals.bootstrap(np.stack(columns, axis=1), statistic, seed)
+    return estimate if np.isfinite(estimate).all() else None
+
+
+def compare(
+    first: Mapping[str, Any], second: Mapping[str, Any], seed: int = 0
+) -> dict[str, Any]:
+    """What the first model does otherwise than the second on the tasks of both.
+
+    Args:
+      first, second: from `measure_tasks`.
+      seed: of the bootstrap.
+
+    Returns:
+      Task -> measure -> `difference`, the first's less the second's, with `low` and
+      `high`, its paired 95 % interval; of measures of right and wrong also
+      `first_alone`, `second_alone` and `p_value`, see `intervals.mcnemar`. Measures per
+      token are left out where two tokenizers made other tokens of the items.
+
+    Raises:
+      InputError: they have no task in common, one has not the same items, or documents
+        were cut to other lengths.
+    """
+    shared = [name for name in first["tasks"] if name in second["tasks"]]
+    if not shared:
+        raise InputError(
+            f"--compare: no task in common: {', '.join(first['tasks'])} and "
+            f"{', '.join(second['tasks'])}; measure both on the same"
+        )
+    comparison = {}
+    for name in shared:
+        sides = [side["tasks"][name] for side in (first, second)]
+        if sides[0]["fingerprint"] != sides[1]["fingerprint"]:
+            raise InputError(
+                f"--compare: task {name} has not the same items in both; measure both on "
+                "one file with one --limit"
+            )
+        lengths = [side["row_length"] for side in (first, second)]
+        if sides[0]["kind"] == "text" and lengths[0] != lengths[1]:
+            raise InputError(
+                f"--compare: documents of task {name} were cut to {lengths[0]} tokens "
+                f"for one model and {lengths[1]} for the other; measure both with "
+                f"--row_length={min(lengths)}"
+            )
+        are_alike = _have_same_tokens(*sides)
+        items = [side["items"] for side in sides]
+        comparison[name] = {}
+        for key, measure in tasks.MEASURES[sides[0]["kind"]].items():
+            if not are_alike and measure.is_per_token:
+                continue
+            needed = {measure.numerator, measure.denominator} - {""}
+            if not all(needed <= side.keys() for side in items):
+                continue  # An earlier version did not measure it.
+            difference = _estimate(measure, items, seed)
+            if difference is None:
+                continue
+            entry = dict(zip(("difference", "low", "high"), difference, strict=True))
+            if not measure.denominator:
+                answers = (side[measure.numerator] for side in items)
+                entry |= intervals.mcnemar(*answers)._asdict()
+            comparison[name][key] = entry
+    return comparison
+
+
+def _have_same_tokens(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two models read the items of a task as the same tokens."""
+    hashes = {side["tokens"] for side in (first, second) if "tokens" in side}
+    # What an earlier version wrote has no hash; its counts tell nearly as much.
+    counts = [side["items"].get("tokens") for side in (first, second)]
+    return len(hashes) < 2 and counts[0] == counts[1]
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """A table of what `measure_tasks` returns."""
+    header, rows = ["task", "measure", "items", "value", "95 % interval"], []
+    for name, task in result["tasks"].items():
+        for key, entry in task["measures"].items():
+            form = _form(key)
+            num_items = len(next(iter(task["items"].values())))
+            interval = f"{form.format(entry['low'])} to {form.format(entry['high'])}"
+            if num_items < 2:
+                interval = ""
+            rows.append(
+                [name, key, str(num_items), form.format(entry["value"]), interval]
+            )
+    return (
+        f"{result['checkpoint']} ({result['dtype']})\n\n{metrics.table(header, rows)}"
+    )
+
+
+def describe_comparison(result: Mapping[str, Any]) -> str:
+    """A table of `compare`, for a result that holds it."""
+    header = ["task", "measure", "difference", "95 % interval", "only A", "only B", "p"]
+    rows: list[list[str]] = []
+    for name, measures in result["comparison"].items():
+        for key, entry in measures.items():
+            form = _form(key).replace(":", ":+")
+            row = [name, key, form.format(entry["difference"])]
+            row.append(f"{form.format(entry['low'])} to {form.format(entry['high'])}")
+            if "p_value" in entry:
+                row += [str(entry["first_alone"]), str(entry["second_alone"])]
+                row.append(f"{entry['p_value']:.2g}")
+            rows.append(row + [""] * (len(header) - len(row)))
+    second = result["compared_with"]
+    legend = f"A - B; A: {result['checkpoint']}, B: {second['checkpoint']}"
+    others = [
+        name
+        for name in result["comparison"]
+        if not _have_same_tokens(result["tasks"][name], second["tasks"][name])
+    ]
+    if others:
+        legend += (
+            f"\nThe tokenizers differ on {', '.join(others)}: what counts per token does "
+            "not compare, bits per byte do."
+        )
+    return f"{legend}\n\n{metrics.table(header, rows)}"
+
+
+def _form(measure: str) -> str:
+    is_share = measure not in ("perplexity", "bits_per_byte")
+    return "{:.1%}" if is_share else "{:.3f}"

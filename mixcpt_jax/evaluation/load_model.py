@@ -1,0 +1,153 @@
+"""A model from wherever it is: a run, one of its phases, a Hugging Face folder, a GGUF."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from etils import epath
+
+from mixcpt_jax import config as config_lib
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models import pretrained, tokenizer, transformer
+from mixcpt_jax.models.pretrained import FOLDER as EXPORT_FOLDER
+from mixcpt_jax.runtime import sharding
+from mixcpt_jax.training import checkpoint, phase
+
+_DTYPES = ("float32", "bfloat16")
+
+
+class Trained(NamedTuple):
+    """A model that is read and not trained.
+
+    Attributes:
+      place: where it was found.
+      config: the architecture.
+      tokenizer: its tokenizer.
+      params: its parameters, sharded over `mesh`, adapters merged.
+      mesh: over all devices.
+      dtype: of the parameters, and what is to be computed in.
+    """
+
+    place: str
+    config: transformer.ModelConfig
+    tokenizer: tokenizer.Tokenizer
+    params: transformer.Params
+    mesh: jax.sharding.Mesh
+    dtype: str
+
+    def score(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """`batch on the host -> {"ntp", "correct"}` on the host, see `evaluator.Score`."""
+        forward = transformer.make_forward(self.config, self.dtype)
+        step = phase.make_eval_step(forward, self.mesh)
+        return lambda batch: step(self.params, batch)
+
+
+def load(path: str, dtype: str = "") -> Trained:
+    """Reads a model.
+
+    Args:
+      path: the workdir of a run (what its last finished training phase made), a phase's
+        folder (its newest checkpoint, or its export), a Hugging Face folder or a GGUF
+        file; local, `gs://` or `package:NAME/FILE`.
+      dtype: "float32" or "bfloat16"; empty: the first on CPUs, the second elsewhere.
+
+    Raises:
+      InputError: there is no model, or a part of it is missing or damaged; or another
+        dtype.
+    """
+    if dtype not in ("", *_DTYPES):
+        raise InputError(f"dtype {dtype!r}: use {' or '.join(_DTYPES)}")
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    path, stored = _find(path)
+    settings = _model_settings(path, stored)
+    tokenizer_path = settings.tokenizer or settings.path
+    template = settings.chat_template
+    model_config = pretrained.read_model_config(settings.path)
+    vocabulary = tokenizer.load(tokenizer_path, template)
+    tokenizer.check_vocabulary(vocabulary, model_config.vocab_size, tokenizer_path)
+    mesh = _make_mesh(model_config)
+    with jax.set_mesh(mesh):
+        if stored is None:
+            wanted = phase.abstract_params(model_config, mesh, dtype)
+            params = pretrained.load_params(path, wanted)
+        else:
+            params = phase.load_params(path, model_config, mesh, dtype)
+    return Trained(path, model_config, vocabulary, params, mesh, dtype)
+
+
+def context(path: str) -> int:
+    """The longest context of a model, in tokens; no weights are read.
+
+    Args:
+      path: as for `load`.
+
+    Raises:
+      InputError: see `load`.
+    """
+    settings = _model_settings(*_find(path))
+    return pretrained.read_model_config(settings.path).max_positions
+
+
+def _model_settings(
+    path: str, stored: ml_collections.ConfigDict | None
+) -> ml_collections.ConfigDict:
+    """`path`, `tokenizer` and `chat_template` of what `_find` found."""
+    if stored is None:
+        return ml_collections.ConfigDict(
+            {"path": path, "tokenizer": "", "chat_template": ""}
+        )
+    run_folder = checkpoint.phase_folder(path).parent
+    return config_lib.resolve_phases(stored, str(run_folder)).model
+
+
+def _find(path: str) -> tuple[str, ml_collections.ConfigDict | None]:
+    """What a path names, and of a phase the config that it was trained with."""
+    if path.endswith(".gguf"):
+        return path, None
+    folder = paths.resolve(path)
+    if not folder.is_dir():
+        raise InputError(
+            f"{path}: no such folder; name the workdir of a run, a phase's folder, a "
+            "Hugging Face folder or a .gguf file (nothing is downloaded)"
+        )
+    if checkpoint.exists(str(folder)):
+        stored = checkpoint.read_config(str(folder))
+        return str(folder), ml_collections.ConfigDict(stored)
+    pretrained.refuse_adapter(str(folder))
+    for place in (folder, folder / EXPORT_FOLDER):
+        if "model_type" in _read_json(place / phase.CONFIG_FILE):
+            return str(place), None
+    finished = [entry for entry in folder.iterdir() if _is_trained(entry)]
+    if not finished:
+        raise InputError(
+            f"{path}: holds no config.json of a model, no checkpoints and no finished "
+            "phase that trained; name a phase's folder to use one that is not finished"
+        )
+    last = max(finished, key=lambda entry: (entry / phase.RESULTS_FILE).stat().mtime)
+    return _find(str(last))
+
+
+def _is_trained(folder: epath.Path) -> bool:
+    return (folder / phase.RESULTS_FILE).exists() and checkpoint.exists(str(folder))
+
+
+def _read_json(file: epath.Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON ({error}); put it back") from error
+
+
+def _make_mesh(config: transformer.ModelConfig) -> jax.sharding.Mesh:
+    """All devices; as many as can share each product do, which decodes quickest."""
+    devices = jax.device_count()
+    heads = config.num_heads, config.num_kv_heads
+    tensor = math.gcd(devices, *heads, config.mlp_size, config.vocab_size)
+    fsdp = math.gcd(devices // tensor, config.hidden_size)
+    return sharding.make_mesh({"data": -1, "fsdp": fsdp, "tensor": tensor})

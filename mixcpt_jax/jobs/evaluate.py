@@ -1,0 +1,37 @@
+"""The job "evaluate": measures what a phase starts from."""
+
+from typing import Any
+
+import jax
+
+from mixcpt_jax.evaluation.evaluator import Measure
+from mixcpt_jax.runtime import metrics
+from mixcpt_jax.training import phase as phase_lib
+
+
+@phase_lib.job
+def run(phase: phase_lib.Phase) -> dict[str, Any]:
+    """The job "evaluate": measures what the phase starts from.
+
+    Returns:
+      What `results.json` holds: `after`, as of a training phase.
+
+    Raises:
+      InputError: config, data, weights or workdir are wrong.
+    """
+    phase.announce("measures")
+    data = phase.load_data()
+    with jax.set_mesh(phase.mesh):
+        params = phase.starting_params(phase.config.model.param_dtype)
+        measures = Measure(phase, data)
+        with metrics.bar(
+            phase.name, measures.num_batches, phase.shows_progress
+        ) as show:
+            results = {"before": None, "after": measures(params, show)}
+        with metrics.Writer(
+            phase.folder, phase.config.metrics, -1, {}, jax.process_index() == 0
+        ) as writer:
+            writer.write_items(0, measures.items)
+            writer.write(0, {f"eval/{k}": v for k, v in results["after"].items()})
+            writer.write_samples(0, data.prompts, measures.answers(params))
+    return phase.finish(results)

@@ -1,0 +1,45 @@
+"""The job "export": what a phase starts from, as a Hugging Face folder."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from mixcpt_jax.models import pretrained
+from mixcpt_jax.models.pretrained import FOLDER
+from mixcpt_jax.training import phase as phase_lib
+
+
+@phase_lib.job
+def run(phase: phase_lib.Phase) -> dict[str, Any]:
+    """Writes `hf/` in the phase's folder: weights, config, tokenizer and licence.
+
+    Adapters are merged into the weights they adapt. The tokenizer gets the chat template
+    that was trained with, and generation the tokens that end a turn or a text. The folder
+    is whole or not there.
+
+    Returns:
+      What `results.json` holds: the folder's path and the dtype of the weights.
+
+    Raises:
+      InputError: config, weights or workdir are wrong.
+    """
+    phase.announce(f"exports {phase.config.export.dtype}")
+    phase.claim()
+    vocabulary = phase.tokenizer
+    # Of a model not for conversations the template, if any, is not ours to change.
+    if vocabulary.has_turns:
+        vocabulary = dataclasses.replace(vocabulary, chat_template=vocabulary.template)
+    dtype = phase.config.export.dtype
+    with jax.set_mesh(phase.mesh):
+        params = phase.starting_params(phase.config.model.param_dtype)
+        pretrained.save_pretrained(
+            str(phase.folder / FOLDER),
+            params,
+            phase.model_config,
+            vocabulary,
+            dtype=dtype,
+            stop_ids=vocabulary.stop_ids,
+            start=phase.config.model.path,
+        )
+    return phase.finish({"folder": str(phase.folder / FOLDER), "dtype": dtype})

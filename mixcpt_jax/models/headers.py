@@ -1,0 +1,165 @@
+"""Values of file headers, checked: the JSON files of a model folder, and GGUF's metadata.
+
+A header comes from elsewhere, so nothing in it is trusted: every value that is used is
+asked for here by its key, with the type and the range that it must have. Null counts as
+absent, as in transformers.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from mixcpt_jax.core.errors import InputError
+
+_MOST_BYTES = 2**26
+# Of what was found, an error shows so many characters.
+_SHOWN = 80
+# RoPE's base is the largest of all, up to 4.5e10 in models for long contexts.
+_MOST = 1e12
+# The default of what must be there.
+_REQUIRED: Any = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Keys and values of a file.
+
+    The methods that return a value return `default` where the key is absent. They raise
+    `InputError`, which names the file, the key, what was found and what is allowed.
+
+    Attributes:
+      file: where they are from.
+      values: as the file's parser gives them.
+      prefix: of the keys, left out where they are asked for.
+    """
+
+    file: epath.Path | str
+    values: Mapping[str, Any]
+    prefix: str = ""
+
+    def get(self, key: str) -> Any:
+        """The value as it is, unchecked; None if it is absent."""
+        return self.values.get(self.prefix + key)
+
+    def within(self, prefix: str) -> "Header":
+        """The same values, of which all keys asked for begin with `prefix`."""
+        return dataclasses.replace(self, prefix=self.prefix + prefix)
+
+    def integer(
+        self,
+        key: str,
+        default: Any = _REQUIRED,
+        least: int = 1,
+        most: int = 2**31 - 1,
+    ) -> Any:
+        """An integer from `least` to `most`."""
+
+        def is_right(value):
+            return is_integer(value) and least <= value <= most
+
+        return self._checked(
+            key, default, f"an integer from {least} to {most}", is_right
+        )
+
+    def number(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A positive number that is no more than any model has."""
+
+        def is_right(value):
+            is_number = is_integer(value) or isinstance(value, float)
+            return is_number and 0 < value <= _MOST
+
+        wanted = f"a positive number up to {_MOST:.0e}"
+        return self._checked(key, default, wanted, is_right)
+
+    def flag(self, key: str, default: Any = _REQUIRED) -> Any:
+        """True or false."""
+        return self._instance(key, default, bool, "true or false")
+
+    def text(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A string."""
+        return self._instance(key, default, str, "a string")
+
+    def mapping(self, key: str, default: Any = _REQUIRED) -> Any:
+        """An object of JSON."""
+        return self._instance(key, default, dict, "an object")
+
+    def many(
+        self, key: str, is_one: Callable[[Any], bool], wanted: str, default=_REQUIRED
+    ) -> Any:
+        """A list, of whose items each passes `is_one`."""
+
+        def is_right(value):
+            return isinstance(value, list) and all(map(is_one, value))
+
+        return self._checked(key, default, wanted, is_right)
+
+    def require(self, key: str, supported: Sequence[Any]) -> None:
+        """Checks that a value is one of some."""
+        value = self.get(key)
+        # 1 and True are equal, and neither stands for the other.
+        if not any(value == s and type(value) is type(s) for s in supported):
+            raise self.unsupported(key, ", ".join(map(str, supported)))
+
+    def unsupported(self, key: str, supported: Any) -> InputError:
+        """What to raise where a value is of a kind that is not supported."""
+        return InputError(f"{self._found(key)}; supported: {supported}")
+
+    def wrong(self, key: str, wanted: str) -> InputError:
+        """What to raise where a value is not what is wanted."""
+        return InputError(f"{self._found(key)}; {wanted} is wanted")
+
+    def _instance(self, key: str, default: Any, kind: type, wanted: str) -> Any:
+        return self._checked(key, default, wanted, lambda v: isinstance(v, kind))
+
+    def _checked(self, key: str, default: Any, wanted: str, is_right) -> Any:
+        value = self.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise InputError(
+                    f"{self.file}: {self.prefix}{key} is missing; {wanted} is wanted"
+                )
+            return default
+        if not is_right(value):
+            raise self.wrong(key, wanted)
+        return value
+
+    def _found(self, key: str) -> str:
+        found = repr(self.get(key))
+        found = found if len(found) <= _SHOWN else f"{found[:_SHOWN]}..."
+        return f"{self.file}: {self.prefix}{key} is {found}"
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def read(file: epath.Path) -> Header:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+      InputError: it is no regular file, too long, or something else than that.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: is no regular file")
+    size = file.stat().length
+    if size > _MOST_BYTES:
+        raise InputError(
+            f"{file}: has {size} bytes, at most {_MOST_BYTES} are read of a header; "
+            "download it again"
+        )
+    try:
+        values = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: an object of JSON is wanted; download it again")
+    return Header(file, values)
+
+
+def read_if_there(file: epath.Path) -> Header:
+    """The same; without a file there are no values."""
+    return read(file) if file.exists() else Header(file, {})

@@ -1,0 +1,1263 @@
+"""Text to token ids and back: `tokenizer.json`, sentencepiece and GGUF, one interface.
+
+Plain text is data, and data is untrusted: `encode` never turns a special token's
+spelling inside a text, such as `<|im_end|>`, into that token. Text that a chat template
+wrote goes through `encode_with_special`, which does. `encode_chat` does the one to what
+the template wrote and the other to what it was given.
+
+Data workers are processes that import this file and receive tokenizers by pickle, so it
+does not import jax.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, ClassVar, NamedTuple
+
+import gguf
+import jinja2
+import sentencepiece
+import tokenizers
+from etils import epath
+from google.protobuf.message import DecodeError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models import companions
+from mixcpt_jax.models.companions import Added, Companions
+from mixcpt_jax.models.headers import Header
+
+# The day on which training conversations take place; Llama 3's templates say it too.
+_TODAY = datetime(2024, 7, 26)
+
+# In this order: to Gemma, which has <eos>, </s> is a tag of HTML.
+END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
+
+# The shortest conversation that tells how a template writes a turn.
+_EXCHANGE = (
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hi"},
+)
+
+_END_OF_TURN = "<|im_end|>"
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# For vocabularies without that token.
+CHATML_WITH_EOS = CHATML.replace("'<|im_end|>\n'", "eos_token + '\n'")
+_BOS = "{{ bos_token }}"
+
+
+class _JsonModel:
+    """The `tokenizers` library on the contents of a `tokenizer.json`."""
+
+    def __init__(self, source: str):
+        self.source = source
+        self._plain = self._build(source, special_as_text=True)
+        vocabulary = self._plain.get_vocab(with_added_tokens=True)
+        # Ids may have holes, so this is not the number of tokens.
+        self.vocab_size = max(vocabulary.values()) + 1
+
+    def __reduce__(self):
+        return _JsonModel, (self.source,)
+
+    @staticmethod
+    def _build(source: str, special_as_text: bool) -> tokenizers.Tokenizer:
+        model = tokenizers.Tokenizer.from_str(source)
+        model.no_truncation()
+        model.no_padding()
+        model.encode_special_tokens = special_as_text
+        return model
+
+    @functools.cached_property
+    def _special(self) -> tokenizers.Tokenizer:
+        # A second copy, because switching the flag back and forth is not thread-safe.
+        return self._build(self.source, special_as_text=False)
+
+    @functools.cached_property
+    def _after_mark(self) -> tokenizers.Tokenizer:
+        return self._without_leading_space(after_mark=True)
+
+    @functools.cached_property
+    def _after_text(self) -> tokenizers.Tokenizer:
+        return self._without_leading_space(after_mark=False)
+
+    def _without_leading_space(self, after_mark: bool) -> tokenizers.Tokenizer:
+        raw = json.loads(self.source)
+        steps = {
+            key: _drop_leading_space(raw.get(key), after_mark)
+            for key in ("normalizer", "pre_tokenizer")
+        }
+        if all(raw.get(key) == step for key, step in steps.items()):
+            return self._plain
+        return self._build(json.dumps(raw | steps), special_as_text=True)
+
+    @functools.cached_property
+    def marks(self) -> tuple[re.Pattern, dict[str, int]]:
+        """See `_marks`."""
+        added = self._plain.get_added_tokens_decoder()
+        return _marks(
+            {
+                token.content: (
+                    token_id,
+                    (r"\s*" if token.lstrip else "")
+                    + re.escape(token.content)
+                    + (r"\s*" if token.rstrip else ""),
+                )
+                for token_id, token in added.items()
+                if token.content.strip()
+            }
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_with_special(self, text: str) -> list[int]:
+        return self._special.encode(text, add_special_tokens=False).ids
+
+    def encode_next(self, text: str, after_mark: bool) -> list[int]:
+        model = self._after_mark if after_mark else self._after_text
+        return model.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._plain.decode(list(ids), skip_special_tokens=True)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._plain.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str:
+        return self._plain.id_to_token(token_id)
+
+    @functools.cached_property
+    def special_tokens(self) -> frozenset[str]:
+        added = self._plain.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
+    @functools.cached_property
+    def unknown_id(self) -> int | None:
+        """What a character becomes that the vocabulary lacks; None: it vanishes."""
+        model = json.loads(self.source)["model"]
+        if model.get("unk_token") is not None:
+            return self.token_to_id(model["unk_token"])
+        return model.get("unk_id")
+
+    def starts_with(self, token_id: int) -> bool:
+        """Whether the post-processor puts this token before a text."""
+        return self._plain.encode("").ids[:1] == [token_id]
+
+    def save(self, folder: epath.Path) -> dict[str, Any]:
+        """Writes its file; what `tokenizer_config.json` says of it."""
+        (folder / "tokenizer.json").write_text(self.source)
+        return {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+class _SentencePieceModel:
+    """The sentencepiece library on the contents of a `tokenizer.model`.
+
+    Where the model puts a space before every text, transformers' LlamaTokenizer puts it
+    before the first text alone or, if `legacy`, before each text behind a special token,
+    but for texts that begin with one.
+    """
+
+    def __init__(
+        self, source: bytes, legacy: bool = False, published: bytes | None = None
+    ):
+        """
+        Args:
+          source: the model, added tokens among its pieces.
+          legacy: see above.
+          published: the model without them, which is what an export writes.
+        """
+        self.source = source
+        self.legacy = legacy
+        self.published = published
+        self._model = sentencepiece.SentencePieceProcessor()
+        self._model.LoadFromSerializedProto(source)
+        self.vocab_size = self._model.get_piece_size()
+        self.bos_id, self.eos_id, self.pad_id = (
+            None if token_id < 0 else token_id
+            for token_id in (
+                self._model.bos_id(),
+                self._model.eos_id(),
+                self._model.pad_id(),
+            )
+        )
+
+    def __reduce__(self):
+        published = () if self.published is None else (self.published,)
+        return _SentencePieceModel, (self.source, self.legacy, *published)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def encode_with_special(self, text: str) -> list[int]:
+        pattern, special = self._control
+        first, *rest = pattern.split(text)
+        ids = self._model.encode(first)
+        for part in rest:
+            known = part in special
+            ids += [special[part]] if known else self.encode_next(part, True)
+        return ids
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        return frozenset(self._control[1])
+
+    @property
+    def unknown_id(self) -> int | None:
+        """What a character becomes that the vocabulary lacks."""
+        token_id = self._model.unk_id()
+        return None if token_id < 0 else token_id
+
+    @functools.cached_property
+    def _control(self) -> tuple[re.Pattern, dict[str, int]]:
+        """What finds the control tokens in a text, and their ids."""
+        special = {
+            self._model.id_to_piece(i): i
+            for i in range(self.vocab_size)
+            if self._model.is_control(i)
+        }
+        pattern = "|".join(map(re.escape, special)) or "(?!)"
+        return re.compile(f"({pattern})"), special
+
+    @functools.cached_property
+    def _after_text(self) -> sentencepiece.SentencePieceProcessor:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self.source)
+        proto.normalizer_spec.add_dummy_prefix = False
+        model = sentencepiece.SentencePieceProcessor()
+        model.LoadFromSerializedProto(proto.SerializeToString())
+        return model
+
+    @functools.cached_property
+    def marks(self) -> tuple[re.Pattern, dict[str, int]]:
+        """See `_marks`."""
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self.source)
+        piece = proto.SentencePiece
+        return _marks(
+            {
+                token.piece: (i, re.escape(token.piece))
+                for i, token in enumerate(proto.pieces)
+                if token.type in (piece.CONTROL, piece.USER_DEFINED)
+                and token.piece.strip("▁ ")
+            }
+        )
+
+    def encode_next(self, text: str, after_mark: bool) -> list[int]:
+        has_space = after_mark and self.legacy and not text.startswith((" ", "▁"))
+        return (self._model if has_space else self._after_text).encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(i) for i in ids])
+
+    def token_to_id(self, token: str) -> int | None:
+        token_id = self._model.piece_to_id(token)
+        # Sentencepiece answers "unknown" for what it does not have.
+        return token_id if self._model.id_to_piece(token_id) == token else None
+
+    def id_to_token(self, token_id: int) -> str:
+        return self._model.id_to_piece(token_id)
+
+    def save(self, folder: epath.Path) -> dict[str, Any]:
+        """Writes its file; what `tokenizer_config.json` says of it."""
+        content = self.source if self.published is None else self.published
+        (folder / "tokenizer.model").write_bytes(content)
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self.source)
+        if not proto.normalizer_spec.add_dummy_prefix:
+            return {"tokenizer_class": "GemmaTokenizer"}
+        return {"tokenizer_class": "LlamaTokenizer", "legacy": self.legacy}
+
+
+class _Turn(NamedTuple):
+    """A response as generation would write it: the last turn of a conversation.
+
+    Attributes:
+      prompt: the messages before, with a generation prompt.
+      text: these messages and the response.
+      content_stop: where in `text` what the response says ends.
+      stops: where the tokens end that may be learnt to end the turn; none if the response
+        cannot be learnt.
+      problem: why, unless it is that `text` does not begin with `prompt`.
+    """
+
+    prompt: str
+    text: str
+    content_stop: int = 0
+    stops: Sequence[int] = ()
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A vocabulary, how text is cut into it, and the model's conventions around it.
+
+    Attributes:
+      bos_id, eos_id, pad_id: ids of the special tokens, None where there is none.
+      add_bos: whether the model expects the BOS token before each document.
+      chat_template: the model's Jinja template, None where it has none.
+      companions: what the files beside it say.
+    """
+
+    model: _JsonModel | _SentencePieceModel
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    add_bos: bool
+    chat_template: str | None
+    companions: Companions = dataclasses.field(default_factory=Companions)
+
+    # The keys that a message may have; `content` holds its `parts` a line each.
+    message_keys: ClassVar[tuple[str, ...]] = ("role", "content", "parts", "weight")
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below this."""
+        return self.model.vocab_size
+
+    @property
+    def end_of_document_id(self) -> int:
+        """The token that ends a document in pretraining; chat models' EOS ends a turn.
+
+        Raises:
+          InputError: the vocabulary has no such token.
+        """
+        for token in END_OF_DOCUMENT:
+            token_id = self.token_to_id(token)
+            if token_id is not None:
+                return token_id
+        if self.eos_id is None:
+            raise InputError(
+                f"tokenizer: no token ends a document: none of {END_OF_DOCUMENT} is in "
+                "the vocabulary and tokenizer_config.json names no eos_token"
+            )
+        return self.eos_id
+
+    @property
+    def template(self) -> str:
+        """The Jinja template of conversations: the model's own, or else ChatML.
+
+        ChatML begins with BOS where the model's plain texts do. In a vocabulary without
+        `<|im_end|>`, EOS ends a turn instead; without `<|im_start|>`, that is text.
+        """
+        if self.chat_template is not None:
+            return self.chat_template
+        has_end = self.token_to_id(_END_OF_TURN) is not None or self.eos_id is None
+        chatml = CHATML if has_end else CHATML_WITH_EOS
+        return _BOS + chatml if self.add_bos else chatml
+
+    def with_template(self, template: str) -> "Tokenizer":
+        """A copy with a template that was not published with the model.
+
+        BOS is put first where the model's plain texts begin with it and what the template
+        writes does not.
+        """
+        copy = dataclasses.replace(self, chat_template=template)
+        if not self.add_bos or self.bos_id is None:
+            return copy
+        try:
+            text = copy.apply_chat_template([{"role": "user", "content": "Hi"}])
+        except InputError:  # It is reported when a conversation needs the template.
+            return copy
+        if text.startswith(self.model.id_to_token(self.bos_id)):
+            return copy
+        return dataclasses.replace(self, chat_template=_BOS + template)
+
+    @functools.cached_property
+    def end_of_turn_id(self) -> int:
+        """The last token that the assistant writes in a turn.
+
+        Raises:
+          InputError: the template does not end turns with a token.
+        """
+        ids, is_learnt = self.encode_chat(_EXCHANGE)
+        return [i for i, learnt in zip(ids, is_learnt, strict=True) if learnt][-1]
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether the template ends the assistant's turns with a token."""
+        try:
+            return self.end_of_turn_id is not None
+        except InputError:
+            return False
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """The tokens that end what a model writes: a document, or a turn if it has any."""
+        turns = {self.end_of_turn_id} if self.has_turns else set()
+        return self.document_ends | turns
+
+    @property
+    def document_ends(self) -> set[int]:
+        """The tokens that end a document, those of `generation_config.json` among them."""
+        return {self.end_of_document_id, self.eos_id, *self.companions.ends} - {None}
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with anything that changes an encoding."""
+        _, model = self.model.__reduce__()
+        special = (self.bos_id, self.eos_id, self.pad_id)
+        parts = repr((*model, *special, self.add_bos, self.chat_template))
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        """Encodes plain text: nothing is added, and special tokens are never made."""
+        return self.model.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes many plain texts at once, which is faster."""
+        return self.model.encode_batch(texts)
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Encodes text from a chat template: spelt-out special tokens become tokens."""
+        return self.model.encode_with_special(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens; special tokens are left out."""
+        return self.model.decode(ids)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.model.token_to_id(token)
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """The spellings that are tokens in a chat template and plain text elsewhere."""
+        return self.model.special_tokens
+
+    def loses(self, character: str) -> bool:
+        """Whether nothing but "unknown" is left of a character in an encoded text."""
+        unknown = self.model.unknown_id
+        if unknown is not None and unknown in self.encode(character):
+            return True
+        # Between two others, because vocabularies may trim what stands at an end.
+        return self.decode(self.encode(f"a{character}a")) == self._two
+
+    @functools.cached_property
+    def _two(self) -> str:
+        return self.decode(self.encode("aa"))
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
+    ) -> str:
+        """Renders a conversation as the model was trained to read it.
+
+        Templates write the BOS token themselves where the model wants one.
+
+        Args:
+          messages: dicts with `role` and `content`.
+          add_generation_prompt: end with the opening of an assistant's turn.
+
+        Raises:
+          InputError: the template is malformed or refuses the messages.
+        """
+        return self._render(messages, add_generation_prompt)
+
+    def _render(self, messages, add_generation_prompt: bool, **variables) -> str:
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
+        try:
+            return _compile(self.template).render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **{
+                    f"{name}_token": self.model.id_to_token(token_id)
+                    for name, token_id in ids.items()
+                    if token_id is not None
+                },
+                **variables,
+            )
+        except Exception as error:  # A template can raise whatever Python can.
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"chat template: {reason}; mend the messages or the template"
+            ) from error
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Encodes a conversation and says which tokens of it contribute to the loss.
+
+        Those are, of every assistant's turn, all that follows the generation prompt, up
+        to and with the special tokens that end the turn. A template may write a turn
+        otherwise once others follow (Qwen3's leaves thinking out): then the model would
+        not write it so, and none of its tokens contribute.
+
+        The tokens are those of transformers' `apply_chat_template`, with two exceptions.
+        What the messages say is plain text: only the template's own text makes special
+        tokens, BOS among them. And tokens are cut where generation cuts them: the prompt
+        of each response is encoded by itself, and the response continues it. So the
+        tokens of `messages[:n]` with a generation prompt are the first ones of the tokens
+        of `messages`, if response `n` contributes.
+
+        Templates that print today's date print that of `_TODAY`, lest the tokens
+        change from day to day.
+
+        Args:
+          messages: dicts with `role` and `content`, and perhaps a `weight`; where that is
+            0, the assistant's turn is as given as the others'.
+          add_generation_prompt: end with the opening of an assistant's turn.
+
+        Returns:
+          (ids, whether the token contributes to the loss).
+
+        Raises:
+          InputError: the template is malformed or refuses the messages; of responses,
+            none can contribute, and no generation prompt is asked for; or a message has
+            the text of a token that begins or ends turns, and the tokenizer cannot take
+            it for text.
+        """
+        given = {
+            n for n, message in enumerate(messages) if message.get("weight", 1) == 0
+        }
+        guard, hole, messages = self._guarded(messages)
+        self._check_turn_tokens(messages, guard)
+        text = self._render_stable(messages, add_generation_prompt)
+        learnt, problems = [], []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant" or number in given:
+                continue
+            turn = self._last_turn(messages[: number + 1], guard, hole)
+            kept = [stop for stop in turn.stops if text.startswith(turn.text[:stop])]
+            if kept:
+                learnt.append((len(turn.prompt), kept[-1]))
+            else:
+                problems.append(turn.problem or _rewriting(number, turn, text))
+        if problems and not learnt and not add_generation_prompt:
+            raise InputError(f"chat template: {problems[0].replace(guard, '')}")
+        return self._encode_parts(text, guard, learnt)
+
+    def encode_response(
+        self, messages: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[int], str]:
+        """Encodes a conversation up to the end of what its last message says.
+
+        Args:
+          messages: see `encode_chat`; the last one is the assistant's.
+
+        Returns:
+          The tokens, without those that end the turn; and the content of the last
+          message as the template writes it, which may be trimmed.
+
+        Raises:
+          InputError: see `encode_chat`.
+        """
+        content = messages[-1]["content"]
+        guard, hole, messages = self._guarded(messages)
+        self._check_turn_tokens(messages, guard)
+        turn = self._last_turn(messages, guard, hole)
+        if not turn.stops:
+            problem = turn.problem or _rewriting(len(messages) - 1, turn, turn.text)
+            raise InputError(f"chat template: {problem.replace(guard, '')}")
+        text = turn.text[: turn.content_stop]
+        ids, _ = self._encode_parts(text, guard, [(len(turn.prompt), len(text))])
+        written = text[len(turn.prompt) :].replace(guard, "")
+        trimmed = (content, content.rstrip(), content.lstrip(), content.strip())
+        return ids, next((c for c in trimmed if written.endswith(c)), written)
+
+    def _render_stable(self, messages, add_generation_prompt: bool) -> str:
+        return self._render(
+            messages, add_generation_prompt, strftime_now=_TODAY.strftime
+        )
+
+    def _guarded(self, messages) -> tuple[str, str, list[dict[str, Any]]]:
+        """Messages that spell no special token, so that all in a rendering are its own.
+
+        Returns:
+          (guard, hole, messages): two characters that occur nowhere else; within special
+          tokens that messages spell, `guard` follows the first character.
+        """
+        known = {*self.template}.union(*(message["content"] for message in messages))
+        unused = (c for c in map(chr, range(0xFDD0, 0x110000)) if c not in known)
+        guard, hole = next(unused), next(unused)
+
+        def broken(content: str) -> str:
+            return self._special_spelling.sub(lambda first: first[0] + guard, content)
+
+        messages = [
+            {"role": message["role"], "content": broken(message["content"])}
+            for message in messages
+        ]
+        return guard, hole, messages
+
+    @functools.cached_property
+    def _special_spelling(self) -> re.Pattern:
+        """Matches the first character wherever a text spells a special token."""
+        pattern = "|".join(
+            f"{re.escape(token[0])}(?={re.escape(token[1:])})"
+            for token in self.special_tokens
+            if token.strip()
+        )
+        return re.compile(pattern or "(?!)")
+
+    def _last_turn(self, messages, guard: str, hole: str) -> "_Turn":
+        """The last message, which is the assistant's, as generation would write it."""
+        *before, message = messages
+        prompt = self._render_stable(before, True)
+        text = self._render_stable(messages, False)
+        holed = self._render_stable([*before, message | {"content": hole}], False)
+        lead, *endings = holed.split(hole)
+        turn, here = _Turn(prompt, text), f"messages[{len(before)}]"
+        if len(endings) != 1:
+            return turn._replace(
+                problem=f"it does not write the content of {here} exactly once; use "
+                "another template"
+            )
+        [ending] = endings
+        stop = len(text) - len(ending)
+        said = "".join(message["content"].split())
+        if not (text.endswith(ending) and "".join(text[:stop].split()).endswith(said)):
+            return turn._replace(
+                problem=f"what it makes of {here} depends on what they say; mend the "
+                "messages or use a template that writes them as they are"
+            )
+        if not text[:stop].startswith(prompt):
+            return turn
+        opening = lead[len(prompt) :]
+        if opening.strip() and prompt == self._render_stable(before, False):
+            return turn._replace(
+                problem=f"it ignores add_generation_prompt, yet writes {opening!r} before "
+                "a response; let it write that when add_generation_prompt is true"
+            )
+        stops = []
+        for start, end, _ in self._find_marks(text, guard, [stop, len(text)]):
+            # Further ones follow the first with nothing between.
+            if not stops or start == stops[-1]:
+                stops.append(end)
+        if not stops:
+            return turn._replace(
+                problem="no special token ends the assistant's turn (found "
+                f"{ending!r} behind its content), so the model would never learn to "
+                "stop; name a template (model.chat_template) that writes one the "
+                "vocabulary has, such as eos_token"
+            )
+        return turn._replace(content_stop=stop, stops=stops)
+
+    def _check_turn_tokens(self, messages, guard: str) -> None:
+        for message in messages:
+            content = message["content"]
+            marks = self._find_marks(content, guard, [0, len(content)])
+            for *_, token_id in marks:
+                if token_id in self._turn_tokens:
+                    raise InputError(
+                        f"a message has {self.model.id_to_token(token_id)!r} in it, "
+                        "which the chat template uses and the tokenizer cannot take "
+                        "for text; drop the record or mark the token as special in the "
+                        "tokenizer"
+                    )
+
+    @functools.cached_property
+    def _turn_tokens(self) -> frozenset[int]:
+        """The tokens that begin and end the assistant's turns."""
+        guard, hole, messages = self._guarded(_EXCHANGE)
+        try:
+            before, prompt = (
+                self._render_stable(messages[:1], p) for p in (False, True)
+            )
+            turn = self._last_turn(messages, guard, hole)
+        except InputError:  # It is reported when a conversation needs the template.
+            return frozenset()
+        opening = self._find_marks(prompt, guard, [len(before), len(prompt)])[:1]
+        ending = self._find_marks(turn.text, guard, [turn.content_stop, len(turn.text)])
+        ending = [mark for mark in ending if mark[1] in turn.stops]
+        return frozenset(token_id for *_, token_id in opening + ending)
+
+    def _find_marks(self, text: str, guard: str, edges) -> list[tuple[int, int, int]]:
+        """The template's tokens between edges of a text: (start, stop, id), in order."""
+        pattern, ids = self.model.marks
+        return [
+            (*match.span(), ids[match[0] if match[0] in ids else match[0].strip()])
+            for start, stop in itertools.pairwise(edges)
+            for match in pattern.finditer(text, start, stop)
+            if not text.startswith(guard, match.end())
+        ]
+
+    def _encode_parts(self, text: str, guard: str, learnt):
+        """Ids of a text, and of each whether it lies within a (start, stop) of `learnt`."""
+        cuts = [start for start, _ in learnt]
+        marks = self._find_marks(text, guard, sorted({0, len(text), *cuts}))
+        known = {start: token_id for start, _, token_id in marks}
+        after_mark = {stop for _, stop, _ in marks}
+        ids, mask = [], []
+        edges = {0, len(text), *known, *after_mark, *cuts}
+        for start, stop in itertools.pairwise(sorted(edges)):
+            plain = text[start:stop].replace(guard, "")
+            if start in known:
+                part = [known[start]]
+            elif start == 0:
+                part = self.model.encode(plain)
+            else:
+                part = self.model.encode_next(plain, start in after_mark)
+            ids += part
+            mask += [any(a <= start < b for a, b in learnt)] * len(part)
+        if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
+            raise InputError(
+                "chat template: it begins with the BOS token twice; take one out"
+            )
+        return ids, mask
+
+    def save(self, folder: str) -> None:
+        """Writes the files from which transformers' AutoTokenizer builds its own.
+
+        Those beside a vocabulary that was loaded are written too, see `companions`.
+        """
+        target = epath.Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        says = {
+            **self.model.save(target),
+            "add_bos_token": self.add_bos,
+            "clean_up_tokenization_spaces": False,
+        }
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
+        for name, token_id in ids.items():
+            is_none = token_id is None
+            says[f"{name}_token"] = (
+                None if is_none else self.model.id_to_token(token_id)
+            )
+        self.companions.save(target, says, self.chat_template)
+
+
+def load(path: str, chat_template: str = "") -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+      path: a folder with `tokenizer.json` or `tokenizer.model`, or a `.json`, `.model`
+        or `.gguf` file. The files beside it are read too, see `companions`.
+      chat_template: a file with a Jinja template to use instead of its own, see
+        `Tokenizer.with_template`; empty: none.
+
+    Raises:
+      InputError: a file is missing, malformed or of an unsupported kind.
+    """
+    loaded = _load(path)
+    if chat_template:
+        file = paths.require_file(chat_template)
+        return loaded.with_template(companions.read_template(file))
+    templates = loaded.companions.templates
+    if templates and loaded.chat_template is None:
+        raise InputError(
+            f"{path}: has chat templates named {', '.join(sorted(templates))} and no "
+            "default; name a file with the one to use by model.chat_template"
+        )
+    return loaded
+
+
+def _load(path: str) -> Tokenizer:
+    resolved = paths.resolve(path)
+    if resolved.is_dir():
+        names = ("tokenizer.json", "tokenizer.model")
+        files = [resolved / name for name in names if (resolved / name).exists()]
+        if not files:
+            raise InputError(f"{path}: holds none of {', '.join(names)}")
+        file = files[0]
+    else:
+        file = paths.require_file(path)
+    match file.suffix:
+        case ".json":
+            return _load_json(file)
+        case ".model":
+            return _load_sentencepiece(file)
+        case ".gguf":
+            return _load_gguf(file)
+    raise InputError(f"{path}: a tokenizer file ends in .json, .model or .gguf")
+
+
+def _require_vocabulary(tokenizer: Tokenizer, file: epath.Path) -> Tokenizer:
+    """The tokenizer itself, if its ends are tokens."""
+    for token_id in tokenizer.companions.ends:
+        if token_id >= tokenizer.vocab_size:
+            raise InputError(
+                f"{file.parent / 'generation_config.json'}: eos_token_id is {token_id}; "
+                f"{file.name} has ids up to {tokenizer.vocab_size - 1}"
+            )
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, where: str) -> None:
+    """Checks that every token has an embedding; a padded embedding is fine.
+
+    Raises:
+      InputError: the tokenizer makes ids that the model does not have.
+    """
+    if tokenizer.vocab_size > model_vocab_size:
+        raise InputError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"embeds {model_vocab_size}; use the tokenizer the model was trained with"
+        )
+
+
+def open_gguf(path: epath.Path) -> gguf.GGUFReader:
+    """Memory-maps a GGUF file and parses its header.
+
+    That takes seconds, mostly for the vocabulary, and config, weights and tokenizer
+    each ask for it, so the last one is kept for as long as its file stays the same.
+
+    Raises:
+      InputError: the file is not a whole GGUF file, or not of a whole model.
+    """
+    return _parse_gguf(path, paths.stamp(path))
+
+
+@functools.lru_cache(maxsize=1)
+def _parse_gguf(path: epath.Path, stamp: tuple[int, ...]) -> gguf.GGUFReader:
+    try:
+        with paths.on_local_disk(path) as local:
+            reader = gguf.GGUFReader(local)
+    except Exception as error:  # Of what is damaged it raises whatever Python can.
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path}: not a whole GGUF file ({reason}); download it again"
+        ) from error
+    header = gguf_header(reader, path)
+    kind = header.text("general.type", "model")
+    if kind != "model":
+        raise InputError(
+            f"{path}: general.type is {kind!r}, which is no whole model; "
+            f"{_NO_MODEL.get(kind, 'name the file of the model')}"
+        )
+    num_parts = header.integer("split.count", 1, least=0)
+    if num_parts > 1:
+        raise InputError(
+            f"{path}: is one of {num_parts} parts (split.count); join them by "
+            "`llama-gguf-split --merge FIRST_PART OUT.gguf` and name that file"
+        )
+    return reader
+
+
+# What to do about a GGUF file that holds something else.
+_NO_MODEL = {
+    "adapter": "merge it into its base by `llama-export-lora` and name the new file",
+    "imatrix": "it was measured to quantise a model; name the file of the model",
+    "mmproj": "it projects images into a model; name the file of the text model",
+}
+
+
+def gguf_header(reader: gguf.GGUFReader, file: epath.Path) -> Header:
+    """The metadata of a GGUF file, decoded as it is asked for."""
+    return Header(file, _GgufValues(reader, file))
+
+
+class _GgufValues(Mapping):
+    def __init__(self, reader: gguf.GGUFReader, file: epath.Path):
+        self._fields, self._file = reader.fields, file
+
+    def __getitem__(self, key: str) -> Any:
+        field = self._fields[key]
+        try:
+            return field.contents()
+        except Exception as error:  # Such as of text that is not UTF-8.
+            raise InputError(
+                f"{self._file}: {key} cannot be read ({error}); download it again"
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+
+def _load_json(file: epath.Path) -> Tokenizer:
+    beside = companions.read(file)
+    try:
+        source = file.read_text()
+        model = _JsonModel(source)
+    except Exception as error:  # The library raises nothing narrower.
+        raise InputError(f"{file}: not a tokenizer.json ({error})") from error
+    if beside.added:
+        model = _JsonModel(_with_added_json(source, beside, file))
+    own = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
+    return _with_companions(model, beside, own, file)
+
+
+def _load_sentencepiece(file: epath.Path) -> Tokenizer:
+    beside = companions.read(file)
+    published = file.read_bytes()
+    legacy = beside.config.get("legacy") is True
+    try:
+        model = _SentencePieceModel(published, legacy)
+        own = {
+            "bos_token": model.bos_id,
+            "eos_token": model.eos_id,
+            "pad_token": model.pad_id,
+        }
+        extended = _with_added_pieces(published, beside, file)
+        if extended != published:
+            model = _SentencePieceModel(extended, legacy, published)
+    except (RuntimeError, ValueError, DecodeError) as error:
+        raise InputError(f"{file}: not a sentencepiece model ({error})") from error
+    return _with_companions(model, beside, own, file)
+
+
+def _with_companions(
+    model: _JsonModel | _SentencePieceModel,
+    beside: Companions,
+    own: dict[str, int | None],
+    file: epath.Path,
+) -> Tokenizer:
+    """A tokenizer of a model and of what the files beside it say.
+
+    Args:
+      own: the special tokens that the model itself has.
+    """
+    ids = dict(own)
+    for name, token in beside.special_tokens().items():
+        ids[name] = None if token is None else model.token_to_id(token)
+        if token is not None and ids[name] is None:
+            raise InputError(
+                f"{companions.place_of(file, beside, name)}: {name} is {token!r}, which "
+                f"is not in the vocabulary of {file.name}"
+            )
+    bos_id, eos_id, pad_id = ids.values()
+    add_bos = beside.config.get("add_bos_token")
+    if add_bos is None and isinstance(model, _JsonModel):
+        add_bos = bos_id is not None and model.starts_with(bos_id)
+    elif add_bos is None:
+        add_bos = bos_id is not None
+    place = f"{companions.place_of(file, beside, 'bos_token')}: bos_token"
+    _check_has_bos(place, add_bos, bos_id)
+    template = beside.templates.get("default")
+    loaded = Tokenizer(model, bos_id, eos_id, pad_id, add_bos, template, beside)
+    return _require_vocabulary(loaded, file)
+
+
+def _with_added_json(source: str, beside: Companions, file: epath.Path) -> str:
+    """A `tokenizer.json` with the tokens that the files beside it add or flag."""
+    known = {token["id"]: token for token in json.loads(source)["added_tokens"]}
+    is_whole = "added_tokens_decoder" in beside.config
+    wanted = {
+        token_id: token
+        for token_id, token in sorted(beside.added.items())
+        # The older file says nothing of the flags of tokens that are there.
+        if token_id not in known or is_whole
+    }
+    if all(
+        token_id in known
+        and known[token_id]["content"] == token.content
+        and all(known[token_id][name] == flag for name, flag in token.flags.items())
+        for token_id, token in wanted.items()
+    ):
+        return source
+    model = tokenizers.Tokenizer.from_str(source)
+    for token_id, token in wanted.items():
+        flags = token.flags
+        add = model.add_special_tokens if flags.pop("special") else model.add_tokens
+        add([tokenizers.AddedToken(token.content, **flags)])
+        if model.token_to_id(token.content) != token_id:
+            raise _disagrees(
+                file, token_id, token, f"id {model.token_to_id(token.content)}"
+            )
+    return model.to_str()
+
+
+def _with_added_pieces(source: bytes, beside: Companions, file: epath.Path) -> bytes:
+    """A sentencepiece model with the tokens that the files beside it add or flag."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(source)
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    puts_space = beside.config.get("legacy") and proto.normalizer_spec.add_dummy_prefix
+    for token_id, token in sorted(beside.added.items()):
+        strips = token.lstrip or token.rstrip or token.single_word
+        if strips or (puts_space and not token.special):
+            raise InputError(
+                f"{file.parent}: added token {token.content!r} changes the text around "
+                "it, which sentencepiece cannot; save the tokenizer as tokenizer.json by "
+                "`AutoTokenizer.from_pretrained(old).save_pretrained(new)`"
+            )
+        # Sentencepiece looks for them where spaces are marked.
+        spelt = token.content.replace(" ", "▁")
+        if ids.setdefault(spelt, len(proto.pieces)) != token_id:
+            raise _disagrees(file, token_id, token, f"id {ids[spelt]}")
+        if token_id == len(proto.pieces):
+            proto.pieces.add(piece=spelt, score=0.0, type=kinds.NORMAL)
+        piece = proto.pieces[token_id]
+        if piece.type in (kinds.NORMAL, kinds.USER_DEFINED):
+            piece.type = kinds.CONTROL if token.special else kinds.USER_DEFINED
+    return proto.SerializeToString() if beside.added else source
+
+
+def _disagrees(file: epath.Path, token_id: int, token: Added, found: str) -> InputError:
+    return InputError(
+        f"{file.parent}: added token {token.content!r} has id {token_id} in the files "
+        f"beside {file.name}, where it has or would get {found}; use the files of one "
+        "tokenizer"
+    )
+
+
+def _marks(tokens: Mapping[str, tuple[int, str]]) -> tuple[re.Pattern, dict[str, int]]:
+    """Finds tokens that are taken out of a text whole, before the rest is cut up.
+
+    Args:
+      tokens: spelling -> id, and the pattern that finds it.
+
+    Returns:
+      (pattern, ids): what the pattern matches is a key of ids, or else without the blanks
+      around it.
+    """
+    # Without groups, which would make the search much slower.
+    longest_first = sorted(tokens, key=len, reverse=True)
+    pattern = "|".join(tokens[spelling][1] for spelling in longest_first)
+    ids = {spelling: token_id for spelling, (token_id, _) in tokens.items()}
+    return re.compile(pattern or "(?!)"), ids
+
+
+def _rewriting(number: int, turn: _Turn, text: str) -> str:
+    """How the text of a conversation differs from a turn as generation writes it."""
+    is_prompt = not text.startswith(turn.prompt)
+    what, shorter = ("prompt", turn.prompt) if is_prompt else ("turn", turn.text)
+    pairs = enumerate(zip(shorter, text, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), len(text))
+    here = slice(at, at + 40)
+    return (
+        f"the {what} of messages[{number}] is not how the whole conversation begins: "
+        f"{shorter[here]!r} against {text[here]!r}; use a template that rewrites no "
+        "earlier turns"
+    )
+
+
+def _drop_leading_space(step: dict | None, after_mark: bool) -> dict | None:
+    """A step of `tokenizer.json` that puts no space before text within a text.
+
+    Args:
+      step: a normalizer or a pre-tokenizer.
+      after_mark: what the library itself does after an added token; otherwise the text
+        goes on from other text.
+    """
+    match step:
+        case {"type": "Sequence"}:
+            key = "normalizers" if "normalizers" in step else "pretokenizers"
+            steps = (_drop_leading_space(part, after_mark) for part in step[key])
+            return step | {key: [part for part in steps if part is not None]}
+        case {"type": "Metaspace"} if (
+            not after_mark or step.get("prepend_scheme") == "first"
+        ):
+            step = {k: v for k, v in step.items() if k != "add_prefix_space"}
+            return step | {"prepend_scheme": "never"}
+        case {"type": "Prepend"} if not after_mark:
+            return None
+        case {"type": "ByteLevel"} if not after_mark:
+            return step | {"add_prefix_space": False}
+    return step
+
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _split(numbers: str) -> pre_tokenizers.PreTokenizer:
+    pattern = tokenizers.Regex(f"{_WORDS}|{numbers}|{_REST}")
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
+    """What GGUF's `tokenizer.ggml.pre` names: how text is cut before BPE merges."""
+    match name:
+        case "gpt-2":
+            return pre_tokenizers.ByteLevel(add_prefix_space=False)
+        case "smollm":
+            return pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Digits(individual_digits=True),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False),
+                ]
+            )
+        case "llama-bpe":
+            return _split(r"\p{N}{1,3}")
+        case "qwen2":
+            return _split(r"\p{N}")
+
+
+def _load_gguf(file: epath.Path) -> Tokenizer:
+    header = gguf_header(open_gguf(file), file)
+    kind = header.text("tokenizer.ggml.model")
+    header.require("tokenizer.ggml.model", ("gpt2", "llama"))
+    template = header.text("tokenizer.chat_template", None)
+    header = header.within("tokenizer.ggml.")
+    pre = header.text("pre", None)
+    vocabulary = _gguf_vocabulary(header, kind)
+    bos_id, eos_id, pad_id = (
+        _gguf_special_id(header, f"{name}_token_id", vocabulary)
+        for name in ("bos", "eos", "padding")
+    )
+    # llama.cpp's defaults for files which do not say.
+    add_bos = header.flag("add_bos_token", kind == "llama" or pre == "llama-bpe")
+    if bos_id is None and header.get("add_bos_token") is None:
+        add_bos = False
+    _check_has_bos(f"{file}: tokenizer.ggml.bos_token_id", add_bos, bos_id)
+    if kind == "gpt2":
+        model = _gguf_bpe(header, vocabulary, bos_id if add_bos else None)
+    else:
+        model = _gguf_sentencepiece(header, vocabulary, bos_id, eos_id, pad_id)
+    return Tokenizer(model, bos_id, eos_id, pad_id, add_bos, template)
+
+
+def _check_has_bos(place: str, add_bos: bool, bos_id: int | None) -> None:
+    if add_bos and bos_id is None:
+        raise InputError(
+            f"{place} is missing, and add_bos_token is true; name the token, or set "
+            "add_bos_token to false"
+        )
+
+
+def _gguf_special_id(header: Header, key: str, vocabulary, default=None) -> int | None:
+    return header.integer(key, default, least=0, most=len(vocabulary) - 1)
+
+
+def _gguf_vocabulary(header: Header, kind: str) -> list[tuple[str, int]]:
+    """Each token with its kind."""
+    tokens = header.many("tokens", lambda t: isinstance(t, str), "a list of strings")
+    kinds = tuple(map(int, gguf.TokenType))
+    types = header.many(
+        "token_type",
+        kinds.__contains__,
+        f"a list of integers from {min(kinds)} to {max(kinds)}",
+    )
+    if len(types) != len(tokens) or not tokens:
+        raise InputError(
+            f"{header.file}: {header.prefix}token_type has {len(types)} items for the "
+            f"{len(tokens)} of {header.prefix}tokens; download the file again"
+        )
+    if len(set(tokens)) < len(tokens):
+        counts = collections.Counter(tokens)
+        (twice, count), *_ = counts.most_common(1)
+        raise InputError(
+            f"{header.file}: {header.prefix}tokens has {twice!r} {count} times; use the "
+            "model's own tokenizer.json instead"
+        )
+    return list(zip(tokens, types, strict=True))
+
+
+def _gguf_bpe(header: Header, vocabulary, leading_id: int | None) -> _JsonModel:
+    pre = header.text("pre", None)
+    pre_tokenizer = _pre_tokenizer(pre)
+    if pre_tokenizer is None:
+        raise InputError(
+            f"{header.file}: tokenizer.ggml.pre is {pre!r}; supported: gpt-2, smollm, "
+            "llama-bpe, qwen2. Use the model's own tokenizer.json instead"
+        )
+    ids = {token: i for i, (token, _) in enumerate(vocabulary)}
+
+    def is_merge(merge: Any) -> bool:
+        parts = merge.split(" ") if isinstance(merge, str) else ()
+        return len(parts) == 2 and {*parts, "".join(parts)} <= ids.keys()
+
+    merges = header.many("merges", is_merge, "a list of pairs of its tokens")
+    model = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=ids,
+            merges=[tuple(merge.split(" ")) for merge in merges],
+            ignore_merges=pre == "llama-bpe",
+        )
+    )
+    model.pre_tokenizer = pre_tokenizer
+    model.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        model.normalizer = normalizers.NFC()
+    for token, kind in vocabulary:
+        added = tokenizers.AddedToken(token, normalized=False)
+        if kind == gguf.TokenType.CONTROL:
+            model.add_special_tokens([added])
+        elif kind == gguf.TokenType.USER_DEFINED:
+            model.add_tokens([added])
+    if leading_id is not None:
+        bos = vocabulary[leading_id][0]
+        model.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, leading_id)]
+        )
+    return _JsonModel(model.to_str())
+
+
+def _gguf_sentencepiece(
+    header: Header, vocabulary, bos_id, eos_id, pad_id
+) -> _SentencePieceModel:
+    scores = header.many(
+        "scores",
+        lambda s: isinstance(s, int | float) and math.isfinite(s),
+        "a list of finite numbers",
+    )
+    if len(scores) != len(vocabulary):
+        raise InputError(
+            f"{header.file}: {header.prefix}scores has {len(scores)} items for the "
+            f"{len(vocabulary)} of {header.prefix}tokens; download the file again"
+        )
+    proto = sentencepiece_model_pb2.ModelProto()
+    for (token, kind), score in zip(vocabulary, scores, strict=True):
+        if kind == gguf.TokenType.USER_DEFINED:
+            # Spelt as in texts; sentencepiece looks for them where spaces are marked.
+            token = token.replace(" ", "▁")
+        # The two formats number the kinds of tokens alike.
+        proto.pieces.add(piece=token, score=score, type=kind)
+    trainer = proto.trainer_spec
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(vocabulary)
+    trainer.byte_fallback = True
+    trainer.bos_id, trainer.eos_id, trainer.pad_id = (
+        -1 if token_id is None else token_id for token_id in (bos_id, eos_id, pad_id)
+    )
+    trainer.unk_id = _gguf_special_id(header, "unknown_token_id", vocabulary, 0)
+    trainer.unk_piece = vocabulary[trainer.unk_id][0]
+    # Gemma's files call it a control token, and sentencepiece then knows of none.
+    proto.pieces[
+        trainer.unk_id
+    ].type = sentencepiece_model_pb2.ModelProto.SentencePiece.UNKNOWN
+    if bos_id is not None:
+        trainer.bos_piece = vocabulary[bos_id][0]
+    if eos_id is not None:
+        trainer.eos_piece = vocabulary[eos_id][0]
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = header.flag("add_space_prefix", True)
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    try:
+        # llama.cpp puts a space before each text behind a special token.
+        return _SentencePieceModel(proto.SerializeToString(), legacy=True)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{header.file}: {header.prefix}tokens is no vocabulary of sentencepiece "
+            f"({error}); use the model's own tokenizer.model instead"
+        ) from error
+
+
+@functools.lru_cache
+def _compile(template: str) -> jinja2.Template:
+    """Compiles a template in the environment that transformers gives it."""
+    # Transformers' `{% generation %}` blocks mark text and render as their content.
+    template = re.sub(r"({%-?\s*)generation\b", r"\1if true", template)
+    template = re.sub(r"({%-?\s*)endgeneration\b", r"\1endif", template)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, indent=None):
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = tojson
+    return environment.from_string(template)

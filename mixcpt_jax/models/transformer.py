@@ -1,0 +1,754 @@
+"""The decoder of the Llama, Qwen and Gemma families; alone in importing flax.
+
+NNX describes the network; the rest of the package sees a `graphdef` and plain nested
+dicts of arrays, so teacher and student are two such dicts under one graphdef. The
+forward pass ends at the last hidden states: the loss applies the unembedding, because
+it never needs all logits at once.
+
+Shape suffixes:
+  B batch rows         L row length        T = B * L tokens
+  D hidden size        F MLP size          V vocabulary
+  H query heads        G key-value heads   K head size
+  N layers             S cache slots       R rank of an adapter
+  I, O inputs and outputs of a kernel      HK, GK = H * K, G * K
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models.attention import attend, attend_to_cache
+from mixcpt_jax.runtime.sharding import constrain, scatter_gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Llama 3.1's stretching of RoPE's long wavelengths (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearRopeScaling:
+    """Positions divided by `factor` (`rope_type: linear`)."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that determines the function a checkpoint computes.
+
+    Attributes:
+      family: "llama", "mistral", "qwen2", "qwen3", "gemma2" or "gemma3_text": the
+        `model_type` written on export.
+      max_positions: the longest context the weights were trained for, in tokens.
+      sliding_window: how many tokens back attention reaches, or None for all.
+      global_layers: layers that reach all tokens although there is a window. The others
+        are called local.
+      local_rope_theta: of the local layers, which scale nothing; None: as the others.
+      qkv_bias: biases on the query, key and value projections (Qwen2).
+      qk_norm: queries and keys are normed, head by head, before RoPE (Qwen3, Gemma 3).
+      post_norms: what attention and the MLP give is normed before it is added (Gemma).
+      activation: of the MLP's gate, "silu" or "gelu_tanh".
+      scale_embeddings: embeddings are multiplied by `sqrt(hidden_size)` (Gemma).
+      query_scale: scores are divided by its square root; None: `head_size`.
+      attention_soft_cap: scores become `cap * tanh(scores / cap)` (Gemma 2).
+      final_soft_cap: logits become `cap * tanh(logits / cap)` (Gemma 2).
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    mlp_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_positions: int
+    rope_theta: float
+    rope_scaling: Llama3RopeScaling | LinearRopeScaling | None = None
+    sliding_window: int | None = None
+    global_layers: tuple[int, ...] = ()
+    local_rope_theta: float | None = None
+    norm_epsilon: float = 1e-5
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    activation: str = "silu"
+    scale_embeddings: bool = False
+    query_scale: float | None = None
+    attention_soft_cap: float | None = None
+    final_soft_cap: float | None = None
+    tie_embeddings: bool = False
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer, how many tokens back it reaches, or None for all."""
+        return tuple(
+            None if layer in self.global_layers else self.sliding_window
+            for layer in range(self.num_layers)
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of all that is not the default."""
+        settings = (
+            (field.name, getattr(self, field.name), field.default)
+            for field in dataclasses.fields(self)
+        )
+        changed = [(name, value) for name, value, usual in settings if value != usual]
+        digest = hashlib.blake2b(repr(changed).encode(), digest_size=8)
+        return digest.hexdigest()
+
+
+LORA_TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside frozen kernels (Hu et al., arXiv 2106.09685).
+
+    A kernel `W` acts as `W + (alpha / rank) a b`, with `a` of `[in, rank]` and `b` of
+    `[rank, out]`.
+
+    Attributes:
+      rank: columns of `a`.
+      alpha: scales the update, so that the learning rate need not follow the rank.
+      targets: which kernels have adapters, of `LORA_TARGETS`.
+
+    Raises:
+      InputError: a target is not a kernel, or the rank is not positive.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self):
+        unknown = set(self.targets) - set(LORA_TARGETS)
+        if unknown or not self.targets:
+            raise InputError(
+                f"lora: targets {self.targets}: choose one or more of "
+                f"{', '.join(LORA_TARGETS)}"
+            )
+        if self.rank < 1:
+            raise InputError(f"lora: rank {self.rank}: it must be 1 or more")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """Float32 inside: in bfloat16 its constants are off by a thousandth."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": gelu_tanh}
+
+REMAT_POLICIES = {
+    "none": None,
+    # By name and not by primitive: an adapter's own products are not worth keeping.
+    "dots": jax.checkpoint_policies.save_only_these_names("projection"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def rope_frequencies(config: ModelConfig) -> jax.Array:
+    """Angular frequency of each of the K/2 rotated pairs, radians per position."""
+    half = jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size
+    frequencies = config.rope_theta**-half
+    match config.rope_scaling:
+        case None:
+            return frequencies
+        case LinearRopeScaling(factor):
+            return frequencies / factor
+        case Llama3RopeScaling(factor, low, high, original):
+            # Short wavelengths stay, long ones are stretched by `factor`, those
+            # between are interpolated (Llama 3.1 model card's reference code).
+            wavelengths = 2 * math.pi / frequencies
+            smooth = jnp.clip((original / wavelengths - low) / (high - low), 0, 1)
+            return frequencies * (smooth + (1 - smooth) / factor)
+
+
+def rotate(x_BxLxHxK: jax.Array, angles_BxLxK2: jax.Array) -> jax.Array:
+    """Applies RoPE with the halves convention: pair i is (x[i], x[i + K/2])."""
+    cos = jnp.cos(angles_BxLxK2)[:, :, None, :]
+    sin = jnp.sin(angles_BxLxK2)[:, :, None, :]
+    a, b = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotated.astype(x_BxLxHxK.dtype)
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
+    """Float32 inside, in the dtype of `x`; the scale's gradient is summed in float32."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + epsilon)
+    scale = scale_D.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (normed * scale).astype(x.dtype)
+
+
+Params = dict
+Cache = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A network as a pure function of its parameters, from `make_forward`.
+
+    It knows what its logits are capped at, so that whoever applies an unembedding to
+    its hidden states need not be told.
+
+    Attributes:
+      hidden: `(params, tokens_BxL, positions_BxL, segment_ids_BxL) -> hidden_BxLxD`;
+        calling the object calls it.
+      final_soft_cap: logits become `cap * tanh(logits / cap)`; None: they stay.
+    """
+
+    hidden: Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
+    final_soft_cap: float | None = None
+
+    def __call__(self, params, tokens_BxL, positions_BxL, segment_ids_BxL):
+        return self.hidden(params, tokens_BxL, positions_BxL, segment_ids_BxL)
+
+
+Decode = Callable[[Params, Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
+
+_CACHE_AXES = ("batch", "layers", None, "kv_heads")
+
+
+class Adapter(nnx.Param):
+    """A factor of a low-rank update, trained while the kernels are frozen."""
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and gated MLP, each with a residual connection.
+
+    The caller runs attention between `project_heads` and `finish`, over the row in
+    training and over a cache in decoding.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        lora: Lora | None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.dtype, self.lora = config, dtype, lora
+        d, f = config.hidden_size, config.mlp_size
+        heads = config.num_heads * config.head_size
+        kv_heads = config.num_kv_heads * config.head_size
+        # Residual branches start small so that depth does not blow up the stream.
+        branch_std = 0.02 / math.sqrt(2 * config.num_layers)
+
+        def kernel(rows: int, columns: int, std: float = 0.02) -> nnx.Param:
+            return nnx.Param(std * jax.random.normal(rngs.params(), (rows, columns)))
+
+        self.attention_norm = nnx.Param(jnp.ones(d))
+        self.query = kernel(d, heads)
+        self.key = kernel(d, kv_heads)
+        self.value = kernel(d, kv_heads)
+        self.output = kernel(heads, d, branch_std)
+        if config.qkv_bias:
+            self.query_bias = nnx.Param(jnp.zeros(heads))
+            self.key_bias = nnx.Param(jnp.zeros(kv_heads))
+            self.value_bias = nnx.Param(jnp.zeros(kv_heads))
+        if config.qk_norm:
+            self.query_norm = nnx.Param(jnp.ones(config.head_size))
+            self.key_norm = nnx.Param(jnp.ones(config.head_size))
+        if config.post_norms:
+            self.post_attention_norm = nnx.Param(jnp.ones(d))
+            self.post_mlp_norm = nnx.Param(jnp.ones(d))
+        self.mlp_norm = nnx.Param(jnp.ones(d))
+        self.gate = kernel(d, f)
+        self.up = kernel(d, f)
+        self.down = kernel(f, d, branch_std)
+        if lora is not None:
+            # Only their places in the tree; `init_adapters` makes them.
+            for name in lora.targets:
+                rows, columns = getattr(self, name).shape
+                a, b = jnp.zeros((rows, lora.rank)), jnp.zeros((lora.rank, columns))
+                setattr(self, f"{name}_lora_a", Adapter(a))
+                setattr(self, f"{name}_lora_b", Adapter(b))
+
+    def project_heads(self, x_BxLxD, angles_BxLxK2):
+        """Queries `[B, L, H, K]`, keys and values `[B, L, G, K]`, rotated."""
+        config = self.config
+        x_TxD = self._flat_norm(x_BxLxD, self.attention_norm)
+
+        def heads(name, number, axis):
+            shape = (*x_BxLxD.shape[:2], number, config.head_size)
+            y_BxLxHxK = self._project(name, x_TxD).reshape(shape)
+            return constrain(y_BxLxHxK, "batch", "length", axis, None)
+
+        query = heads("query", config.num_heads, "heads")
+        key = heads("key", config.num_kv_heads, "kv_heads")
+        value = heads("value", config.num_kv_heads, "kv_heads")
+        if config.qk_norm:
+            query = rms_norm(query, self.query_norm[...], config.norm_epsilon)
+            key = rms_norm(key, self.key_norm[...], config.norm_epsilon)
+        return rotate(query, angles_BxLxK2), rotate(key, angles_BxLxK2), value
+
+    def finish(self, x_BxLxD, mixed_BxLxHxK):
+        """The layer's output from its input and what attention mixed."""
+        mixed_TxHK = mixed_BxLxHxK.reshape(-1, self.output.shape[0])
+        branch_TxD = self._project("output", mixed_TxHK)
+        if self.config.post_norms:
+            branch_TxD = self._flat_norm(branch_TxD, self.post_attention_norm)
+        x = x_BxLxD + branch_TxD.reshape(x_BxLxD.shape)
+        x = constrain(x, "batch", "length", "activation")
+        x = x + self._mlp(x)
+        return constrain(x, "batch", "length", "activation")
+
+    def _mlp(self, x_BxLxD):
+        x_TxD = self._flat_norm(x_BxLxD, self.mlp_norm)
+        activation = ACTIVATIONS[self.config.activation]
+        gate_TxF = activation(self._project("gate", x_TxD))
+        up_TxF = self._project("up", x_TxD)
+        branch_TxD = self._project("down", gate_TxF * up_TxF)
+        if self.config.post_norms:
+            branch_TxD = self._flat_norm(branch_TxD, self.post_mlp_norm)
+        return branch_TxD.reshape(x_BxLxD.shape)
+
+    def _project(self, name, x_TxI):
+        """The product with a kernel, plus its adapter's and its bias, if it has them."""
+
+        def param(suffix=""):
+            return getattr(self, name + suffix)[...]
+
+        kernel_axes = param_axes(self.config)["layers"][name][1:]
+        kernel_IxO = scatter_gradient(param().astype(self.dtype), kernel_axes)
+        y_TxO = x_TxI @ kernel_IxO
+        if self.lora is not None and name in self.lora.targets:
+            # Never a merged kernel: its gradient would be as large as the kernel.
+            narrow_TxR = x_TxI @ param("_lora_a").astype(self.dtype)
+            b_RxO = param("_lora_b").astype(jnp.float32) * self.lora.scale
+            y_TxO = y_TxO + narrow_TxR @ b_RxO.astype(self.dtype)
+        if hasattr(self, f"{name}_bias"):
+            # Spread over tokens first and then cast, so that its gradient, a sum over
+            # them, is float32.
+            bias_TxO = jnp.broadcast_to(param("_bias")[None], y_TxO.shape)
+            y_TxO = y_TxO + bias_TxO.astype(self.dtype)
+        return checkpoint_name(y_TxO, "projection")
+
+    def _flat_norm(self, x, scale):
+        """Norm, then one row per token: XLA on CPU runs 2-D products 1.5-3x faster."""
+        normed = rms_norm(x, scale[...], self.config.norm_epsilon)
+        return normed.reshape(-1, x.shape[-1])
+
+
+class Decoder(nnx.Module):
+    """Token ids to last hidden states; parameters of all layers are stacked."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        remat: str,
+        lora: Lora | None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.dtype, self.remat = config, dtype, remat
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stack(rngs):
+            return Layer(config, dtype, lora, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.final_norm = nnx.Param(jnp.ones(config.hidden_size))
+        if not config.tie_embeddings:
+            self.unembedding = nnx.Param(
+                0.02 * jax.random.normal(rngs.params(), shape[::-1])
+            )
+
+    def __call__(self, tokens_BxL, positions_BxL, segment_ids_BxL):
+        x_BxLxD = self._embed(tokens_BxL)
+        angles_of = self._angles(positions_BxL)
+        layer_graphdef, *layer_params = nnx.split(self.layers, Adapter, ...)
+
+        def run(x_BxLxD, layer_input):
+            is_local, params = layer_input
+            # Without barriers XLA casts the parameters of all layers at once, ahead of
+            # the loop, and keeps the copies. Adapters have their own, because all that
+            # passes one barrier is differentiated if any of it is.
+            layer = nnx.merge(
+                layer_graphdef, *map(jax.lax.optimization_barrier, params)
+            )
+            operands = (
+                *layer.project_heads(x_BxLxD, angles_of(is_local)),
+                segment_ids_BxL,
+            )
+            mixed_BxLxHxK = self._mix(attend, is_local, *operands)
+            return layer.finish(x_BxLxD, mixed_BxLxHxK), None
+
+        policy = REMAT_POLICIES[self.remat]
+        if policy is not None:
+            run = jax.checkpoint(run, policy=policy, prevent_cse=False)
+        x_BxLxD, _ = jax.lax.scan(run, x_BxLxD, (self._is_local(), layer_params))
+        return rms_norm(x_BxLxD, self.final_norm[...], self.config.norm_epsilon)
+
+    def decode(self, cache: Cache, tokens_BxL, positions_BxL):
+        """See `make_decode`."""
+        x_BxLxD = self._embed(tokens_BxL)
+        angles_of = self._angles(positions_BxL)
+        layer_graphdef, layer_params = nnx.split(self.layers)
+
+        def run(carry, layer_input):
+            x_BxLxD, cache = carry
+            index, is_local, params = layer_input
+            layer = nnx.merge(layer_graphdef, params)
+            query, key, value = layer.project_heads(x_BxLxD, angles_of(is_local))
+            cache = {
+                "key": _write(cache["key"], index, positions_BxL, key),
+                "value": _write(cache["value"], index, positions_BxL, value),
+            }
+            seen = cache["key"][:, index], cache["value"][:, index]
+            operands = query, *seen, positions_BxL
+            mixed_BxLxHxK = self._mix(attend_to_cache, is_local, *operands)
+            return (layer.finish(x_BxLxD, mixed_BxLxHxK), cache), None
+
+        # The cache is carried, not scanned over, and so written in place.
+        indices_N = jnp.arange(self.config.num_layers)
+        (x_BxLxD, cache), _ = jax.lax.scan(
+            run, (x_BxLxD, cache), (indices_N, self._is_local(), layer_params)
+        )
+        return rms_norm(x_BxLxD, self.final_norm[...], self.config.norm_epsilon), cache
+
+    def _embed(self, tokens_BxL):
+        """The first layer's input."""
+        # Gathered first and then cast, so that gradients are added up per token in the
+        # dtype of the table.
+        x_BxLxD = self.embedding[...][tokens_BxL].astype(self.dtype)
+        if self.config.scale_embeddings:
+            # Rounded first, as the models were trained.
+            x_BxLxD *= jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
+        return constrain(x_BxLxD, "batch", "length", "activation")
+
+    def _is_local(self):
+        """Which layers have the window, `[N]`."""
+        return jnp.array([window is not None for window in self.config.windows])
+
+    def _angles(self, positions_BxL):
+        """`is_local -> [B, L, K/2]`: by how much RoPE turns at each position there."""
+
+        def angles(config):
+            frequencies_K2 = rope_frequencies(config)
+            return positions_BxL[:, :, None] * frequencies_K2[None, None, :]
+
+        theta = self.config.local_rope_theta
+        of_global = angles(self.config)
+        if theta is None:
+            return lambda is_local: of_global
+        of_local = angles(
+            dataclasses.replace(self.config, rope_theta=theta, rope_scaling=None)
+        )
+        return lambda is_local: jnp.where(is_local, of_local, of_global)
+
+    def _mix(self, attention, is_local, *operands):
+        """What `attention` makes of the operands within the layer's window."""
+        config = self.config
+
+        def within(window):
+            return functools.partial(
+                attention,
+                sliding_window=window,
+                query_scale=config.query_scale,
+                soft_cap=config.attention_soft_cap,
+            )
+
+        kinds = set(config.windows)
+        if len(kinds) == 1:
+            return within(kinds.pop())(*operands)
+        # A program for each kind, because a TPU kernel's mask is part of it.
+        local, everywhere = within(config.sliding_window), within(None)
+        return jax.lax.cond(is_local, local, everywhere, *operands)
+
+
+def make_forward(
+    config: ModelConfig,
+    dtype=jnp.float32,
+    remat: str = "none",
+    lora: Lora | None = None,
+) -> Forward:
+    """The network as a pure function of its parameters.
+
+    Args:
+      config: the architecture.
+      dtype: what activations and products are computed in. Parameters are cast to it
+        where they are used; norms, RoPE and softmax are float32 inside.
+      remat: what the backward pass recomputes: "none", "dots" (all but the
+        projections) or "full" (each layer from its input).
+      lora: the adapters that the parameters hold, see `with_adapters`.
+
+    Returns:
+      `forward(params, tokens_BxL, positions_BxL, segment_ids_BxL) -> hidden_BxLxD`.
+      Tokens attend within their own segment only.
+    """
+    graphdef = nnx.graphdef(_abstract_decoder(config, dtype, remat, lora))
+
+    def forward(params, tokens_BxL, positions_BxL, segment_ids_BxL):
+        return nnx.merge(graphdef, params)(tokens_BxL, positions_BxL, segment_ids_BxL)
+
+    return Forward(forward, config.final_soft_cap)
+
+
+def make_decode(
+    config: ModelConfig, dtype=jnp.float32, lora: Lora | None = None
+) -> Decode:
+    """The network on the next tokens of rows whose earlier ones are in a cache.
+
+    The new tokens' keys and values go to the slots that are their positions; then each
+    token attends to the slots up to its own, within the sliding window. Slots behind
+    it do not count, whatever they hold. So prompts may be padded on the right: their
+    positions are 0, 1, ..., and what padding left in a slot is overwritten by the
+    token that belongs there before any token looks at it.
+
+    Args:
+      config: the architecture.
+      dtype: as for `make_forward`.
+      lora: as for `make_forward`.
+
+    Returns:
+      `decode(params, cache, tokens_BxL, positions_BxL) -> (hidden_BxLxD, cache)`. The
+      positions of a row differ from each other; the cache is from `init_cache`.
+    """
+    graphdef = nnx.graphdef(_abstract_decoder(config, dtype, "none", lora))
+
+    def decode(params, cache, tokens_BxL, positions_BxL):
+        return nnx.merge(graphdef, params).decode(cache, tokens_BxL, positions_BxL)
+
+    return decode
+
+
+def init_cache(
+    config: ModelConfig, batch: int, length: int, dtype=jnp.float32
+) -> Cache:
+    """Room for the keys and values of `length` positions, `[B, N, S, G * K]` each.
+
+    Heads lie side by side: a TPU stores the last two dimensions in tiles, of which a
+    few heads would leave most empty. Call it within `jit`: there rows and heads are
+    placed as those of activations.
+    """
+    width = config.num_kv_heads * config.head_size
+    zeros = jnp.zeros((batch, config.num_layers, length, width), dtype)
+    return {name: constrain(zeros, *_CACHE_AXES) for name in ("key", "value")}
+
+
+def _write(cache_BxNxSxGK, layer, positions_BxL, new_BxLxGxK) -> jax.Array:
+    """Puts the new tokens of one layer into their slots."""
+    new_BxLxGK = new_BxLxGxK.reshape(*positions_BxL.shape, -1)
+
+    # Mapped over rows, so that the compiler knows that rows stay on their device. Rows
+    # come first in the cache, or it would be transposed for this.
+    @jax.vmap
+    def write(cache_NxSxGK, positions_L, new_LxGK):
+        return cache_NxSxGK.at[layer, positions_L].set(new_LxGK)
+
+    new_BxLxGK = new_BxLxGK.astype(cache_BxNxSxGK.dtype)
+    return constrain(write(cache_BxNxSxGK, positions_BxL, new_BxLxGK), *_CACHE_AXES)
+
+
+def unembedding(params: Params) -> tuple[jax.Array, bool]:
+    """The matrix from hidden states to logits as it is stored.
+
+    Returns:
+      `[D, V]` and False, or when the embeddings are tied `[V, D]` and True.
+    """
+    if "unembedding" in params:
+        return params["unembedding"], False
+    return params["embedding"], True
+
+
+def unembedding_alone(params: Params) -> Params:
+    """The part of the parameters that `unembedding` reads."""
+    name = "unembedding" if "unembedding" in params else "embedding"
+    return {name: params[name]}
+
+
+def logits(
+    params: Params, hidden: jax.Array, soft_cap: float | None = None
+) -> jax.Array:
+    """`[..., D]` to dense `[..., V]`, for few tokens; training never does this.
+
+    At least float32, whatever the hidden states are: bfloat16 would make ties of what
+    the largest logits differ by.
+
+    Args:
+      params: the network's.
+      hidden: last hidden states.
+      soft_cap: the config's `final_soft_cap`.
+    """
+    matrix, vocab_first = unembedding(params)
+    uncapped = jnp.matmul(
+        hidden,
+        (matrix.T if vocab_first else matrix).astype(hidden.dtype),
+        preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
+    )
+    return uncapped if soft_cap is None else soft_cap * jnp.tanh(uncapped / soft_cap)
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32) -> Params:
+    """Random parameters; jit it with `out_shardings` to have them born sharded.
+
+    Dtypes are as in `cast`.
+    """
+    decoder = Decoder(config, dtype, "none", None, rngs=nnx.Rngs(params=key))
+    return cast(nnx.to_pure_dict(nnx.state(decoder)), dtype)
+
+
+def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
+    """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`s; see `cast`."""
+    state = nnx.to_pure_dict(nnx.state(_abstract_decoder(config, jnp.float32, "none")))
+    return jax.tree.map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, _dtype_of(path, dtype)), state
+    )
+
+
+def cast(params: Params, dtype) -> Params:
+    """The parameters with their matrices in a dtype.
+
+    Norm scales and biases are float32 with every dtype. They are small, they act in
+    float32, and in bfloat16 a scale of `1 + w` (Gemma) has few digits of `w` left.
+    """
+    return jax.tree.map_with_path(
+        lambda path, x: x.astype(_dtype_of(path, dtype)), params
+    )
+
+
+def _dtype_of(path, dtype) -> jnp.dtype:
+    """Of the parameter at a path, where matrices have `dtype`."""
+    if path[-1].key.endswith(("norm", "bias")):
+        return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(dtype)
+
+
+def param_axes(config: ModelConfig) -> Params:
+    """The logical axes of every parameter, in a tree shaped like the parameters."""
+    axes = {
+        "embedding": ("vocab", "hidden"),
+        "layers": {
+            "attention_norm": ("layers", None),
+            "query": ("layers", "hidden", "heads"),
+            "key": ("layers", "hidden", "kv_heads"),
+            "value": ("layers", "hidden", "kv_heads"),
+            "output": ("layers", "heads", "hidden"),
+            "mlp_norm": ("layers", None),
+            "gate": ("layers", "hidden", "mlp"),
+            "up": ("layers", "hidden", "mlp"),
+            "down": ("layers", "mlp", "hidden"),
+        },
+        "final_norm": (None,),
+    }
+    if config.qkv_bias:
+        axes["layers"] |= {
+            "query_bias": ("layers", "heads"),
+            "key_bias": ("layers", "kv_heads"),
+            "value_bias": ("layers", "kv_heads"),
+        }
+    if config.qk_norm:
+        axes["layers"] |= dict.fromkeys(("query_norm", "key_norm"), ("layers", None))
+    if config.post_norms:
+        names = ("post_attention_norm", "post_mlp_norm")
+        axes["layers"] |= dict.fromkeys(names, ("layers", None))
+    if not config.tie_embeddings:
+        axes["unembedding"] = ("hidden", "vocab")
+    return axes
+
+
+def abstract_adapters(config: ModelConfig, lora: Lora, dtype=jnp.float32) -> Params:
+    """Shapes and dtypes of the adapters: `{"layers": {"query_lora_a": ...}}`.
+
+    `a` is `[N, in, rank]` and `b` is `[N, rank, out]`, for each target.
+    """
+    kernels = abstract_params(config, dtype)["layers"]
+    adapters = {}
+    for name in lora.targets:
+        layers, rows, columns = kernels[name].shape
+        for suffix, shape in (("a", (rows, lora.rank)), ("b", (lora.rank, columns))):
+            adapters[f"{name}_lora_{suffix}"] = jax.ShapeDtypeStruct(
+                (layers, *shape), dtype
+            )
+    return {"layers": adapters}
+
+
+def init_adapters(
+    config: ModelConfig, lora: Lora, key: jax.Array, dtype=jnp.float32
+) -> Params:
+    """Adapters under which the network is the base's: `b` is zero.
+
+    `a` is normal of variance `1 / in`, so what it makes of normed activations is of
+    their size. Jit it with `out_shardings` to have the adapters born sharded.
+    """
+
+    def init(path, leaf, key):
+        if path[-1].key.endswith("_b"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        normal = jax.random.normal(key, leaf.shape) / math.sqrt(leaf.shape[1])
+        return normal.astype(leaf.dtype)
+
+    abstract = abstract_adapters(config, lora, dtype)
+    leaves, structure = jax.tree.flatten(abstract)
+    keys = jax.tree.unflatten(structure, jax.random.split(key, len(leaves)))
+    return jax.tree.map_with_path(init, abstract, keys)
+
+
+def adapter_axes(config: ModelConfig, lora: Lora) -> Params:
+    """The logical axes of the adapters; the outer dimensions lie as the kernel's do."""
+    kernels = param_axes(config)["layers"]
+    axes = {}
+    for name in lora.targets:
+        layers, rows, columns = kernels[name]
+        axes[f"{name}_lora_a"] = (layers, rows, None)
+        axes[f"{name}_lora_b"] = (layers, None, columns)
+    return {"layers": axes}
+
+
+def with_adapters(params: Params, adapters: Params) -> Params:
+    """One tree for a forward pass with adapters; copies no array."""
+    return params | {"layers": params["layers"] | adapters["layers"]}
+
+
+def merge_adapters(params: Params, adapters: Params, lora: Lora) -> Params:
+    """The base's parameters with the adapters added in: `W + (alpha / rank) a b`.
+
+    The sum is float32 and rounded to the base's dtype once. Jittable.
+    """
+    layers = dict(params["layers"])
+    for name in lora.targets:
+        a_NxIxR, b_NxRxO = (
+            adapters["layers"][f"{name}_lora_{suffix}"].astype(jnp.float32)
+            for suffix in ("a", "b")
+        )
+        # Highest: a TPU would round the factors to bfloat16.
+        update_NxIxO = lora.scale * jnp.matmul(a_NxIxR, b_NxRxO, precision="highest")
+        kernel = layers[name]
+        layers[name] = (kernel.astype(jnp.float32) + update_NxIxO).astype(kernel.dtype)
+    return params | {"layers": layers}
+
+
+@functools.cache
+def _abstract_decoder(
+    config: ModelConfig, dtype, remat: str, lora: Lora | None = None
+) -> Decoder:
+    """The network with shapes in the place of arrays; not to be changed."""
+    return nnx.eval_shape(
+        lambda: Decoder(config, jnp.dtype(dtype), remat, lora, rngs=nnx.Rngs(0))
+    )

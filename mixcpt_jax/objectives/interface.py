@@ -1,0 +1,105 @@
+"""What an objective reads and returns: batches, and metrics as (sum, count).
+
+A batch is a dict of `[B, L]` arrays: `tokens`, `targets`, `positions`, `segment_ids`,
+`source_ids`, `loss_mask` (1 where the target contributes to the loss) and a weight per
+objective, `ntp_weights` and so on, see `streamed.TokenWeights`. Where the
+log-probabilities of a reference are known ahead it also has them per segment,
+`reference_logps`, `[B, S]`.
+
+A metric is a pair (sum, count), so sums over microbatches, batches and hosts stay exact;
+the mean is taken when it is read.
+
+Shape suffixes: B batch rows, L row length, T = B * L tokens, S segments of a row,
+P = B * S / 2 pairs.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mixcpt_jax.models import transformer
+
+Batch = dict[str, jax.Array]
+
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Objective(NamedTuple):
+    """What a phase minimises.
+
+    Attributes:
+      count: `batch -> (number, metrics)`: how much the loss is a mean over, a float32
+        scalar, and counts to report. It is asked of the global batch, before any
+        microbatch runs. The metric `loss` is the mean of nothing, `(0, 0)`, where no
+        part of the batch contributes to the loss, else `(0, 1)`.
+      loss_sum: `(student, frozen_params, batch, scale) -> (loss, metrics)`: the sum over
+        a (micro)batch times `scale`, and its metrics.
+    """
+
+    count: Callable[[Batch], tuple[jax.Array, Metrics]]
+    loss_sum: Callable[..., tuple[jax.Array, Metrics]]
+
+
+def soft_cap_of(forward: transformer.Forward) -> float | None:
+    """What the logits of a network are capped at; a bare function caps nothing."""
+    return getattr(forward, "final_soft_cap", None)
+
+
+def with_soft_cap(
+    head: Callable[..., Any], forward: transformer.Forward
+) -> Callable[..., Any]:
+    """`streamed.head_loss`, or another head, with the soft cap of a network's logits."""
+    cap = soft_cap_of(forward)
+    return head if cap is None else functools.partial(head, soft_cap=cap)
+
+
+def model_inputs(batch: Batch):
+    return batch["tokens"], batch["positions"], batch["segment_ids"]
+
+
+def flatten(x_BxLx: jax.Array) -> jax.Array:
+    """`[B, L, ...]` to `[T, ...]`; whole rows stay on their device."""
+    return x_BxLx.reshape(-1, *x_BxLx.shape[2:])
+
+
+def metric_means(
+    values_N: dict[str, jax.Array],
+    mask_N: jax.Array,
+    source_ids_N: jax.Array,
+    source_names: tuple[str, ...],
+) -> Metrics:
+    """Means over what is masked in, of the whole batch and of each source."""
+    membership_NxM = mask_N[:, None] * jax.nn.one_hot(
+        source_ids_N, len(source_names), dtype=jnp.float32
+    )
+    values_NxK = jnp.stack(list(values_N.values()), axis=1)
+    # Highest: a TPU would round the sums' terms to bfloat16.
+    sums_MxK = jnp.matmul(membership_NxM.T, values_NxK, precision="highest")
+    counts_M = membership_NxM.sum(0)
+    metrics: Metrics = {}
+    for k, name in enumerate(values_N):
+        metrics[name] = (sums_MxK[:, k].sum(), counts_M.sum())
+        for m, source in enumerate(source_names):
+            metrics[f"{source}/{name}"] = (sums_MxK[m, k], counts_M[m])
+    return metrics
+
+
+def loss_count(has_loss: jax.Array) -> Metrics:
+    """See `Objective.count`."""
+    return {"loss": (jnp.zeros(()), has_loss.astype(jnp.float32))}
+
+
+def token_counts(batch: Batch, source_names: tuple[str, ...]) -> Metrics:
+    """How many tokens are learnt, in the batch and of each source."""
+    mask_T = flatten(batch["loss_mask"]).astype(jnp.float32)
+    source_ids_T = flatten(batch["source_ids"])
+    one = jnp.ones(())
+    counts = {
+        f"{source}/tokens": (jnp.sum(jnp.where(source_ids_T == i, mask_T, 0.0)), one)
+        for i, source in enumerate(source_names)
+    }
+    return counts | {"tokens": (jnp.sum(mask_T), one)}

@@ -1,0 +1,922 @@
+"""The objectives of `losses`, streamed from hidden states; no `[T, V]` array exists.
+
+Logits of teacher and student live one chunk of tokens at a time. Because the swap of
+LSSD touches two entries of the teacher's distribution,
+
+    KL(p~ || q) = KL(p || q) + (p_a - p_y) (s_a - s_y)
+    d/ds        = q - p + (p_a - p_y) (e_a - e_y),
+
+loss and gradient of a chunk need a few reductions over the vocabulary and four picked
+entries. The loss is a weighted sum over tokens, so its gradient is formed in the forward
+pass, while the chunk's logits are at hand; the backward pass only scales it. Four
+matrix products, `8 T D V` FLOPs, and nothing computed twice.
+
+What a slice of the vocabulary says about a token fits into a few scalars (`_Slice`), and
+two such records merge into one. So the vocabulary may come in tiles, one after the
+other, and in shards, one per device: maxima, sums and picked entries cross as scalars
+per token. `WORKSPACE.md` derives all of this on a page.
+
+The teacher may also be what was stored of its distributions (`CompactTeacher`). Its
+logits are then spread over the vocabulary instead of computed, and what it does not list
+is one more outcome that joins the merged record.
+
+Shape suffixes: T tokens, C tokens of a chunk, N chunks of a block, D student hidden
+size, E teacher hidden size, V vocabulary (inside the sweep: this shard's slice of it),
+M listed tokens of a compact teacher.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from mixcpt_jax.runtime import chips
+from mixcpt_jax.runtime.sharding import (
+    BATCH_AXES,
+    FSDP,
+    RULES,
+    constrain,
+    device_kind,
+    platform,
+)
+
+# Stands for -inf in masked entries: far below any logit, yet finite, so that
+# 0 * (masked - masked) is 0.
+_MASKED = -1e30
+
+# A product with C tokens reads 2 D V bytes of weights for 2 C D V FLOPs, so it keeps the
+# matrix units busy once C is the FLOPs a chip can do while it moves a byte of its memory;
+# the float32 gradient of the unembedding, read and written once per block of tokens, needs
+# four times as many.
+_FLOPS_PER_BYTE = 256
+# Where memory allows it, longer chunks cost fewer loop steps and collectives.
+_LOGITS_PER_CHUNK, _MAX_CHUNK, _MAX_BLOCK = 2**25, 2048, 4096
+
+
+class TokenWeights(NamedTuple):
+    """What each token's objectives count for, `[T]` float32 each.
+
+    MFT's target `(1 - m) p + m e_y` is `kd = 1 - m`, `ntp = m`, up to a constant.
+    """
+
+    ntp: jax.Array  # next-token prediction
+    lssd: jax.Array  # logit swap self-distillation
+    kd: jax.Array  # plain distillation, KL(teacher || student)
+    selective: jax.Array  # ntp where the teacher is wrong, kd where it is right
+
+    @classmethod
+    def of(cls, num_tokens: int, **weights_T: jax.Array) -> "TokenWeights":
+        """The given weights; the others are 0."""
+        zeros_T = jnp.zeros(num_tokens, jnp.float32)
+        return cls(**dict.fromkeys(cls._fields, zeros_T) | weights_T)
+
+    def resolve(self, swapped_T: jax.Array) -> "TokenWeights":
+        """The same sum without `selective`, given where the teacher is wrong."""
+        wrong_T = self.selective * swapped_T
+        return TokenWeights(
+            self.ntp + wrong_T,
+            self.lssd,
+            self.kd + (self.selective - wrong_T),
+            jnp.zeros_like(wrong_T),
+        )
+
+
+class TokenStatistics(NamedTuple):
+    """What the sweep saw at each token, unweighted, `[T]` float32, no gradient.
+
+    Without a teacher only `ntp` and `correct` mean anything; the rest are zeros.
+    """
+
+    ntp: jax.Array  # cross-entropy with the gold token, nats
+    lssd: jax.Array  # nats
+    kd: jax.Array  # KL(teacher || student), nats
+    correct: jax.Array  # 1 where no logit of the student is above the gold one
+    agree: jax.Array  # 1 where none is above that of the teacher's top token
+    swapped: jax.Array  # 1 where the teacher's top token is not gold
+
+
+class CompactTeacher(NamedTuple):
+    """What was stored of a teacher's distribution at each token.
+
+    Listed are its K most likely tokens and the gold one. The tail, all other tokens
+    together, is one outcome: with S the listed tokens,
+
+        kd = sum over S of p log(p / q) + p_tail log(p_tail / q_tail),
+
+    the divergence of distributions over S and the tail. By the data processing
+    inequality it is never above KL(p || q) over the whole vocabulary. Its gradient for
+    a logit `s_j` is `q_j - p_j` in S and `q_j (1 - p_tail / q_tail)` in the tail, where
+    the student keeps its own proportions.
+
+    Stored values are rounded, so `p` is them scaled to sum to 1, in float32. A token
+    of log-probability -inf counts as not listed.
+
+    Attributes:
+      ids: `[T, K + 1]` int32, the most likely token first, the gold one last.
+      logps: `[T, K + 1]`, any float dtype, nats; -inf in the last place where gold is
+        among the first K.
+      tail: `[T]` float32, nats, the log-probability of the tail; -inf if it is empty.
+    """
+
+    ids: jax.Array
+    logps: jax.Array
+    tail: jax.Array
+
+
+class Layout(NamedTuple):
+    """How the head lies over the mesh: which axes split tokens, which the vocabulary.
+
+    Tokens of an axis in both are gathered over it, a block at a time.
+    """
+
+    token_axes: tuple[str, ...] = ()
+    vocab_axes: tuple[str, ...] = ()
+
+    @property
+    def gathered_axes(self) -> tuple[str, ...]:
+        return tuple(axis for axis in self.token_axes if axis in self.vocab_axes)
+
+
+class _Options(NamedTuple):
+    """Everything static; sizes of chunks count gathered tokens."""
+
+    chunk_size: int
+    block_size: int
+    vocab_tile: int
+    vocab_size: int
+    vocab_first: bool
+    soft_cap: float | None
+    teacher_soft_cap: float | None
+    layout: Layout
+
+
+def head_loss(
+    hidden_TxD: jax.Array,
+    unembedding_DxV: jax.Array,
+    teacher_hidden_TxE: jax.Array | None,
+    teacher_unembedding_ExV: jax.Array | None,
+    targets_T: jax.Array,
+    weights: TokenWeights,
+    *,
+    compact: CompactTeacher | None = None,
+    chunk_size: int | None = None,
+    block_size: int | None = None,
+    vocab_tile: int | None = None,
+    vocab_size: int | None = None,
+    vocab_first: bool = False,
+    soft_cap: float | None = None,
+    teacher_soft_cap: float | None = None,
+    vocab_parallel: bool = True,
+) -> tuple[jax.Array, TokenStatistics]:
+    """Weighted sum of all objectives over all tokens, in one sweep.
+
+    Differentiable for `hidden_TxD` and `unembedding_DxV`. Called without
+    differentiation it does the two products of the logits only, so evaluation uses it
+    too. Under `jax.set_mesh` the sweep is sharded by the rules of `sharding`.
+
+    Args:
+      hidden_TxD: last hidden states; their dtype is that of the products, which
+        accumulate in float32, as do all reductions.
+      unembedding_DxV: any float dtype; its gradient is accumulated in float32.
+      teacher_hidden_TxE: the teacher's, or None when no objective needs a teacher.
+      teacher_unembedding_ExV: the same vocabulary; the width may differ.
+      targets_T: gold token ids.
+      weights: per token and objective. A weight of 0 removes a token from the value
+        and the gradient exactly.
+      compact: the teacher instead of its hidden states and unembedding. Its values are
+        final; `soft_cap` is for the student alone.
+      chunk_size: tokens whose logits exist at a time on a device, in float32. None:
+        chosen from the device and the vocabulary, as are the next two.
+      block_size: tokens whose logits' gradient is kept, in the dtype of `hidden_TxD`,
+        for one pair of products; a multiple of `chunk_size`.
+      vocab_tile: columns whose logits are computed and reduced at a time. Without
+        gradients nothing larger than `[vocab_tile, chunk_size]` exists.
+      vocab_size: columns from here on are padding and get no probability.
+      vocab_first: both unembeddings are given as `[V, D]`, as tied embeddings are
+        stored; transposing one would cost a copy of it.
+      soft_cap: logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2).
+      teacher_soft_cap: the teacher's; None: the same. Hidden states divided by a
+        temperature want a cap divided by it.
+      vocab_parallel: splits the vocabulary over `fsdp` as well as `tensor` and
+        gathers hidden states, instead of splitting tokens over `fsdp` and gathering
+        the unembedding.
+
+    Returns:
+      The weighted sum, a float32 scalar, and the statistics of every token.
+
+    Raises:
+      ValueError: the two vocabularies differ, there are two teachers, or `block_size`
+        is not a multiple of `chunk_size`.
+    """
+    if compact is not None and teacher_unembedding_ExV is not None:
+        raise ValueError(
+            "a compact teacher replaces the teacher's hidden states and unembedding: "
+            "give one or the other"
+        )
+    vocab_dimension = 0 if vocab_first else 1
+    num_columns = unembedding_DxV.shape[vocab_dimension]
+    if teacher_unembedding_ExV is not None:
+        if teacher_unembedding_ExV.shape[vocab_dimension] != num_columns:
+            raise ValueError(
+                f"teacher and student must share one vocabulary: the unembeddings have "
+                f"{teacher_unembedding_ExV.shape[vocab_dimension]} and {num_columns} "
+                "columns"
+            )
+        teacher_hidden_TxE = jax.lax.stop_gradient(teacher_hidden_TxE)
+        teacher_unembedding_ExV = jax.lax.stop_gradient(teacher_unembedding_ExV)
+    layout = _layout(vocab_parallel)
+    columns_per_shard = math.ceil(num_columns / _axes_size(layout.vocab_axes))
+    default_chunk, default_block = default_sizes(columns_per_shard)
+    chunk_size = chunk_size or default_chunk
+    block_size = block_size or max(1, default_block // chunk_size) * chunk_size
+    if block_size % chunk_size:
+        raise ValueError(
+            f"block_size: {block_size} is not a multiple of chunk_size {chunk_size}"
+        )
+    options = _Options(
+        chunk_size,
+        block_size,
+        min(vocab_tile or columns_per_shard, columns_per_shard),
+        vocab_size or num_columns,
+        vocab_first,
+        soft_cap,
+        soft_cap if teacher_soft_cap is None else teacher_soft_cap,
+        layout,
+    )
+    return _weighted_sum(
+        options,
+        hidden_TxD,
+        unembedding_DxV,
+        (teacher_hidden_TxE, teacher_unembedding_ExV, compact, targets_T, weights),
+    )
+
+
+def lssd(
+    hidden_TxD: jax.Array,
+    unembedding_DxV: jax.Array,
+    teacher_hidden_TxE: jax.Array,
+    teacher_unembedding_ExV: jax.Array,
+    targets_T: jax.Array,
+    weights_T: jax.Array,
+    **options,
+) -> jax.Array:
+    """The weighted sum of `dense.lssd` over tokens; options as for `head_loss`."""
+    value, _ = head_loss(
+        hidden_TxD,
+        unembedding_DxV,
+        teacher_hidden_TxE,
+        teacher_unembedding_ExV,
+        targets_T,
+        TokenWeights.of(len(weights_T), lssd=weights_T),
+        **options,
+    )
+    return value
+
+
+def log_probabilities(
+    hidden_TxD: jax.Array,
+    unembedding_DxV: jax.Array,
+    targets_T: jax.Array,
+    **options,
+) -> jax.Array:
+    """Log-probability of each gold token, `[T]` float32 nats; options of `head_loss`.
+
+    For losses that are no weighted sum over tokens with weights known ahead, such as
+    DPO's: differentiable for `hidden_TxD` and `unembedding_DxV`. The backward pass
+    knows each token's weight and sweeps with gradients; the forward pass only looks.
+    So it takes `8 T D V` FLOPs, where a known weighted sum takes `6 T D V`.
+    """
+
+    def sweep(hidden_TxD, unembedding_DxV, weights_T):
+        return head_loss(
+            hidden_TxD,
+            unembedding_DxV,
+            None,
+            None,
+            targets_T,
+            TokenWeights.of(len(weights_T), ntp=weights_T),
+            **options,
+        )
+
+    @jax.custom_vjp
+    def logps(hidden_TxD, unembedding_DxV):
+        no_weights_T = jnp.zeros(targets_T.shape, jnp.float32)
+        return -sweep(hidden_TxD, unembedding_DxV, no_weights_T)[1].ntp
+
+    def forward(hidden_TxD, unembedding_DxV):
+        return logps(hidden_TxD, unembedding_DxV), (hidden_TxD, unembedding_DxV)
+
+    def backward(operands, cotangents_T):
+        gradient = jax.grad(lambda *x: sweep(*x, -cotangents_T)[0], (0, 1))
+        return gradient(*operands)
+
+    logps.defvjp(forward, backward)
+    return logps(hidden_TxD, unembedding_DxV)
+
+
+def compact_teacher(
+    hidden_TxE: jax.Array,
+    unembedding_ExV: jax.Array,
+    targets_T: jax.Array,
+    top_k: int,
+    *,
+    vocab_first: bool = False,
+    vocab_size: int | None = None,
+    soft_cap: float | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> CompactTeacher:
+    """What `head_loss` needs of a teacher that does not run beside the student.
+
+    Args:
+      hidden_TxE: its last hidden states; their dtype is that of the products.
+      unembedding_ExV: any float dtype.
+      targets_T: gold token ids, listed besides the most likely ones.
+      top_k: how many most likely tokens to list; the lower id first among equals.
+      vocab_first, vocab_size, soft_cap: as for `head_loss`.
+      temperature: what the logits are divided by, after the cap.
+      chunk_size: tokens whose logits exist at a time, on all devices together.
+
+    Returns:
+      Float32 log-probabilities, for the caller to round.
+
+    Raises:
+      ValueError: `top_k` is not in [1, vocabulary size].
+    """
+    num_columns = unembedding_ExV.shape[0 if vocab_first else 1]
+    vocab_size = vocab_size or num_columns
+    if not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k: {top_k} is not in [1, {vocab_size}]")
+    if chunk_size is None:
+        num_devices = _axes_size(_layout(vocab_parallel=False).token_axes)
+        chunk_size = default_sizes(num_columns)[0] * num_devices
+    num_tokens = len(targets_T)
+    chunk_size = min(chunk_size, num_tokens)
+    num_chunks = math.ceil(num_tokens / chunk_size)
+    # Gathered over fsdp here, once, and not by every chunk.
+    axes = ("vocab", "activation") if vocab_first else ("activation", "vocab")
+    kernel = constrain(unembedding_ExV.astype(hidden_TxE.dtype), *axes)
+    sizes = (chunk_size, chunk_size, num_columns, vocab_size)
+    columns = _Columns(kernel, _Options(*sizes, vocab_first, None, soft_cap, Layout()))
+
+    def of_chunk(chunk):
+        hidden_CxE, targets_C = chunk
+        logits_VxC = columns.logits(kernel, hidden_CxE, 0, soft_cap)[:vocab_size]
+        logps_VxC = jax.nn.log_softmax(logits_VxC / temperature, axis=0)
+        _, top_CxK = jax.lax.top_k(logits_VxC.T, top_k)
+        ids_MxC = jnp.concatenate([top_CxK.T, targets_C[None]])
+        logps_MxC = jnp.take_along_axis(logps_VxC, ids_MxC, axis=0)
+        is_repeated_C = jnp.any(ids_MxC[:-1] == targets_C[None], axis=0)
+        gold_C = jnp.where(is_repeated_C, -jnp.inf, logps_MxC[-1])
+        others_VxC = jnp.put_along_axis(
+            logps_VxC, ids_MxC, -jnp.inf, axis=0, inplace=False
+        )
+        return CompactTeacher(
+            ids_MxC.T,
+            logps_MxC.at[-1].set(gold_C).T,
+            jax.nn.logsumexp(others_VxC, axis=0),
+        )
+
+    # Every N-th token, so that each device of a mesh has its share of every chunk.
+    def in_chunks(x_T):
+        padding = num_chunks * chunk_size - num_tokens
+        x_T = jnp.pad(x_T, [(0, padding)] + [(0, 0)] * (x_T.ndim - 1))
+        return x_T.reshape(chunk_size, num_chunks, *x_T.shape[1:]).swapaxes(0, 1)
+
+    def by_token(x_NxC):
+        return x_NxC.swapaxes(0, 1).reshape(-1, *x_NxC.shape[2:])[:num_tokens]
+
+    chunks = jax.tree.map(in_chunks, (hidden_TxE, targets_T.astype(jnp.int32)))
+    return jax.tree.map(by_token, jax.lax.map(of_chunk, chunks))
+
+
+def default_sizes(num_columns: int) -> tuple[int, int]:
+    """Tokens per chunk and per block for a device with `num_columns` of the vocabulary.
+
+    Chunks as short as keeps the matrix units of the device busy, since their logits
+    are what the head costs in memory; longer where the vocabulary is small.
+    """
+    kind = device_kind()
+    if kind == "cpu":
+        return 128, 128
+    chip = chips.of_device_kind(kind)
+    busy = math.ceil((chip.flops_per_byte if chip else _FLOPS_PER_BYTE) / 256) * 256
+    chunk_size = max(
+        busy, min(_MAX_CHUNK, _LOGITS_PER_CHUNK // num_columns // 256 * 256)
+    )
+    return chunk_size, max(4 * busy, min(_MAX_BLOCK, 4 * chunk_size))
+
+
+def _layout(vocab_parallel: bool) -> Layout:
+    if jax.sharding.get_abstract_mesh().empty:
+        return Layout()
+    vocab_axes = (FSDP, RULES["vocab"]) if vocab_parallel else (RULES["vocab"],)
+    # Over an axis of one device nothing is to be exchanged.
+    return Layout(BATCH_AXES, tuple(a for a in vocab_axes if _axes_size((a,)) > 1))
+
+
+def _axes_size(axes: tuple[str, ...]) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_sum(options, hidden_TxD, unembedding_DxV, rest):
+    value, statistics, _ = _sharded_sweep(
+        options, False, hidden_TxD, unembedding_DxV, rest
+    )
+    return value, statistics
+
+
+def _weighted_sum_forward(options, hidden_TxD, unembedding_DxV, rest):
+    value, statistics, gradients = _sharded_sweep(
+        options, True, hidden_TxD, unembedding_DxV, rest
+    )
+    return (value, statistics), gradients
+
+
+def _weighted_sum_backward(options, gradients, cotangents):
+    value_cotangent, _ = cotangents
+    d_hidden_TxD, d_unembedding_DxV = (
+        (g * value_cotangent).astype(g.dtype) for g in gradients
+    )
+    return d_hidden_TxD, d_unembedding_DxV, None
+
+
+_weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
+
+
+def _sharded_sweep(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
+    """Runs `_sweep` on each device's tokens and vocabulary slice."""
+    teacher_hidden_TxE, teacher_kernel, compact, targets_T, weights = rest
+    # Cast before anything is gathered: bfloat16 is half the bytes.
+    kernel = unembedding_DxV.astype(hidden_TxD.dtype)
+    if teacher_kernel is not None:
+        teacher_kernel = teacher_kernel.astype(teacher_hidden_TxE.dtype)
+    sweep = functools.partial(_sweep, options, with_gradients)
+    token_axes, vocab_axes = options.layout
+    by_token = (hidden_TxD, teacher_hidden_TxE, compact, targets_T, weights)
+    if not token_axes:
+        value, statistics, gradients = sweep(by_token, kernel, teacher_kernel)
+    else:
+        num_tokens, hidden_size = hidden_TxD.shape
+        vocab_dimension = 0 if options.vocab_first else 1
+        num_columns = kernel.shape[vocab_dimension]
+
+        def pad(x, dimension, axes):
+            missing = -x.shape[dimension] % _axes_size(axes)
+            widths = [(0, missing if d == dimension else 0) for d in range(x.ndim)]
+            return jnp.pad(x, widths) if missing else x
+
+        by_token = jax.tree.map(lambda x: pad(x, 0, token_axes), by_token)
+        kernels = jax.tree.map(
+            lambda x: pad(x, vocab_dimension, vocab_axes), (kernel, teacher_kernel)
+        )
+        rows = P(token_axes)
+        columns = P(vocab_axes) if options.vocab_first else P(None, vocab_axes)
+        gradients = None
+        if with_gradients:
+            # Summed over the axes that split the tokens it was summed from. Over fsdp,
+            # unless it splits the vocabulary, each device keeps one slice of the sum.
+            scattered = columns
+            if _scatters(options, hidden_size):
+                scattered = (
+                    P(vocab_axes, FSDP) if options.vocab_first else P(FSDP, vocab_axes)
+                )
+            gradients = (rows, scattered)
+        value, statistics, gradients = jax.shard_map(
+            sweep,
+            in_specs=(rows, columns, columns),
+            out_specs=(P(), rows, gradients),
+            check_vma=False,
+        )(by_token, *kernels)
+        statistics = jax.tree.map(lambda x_T: x_T[:num_tokens], statistics)
+        if with_gradients:
+            gradients = (
+                gradients[0][:num_tokens],
+                jax.lax.slice_in_dim(
+                    gradients[1], 0, num_columns, axis=vocab_dimension
+                ),
+            )
+    if with_gradients:
+        d_hidden_TxD, d_kernel = gradients
+        gradients = (d_hidden_TxD, d_kernel.astype(unembedding_DxV.dtype))
+    return value, statistics, gradients
+
+
+def _scatters(options: _Options, hidden_size: int) -> bool:
+    """Whether each device keeps one slice of the unembedding's gradient over fsdp."""
+    token_axes, vocab_axes = options.layout
+    if FSDP not in token_axes or FSDP in vocab_axes:
+        return False
+    shards = _axes_size((FSDP,))
+    return shards > 1 and hidden_size % shards == 0
+
+
+def _sweep(options, with_gradients, by_token, kernel, teacher_kernel):
+    """One pass over this device's tokens, a block of chunks at a time."""
+    hidden_TxD, _, compact, *_ = by_token
+    num_tokens, hidden_size = hidden_TxD.shape
+    dtype = hidden_TxD.dtype
+    layout = options.layout
+    gathered_axes = layout.gathered_axes
+    num_blocks, num_chunks, chunk_size = _split(
+        num_tokens, options, _axes_size(gathered_axes)
+    )
+    padding = num_blocks * num_chunks * chunk_size - num_tokens
+    columns = _Columns(kernel, options, has_tail=compact is not None)
+    kernel_axes = "vd" if options.vocab_first else "dv"
+
+    def in_blocks(x_T):
+        x_T = jnp.pad(x_T, [(0, padding)] + [(0, 0)] * (x_T.ndim - 1))
+        return x_T.reshape(num_blocks, num_chunks, chunk_size, *x_T.shape[1:])
+
+    def gather(x_NxC):
+        if not gathered_axes:
+            return x_NxC
+        return jax.lax.all_gather(x_NxC, gathered_axes, axis=1, tiled=True)
+
+    def own(x_NxC):
+        if not gathered_axes:
+            return x_NxC
+        start = jax.lax.axis_index(gathered_axes) * chunk_size
+        return jax.lax.dynamic_slice_in_dim(x_NxC, start, chunk_size, axis=1)
+
+    def block_step(carry, block):
+        value, d_kernel = carry
+        block = jax.tree.map(gather, block)
+
+        def chunk_step(value, chunk):
+            chunk_value, statistics, d_logits_VxC = _chunk(
+                options, with_gradients, columns, kernel, teacher_kernel, *chunk
+            )
+            return value + chunk_value, (statistics, d_logits_VxC)
+
+        value, (statistics, d_logits_NxVxC) = jax.lax.scan(chunk_step, value, block)
+        statistics = jax.tree.map(own, statistics)
+        if not with_gradients:
+            return (value, None), (statistics, None)
+        d_hidden_NxCxD = _product(f"nvc,{kernel_axes}->ncd", d_logits_NxVxC, kernel)
+        d_hidden_NxCxD = _sum(
+            d_hidden_NxCxD, layout.vocab_axes, scattered_over=gathered_axes, dimension=1
+        )
+        d_kernel += _product(f"nvc,ncd->{kernel_axes}", d_logits_NxVxC, block[0])
+        return (value, d_kernel), (statistics, d_hidden_NxCxD.astype(dtype))
+
+    d_kernel = jnp.zeros(kernel.shape, jnp.float32) if with_gradients else None
+    (value, d_kernel), (statistics, d_hidden) = jax.lax.scan(
+        block_step,
+        (jnp.zeros((), jnp.float32), d_kernel),
+        jax.tree.map(in_blocks, by_token),
+    )
+    statistics = jax.tree.map(lambda x: x.reshape(-1)[:num_tokens], statistics)
+    summed_axes = tuple(a for a in layout.token_axes if a not in gathered_axes)
+    value = _sum(value, summed_axes)
+    if not with_gradients:
+        return value, statistics, None
+    d_hidden_TxD = d_hidden.reshape(-1, hidden_size)[:num_tokens]
+    d_kernel = _sum(
+        d_kernel,
+        summed_axes,
+        scattered_over=(FSDP,) if _scatters(options, hidden_size) else (),
+        dimension=kernel_axes.index("d"),
+    )
+    return value, statistics, (d_hidden_TxD, d_kernel)
+
+
+def _split(num_tokens: int, options: _Options, gathered: int) -> tuple[int, int, int]:
+    """Blocks, chunks per block and this device's tokens per chunk, nearly all used."""
+    chunk_size = max(1, options.chunk_size // gathered)
+    num_chunks = options.block_size // options.chunk_size
+    num_blocks = math.ceil(num_tokens / (num_chunks * chunk_size))
+    num_chunks = min(num_chunks, math.ceil(num_tokens / num_blocks / chunk_size))
+    needed = math.ceil(num_tokens / (num_blocks * num_chunks))
+    # Whole sublanes of a TPU's registers.
+    return num_blocks, num_chunks, min(chunk_size, math.ceil(needed / 8) * 8)
+
+
+def _chunk(
+    options,
+    with_gradients,
+    columns,
+    kernel,
+    teacher_kernel,
+    hidden_CxD,
+    teacher_hidden_CxE,
+    compact,
+    targets_C,
+    weights_C,
+):
+    """Value, statistics and, if wanted, the logits' gradient of one chunk of tokens."""
+
+    def tile(start):
+        student_VxC = columns.logits(kernel, hidden_CxD, start, options.soft_cap)
+        if columns.has_tail:
+            return student_VxC, columns.spread(compact, start)
+        if teacher_hidden_CxE is None:
+            return student_VxC, None
+        cap = options.teacher_soft_cap
+        teacher = teacher_kernel, teacher_hidden_CxE
+        return student_VxC, columns.logits(*teacher, start, cap)
+
+    if columns.num_tiles == 1:
+        both_VxC = tile(0)
+        seen = columns.reduce(*both_VxC, targets_C, start=0, lowest=0)
+    else:
+        # The last tile starts early enough to be whole; what it shares with the one
+        # before it is masked in the reductions.
+        def tile_step(carry, index):
+            seen, both_VxC = carry
+            lowest = index * options.vocab_tile
+            start = jnp.minimum(lowest, columns.num_local - options.vocab_tile)
+            part = tile(start)
+            new = columns.reduce(*part, targets_C, start=start, lowest=lowest)
+            seen = _merge(jax.tree.map(lambda *x: jnp.stack(x), seen, new))
+            if with_gradients:
+                both_VxC = jax.tree.map(
+                    lambda whole, x: jax.lax.dynamic_update_slice_in_dim(
+                        whole, x, start, axis=0
+                    ),
+                    both_VxC,
+                    part,
+                )
+            return (seen, both_VxC), None
+
+        shapes = jax.eval_shape(lambda: columns.reduce(*tile(0), targets_C, 0, 0))
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        nothing = nothing.with_tops(_MASKED)
+        both_VxC = None
+        if with_gradients:
+            whole = jnp.zeros((columns.num_local, targets_C.shape[0]), jnp.float32)
+            both_VxC = (whole, None if nothing.teacher_top is None else whole)
+        (seen, both_VxC), _ = jax.lax.scan(
+            tile_step, (nothing, both_VxC), jnp.arange(columns.num_tiles)
+        )
+    if columns.axes:
+        seen = _merge(jax.tree.map(lambda x: jax.lax.all_gather(x, columns.axes), seen))
+    if columns.has_tail:
+        seen = seen.with_tail(compact.tail)
+
+    statistics = seen.statistics(targets_C)
+    weights_C = weights_C.resolve(statistics.swapped)
+    value = sum(
+        jnp.sum(jnp.where(w != 0, w * getattr(statistics, name), 0.0))
+        for name, w in weights_C._asdict().items()
+        if name != "selective"
+    )
+    if not with_gradients:
+        return value, statistics, None
+    d_logits_VxC = _logits_gradient(seen, columns, *both_VxC, targets_C, weights_C)
+    if options.soft_cap is not None:
+        # Clipped for the sake of masked entries, whose gradient is 0.
+        tanh_VxC = jnp.clip(both_VxC[0] / options.soft_cap, -1.0, 1.0)
+        d_logits_VxC *= 1.0 - tanh_VxC**2
+    return value, statistics, d_logits_VxC.astype(hidden_CxD.dtype)
+
+
+def _sum(x, axes, scattered_over=(), dimension=0):
+    """Sums over mesh axes; over some of them each device keeps its slice only."""
+    for axis in scattered_over:
+        x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+    rest = tuple(axis for axis in axes if axis not in scattered_over)
+    return jax.lax.psum(x, rest) if rest else x
+
+
+def _product(equation, a, b):
+    """A matrix product with float32 accumulation."""
+    if platform() == "cpu":
+        # XLA's CPU runtime lacks some of the bfloat16 products with a float32 result;
+        # products of float32 copies are the same numbers.
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+class _Slice(NamedTuple):
+    """What some columns of the vocabulary say about each token of a chunk, `[C]`.
+
+    Sums of exponentials are relative to the largest logit of the same slice. Picked
+    entries are 0 where another slice owns them. The teacher's are None without one.
+    """
+
+    student_top: jax.Array  # the largest logit
+    student_sum: jax.Array  # of exp(s - top)
+    student_gold: jax.Array  # the gold token's logit
+    teacher_top: jax.Array | None
+    teacher_sum: jax.Array | None
+    teacher_gold: jax.Array | None
+    teacher_top_id: jax.Array | None  # the lowest of equals, as a float
+    student_at_top: jax.Array | None  # the student's logit of that token
+    # Sum of exp(t - top) ((t - top) - (s - student_top)).
+    cross: jax.Array | None
+    # The student's part of the tokens that a compact teacher does not list, else None.
+    tail: "_Slice | None"
+
+    def with_tops(self, value: float) -> "_Slice":
+        """The same, with these largest logits."""
+        tops = {"student_top": jnp.full_like(self.student_top, value)}
+        if self.teacher_top is not None:
+            tops["teacher_top"] = jnp.full_like(self.teacher_top, value)
+        if self.tail is not None:
+            tops["tail"] = self.tail.with_tops(value)
+        return self._replace(**tops)
+
+    def with_tail(self, logp_C: jax.Array) -> "_Slice":
+        """Of the whole vocabulary: adds the teacher's tail, one outcome, to its sums."""
+        tail = self.tail
+        teacher_below = jnp.maximum(logp_C.astype(jnp.float32), _MASKED)
+        # Never above log V, except in padding, where it must be finite.
+        teacher_below = jnp.minimum(teacher_below - self.teacher_top, 60.0)
+        student_below = tail.student_top - self.student_top + jnp.log(tail.student_sum)
+        teacher_sum = jnp.exp(teacher_below)
+        return self._replace(
+            teacher_sum=self.teacher_sum + teacher_sum,
+            cross=self.cross + teacher_sum * (teacher_below - student_below),
+            tail=tail._replace(teacher_sum=teacher_sum),
+        )
+
+    def confidence_gap(self, targets_C: jax.Array) -> jax.Array:
+        """`p_a - p_y`; 0 where the teacher is right."""
+        gold_C = jnp.exp(self.teacher_gold - self.teacher_top)
+        return jnp.where(self.is_swapped(targets_C), 1.0 - gold_C, 0.0) / (
+            self.teacher_sum
+        )
+
+    def is_swapped(self, targets_C: jax.Array) -> jax.Array:
+        return self.teacher_top_id.astype(jnp.int32) != targets_C
+
+    def statistics(self, targets_C: jax.Array) -> TokenStatistics:
+        """Of the whole vocabulary's slice."""
+        # Differences first: they keep their digits where logits are large.
+        ntp = (self.student_top - self.student_gold) + jnp.log(self.student_sum)
+        correct = (self.student_gold == self.student_top).astype(jnp.float32)
+        if self.teacher_top is None:
+            zero = jnp.zeros_like(ntp)
+            return TokenStatistics(ntp, zero, zero, correct, zero, zero)
+        kd = self.cross / self.teacher_sum + jnp.log(
+            self.student_sum / self.teacher_sum
+        )
+        margin = self.student_at_top - self.student_gold
+        return TokenStatistics(
+            ntp,
+            kd + self.confidence_gap(targets_C) * margin,
+            kd,
+            correct,
+            (self.student_at_top == self.student_top).astype(jnp.float32),
+            self.is_swapped(targets_C).astype(jnp.float32),
+        )
+
+
+def _merge(slices: _Slice) -> _Slice:
+    """One slice from several, stacked in the vocabulary's order, `[K, C]` to `[C]`."""
+    student_top = slices.student_top.max(0)
+    student_below = slices.student_top - student_top[None]
+    merged = _Slice(
+        student_top=student_top,
+        student_sum=(slices.student_sum * jnp.exp(student_below)).sum(0),
+        student_gold=slices.student_gold.sum(0),
+        **dict.fromkeys(_Slice._fields[3:]),
+    )
+    if slices.teacher_top is None:
+        return merged
+    # The first of equals: the one with the lowest ids.
+    winner_1xC = jnp.argmax(slices.teacher_top, axis=0)[None]
+
+    def of_winner(x_KxC):
+        return jnp.take_along_axis(x_KxC, winner_1xC, axis=0)[0]
+
+    teacher_top = of_winner(slices.teacher_top)
+    teacher_below = slices.teacher_top - teacher_top[None]
+    scale = jnp.exp(teacher_below)
+    cross = slices.cross + slices.teacher_sum * (teacher_below - student_below)
+    return merged._replace(
+        teacher_top=teacher_top,
+        teacher_sum=(slices.teacher_sum * scale).sum(0),
+        teacher_gold=slices.teacher_gold.sum(0),
+        teacher_top_id=of_winner(slices.teacher_top_id),
+        student_at_top=of_winner(slices.student_at_top),
+        cross=(cross * scale).sum(0),
+        tail=None if slices.tail is None else _merge(slices.tail),
+    )
+
+
+class _Columns:
+    """This device's columns of the vocabulary, and what is done with their logits."""
+
+    def __init__(self, kernel, options: _Options, has_tail: bool = False):
+        self.vocab_dimension = 0 if options.vocab_first else 1
+        self.num_local = kernel.shape[self.vocab_dimension]
+        self.axes = options.layout.vocab_axes
+        self.offset = jax.lax.axis_index(self.axes) * self.num_local if self.axes else 0
+        self.tile = options.vocab_tile
+        self.num_tiles = math.ceil(self.num_local / self.tile)
+        self.vocab_size = options.vocab_size
+        self.padded = options.vocab_size < self.num_local * _axes_size(self.axes)
+        self.has_tail = has_tail
+        self.equation = ("vd" if options.vocab_first else "dv") + ",cd->vc"
+
+    def ids(self, start=0, size: int | None = None):
+        """Token ids of `size` columns from the local column `start`, `[size, 1]`."""
+        return (self.offset + start + jnp.arange(size or self.num_local))[:, None]
+
+    def logits(self, kernel, hidden_CxD, start, soft_cap) -> jax.Array:
+        """Float32 logits of the tile at `start`, padding masked."""
+        if self.num_tiles > 1:
+            kernel = jax.lax.dynamic_slice_in_dim(
+                kernel, start, self.tile, self.vocab_dimension
+            )
+        logits_VxC = _product(self.equation, kernel, hidden_CxD)
+        if soft_cap is not None:
+            logits_VxC = soft_cap * jnp.tanh(logits_VxC / soft_cap)
+        if self.padded:
+            is_real_Vx1 = self.ids(start, self.tile) < self.vocab_size
+            logits_VxC = jnp.where(is_real_Vx1, logits_VxC, _MASKED)
+        return logits_VxC
+
+    def spread(self, compact: CompactTeacher, start) -> jax.Array:
+        """A compact teacher's logits in the tile at `start`, its tail masked."""
+        row_MxC = compact.ids.T - self.offset - start
+        row_MxC = jnp.where(row_MxC < 0, self.tile, row_MxC)
+        logps_MxC = jnp.maximum(compact.logps.astype(jnp.float32).T, _MASKED)
+        # The first is the top token even where rounding left others no smaller.
+        at_least_C = jnp.nextafter(logps_MxC[1:].max(0), jnp.float32(0))
+        logps_MxC = logps_MxC.at[0].max(at_least_C)
+        token_1xC = jnp.arange(row_MxC.shape[1])[None]
+        masked_VxC = jnp.full((self.tile, row_MxC.shape[1]), _MASKED, jnp.float32)
+        return masked_VxC.at[row_MxC, token_1xC].max(logps_MxC, mode="drop")
+
+    def reduce(self, student_VxC, teacher_VxC, targets_C, start, lowest) -> _Slice:
+        """The slice of a tile at `start`, of its columns from `lowest` on."""
+        if self.num_tiles > 1:
+            is_new_Vx1 = (start + jnp.arange(self.tile) >= lowest)[:, None]
+            student_VxC = jnp.where(is_new_Vx1, student_VxC, _MASKED)
+            if teacher_VxC is not None:
+                teacher_VxC = jnp.where(is_new_Vx1, teacher_VxC, _MASKED)
+
+        def pick(x_VxC, ids_C):
+            row_C = ids_C - self.offset - start
+            is_mine_C = (row_C >= lowest - start) & (row_C < self.tile)
+            row_1xC = jnp.where(is_mine_C, row_C, 0)[None]
+            picked_C = jnp.take_along_axis(x_VxC, row_1xC, axis=0)[0]
+            return jnp.where(is_mine_C, picked_C, 0.0)
+
+        student_top = student_VxC.max(0)
+        student_below_VxC = student_VxC - student_top[None]
+        seen = _Slice(
+            student_top=student_top,
+            student_sum=jnp.exp(student_below_VxC).sum(0),
+            student_gold=pick(student_VxC, targets_C),
+            **dict.fromkeys(_Slice._fields[3:]),
+        )
+        if teacher_VxC is None:
+            return seen
+        teacher_top = teacher_VxC.max(0)
+        teacher_below_VxC = teacher_VxC - teacher_top[None]
+        exp_VxC = jnp.exp(teacher_below_VxC)
+        # As floats, exact up to 2^24: with integers XLA would not fuse this reduction
+        # with the others on a TPU, nor vectorise it on a CPU.
+        ids_Vx1 = self.ids(start, self.tile).astype(jnp.float32)
+        is_top_VxC = teacher_VxC == teacher_top[None]
+        top_id = jnp.min(jnp.where(is_top_VxC, ids_Vx1, jnp.inf), axis=0)
+        tail = None
+        if self.has_tail:
+            tail_VxC = jnp.where(teacher_VxC == _MASKED, student_VxC, _MASKED)
+            tail = self.reduce(tail_VxC, None, targets_C, start, lowest)
+        return seen._replace(
+            teacher_top=teacher_top,
+            teacher_sum=exp_VxC.sum(0),
+            teacher_gold=pick(teacher_VxC, targets_C),
+            teacher_top_id=top_id,
+            student_at_top=pick(student_VxC, top_id.astype(jnp.int32)),
+            cross=(exp_VxC * (teacher_below_VxC - student_below_VxC)).sum(0),
+            tail=tail,
+        )
+
+
+def _logits_gradient(seen, columns, student_VxC, teacher_VxC, targets_C, weights):
+    """The weighted sum's gradient for the student's logits; `q - p` and two entries."""
+    ids_Vx1 = columns.ids()
+    is_gold_VxC = ids_Vx1 == targets_C[None]
+    exp_s_VxC = jnp.exp(student_VxC - seen.student_top[None])
+    if teacher_VxC is None:
+        return (weights.ntp / seen.student_sum)[None] * exp_s_VxC - jnp.where(
+            is_gold_VxC, weights.ntp[None], 0.0
+        )
+    exp_t_VxC = jnp.exp(teacher_VxC - seen.teacher_top[None])
+    if columns.has_tail:
+        # The tail's tokens share it in the student's proportions.
+        exp_tail_VxC = jnp.exp(student_VxC - seen.tail.student_top[None])
+        scale = seen.tail.teacher_sum / seen.tail.student_sum
+        is_tail_VxC = teacher_VxC == _MASKED
+        exp_t_VxC = jnp.where(is_tail_VxC, scale[None] * exp_tail_VxC, exp_t_VxC)
+    is_top_VxC = ids_Vx1 == seen.teacher_top_id.astype(jnp.int32)[None]
+    distilled = weights.kd + weights.lssd
+    moved = weights.lssd * seen.confidence_gap(targets_C)
+    return (
+        ((distilled + weights.ntp) / seen.student_sum)[None] * exp_s_VxC
+        - (distilled / seen.teacher_sum)[None] * exp_t_VxC
+        + jnp.where(is_top_VxC, moved[None], 0.0)
+        - jnp.where(is_gold_VxC, (moved + weights.ntp)[None], 0.0)
+    )

@@ -1,0 +1,152 @@
+"""Teachers: where the target distribution of a token comes from.
+
+A teacher runs in the step, or its outputs are read from a cache.
+
+Shape suffixes: B batch rows, L row length, T = B * L tokens, S segments of a row,
+P = B * S / 2 pairs.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mixcpt_jax.models import transformer
+from mixcpt_jax.objectives import streamed
+from mixcpt_jax.objectives.interface import (
+    Batch,
+    Metrics,
+    flatten,
+    model_inputs,
+    soft_cap_of,
+)
+
+# `(frozen_params, batch) -> the arguments of fused.head_loss that are the teacher's`.
+Teacher = Callable[[transformer.Params, Batch], dict[str, Any]]
+
+
+def running_teacher(
+    forward: transformer.Forward,
+    temperature: float = 1.0,
+    soft_cap: float | None = None,
+) -> Teacher:
+    """Runs the frozen model.
+
+    Args:
+      forward: from `model.make_forward`.
+      temperature: what the logits are divided by.
+      soft_cap: of the logits, before that; None: the network's own.
+    """
+    soft_cap = soft_cap_of(forward) if soft_cap is None else soft_cap
+
+    def view(frozen_params, batch: Batch):
+        hidden = flatten(forward(frozen_params, *model_inputs(batch)))
+        return _logits_from(hidden, frozen_params, temperature, soft_cap)
+
+    return view
+
+
+def prepared_teacher(
+    dtype: str, temperature: float = 1.0, soft_cap: float | None = None
+) -> Teacher:
+    """Reads hidden states, `batch["teacher_hidden"]`: the bits of bfloat16, [B, L, E].
+
+    Args:
+      dtype: of the product with the frozen unembedding.
+      temperature: what the logits are divided by.
+      soft_cap: of the logits, before that.
+    """
+
+    def view(frozen_params, batch: Batch):
+        bits = flatten(batch["teacher_hidden"])
+        hidden = jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)
+        return _logits_from(hidden, frozen_params, temperature, soft_cap)
+
+    return view
+
+
+def compact_teacher() -> Teacher:
+    """Reads `streamed.CompactTeacher` from the batch; no frozen model is needed."""
+
+    def view(frozen_params, batch: Batch):
+        del frozen_params
+        fields = streamed.CompactTeacher._fields
+        arrays = [flatten(batch[f"teacher_{name}"]) for name in fields]
+        compact = streamed.CompactTeacher(*arrays)
+        return {
+            "teacher_hidden_TxE": None,
+            "teacher_unembedding_ExV": None,
+            "compact": compact._replace(ids=compact.ids.astype(jnp.int32)),
+        }
+
+    return view
+
+
+def _logits_from(
+    hidden_TxE: jax.Array,
+    frozen_params: transformer.Params,
+    temperature: float,
+    soft_cap: float | None,
+) -> dict[str, Any]:
+    unembedding, _ = transformer.unembedding(frozen_params)
+    # The temperature is not rounded to the dtype of the hidden states.
+    cooled_TxE = hidden_TxE.astype(jnp.float32) / temperature
+    view = {
+        "teacher_hidden_TxE": cooled_TxE.astype(hidden_TxE.dtype),
+        "teacher_unembedding_ExV": unembedding,
+    }
+    if soft_cap is not None:
+        # cap tanh(t / cap) / temperature, with both numbers divided by it beforehand.
+        view["teacher_soft_cap"] = soft_cap / temperature
+    return view
+
+
+def make_teacher_step(
+    forward: transformer.Forward,
+    top_k: int = 0,
+    temperature: float = 1.0,
+    soft_cap: float | None = None,
+) -> Callable[[transformer.Params, Batch], dict[str, jax.Array]]:
+    """Builds `(params, batch) -> what a prepared teacher reads`, `[B, L, ...]` each.
+
+    Args:
+      forward: from `model.make_forward`.
+      top_k: 0: hidden states, see `prepared_teacher`; else how many tokens are kept,
+        see `compact_teacher`.
+      temperature: what the logits are divided by; hidden states are left as they are.
+      soft_cap: of the logits, before that; None: the network's own.
+    """
+    soft_cap = soft_cap_of(forward) if soft_cap is None else soft_cap
+
+    def teacher_step(params, batch: Batch):
+        hidden = flatten(forward(params, *model_inputs(batch)))
+        if top_k:
+            unembedding, vocab_first = transformer.unembedding(params)
+            compact = streamed.compact_teacher(
+                hidden,
+                unembedding,
+                flatten(batch["targets"]),
+                top_k,
+                vocab_first=vocab_first,
+                soft_cap=soft_cap,
+                temperature=temperature,
+            )
+            arrays = {f"teacher_{k}": v for k, v in compact._asdict().items()}
+        else:
+            rounded = hidden.astype(jnp.bfloat16)
+            bits = jax.lax.bitcast_convert_type(rounded, jnp.uint16)
+            arrays = {"teacher_hidden": bits}
+        shape = batch["targets"].shape
+        return {k: v.reshape(*shape, *v.shape[1:]) for k, v in arrays.items()}
+
+    return teacher_step
+
+
+def of_taught(metrics: Metrics, untaught: Collection[str]) -> Metrics:
+    """Without those of sources that have no teacher, nor of a batch that may hold one."""
+    return {
+        name: metric
+        for name, metric in metrics.items()
+        if not untaught or ("/" in name and name.rpartition("/")[0] not in untaught)
+    }

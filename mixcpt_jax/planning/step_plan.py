@@ -1,0 +1,655 @@
+"""What a training step takes on a TPU slice, from shapes alone.
+
+The step of a phase is compiled for the slice; FLOPs, traffic and modelled time are read
+from the compiled program, see `hlo`. Modelled time is each instruction at the peak of what
+bounds it, products or memory, one after another, and collectives at the bandwidth of the
+links that their group spans.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from mixcpt_jax import config as config_lib
+from mixcpt_jax.core import mesh_shape, paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import pipeline
+from mixcpt_jax.models import attention, pretrained, transformer
+from mixcpt_jax.planning import hlo
+from mixcpt_jax.runtime import chips, metrics, sharding
+from mixcpt_jax.runtime.chips import GIB
+from mixcpt_jax.training import phase, program, teacher_outputs
+from mixcpt_jax.training import program as program_lib
+
+# Of `step_memory`: keys that a query's scores are kept of at a time, and tokens whose
+# logits are.
+_SCORES_PER_ROW = 512
+_LOGITS_OF = 1024
+
+# The work of splash attention's kernels, in products over the blocks that are visited:
+# scores and values going forwards; scores, their gradient and the queries' going back;
+# scores, their gradient, the values' and the keys' going back.
+_KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Of one token, all passes over it, two per multiply-add.
+
+    Attributes:
+      student: products with the layers' weights, forwards and back.
+      teacher: of the frozen model that runs beside it.
+      head: of both unembeddings.
+      attention: scores and values; a token sees half of its row on average.
+      rematerialisation: products, attention's aside, that are done a second time.
+    """
+
+    student: float
+    teacher: float
+    head: float
+    attention: float
+    rematerialisation: float
+
+    @property
+    def model(self) -> float:
+        """What the maths needs: all but rematerialisation."""
+        return self.student + self.teacher + self.head + self.attention
+
+    @property
+    def products(self) -> float:
+        """All matrix products but attention's."""
+        return self.student + self.teacher + self.head + self.rematerialisation
+
+
+def count_flops(
+    model_config: transformer.ModelConfig,
+    row_length: int,
+    remat: str = "none",
+    frozen: str = "none",
+    has_adapters: bool = False,
+    is_preference: bool = False,
+) -> Flops:
+    """The formula: `2 N P` per pass, with N layers of P weights in products.
+
+    The student is passed once forwards and twice back, for activations and weights; with
+    adapters, whose own products are left out, once back. Attention, `2 N H K (L + 1)` a
+    pass forwards and less with a window, is twice that back.
+
+    Args:
+      model_config: the architecture.
+      row_length: tokens of a row, L.
+      remat: of `config.model.remat`. "full" repeats each layer's forward pass but for
+        its last product if nothing follows that, "dots" and "none" no product.
+      frozen: what runs of the frozen model: "whole", "unembedding" or "none".
+      has_adapters: only they are trained.
+      is_preference: the head is swept once more, see `streamed.log_probabilities`.
+    """
+    c = model_config
+    heads = (c.num_heads + c.num_kv_heads) * c.head_size
+    down = c.hidden_size * c.mlp_size
+    layers = 2 * c.num_layers * (2 * c.hidden_size * heads + 3 * down)
+    windows = [min(window or row_length, row_length) for window in c.windows]
+    # Summed over the layers, of which each may have a window of its own.
+    seen = sum(w - w * (w - 1) / (2 * row_length) for w in windows)
+    attend = 4 * c.num_heads * c.head_size * seen
+    head = 2 * c.hidden_size * c.vocab_size
+    back = 1 if has_adapters else 2
+    runs = frozen == "whole"
+    # A norm behind the last product is undone with what came in.
+    last = 0 if c.post_norms else 2 * c.num_layers * down
+    again = layers - last if remat == "full" else 0.0
+    return Flops(
+        student=layers * (1 + back),
+        teacher=layers * runs,
+        head=head * (1 + back + (frozen != "none")),
+        attention=attend * (3 + runs),
+        rematerialisation=again + head * is_preference,
+    )
+
+
+class DoesNotFit(Exception):
+    """The compiler's refusal: `needed` and `available` bytes of a chip's memory."""
+
+    def __init__(self, needed: int, available: int):
+        super().__init__(f"needs {needed / GIB:.2f} GiB of {available / GIB:.2f}")
+        self.needed, self.available = needed, available
+
+
+class Step(NamedTuple):
+    """A training step as it was compiled; `batch` is of shapes, as the program is."""
+
+    phase: phase.Phase
+    data: pipeline.Data
+    program: program_lib.Program
+    batch: dict[str, Any]
+    compiled: jax.stages.Compiled
+
+
+def compile_step(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, quick: bool = False
+) -> Step:
+    """Compiles the training step that `train` would run, from shapes alone.
+
+    Args:
+      config: of a phase that trains; what it starts from is not looked at.
+      mesh: its devices need not be there.
+      quick: see `compile_lowered`.
+
+    Raises:
+      DoesNotFit: the compiler finds no room for it.
+      InputError: the config does not suit the model or the mesh.
+    """
+    config = ml_collections.ConfigDict(config.to_dict())
+    model_config = _model_config(config)
+    # Weights and text need not be there yet.
+    config.init_from = ""
+    config.model.path = config.model.path or config.model.architecture
+    for source in config.sources.values():
+        source.path = source.path or "to be given"
+    config_lib.validate(config, mesh.size)
+    phase.check_model(config, model_config, mesh.size)
+    planned = phase.Phase(
+        name="plan",
+        folder=paths.absolute("."),
+        given=config,
+        config=config,
+        model_config=model_config,
+        tokenizer=None,
+        mesh=mesh,
+        started=time.monotonic(),
+    )
+    reads = config.objective.teacher == "prepared"
+    data = pipeline.made_up(config, teacher_outputs.form_of(planned) if reads else None)
+    # Outside of the mesh, whose devices cannot hold the zeros that optax makes here.
+    program = program_lib.make_program(planned, data)
+    rows = sharding.batch_sharding(mesh)
+    batch = {
+        key: jax.ShapeDtypeStruct(
+            (config.data.batch_size, *value.shape), value.dtype, sharding=rows
+        )
+        for key, value in data.packed[0].empty_row().items()
+    }
+    with jax.set_mesh(mesh):
+        lowered = program.train_step.lower(program.state, program.frozen, batch)
+        compiled = compile_lowered(lowered, mesh, quick)
+    return Step(planned, data, program, batch, compiled)
+
+
+def _with(
+    config: ml_collections.ConfigDict,
+    mesh: dict[str, int] | None = None,
+    **changes: Any,
+) -> ml_collections.ConfigDict:
+    """A copy with another mesh, and other settings by dotted key."""
+    changed = ml_collections.ConfigDict(config.to_dict())
+    changed.mesh.update(mesh or {})
+    changed.update_from_flattened_dict(changes)
+    return changed
+
+
+def _model_config(config: ml_collections.ConfigDict) -> transformer.ModelConfig:
+    return pretrained.read_model_config(config.model.architecture or config.model.path)
+
+
+def compile_lowered(
+    lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh, quick: bool = False
+) -> jax.stages.Compiled:
+    """Compiles a program for a slice.
+
+    Args:
+      lowered: the program.
+      mesh: of the slice; its devices need not be there.
+      quick: in a third of the time, to a program of the same products and collectives in
+        which nothing overlaps. Its memory is about the same: 14.4 instead of 14.8 GiB
+        for Llama-3-8B on v5e:4x4.
+
+    Raises:
+      DoesNotFit: the compiler finds no room for it.
+    """
+    options = {"exec_time_optimization_effort": -1.0} if quick else None
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if found := re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", text):
+            sizes = (int(float(number) * GIB) for number in found.groups())
+            raise DoesNotFit(*sizes) from error
+        if found := re.search(r"\(([\d.]+)([GT])\) exceeds available HBM", text):
+            chip = chips.of_device_kind(mesh.devices.flat[0].device_kind)
+            unit = {"G": GIB, "T": 1024 * GIB}[found[2]]
+            raise DoesNotFit(int(float(found[1]) * unit), chip.hbm_bytes) from error
+        raise
+
+
+def make(
+    config: ml_collections.ConfigDict, topology: str, quick: bool = False
+) -> dict[str, Any]:
+    """What the step of a phase takes on a slice: see the top of the file.
+
+    Args:
+      config: of a phase that trains.
+      topology: of the slice, such as "v5e:4x4".
+      quick: see `compile_lowered`; the modelled time is then an upper one as to overlap.
+
+    Returns:
+      A tree for JSON: bytes, FLOPs and seconds. Where `fits` is false all there is to it
+      is the memory that would be needed.
+
+    Raises:
+      InputError: the config does not suit the model or the slice.
+    """
+    chip = chips.of_topology(topology)
+    mesh = sharding.make_topology_mesh(topology, config.mesh)
+    started = time.monotonic()
+    result: dict[str, Any] = {
+        "topology": topology,
+        "chips": mesh.size,
+        "mesh": dict(mesh.shape),
+        "batch_size": config.data.batch_size,
+        "row_length": config.data.row_length,
+        "accumulation_steps": config.optimizer.accumulation_steps,
+        "remat": config.model.remat,
+    }
+    try:
+        step = compile_step(config, mesh, quick)
+    except DoesNotFit as refusal:
+        memory = {"needed": refusal.needed, "available": refusal.available}
+        return result | {"fits": False, "memory": memory}
+    windows = step.phase.model_config.windows
+    local = sum(window is not None for window in windows) / len(windows)
+    module = hlo.Module(step.compiled.as_text(), branch_shares=(1 - local, local))
+    flops = _flops(step, module)
+    collectives = _collectives(module, mesh, topology)
+    return result | {
+        "fits": True,
+        "compile_seconds": time.monotonic() - started,
+        "memory": _memory(step, chip),
+        "flops": flops,
+        "collectives": collectives,
+        "time": _time(step, module, flops, collectives, chip),
+    }
+
+
+def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
+    """Bytes of a chip; the compiler's peak counts donated arguments once."""
+
+    def size(tree) -> int:
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+
+    analysis = step.compiled.memory_analysis()
+    state, frozen = step.program.state, step.program.frozen
+    # Sums over microbatches are float32.
+    gradients = sum(
+        4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(state.params)
+    )
+    return {
+        "parameters": size(state.params),
+        "optimizer": size(state.opt_state),
+        "frozen model": size(frozen),
+        "batch": size(step.batch),
+        "temporary": analysis.temp_size_in_bytes,
+        "of it gradients": gradients,
+        "of it activations kept, by formula": _kept_activations(step),
+        "peak": analysis.peak_memory_in_bytes,
+        "available": chip.hbm_bytes,
+    }
+
+
+def _kept_activations(step: Step) -> int:
+    """Bytes of a chip that wait for the backward pass: see `model.REMAT_POLICIES`."""
+    config, mesh = step.phase.config, step.phase.mesh
+    rows = config.data.batch_size // config.optimizer.accumulation_steps
+    tokens = rows * config.data.row_length // mesh.shape["data"] // mesh.shape["fsdp"]
+    return activations_kept(config, step.phase.model_config, tokens)
+
+
+def activations_kept(
+    config: ml_collections.ConfigDict,
+    model_config: transformer.ModelConfig,
+    tokens: int,
+) -> int:
+    """Bytes that so many tokens of a device leave for the backward pass.
+
+    Of each layer its input, and under "dots" the output of each projection. Under "none"
+    more, as the compiler likes.
+    """
+    c = model_config
+    heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_size
+    width = c.hidden_size
+    if config.model.remat != "full":
+        width += heads + 2 * c.hidden_size + 2 * c.mlp_size
+    return (
+        tokens * c.num_layers * width * jnp.dtype(config.model.compute_dtype).itemsize
+    )
+
+
+def _flops(step: Step, module: hlo.Module) -> dict[str, float]:
+    """Per step over all chips; what kernels do comes by formula, the rest is counted."""
+    config, model_config = step.phase.config, step.phase.model_config
+    mesh = step.phase.mesh
+    row_length = config.data.row_length
+    counted = count_flops(
+        model_config,
+        row_length,
+        config.model.remat,
+        program.frozen_passes(config, step.data),
+        step.phase.lora is not None,
+        config.objective.kind == "preference",
+    )
+    tokens = config.data.batch_size * row_length
+    parts = {k: v * tokens for k, v in dataclasses.asdict(counted).items()}
+    rows_at_once = config.data.batch_size // config.optimizer.accumulation_steps
+    done = sum(module.executions(name) * n for name, n in _KERNELS.items())
+    if done:
+        windows = model_config.windows
+        pairs = [attention.splash_pairs(row_length, window) for window in windows]
+        pairs = sum(pairs) / len(pairs)
+        done *= 2 * model_config.num_heads * model_config.head_size * pairs
+    return parts | {
+        "model": counted.model * tokens,
+        "products, by formula": counted.products * tokens,
+        "products, compiled": module.flops * mesh.size,
+        "attention kernels": rows_at_once * done,
+    }
+
+
+def _collectives(
+    module: hlo.Module, mesh: jax.sharding.Mesh, topology: str
+) -> list[dict[str, Any]]:
+    """By kind: how many, their bytes on a chip, and seconds at the links' bandwidth."""
+    rows: dict[tuple[str, bool], dict[str, Any]] = {}
+    for collective in module.collectives:
+        key = collective.kind, collective.is_async
+        row = rows.setdefault(
+            key,
+            {
+                "kind": collective.kind,
+                "overlapped": collective.is_async,
+                "times": 0,
+                "bytes": 0.0,
+                "seconds": 0.0,
+            },
+        )
+        received = collective.received(mesh.size)
+        row["times"] += collective.times
+        row["bytes"] += received
+        row["seconds"] += received / _bandwidth(collective.group, mesh, topology)
+    return sorted(rows.values(), key=lambda row: -row["seconds"])
+
+
+def _bandwidth(group: tuple[int, ...], mesh: jax.sharding.Mesh, topology: str) -> float:
+    """Bytes per second into a chip over the sides of the torus that a group spans.
+
+    A side that is a ring brings them from two neighbours, a line from one at its ends.
+    """
+    chip = chips.of_topology(topology)
+    sides = [int(size) for size in topology.partition(":")[2].split("x")]
+    devices = mesh.devices.flat
+    members = [devices[i].coords for i in group] or [d.coords for d in devices]
+    links = 0
+    for side, places in zip(sides, zip(*members, strict=True), strict=False):
+        if len(set(places)) > 1:
+            links += 2 if side >= chip.wraps_from else 1
+    return max(links, 1) * chip.link_bandwidth
+
+
+def _time(step, module, flops, collectives, chip) -> dict[str, float]:
+    """Seconds of a step, and what follows from them."""
+    mesh, data = step.phase.mesh, step.phase.config.data
+    compute = module.roofline_seconds(chip.flops, chip.hbm_bandwidth)
+    compute += flops["attention kernels"] / mesh.size / chip.flops
+    waited = sum(row["seconds"] for row in collectives if not row["overlapped"])
+    overlapped = sum(row["seconds"] for row in collectives if row["overlapped"])
+    total = max(compute, overlapped) + waited
+    return {
+        "compute and memory": compute,
+        "collectives, waited for": waited,
+        "collectives, overlapped": overlapped,
+        "step": total,
+        "tokens per second": data.batch_size * data.row_length / total,
+        "mfu bound": flops["model"] / mesh.size / chip.flops / total,
+    }
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """A plan in a page of Markdown."""
+    shape = sharding.describe(plan["mesh"])
+    lines = [
+        f"{plan['topology']}, {plan['chips']} chips ({shape}); {plan['batch_size']} rows "
+        f"of {plan['row_length']:,} tokens a step in {plan['accumulation_steps']} "
+        f"microbatches; remat {plan['remat']}"
+    ]
+    memory = plan["memory"]
+    if not plan["fits"]:
+        needed, available = memory["needed"] / GIB, memory["available"] / GIB
+        over = needed - available
+        return (
+            f"{lines[0]}\ndoes not fit: {needed:.2f} GiB are needed, {over:.2f} more than "
+            f"the {available:.2f} that a chip has"
+        )
+    rows = [[key, f"{value / GIB:.2f}"] for key, value in memory.items()]
+    lines.append(metrics.table(["HBM of a chip", "GiB"], rows))
+    flops, total = plan["flops"], plan["flops"]["model"]
+    rows = [[key, f"{v:.3g}", f"{v / total:.3f}"] for key, v in flops.items()]
+    everything = flops["products, compiled"] + flops["attention kernels"]
+    rows.append(["all that is done", f"{everything:.3g}", f"{everything / total:.3f}"])
+    lines.append(metrics.table(["FLOPs of a step", "all chips", "of model"], rows))
+    rows = [
+        [
+            f"{row['kind']}, {'overlapped' if row['overlapped'] else 'waited for'}",
+            str(row["times"]),
+            f"{row['bytes'] / GIB:.2f}",
+            f"{row['seconds']:.3f}",
+        ]
+        for row in plan["collectives"]
+    ]
+    lines.append(metrics.table(["into a chip", "times", "GiB", "seconds"], rows))
+    times = plan["time"]
+    rows = [
+        [key, f"{value:,.0f}" if value > 100 else f"{value:.3f}"]
+        for key, value in times.items()
+    ]
+    lines.append(metrics.table(["modelled", ""], rows))
+    return "\n\n".join(lines)
+
+
+def search(
+    config: ml_collections.ConfigDict,
+    topology: str,
+    remats: tuple[str, ...] = config_lib.REMAT,
+    finalists: int = 6,
+) -> list[dict[str, Any]]:
+    """Plans that fit, fastest first, over meshes, rematerialisation and microbatches.
+
+    All are compiled quickly, and the `finalists` fastest of them as they would run. Of
+    each mesh and rematerialisation the two fewest numbers of microbatches that fit are
+    tried: more of them gather and reduce the weights more often, but where memory is
+    short the compiler multiplies again what it cannot keep.
+    """
+    fitting = []
+    for mesh in _meshes(config, topology):
+        for remat in remats:
+            fitting += itertools.islice(_that_fit(config, topology, mesh, remat), 2)
+    fitting.sort(key=lambda candidate: candidate[1]["time"]["step"])
+    print("\nThe fastest, compiled as they would run:", flush=True)
+    plans = []
+    for candidate, _ in fitting[:finalists]:
+        plans.append(make(candidate, topology))
+        print(_one_line(plans[-1]), flush=True)
+    fit = [plan for plan in plans if plan["fits"]]
+    return sorted(fit, key=lambda plan: plan["time"]["step"])
+
+
+def _that_fit(
+    config: ml_collections.ConfigDict, topology: str, mesh: dict[str, int], remat: str
+) -> Iterator[tuple[ml_collections.ConfigDict, dict[str, Any]]]:
+    """Configs that fit with their quick plans, of ever more microbatches."""
+    for parts in _microbatches(config, mesh):
+        settings = {"model.remat": remat, "optimizer.accumulation_steps": parts}
+        candidate = _with(config, mesh=mesh, **settings)
+        plan = make(candidate, topology, quick=True)
+        print(_one_line(plan), flush=True)
+        if plan["fits"]:
+            yield candidate, plan
+
+
+def _meshes(
+    config: ml_collections.ConfigDict, topology: str
+) -> Iterator[dict[str, int]]:
+    """Shapes that suit the model; copies over `data` only of what fsdp need not split."""
+    model_config = _model_config(config)
+    size = sharding.make_topology_mesh(topology, config_lib.default().mesh).size
+    for tensor in (1, 2, 4, 8):
+        for data in (1, 2, 4, 8, 16):
+            if size % (tensor * data):
+                continue
+            mesh = {"data": data, "fsdp": size // (tensor * data), "tensor": tensor}
+            changed = _with(config, mesh=mesh)
+            try:
+                phase.check_model(changed, model_config, size)
+            except InputError:
+                continue
+            available = chips.of_topology(topology).hbm_bytes
+            if least_memory(changed, model_config) <= available:
+                yield mesh
+
+
+def least_memory(
+    config: ml_collections.ConfigDict, model_config: transformer.ModelConfig
+) -> float:
+    """Bytes of a chip for weights and moments alone, on the config's mesh."""
+    number = sum(
+        x.size for x in jax.tree.leaves(transformer.abstract_params(model_config))
+    )
+    size = {"float32": 4, "bfloat16": 2}
+    settings = config.model
+    frozen, trained = size[config_lib.frozen_dtype(settings)], 0
+    if not config.lora.rank:
+        trained = size[settings.param_dtype] + 2 * size[config.optimizer.moments_dtype]
+    return number * (trained + frozen) / (config.mesh.fsdp * config.mesh.tensor)
+
+
+def step_memory(
+    config: ml_collections.ConfigDict,
+    model_config: transformer.ModelConfig,
+    mesh: tuple[int, int, int],
+    rows: int,
+    row_length: int,
+) -> float:
+    """Bytes of a device that a training step takes, by formula: about, and rather too many.
+
+    Weights, moments, the frozen model and gradients; of each layer its input and what
+    rematerialisation keeps; four times what one layer computes, and, where devices share
+    the weights, four times those of a layer; the head's logits and two float32 copies of
+    its part of the unembedding.
+
+    Args:
+      config, model_config: of the phase.
+      mesh: sizes of the axes data, fsdp and tensor.
+      rows: that a device takes at a time.
+      row_length: their tokens.
+    """
+    c, settings = model_config, config.model
+    _, fsdp, tensor = mesh
+    sized = _with(config, mesh={"fsdp": fsdp, "tensor": tensor})
+    number = sum(x.size for x in jax.tree.leaves(transformer.abstract_params(c)))
+    gradients = 0 if config.lora.rank else 4 * number / (fsdp * tensor)
+    tokens, itemsize = rows * row_length, jnp.dtype(settings.compute_dtype).itemsize
+    heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_size
+    layer = tokens * (heads + 4 * c.hidden_size + 3 * c.mlp_size) / tensor
+    scores = rows * c.num_heads * row_length * min(row_length, _SCORES_PER_ROW) / tensor
+    columns = c.vocab_size / tensor
+    if config.head.vocab_parallel:
+        columns /= fsdp
+    gathered = 4 * number / c.num_layers / tensor if fsdp > 1 else 0
+    logits = 3 * _LOGITS_OF * columns
+    unembedding = 2 * columns * c.hidden_size
+    kept = activations_kept(config, c, tokens)
+    working = itemsize * (4 * layer + gathered)
+    working += 4 * (scores + logits + unembedding)
+    return least_memory(sized, c) + gradients + kept + working
+
+
+def _microbatches(config, mesh: dict[str, int]) -> Iterator[int]:
+    """Numbers of microbatches, down to one row for each group of chips."""
+    rows = config.data.batch_size // (mesh["data"] * mesh["fsdp"])
+    yield from (parts for parts in range(1, rows + 1) if rows % parts == 0)
+
+
+def _one_line(plan: dict[str, Any]) -> str:
+    settings = (
+        f"{sharding.describe(plan['mesh'])}, remat {plan['remat']}, "
+        f"{plan['accumulation_steps']} microbatches"
+    )
+    memory = plan["memory"]
+    if not plan["fits"]:
+        return f"{settings}: does not fit, needs {memory['needed'] / GIB:.2f} GiB"
+    return (
+        f"{settings}: {memory['peak'] / GIB:.2f} GiB, {plan['time']['step']:.3f} s, "
+        f"{plan['time']['tokens per second']:,.0f} tokens/s"
+    )
+
+
+def search_table(plans: list[dict[str, Any]]) -> str:
+    columns = [
+        "data x fsdp x tensor",
+        "remat",
+        "microbatches",
+        "GiB",
+        "s",
+        "tokens/s",
+        "MFU",
+    ]
+    rows = [
+        [
+            " x ".join(map(str, plan["mesh"].values())),
+            plan["remat"],
+            str(plan["accumulation_steps"]),
+            f"{plan['memory']['peak'] / GIB:.2f}",
+            f"{plan['time']['step']:.3f}",
+            f"{plan['time']['tokens per second']:,.0f}",
+            f"{plan['time']['mfu bound']:.2f}",
+        ]
+        for plan in plans
+    ]
+    return "\n" + (metrics.table(columns, rows) if plans else "nothing fits")
+
+
+def advise(config: ml_collections.ConfigDict, topology: str) -> str:
+    """The first change that makes the step fit, of those that cost least."""
+    mesh = mesh_shape.mesh_shape(
+        config.mesh, sharding.make_topology_mesh(topology, config.mesh).size
+    )
+    sizes = dict(zip(mesh_shape.MESH_AXES, mesh, strict=True))
+    changes: list[dict[str, Any]] = [{"model.remat": "full"}]
+    for parts in _microbatches(config, sizes):
+        if parts >= 2 * changes[-1].get("optimizer.accumulation_steps", 1):
+            changes.append(
+                {"model.remat": "full", "optimizer.accumulation_steps": parts}
+            )
+    changes += [change | {"lora.rank": 16} for change in changes[-1:]]
+    for change in changes:
+        changed = _with(config, **change)
+        plan = make(changed, topology, quick=True)
+        if plan["fits"]:
+            plan = make(changed, topology)
+        words = " ".join(f"--config.{key}={value}" for key, value in change.items())
+        if plan["fits"]:
+            peak = plan["memory"]["peak"] / GIB
+            return f"It fits, at {peak:.2f} GiB, with {words}"
+        print(
+            f"still {plan['memory']['needed'] / GIB:.2f} GiB with {words}", flush=True
+        )
+    return "Nothing that was tried makes it fit; a larger slice will"

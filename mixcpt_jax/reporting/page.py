@@ -1,0 +1,503 @@
+"""Runs as one HTML page that needs nothing else: figures, tables, samples, settings.
+
+It is made from what runs leave on the disk alone, so it can be made anew, of a run that
+still goes on, and of several together. What a run has not left, its section says.
+"""
+
+import base64
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from mixcpt_jax import config as config_lib
+from mixcpt_jax.core import paths
+from mixcpt_jax.reporting import changes, figures, run_records
+from mixcpt_jax.reporting.run_records import Arm
+
+# Suffix in the results, name, format of a value and of a change.
+MEASURES = (
+    ("perplexity", "perplexity", "{:.2f}", "{:+.2f}"),
+    ("accuracy", "token accuracy, %", "{:.1%}", "{:+.1%}"),
+    ("exact", "continued exactly, %", "{:.1%}", "{:+.1%}"),
+    ("exam", "exam, %", "{:.1%}", "{:+.1%}"),
+    ("pair_accuracy", "chosen answer likelier, %", "{:.1%}", "{:+.1%}"),
+)
+_CURVES = (
+    ("loss", "Loss, the phase’s own objective", 1),
+    ("ntp", "Cross-entropy, nats a token", 1),
+    ("correct", "Top-1 token accuracy, %", 100),
+    ("kd", "KL(teacher ‖ student), nats a token", 1),
+    ("kd_lower_bound", "KL(teacher ‖ student) at least, nats a token", 1),
+    ("margin", "Reward margin of pairs", 1),
+)
+_CHANGES = (
+    ("exam", "Exams", "change, points", 100),
+    ("exact", "Continued exactly", "change, points", 100),
+    ("accuracy", "Top-1 token accuracy", "change, points", 100),
+    ("pair_accuracy", "Chosen answer likelier", "change, points", 100),
+    ("loss", "Cross-entropy", "change, nats a token; to the left is better", 1),
+)
+_POINTS = 100
+_TEMPLATE = "package:mixcpt_jax/assets/report.html"
+
+
+def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
+    """The page.
+
+    Args:
+      arms: from `run_records.load`.
+      domain: names of texts and exams that are about the domain; empty: they are told
+        by the sources, see `changes.domain_names`.
+    """
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["markup"] = jinja2.filters.do_mark_safe
+    source = paths.require_file(_TEMPLATE).read_text()
+    style, script = (_between(source, tag) for tag in ("style", "script"))
+    domain_names = changes.domain_names(arms, domain)
+    return environment.from_string(source).render(
+        policy="default-src 'none'; base-uri 'none'; form-action 'none'; "
+        f"style-src {_hash(style)}; script-src {_hash(script)}",
+        title=", ".join(dict.fromkeys(run_records.name_of(arm.run) for arm in arms)),
+        arms=arms,
+        style=figures.style,
+        facts=[("Outcome", " ".join(changes.verdict(arms, domain))), *_facts(arms)],
+        work=[_work(arm) for arm in arms],
+        table=_table(arms, domain_names),
+        planes=list(_planes(arms, domain_names)),
+        curves=list(_curves(arms)),
+        mixtures=list(_mixtures(arms)),
+        swaps=list(_swaps(arms)),
+        changes=_changes(arms, domain_names),
+        samples=_samples(arms),
+        settings=_settings(arms),
+        provenance=[(arm, list(_provenance(arm))) for arm in arms if arm.provenance],
+    )
+
+
+def _between(source: str, tag: str) -> str:
+    return source.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+
+
+def _hash(content: str) -> str:
+    """How a content security policy names the one style or script it allows."""
+    digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+def _facts(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+    """What was run, on what, how long: name and text."""
+
+    def joined(values) -> str:
+        return "; ".join(dict.fromkeys(v for v in values if v))
+
+    environments = [arm.provenance.get("environment", {}) for arm in arms]
+    models: dict[str, str] = {}
+    for arm, environment in zip(arms, environments, strict=True):
+        path = (arm.setting("model.path") or "").rstrip("/").split("/")[-1]
+        size = environment.get("parameters")
+        models.setdefault(path, path)
+        if size:
+            models[path] = f"{path}, {size / 1e6:,.1f} M parameters"
+    yield "Model", joined(models.values())
+    sources = (arm.setting("sources") or {} for arm in arms)
+    yield (
+        "Text",
+        joined(
+            f"{name}: {source['path'].split('/')[-1]}"
+            for entry in sources
+            for name, source in entry.items()
+            if source.get("weight")
+        ),
+    )
+    yield "Devices", joined(e.get("devices", "") for e in environments)
+    seconds = [arm.results["seconds"] for arm in arms if "seconds" in arm.results]
+    yield "Time", _duration(sum(seconds)) if seconds else ""
+    started = sorted(e["started"] for e in environments if "started" in e)
+    yield (
+        "Begun",
+        started[0].replace("T", " ").replace("+00:00", " UTC") if started else "",
+    )
+
+
+def _work(arm: Arm) -> dict[str, Any]:
+    """A row of the table of phases."""
+    steps, asked = arm.steps, arm.setting("train.num_steps")
+    last = steps[-1]["step"] if steps else arm.after.get("step")
+    row_length, batch_size = (
+        arm.setting("data.row_length"),
+        arm.setting("data.batch_size"),
+    )
+    rate = arm.results.get("tokens_per_second")
+    seconds = arm.results.get("seconds")
+    is_done = bool(arm.results)
+    return {
+        "arm": arm,
+        "objective": _objective(arm),
+        "starts": arm.begins_with or arm.setting("init_from") or "the model",
+        "steps": f"{last:,}" + ("" if is_done or not asked else f" of {asked:,}")
+        if last and arm.trains
+        else "",
+        "tokens": f"{row_length * batch_size:,}"
+        if arm.trains and row_length and batch_size
+        else "",
+        "learning_rate": f"{arm.setting('optimizer.learning_rate'):g}"
+        if arm.trains and arm.setting("optimizer.learning_rate")
+        else "",
+        "rate": f"{rate:,.0f}" if rate else "",
+        "seconds": _duration(seconds) if seconds else "",
+        "state": "done" if is_done else "not finished",
+    }
+
+
+def _objective(arm: Arm) -> str:
+    job = arm.setting("job")
+    if job is None:
+        return ""
+    if job != "train":
+        return {"select": "selection", "evaluate": "measuring"}.get(job, job)
+    objective = arm.config["objective"]
+    if objective["kind"] == "preference":
+        preference = arm.config["preference"]
+        name = "DPO" if preference["loss"] == "sigmoid" else preference["loss"].upper()
+        return f"{name}, beta {preference['beta']:g}"
+    names = {"ntp": "next token", "lssd": "LSSD", "kd": "distillation",
+             "selective": "selective"}  # fmt: skip
+    weights = {n: objective.get(f"{key}_weight", 0) for key, n in names.items()}
+    text = " + ".join(f"{w:g} {n}" for n, w in weights.items() if w)
+    if any(
+        source.get(f"{key}_weight") is not None
+        for source in (arm.setting("sources") or {}).values()
+        for key in names
+    ):
+        text += ", other weights for some sources"
+    return text.removeprefix("1 ") if text.count("+") == 0 else text
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    if hours >= 1:
+        return f"{int(hours)} h {int(minutes) % 60} min"
+    if minutes >= 1:
+        return f"{int(minutes)} min {int(seconds) % 60} s"
+    return f"{seconds:.0f} s"
+
+
+def _table(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
+    """Each measure at the start of each run, and after each phase with its change."""
+    starts = changes.starts(arms)
+    measured = [arm for arm in arms if arm.after]
+    groups = []  # (run, its start, its phases)
+    for run in dict.fromkeys(arm.run for arm in measured):
+        start = starts[run].before if run in starts else {}
+        of_run = [arm for arm in measured if arm.run == run]
+        if groups and _without_step(start) == _without_step(groups[0][1]):
+            groups[0][2].extend(of_run)
+        else:
+            groups.append((run, start, of_run))
+    keys = set().union(*(arm.before | arm.after for arm in measured), set())
+    rows = []
+    for suffix, label, form, change_form in MEASURES:
+        for key in sorted(k for k in keys if k.endswith(f"/{suffix}")):
+            name = key.removesuffix(f"/{suffix}")
+            role = changes.role(name, arms, domain)
+            cells = []
+            for run, start, of_run in groups:
+                cells.append(_cell(form, start.get(key), run, "before"))
+                for arm in of_run:
+                    before, after = start.get(key), arm.after.get(key)
+                    cells.append(_cell(form, after, arm.name, "after"))
+                    change = None
+                    if before is not None and after is not None:
+                        change = after - before
+                    is_good = bool(change) and (change < 0) == (suffix == "perplexity")
+                    kind = "" if not change else "good" if is_good else "bad"
+                    cells.append(_cell(change_form, change, arm.name, "change", kind))
+            rows.append((role, (key, changes.label(name, role), label, cells)))
+    # Within a kind of measure by role: what is rehearsed stands apart from what is kept.
+    rows = [row for _, row in sorted(rows, key=lambda r: changes.ROLES.index(r[0]))]
+    header = []
+    for run, _, of_run in groups:
+        several = len(groups) > 1
+        header.append(
+            ("before" + (f", {run_records.name_of(run)}" if several else ""), None, 1)
+        )
+        header += [(f"after {arm.name}", arm, 2) for arm in of_run]
+    return {"header": header, "rows": rows}
+
+
+def _without_step(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in evaluation.items() if k != "step"}
+
+
+def _cell(form, value, arm: str, what: str, kind: str = "") -> dict[str, str]:
+    text = "" if value is None else form.format(value).replace("%", "")
+    return {"text": text.replace("-", "−"), "arm": arm, "what": what, "kind": kind}
+
+
+def _planes(arms: Sequence[Arm], domain: set[str]) -> Iterator[dict[str, str]]:
+    """What was learnt against what was kept, once for each kind of measure there is."""
+    measured = [arm for arm in arms if arm.trains and arm.after]
+    # What all have measured can be compared.
+    shared = (
+        set.intersection(*(set(arm.after) for arm in measured)) if measured else set()
+    )
+    roles = {key: changes.role(_names([key]), arms, domain) for key in shared}
+
+    def having(suffix: str, role: str) -> list[str]:
+        return sorted(
+            key for key in shared if key.endswith(f"/{suffix}") and roles[key] == role
+        )
+
+    for suffix in ("exam", "exact", "accuracy"):
+        learnt = having(suffix, "domain")
+        # Kept is what nothing trains on; what is rehearsed does not count.
+        kinds = dict.fromkeys((suffix, "accuracy"))
+        kept_suffix = next((k for k in kinds if having(k, "untouched")), "")
+        kept = having(kept_suffix, "untouched")
+        if not learnt or not kept:
+            continue
+        journeys = [
+            figures.Journey(
+                arm.number,
+                arm.name,
+                _place(_start_of(arm, arms), learnt, kept),
+                _place(arm.after, learnt, kept),
+            )
+            for arm in measured
+        ]
+        x_label = f"{_names(learnt)}: {changes.SHORT[suffix]}, %"
+        y_label = f"{_names(kept)}: {changes.SHORT[kept_suffix]}, %"
+        what = f"{x_label}, against {y_label}"
+        of = ["mean of " if len(keys) > 1 else "" for keys in (learnt, kept)]
+        yield {
+            "svg": figures.journeys(journeys, x_label, y_label, what),
+            "title": f"{changes.SHORT[suffix].capitalize()} learnt, "
+            f"{changes.SHORT[kept_suffix]} kept",
+            "caption": f"Across: {of[0]}{_names(learnt)} ({changes.SHORT[suffix]}). "
+            f"Up: {of[1]}{_names(kept)} ({changes.SHORT[kept_suffix]}; untouched).",
+        }
+
+
+def _place(
+    evaluation: dict[str, Any], learnt: Sequence[str], kept: Sequence[str]
+) -> tuple[float, float] | None:
+    """The means of two groups of measures in per cent; None if one is missing."""
+    if not all(key in evaluation for key in (*learnt, *kept)):
+        return None
+    x, y = (100 * np.mean([evaluation[k] for k in keys]) for keys in (learnt, kept))
+    return float(x), float(y)
+
+
+def _start_of(arm: Arm, arms: Sequence[Arm]) -> dict[str, Any]:
+    """What was measured where an arm starts: by it, by the one before, or by its run's."""
+    earlier = (a.after for a in arms if (a.run, a.phase) == (arm.run, arm.begins_with))
+    first = (a.before for a in arms if a.run == arm.run and a.before)
+    return arm.before or next(earlier, {}) or next(first, {})
+
+
+def _names(keys: Sequence[str]) -> str:
+    return ", ".join(key.rpartition("/")[0] for key in keys)
+
+
+def _curves(arms: Sequence[Arm]) -> Iterator[dict[str, str]]:
+    for key, title, scale in _CURVES:
+        series = [
+            figures.Series(arm.number, arm.name, _curve(arm.steps, key, scale))
+            for arm in arms
+            if any(key in row for row in arm.steps)
+        ]
+        if series:
+            yield {
+                "title": title,
+                "svg": figures.lines(series, f"{title} over the steps"),
+            }
+
+
+def _curve(
+    rows: Sequence[dict], key: str, scale: float = 1
+) -> list[tuple[float, float]]:
+    """At most a hundred points: each the mean over neighbouring steps."""
+    points = np.array([(r["step"], scale * r[key]) for r in rows if key in r])
+    parts = np.array_split(points, min(len(points), _POINTS))
+    return [tuple(map(float, part.mean(axis=0))) for part in parts]
+
+
+def _mixtures(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
+    for arm in arms:
+        sources = [row for row in arm.results.get("mixture", []) if row["share_asked"]]
+        if not sources:
+            continue
+        bars = [
+            figures.Bar(row["name"], row["share_asked"], row["share_delivered"])
+            for row in sources
+        ]
+        yield {
+            "arm": arm,
+            "svg": figures.bars(bars, f"{arm.name}: shares of the mixture"),
+            "rows": [
+                {
+                    "name": row["name"],
+                    "asked": f"{row['share_asked']:.1%}".replace("%", ""),
+                    "delivered": f"{row['share_delivered']:.1%}".replace("%", ""),
+                    "samples": f"{row['documents']:,}",
+                    "tokens": f"{row['learnt_tokens']:,}",
+                    "epochs": f"{row['epochs']:.2f}" if "epochs" in row else "",
+                }
+                for row in sources
+            ],
+        }
+
+
+def _swaps(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
+    for arm in arms:
+        weights = [arm.setting("objective.lssd_weight")]
+        weights += [
+            s.get("lssd_weight") for s in (arm.setting("sources") or {}).values()
+        ]
+        names = [
+            k.removesuffix("/swapped") for k in _keys(arm) if k.endswith("/swapped")
+        ]
+        if not names or (arm.config and not any(weights)):
+            continue
+        series = [
+            figures.Series(number, name, _curve(arm.steps, f"{name}/swapped", 100))
+            for number, name in enumerate(names)
+        ]
+        what = f"{arm.name}: tokens swapped, %"
+        yield {"arm": arm, "names": names, "svg": figures.lines(series, what)}
+
+
+def _keys(arm: Arm) -> list[str]:
+    return list(dict.fromkeys(key for row in arm.steps for key in row))
+
+
+def _changes(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
+    """The change of each measure since the start of its run, with intervals."""
+    starts, methods, panels = changes.starts(arms), set(), []
+    measured = [a for a in arms if a.trains and a.after and a.run in starts]
+    order = changes.ROLES
+    for suffix, title, label, scale in _CHANGES:
+        keys = {k for a in measured for k in a.after if k.endswith(f"/{suffix}")}
+        rows = []
+        for key in sorted(
+            keys,
+            key=lambda k: (order.index(changes.role(_names([k]), arms, domain)), k),
+        ):
+            dots = []
+            for arm in measured:
+                start = starts[arm.run]
+                if key not in start.before or key not in arm.after:
+                    continue
+                interval, method = changes.interval(key, start, arm)
+                methods.add(method)
+                dots.append(
+                    figures.Whisker(
+                        arm.number,
+                        arm.name,
+                        scale * (arm.after[key] - start.before[key]),
+                        interval and tuple(scale * bound for bound in interval),
+                    )
+                )
+            name = _names([key])
+            text = changes.label(name, changes.role(name, arms, domain))
+            if dots:
+                rows.append((text, dots))
+        if rows:
+            svg = figures.whiskers(rows, f"{title}: change since the start", label)
+            panels.append({"title": title, "svg": svg})
+    return {"arms": measured, "panels": panels, "methods": sorted(methods - {""})}
+
+
+def _samples(arms: Sequence[Arm]) -> dict[str, Any]:
+    """Each prompt with its answer at the start of each run and after each phase."""
+    asked = [arm for arm in arms if arm.samples]
+    asking = dict.fromkeys(arm.run for arm in asked)
+    prompts: dict[str, list[dict[str, Any]]] = {}
+    for run in asking:
+        of_run = [arm for arm in asked if arm.run == run]
+        for number, arm in enumerate(of_run):
+            steps = {row["step"] for row in arm.samples}
+            # Later phases of a chain begin where the one before ended.
+            shown = {max(steps)} | ({0} & steps if number == 0 else set())
+            for row in arm.samples:
+                if row["step"] not in shown:
+                    continue
+                is_start = row["step"] == 0 and arm.trains
+                which = (
+                    f"start of {run_records.name_of(run)}"
+                    if len(asking) > 1
+                    else "start"
+                )
+                prompts.setdefault(json.dumps(row["messages"]), []).append(
+                    {
+                        "title": which if is_start else f"after {arm.name}",
+                        "kind": "ink" if is_start else figures.style(arm.number),
+                        "answer": row["answer"],
+                    }
+                )
+    return {"prompts": [(json.loads(k), answers) for k, answers in prompts.items()]}
+
+
+def _settings(arms: Sequence[Arm]) -> dict[str, Any]:
+    """All settings by their dotted names, those that differ from the defaults first."""
+    flat = [
+        {k: v for k, v in _flatten(arm.config) if not k.startswith("overrides.")}
+        for arm in arms
+        if arm.config
+    ]
+    changed, others = [], []
+    for key in dict.fromkeys(key for entry in flat for key in entry):
+        values = [entry.get(key) for entry in flat]
+        default = _default(key)
+        row = (key, [_text(v) for v in values], len({_text(v) for v in values}) > 1)
+        (others if all(v == default for v in values) else changed).append(row)
+    return {
+        "arms": [arm for arm in arms if arm.config],
+        "changed": changed,
+        "others": others,
+    }
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _default(key: str) -> Any:
+    """What a setting is where nobody sets it; None if there is no such setting."""
+    kind, _, rest = key.removeprefix("eval.").partition(".")
+    makers = dict.fromkeys(("sources", "texts", "pairs"), config_lib.source)
+    makers["exams"] = config_lib.exam
+    if kind in makers:
+        return _defaults(makers[kind]).get(rest.partition(".")[2])
+    return _defaults(config_lib.default).get(key)
+
+
+@functools.cache
+def _defaults(make: Callable) -> dict[str, Any]:
+    return dict(_flatten(json.loads(make().to_json())))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _provenance(arm: Arm) -> Iterator[tuple[str, str]]:
+    for part in ("start", "environment", "files"):
+        for key, value in _flatten(arm.provenance.get(part, {})):
+            yield f"{part} · {key}", _text(value)

@@ -1,0 +1,513 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, W&B and the terminal.
+
+`metrics.jsonl` is the record: one object per line, with its step. The others are copies
+of it, and made by threads of their own, so that no step waits for them and none fails with
+them. Only the first host writes.
+"""
+
+import contextlib
+import io
+import json
+import math
+import queue
+import tempfile
+import textwrap
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import IO, Any
+
+import ml_collections
+import numpy as np
+from absl import logging
+from etils import epath
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+from mixcpt_jax.core import paths
+from mixcpt_jax.runtime import terminal
+
+FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+SAMPLES_PAGE = "samples.md"
+ITEMS_FILE = "items.jsonl"
+_WANDB_ID_FILE = "wandb_id"
+_SECONDS_BETWEEN_LINES = 20.0
+_SECONDS_BETWEEN_UPLOADS = 60.0
+_MOST_WAITING = 10_000
+_PATIENCE = 60.0
+
+
+def means(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
+    """(sum, count) pairs, already on the host, to means; an empty count is left out."""
+    return {
+        name: float(total) / float(count)
+        for name, (total, count) in metrics.items()
+        if count
+    }
+
+
+class Writer:
+    """Appends scalars; use it as a context manager."""
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        config: ml_collections.ConfigDict,
+        resume_step: int,
+        run_config: dict[str, Any],
+        is_first_host: bool = True,
+    ):
+        """Opens the run's files.
+
+        Args:
+          workdir: the phase's folder.
+          config: `config.metrics`.
+          resume_step: lines after this step belong to work that was lost with the
+            process that did it, and are dropped.
+          run_config: the whole config, for W&B.
+          is_first_host: the other hosts write nothing.
+        """
+        self._file = self._to_upload = None
+        self._copies: dict[str, _Copy] = {}
+        if not is_first_host:
+            return
+        self._workdir = workdir
+        for name in (FILE, SAMPLES_FILE, ITEMS_FILE):
+            if (workdir / name).exists():
+                rows = read(workdir, name)
+                kept = [row for row in rows if row["step"] <= resume_step]
+                _write_lines(workdir / name, kept)
+        self._file = _append_to(workdir / FILE)
+        if config.tensorboard:
+            folder = workdir / "tensorboard"
+            if paths.is_remote(folder):
+                self._to_upload = tempfile.TemporaryDirectory(prefix="mixcpt-events-")
+                folder = self._to_upload.name
+            self._copies["TensorBoard"] = _Copy(
+                "TensorBoard",
+                lambda: _TensorBoard(str(folder), resume_step, run_config),
+            )
+        if config.wandb_project:
+            project = config.wandb_project
+            self._copies["W&B"] = _Copy(
+                "W&B", lambda: _Wandb(project, workdir, run_config)
+            )
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._file:
+            self.save()
+            self._file.close()
+        for copy in self._copies.values():
+            copy.close()
+        if self._to_upload:
+            self._to_upload.cleanup()
+
+    def save(self) -> None:
+        """What was written is in its place when this returns, in a bucket too."""
+        if self._file:
+            self._file.flush()
+        for copy in self._copies.values():
+            copy.put(lambda place: place.flush())
+        for copy in self._copies.values():
+            copy.wait()
+        if self._to_upload:
+            for file in epath.Path(self._to_upload.name).iterdir():
+                paths.copy_file(file, self._workdir / "tensorboard" / file.name)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes one row; what is not a finite number, which JSON lacks, is left out."""
+        if not self._file:
+            return
+        scalars = {k: float(v) for k, v in scalars.items() if math.isfinite(v)}
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        for copy in self._copies.values():
+            copy.put(lambda place: place.write(step, scalars))
+
+    def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
+        """Adds to `items.jsonl` what the measures of a step are means of.
+
+        With it a change has an interval: the same questions were asked before and after.
+
+        Args:
+          step: whose measures they are.
+          items: `{text}/loss` (nats), `{text}/correct` and `{text}/tokens`, sums over
+            each example; `{exam}/exam` and `{pairs}/pair_accuracy`, right or not.
+        """
+        if not self._file or not items:
+            return
+        row = {
+            name: np.round(values, 4).tolist()
+            if name.endswith("/loss")
+            else np.asarray(values, int).tolist()
+            for name, values in items.items()
+        }
+        rows = read(self._workdir, ITEMS_FILE)
+        rows = [r for r in rows if r["step"] != step] + [{"step": step, "items": row}]
+        _write_lines(self._workdir / ITEMS_FILE, rows)
+
+    def write_samples(
+        self, step: int, conversations: list[list[dict[str, str]]], answers: list[str]
+    ) -> None:
+        """Adds answers to `samples.jsonl`, and to `samples.md` beside earlier ones."""
+        if not self._file or not answers:
+            return
+        rows = read(self._workdir, SAMPLES_FILE)
+        rows += [
+            {"step": step, "messages": messages, "answer": answer}
+            for messages, answer in zip(conversations, answers, strict=True)
+        ]
+        _write_lines(self._workdir / SAMPLES_FILE, rows)
+        paths.replace(self._workdir / SAMPLES_PAGE, _samples_page(rows))
+        texts = [
+            (row["messages"][-1]["content"], row["answer"])
+            for row in rows[-len(answers) :]
+        ]
+        for copy in self._copies.values():
+            copy.put(lambda place: place.write_samples(step, texts))
+
+
+class _Copy:
+    """A place that a thread of its own writes to, in the order that it is given.
+
+    A place that fails, or does nothing for a minute while it is waited for, is told of
+    in one warning and left alone from then on.
+    """
+
+    def __init__(self, name: str, open_place: Callable[[], Any]):
+        self._name = name
+        self._tasks: queue.Queue = queue.Queue(_MOST_WAITING)
+        self._is_given_up = False
+        # A daemon: a place that hangs does not keep the process from its end.
+        threading.Thread(
+            target=self._work, args=(open_place,), name=name, daemon=True
+        ).start()
+
+    def put(self, task: Callable[[Any], None]) -> None:
+        """Has `task` done on the place when its turn comes, and returns at once."""
+        if self._is_given_up:
+            return
+        try:
+            self._tasks.put_nowait(task)
+        except queue.Full:
+            self._give_up("is too slow")
+
+    def wait(self) -> None:
+        """Returns when all is done, or the place is given up."""
+        done = self._tasks.all_tasks_done
+        with done:
+            while left := self._tasks.unfinished_tasks:
+                done.wait(_PATIENCE)
+                if self._is_given_up:
+                    return
+                if self._tasks.unfinished_tasks == left:
+                    self._give_up(f"has done nothing for {_PATIENCE:.0f} s")
+                    return
+
+    def close(self) -> None:
+        self.put(lambda place: place.close())
+        self.wait()
+        if not self._tasks.full():
+            self._tasks.put(None)
+
+    def _give_up(self, why: str) -> None:
+        if not self._is_given_up:
+            self._is_given_up = True
+            logging.warning(
+                "%s %s; the run goes on without it, and %s has everything",
+                self._name,
+                why,
+                FILE,
+            )
+
+    def _work(self, open_place: Callable[[], Any]) -> None:
+        place = None
+        while task := self._tasks.get():
+            try:
+                if place is None:
+                    place = open_place()
+                if not self._is_given_up:
+                    task(place)
+            except Exception as error:
+                self._give_up(f"fails ({type(error).__name__}: {error})")
+            finally:
+                self._tasks.task_done()
+
+
+class _TensorBoard:
+    """Scalars, samples, and the config as text."""
+
+    def __init__(self, folder: str, resume_step: int, run_config: dict[str, Any]):
+        import tensorboardX  # its import is slow
+
+        self._writer = tensorboardX.SummaryWriter(folder, purge_step=resume_step + 1)
+        if run_config and resume_step < 0:
+            text = json.dumps(run_config, indent=2, default=str)
+            self._writer.add_text("config", textwrap.indent(text, "    "), 0)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def write_samples(self, step: int, texts: list[tuple[str, str]]) -> None:
+        for number, (prompt, answer) in enumerate(texts):
+            self._writer.add_text(
+                f"samples/{number}", f"{prompt}\n\n---\n\n{answer}", step
+            )
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """Scalars, samples as a table, and the config; one run there for each folder."""
+
+    def __init__(self, project: str, workdir: epath.Path, run_config: dict[str, Any]):
+        import wandb  # optional: only those who ask for it need it
+
+        if not (workdir / _WANDB_ID_FILE).exists():
+            (workdir / _WANDB_ID_FILE).write_text(uuid.uuid4().hex)
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=project,
+            id=(workdir / _WANDB_ID_FILE).read_text(),
+            name="/".join(workdir.parts[-2:]),
+            config=run_config,
+            resume="allow",
+        )
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log(scalars, step=step)
+
+    def write_samples(self, step: int, texts: list[tuple[str, str]]) -> None:
+        table = self._wandb.Table(
+            columns=["prompt", "answer"], data=[*map(list, texts)]
+        )
+        self._run.log({"samples": table}, step=step)
+
+    def flush(self) -> None:
+        """It sends by itself."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _append_to(path: epath.Path) -> IO[str]:
+    """A file to append lines to."""
+    if paths.is_remote(path):
+        return _Upload(path)
+    return open(path, "a", buffering=1)  # each line at once
+
+
+class _Upload(io.StringIO):
+    """What an object, to which nothing can be appended, shall hold.
+
+    It is written anew when asked to, and after a while by itself.
+    """
+
+    def __init__(self, path: epath.Path):
+        super().__init__(path.read_text() if path.exists() else "")
+        self.seek(0, io.SEEK_END)
+        self._path = path
+        self._uploaded = time.monotonic()
+
+    def write(self, text: str) -> int:
+        size = super().write(text)
+        if time.monotonic() - self._uploaded > _SECONDS_BETWEEN_UPLOADS:
+            self.flush()
+        return size
+
+    def flush(self) -> None:
+        self._path.write_text(self.getvalue())
+        self._uploaded = time.monotonic()
+
+
+def read(workdir: epath.Path, name: str = FILE) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; a last line cut short by a kill is left out."""
+    path = workdir / name
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Progress:
+    """A progress bar in a terminal, a line now and then elsewhere, each step as JSON."""
+
+    def __init__(self, name: str, first_step: int, num_steps: int, enabled: bool):
+        self._console = rich_console.Console(stderr=True)
+        self._name, self._num_steps = name, num_steps
+        self._enabled = enabled
+        self._pace = _Pace(num_steps)
+        self._bar = _rich_bar(self._console, enabled)
+        self._task = self._bar.add_task(
+            name, total=num_steps, completed=first_step, reached=""
+        )
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.stop()
+
+    def update(
+        self, step: int, scalars: Mapping[str, float], tokens_per_second: float
+    ) -> None:
+        """Shows a step that is done; its scalars are fields of a cluster's log."""
+        # A step to whose loss nothing contributes has none.
+        loss = f"loss {scalars['loss']:.4f}" if "loss" in scalars else "no loss"
+        reached = f"{loss} {tokens_per_second:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, reached=reached)
+        if self._console.is_terminal or not self._enabled:
+            return
+        left = self._pace.left(step)
+        if self._pace.is_due() or step == self._num_steps or terminal.is_json():
+            text = f"{self._name} {step}/{self._num_steps} {loss}"
+            if left:
+                text += f" {tokens_per_second:,.0f} tokens/s{left}"
+            rate = {"tokens_per_second": tokens_per_second}
+            self.say(text, step=step, **scalars, **rate)
+
+    @contextlib.contextmanager
+    def measuring(self, num_batches: int) -> Iterator[Callable[[int], None]]:
+        """A second bar; what it gives is told how many batches are done."""
+        task = self._bar.add_task("measuring", total=num_batches, reached="")
+        name = f"{self._name}: measuring"
+        try:
+            yield _update_of(self._bar, task, name, num_batches, self.say)
+        finally:
+            self._bar.remove_task(task)
+
+    def say(self, text: str, **fields: Any) -> None:
+        """Prints a line above the bar; the fields are for a cluster's log."""
+        if not self._enabled:
+            return
+        if terminal.is_json():
+            terminal.say(text, **fields)
+        else:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def bar(name: str, total: int, enabled: bool = True) -> Iterator[Callable[[int], None]]:
+    """Shows work that goes on; what it gives is told how many of `total` are done.
+
+    In a terminal it is a bar, elsewhere a line now and then.
+    """
+    console = rich_console.Console(stderr=True)
+    say = terminal.say if enabled else None
+    with _rich_bar(console, enabled, transient=True) as shown:
+        task = shown.add_task(name, total=total, reached="")
+        yield _update_of(shown, task, name, total, say)
+
+
+class _Pace:
+    """Where there is no bar: when a line is due, and how long the rest will take."""
+
+    def __init__(self, total: int, seconds_to_first: float = 0.0):
+        self._total = total
+        self._next_line = time.monotonic() + seconds_to_first
+        self._first = None  # (done, time): what comes before it is compilation
+
+    def left(self, done: int) -> str:
+        """Such as ", 12 s left"; nothing at first."""
+        now = time.monotonic()
+        first_done, first_time = self._first = self._first or (done, now)
+        if done == first_done:
+            return ""
+        pace = (now - first_time) / (done - first_done)
+        return f", {pace * (self._total - done):.0f} s left"
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        if now < self._next_line:
+            return False
+        self._next_line = now + _SECONDS_BETWEEN_LINES
+        return True
+
+
+def _rich_bar(
+    console: rich_console.Console, enabled: bool, transient: bool = False
+) -> rich_progress.Progress:
+    """Its tasks have a field `reached`, a text."""
+    return rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[reached]}"),
+        rich_progress.TimeRemainingColumn(),
+        console=console,
+        transient=transient,
+        disable=not (enabled and console.is_terminal),
+    )
+
+
+def _update_of(
+    shown: rich_progress.Progress,
+    task: rich_progress.TaskID,
+    name: str,
+    total: int,
+    say: Callable[[str], None] | None,
+) -> Callable[[int], None]:
+    """Tells a bar's task how much is done, or says so where there is no bar."""
+    pace = _Pace(total, seconds_to_first=_SECONDS_BETWEEN_LINES)
+
+    def update(done: int) -> None:
+        shown.update(task, completed=done)
+        left = pace.left(done)
+        if say and not shown.console.is_terminal and pace.is_due():
+            say(f"{name} {done}/{total}{left}")
+
+    return update
+
+
+def track(done: Iterable[int], name: str, total: int) -> Iterator[int]:
+    """Gives on how many batches of `total` are done, after each, and shows them."""
+    with bar(name, total) as show:
+        for number in done:
+            show(number)
+            yield number
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; the first column is text, the rest are numbers."""
+    cells = [list(header), *(list(row) for row in rows)]
+    # Two at least, for a rule that ends with a colon.
+    widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row):
+        first, *numbers = row
+        padded = [first.ljust(widths[0])]
+        padded += [n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(cells[0]), line(rules), *map(line, cells[1:])])
+
+
+def _samples_page(rows: list[dict[str, Any]]) -> str:
+    """Each prompt with its answers, the earliest first."""
+    answers: dict[str, list[str]] = {}
+    for row in rows:
+        prompt = "\n\n".join(f"**{m['role']}** {m['content']}" for m in row["messages"])
+        quoted = row["answer"].replace("\n", "\n> ")
+        answers.setdefault(prompt, []).append(f"*step {row['step']}*\n\n> {quoted}")
+    pages = ("\n\n".join([prompt, *texts]) for prompt, texts in answers.items())
+    return "\n\n---\n\n".join(pages) + "\n"
+
+
+def _write_lines(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
+    paths.replace(path, "".join(paths.to_json(row) + "\n" for row in rows))

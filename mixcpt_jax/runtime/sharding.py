@@ -1,0 +1,194 @@
+"""The device mesh, and the one table from logical axes to mesh axes.
+
+A batch is split over `data` and `fsdp`. Parameters and their optimizer moments are
+split over `fsdp` (along the hidden size) and `tensor` (along heads, MLP columns and
+the vocabulary); `data` holds copies of them. All axes are Auto: the compiler places
+the collectives, `constrain` only tells it where activations live, and
+`scatter_gradient` by which way a gradient gets to its place.
+"""
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.core.mesh_shape import MESH_AXES, mesh_shape
+
+DATA, FSDP, TENSOR = MESH_AXES
+BATCH_AXES = (DATA, FSDP)
+
+RULES: Mapping[str, Any] = {
+    "batch": BATCH_AXES,
+    "length": None,
+    "layers": None,
+    "hidden": FSDP,
+    "heads": TENSOR,
+    "kv_heads": TENSOR,
+    "mlp": TENSOR,
+    "vocab": TENSOR,
+    # Activations, unlike parameters, keep their hidden size whole: their rows already
+    # use the fsdp axis.
+    "activation": None,
+}
+
+
+def device_kind() -> str:
+    """What computations are traced for: the mesh's devices, else the default ones.
+
+    As `jax.Device.device_kind`: "cpu", "TPU v5 lite" and so on. A mesh may be of
+    devices that are not there, to compile for them.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu", for the same devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
+    """Builds the `(data, fsdp, tensor)` mesh over all devices of all hosts.
+
+    An axis may take a part of a side of the torus, such as data=4 and fsdp=64 of 16x16.
+
+    Raises:
+      InputError: the sizes do not lay out the devices, or these are of several slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        raise InputError(
+            f"the devices are of {len(slices)} slices; one run takes one slice"
+        )
+    # `jax.make_mesh` does the same and splits a side on v5e alone.
+    laid_out = mesh_utils.create_device_mesh(
+        mesh_shape(sizes, len(devices)), devices, allow_split_physical_axes=True
+    )
+    return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def make_topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
+    """A mesh over the chips of a TPU slice that is not there, to compile for it.
+
+    Needs the `libtpu` package and no TPU. `jit(f).lower(...)` takes
+    `jax.ShapeDtypeStruct`s with shardings of this mesh.
+
+    Args:
+      topology: such as "v5e:4x4" or "v5p:2x2x1".
+      sizes: as for `make_mesh`, for as many of the slice's chips as their product says;
+        one may be -1.
+
+    Raises:
+      InputError: no slice has that shape, or the sizes do not lay it out.
+    """
+    # The library asks a metadata server that only cloud machines have, and locks
+    # itself against a second process as if there were a chip to share.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    try:
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology
+        ).devices
+    except RuntimeError as error:  # jax's own errors are of this kind, too
+        if "not installed" in str(error):
+            raise InputError(
+                f"{topology}: the compiler for TPUs is not installed; run "
+                "`pip install 'jax[tpu]'`, it wants no TPU"
+            ) from error
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        raise InputError(
+            f"{topology}: no slice has this shape ({error}); the usual ones are v5e:4x4, "
+            "v5e:16x16, v5p:2x2x1, v5p:4x4x4 and v6e:4x4"
+        ) from error
+    wanted = int(np.prod([sizes[axis] for axis in MESH_AXES]))
+    return make_mesh(sizes, devices[:wanted] if wanted > 0 else devices)
+
+
+def spec(logical_axes: tuple[str | None, ...]) -> P:
+    """The partition spec of an array whose dimensions have these logical axes."""
+    return P(*(None if axis is None else RULES[axis] for axis in logical_axes))
+
+
+def shardings(mesh: Mesh, logical_axes: Any) -> Any:
+    """Maps a tree of logical-axes tuples to a tree of shardings."""
+    return jax.tree.map(
+        lambda axes: NamedSharding(mesh, spec(axes)),
+        logical_axes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def place(abstract: Any, shardings: Any) -> Any:
+    """Gives every `jax.ShapeDtypeStruct` of a tree its sharding."""
+    return jax.tree.map(
+        lambda leaf, where: leaf.update(sharding=where), abstract, shardings
+    )
+
+
+def describe(shape: Mapping[str, int]) -> str:
+    """A mesh's shape in words, such as "data 1 x fsdp 8 x tensor 1"."""
+    return " x ".join(f"{axis} {size}" for axis, size in shape.items())
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`; every other dimension whole."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Pins an activation to its place; does nothing outside of a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(logical_axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def scatter_gradient(kernel: jax.Array, logical_axes: tuple[str, ...]) -> jax.Array:
+    """The kernel itself, whose gradient is reduce-scattered wherever it is shared.
+
+    XLA all-reduces the gradient of an array that all chips of a slice share if the slice
+    is square or has three sides, and reduce-scatters it otherwise. So it is first asked
+    for in half as many parts, of which each is then on two chips; that comes apart
+    without a further exchange.
+
+    Args:
+      kernel: an array, or one layer of a stack.
+      logical_axes: of its dimensions.
+    """
+    del logical_axes
+    return kernel
+
+
+def _scatter_gradient_forward(kernel, logical_axes):
+    return scatter_gradient(kernel, logical_axes), None
+
+
+def _scatter_gradient_backward(logical_axes, _, gradient):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape[FSDP] != mesh.size or mesh.size < 8 or mesh.size % 2:
+        return (gradient,)
+    halved = AbstractMesh(
+        (1, mesh.size // 2, 2, 1),
+        (DATA, FSDP, "fsdp_halves", TENSOR),
+        axis_types=(AxisType.Auto,) * 4,
+    )
+    where = NamedSharding(halved, spec(logical_axes))
+    gradient = jax.lax.with_sharding_constraint(gradient, where)
+    return (constrain(gradient, *logical_axes),)
+
+
+scatter_gradient.defvjp(_scatter_gradient_forward, _scatter_gradient_backward)

@@ -1,0 +1,581 @@
+"""What every phase has: a folder, a config, a model, a mesh, and where it starts from.
+
+A phase starts from the end of another one, `init_from`, else from the pretrained weights
+of `model.path`, or from random ones if the config says so. Where it starts from is also
+its frozen model: the teacher of continual pre-training, the reference of DPO, and what
+adapters adapt.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from mixcpt_jax import __version__
+from mixcpt_jax import config as config_lib
+from mixcpt_jax.core import mesh_shape, paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import corpus, pipeline
+from mixcpt_jax.models import pretrained, tokenizer, transformer
+from mixcpt_jax.objectives import interface, streamed
+from mixcpt_jax.runtime import hosts, sharding, terminal
+from mixcpt_jax.training import checkpoint, steps
+
+CONFIG_FILE = "config.json"
+RESULTS_FILE = "results.json"
+PROVENANCE_FILE = "provenance.json"
+_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+# NFS keeps in mind for half a minute by default that a file was not there.
+_SECONDS_UNTIL_SEEN = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase of a run, before anything is computed.
+
+    Attributes:
+      name: for the terminal.
+      folder: where it keeps what it makes.
+      given: its config as it is kept in the folder.
+      config: the same with "phase:NAME" paths resolved.
+      model_config: the architecture.
+      tokenizer: the model's.
+      mesh: over all devices of all hosts.
+      started: when this process began with it, on the monotonic clock.
+    """
+
+    name: str
+    folder: epath.Path
+    given: ml_collections.ConfigDict
+    config: ml_collections.ConfigDict
+    model_config: transformer.ModelConfig
+    tokenizer: tokenizer.Tokenizer
+    mesh: jax.sharding.Mesh
+    started: float
+
+    @property
+    def lora(self) -> transformer.Lora | None:
+        return _lora(self.config.lora)
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """The settings of `streamed.head_loss`."""
+        head = self.config.head
+        return {
+            "chunk_size": head.chunk_size or None,
+            "block_size": head.block_size or None,
+            "vocab_tile": head.vocab_tile or None,
+            "vocab_parallel": head.vocab_parallel,
+        }
+
+    @property
+    def compiler_options(self) -> dict[str, str] | None:
+        return compiler_options(self.mesh)
+
+    def forward(self, remat: str = "none", lora: transformer.Lora | None = None):
+        """The network, in the phase's compute dtype."""
+        dtype = self.config.model.compute_dtype
+        return transformer.make_forward(self.model_config, dtype, remat, lora)
+
+    def starting_params(self, dtype: str) -> transformer.Params:
+        """The parameters the phase starts from, sharded, whole.
+
+        Raises:
+          InputError: they are missing, damaged or of another model.
+        """
+        return _start(self.config, self.model_config, self.mesh, dtype)
+
+    @property
+    def frozen_dtype(self) -> str:
+        """What the frozen model is kept in.
+
+        Adapters that the start itself has are merged into it, and would be lost in
+        rounding to fewer digits than they were trained with.
+        """
+        model_settings = self.config.model
+        if self.config.init_from and self.lora:
+            stored = checkpoint.read_config(self.config.init_from)
+            if stored.get("lora", {}).get("rank"):
+                return model_settings.param_dtype
+        return config_lib.frozen_dtype(model_settings)
+
+    def eval_step(self, lora: transformer.Lora | None = None) -> Callable[..., Any]:
+        """`(params, batch on the host) -> {"ntp", "correct"}` on the host, `[B, L]`."""
+        forward = self.forward(lora=lora)
+        return make_eval_step(forward, self.mesh, **self.head_options)
+
+    def put(self, batch: dict[str, np.ndarray]) -> interface.Batch:
+        """A global batch that every host has, to the devices."""
+        return put(batch, self.mesh)
+
+    def load_data(
+        self, complete: Callable[[pipeline.Data], pipeline.Data] = lambda data: data
+    ) -> pipeline.Data:
+        """Reads all data, then claims the folder.
+
+        Only in this order: a mistake in a path, once mended, must not find the folder
+        taken.
+
+        Args:
+          complete: adds what else is read.
+        """
+        data = pipeline.load(
+            self.config, self.tokenizer, self.model_config.max_positions
+        )
+        self._check_prompts(data.prompts)
+        data = complete(data)
+        self.claim(data.files)
+        return data
+
+    def _check_prompts(self, prompts: list[list[dict[str, str]]]) -> None:
+        """What would fail when they are answered, after hours of training."""
+        room = self.model_config.max_positions - self.config.eval.max_new_tokens
+        for number, messages in enumerate(prompts, 1):
+            ids, _ = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
+            if len(ids) > room:
+                raise InputError(
+                    f"{self.config.eval.prompts}: prompt {number} has {len(ids)} tokens, "
+                    f"which with eval.max_new_tokens={self.config.eval.max_new_tokens} do "
+                    f"not fit the model's context of {self.model_config.max_positions}; "
+                    "shorten one of them"
+                )
+
+    def claim(self, files: dict[str, dict[str, str]] | None = None) -> None:
+        """Writes the config and the provenance; the folder is this config's from now.
+
+        Raises:
+          InputError: `init_from` has no checkpoint; then nothing is written. Or the hosts
+        do not see one and the same folder.
+        """
+        # On every host: opening a checkpoint waits for the others.
+        provenance = self.provenance(files or {})
+        if hosts.is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / CONFIG_FILE).exists():
+                text = self.given.to_json(indent=2)
+                paths.replace(self.folder / CONFIG_FILE, text)
+            text = json.dumps(
+                provenance | {"environment": self._environment()}, indent=2
+            )
+            paths.replace(self.folder / PROVENANCE_FILE, text)
+        hosts.wait_for_all(f"begin of {self.name}")
+        _check_is_shared(self.folder / CONFIG_FILE)
+
+    @functools.cached_property
+    def starts_from(self) -> dict[str, Any]:
+        """Which checkpoint or weights the phase starts from; looked up once.
+
+        Raises:
+          InputError: `init_from` has no checkpoint.
+        """
+        return _start_identity(self.given, self.config, self.model_config)
+
+    @property
+    def start_key(self) -> dict[str, Any]:
+        """The same for what is kept of the frozen model; a copy of weights is the same."""
+        return {k: v for k, v in self.starts_from.items() if k != "weights"}
+
+    def provenance(self, files: dict[str, dict[str, str]]) -> dict[str, Any]:
+        """What the phase starts from, and the files it reads."""
+        return {
+            "start": self.starts_from,
+            "files": files,
+            "split_version": corpus.SPLIT_VERSION,
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(
+            x.size
+            for x in jax.tree.leaves(transformer.abstract_params(self.model_config))
+        )
+
+    @property
+    def devices(self) -> str:
+        """Such as "8 x TPU v5e, mesh data=1 fsdp=8 tensor=1"."""
+        kind = self.mesh.devices.flat[0].device_kind
+        shape = " ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        return f"{self.mesh.size} x {kind}, mesh {shape}"
+
+    def announce(self, work: str, resumed: str = "") -> None:
+        """Says what runs on what, and where it starts, before anything is read.
+
+        Args:
+          work: what the phase is going to do.
+          resumed: where it goes on, if it does.
+        """
+        if self.config.init_from:
+            weights = self.config.init_from
+        elif _is_random(self.config):
+            weights = f"random weights (seed {self.config.seed})"
+        else:
+            weights = self.config.model.path
+        self.say(
+            f"{self.devices}, {self.num_parameters / 1e6:,.1f} M parameters, {work}; "
+            f"{resumed or f'starts from {weights}'}"
+        )
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether this host says how far it is."""
+        return _shows_progress(self.config)
+
+    def say(self, text: str) -> None:
+        """Says something about the phase, if asked to."""
+        if self.shows_progress:
+            terminal.say(f"{self.name}: {text}")
+
+    def _environment(self) -> dict[str, Any]:
+        """What the process that works on the phase runs in, the last one if several did."""
+        return {
+            "started": datetime.datetime.now(datetime.UTC).isoformat(
+                timespec="seconds"
+            ),
+            "devices": self.devices,
+            "hosts": jax.process_count(),
+            "parameters": self.num_parameters,
+            "versions": {"python": platform.python_version(), "mixcpt_jax": __version__}
+            | {name: metadata.version(name) for name in _VERSIONS},
+        }
+
+    def finish(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Writes the results, which mark the phase as done, and returns them.
+
+        `seconds` is added: the wall time of the process that came to the end. Every host
+        calls this, and none goes on before the first has written.
+        """
+        results = results | {"seconds": time.monotonic() - self.started}
+        if jax.process_index() == 0:
+            text = paths.to_json(results, indent=2)
+            paths.replace(self.folder / RESULTS_FILE, text)
+        hosts.wait_for_all(f"end of {self.name}")
+        return results
+
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
+    """Those for programs that run on the mesh's devices."""
+    return steps.COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+
+
+def put(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> interface.Batch:
+    """A global batch that every host has, to the mesh's devices."""
+    where = sharding.batch_sharding(mesh)
+    return {
+        key: jax.make_array_from_callback(value.shape, where, value.__getitem__)
+        for key, value in batch.items()
+    }
+
+
+def make_eval_step(
+    forward: transformer.Forward, mesh: jax.sharding.Mesh, **head_options: Any
+) -> Callable[..., Any]:
+    """`(params, batch on the host) -> {"ntp", "correct"}` on the host, `[B, L]`."""
+    step = jax.jit(
+        steps.make_eval_step(
+            forward, functools.partial(streamed.head_loss, **head_options)
+        ),
+        out_shardings=sharding.replicated(mesh),
+        compiler_options=compiler_options(mesh),
+    )
+
+    def run(params, batch):
+        return jax.device_get(step(params, put(batch, mesh)))
+
+    return run
+
+
+def start(config: ml_collections.ConfigDict, workdir: str, name: str) -> Phase:
+    """Checks a phase's config against its folder and its model.
+
+    Args:
+      config: a validated config without phases.
+      workdir: the phase's folder; other phases' lie beside it.
+      name: of the phase, for the terminal.
+
+    Raises:
+      InputError: the folder, the model or the tokenizer is wrong.
+    """
+    started = time.monotonic()
+    folder = paths.absolute(workdir)
+    check_workdir(folder, config)
+    given, config = config, config_lib.resolve_phases(config, str(folder.parent))
+    model_config = pretrained.read_model_config(config.model.path)
+    check_model(config, model_config)
+    source = config.model.tokenizer or config.model.path
+    vocabulary = tokenizer.load(source, config.model.chat_template)
+    tokenizer.check_vocabulary(vocabulary, model_config.vocab_size, source)
+    mesh = sharding.make_mesh(config.mesh)
+    return Phase(name, folder, given, config, model_config, vocabulary, mesh, started)
+
+
+def job(work: Callable[[Phase], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Makes of a phase's work what `main` runs: a phase that is finished is left alone.
+
+    Args:
+      work: does it, to the end, or goes on where an earlier run stopped; returns what
+        `results.json` holds.
+
+    Returns:
+      `(config, workdir, name) -> results`, with the arguments of `start`.
+    """
+
+    @functools.wraps(work)
+    def run(config, workdir, name):
+        results = finished(config, workdir)
+        if results is None:
+            return work(start(config, workdir, name))
+        if _shows_progress(config):
+            terminal.say(f"{name}: finished before, in {workdir}")
+        return results
+
+    return run
+
+
+def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] | None:
+    """The results of a phase that has come to its end, or None.
+
+    Raises:
+      InputError: the folder belongs to another config, or what the phase started from,
+        a checkpoint or weights, has changed since.
+    """
+    folder = paths.absolute(workdir)
+    check_workdir(folder, config)
+    path = folder / RESULTS_FILE
+    if not path.exists():
+        return None
+    provenance = json.loads((folder / PROVENANCE_FILE).read_text())
+    resolved = config_lib.resolve_phases(config, str(folder.parent))
+    # What a finished phase started from may have been deleted since.
+    model_path, start = resolved.model.path, resolved.init_from
+    if checkpoint.exists(start) if start else paths.exists(model_path):
+        has_model = paths.exists(model_path)
+        architecture = pretrained.read_model_config(model_path) if has_model else None
+        now = _start_identity(config, resolved, architecture)
+        _check_start(folder, provenance, now)
+    return json.loads(path.read_text())
+
+
+def _shows_progress(config: ml_collections.ConfigDict) -> bool:
+    return config.metrics.progress and jax.process_index() == 0
+
+
+def _check_is_shared(file: epath.Path) -> None:
+    """The first host has written it, so all see it, network disks after a while."""
+    deadline = time.monotonic() + _SECONDS_UNTIL_SEEN
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{file}: written by the first host, not seen by host "
+                f"{jax.process_index()}; give a --workdir that all hosts share, on a "
+                "network disk or gs://"
+            )
+        time.sleep(1)
+
+
+def _start_identity(
+    given: ml_collections.ConfigDict,
+    config: ml_collections.ConfigDict,
+    model_config: transformer.ModelConfig | None,
+) -> dict[str, Any]:
+    """What a phase starts from, in a few words that no other start has."""
+    if config.init_from:
+        start = {"init_from": given.init_from} | checkpoint.identity(config.init_from)
+    elif _is_random(config):
+        start = {"random": config.seed}
+    else:
+        path = config.model.path
+        start = {"weights": path, "identity": pretrained.identity(path)}
+    if model_config is None:
+        return start
+    return start | {"architecture": model_config.fingerprint}
+
+
+def _check_start(
+    folder: epath.Path, provenance: dict[str, Any], now: dict[str, Any]
+) -> None:
+    if not checkpoint.is_same_start(provenance["start"], now):
+        raise InputError(
+            f"{folder}: was made from {provenance['start']}, which is now {now}; delete "
+            f"{folder} to make it anew, or put that back"
+        )
+
+
+def check_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+    """A workdir that is in use must hold the same config.
+
+    Raises:
+      InputError: names the first setting that differs, or the damaged file.
+    """
+    path = workdir / CONFIG_FILE
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"{workdir}: is a file; give another --workdir")
+    if not path.exists():
+        return
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(
+            f"{path}: damaged ({error}); delete it if the run in {workdir} had this config"
+        ) from error
+    is_finished = (workdir / RESULTS_FILE).exists()
+    difference = config_lib.first_difference(config, stored, is_finished)
+    if difference is not None:
+        key, then, now = difference
+        raise InputError(
+            f"{workdir}: belongs to a run with {key}={then!r}, this one has {now!r}; "
+            "give another --workdir (and --config.init_from to start from this run's "
+            "end), or the same config to go on"
+        )
+
+
+def check_model(
+    config: ml_collections.ConfigDict,
+    model_config: transformer.ModelConfig,
+    num_devices: int | None = None,
+) -> None:
+    """Settings that must suit the model, checked before its weights are read.
+
+    Args:
+      config: of the phase.
+      model_config: the architecture.
+      num_devices: of all hosts; None: those that are there.
+
+    Raises:
+      InputError: names the setting and the remedy.
+    """
+    for section in ("data", "eval") if config.job != "export" else ():
+        row_length = config[section].row_length
+        if row_length > model_config.max_positions:
+            raise InputError(
+                f"{section}.row_length={row_length}: longer than the model's context "
+                f"of {model_config.max_positions}; use at most that"
+            )
+    data, fsdp, tensor = mesh_shape.mesh_shape(
+        config.mesh, num_devices or jax.device_count()
+    )
+    if data * fsdp % jax.process_count():
+        raise InputError(
+            f"mesh: data x fsdp = {data} x {fsdp} cannot be shared by "
+            f"{jax.process_count()} hosts; make mesh.tensor smaller"
+        )
+    for axis, size, dimension, value in (
+        ("tensor", tensor, "attention heads", model_config.num_heads),
+        ("tensor", tensor, "key-value heads", model_config.num_kv_heads),
+        ("tensor", tensor, "MLP columns", model_config.mlp_size),
+        ("tensor", tensor, "vocabulary entries", model_config.vocab_size),
+        ("fsdp", fsdp, "hidden size", model_config.hidden_size),
+    ):
+        if value % size:
+            raise InputError(
+                f"mesh.{axis}={size} does not divide the model's {value} {dimension}; "
+                f"choose a divisor and give the rest of the devices to mesh.data"
+            )
+
+
+def abstract_params(
+    model_config: transformer.ModelConfig, mesh: jax.sharding.Mesh, dtype: str
+) -> transformer.Params:
+    """Shapes, dtypes and shardings of the whole parameters."""
+    return sharding.place(
+        transformer.abstract_params(model_config, dtype),
+        sharding.shardings(mesh, transformer.param_axes(model_config)),
+    )
+
+
+def abstract_adapters(
+    model_config: transformer.ModelConfig,
+    lora: transformer.Lora,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+) -> transformer.Params:
+    """The same of the adapters."""
+    return sharding.place(
+        transformer.abstract_adapters(model_config, lora, dtype),
+        sharding.shardings(mesh, transformer.adapter_axes(model_config, lora)),
+    )
+
+
+def load_params(
+    folder: str,
+    model_config: transformer.ModelConfig,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    model_path: str = "",
+) -> transformer.Params:
+    """The whole parameters at the end of a phase: the hand-over.
+
+    Where the phase trained adapters, they are merged into what that phase started from.
+    The sum is rounded to `dtype`; in bfloat16 that swallows most of a small update.
+
+    Args:
+      folder: the phase's folder, or its `checkpoints`.
+      model_config: the architecture.
+      mesh: where the parameters shall lie.
+      dtype: of the parameters.
+      model_path: the pretrained weights under adapters; empty: where that phase found
+        them.
+
+    Raises:
+      InputError: no checkpoint there, or of another model; or adapters whose start has
+        changed since.
+    """
+    stored = ml_collections.ConfigDict(checkpoint.read_config(folder))
+    lora = _lora(stored.get("lora"))
+    whole = abstract_params(model_config, mesh, dtype)
+    if lora is None:
+        return checkpoint.load_params(folder, whole)
+    adapters = checkpoint.load_params(
+        folder, abstract_adapters(model_config, lora, mesh, stored.model.param_dtype)
+    )
+    run_folder = checkpoint.phase_folder(folder).parent
+    if model_path:
+        stored.model.path = model_path
+    given, stored = stored, config_lib.resolve_phases(stored, str(run_folder))
+    _check_start(
+        checkpoint.phase_folder(folder),
+        checkpoint.read_provenance(folder),
+        _start_identity(given, stored, model_config),
+    )
+    merge = jax.jit(
+        functools.partial(transformer.merge_adapters, lora=lora),
+        donate_argnums=0,
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, whole),
+    )
+    return merge(_start(stored, model_config, mesh, dtype), adapters)
+
+
+def _start(config, model_config, mesh, dtype) -> transformer.Params:
+    if config.init_from:
+        return load_params(
+            config.init_from, model_config, mesh, dtype, config.model.path
+        )
+    wanted = abstract_params(model_config, mesh, dtype)
+    if _is_random(config):
+        make = jax.jit(
+            functools.partial(transformer.init_params, model_config, dtype=dtype),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted),
+        )
+        return make(jax.random.key(config.seed))
+    return pretrained.load_params(config.model.path, wanted)
+
+
+def _is_random(config: ml_collections.ConfigDict) -> bool:
+    # Stored configs may be older than the setting.
+    return config.model.get("weights") == "random"
+
+
+def _lora(config: ml_collections.ConfigDict | None) -> transformer.Lora | None:
+    if config is None or not config.rank:
+        return None
+    return transformer.Lora(config.rank, config.alpha, tuple(config.targets))

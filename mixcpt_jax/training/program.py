@@ -1,0 +1,204 @@
+"""What a training phase runs on its devices, before anything is loaded or compiled."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from mixcpt_jax.data import pipeline
+from mixcpt_jax.models import transformer
+from mixcpt_jax.objectives import (
+    dense,
+    interface,
+    over_pairs,
+    over_tokens,
+    streamed,
+    teachers,
+)
+from mixcpt_jax.runtime import sharding
+from mixcpt_jax.training import optimizer, steps, teacher_outputs
+from mixcpt_jax.training import phase as phase_lib
+
+
+class Program(NamedTuple):
+    """What a phase runs on its devices, before anything is loaded or compiled.
+
+    Attributes:
+      train_step: the jitted `(state, frozen, batch) -> (state, metrics)`.
+      transforms: the optimizer.
+      state, frozen: shapes, dtypes and shardings of the step's arguments; `frozen` is
+        None where the step needs no frozen model, and may be a part of one.
+    """
+
+    train_step: Any
+    transforms: optax.GradientTransformation
+    state: steps.TrainState
+    frozen: transformer.Params | None
+
+
+def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
+    """Builds the training step of a phase."""
+    config = phase.config
+    transforms, schedule = optimizer.make_optimizer(
+        config.optimizer, data.num_steps, config.model.param_dtype
+    )
+    if config.train.max_skipped:
+        transforms = optimizer.skip_bad_steps(transforms, config.optimizer.spike_factor)
+    state = _abstract_state(phase, transforms)
+    train_step = jax.jit(
+        steps.make_train_step(
+            _objective(phase, data),
+            transforms,
+            schedule,
+            config.optimizer.accumulation_steps,
+            has_adapters=phase.lora is not None,
+        ),
+        donate_argnums=0,
+        out_shardings=(
+            jax.tree.map(lambda leaf: leaf.sharding, state),
+            sharding.replicated(phase.mesh),
+        ),
+        compiler_options=phase.compiler_options,
+    )
+    frozen = frozen_part(phase, data)(
+        phase_lib.abstract_params(phase.model_config, phase.mesh, phase.frozen_dtype)
+    )
+    return Program(train_step, transforms, state, frozen)
+
+
+def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> interface.Objective:
+    """What the config's objective is in terms of `steps`."""
+    config = phase.config
+    student = phase.forward(config.model.remat, phase.lora)
+    names = tuple(data.objectives)
+    if config.objective.kind == "tokens":
+        return over_tokens.token_objective(
+            student,
+            _teacher(phase, data),
+            names,
+            functools.partial(streamed.head_loss, **phase.head_options),
+            _untaught(config, data),
+        )
+    preference = config.preference
+    return over_pairs.preference_objective(
+        student,
+        phase.forward() if preference.reference == "step" else None,
+        names,
+        data.packed[0].num_segments,
+        functools.partial(
+            dense.preference_loss,
+            beta=preference.beta,
+            kind=preference.loss,
+            label_smoothing=preference.label_smoothing,
+            sft_weight=preference.sft_weight,
+        ),
+        preference.length_normalised or preference.loss == "ipo",
+        functools.partial(streamed.log_probabilities, **phase.head_options),
+    )
+
+
+def _needs_teacher(config, data: pipeline.Data) -> bool:
+    return config.objective.kind == "tokens" and any(
+        map(teacher_outputs.is_asked, data.packed)
+    )
+
+
+def reads_teacher(config, data: pipeline.Data) -> bool:
+    return config.objective.teacher == "prepared" and _needs_teacher(config, data)
+
+
+def with_teacher(phase: phase_lib.Phase, data: pipeline.Data) -> pipeline.Data:
+    if reads_teacher(phase.config, data):
+        return pipeline.with_teacher(data, teacher_outputs.open_rows(phase, data))
+    return data
+
+
+def _teacher(phase: phase_lib.Phase, data: pipeline.Data) -> teachers.Teacher | None:
+    config, objective = phase.config, phase.config.objective
+    if not _needs_teacher(config, data):
+        return None
+    if not reads_teacher(config, data):
+        return teachers.running_teacher(phase.forward(), objective.teacher_temperature)
+    if objective.teacher_top_k:
+        return teachers.compact_teacher()
+    return teachers.prepared_teacher(
+        config.model.compute_dtype,
+        objective.teacher_temperature,
+        phase.model_config.final_soft_cap,
+    )
+
+
+def _untaught(config, data: pipeline.Data) -> list[str]:
+    """The sources in the stream of which a prepared teacher holds nothing."""
+    if not reads_teacher(config, data):
+        return []
+    used = (rows for rows in data.packed if rows.source.share > 0)
+    return [rows.source.name for rows in used if not teacher_outputs.is_asked(rows)]
+
+
+def frozen_passes(config: ml_collections.ConfigDict, data: pipeline.Data) -> str:
+    """What of the frozen model runs in a step: "whole", "unembedding" or "none"."""
+    if config.objective.kind == "preference":
+        return "whole" if config.preference.reference == "step" else "none"
+    if not _needs_teacher(config, data):
+        return "none"
+    if not reads_teacher(config, data):
+        return "whole"
+    return "none" if config.objective.teacher_top_k else "unembedding"
+
+
+def frozen_part(
+    phase: phase_lib.Phase, data: pipeline.Data
+) -> Callable[[transformer.Params], transformer.Params | None]:
+    """What the step needs of the frozen model's parameters."""
+    passes = frozen_passes(phase.config, data)
+    if phase.lora or passes == "whole":
+        return lambda params: params
+    if passes == "unembedding":
+        return transformer.unembedding_alone
+    return lambda params: None
+
+
+def _abstract_state(phase: phase_lib.Phase, transforms) -> steps.TrainState:
+    """Shapes, dtypes and shardings of the state, before any array exists."""
+    replicated = sharding.replicated(phase.mesh)
+    shape_of = (phase.model_config, phase.mesh, phase.config.model.param_dtype)
+    if phase.lora:
+        model_config, mesh, dtype = shape_of
+        params = phase_lib.abstract_adapters(model_config, phase.lora, mesh, dtype)
+    else:
+        params = phase_lib.abstract_params(*shape_of)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    moments = sharding.place(
+        jax.eval_shape(transforms.init, params),
+        optimizer.state_shardings(transforms, params, shardings, replicated),
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return steps.TrainState(step, params, moments)
+
+
+def starting_state(phase: phase_lib.Phase, program: Program) -> steps.TrainState:
+    dtype = phase.config.model.param_dtype
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+
+    def init(params):
+        return steps.TrainState(
+            jnp.zeros((), jnp.int32), params, program.transforms.init(params)
+        )
+
+    if phase.lora:
+        key = jax.random.key(phase.config.seed)
+        make = jax.jit(
+            lambda key: init(
+                transformer.init_adapters(phase.model_config, phase.lora, key, dtype)
+            ),
+            out_shardings=state_shardings,
+        )
+        return make(key)
+    return jax.jit(init, donate_argnums=0, out_shardings=state_shardings)(
+        phase.starting_params(dtype)
+    )

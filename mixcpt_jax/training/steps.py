@@ -1,0 +1,182 @@
+"""Pure steps: (state, frozen_params, batch) -> (state, metrics), jitted by `train`.
+
+A batch is a dict of `[B, L]` arrays: `tokens`, `targets`, `positions`, `segment_ids`,
+`source_ids`, `loss_mask` (1 where the target is learnt) and a weight per objective,
+`ntp_weights` and so on, see `streamed.TokenWeights`. Where the log-probabilities of a
+reference are known ahead it also has them per segment, `reference_logps`, `[B, S]`.
+
+A metric is a pair (sum, count), so sums over microbatches, batches and hosts stay exact;
+the mean is taken when it is read.
+
+Shape suffixes: B batch rows, L row length, T = B * L tokens, S segments of a row,
+P = B * S / 2 pairs.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mixcpt_jax.models import transformer
+from mixcpt_jax.objectives import streamed
+from mixcpt_jax.objectives.interface import (
+    Batch,
+    Metrics,
+    Objective,
+    flatten,
+    model_inputs,
+    with_soft_cap,
+)
+from mixcpt_jax.runtime.sharding import constrain
+from mixcpt_jax.training.optimizer import Guarded, apply_updates, global_norm
+
+# For `jax.jit`, by platform.
+COMPILER_OPTIONS = {
+    # YNNPACK's matrix products are 10-15% slower than XLA's own for the head's shapes
+    # (jax 0.10 and 0.12).
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
+    # Weights are gathered whole, ahead of their product. In the compiler's model a
+    # product that passes them around in pieces makes the step of Llama-3-8B on v5e:4x4
+    # half as long again, and it takes 0.2 GiB more.
+    # What is gathered arrives beside work; of itself the compiler sees to that on v5e
+    # alone. Llama-3-8B's step on v6e:4x4 then takes 2.02 instead of 2.15 s in the
+    # compiler's model, on v5p:2x2x1 12.27 instead of 12.52.
+    "tpu": {
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+        "xla_enable_async_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    },
+}
+
+
+class TrainState(NamedTuple):
+    """What training changes, and all of it. The frozen model is not in here."""
+
+    step: jax.Array
+    params: transformer.Params
+    opt_state: Any
+
+
+def make_train_step(
+    objective: Objective,
+    transforms: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    accumulation_steps: int = 1,
+    has_adapters: bool = False,
+) -> Callable[[TrainState, transformer.Params, Batch], tuple[TrainState, Metrics]]:
+    """Builds the step of any phase.
+
+    Args:
+      objective: from `token_objective` or `preference_objective`.
+      transforms: the optimizer; with `optimizer.skip_bad_steps` the metrics also say how many
+        steps were skipped so far, `skipped`, and how many at most in a row.
+      schedule: the learning rate, reported as a metric.
+      accumulation_steps: microbatches per step; B must be a multiple.
+      has_adapters: the state's parameters are adapters of `frozen_params`; else they are
+        the whole student.
+    """
+
+    def loss_sum(params, frozen_params, batch: Batch, scale):
+        student = params
+        if frozen_params is not None:
+            frozen_params = jax.lax.stop_gradient(frozen_params)
+        if has_adapters:
+            student = transformer.with_adapters(frozen_params, params)
+        return objective.loss_sum(student, frozen_params, batch, scale)
+
+    gradient = jax.value_and_grad(loss_sum, has_aux=True)
+
+    def train_step(state: TrainState, frozen_params, batch: Batch):
+        # The denominator is known before any microbatch runs.
+        count, count_metrics = objective.count(batch)
+        scale = 1.0 / jnp.maximum(count, 1.0)
+
+        def totals(batch):
+            (loss, metrics), grads = gradient(state.params, frozen_params, batch, scale)
+            # Sums over microbatches are float32 whatever the parameters are.
+            return loss, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+        if accumulation_steps == 1:
+            loss, metrics, grads = totals(batch)
+        else:
+            microbatches = _split(batch, accumulation_steps)
+            first = jax.tree.map(lambda x: x[0], microbatches)
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(totals, first)
+            )
+            (loss, metrics, grads), _ = jax.lax.scan(
+                lambda sums, part: (jax.tree.map(jnp.add, sums, totals(part)), None),
+                zeros,
+                microbatches,
+            )
+
+        updates, opt_state = transforms.update(grads, state.opt_state, state.params)
+        params = apply_updates(state.params, updates, state.step)
+        one = jnp.ones(())
+        metrics |= count_metrics
+        scheduled = state.step
+        if isinstance(opt_state, Guarded):
+            # The schedule does not count what is skipped.
+            scheduled -= state.opt_state.skipped
+            metrics |= {
+                "skipped": (opt_state.skipped, one),
+                "skipped_in_a_row": (opt_state.longest, one),
+            }
+        metrics |= {
+            "loss": (loss, count_metrics["loss"][1]),
+            "grad_norm": (global_norm(grads), one),
+            "learning_rate": (jnp.asarray(schedule(scheduled), jnp.float32), one),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(
+    forward: transformer.Forward,
+    head_loss: Callable[
+        ..., tuple[jax.Array, streamed.TokenStatistics]
+    ] = streamed.head_loss,
+) -> Callable[[transformer.Params, Batch], dict[str, jax.Array]]:
+    """Builds `(params, batch) -> {"ntp", "correct"}`, `[B, L]` float32 per target.
+
+    The one scorer: runs, `evaluate`, the harness, selection and the reference of pairs
+    all read their log-likelihoods, `-ntp` in nats, from it.
+
+    Args:
+      forward: from `model.make_forward`.
+      head_loss: `streamed.head_loss` with its settings.
+    """
+
+    def eval_step(params, batch: Batch):
+        hidden = flatten(forward(params, *model_inputs(batch)))
+        targets = flatten(batch["targets"])
+        unembedding, vocab_first = transformer.unembedding(params)
+        _, statistics = with_soft_cap(head_loss, forward)(
+            hidden,
+            unembedding,
+            None,
+            None,
+            targets,
+            streamed.TokenWeights.of(len(targets)),
+            vocab_first=vocab_first,
+        )
+        shape = batch["targets"].shape
+        return {
+            "ntp": statistics.ntp.reshape(shape),
+            "correct": statistics.correct.reshape(shape),
+        }
+
+    return eval_step
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """`[B, ...]` to `[parts, B / parts, ...]`, each part spread over all devices."""
+
+    def split(x):
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
+        return constrain(x.swapaxes(0, 1), None, "batch", *[None] * (x.ndim - 2))
+
+    return jax.tree.map(split, batch)

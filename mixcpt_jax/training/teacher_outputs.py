@@ -1,0 +1,189 @@
+"""What the frozen teacher says about the packed rows, once, ahead of training.
+
+The teacher does not change, and a row reads the same in every epoch. So what it says can
+be kept (`data.taught`): training then holds no teacher body, and second and later epochs
+cost what plain continual pre-training does.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import mixture, pipeline, teacher_cache, token_cache
+from mixcpt_jax.objectives import teachers
+from mixcpt_jax.runtime import sharding
+from mixcpt_jax.training import phase as phase_lib
+
+_BYTES_PER_SHARD = 2**28
+
+
+def is_asked(rows: mixture.PackedRows) -> bool:
+    """Whether a source is in the stream and learns anything from the teacher."""
+    objectives = rows.source.objectives.items()
+    return rows.source.share > 0 and any(w for name, w in objectives if name != "ntp")
+
+
+def open_rows(
+    phase: phase_lib.Phase, data: pipeline.Data
+) -> dict[str, teacher_cache.TaughtRows]:
+    """What `prepare` made for a phase, by source.
+
+    Raises:
+      InputError: it is not there, damaged, or was made for something else.
+    """
+    return {
+        rows.source.name: teacher_cache.open_rows(
+            _folder(phase, rows), form_of(phase), _key(phase, rows)
+        )
+        if is_asked(rows)
+        else teacher_cache.TaughtRows(form_of(phase))
+        for rows in data.packed
+    }
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
+    """Runs the frozen model of a phase over the rows that learn from it.
+
+    Shards that are there and right are kept. On several hosts the first one writes.
+
+    Args:
+      config: a validated config without phases.
+      workdir: the phase's folder, of which nothing is written.
+      name: of the phase.
+
+    Raises:
+      InputError: config, data, weights or workdir are wrong, or nothing can be written.
+    """
+    phase = phase_lib.start(config, workdir, name)
+    config = phase.config
+    data = pipeline.load(config, phase.tokenizer)
+    asked = [rows for rows in data.packed if is_asked(rows)]
+    form = form_of(phase)
+    _say(f"{name}: the teacher takes {form.bytes_per_token} bytes a token on disk")
+    for rows in asked:
+        size = form.bytes_per_token * int(rows.plan.length.sum()) / 2**30
+        epochs = next(r["epochs"] for r in data.report if r["name"] == rows.source.name)
+        _say(
+            f"{rows.source.name}: {len(rows)} rows, {size:.2f} GiB, of which the phase "
+            f"reads {epochs:.2f} epochs; max_records makes it less"
+        )
+    with jax.set_mesh(phase.mesh):
+        params = phase.starting_params(phase.frozen_dtype) if asked else None
+        step = jax.jit(
+            teachers.make_teacher_step(
+                phase.forward(),
+                config.objective.teacher_top_k,
+                config.objective.teacher_temperature,
+            ),
+            out_shardings=sharding.replicated(phase.mesh),
+            compiler_options=phase.compiler_options,
+        )
+        for rows in asked:
+            _prepare_rows(
+                phase, rows, form, lambda batch: step(params, phase.put(batch))
+            )
+
+
+def _prepare_rows(
+    phase: phase_lib.Phase, rows: mixture.PackedRows, form: teacher_cache.Form, say: Any
+) -> None:
+    batch_size, length = phase.config.data.batch_size, phase.config.data.row_length
+    batches = max(1, _BYTES_PER_SHARD // (form.bytes_per_token * length * batch_size))
+    per_shard = batches * batch_size
+    folder, key = _folder(phase, rows), _key(phase, rows)
+    is_first_host = jax.process_index() == 0
+    if is_first_host:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / token_cache.MANIFEST).unlink(missing_ok=True)
+    shards = []
+    for number, first in enumerate(range(0, len(rows), per_shard)):
+        here = range(first, min(first + per_shard, len(rows)))
+        facts = teacher_cache.shard_facts(key, first, len(here))
+        entry = (
+            token_cache.finished_shard(folder, number, facts) if is_first_host else None
+        )
+        if _on_all_hosts(entry is not None):
+            shards.append(entry)
+            continue
+        records = _records(phase, rows, here, form, say)
+        if is_first_host:
+            shards.append(token_cache.write_shard(folder, number, records, facts))
+        else:
+            for _ in records:
+                pass
+        _say(
+            f"{rows.source.name}: the teacher has read {here.stop} of {len(rows)} rows"
+        )
+    if is_first_host:
+        facts = {"bytes_per_token": form.bytes_per_token}
+        token_cache.write_manifest(folder, key, shards, facts)
+
+
+def _records(phase, rows, numbers: range, form, say) -> Iterator[bytes]:
+    """The records of some rows; the first of them begins a batch."""
+    batch_size = phase.config.data.batch_size
+    batches = mixture.evaluation_batches(rows, batch_size, numbers.start // batch_size)
+    starts = numbers[::batch_size]
+    for first, batch in zip(starts, batches, strict=False):
+        arrays = jax.device_get(say(batch))
+        lengths = np.count_nonzero(batch["segment_ids"], axis=1)
+        for place in range(min(batch_size, numbers.stop - first)):
+            one = {key: x[place] for key, x in arrays.items()}
+            yield form.encode(one, int(lengths[place]))
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def _on_all_hosts(value: bool) -> bool:
+    """What the first host found."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def _folder(phase: phase_lib.Phase, rows: mixture.PackedRows) -> epath.Path:
+    config = phase.config
+    return teacher_cache.folder_of(
+        config.data.prepared, rows.source.name, config.objective.teacher_top_k
+    )
+
+
+def form_of(phase: phase_lib.Phase) -> teacher_cache.Form:
+    top_k = phase.config.objective.teacher_top_k
+    vocab_size = phase.model_config.vocab_size
+    if top_k > vocab_size:
+        raise InputError(
+            f"objective.teacher_top_k={top_k}: the model's vocabulary has {vocab_size} "
+            "tokens; use at most that"
+        )
+    if top_k:
+        return teacher_cache.Form.compact(top_k, vocab_size)
+    return teacher_cache.Form.of_hidden_states(phase.model_config.hidden_size)
+
+
+def _key(phase: phase_lib.Phase, rows: mixture.PackedRows) -> dict[str, Any]:
+    """What the teacher's view of a source depends on."""
+    config = phase.config
+    key = {
+        "row_length": config.data.row_length,
+        "data.packing": config.data.packing,
+        "seed": config.seed,
+        "tokens": rows.source.examples.fingerprint,
+        "rows": rows.plan.fingerprint,
+        "start": phase.start_key,
+        "teacher_dtype": phase.frozen_dtype,
+        "compute_dtype": config.model.compute_dtype,
+    }
+    if config.objective.teacher_top_k:
+        key["teacher_top_k"] = config.objective.teacher_top_k
+        key["teacher_temperature"] = config.objective.teacher_temperature
+    return key
