@@ -14,9 +14,9 @@ Llama, Mistral, Qwen or Gemma family. Records are JSON lines: `{"text"}` for doc
 .txt and .md files), `{"instruction", "input", "output"}` or `{"prompt", "response"}` for
 instructions, `{"prompt", "chosen", "rejected"}` for preferences; other field names are
 mapped with `sources.NAME.fields`. Weights are shares of tokens. The defaults of every
-other key, with their meaning, are in `mixcpt_jax/config.py`.
+other key, with their meaning, are in `mixcpt_jax/config/defaults.py`.
 
-`mixcpt prepare` with the same flags and
+`python -m mixcpt_jax prepare` with the same flags and
 `--config.data.prepared=FOLDER` tokenises the sources once, for every run that names the
 folder.
 

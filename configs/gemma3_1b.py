@@ -1,6 +1,6 @@
 """Mix-CPT's first phase for Gemma 3 1B on a TPU slice.
 
-    mixcpt plan --config=configs/gemma3_1b.py:v5e-16
+    python -m mixcpt_jax plan --config=configs/gemma3_1b.py:v5e-16
     python -m mixcpt_jax.main --config=configs/gemma3_1b.py:v5e-16 --distributed \\
         --workdir=gs://BUCKET/runs/mine --config.model.path=/models/gemma-3-1b-pt \\
         --config.sources.domain.path='/data/domain/*.jsonl' \\

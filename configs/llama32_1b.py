@@ -1,6 +1,6 @@
 """Mix-CPT's first phase for Llama-3.2-1B on a TPU slice.
 
-    mixcpt plan --config=configs/llama32_1b.py:v5e-16
+    python -m mixcpt_jax plan --config=configs/llama32_1b.py:v5e-16
     python -m mixcpt_jax.main --config=configs/llama32_1b.py:v5e-16 --distributed \\
         --workdir=gs://BUCKET/runs/mine --config.model.path=/models/Llama-3.2-1B \\
         --config.sources.domain.path='/data/domain/*.jsonl' \\

@@ -22,7 +22,7 @@ What differs in a phase stands in `overrides.PHASE`, e.g.
 `--config.select.keep.instructions=200` (and `.preferences`), how is
 `--config.select.method`. Adapters in every phase: `--config.lora.rank=16`.
 The records' formats are those of `configs/cpt.py`; every key is explained in
-`mixcpt_jax/config.py`.
+`mixcpt_jax/config/defaults.py`.
 
 `--config=configs/mixcpt.py:auto` is the same sized by the corpus: one pass over the domain
 (`sources.domain.epochs`), in rows, batches and microbatches that suit its length and the

@@ -1,7 +1,7 @@
 """Continual pre-training on TPU slices: what the configs of single models share.
 
 A preset is the first phase of Mix-CPT, `configs/cpt.py`, on the mesh and with the batch
-that suit a model on a slice; `mixcpt plan` says what each takes. Everything
+that suit a model on a slice; `python -m mixcpt_jax plan` says what each takes. Everything
 else is set as there: `model.path`, the paths of the sources, the steps.
 """
 

@@ -1,6 +1,6 @@
 """Mix-CPT's first phase for Qwen2.5-7B on a TPU slice.
 
-    mixcpt plan --config=configs/qwen25_7b.py:v5e-16
+    python -m mixcpt_jax plan --config=configs/qwen25_7b.py:v5e-16
     python -m mixcpt_jax.main --config=configs/qwen25_7b.py:v5e-16 --distributed \\
         --workdir=gs://BUCKET/runs/mine --config.model.path=/models/Qwen2.5-7B \\
         --config.sources.domain.path='/data/domain/*.jsonl' \\

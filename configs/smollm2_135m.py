@@ -1,6 +1,6 @@
 """Mix-CPT's first phase for SmolLM2-135M on a TPU slice.
 
-    mixcpt plan --config=configs/smollm2_135m.py:v5e-16
+    python -m mixcpt_jax plan --config=configs/smollm2_135m.py:v5e-16
     python -m mixcpt_jax.main --config=configs/smollm2_135m.py:v5e-16 --distributed \\
         --workdir=gs://BUCKET/runs/mine --config.model.path=/models/SmolLM2-135M \\
         --config.sources.domain.path='/data/domain/*.jsonl' \\

@@ -3,7 +3,7 @@
     python -m mixcpt_jax.main --config=configs/quickstart.py [--workdir=runs/mine]
         [--config.train.num_steps=100 ...]
 
-The same command run again goes on where the last one stopped.
+The same command run again resumes where the last one stopped.
 """
 
 import ast
@@ -19,7 +19,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mixcpt_jax.cli import command
+from mixcpt_jax.cli import command, shipped
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import terminal
 
@@ -280,6 +280,13 @@ def _parse(argv: list[str]) -> list[str]:
         command.explain(error)
 
 
+def _with_config_found(argument: str) -> str:
+    flag, _, name = argument.partition("=")
+    if flag not in ("--config", "-config"):
+        return argument
+    return f"{flag}={shipped.find(name)}"
+
+
 def _unknown_key(error: LookupError | AttributeError, argv: list[str]) -> str:
     """What to say of a key that the config does not have, and in which flag it stands."""
     # A KeyError's text is the quoted form of what it was given, and ConfigDict makes one
@@ -295,14 +302,25 @@ def _unknown_key(error: LookupError | AttributeError, argv: list[str]) -> str:
     given = (argument.partition("=")[0] for argument in argv)
     flag = next((key for key in given if name in key.split(".")), "--config")
     advice = guess or (
-        "mixcpt_jax/config.py has all settings. New sources, texts and exams are added by "
-        "their path, as in --config.eval.exams.NAME.path=FILE"
+        "mixcpt_jax/config/defaults.py has all settings. New sources, texts and exams "
+        "are added by their path, as in --config.eval.exams.NAME.path=FILE"
     )
     return f"{flag}: nothing is called {name!r} there. {advice}"
 
 
 def launch(main: Callable[[list[str]], None]) -> None:
-    """Runs a command with the flags of this module and its own."""
+    """Runs a command with the flags of this module and its own.
+
+    Args:
+      main: the command, given what is left of the command line. `--help` prints the
+        docstring of its module and its flags.
+    """
+    if {"--help", "-h", "-help"} & set(sys.argv[1:]):
+        module = sys.modules[main.__module__]
+        print(f"{module.__doc__}\nflags:\n{flags.FLAGS.module_help(module)}")
+        return
+    shipped.make_importable()
+    sys.argv = [_with_config_found(argument) for argument in sys.argv]
 
     def run(argv: list[str]) -> None:
         with _ending_together():
@@ -312,5 +330,10 @@ def launch(main: Callable[[list[str]], None]) -> None:
     app.run(run, flags_parser=_parse)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs the command from the command line."""
     launch(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -27,52 +27,84 @@ BAD = [
     ("train.num_stepz", 3, "train.num_stepz: unknown key.*num_steps"),
     ("data.batch_size", "eight", "data.batch_size='eight': int is wanted, found str"),
     ("data.batch_size", True, "data.batch_size=True: int is wanted, found bool"),
-    ("data.batch_size", 0, "data.batch_size=0: a number above 0"),
-    ("optimizer.learning_rate", -1.0, "optimizer.learning_rate=-1.0: a number above 0"),
-    ("optimizer.schedule", "linear", "optimizer.schedule='linear': one of cosine"),
-    ("optimizer.warmup_steps", 1000, "warmup_steps=1000: less than train.num_steps"),
+    ("data.batch_size", 0, "data.batch_size=0: must be > 0"),
+    ("optimizer.learning_rate", -1.0, "optimizer.learning_rate=-1.0: must be > 0"),
+    (
+        "optimizer.schedule",
+        "linear",
+        "optimizer.schedule='linear': must be one of cosine",
+    ),
+    (
+        "optimizer.warmup_steps",
+        1000,
+        "warmup_steps=1000: must be less than train.num_steps",
+    ),
     ("optimizer.accumulation_steps", 3, "accumulation_steps=3 does not divide.*=8"),
     ("data.batch_size", 12, "12 rows do not divide.*1 x 8; use a multiple of 8"),
     ("eval.batch_size", 6, "eval.batch_size = 6 rows do not divide"),
     ("mesh.tensor", 3, "mesh:.*does not lay out 8 devices"),
     ("model.path", "", "^model.path: no path.* add --config.model.path=...$"),
-    ("model.remat", "some", "model.remat='some': one of none, dots, full"),
-    ("model.weights", "new", "model.weights='new': one of pretrained, random"),
+    ("model.remat", "some", "model.remat='some': must be one of full, none, dots"),
+    ("model.weights", "new", "model.weights='new': must be one of pretrained, random"),
     ("sources.domain.path", "", "^sources.domain.path: no path is given"),
     ("sources.domain.weight", 0.0, "sources: none has a weight above 0"),
-    ("sources.domain.format", "poem", "sources.domain.format='poem': one of document"),
+    (
+        "sources.domain.format",
+        "poem",
+        "sources.domain.format='poem': must be one of document",
+    ),
     ("sources.domain.lssd_weight", -0.2, "sources.domain: objective weights"),
     ("sources.domain.lssd_weight", "1", "sources.domain.lssd_weight='1'.*number"),
     ("sources.domain.selective_weight", -0.5, "sources.domain: objective weights"),
-    ("objective.selective_weight", -0.5, "selective_weight=-0.5: 0 or more"),
-    ("objective.teacher_temperature", 0.0, "teacher_temperature=0.0: a number above 0"),
-    ("objective.anneal", "ntp", "objective.anneal='ntp': one of none, to_ntp, from_"),
-    ("sources.domain.holdout", -1, "sources.domain.holdout=-1: 0 or more"),
-    ("optimizer.beta1", 1.5, "optimizer.beta1=1.5: 0 to below 1"),
-    ("optimizer.spike_factor", 0.5, "spike_factor=0.5: 0, or more than 1 is wanted"),
+    ("objective.selective_weight", -0.5, "selective_weight=-0.5: must be >= 0"),
+    ("objective.teacher_temperature", 0.0, "teacher_temperature=0.0: must be > 0"),
+    (
+        "objective.anneal",
+        "ntp",
+        "objective.anneal='ntp': must be one of none, to_ntp, from_",
+    ),
+    ("sources.domain.holdout", -1, "sources.domain.holdout=-1: must be >= 0"),
+    ("optimizer.beta1", 1.5, "optimizer.beta1=1.5: must be >= 0 and < 1"),
+    ("optimizer.spike_factor", 0.5, "spike_factor=0.5: must be 0, or more than 1"),
     (
         "optimizer.spike_factor",
         5.0,
         "spike_factor=5.0: .*train.max_skipped, which is 0",
     ),
-    ("train.timeout", -1.0, "train.timeout=-1.0: 0 or more"),
-    ("job", "learn", "job='learn': one of train, select, evaluate, export"),
-    ("objective.kind", "dpo", "objective.kind='dpo': one of tokens, preference"),
+    ("train.timeout", -1.0, "train.timeout=-1.0: must be >= 0"),
+    ("job", "learn", "job='learn': must be one of train, select, evaluate, export"),
+    (
+        "objective.kind",
+        "dpo",
+        "objective.kind='dpo': must be one of tokens, preference",
+    ),
     ("objective.kind", "preference", "format='document' does not go with objective.ki"),
     ("sources.domain.format", "chat_preference", "does not go with.*kind='tokens'"),
     (
         "sources.domain.on_bad_record",
         "drop",
-        "on_bad_record='drop': one of refuse, skip",
+        "on_bad_record='drop': must be one of refuse, skip",
     ),
-    ("data.overlong", "cut", "data.overlong='cut': one of split, truncate, drop"),
-    ("preference.label_smoothing", 0.5, "preference.label_smoothing=0.5: < 0.5"),
+    (
+        "data.overlong",
+        "cut",
+        "data.overlong='cut': must be one of split, truncate, drop",
+    ),
+    (
+        "preference.label_smoothing",
+        0.5,
+        "preference.label_smoothing=0.5: must be >= 0 and < 0.5",
+    ),
     ("lora.targets", ["query", "bias"], "lora.targets=query,bias: some of query, key"),
-    ("select.origin_share", 0.0, "select.origin_share=0.0: a number above 0"),
-    ("select.origin_share", 1.5, "select.origin_share=1.5: at most 1"),
+    ("select.origin_share", 0.0, "select.origin_share=0.0: must be > 0 and"),
+    ("select.origin_share", 1.5, "select.origin_share=1.5: must be > 0 and <= 1"),
     ("select.keep", {"other": 3}, "select.keep.other: no such source; known: domain"),
     ("select.keep", {"domain": 0}, "select.keep.domain=0: a number of samples"),
-    ("select.keep", {"domain": 3}, "sources.domain.format='document': instruction"),
+    (
+        "select.keep",
+        {"domain": 3},
+        "sources.domain.format='document': must be instruction",
+    ),
 ]
 
 
@@ -175,7 +207,9 @@ def test_pairs_are_for_preferences_and_are_never_split():
         config_lib.validate(config, 8)
     config = valid()
     config.eval.pairs.some = config_lib.source(path="b.jsonl", format="document")
-    with pytest.raises(InputError, match=r"eval.pairs.some.format='document': chat_"):
+    with pytest.raises(
+        InputError, match=r"eval.pairs.some.format='document': must be chat_"
+    ):
         config_lib.validate(config, 8)
 
 

@@ -23,6 +23,7 @@ import bucket
 import pytest
 import yaml
 
+from mixcpt_jax import cli
 from mixcpt_jax import config as config_lib
 
 PROJECT = pathlib.Path(__file__).parent.parent
@@ -34,7 +35,7 @@ _CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
 _YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_COMMAND = re.compile(r"python -m (mixcpt_jax[\w.]*)((?:[^\n\\`]|\\\n)*)")
+_COMMAND = re.compile(r"python -m mixcpt_jax(\.main| [a-z-]+)((?:[^\n\\`]|\\\n)*)")
 
 # Reads the flags of each command in a process of its own: they are defined once.
 _READ_FLAGS = """
@@ -112,7 +113,7 @@ case "$*" in
         --config.train.num_steps=2 --config.optimizer.warmup_steps=1 \\
         --config.overrides.sft.train.num_steps=3 --config.overrides.dpo.train.num_steps=3 \\
         --config.sources.domain.holdout=2 ;;
-    *mixcpt_jax.cli.plan*) set -- "$@" --topology=v5e:2x2 --config.mesh.data=1 \\
+    *"mixcpt_jax plan"*) set -- "$@" --topology=v5e:2x2 --config.mesh.data=1 \\
         --config.mesh.fsdp=4 --config.data.batch_size=4 --config.data.row_length=1024 \\
         --config.model.architecture=ARCHITECTURES/smollm2_135m.json ;;
     *mixcpt_jax.main*:v*) set -- "$@" --config.mesh.data=1 --config.mesh.fsdp=1 \\
@@ -122,7 +123,7 @@ case "$*" in
         --config.train.num_steps=2 --config.optimizer.warmup_steps=1 \\
         --config.sources.domain.holdout=2 --config.sources.instructions.holdout=2 \\
         --config.sources.preferences.holdout=2 ;;
-    *mixcpt_jax.cli.lm_eval*) set -- "$@" --limit=2 ;;
+    *"mixcpt_jax lm-eval"*) set -- "$@" --limit=2 ;;
 esac
 exec REAL "$@"
 """,
@@ -194,7 +195,8 @@ def test_what_wants_models_buckets_and_slices_runs(tmp_path, write_tiny_model):
 
 def commands(text):
     """Module and arguments of each command, but of those that leave something out."""
-    for module, rest in _COMMAND.findall(text):
+    for name, rest in _COMMAND.findall(text):
+        module, _ = cli.COMMANDS["train" if name == ".main" else name.strip()]
         arguments = shlex.split(re.sub(r"\\\n", " ", rest.rstrip("'`").split("&&")[0]))
         if not any("..." in part or part.startswith("[") for part in arguments):
             yield module, arguments

@@ -277,10 +277,10 @@ def test_every_process_finds_the_same():
     texts = [QUESTION, SHORT, "骨骼系统。", CODE, "a b c d e " * 9]
     program = (
         "import json, sys\n"
-        "from mixcpt_jax.data import clean\n"
+        "from mixcpt_jax.data import filters\n"
         "texts = json.loads(sys.argv[1])\n"
-        "print([[clean.digest(t), *clean.min_hash(clean.words_of(t)).hashvalues[:9]]\n"
-        "       for t in texts])\n"
+        "print([[filters.digest(t)] + list(filters.min_hash(\n"
+        "    filters.words_of(t)).hashvalues[:9]) for t in texts])\n"
     )
     outputs = {
         subprocess.run(

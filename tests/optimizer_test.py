@@ -78,7 +78,10 @@ def test_the_last_step_that_is_taken_has_the_final_ratio(name, parts):
     # A constant gradient of 1, whose clipped moments are 1: Adam moves by the rate.
     config.update(weight_decay=0.0, epsilon=0.0)
     objective = interface.Objective(
-        lambda batch: (jnp.float32(batch["x"].size), {}),
+        lambda batch: (
+            jnp.float32(batch["x"].size),
+            interface.loss_count(jnp.ones((), bool)),
+        ),
         lambda params, _, batch, scale: (params["w"] * batch["x"].sum() * scale, {}),
     )
 

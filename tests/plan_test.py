@@ -275,7 +275,7 @@ def test_the_command(config, tmp_path):
         "--config.eval.batch_size=4",
         f"--output={tmp_path / 'plan.json'}",
     ]
-    command = [sys.executable, "-m", "mixcpt_jax.cli.plan", "--config=configs/cpt.py"]
+    command = [sys.executable, "-m", "mixcpt_jax", "plan", "--config=configs/cpt.py"]
     done = subprocess.run(
         [*command, "--topology=v5e:2x2", *settings],
         capture_output=True,

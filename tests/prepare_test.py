@@ -302,7 +302,7 @@ def test_a_bad_record_is_named_from_a_worker(config, tmp_path):
 
 def run_command(*flags):
     return subprocess.run(
-        [sys.executable, "-m", "mixcpt_jax.cli.prepare", *flags],
+        [sys.executable, "-m", "mixcpt_jax", "prepare", *flags],
         capture_output=True,
         text=True,
         check=False,

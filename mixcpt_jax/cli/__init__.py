@@ -1,0 +1,30 @@
+"""The commands, one file each: flags in, work done elsewhere."""
+
+# Command -> its module, whose `start` runs it, and what it does.
+COMMANDS = {
+    "train": ("mixcpt_jax.main", "runs the phases of a config"),
+    "chat": (
+        "mixcpt_jax.cli.chat",
+        "talks to the model of a run, a folder or a GGUF file",
+    ),
+    "evaluate": (
+        "mixcpt_jax.cli.evaluate",
+        "measures texts, exams and clozes with intervals; compares two models",
+    ),
+    "lm-eval": (
+        "mixcpt_jax.cli.lm_eval",
+        "runs EleutherAI's lm-eval on a model, in JAX",
+    ),
+    "plan": (
+        "mixcpt_jax.cli.plan",
+        "says what a step takes on a TPU slice, without the slice",
+    ),
+    "prepare": (
+        "mixcpt_jax.cli.prepare",
+        "tokenizes once, and runs the teacher once, for many runs",
+    ),
+    "report": (
+        "mixcpt_jax.cli.report",
+        "writes one page of a run, or of several compared",
+    ),
+}

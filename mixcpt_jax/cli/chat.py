@@ -1,6 +1,6 @@
 """Talks to a model.
 
-    mixcpt chat --checkpoint=RUN [--prompt="..." | --prompts=FILE]
+    python -m mixcpt_jax chat --checkpoint=RUN [--prompt="..." | --prompts=FILE]
         [--raw] [--temperature=0.7 --top_p=0.9 ...]
 
 opens a chat, or answers what is given. RUN is the workdir of a run, a phase's folder, a
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = command.parser("sample", __doc__)
+    parser = command.parser("chat", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="RUN", help="where the model is")
     add("--prompt", action="append", default=[], help="answer it; may be repeated")
@@ -213,5 +213,6 @@ def print_pieces(pieces: Iterator[str]) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs the command from the command line."""
     command.explained(main)

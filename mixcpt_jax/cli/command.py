@@ -17,15 +17,15 @@ from mixcpt_jax.runtime import preemption, terminal
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def parser(module: str, doc: str) -> argparse.ArgumentParser:
+def parser(name: str, doc: str) -> argparse.ArgumentParser:
     """A reader of flags, for commands without a config.
 
     Args:
-      module: of the command, in this package.
+      name: of the command.
       doc: its docstring, which is what `--help` says.
     """
     return argparse.ArgumentParser(
-        f"python -m mixcpt_jax.{module}",
+        f"python -m mixcpt_jax {name}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

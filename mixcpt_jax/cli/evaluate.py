@@ -1,6 +1,6 @@
 """Measures a model, or two on the same items.
 
-    mixcpt evaluate --checkpoint=RUN --tasks NAME=PATH ...
+    python -m mixcpt_jax evaluate --checkpoint=RUN --tasks NAME=PATH ...
         [--compare=OTHER] [--limit=N] [--output=results.json]
 
 measures a model outside of a run, with 95 % intervals, and holds it against a second one
@@ -117,5 +117,6 @@ def _read_results(path: str) -> dict[str, Any]:
     return {key: result[key] for key in ("checkpoint", "dtype", "row_length", "tasks")}
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs the command from the command line."""
     command.explained(main)

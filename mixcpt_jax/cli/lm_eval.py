@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on a model of ours, computed in JAX.
 
-    mixcpt lm-eval --checkpoint=RUN --tasks=NAME,... [--include_path=FOLDER]
+    python -m mixcpt_jax lm-eval --checkpoint=RUN --tasks=NAME,... [--include_path=FOLDER]
         [--limit=N] [--num_fewshot=K] [--apply_chat_template] [--output=results.json]
 
 RUN is the workdir of a run, a phase's folder, a Hugging Face folder or a GGUF file;
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = command.parser("harness", __doc__)
+    parser = command.parser("lm-eval", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="RUN", help="where the model is")
     add("--tasks", required=True, help="names, with commas between")
@@ -71,5 +71,6 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs the command from the command line."""
     command.explained(main)

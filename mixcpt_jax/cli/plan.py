@@ -1,6 +1,6 @@
 """What a training step takes on a TPU slice, before the slice is paid for.
 
-    mixcpt plan --config=configs/llama3_8b.py --topology=v5e:4x4 \\
+    python -m mixcpt_jax plan --config=configs/llama3_8b.py --topology=v5e:4x4 \\
         [--phase=cpt] [--search] [--output=plan.json] [--config.data.batch_size=32 ...]
 
 Compiles the training step of a phase for the slice, from shapes alone: no TPU, no weights
@@ -63,5 +63,6 @@ def main(argv: list[str]) -> None:
         paths.replace(paths.absolute(_OUTPUT.value), paths.to_json(result, indent=1))
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs the command from the command line."""
     command_line.launch(main)

@@ -1,6 +1,6 @@
 """Makes once what every run reads: the tokens of the sources, and the teacher's view.
 
-    mixcpt prepare --config=configs/cpt.py \\
+    python -m mixcpt_jax prepare --config=configs/cpt.py \\
         --config.data.prepared=prepared [--teacher] [--phase=cpt] [--workers=8]
 
 With `data.prepared` set, training reads from that folder every source that is still what
@@ -59,5 +59,6 @@ def main(argv: list[str]) -> None:
         teacher_outputs.prepare(config, folder, name)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs the command from the command line."""
     command_line.launch(main)

@@ -1,6 +1,6 @@
 """What a run says at its end: one table of before and after, its curves, and a page.
 
-    mixcpt report RUN [RUN ...] [--output=report.html]
+    python -m mixcpt_jax report RUN [RUN ...] [--output=report.html]
         [--domain=NAME,NAME]
 
 makes the page anew, of a run that still goes on too, or one that compares several runs.
@@ -41,5 +41,6 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"Written to {output}")
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs the command from the command line."""
     command.explained(main)

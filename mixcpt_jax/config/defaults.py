@@ -11,15 +11,10 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from mixcpt_jax.config.settings import number, one_of
+from mixcpt_jax.config.settings import defaults_of, number, one_of
 from mixcpt_jax.core.errors import InputError
 
 OBJECTIVES = ("ntp", "lssd", "kd", "selective")
-
-
-FORMATS = (
-    "document", "instruction", "preference", "cloze", "chat", "chat_preference",
-)  # fmt: skip
 
 
 REMAT = ("none", "dots", "full")
@@ -127,7 +122,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             # Divides the teacher's logits. Below 1 its targets are sharper.
             "teacher_temperature": number(1.0, above=0),
             # "step" runs the teacher in every step; "prepared" reads what it said from
-            # `data.prepared`, where `mixcpt prepare --teacher` puts it.
+            # `data.prepared`, where `python -m mixcpt_jax prepare --teacher` puts it.
             "teacher": one_of("step", "prepared"),
             # What is prepared of it. 0: its last hidden states, in bfloat16. Above: so
             # many most likely tokens and the gold one, all others as one outcome.
@@ -144,9 +139,8 @@ def bounded_config() -> ml_collections.ConfigDict:
         {
             "loss": one_of("sigmoid", "ipo"),  # sigmoid: DPO; ipo
             "beta": number(0.1, above=0),
-            "label_smoothing": number(
-                0.0, least=0
-            ),  # share of pairs taken to be the wrong way round
+            # Share of pairs that are taken to be the wrong way round.
+            "label_smoothing": number(0.0, least=0, below=0.5),
             "length_normalised": False,  # means over tokens for sums; ipo always does
             "sft_weight": number(
                 0.0, least=0
@@ -187,7 +181,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             "num_workers": number(
                 0, least=0
             ),  # processes that build batches; 0: threads
-            # Folder of tokens that `mixcpt prepare` made; a source
+            # Folder of tokens that `python -m mixcpt_jax prepare` made; a source
             # that it has, unchanged, is read from there. Empty: none.
             "prepared": "",
         }
@@ -229,8 +223,8 @@ def bounded_config() -> ml_collections.ConfigDict:
             "final_ratio": number(0.1, least=0),
             "decay_fraction": 0.2,  # share of the steps that decay (wsd)
             "weight_decay": number(0.1, least=0),
-            "beta1": 0.9,
-            "beta2": 0.95,
+            "beta1": number(0.9, least=0, below=1),
+            "beta2": number(0.95, least=0, below=1),
             "epsilon": 1e-8,
             # What Adam's moments are kept in; to bfloat16 they are rounded by chance too.
             "moments_dtype": one_of("float32", "bfloat16"),
@@ -374,7 +368,12 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     ntp_weight, lssd_weight, kd_weight, selective_weight: objectives on this source;
       None: the config's.
     """
-    values = ml_collections.ConfigDict(
+    return _fill(defaults_of(bounded_source()), settings, "source")
+
+
+def bounded_source() -> ml_collections.ConfigDict:
+    """Every key of a source, with its default and its bounds."""
+    return ml_collections.ConfigDict(
         {
             "path": "",
             "reader": "",
@@ -402,7 +401,6 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
             "selective_weight": config_dict.placeholder(float),
         }
     )
-    return _fill(values, settings, "source")
 
 
 def exam(**settings: Any) -> ml_collections.ConfigDict:
@@ -412,10 +410,14 @@ def exam(**settings: Any) -> ml_collections.ConfigDict:
     source: the source with reader "docstrings" whose held-in documents are asked about.
     num_questions: how many questions; 0: all of the file.
     """
-    values = ml_collections.ConfigDict(
+    return _fill(defaults_of(bounded_exam()), settings, "exam")
+
+
+def bounded_exam() -> ml_collections.ConfigDict:
+    """Every key of an exam, with its default and its bounds."""
+    return ml_collections.ConfigDict(
         {"path": "", "source": "", "num_questions": number(0, least=0)}
     )
-    return _fill(values, settings, "exam")
 
 
 def add_entry(config: ml_collections.ConfigDict, section: str, name: str) -> None:

@@ -33,12 +33,13 @@ def number(
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
+    below: float | None = None,
 ) -> Setting:
-    """A number within bounds: `least` and `most` are allowed themselves, `above` is not.
+    """A number within bounds; `least` and `most` may be reached, `above` and `below` not.
 
     NaN is within no bounds.
     """
-    words = {">=": least, ">": above, "<=": most}
+    words = {">=": least, ">": above, "<=": most, "<": below}
     allowed = " and ".join(f"{sign} {x}" for sign, x in words.items() if x is not None)
 
     def holds(value: float) -> bool:
@@ -46,6 +47,7 @@ def number(
             (least is None or value >= least)
             and (above is None or value > above)
             and (most is None or value <= most)
+            and (below is None or value < below)
             and value == value
         )
 

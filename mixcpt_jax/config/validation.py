@@ -11,15 +11,17 @@ import os
 import ml_collections
 
 from mixcpt_jax.config.defaults import (
-    FORMATS,
     all_sources,
+    bounded_config,
+    bounded_exam,
+    bounded_source,
     default,
     exam,
     objective_weights,
     source,
     warmup_steps,
 )
-from mixcpt_jax.config.settings import same_type
+from mixcpt_jax.config.settings import bounds_of, same_type
 from mixcpt_jax.core.errors import InputError
 
 
@@ -34,22 +36,17 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
       InputError: names the key, what was found and the remedy.
     """
     check_keys(config, default(), "")
+    _check_bounds(config, bounded_config())
     for place, entry in all_sources(config):
         check_keys(entry, source(), f"{place}.")
+        _check_bounds(entry, bounded_source(), f"{place}.")
     for name, entry in config.eval.exams.items():
         check_keys(entry, exam(), f"eval.exams.{name}.")
-    for key, choices in _CHOICES.items():
-        _check(config[key] in choices, config, key, f"one of {', '.join(choices)}")
-    for key in _POSITIVE:
-        _check(config[key] > 0, config, key, "a number above 0")
-    for key in _NOT_NEGATIVE:
-        _check(config[key] >= 0, config, key, "0 or more")
+        _check_bounds(entry, bounded_exam(), f"eval.exams.{name}.")
     if config.train.num_steps:
         check_schedule(config, config.train.num_steps)
     _check_paths(config)
     optimizer = config.optimizer
-    for key in ("beta1", "beta2"):
-        _check(0 <= optimizer[key] < 1, config, f"optimizer.{key}", "0 to below 1")
     _check(
         optimizer.spike_factor == 0 or optimizer.spike_factor > 1,
         config,
@@ -67,9 +64,6 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
             "not installed; run `pip install wandb`, or leave it empty"
         )
     preference, lora = config.preference, config.lora
-    _check(
-        preference.label_smoothing < 0.5, config, "preference.label_smoothing", "< 0.5"
-    )
     if preference.loss == "ipo" and preference.label_smoothing:
         raise InputError(
             "preference.label_smoothing: preference.loss=ipo has none; set it to 0"
@@ -87,15 +81,6 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         "data.temperature",
         "0, or 1 or more",
     )
-    for key in (
-        "select.near_duplicates",
-        "select.origin_share",
-        "clean.near_duplicates",
-        "clean.min_letters",
-        "clean.max_repetition",
-        "optimizer.warmup_share",
-    ):
-        _check(config[key] <= 1, config, key, "at most 1")
     _check(
         "://" not in config.data.prepared,
         config,
@@ -179,6 +164,12 @@ def check_schedule(config: ml_collections.ConfigDict, num_steps: int) -> None:
         )
 
 
+def _check_bounds(config, bounded: ml_collections.ConfigDict, place: str = "") -> None:
+    for key, setting in bounds_of(bounded):
+        if not setting.holds(value := config[key]):
+            raise InputError(f"{place}{key}={value!r}: must be {setting.allowed}")
+
+
 def _check_paths(config) -> None:
     """Of what has no default, all that is missing is told at once."""
     wanted = [("model", config.model), *all_sources(config)]
@@ -195,8 +186,6 @@ def _check_sources(config) -> None:
             "sources: none has a weight above 0; give at least one something to learn"
         )
     for place, entry in all_sources(config):
-        for key in ("weight", "holdout", "max_records", "epochs", "max_tokens"):
-            _check(entry[key] >= 0, config, f"{place}.{key}", "0 or more")
         if entry.final_weight is not None and not (
             entry.weight > 0 and 0 < entry.final_weight < math.inf
         ):
@@ -204,12 +193,6 @@ def _check_sources(config) -> None:
                 f"{place}.final_weight={entry.final_weight}: a number above 0 is wanted, "
                 f"and {place}.weight above 0 (as little as 1e-6 will do)"
             )
-        for key, choices in (
-            ("on_bad_record", ("refuse", "skip")),
-            ("format", FORMATS),
-        ):
-            known = f"one of {', '.join(choices)}"
-            _check(entry[key] in choices, config, f"{place}.{key}", known)
     if (
         is_training
         and not config.train.num_steps
@@ -381,4 +364,4 @@ def check_keys(config, reference, place: str) -> None:
 
 def _check(holds: bool, config, key: str, wanted: str) -> None:
     if not holds:
-        raise InputError(f"{key}={config[key]!r}: {wanted} is wanted")
+        raise InputError(f"{key}={config[key]!r}: must be {wanted}")

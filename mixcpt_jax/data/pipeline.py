@@ -271,7 +271,7 @@ def _examples(
         if not folder.parent.exists():
             raise InputError(
                 f"data.prepared={config.data.prepared}: no such folder; make it by "
-                "`mixcpt prepare` with this config, or mend the path"
+                "`python -m mixcpt_jax prepare` with this config, or mend the path"
             )
         manifest = token_cache.read_manifest(folder)
         part = None
@@ -282,7 +282,7 @@ def _examples(
             examples = token_cache.PreparedExamples(folder, manifest)
             return examples, [], {"prepared": True} | examples.found
         logging.warning(
-            "sources.%s: %s, so it is tokenised here; `mixcpt prepare` "
+            "sources.%s: %s, so it is tokenised here; `python -m mixcpt_jax prepare` "
             "with this config would prepare it",
             name,
             f"{folder} was prepared with other {part}"

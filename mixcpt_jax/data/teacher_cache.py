@@ -125,7 +125,7 @@ def open_rows(folder: epath.Path, form: Form, key: dict[str, Any]) -> TaughtRows
       InputError: it is not there, damaged, or of other rows or another teacher.
     """
     remedy = (
-        "run `mixcpt prepare --teacher` with this config, or set "
+        "run `python -m mixcpt_jax prepare --teacher` with this config, or set "
         "objective.teacher='step'"
     )
     manifest = token_cache.read_manifest(folder)

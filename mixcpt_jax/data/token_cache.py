@@ -28,7 +28,7 @@ from mixcpt_jax.data.formats import Examples
 
 MANIFEST = "manifest.json"
 INDEX = "lengths.npy"
-REMEDY = "run `mixcpt prepare` again, which mends it"
+REMEDY = "run `python -m mixcpt_jax prepare` again, which mends it"
 # A row takes a few pieces out of a block or two each; long blocks would be read in vain.
 BLOCK_TOKENS = 4096
 

@@ -1,13 +1,13 @@
 """The loop of every training phase: restore or start -> step -> log -> evaluate -> save.
 
-A phase goes on from its own newest checkpoint, else it starts as `phase` says. A phase is
-a format of its data and an objective; the loop is the same.
+A phase resumes from its own newest checkpoint, else it starts as `phase` says. Phases
+differ in the format of their data and in their objective; the loop is the same.
 """
 
 import functools
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,10 +19,8 @@ from mixcpt_jax.data import pipeline, tally
 from mixcpt_jax.evaluation import evaluator
 from mixcpt_jax.jobs import reference_outputs
 from mixcpt_jax.models import transformer
-from mixcpt_jax.objectives import (
-    interface,
-)
-from mixcpt_jax.runtime import metrics, preemption, sharding, watchdog
+from mixcpt_jax.objectives.interface import Batch, Metrics
+from mixcpt_jax.runtime import hosts, metrics, preemption, sharding, watchdog
 from mixcpt_jax.training import checkpoint
 from mixcpt_jax.training import phase as phase_lib
 from mixcpt_jax.training.program import (
@@ -33,11 +31,12 @@ from mixcpt_jax.training.program import (
     starting_state,
     with_teacher,
 )
+from mixcpt_jax.training.steps import TrainState
 
 
 @phase_lib.job
 def run(phase: phase_lib.Phase) -> dict[str, Any]:
-    """Runs one training phase to its end, or goes on where an earlier run stopped.
+    """Runs one training phase to its end, or resumes it.
 
     Returns:
       What `results.json` holds: `before` and `after` (evaluation by measure),
@@ -57,42 +56,17 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
 
 
 def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
-    config, mesh, lora = phase.config, phase.mesh, phase.lora
-    num_steps = data.num_steps
+    """The loop: fetch, dispatch, read the step before, evaluate, save."""
+    config, num_steps = phase.config, data.num_steps
     program = make_program(phase, data)
-
-    fingerprint = pipeline.fingerprint(data)
-    provenance = phase.provenance(data.files)
-    restored = checkpoint.restore(phase.folder, program.state, fingerprint, provenance)
-    resumed, first_step, first_row = None, 0, 0
-    if restored is not None:
-        resumed, first_row, state = restored
-        first_step = resumed
-    # What an interrupted run has left to measure at the step that it ended with.
-    is_measured, is_answered = (
-        (False, False) if resumed is None else _is_recorded(phase, data, resumed)
-    )
-    frozen, references = None, {}
-    if first_step < num_steps or not (is_measured and is_answered):
-        frozen, references = _load_frozen(
-            phase, data, program, fingerprint | phase.start_key
-        )
-    if config.preference.reference == "precomputed":
-        data = pipeline.with_references(data, references)
-    if resumed is None:
-        state = starting_state(phase, program)
+    start = _start(phase, data, program)
+    data, state = start.data, start.state
     guard = watchdog.Watchdog(config.train.timeout)
-    measure = evaluator.Measure(phase, data, references, lora)
-
-    def student() -> transformer.Params:
-        return transformer.with_adapters(frozen, state.params) if lora else state.params
-
     batches = iter(
         pipeline.batches(
-            config, data, first_row, jax.process_count(), jax.process_index()
+            config, data, start.row, jax.process_count(), jax.process_index()
         )
     )
-    is_first_host = jax.process_index() == 0
     with (
         guard,
         preemption.Notice() as notice,
@@ -100,130 +74,256 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
         metrics.Writer(
             phase.folder,
             config.metrics,
-            -1 if resumed is None else resumed,
+            start.step if start.is_resumed else -1,
             config.to_dict(),
-            is_first_host,
+            hosts.is_first(),
         ) as writer,
         metrics.Progress(
-            phase.name, first_step, num_steps, phase.shows_progress
+            phase.name, start.step, num_steps, phase.shows_progress
         ) as progress,
     ):
-        progress.say("\n".join([_mixture_table(data.report), *_limits(data)]))
-        if reads_teacher(config, data):
-            top_k = config.objective.teacher_top_k
-            what = f"its top {top_k} tokens" if top_k else "its hidden states"
-            progress.say(f"teacher: {what} are read, it is not run")
+        log = _StepLog(phase, writer, progress, guard, checkpoints)
+        evaluation = _Evaluation(phase, start, writer, progress, guard, notice)
+        _say_what_is_read(config, data, progress)
+        evaluation.run(start.step, state, skip=start.recorded)
+        if notice.has_come(start.step):
+            raise preemption.Preempted(f" after step {start.step}")
 
-        clock = _Clock()
-
-        def measure_texts(step: int) -> None:
-            """Measures and writes, unless SIGTERM comes."""
-            place = f"step {step}" if step else "the start"
-            progress.say(f"{phase.name}: measuring {place}")
-            with progress.measuring(measure.num_batches) as show:
-
-                def on_batch(done: int) -> None:
-                    guard.alive()
-                    show(done)
-
-                results = notice.unless_it_comes(measure, student(), on_batch)
-            if results is None:
-                return
-            writer.write_items(step, measure.items)
-            writer.write(step, _prefixed(results))
-            text_losses = [v for k, v in results.items() if k.endswith("/loss")]
-            mean = f", mean loss {np.mean(text_losses):.4f}" if text_losses else ""
-            progress.say(
-                f"{phase.name}: measured {place}{mean}", step=step, **_prefixed(results)
+        for step in range(start.step + 1, num_steps + 1):
+            batch = _put_rows(
+                _anneal(next(batches), config.objective.anneal, step, num_steps),
+                config,
+                phase.mesh,
             )
-
-        def answer_prompts(step: int) -> None:
-            answers = notice.unless_it_comes(measure.answers, student())
-            guard.alive()
-            writer.write_samples(step, data.prompts, answers or [])
-
-        if _is_measured(first_step, config, num_steps) and not is_measured:
-            measure_texts(first_step)
-        if _is_answered(first_step, config, num_steps) and not is_answered:
-            answer_prompts(first_step)
-        if notice.has_come(first_step):
-            raise preemption.Preempted(f" after step {first_step}")
-
-        pending = None  # (step, metrics on the device) not read yet
-        skipped = 0
-
-        def read(step: int, device_metrics: interface.Metrics) -> dict[str, float]:
-            scalars = metrics.means(jax.device_get(device_metrics))
-            guard.alive()
-            _check_step(
-                step,
-                scalars,
-                config.train.max_skipped,
-                phase.folder,
-                checkpoints.latest_step(),
-            )
-            return scalars
-
-        def read_pending() -> None:
-            nonlocal pending, skipped
-            if pending is None:
-                return
-            step, device_metrics = pending
-            pending = None
-            scalars = read(step, device_metrics)
-            rate = clock.rate(step, scalars["tokens"])
-            writer.write(step, scalars | {"tokens_per_second": rate})
-            progress.update(step, scalars, rate)
-            if scalars.get("skipped", 0) > skipped:
-                skipped = scalars["skipped"]
-                progress.say(
-                    f"{phase.name}: {skipped:.0f} steps skipped up to step {step}, "
-                    f"whose gradient norm is {scalars['grad_norm']:.3g}"
-                )
-
-        for step in range(first_step + 1, num_steps + 1):
-            batch = _anneal(next(batches), config.objective.anneal, step, num_steps)
-            batch = _put_rows(batch, config, mesh)
-            state, step_metrics = program.train_step(state, frozen, batch)
+            state, step_metrics = program.train_step(state, start.frozen, batch)
             notice.defer()
             # The device is busy with this step while the host reads the one before.
-            read_pending()
-            is_last = step == num_steps
-            is_saved = is_last or _is_due(step, config.train.save_every)
-            # What is saved is read first, so that no checkpoint holds a NaN.
-            is_logged = is_saved or _is_due(step, config.train.log_every)
-            if is_logged:
-                pending = step, step_metrics
-            if _is_measured(step, config, num_steps):
-                read_pending()
-                measure_texts(step)
-                clock.restart(step)
-            if _is_answered(step, config, num_steps):
-                answer_prompts(step)
+            log.read()
+            is_saved = step == num_steps or _is_due(step, config.train.save_every)
+            if is_saved or _is_due(step, config.train.log_every):
+                log.put(step, step_metrics)
+            if evaluation.is_due(step):
+                log.read()
+                evaluation.run(step, state)
+                log.restart_clock(step)
             is_stopped = notice.has_come(step)
             if is_saved or is_stopped:
-                read_pending()
-                if (
-                    not is_logged
-                ):  # Saved for the signal alone it is checked all the same.
-                    read(step, step_metrics)
+                # What is saved is read first, so that no checkpoint holds a NaN.
+                log.require(step, step_metrics)
                 writer.save()
                 checkpoints.save(
                     state,
                     step,
-                    first_row + (step - first_step) * config.data.batch_size,
+                    start.row + (step - start.step) * config.data.batch_size,
                     phase.given.to_dict(),
-                    fingerprint,
-                    provenance,
+                    start.fingerprint,
+                    start.provenance,
                 )
                 guard.alive()
-                clock.restart(step)
+                log.restart_clock(step)
             if is_stopped:
                 checkpoints.wait()
                 raise preemption.Preempted(f" after step {step}")
 
     checkpoints.wait()
-    return phase.finish(_results(phase.folder, data) if is_first_host else {})
+    return phase.finish(_results(phase.folder, data) if hosts.is_first() else {})
+
+
+class _Start(NamedTuple):
+    """Where the loop begins: at the phase's newest checkpoint, or at step 0.
+
+    Attributes:
+      step, row: steps done, and rows of the stream taken by them.
+      is_resumed: whether a checkpoint was restored.
+      state: of the step.
+      frozen: what the step needs of the frozen model; None where it needs nothing.
+      references: log-probabilities of pairs, where they are computed ahead.
+      data: with these references in its rows.
+      recorded: of an interrupted run, what the record has of `step`: its measures, its
+        answers.
+      fingerprint, provenance: what a checkpoint is of, see `Checkpoints.save`.
+    """
+
+    step: int
+    row: int
+    is_resumed: bool
+    state: TrainState
+    frozen: transformer.Params | None
+    references: reference_outputs.References
+    data: pipeline.Data
+    recorded: tuple[bool, bool]
+    fingerprint: dict[str, str]
+    provenance: dict[str, Any]
+
+
+def _start(phase: phase_lib.Phase, data: pipeline.Data, program: Program) -> _Start:
+    """Restores the phase, or starts it from its weights."""
+    fingerprint = pipeline.fingerprint(data)
+    provenance = phase.provenance(data.files)
+    restored = checkpoint.restore(phase.folder, program.state, fingerprint, provenance)
+    step, row, recorded = 0, 0, (False, False)
+    if restored is not None:
+        step, row, state = restored
+        recorded = _recorded(phase, data, step)
+    frozen, references = None, {}
+    if step < data.num_steps or not all(recorded):
+        frozen, references = _load_frozen(
+            phase, data, program, fingerprint | phase.start_key
+        )
+    if phase.config.preference.reference == "precomputed":
+        data = pipeline.with_references(data, references)
+    if restored is None:
+        state = starting_state(phase, program)
+    return _Start(
+        step,
+        row,
+        restored is not None,
+        state,
+        frozen,
+        references,
+        data,
+        recorded,
+        fingerprint,
+        provenance,
+    )
+
+
+class _StepLog:
+    """Metrics of steps, each read while the device is busy with the next step."""
+
+    def __init__(self, phase, writer, progress, guard, checkpoints):
+        self._phase = phase
+        self._writer, self._progress = writer, progress
+        self._guard, self._checkpoints = guard, checkpoints
+        self._clock = _Clock()
+        self._pending: tuple[int, Metrics] | None = None
+        self._read_step = 0
+        self._skipped = 0
+
+    def put(self, step: int, device_metrics: Metrics) -> None:
+        """Keeps the metrics of a step, on the device, for the next `read`."""
+        self._pending = step, device_metrics
+
+    def read(self) -> None:
+        """Reads, checks, writes and shows what was put.
+
+        Raises:
+          FloatingPointError: training has broken down.
+        """
+        if self._pending is None:
+            return
+        step, device_metrics = self._pending
+        self._pending = None
+        scalars = self._fetch(step, device_metrics)
+        rate = self._clock.rate(step, scalars["tokens"])
+        self._writer.write(step, scalars | {"tokens_per_second": rate})
+        self._progress.update(step, scalars, rate)
+        if scalars.get("skipped", 0) > self._skipped:
+            self._skipped = scalars["skipped"]
+            self._progress.say(
+                f"{self._phase.name}: {self._skipped:.0f} steps skipped up to step "
+                f"{step}, whose gradient norm is {scalars['grad_norm']:.3g}"
+            )
+
+    def require(self, step: int, device_metrics: Metrics) -> None:
+        """Checks a step that is about to be saved, logged or not.
+
+        Raises:
+          FloatingPointError: training has broken down.
+        """
+        self.read()
+        if self._read_step < step:
+            self._fetch(step, device_metrics)
+
+    def restart_clock(self, step: int) -> None:
+        """The time since the last step was not training."""
+        self._clock.restart(step)
+
+    def _fetch(self, step: int, device_metrics: Metrics) -> dict[str, float]:
+        scalars = metrics.means(jax.device_get(device_metrics))
+        self._guard.alive()
+        _check_step(
+            step,
+            scalars,
+            self._phase.config.train.max_skipped,
+            self._phase.folder,
+            self._checkpoints.latest_step(),
+        )
+        self._read_step = step
+        return scalars
+
+
+class _Evaluation:
+    """Measures texts and answers prompts, when that is due."""
+
+    def __init__(self, phase, start: _Start, writer, progress, guard, notice):
+        self._phase, self._start = phase, start
+        self._writer, self._progress = writer, progress
+        self._guard, self._notice = guard, notice
+        self._measure = evaluator.Measure(
+            phase, start.data, start.references, phase.lora
+        )
+
+    def is_due(self, step: int) -> bool:
+        return any(self._due(step))
+
+    def run(
+        self, step: int, state: TrainState, skip: tuple[bool, bool] = (False, False)
+    ) -> None:
+        """Does what is due at a step, unless SIGTERM comes.
+
+        Args:
+          step: steps done.
+          state: after them.
+          skip: whether the record has its measures, and its answers, already.
+        """
+        measured, answered = (
+            due and not done for due, done in zip(self._due(step), skip, strict=True)
+        )
+        params = state.params
+        if self._phase.lora:
+            params = transformer.with_adapters(self._start.frozen, params)
+        if measured:
+            self._measure_texts(step, params)
+        if answered:
+            answers = self._notice.unless_it_comes(self._measure.answers, params)
+            self._guard.alive()
+            self._writer.write_samples(step, self._start.data.prompts, answers or [])
+
+    def _due(self, step: int) -> tuple[bool, bool]:
+        """Whether to measure, and whether to answer."""
+        train, is_last = self._phase.config.train, step == self._start.data.num_steps
+        at_start = step == 0 and train.eval_before
+        is_between = step > 0 and _is_due(step, train.eval_every)
+        return at_start or is_last or is_between, at_start or is_last
+
+    def _measure_texts(self, step: int, params: transformer.Params) -> None:
+        name, place = self._phase.name, f"step {step}" if step else "the start"
+        self._progress.say(f"{name}: measuring {place}")
+        with self._progress.measuring(self._measure.num_batches) as show:
+
+            def on_batch(done: int) -> None:
+                self._guard.alive()
+                show(done)
+
+            results = self._notice.unless_it_comes(self._measure, params, on_batch)
+        if results is None:
+            return
+        self._writer.write_items(step, self._measure.items)
+        self._writer.write(step, _prefixed(results))
+        losses = [v for k, v in results.items() if k.endswith("/loss")]
+        mean = f", mean loss {np.mean(losses):.4f}" if losses else ""
+        self._progress.say(
+            f"{name}: measured {place}{mean}", step=step, **_prefixed(results)
+        )
+
+
+def _say_what_is_read(config, data: pipeline.Data, progress: metrics.Progress) -> None:
+    progress.say("\n".join([_mixture_table(data.report), *_limits(data)]))
+    if reads_teacher(config, data):
+        top_k = config.objective.teacher_top_k
+        what = f"its top {top_k} tokens" if top_k else "its hidden states"
+        progress.say(f"teacher: {what} are read, it is not run")
 
 
 def _load_frozen(
@@ -265,7 +365,7 @@ def _anneal(
     return batch | {k: v.astype(np.float32) for k, v in scaled.items()}
 
 
-def _put_rows(batch: dict[str, np.ndarray], config, mesh) -> interface.Batch:
+def _put_rows(batch: dict[str, np.ndarray], config, mesh) -> Batch:
     """This host's rows of a global batch, to its devices."""
     where = sharding.batch_sharding(mesh)
     return {
@@ -298,17 +398,7 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _is_measured(step: int, config, num_steps: int) -> bool:
-    if step == 0:
-        return config.train.eval_before
-    return step == num_steps or _is_due(step, config.train.eval_every)
-
-
-def _is_answered(step: int, config, num_steps: int) -> bool:
-    return step == num_steps or (step == 0 and config.train.eval_before)
-
-
-def _is_recorded(phase: phase_lib.Phase, data, step: int) -> tuple[bool, bool]:
+def _recorded(phase: phase_lib.Phase, data, step: int) -> tuple[bool, bool]:
     """Whether the run's record has the measures, and the answers, of a step."""
     # A row of measures has no learning rate, and may have nothing but its step.
     measured = any(

@@ -57,7 +57,7 @@ def write(
         paths.replace(folder / PAGE_FILE, page.render(arms))
         print(f"Report: {workdir}/{PAGE_FILE}")
         last = next((folders.get(a.phase) for a in changes.ends(arms)), None)
-        print(f"Talk to it: mixcpt chat --checkpoint={last or workdir}")
+        print(f"Talk to it: python -m mixcpt_jax chat --checkpoint={last or workdir}")
     print(f"Done; everything is in {workdir}")
 
 

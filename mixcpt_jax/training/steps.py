@@ -70,8 +70,8 @@ def make_train_step(
 
     Args:
       objective: from `token_objective` or `preference_objective`.
-      transforms: the optimizer; with `optimizer.skip_bad_steps` the metrics also say how many
-        steps were skipped so far, `skipped`, and how many at most in a row.
+      transforms: the optimizer; with `optimizer.skip_bad_steps` the metrics also say how
+        many steps were skipped so far, `skipped`, and how many at most in a row.
       schedule: the learning rate, reported as a metric.
       accumulation_steps: microbatches per step; B must be a multiple.
       has_adapters: the state's parameters are adapters of `frozen_params`; else they are

@@ -1,0 +1,28 @@
+"""`mixcpt COMMAND`, or `python -m mixcpt_jax COMMAND`: every command there is."""
+
+import importlib
+import sys
+
+from mixcpt_jax.cli import COMMANDS
+
+
+def main() -> None:
+    """Hands the rest of the command line to a command."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print("usage: mixcpt COMMAND ...\n")
+        for command, (_, summary) in COMMANDS.items():
+            print(f"  {command:{width}}  {summary}")
+        print("\n`mixcpt COMMAND --help` explains one.")
+        return
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        sys.exit(f"mixcpt: {name!r} is no command; there are {known}")
+    module, _ = COMMANDS[name]
+    sys.argv = [f"mixcpt {name}", *sys.argv[2:]]
+    importlib.import_module(module).start()
+
+
+if __name__ == "__main__":
+    main()
