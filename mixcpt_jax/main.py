@@ -13,7 +13,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import app, flags, logging
@@ -33,14 +33,34 @@ class _WithNewEntries(flags.ArgumentParser):
         self._files = files
 
     def parse(self, path: str) -> ml_collections.ConfigDict:
-        config = self._files.parse(path)
+        config = self._files.parse(shipped.find(path))
         from mixcpt_jax import config as config_lib
 
-        if isinstance(config, ml_collections.ConfigDict):
-            given = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
-            for key in filter(None, map(_NEW_ENTRY.fullmatch, given)):
-                config_lib.add_entry(config, *key.groups())
+        if not isinstance(config, ml_collections.ConfigDict):
+            _report_what_it_raised(config, path)
+        for key in filter(None, map(_NEW_ENTRY.fullmatch, _given_flags())):
+            config_lib.add_entry(config, *key.groups())
         return config
+
+
+def _given_flags() -> list[str]:
+    """The command line, with what the files of `--flagfile` hold in their place."""
+    return flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
+
+
+def _report_what_it_raised(config: Any, path: str) -> NoReturn:
+    """Raises what is wrong with a config file that did not load."""
+    try:
+        config.phases  # noqa: B018
+    except AttributeError as error:
+        kind = type(config).__name__
+        raise InputError(
+            f"--config={path}: get_config() returns {kind}; a config is wanted, such as "
+            "mixcpt_jax.config.default() with some changes"
+        ) from error
+    except OSError as error:  # Which names the one of the file only as its cause.
+        raise InputError(f"--config={path}: {error.__cause__ or error}") from error
+    raise TypeError(f"{type(config).__name__} for a config")
 
 
 # A path makes an entry: any other key of a name that is not there is a slip of the pen.
@@ -48,6 +68,7 @@ _NEW_ENTRY = re.compile(
     r"--?config\.(sources|eval\.texts|eval\.exams|eval\.pairs)\.(\w+)\.path(?:=.*)?",
     re.DOTALL,
 )
+_NAMES_CONFIG = re.compile("--?config(=.*)?", re.DOTALL)
 flags.FLAGS["config"].parser = _WithNewEntries(flags.FLAGS["config"].parser)
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Where the run is kept; empty: runs/<config's name>."
@@ -98,23 +119,14 @@ def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     """The config and the workdir that the flags say.
 
     Raises:
-      InputError: the config file did not load.
+      InputError: there are arguments that are no flags.
     """
     if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+        raise InputError(f"unknown argument {argv[1]!r}; write flags as --NAME=VALUE")
     # absl's own default tells of every backend that jax looks for.
     logging.set_verbosity(logging.WARNING)
     terminal.take_logs()
     config = _CONFIG.value
-    try:
-        config.phases  # noqa: B018
-    except OSError as error:  # A config file that did not load says so on first use.
-        file, _, _ = flags.FLAGS["config"].config_filename.partition(":")
-        if not pathlib.Path(file).exists():
-            raise InputError(
-                f"--config={file}: no such file below {pathlib.Path.cwd()}"
-            ) from error
-        raise InputError(str(error)) from error
     if config.get("metrics", {}).get("log") == "json":
         terminal.use_json()
     return config, _WORKDIR.value or _default_workdir()
@@ -266,6 +278,8 @@ def _default_workdir() -> str:
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; the config file is read here, so its mistakes show here."""
     try:
+        if not any(map(_NAMES_CONFIG.fullmatch, _given_flags())):
+            raise InputError(f"--config is missing; name {shipped.known()}")
         return app.parse_flags_with_usage(argv)
     except ModuleNotFoundError as error:
         command.explain(
@@ -276,15 +290,8 @@ def _parse(argv: list[str]) -> list[str]:
         )
     except (LookupError, AttributeError) as error:
         command.explain(InputError(_unknown_key(error, argv)))
-    except (InputError, OSError, SyntaxError) as error:
+    except (flags.Error, InputError, OSError, SyntaxError) as error:
         command.explain(error)
-
-
-def _with_config_found(argument: str) -> str:
-    flag, _, name = argument.partition("=")
-    if flag not in ("--config", "-config"):
-        return argument
-    return f"{flag}={shipped.find(name)}"
 
 
 def _unknown_key(error: LookupError | AttributeError, argv: list[str]) -> str:
@@ -295,6 +302,8 @@ def _unknown_key(error: LookupError | AttributeError, argv: list[str]) -> str:
     with contextlib.suppress(SyntaxError, ValueError):
         while isinstance(unquoted := ast.literal_eval(text), str):
             text = unquoted
+    if text.endswith("has no attribute 'get_config'"):
+        return "--config: the file defines no function get_config()"
     found = re.fullmatch(r"'?(\w+)'?(?:\s+(Did you mean .*))?", text)
     if not found:
         return text
@@ -320,13 +329,11 @@ def launch(main: Callable[[list[str]], None]) -> None:
         print(f"{module.__doc__}\nflags:\n{flags.FLAGS.module_help(module)}")
         return
     shipped.make_importable()
-    sys.argv = [_with_config_found(argument) for argument in sys.argv]
 
     def run(argv: list[str]) -> None:
         with _ending_together():
             command.explained(main, argv)
 
-    flags.mark_flags_as_required(["config"])
     app.run(run, flags_parser=_parse)
 
 

@@ -207,12 +207,65 @@ def test_a_name_without_a_path_is_a_slip(project, write_config, key):
 
 def test_a_key_that_is_like_no_other(project, write_config):
     process = run(project, write_config({}), "--config.train.steps=3")
-    assert_one_line(process, "nothing is called 'steps'", "config.py has all settings")
+    assert_one_line(
+        process, "nothing is called 'steps'", "defaults.py has all settings"
+    )
 
 
-def test_missing_config_file(project, tmp_path):
-    process = run(project, f"--config={tmp_path / 'none.py'}:tiny")
-    assert_one_line(process, "none.py: no such file below ")
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (["--config=none.py:tiny"], "--config=none.py:tiny: no such file below "),
+        (["--config", "quickstar"], "--config=quickstar: no such file below "),
+        (["--config=", "--config.train.num_steps=3"], "--config=: no such file below "),
+        (["--config=none", "--config.sources.a.path=b"], "none: no such file below "),
+        (["--config=mixcpt.txt"], "mixcpt.txt: no such file below "),
+        ([], "--config is missing"),
+        (["--config.train.num_steps=3"], "--config is missing"),
+        (["quickstart"], "--config is missing"),
+    ],
+)
+def test_a_config_that_is_not_there(given, problem, monkeypatch, capsys):
+    """One line says so, with or without other flags, and names those that are there."""
+    monkeypatch.setattr(sys, "argv", ["main", *given])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit):
+        main._parse(sys.argv)
+    [line] = capsys.readouterr().err.splitlines()
+    assert problem in line
+    assert "quickstart" in line
+    assert "earlier failure" not in line
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("open('gone.txt')", "No such file or directory: 'gone.txt'"),
+        ("return {'phases': ()}", "get_config() returns dict"),
+        ("return None", "get_config() returns NoneType"),
+    ],
+)
+def test_a_config_file_that_makes_no_config(
+    body, problem, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "mine.py").write_text(f"def get_config():\n    {body}\n")
+    given = ["main", f"--config={tmp_path / 'mine.py'}", "--config.train.num_steps=3"]
+    monkeypatch.setattr(sys, "argv", given)
+    with flagsaver.flagsaver(), pytest.raises(SystemExit):
+        main._parse(sys.argv)
+    assert problem in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_config_of_the_package_is_found_anywhere(tmp_path, monkeypatch):
+    """Written either way, and a folder of its name is no config."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    for given in (["--config=quickstart:tiny"], ["--config", "configs/quickstart.py"]):
+        monkeypatch.setattr(sys, "argv", ["main", *given])
+        with flagsaver.flagsaver():
+            main._parse(sys.argv)
+            assert flags.FLAGS.config.phases
 
 
 def test_a_config_file_that_is_not_where_its_imports_are(project, tmp_path):

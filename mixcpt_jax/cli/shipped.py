@@ -6,6 +6,7 @@ import sys
 import types
 
 import mixcpt_jax
+from mixcpt_jax.core.errors import InputError
 
 
 def find(name: str) -> str:
@@ -15,14 +16,29 @@ def find(name: str) -> str:
       name: "configs/mixcpt.py", "mixcpt" or a file, each with ":VARIANT" behind it or not.
 
     Returns:
-      The same with the path of our config, or unchanged where there is none.
+      The same with the path of our config, or unchanged where it is a file.
+
+    Raises:
+      InputError: it is neither.
     """
     given, colon, variant = name.partition(":")
     file = pathlib.Path(given)
-    if file.exists() or str(file.parent) not in (".", "configs"):
+    if file.is_file():
         return name
+    is_ours = str(file.parent) in (".", "configs") and file.suffix in ("", ".py")
     ours = _folder() / f"{file.stem}.py"
-    return f"{ours}{colon}{variant}" if ours.exists() else name
+    if is_ours and ours.is_file():
+        return f"{ours}{colon}{variant}"
+    raise InputError(
+        f"--config={name}: no such file below {pathlib.Path.cwd()}; name {known()}"
+    )
+
+
+def known() -> str:
+    """What `--config` may name, in words."""
+    files = sorted(_folder().glob("*.py"))
+    names = (file.stem for file in files if file.stem not in ("__init__", "presets"))
+    return f"a file, or a config of the package: {', '.join(names)}"
 
 
 def make_importable() -> None:
