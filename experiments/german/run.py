@@ -1,0 +1,103 @@
+"""Runs the German study, one cell after the other.
+
+    python -m experiments.german.run --handbook=FOLDER --data=FOLDER [--part=...]
+
+`--handbook` is where the package `debian-handbook` was unpacked, `--data` a folder of
+general text; `data.write` says what it holds. A cell whose record is in `results/` is not
+run again, and one that was stopped resumes from its last checkpoint.
+"""
+
+import argparse
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from experiments import cells
+from experiments.german import data
+from experiments.german.config import Cell, make
+
+# At the first rate little is forgotten, at the others plain pre-training forgets.
+RATES = (3e-4, 1e-3, 2e-3)
+# In the order of what they tell: the claims first, then their neighbours.
+CLAIMS = ("plain", "mixture_lssd20", "mixture_ntp", "lssd20")
+NEIGHBOURS = ("mixture_lssd50", "ntp_kl", "mixture_mft80", "lora_lssd20")
+PARTS = ("arms", "seeds", "neighbours")
+# Exams and clozes of which each answer is recorded, so that a change has an interval.
+QUESTIONS = (
+    "translation",
+    "last_words",
+    "arc_easy",
+    "piqa",
+    "openbook_qa",
+    "lambada",
+)
+RESULTS = pathlib.Path(__file__).parent / "results"
+HEALING_RATE = 2e-4
+
+
+def healing(folder: str) -> Cell:
+    """The cell that makes the start of all others."""
+    return Cell(folder, arm="start", rate=HEALING_RATE)
+
+
+def plan(part: str, folder: str, start: str) -> Iterator[Cell]:
+    """The cells of a part of the study, in the order in which they run."""
+    if part == "arms":
+        yield Cell(folder, start)
+        for rate in (RATES[1], RATES[0], RATES[2]):
+            for arm in CLAIMS:
+                yield Cell(folder, start, arm, rate)
+    elif part == "seeds":
+        for seed in (1, 2):
+            for rate in RATES:
+                for arm in CLAIMS:
+                    yield Cell(folder, start, arm, rate, seed)
+    else:
+        for rate in RATES:
+            for arm in NEIGHBOURS:
+                yield Cell(folder, start, arm, rate)
+
+
+def run_cell(cell: Cell, workdir: str) -> cells.Record:
+    """Runs a cell to its end, or resumes it, and returns its record."""
+    return cells.run(cell, make, workdir, () if cell.arm == "start" else QUESTIONS)
+
+
+STUDY = cells.Study(
+    make, run_cell, lambda cell: cell.arm, lambda record: f"{record['seconds']:.0f} s"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--handbook", required=True, help="the unpacked package")
+    parser.add_argument("--data", required=True, help="general text, see `data.write`")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--workdir", default="runs/german")
+    parser.add_argument("--results", default=RESULTS)
+    arguments = parser.parse_args()
+    root = pathlib.Path(arguments.workdir)
+    folder, start = root / "data", root / "start"
+    data.write(pathlib.Path(arguments.handbook), pathlib.Path(arguments.data), folder)
+    records = cells.Records(pathlib.Path(arguments.results), STUDY)
+    model = start / "export/hf"
+    if not (model / "config.json").exists():
+        cell = healing(str(folder))
+        record = run_cell(cell, str(start))
+        records.add(cell, record | {"revision": cells.revision()})
+    planned = [
+        cell for part in arguments.part for cell in plan(part, str(folder), str(model))
+    ]
+    # One worker that has all cores: two would want twice the memory.
+    for cell in planned:
+        if records.has(cell):
+            continue
+        workdir = root / cells.name(cell, STUDY)
+        record = run_cell(cell, str(workdir)) | {"revision": cells.revision()}
+        records.add(cell, record)
+        print(f"{workdir.name}: {STUDY.summary(record)}", flush=True)
+        shutil.rmtree(workdir)
+
+
+if __name__ == "__main__":
+    main()
