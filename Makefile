@@ -1,12 +1,13 @@
 # make quickstart   run the main job on this machine
-# make test         run the tests
+# make test         run the fast tests, for every edit
+# make test-all     run all tests, as CI does
 # make experiments-controlled   the core of experiments/README.md's first study anew, an hour
 # All make .venv first; PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint clean experiments-controlled
+.PHONY: quickstart test test-all lint clean experiments-controlled
 
 quickstart: .venv/installed
 	$(BIN)/python -m mixcpt_jax.main --config=configs/quickstart.py
@@ -18,7 +19,10 @@ experiments-controlled: .venv/installed
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: .venv/installed-test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -16,7 +16,6 @@ from mixcpt_jax.core.errors import InputError
 
 OBJECTIVES = ("ntp", "lssd", "kd", "selective")
 
-
 REMAT = ("none", "dots", "full")
 
 

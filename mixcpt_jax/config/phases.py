@@ -15,7 +15,6 @@ from mixcpt_jax.core.errors import InputError
 # Stands for the folder of an earlier phase of the same run, in any path of a phase.
 _PHASE = re.compile(r"(?:^|(?<=,)|(?<=, ))phase:")
 
-
 # What may change between two runs of one workdir without changing what is computed.
 FREE_ON_RESUME = (
     "mesh",
@@ -34,7 +33,6 @@ FREE_ON_RESUME = (
     "train.timeout",
     "train.keep_best",  # in the configs of earlier versions
 )
-
 
 # Sections that a job does not read, so that a mistake in a later phase can be mended
 # without making the earlier ones anew.

@@ -24,7 +24,6 @@ from mixcpt_jax.models import transformer
 
 Batch = dict[str, jax.Array]
 
-
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 

@@ -38,7 +38,7 @@ def preference_objective(
     pair, each with its prompt; only learnt tokens count.
 
     Args:
-      forward: the policy, from `model.make_forward`.
+      forward: the policy, from `transformer.make_forward`.
       reference_forward: the frozen reference; None where the batch has its
         `reference_logps`.
       source_names: names of the sources, in the order of `source_ids`.

@@ -40,7 +40,7 @@ def token_objective(
     therefore keep their meaning when a source has weight 0 for some objective.
 
     Args:
-      forward: the student, from `model.make_forward`.
+      forward: the student, from `transformer.make_forward`.
       teacher: the frozen teacher, or None when no objective needs one.
       source_names: names of the sources, in the order of `source_ids`.
       head_loss: `streamed.head_loss` with its settings.

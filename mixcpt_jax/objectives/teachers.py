@@ -34,7 +34,7 @@ def running_teacher(
     """Runs the frozen model.
 
     Args:
-      forward: from `model.make_forward`.
+      forward: from `transformer.make_forward`.
       temperature: what the logits are divided by.
       soft_cap: of the logits, before that; None: the network's own.
     """
@@ -111,7 +111,7 @@ def make_teacher_step(
     """Builds `(params, batch) -> what a prepared teacher reads`, `[B, L, ...]` each.
 
     Args:
-      forward: from `model.make_forward`.
+      forward: from `transformer.make_forward`.
       top_k: 0: hidden states, see `prepared_teacher`; else how many tokens are kept,
         see `compact_teacher`.
       temperature: what the logits are divided by; hidden states are left as they are.

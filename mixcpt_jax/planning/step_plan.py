@@ -308,7 +308,7 @@ def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
 
 
 def _kept_activations(step: Step) -> int:
-    """Bytes of a chip that wait for the backward pass: see `model.REMAT_POLICIES`."""
+    """Bytes of a chip that wait for the backward pass: see `transformer.REMAT_POLICIES`."""
     config, mesh = step.phase.config, step.phase.mesh
     rows = config.data.batch_size // config.optimizer.accumulation_steps
     tokens = rows * config.data.row_length // mesh.shape["data"] // mesh.shape["fsdp"]

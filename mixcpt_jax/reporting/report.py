@@ -11,9 +11,7 @@ from mixcpt_jax.runtime import metrics
 
 TABLE_FILE = "report.md"
 
-
 CURVES_FILE = "curves.png"
-
 
 PAGE_FILE = "report.html"
 

@@ -146,7 +146,7 @@ def make_eval_step(
     all read their log-likelihoods, `-ntp` in nats, from it.
 
     Args:
-      forward: from `model.make_forward`.
+      forward: from `transformer.make_forward`.
       head_loss: `streamed.head_loss` with its settings.
     """
 

@@ -1,8 +1,8 @@
 """What the frozen teacher says about the packed rows, once, ahead of training.
 
-The teacher does not change, and a row reads the same in every epoch. So what it says can
-be kept (`data.taught`): training then holds no teacher body, and second and later epochs
-cost what plain continual pre-training does.
+The teacher does not change, and a row reads the same in every epoch. So its outputs can be
+kept (`data.teacher_cache`): training then holds no teacher body, and second and later
+epochs cost what plain continual pre-training does.
 """
 
 from collections.abc import Iterator
