@@ -250,6 +250,27 @@ def test_a_named_token_must_be_there(vocabulary):
         tokenizer.load(str(folder))
 
 
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("additional_special_tokens", ["</s>", "<nowhere>"]),
+        ("additional_special_tokens", [{"content": "<nowhere>", **SPECIAL}]),
+        ("extra_special_tokens", {"image_token": "<nowhere>"}),
+        ("unk_token", "<nowhere>"),
+        ("mask_token", {"content": "<nowhere>", **SPECIAL}),
+    ],
+)
+def test_no_other_named_token_is_left_out(key, value, name, vocabulary):
+    folder, size = vocabulary
+    write(folder, name, {key: value})
+    with pytest.raises(InputError, match=rf"{name}: {key} has '<nowhere>'"):
+        tokenizer.load(str(folder))
+    # The same with the token there.
+    write(folder, "added_tokens.json", {"<nowhere>": size})
+    assert size in tokenizer.load(str(folder)).encode_with_special("a <nowhere>")
+
+
 def test_generation_ends_where_the_model_says(vocabulary):
     folder, size = vocabulary
     write(folder, "generation_config.json", {"eos_token_id": [5, 7], "top_p": 0.9})

@@ -204,12 +204,16 @@ def test_a_pair_that_can_be_read_in_two_ways_is_refused(record, words):
         formats.chat_pair(Record(record, "f:7"), Letters())
 
 
-def test_a_turn_of_weight_0_is_read_and_not_trained_on():
+@pytest.mark.parametrize("off", [0, False, 0.0])
+@pytest.mark.parametrize(
+    "key", ["weight", "train", "training", "trainable", "loss", "loss_weight"]
+)
+def test_a_turn_of_weight_0_is_read_and_not_trained_on(key, off):
     talk = [
         {"role": "user", "content": "Q"},
-        {"role": "assistant", "content": "WRONG", "weight": 0},
+        {"role": "assistant", "content": "WRONG", key: off},
         {"role": "user", "content": "Q"},
-        {"role": "assistant", "content": "right", "weight": 1},
+        {"role": "assistant", "content": "right", key: 1},
     ]
     examples, _ = encode({"messages": talk}, "chat")
     assert "WRONG" in text_of(examples.tokens)
@@ -217,7 +221,25 @@ def test_a_turn_of_weight_0_is_read_and_not_trained_on():
     with pytest.raises(InputError, match="no message of the assistant"):
         encode({"messages": talk[:2]}, "chat")
     with pytest.raises(InputError, match=r"messages\[1\]: a weight of 0.5"):
-        encode({"messages": [talk[0], talk[1] | {"weight": 0.5}]}, "chat")
+        encode({"messages": [talk[0], talk[1] | {key: 0.5}]}, "chat")
+
+
+@FAST
+@hypothesis.given(
+    value=st.booleans() | st.integers(-1, 1) | WORD,
+    key=st.sampled_from(["mask", "end_turn", "prefix", "name", "is_safe"]),
+    name=st.sampled_from(sorted(NEEDED)),
+)
+def test_a_value_of_any_type_counts_as_a_value(value, key, name):
+    record = dict.fromkeys(NEEDED[name][0], "said so") | {key: value}
+    if name == "chat":
+        answer = {"role": "assistant", "content": "A", key: value}
+        record = {"messages": [{"role": "user", "content": "Q"}, answer], key: value}
+    if name == "chat_preference":
+        record["rejected"] = "otherwise"
+    _, found = encode(record, name, preference_side="both")
+    wanted = {key: 1} | ({f"messages.{key}": 1} if name == "chat" else {})
+    assert found.unread == wanted
 
 
 def test_pairs_of_equal_answers_are_left_out_wherever_pairs_are_read(tmp_path):

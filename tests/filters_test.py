@@ -114,15 +114,20 @@ def test_what_was_said_before_is_repetition(text, share):
     assert filters.repetition(filters.words_of(text)) == pytest.approx(share)
 
 
-@hypothesis.given(st.text(max_size=60), st.sampled_from(["\n", "  ", "\u3000\t"]))
+@hypothesis.given(
+    st.text(max_size=60),
+    st.sampled_from(["\n", "  ", "\u3000\t", "\r\n", "\xa0"]),
+    st.sampled_from(["\ufeff", "\u200b", "\xad", "\0", "\u200e"]),
+)
 @hypothesis.settings(max_examples=100, deadline=None)
-@hypothesis.example("é ﬁne ΐ Straße", "\n")
-def test_case_blanks_and_unicode_forms_do_not_matter(text, blank):
+@hypothesis.example("é ﬁne ΐ Straße ｗｉｄｅ ㎏", "\n", "\ufeff")
+def test_case_blanks_and_unicode_forms_do_not_matter(text, blank, unseen):
     # Upper case has no way back to some letters, as dotless i.
     upper = text.upper() if text.upper().casefold() == text.casefold() else text
     for same in (
         upper,
-        unicodedata.normalize("NFD", text),
+        *(unicodedata.normalize(form, text) for form in ("NFC", "NFD", "NFKC", "NFKD")),
+        "".join(f"{character}{unseen}" for character in text),
         f"{blank}{blank.join(text.split())}\n",
     ):
         assert filters.digest(same) == filters.digest(text)

@@ -21,9 +21,9 @@ InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[tuple[Any, An
 
 _RECORDS_PER_BLOCK = 256
 # Raised whenever the same records and settings make other tokens than before.
-_VERSION = 2
+_VERSION = 3
 # Raised whenever other records of the same source are held out than before.
-SPLIT_VERSION = 2
+SPLIT_VERSION = 3
 
 
 def one_by_one(function, items):
@@ -34,7 +34,8 @@ def one_by_one(function, items):
 class HeldOut:
     """The texts that a phase measures, by their hashes, and what measures them.
 
-    Texts are the same that differ in case and blanks alone. A record is held out if one
+    Texts are the same that differ in case, blanks and forms of characters alone, see
+    `filters.digest`. A record is held out if one
     of its whole texts is held out, whole or as a part of what is, or if one of its parts
     is a whole text that is. That two records have a part in common, as an answer to
     different questions, is no reason. See `formats.passages`.

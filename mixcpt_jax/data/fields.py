@@ -61,7 +61,9 @@ REFUSED = {
 # Formats in which these fields have that meaning; in others they are unread.
 _DIALOGUES = ("instruction", "preference", "chat", "chat_preference")
 # Keys of a message that say whether its tokens are loss tokens: 0 or false, they are not.
-_WEIGHTS = ("weight", "train", "training")
+_WEIGHTS = (
+    "weight", "train", "training", "trainable", "loss", "loss_weight",
+)  # fmt: skip
 # An id says where a record is from; `selection` is what the job "select" wrote about it.
 _SILENT = ("id", "selection")
 
@@ -205,7 +207,8 @@ class Reading:
         """Raises InputError if one of the values, not yet asked for, is `REFUSED`."""
         for key, remedy in REFUSED.items():
             is_read = not prefix and key in self._read
-            if not is_read and not _is_empty(values.get(key)):
+            value = values.get(key)
+            if not is_read and value is not False and not _is_empty(value):
                 raise self.fail(f"{prefix}{key} is not written into the text; {remedy}")
 
     def unread(self, format: str, texts: list[str]) -> list[str]:
@@ -501,7 +504,7 @@ def _is_empty(value: Any) -> bool:
     if isinstance(value, (list, dict)):
         entries = value.values() if isinstance(value, dict) else value
         return all(map(_is_empty, entries))
-    return value is None or value is False
+    return value is None
 
 
 def check_text(

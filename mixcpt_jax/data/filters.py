@@ -43,7 +43,12 @@ _ALONE = (
 )
 # Marks, as the vowels of Indian scripts, part words here; they do so wherever they stand.
 _WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
-_INVISIBLE = re.compile("[\u00ad\u200c\u200d\u2060\ufe0f]")
+# Controls that are no blanks, hyphens and joiners that are not seen, marks of direction,
+# a byte order mark, the choice of a glyph.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069"
+    "\ufe00-\ufe0f\ufeff]"
+)
 
 
 class Findings(NamedTuple):
@@ -126,11 +131,11 @@ def inspect(
 
 def words_of(text: str) -> list[str]:
     """The words of a text, case folded."""
-    return _WORD.findall(_INVISIBLE.sub("", _fold(text)))
+    return _WORD.findall(_fold(text))
 
 
 def digest(text: str) -> bytes:
-    """A hash of a text but for case and blanks, 16 bytes."""
+    """A hash of a text but for case, blanks and forms of characters, 16 bytes."""
     content = " ".join(_fold(text).split()).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=16).digest()
 
@@ -259,9 +264,16 @@ class Seen:
 
 
 def _fold(text: str) -> str:
-    # Folding can undo the form: some capitals have no letter of their own in lower case.
-    folded = unicodedata.normalize("NFC", text).casefold()
-    return unicodedata.normalize("NFC", folded)
+    """A text without case, compatible forms and characters that are not seen.
+
+    Texts that match by Unicode's compatibility caseless matching (D146) are the same.
+    """
+    text = _INVISIBLE.sub("", text)
+    if text.isascii():
+        return text.lower()
+    folded = unicodedata.normalize("NFD", text).casefold()
+    folded = unicodedata.normalize("NFKD", folded).casefold()
+    return unicodedata.normalize("NFKC", folded)
 
 
 def _ngrams(words: list[str], size: int) -> Iterator[str]:

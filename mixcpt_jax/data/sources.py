@@ -161,7 +161,7 @@ def held_out(
 
 
 def content_key(record: Record, seed: int, text: str | None = None) -> bytes:
-    """A hash of a record's text but for case and blanks; None: what it `said`."""
+    """A hash of a record's text, see `filters.digest`; None: what it `said`."""
     digest = hashlib.blake2b(f"{seed} ".encode(), digest_size=_KEY_BYTES)
     digest.update(filters.digest(said(record) if text is None else text))
     return digest.digest()

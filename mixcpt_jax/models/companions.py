@@ -42,6 +42,8 @@ _DROPPED = {
 WRITTEN = (CONFIG, _MAP, _TEMPLATE, _OLD_TEMPLATE, *_COPIED)
 
 _NAMES = ("bos_token", "eos_token", "pad_token")
+_OTHER_NAMES = ("unk_token", "sep_token", "cls_token", "mask_token")
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _MOST_TOKENS = 2**31 - 1
 # Some editors put it first in a file; a conversation would begin with it.
@@ -93,6 +95,18 @@ class Companions:
         """
         return {
             name: _content(self.config[name]) for name in _NAMES if name in self.config
+        }
+
+    def other_tokens(self) -> dict[str, list[str]]:
+        """Key -> the other special tokens that the files name there.
+
+        transformers would add those that the vocabulary lacks to it.
+        """
+        lists = {name: _listed(self.config.get(name)) for name in _LISTS}
+        values = lists | {name: [self.config.get(name)] for name in _OTHER_NAMES}
+        return {
+            name: [text for text in map(_content, tokens) if isinstance(text, str)]
+            for name, tokens in values.items()
         }
 
     def save(self, folder: epath.Path, says: dict[str, Any], template: str | None):

@@ -927,6 +927,14 @@ def _with_companions(
                 f"{companions.place_of(file, beside, name)}: {name} is {token!r}, which "
                 f"is not in the vocabulary of {file.name}"
             )
+    for name, tokens in beside.other_tokens().items():
+        for token in tokens:
+            if model.token_to_id(token) is None:
+                raise InputError(
+                    f"{companions.place_of(file, beside, name)}: {name} has {token!r}, "
+                    f"which is not in the vocabulary of {file.name}; take it out, or add "
+                    "it to the vocabulary and its row to the weights"
+                )
     bos_id, eos_id, pad_id = ids.values()
     add_bos = beside.config.get("add_bos_token")
     if add_bos is None and isinstance(model, _JsonModel):
