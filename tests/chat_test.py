@@ -624,8 +624,11 @@ def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
     typed = iter(texts[:1])
     monkeypatch.setattr(builtins, "input", lambda prompt: next(typed, "/quit"))
     assert run() == f"{answers[0]}\n"
-    with pytest.raises(InputError, match="max_new_tokens=0: it must be 1 or more"):
+    with pytest.raises(SystemExit):
         run("--max_new_tokens=0")
+    assert "--max_new_tokens: '0': an integer from 1" in capsys.readouterr().err
+    # The context is the limit, however many are asked for.
+    run(f"--prompt={texts[0]}", f"--max_new_tokens={2**31 - 1}")
 
 
 def test_decoding_costs_no_other_imports():

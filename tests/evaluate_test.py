@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import vocabularies
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.cli import evaluate
+from mixcpt_jax.cli import chat, evaluate, lm_eval
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import exams, formats, mixture, tasks
@@ -311,6 +311,44 @@ def test_the_command_measures_and_compares(
             f"--compare={files[1]}",
             *("--tasks", cloze, "--limit=2"),
         )
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    [
+        *((evaluate, flag) for flag in ("limit=-1", "seed=-1", f"limit={2**70}")),
+        *((evaluate, flag) for flag in ("batch_size=0", "row_length=-5", "limit=1.5")),
+        *((lm_eval, flag) for flag in ("limit=-1", "batch_size=0", "num_fewshot=-1")),
+        *((chat, flag) for flag in (f"seed={2**70}", "seed=-1", "max_new_tokens=-1")),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_its_flag(
+    module, flag, monkeypatch, capsys
+):
+    tasks_given = [] if module is chat else ["--tasks=none"]
+    given = ["x", "--checkpoint=none", *tasks_given, f"--{flag}"]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit):
+        module._parse()
+    assert f"argument --{flag.split('=')[0]}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "found", [{"tasks": {}}, {"tasks": [], "checkpoint": "a", "dtype": "b"}, [], 1]
+)
+def test_a_file_that_output_did_not_write_is_refused(found, tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(found))
+    with pytest.raises(InputError, match=r"results\.json: not what --output wrote"):
+        evaluate._read_results(str(file))
+
+
+def test_a_setting_that_is_a_file_is_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "seed=1.jsonl", [{"text": "one"}])
+    write_lines(tmp_path / "1.jsonl", [{"text": "other"}])
+    assert tasks.read("seed=1.jsonl").records[0].fields == {"text": "one"}
+    assert tasks.read("seed:text=1.jsonl").records[0].fields == {"text": "other"}
 
 
 def test_tasks_are_known_by_their_fields(tmp_path):

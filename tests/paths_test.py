@@ -80,6 +80,17 @@ def test_a_folder_to_write_to_that_cannot_be_read_again_is_refused(name):
     assert str(e.value).encode()
 
 
+def test_where_a_result_cannot_be_written_is_known_before_the_work(tmp_path):
+    """Its folder is made, so that hours of work do not end in a missing folder."""
+    file = paths.output_file(str(tmp_path / "new" / "er" / "result.json"))
+    paths.replace(file, "{}")
+    assert file.read_text() == "{}"
+    with pytest.raises(InputError, match="is a folder"):
+        paths.output_file(str(tmp_path))
+    with pytest.raises(InputError, match="its folder cannot be made"):
+        paths.output_file(str(file / "below.json"))
+
+
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "array_record"])
 def test_a_name_that_is_not_utf8_is_read_and_written(tmp_path, suffix):
     file = os.path.join(tmp_path, os.fsdecode(b"caf\xe9." + suffix.encode()))

@@ -29,10 +29,6 @@ def main() -> None:
         _check_utf8(prompt, "--prompt")
     if arguments.prompts:
         arguments.prompt += _read_prompts(arguments.prompts, arguments.raw)
-    if arguments.max_new_tokens < 1:
-        raise InputError(
-            f"--max_new_tokens={arguments.max_new_tokens}: it must be 1 or more"
-        )
     # Imported here so that --help does not wait for jax.
     import jax
 
@@ -67,11 +63,11 @@ def _parse() -> argparse.Namespace:
         "several --prompt. They come out as JSON lines",
     )
     add("--raw", action="store_true", help="complete texts, without a chat template")
-    add("--max_new_tokens", type=int, default=512)
+    add("--max_new_tokens", type=command.integer(1), default=512)
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     add("--top_k", type=int, default=None, help="draw from so many tokens only")
     add("--top_p", type=float, default=1.0, help="draw from this share only")
-    add("--seed", type=int, default=0, help="of the draws")
+    add("--seed", type=command.integer(0), default=0, help="of the draws")
     add("--dtype", default="", help="float32 (default on CPUs) or bfloat16 (elsewhere)")
     return parser.parse_args()
 

@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import contextlib
 import errno
 import os
 import signal
@@ -29,6 +30,20 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of a flag that takes the integers from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if least <= (value := int(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: an integer from {least} to {most} is wanted"
+        )
+
+    return parse
 
 
 def explained(command: Callable[..., Any], *args: Any) -> None:

@@ -26,6 +26,7 @@ _ROW_LENGTH = 1024
 
 def main() -> None:
     arguments = _parse()
+    output = arguments.output and paths.output_file(arguments.output)
     # Imported here so that --help does not wait for jax.
     from mixcpt_jax.data import tasks
     from mixcpt_jax.evaluation import evaluator
@@ -44,8 +45,8 @@ def main() -> None:
         result["compared_with"] = sides[1]
         result["comparison"] = evaluator.compare(*sides, arguments.seed)
         print(f"\n{evaluator.describe_comparison(result)}")
-    if arguments.output:
-        paths.replace(paths.absolute(arguments.output), paths.to_json(result, indent=1))
+    if output:
+        paths.replace(output, paths.to_json(result, indent=1))
 
 
 def _parse() -> argparse.Namespace:
@@ -61,16 +62,21 @@ def _parse() -> argparse.Namespace:
         metavar="TASK",
         help="PATH, NAME=PATH or NAME:KIND=PATH; kinds: text, choice, cloze",
     )
-    add("--limit", type=int, default=0, help="items of each task, the first; 0: all")
+    add(
+        "--limit",
+        type=command.integer(0),
+        default=0,
+        help="items of each task, the first; 0: all",
+    )
     add(
         "--row_length",
-        type=int,
+        type=command.integer(0),
         default=0,
         help="what documents are cut to; default: 1024 tokens, or what the other was "
         "measured with",
     )
-    add("--batch_size", type=int, default=8, help="rows at a time")
-    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--batch_size", type=command.integer(1), default=8, help="rows at a time")
+    add("--seed", type=command.integer(0), default=0, help="of the bootstrap")
     add("--dtype", default="", help="float32 (default on CPUs) or bfloat16 (elsewhere)")
     add("--output", default="", help="a JSON file for what is printed, and each item")
     return parser.parse_args()
@@ -110,11 +116,15 @@ def _read_results(path: str) -> dict[str, Any]:
         result = json.loads(paths.require_file(path).read_text())
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(result, dict) or "tasks" not in result:
-        raise InputError(
-            f"{path}: not what --output wrote; name one of these, or a RUN"
-        )
-    return {key: result[key] for key in ("checkpoint", "dtype", "row_length", "tasks")}
+    match result:
+        case {
+            "checkpoint": str(),
+            "dtype": str(),
+            "row_length": int(),
+            "tasks": dict(),
+        }:
+            return result
+    raise InputError(f"{path}: not what --output wrote; name one of these, or a RUN")
 
 
 def start() -> None:

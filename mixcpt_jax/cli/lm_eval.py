@@ -17,6 +17,7 @@ from mixcpt_jax.core.errors import InputError
 
 def main() -> None:
     arguments = _parse()
+    output = arguments.output and paths.output_file(arguments.output)
     # Imported here so that --help waits neither for the harness nor for jax.
     try:
         import lm_eval
@@ -50,9 +51,9 @@ def main() -> None:
     print(utils.make_table(results))
     if results.get("groups"):
         print(utils.make_table(results, "groups"))
-    if arguments.output:
+    if output:
         text = paths.to_json(results, indent=1, default=utils.handle_non_serializable)
-        paths.replace(paths.absolute(arguments.output), text)
+        paths.replace(output, text)
 
 
 def _parse() -> argparse.Namespace:
@@ -61,11 +62,26 @@ def _parse() -> argparse.Namespace:
     add("--checkpoint", required=True, metavar="RUN", help="where the model is")
     add("--tasks", required=True, help="names, with commas between")
     add("--include_path", default="", help="a folder of YAML files with more tasks")
-    add("--limit", type=int, default=0, help="items of each task, the first; 0: all")
-    add("--num_fewshot", type=int, default=None, help="examples before each item")
+    add(
+        "--limit",
+        type=command.integer(0),
+        default=0,
+        help="items of each task, the first; 0: all",
+    )
+    add(
+        "--num_fewshot",
+        type=command.integer(0),
+        default=None,
+        help="examples before each item",
+    )
     add("--apply_chat_template", action="store_true", help="items as conversations")
-    add("--batch_size", type=int, default=8, help="rows at a time")
-    add("--max_length", type=int, default=0, help="of contexts; 0: as the model's")
+    add("--batch_size", type=command.integer(1), default=8, help="rows at a time")
+    add(
+        "--max_length",
+        type=command.integer(0),
+        default=0,
+        help="of contexts; 0: as the model's",
+    )
     add("--dtype", default="", help="float32 (default on CPUs) or bfloat16 (elsewhere)")
     add("--output", default="", help="a JSON file for results and samples")
     return parser.parse_args()

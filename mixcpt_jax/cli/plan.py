@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     config, workdir = command_line.read(argv)
+    output = _OUTPUT.value and paths.output_file(_OUTPUT.value)
     name, config = command_line.training_phase(config, workdir)
     topology = _TOPOLOGY.value or config.mesh.topology
     if not topology:
@@ -59,8 +60,8 @@ def main(argv: list[str]) -> None:
         print(f"{name}: {step_plan.describe(result)}")
         if not result["fits"]:
             print(step_plan.advise(config, topology))
-    if _OUTPUT.value:
-        paths.replace(paths.absolute(_OUTPUT.value), paths.to_json(result, indent=1))
+    if output:
+        paths.replace(output, paths.to_json(result, indent=1))
 
 
 def start() -> None:

@@ -35,9 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
         and not given.runs[0].endswith(".json")
     ):
         output = f"{given.runs[0]}/{PAGE_FILE}"
+    file = paths.output_file(output)
     arms = run_records.load(given.runs)
     text = page.render(arms, [name for name in given.domain.split(",") if name])
-    paths.replace(paths.absolute(output), text)
+    paths.replace(file, text)
     print(f"Written to {output}")
 
 

@@ -89,6 +89,26 @@ def absolute(path: str) -> epath.Path:
     return folder
 
 
+def output_file(path: str) -> epath.Path:
+    """A file that is written once the work is done; its folder is made now.
+
+    Raises:
+      InputError: no file can be written there.
+    """
+    file = absolute(path)
+    if file.is_dir():
+        raise InputError(f"{path}: is a folder; name a file to write to")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: its folder cannot be made ({error}); name another file"
+        ) from error
+    if not is_remote(file) and not os.access(file.parent, os.W_OK):
+        raise InputError(f"{path}: its folder may not be written to; name another file")
+    return file
+
+
 def is_utf8(path: epath.Path | str) -> bool:
     """Whether a path is text; Python keeps other bytes of a name as surrogates."""
     try:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import exams, formats, mixture, sources
 from mixcpt_jax.data.formats import Examples
@@ -172,14 +173,15 @@ def read(setting: str, limit: int = 0) -> Task:
     """Reads a task.
 
     Args:
-      setting: PATH, NAME=PATH or NAME:KIND=PATH; PATH is as for `sources.read`. Without
-        a name the file's is taken, without a kind the first record tells.
+      setting: PATH, NAME=PATH or NAME:KIND=PATH; PATH is as for `sources.read`, and
+        what exists under the setting as it stands is meant by it. Without a name the
+        file's is taken, without a kind the first record tells.
       limit: how many records, from the first on; 0: all.
 
     Raises:
       InputError: the setting, the file or a record in it is wrong.
     """
-    found = _NAMED.fullmatch(setting)
+    found = None if paths.exists(setting) else _NAMED.fullmatch(setting)
     name, kind, path = found.groups() if found else ("", "", setting)
     name = name or re.sub(r"\..*", "", path.rstrip("/").rpartition("/")[2])
     read = sources.read(path, exams.reader(path))

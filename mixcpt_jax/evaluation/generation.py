@@ -466,7 +466,7 @@ class Stream:
             np.arange(self._batch, dtype=np.int32),
             seed,
             stops,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, self._config.max_positions),
             choice=choice,
         )
         seen, ended = 0, [False] * len(prompts)
