@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 
 import hypothesis
 import pytest
@@ -127,7 +128,10 @@ def test_train_is_read_and_other_splits_are_named(tmp_path, layout, told):
     for split in ("", "train", "training"):
         assert texts(tmp_path, split=split) == expected
         assert "other splits are not read: test" in told[-1]
-        assert f"dataset cards are not read: {tmp_path}/README.md" in told[-1]
+        assert (
+            f"cards, licences and their like are not read: {tmp_path}/README.md"
+            in told[-1]
+        )
     for split in ("test", "eval"):
         assert not set(texts(tmp_path, split=split)) & set(expected)
     assert len(texts(tmp_path, split="all")) == len(HUB[layout])
@@ -170,7 +174,11 @@ def test_splits_are_those_of_datasets(tmp_path, layout):
         (("testing.md", "training.md", "a.md"), 3),
         (("test.jsonl",), 1),
         # Beside data, texts of no split are no data.
-        (("train.jsonl", "test.jsonl", "LICENSE.txt"), 1),
+        (("train.jsonl", "test.jsonl", "about.txt"), 1),
+        (("train.jsonl", "about.txt", "words.md"), 1),
+        (("train.txt", "about.txt", "words.md"), 3),
+        (("train.jsonl", "holdout.jsonl"), 1),
+        (("train/a.jsonl", "heldout/a.jsonl"), 1),
         # What is meant is not clear.
         (("train.jsonl", "test.jsonl", "more.jsonl"), None),
         (("test.jsonl", "more.jsonl"), None),
@@ -203,6 +211,65 @@ def test_cards_of_data_sets(tmp_path, names, header, is_card):
     (tmp_path / "README.md").write_text(header)
     assert (header in texts(tmp_path)) != is_card
     assert texts(tmp_path / "README.md") == [header]
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "is_read"),
+    [
+        ("LICENSE.txt", ("a.jsonl",), False),
+        ("LICENSE-MIT.md", ("sub/a.jsonl",), False),
+        ("README_zh-CN.md", ("a.jsonl",), False),
+        ("readme.txt", ("a.txt",), False),
+        ("requirements.txt", ("train.jsonl",), False),
+        # Texts of like names, and texts alone.
+        ("Notice of a hearing.txt", ("a.txt",), True),
+        ("licensed.txt", ("a.jsonl",), True),
+        ("LICENSE.md", ("a.md", "README.md"), True),
+        ("LICENSE.txt", (), True),
+    ],
+)
+def test_texts_that_tell_of_others_are_named(tmp_path, told, name, beside, is_read):
+    make(tmp_path, name, *beside)
+    assert (name in texts(tmp_path)) == is_read
+    assert any(f"not read: {tmp_path}/{name}" in line for line in told) != is_read
+    assert texts(tmp_path / name) == [name]
+
+
+@pytest.mark.parametrize(
+    ("names", "path", "line"),
+    [
+        (("test.jsonl",), "", "there is only the split test"),
+        (("data/validation-00000-of-00001.jsonl",), "", "only the split validation"),
+        (
+            ("a.jsonl", "a.txt"),
+            "",
+            "1 files have the name of another in another format",
+        ),
+        (
+            ("train.jsonl", "test.jsonl"),
+            "*.jsonl",
+            r"several splits are read, as they are named: test \(1\), train \(1\)",
+        ),
+        (("train-1.jsonl", "train-2.jsonl"), "*.jsonl", None),
+        (("a.jsonl", "b.txt"), "", None),
+    ],
+)
+def test_what_may_not_be_meant_is_told(tmp_path, told, names, path, line):
+    make(tmp_path, *names)
+    assert len(texts(tmp_path / path)) == len(names)
+    assert (
+        [bool(re.search(line, text)) for text in told] == [True] if line else not told
+    )
+
+
+@pytest.mark.parametrize("above", ["", "repository/", "a/snapshots/1f/"])
+def test_shards_have_their_splits_at_any_depth(tmp_path, above):
+    shard = above + "data/{}-00000-of-00001.jsonl"
+    names = [shard.format(name) for name in ("train_sft", "test_sft", "train_gen")]
+    make(tmp_path, *names)
+    assert texts(tmp_path, split="train_sft") == names[:1]
+    with pytest.raises(InputError, match="has the splits test_sft .*train_gen"):
+        sources.read(str(tmp_path))
 
 
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path):

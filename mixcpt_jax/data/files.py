@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -38,8 +38,10 @@ _SPLIT_OF_WORD = {
     "testing": "test",
     "eval": "test",
     "evaluation": "test",
+    "holdout": "test",
+    "heldout": "test",
 }
-# In the folder `data` of a data set, shards may have splits of any name.
+# In a folder `data` of a data set, shards may have splits of any name.
 _SHARD_OF_SPLIT = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _CARD_KEYS = re.compile(
     r"^(?:annotations_creators|configs|dataset_info|language|license|pretty_name|"
@@ -47,6 +49,12 @@ _CARD_KEYS = re.compile(
     re.MULTILINE,
 )
 _CARD_BYTES = 1 << 16
+# Text files that tell of the others, in any language: README.md, README_zh.md, LICENSE.txt.
+_TELLS_OF_OTHERS = re.compile(
+    r"(readme|licen[cs]e|notice|copying|changelog|contributing|citation|authors|"
+    r"code_of_conduct|security|requirements)([-_.][a-z]{2,7}([-_][a-z]{2,4})?)?\.\w+$",
+    re.IGNORECASE,
+)
 
 
 class Part(NamedTuple):
@@ -64,8 +72,11 @@ class Found:
     Attributes:
       parts: what is read, in order.
       passed_over: files that no reader goes with.
-      cards: `README.md` of data sets.
+      cards: `README.md` of data sets, licences and their like.
       beside: text files of no split in a folder whose data has splits.
+      twins: files that have the name of another but for the format.
+      sole_splits: splits that are read because there are no others.
+      named_splits: of files that a glob names, split -> how many, if there are several.
       other_splits: split that is not read -> how many files it has; 0: not known.
       num_hidden: files and folders whose names begin with a dot or two underscores.
       num_again: files and folders that were found before, by another name.
@@ -75,6 +86,11 @@ class Found:
     passed_over: list[epath.Path] = dataclasses.field(default_factory=list)
     cards: list[epath.Path] = dataclasses.field(default_factory=list)
     beside: list[epath.Path] = dataclasses.field(default_factory=list)
+    twins: list[epath.Path] = dataclasses.field(default_factory=list)
+    sole_splits: set[str] = dataclasses.field(default_factory=set)
+    named_splits: collections.Counter = dataclasses.field(
+        default_factory=collections.Counter
+    )
     other_splits: collections.Counter = dataclasses.field(
         default_factory=collections.Counter
     )
@@ -95,9 +111,24 @@ class Found:
                 for name, n in sorted(self.other_splits.items())
             )
             told.append(f"other splits are not read: {', '.join(splits)}")
+        if self.sole_splits:
+            told.append(
+                f"there is only the split {', '.join(sorted(self.sole_splits))}"
+            )
+        if self.named_splits:
+            told.append(
+                "files of several splits are read, as they are named: "
+                + ", ".join(f"{k} ({n})" for k, n in sorted(self.named_splits.items()))
+            )
+        if self.twins:
+            told.append(
+                f"{len(self.twins)} files have the name of another in another format and "
+                f"are read too, such as {self.twins[0]}"
+            )
         if self.cards:
             told.append(
-                f"dataset cards are not read: {', '.join(map(str, self.cards))}"
+                "dataset cards, licences and their like are not read: "
+                + ", ".join(map(str, self.cards))
             )
         if self.beside:
             told.append(
@@ -184,7 +215,7 @@ class _Search:
         """Adds what one path of the list stands for."""
         found = self.found
         first, num_hidden = len(found.passed_over), found.num_hidden
-        is_read = False
+        is_read, named = False, []
         for path in _matches(piece):
             if path.is_dir():
                 is_read |= not self._is_new(path) or self._add_folder(path)
@@ -192,9 +223,13 @@ class _Search:
                 raise InputError(f"{path}: is no regular file; copy it into one")
             elif known := self._reader or _reader_of(path):
                 self._add_part(Part(path, known))
+                named.append(_Entry(path, (), known))
                 is_read = True
             else:
                 found.passed_over.append(path)
+        counts = collections.Counter(filter(None, _splits(named).values()))
+        if len(counts) > 1:
+            found.named_splits += counts
         if not is_read:
             passed = found.passed_over[first:]
             raise InputError(_nothing(piece, self._reader, passed, found, num_hidden))
@@ -217,6 +252,7 @@ class _Search:
         entries = list(self._below(root, ()))
         below = [entry for entry in entries if isinstance(entry, _Entry)]
         kept = self._of_split(root, [e for e in below if not self._is_card(e, below)])
+        self._find_twins(kept)
         parts = [
             Part(entry.path, entry.reader, kept[entry.path])
             if isinstance(entry, _Entry)
@@ -270,36 +306,51 @@ class _Search:
 
     def _is_card(self, entry: _Entry, files: list[_Entry]) -> bool:
         """Whether it tells of a data set: by its header, or since data lies beside it."""
-        if entry.path.name.casefold() != "readme.md" or not entry.reader:
+        if entry.reader != "text" or not _TELLS_OF_OTHERS.match(entry.path.name):
             return False
         depth = len(entry.folders)
         is_card = any(
             other.folders[:depth] == entry.folders
             and readers.suffix(other.path.name) in readers.READER_OF_SUFFIX
             and readers.suffix(other.path.name) != ".md"
+            and not _TELLS_OF_OTHERS.match(other.path.name)
             for other in files
         ) or _has_card_header(entry.path)
         if is_card:
             self.found.cards.append(entry.path)
         return is_card
 
+    def _find_twins(self, files: Iterable[epath.Path]) -> None:
+        seen = set()
+        for file in files:
+            stem = file.parent / file.name.removesuffix(readers.suffix(file.name))
+            if stem in seen:
+                self.found.twins.append(file)
+            seen.add(stem)
+
     def _of_split(self, root: epath.Path, files: list[_Entry]) -> dict[epath.Path, str]:
         """Those of the wanted split: file -> the split, '' where none are told apart."""
         files = [entry for entry in files if entry.reader]
         split_of = _splits(files)
         counts = collections.Counter(filter(None, split_of.values()))
-        if not counts or (set(counts) == {"train"} and not self._split):
+        if not counts:
             split = self._split if self._split in ("train", ALL) else ""
             return dict.fromkeys(split_of, split)
         if self._split == ALL:
             return {path: split or ALL for path, split in split_of.items()}
         unnamed = [entry for entry in files if not split_of[entry.path]]
         if any(split_of[e.path] and e.reader != "text" for e in files):
-            self.found.beside += [e.path for e in unnamed if e.reader == "text"]
+            beside = [entry.path for entry in unnamed if entry.reader == "text"]
+            self.found.beside += beside
             unnamed = [entry for entry in unnamed if entry.reader != "text"]
+            for path in beside:
+                del split_of[path]
+        if set(counts) == {"train"} and not self._split:
+            return dict.fromkeys(split_of, "")
         wanted = {_canonical(name) for name in self._split.split("+") if name}
         if not wanted and not unnamed and (len(counts) == 1 or "train" in counts):
             wanted = {"train"} if "train" in counts else set(counts)
+            self.found.sole_splits |= wanted - {"train"}
         if not wanted or not wanted <= counts.keys():
             raise InputError(_unclear(root, counts, unnamed, self._split))
         self.found.other_splits += collections.Counter(
@@ -314,6 +365,7 @@ class _Search:
             for other in splits:
                 if other != split:
                     self.found.other_splits[other] += 0
+            self.found.sole_splits |= {split} - {"train"}
             return split
         # 'train[:50%]+test' names two.
         named = [part.partition("[")[0].strip() for part in self._split.split("+")]
@@ -330,7 +382,7 @@ def _splits(files: list[_Entry]) -> dict[epath.Path, str]:
     shards = {
         entry.path: found[1]
         for entry in files
-        if entry.folders == ("data",)
+        if entry.folders[-1:] == ("data",)
         and (found := _SHARD_OF_SPLIT.match(entry.path.name))
     }
     if not any(map(_named, shards.values())):
