@@ -250,6 +250,16 @@ def test_a_named_token_must_be_there(vocabulary):
         tokenizer.load(str(folder))
 
 
+@pytest.mark.parametrize("token", [{}, {"text": "</s>"}, "\ud800", 2, ["</s>"]])
+def test_a_named_token_is_a_text(token, vocabulary):
+    folder, _ = vocabulary
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        write(folder, name, {"eos_token": token})
+        with pytest.raises(InputError, match=rf"{name}: "):
+            tokenizer.load(str(folder))
+        (folder / name).unlink()
+
+
 @pytest.mark.parametrize("name", ["special_tokens_map.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
     ("key", "value"),
@@ -281,7 +291,11 @@ def test_generation_ends_where_the_model_says(vocabulary):
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 400) | st.text(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 400)
+    | st.text(max_size=5)
+    | st.just("\ud800"),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import gguf
 import jax
@@ -426,6 +427,18 @@ def test_which_layers_are_global(export, changes, global_layers):
             r"final_logit_softcapping is '30'; a positive number",
         ),
         ({"num_hidden_layers": "absent"}, r"num_hidden_layers is missing"),
+        ({"rope_theta": 1e-30}, r"rope_theta is 1e-30; a positive number from 1"),
+        (
+            {"rms_norm_eps": 1e6},
+            r"rms_norm_eps is 1000000\.0; a positive number up to 1",
+        ),
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+            r"rope_scaling is .* and rope_parameters is .*; take one out",
+        ),
         ({"num_hidden_layers": "3"}, r"num_hidden_layers is '3'"),
         (
             {
@@ -530,6 +543,7 @@ def write_gguf(file, config, params, kind=gguf.GGMLQuantizationType.F32, **chang
     writer = gguf.GGUFWriter(file, family)
     for name, value in fields.items():
         add = {
+            bool: writer.add_bool,
             int: writer.add_uint32,
             float: writer.add_float32,
             str: writer.add_string,
@@ -672,6 +686,46 @@ def test_gguf_that_does_not_fit(changes, message, tmp_path):
     write_gguf(file, BASE, random_params(BASE), **changes)
     with pytest.raises(InputError, match=rf"model\.gguf: .*{message}"):
         load(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "neutral"),
+    [
+        ("attention.causal", True),
+        ("use_parallel_residual", False),
+        ("attention.clamp_kqv", 0.0),
+        ("attention.max_alibi_bias", 0.0),
+        ("attention.scale", 0.0),
+        ("attn_logit_softcapping", 0.0),
+        ("final_logit_softcapping", 0.0),
+        ("embedding_scale", 1.0),
+        ("logit_scale", 1.0),
+        ("residual_scale", 1.0),
+        ("rope.scaling.attn_factor", 1.0),
+        ("rope.scaling.yarn_log_multiplier", 0.0),
+        ("expert_count", 0),
+        ("nextn_predict_layers", 0),
+        ("pooling_type", 0),
+    ],
+)
+def test_gguf_keys_that_change_the_function_are_not_passed_over(key, neutral, tmp_path):
+    """Neither are they refused where they change nothing."""
+    file, params = str(tmp_path / "model.gguf"), random_params(BASE)
+    write_gguf(file, BASE, params, **{key: neutral})
+    assert pretrained.read_model_config(file) == BASE
+    is_flag = isinstance(neutral, bool)
+    for wrong in [not neutral] if is_flag else [2, 0.5, -1.0, float("nan")]:
+        write_gguf(file, BASE, params, **{key: wrong})
+        with pytest.raises(InputError, match=rf"llama\.{re.escape(key)} is "):
+            pretrained.read_model_config(file)
+
+
+def test_gguf_of_gemma3_may_say_its_soft_cap_and_its_pattern(tmp_path):
+    config, file = GGUF_CONFIGS["gemma3"], str(tmp_path / "model.gguf")
+    changes = {"final_logit_softcapping": 30.0, "attention.sliding_window_pattern": 3}
+    write_gguf(file, config, random_params(config), **changes)
+    expected = dataclasses.replace(config, final_soft_cap=30.0, global_layers=(2, 5))
+    assert pretrained.read_model_config(file) == expected
 
 
 def test_gguf_of_another_rope(tmp_path):

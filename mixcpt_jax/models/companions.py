@@ -163,7 +163,8 @@ def read(file: epath.Path) -> Companions:
             sources |= dict.fromkeys(special_map.values, special_map)
         added = _legacy_added(folder, config)
     for name in _NAMES:
-        if name in config and not isinstance(_content(config[name]), str | None):
+        token = config.get(name)
+        if token is not None and not isinstance(_content(token), str):
             raise sources[name].wrong(name, "a token's text")
     for name in ("add_bos_token", "add_eos_token", "legacy"):
         header.flag(name, None)

@@ -64,14 +64,20 @@ class Header:
             key, default, f"an integer from {least} to {most}", is_right
         )
 
-    def number(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A positive number that is no more than any model has."""
+    def number(
+        self,
+        key: str,
+        default: Any = _REQUIRED,
+        least: float = 0.0,
+        most: float = _MOST,
+    ) -> Any:
+        """A positive number from `least` to `most`."""
 
         def is_right(value):
             is_number = is_integer(value) or isinstance(value, float)
-            return is_number and 0 < value <= _MOST
+            return is_number and value > 0 and least <= value <= most
 
-        wanted = f"a positive number up to {_MOST:.0e}"
+        wanted = f"a positive number{f' from {least:g}' * (least > 0)} up to {most:.0e}"
         return self._checked(key, default, wanted, is_right)
 
     def flag(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -153,8 +159,10 @@ def read(file: epath.Path) -> Header:
         )
     try:
         values = json.loads(file.read_text())
+        # Half of a surrogate pair, which JSON can spell, is no text.
+        json.dumps(values, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON ({error})") from error
+        raise InputError(f"{file}: not JSON ({error}); download it again") from error
     if not isinstance(values, dict):
         raise InputError(f"{file}: an object of JSON is wanted; download it again")
     return Header(file, values)

@@ -126,6 +126,31 @@ _FIXED_OF = {
     },
 }
 
+# Keys of GGUF that change the function, and the values with which they do not: 0 is
+# none to llama.cpp.
+_NEUTRAL = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+    "residual_scale": (0, 1),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "use_parallel_residual": (False,),
+}
+# Families that have some of them.
+_READ = {
+    "gemma2": ("attn_logit_softcapping", "final_logit_softcapping"),
+    "gemma3_text": ("final_logit_softcapping",),
+}
+
 # Without it nobody takes a folder for a model.
 _MARKER = "config.json"
 _INDEX = "model.safetensors.index.json"
@@ -729,19 +754,26 @@ def _config_from_hf(file: epath.Path) -> ModelConfig:
     head_size = header.integer("head_dim", _head_size(family, hidden_size, num_heads))
     # Transformers 5 gathers everything about RoPE under a new name, and by kinds of
     # layers where they differ.
-    ropes = header.mapping("rope_parameters", {}) or header.mapping("rope_scaling", {})
-    ropes = Header(file, ropes)
+    ropes, older = (header.mapping(k, {}) for k in ("rope_parameters", "rope_scaling"))
+    if ropes and any(ropes.get(key) != value for key, value in older.items()):
+        raise InputError(
+            f"{file}: rope_scaling is {older} and rope_parameters is {ropes}; take one out"
+        )
+    ropes = Header(file, ropes or older)
     local_rope = Header(file, ropes.mapping("sliding_attention", {}))
     rope = Header(file, ropes.mapping("full_attention", {}) or ropes.values)
     default_theta = 1e6 if family == "gemma3_text" else 1e4
-    theta = rope.number("rope_theta", header.number("rope_theta", default_theta))
+    theta = header.number("rope_theta", default_theta, least=1)
+    theta = rope.number("rope_theta", theta, least=1)
     if _rope_scaling_from_hf(local_rope) is not None:
         raise local_rope.unsupported("rope_type", "default in local layers")
     window, global_layers = _windows_from_hf(header, num_layers)
     settings = {}
     if family == "gemma3_text" and window is not None:
-        local_theta = header.number("rope_local_base_freq", 1e4)
-        settings["local_rope_theta"] = local_rope.number("rope_theta", local_theta)
+        local_theta = header.number("rope_local_base_freq", 1e4, least=1)
+        settings["local_rope_theta"] = local_rope.number(
+            "rope_theta", local_theta, least=1
+        )
     if family in _GEMMA:
         query_scale = header.number("query_pre_attn_scalar", 256)
         settings["query_scale"] = None if query_scale == head_size else query_scale
@@ -768,7 +800,7 @@ def _config_from_hf(file: epath.Path) -> ModelConfig:
         rope_scaling=_rope_scaling_from_hf(rope),
         sliding_window=window,
         global_layers=global_layers,
-        norm_epsilon=header.number("rms_norm_eps", 1e-6),
+        norm_epsilon=header.number("rms_norm_eps", 1e-6, most=1),
         tie_embeddings=header.flag("tie_word_embeddings", family in _GEMMA),
         **_implied(family),
         **settings,
@@ -962,8 +994,10 @@ def _config_from_gguf(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
     general.require("general.architecture", tuple(_GGUF_FAMILIES))
     name = general.text("general.architecture")
     family, header = _GGUF_FAMILIES[name], general.within(f"{name}.")
-    if header.integer("expert_count", 0, least=0):
-        raise header.unsupported("expert_count", 0)
+    for key in _NEUTRAL.keys() - _READ.get(family, ()):
+        if header.get(key) not in (None, *_NEUTRAL[key]):
+            values = " or ".join(map(str, _NEUTRAL[key]))
+            raise header.unsupported(key, f"{values}, which changes nothing")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise InputError(f"{file}: tensor token_embd.weight is missing")
@@ -977,8 +1011,9 @@ def _config_from_gguf(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
     for key in ("attention.value_length", "rope.dimension_count"):
         if header.integer(key, head_size) != head_size:
             raise header.unsupported(key, head_size)
-    theta = header.number("rope.freq_base", 1e6 if name == "gemma3" else 1e4)
-    epsilon = header.number("attention.layer_norm_rms_epsilon")
+    default_theta = 1e6 if name == "gemma3" else 1e4
+    theta = header.number("rope.freq_base", default_theta, least=1)
+    epsilon = header.number("attention.layer_norm_rms_epsilon", most=1)
     config = ModelConfig(
         family=family,
         vocab_size=vocab_size,
@@ -1034,7 +1069,8 @@ def _gemma_from_gguf(
     """What is peculiar to Gemma; llama.cpp knows some of it by heart."""
     if name not in ("gemma2", "gemma3"):
         return {}
-    period = 2 if name == "gemma2" else 6
+    default_period = 2 if name == "gemma2" else 6
+    period = header.integer("attention.sliding_window_pattern", default_period)
     settings = {
         "sliding_window": header.integer("attention.sliding_window", 4096),
         "global_layers": tuple(range(period - 1, num_layers, period)),
@@ -1046,7 +1082,9 @@ def _gemma_from_gguf(
         )
         settings["query_scale"] = None if scale == head_size else scale
     if name == "gemma3":
-        settings["local_rope_theta"] = header.number("rope.freq_base_swa", 1e4)
+        settings["local_rope_theta"] = header.number("rope.freq_base_swa", 1e4, least=1)
+        if header.get("final_logit_softcapping"):  # 0: none
+            settings["final_soft_cap"] = header.number("final_logit_softcapping")
         return settings
     return settings | {
         "attention_soft_cap": header.number("attn_logit_softcapping", 50.0),
