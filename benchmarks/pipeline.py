@@ -270,15 +270,15 @@ _CHILD = """
 import pathlib, sys
 from absl import flags
 from benchmarks import pipeline as benchmark
-from mixcpt_jax import tokenizer
-from mixcpt_jax.data import pipeline, preparation
+from mixcpt_jax.models import tokenizer
+from mixcpt_jax.data import pipeline, token_cache_writer
 
 flags.FLAGS.mark_as_parsed()
 what, file, target = sys.argv[1:]
 config = benchmark.make_config(pathlib.Path(file), pathlib.Path(target))
 vocabulary = tokenizer.load(benchmark.SMOLLM2)
 if what == "prepare":
-    preparation.prepare(config, vocabulary)
+    token_cache_writer.prepare(config, vocabulary)
 else:
     data = pipeline.load(config, vocabulary)
     for batch in pipeline.batches(config, data, 0):

@@ -158,7 +158,8 @@ def test_what_comes_again_cuts_off_no_step():
 # Python hears of no signal in here; the first million takes about a second.
 LONG_CALL = """
 import hashlib, sys
-from mixcpt_jax import command, preemption
+from mixcpt_jax.cli import command
+from mixcpt_jax.runtime import preemption
 preemption._PATIENCE = 0.5
 def long_call(millions):
     print("begins", flush=True)

@@ -259,7 +259,7 @@ def test_damage_is_named_with_its_remedy(config, name, how):
     with pytest.raises(InputError) as error:
         stream(config, 60)
     assert str(file) in str(error.value)
-    assert "data.prepare` again, which mends it" in str(error.value)
+    assert "mixcpt_jax prepare` again, which mends it" in str(error.value)
     make(config)
     assert_same(stream(config), expected)
 
@@ -454,7 +454,7 @@ def test_a_teacher_of_other_rows_is_refused(config, tmp_path, change, words):
         train.run(config, str(tmp_path / "run"), "cpt")
     assert not (tmp_path / "run").exists()
     if config.objective.teacher_top_k < 999:
-        assert "data.prepare --teacher` with this config" in str(error.value)
+        assert "mixcpt_jax prepare --teacher` with this config" in str(error.value)
 
 
 def test_a_teacher_that_was_stopped_goes_on(config, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ import pytest
 
 SCRIPT = """
 import logging, sys
-from mixcpt_jax import terminal
+from mixcpt_jax.runtime import terminal
 
 terminal.take_logs()
 {setup}
