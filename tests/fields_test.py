@@ -393,6 +393,35 @@ def test_what_a_vocabulary_makes_of_texts_is_counted(texts):
     assert found.counts()["spelt"] == spelt
 
 
+def test_of_many_characters_that_are_lost_each_is_counted():
+    """Those that are not told apart, too, however the texts are cut into records."""
+
+    class Latin(Letters):
+        def loses(self, character):
+            return character > "\xff"
+
+    lost = "".join(map(chr, range(0x4E00, 0x4E00 + 300)))
+    for texts in ([lost * 2], [lost, lost], [*lost, *lost]):
+        found = tally.Tally()
+        for number, text in enumerate(texts):
+            found.see(f"a{text}", f"f:{number}", Latin())
+        assert sum(found.lost.values()) == 600
+        assert len(found.lost) <= 101
+
+
+@pytest.mark.parametrize(
+    "special",
+    ["<end>", "PAD", "[END OF TEXT]", "### User", "[/INST]", "<|a b|>", "</s>"],
+)
+def test_a_special_token_of_any_form_is_counted_where_a_text_spells_it(special):
+    class Vocabulary(Letters):
+        special_tokens = frozenset({"<end>", special, " ", f"{special}{special}"})
+
+    found = tally.Tally()
+    found.see(f"a {special} b{special}, <b> [c] x", "f:1", Vocabulary())
+    assert found.spelt == {special: 2}
+
+
 def test_fields_that_are_not_read_are_reported_with_a_count(tmp_path):
     file = tmp_path / "texts.jsonl"
     lines = [

@@ -71,6 +71,13 @@ def test_text_reads_a_tree(tmp_path):
     assert record.fields["id"] == record.place == str(tmp_path / "c.txt")
 
 
+def test_a_byte_order_mark_makes_no_line(tmp_path):
+    file = tmp_path / "a.jsonl"
+    for content in ('\ufeff\n{"text": "a"}\n', '\ufeff{"text": "a"}\n\ufeff'):
+        file.write_text(content)
+        assert _texts(file) == ["a"]
+
+
 def test_a_relative_glob_is_of_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("a")
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ raises it or notes it, and reading goes on. A library's exception at damage to t
 ends it; `sources.read` says where. Nothing but a text file is held in memory whole.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import io
@@ -67,7 +68,7 @@ def jsonl(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     found = 0
     with _open(file) as content:
         for number, line in enumerate(_lines(content), 1):
-            if line.isspace():
+            if not line.removeprefix(codecs.BOM_UTF8).strip():
                 continue
             found += 1
             place = f"{file}:{number}"

@@ -4,6 +4,7 @@ A run's report shows it beside each source; prepared sources keep it in their ma
 """
 
 import collections
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,8 +22,8 @@ _USUAL = (
 )  # fmt: skip
 # The form of nearly all special tokens. One search for it is faster than one for each
 # of the thousands that some vocabularies have.
-_FORM = re.compile(r"<[^<>\s]{1,64}>")
-_FORM_OR_BRACKETS = re.compile(r"<[^<>\s]{1,64}>|\[[^\[\]\s]{1,64}\]")
+_FORM = r"<[^<>\s]{1,64}>"
+_BRACKETS = r"\[[^\[\]\s]{1,64}\]"
 # Names of fields and tokens that are told apart; data could have any number of them.
 _MOST_NAMES = 100
 _OTHERS = "others"
@@ -53,6 +54,7 @@ class Tally:
         self.such: dict[str, str] = {}
         self._keeps_places = keeps_places
         self._seen: set[str] = set()
+        self._lost: set[str] = set()
 
     def leave_out(self, why: str, such: str) -> None:
         """Counts a record that is left out, at a place or for an error."""
@@ -91,16 +93,12 @@ class Tally:
         loses = getattr(tokenizer, "loses", None)
         characters = set(text)
         if loses is not None:
-            for character in characters - self._seen:
-                if loses(character):
-                    self._count(self.lost, character, place, 0)
+            self._lost |= set(filter(loses, characters - self._seen))
         self._seen |= characters
-        for character in characters & self.lost.keys():
-            self.lost[character] += text.count(character)
+        for character in sorted(characters & self._lost):
+            self._count(self.lost, character, place, text.count(character))
         special = getattr(tokenizer, "special_tokens", frozenset())
-        has_brackets = any(token.startswith("[") for token in special)
-        form = _FORM_OR_BRACKETS if has_brackets else _FORM
-        for found in form.findall(text):
+        for found in _spelling_of(special).findall(text):
             if found in special or found in _USUAL:
                 self._count(self.spelt, found, place)
 
@@ -129,6 +127,16 @@ class Tally:
         """Logs the lines, each behind the place that they are about."""
         for line in self.lines(kinds):
             logging.warning("%s: %s", where, line)
+
+
+@functools.lru_cache(maxsize=8)
+def _spelling_of(special: frozenset[str]) -> re.Pattern:
+    """Finds what may spell one of these tokens, and all that have another form."""
+    has_brackets = any(re.fullmatch(_BRACKETS, token) for token in special)
+    forms = [_FORM] + [_BRACKETS] * has_brackets
+    others = [t for t in special if t.strip() and not re.fullmatch("|".join(forms), t)]
+    longest_first = sorted(others, key=lambda token: (-len(token), token))
+    return re.compile("|".join([*map(re.escape, longest_first), *forms]))
 
 
 def lines(

@@ -217,7 +217,7 @@ class _SentencePieceModel:
             ids += [special[part]] if known else self.encode_next(part, True)
         return ids
 
-    @property
+    @functools.cached_property
     def special_tokens(self) -> frozenset[str]:
         return frozenset(self._control[1])
 
