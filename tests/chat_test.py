@@ -316,6 +316,20 @@ def test_padding_of_the_vocabulary_is_never_chosen(tokenizer, choice):
     assert np.max(new) < 259
 
 
+@pytest.mark.parametrize("choice", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
+@pytest.mark.parametrize("factor", [3e38, math.nan])
+def test_logits_that_are_no_numbers_are_no_answer(tokenizer, choice, factor):
+    params = draw_params(QWEN2)
+    params["final_norm"] = params["final_norm"] * factor
+    stops = {0, tokenizer.end_of_document_id}
+    sampler = generation.Sampler(QWEN2, tokenizer)
+    with pytest.raises(InputError, match="logits are not finite numbers"):
+        sampler.generate(params, PROMPTS[:2], 4, stops, choice)
+    stream = generation.Stream(params, QWEN2, tokenizer, batch_size=2)
+    with pytest.raises(InputError, match="logits are not finite numbers"):
+        streamed(stream, PROMPTS[:2], 4, stops, choice)
+
+
 def test_a_prompt_must_fit(tokenizer):
     sampler = generation.Sampler(LLAMA, tokenizer)
     params = draw_params(LLAMA)

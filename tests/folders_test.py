@@ -384,6 +384,22 @@ def test_identity_is_of_the_weights_alone(kind, sharded, tmp_path):
         assert found or file.name in message
 
 
+def test_of_small_weights_every_byte_counts(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    tensor = np.zeros((2**19, 2), np.float32)
+    identities = set()
+    for row in (None, 2**18, 2**17 + 5):
+        if row is not None:
+            tensor[row] += 1
+        save_file({"model.embed_tokens.weight": tensor}, file)
+        identities.add(pretrained.identity(str(tmp_path)))
+        if row is not None:
+            tensor[row] -= 1
+    assert len(identities) == 3
+    monkeypatch.setattr(pretrained, "_MOST_BYTES_WHOLE", tensor.nbytes)
+    assert pretrained.identity(str(tmp_path)) not in identities
+
+
 @FEW
 @given(st.integers(0, 2**40), st.integers(1, 2**36))
 def test_samples_are_spread_over_a_tensor(begin, size):

@@ -592,8 +592,30 @@ def test_check_vocabulary(json_folder):
     loaded = tokenizer.load(str(json_folder))
     tokenizer.check_vocabulary(loaded, loaded.vocab_size, "here")
     tokenizer.check_vocabulary(loaded, loaded.vocab_size + 12, "here")
-    with pytest.raises(InputError, match=r"here: the tokenizer has \d+ tokens"):
-        tokenizer.check_vocabulary(loaded, loaded.vocab_size - 1, "here")
+    special = set(map(loaded.token_to_id, loaded.special_tokens))
+    for size in range(loaded.vocab_size):
+        beyond = {*range(size, loaded.vocab_size)}
+        if beyond <= special - {loaded.bos_id, loaded.eos_id}:
+            tokenizer.check_vocabulary(loaded, size, "here")
+            continue
+        with pytest.raises(InputError, match=r"here: the tokenizer has \d+ tokens"):
+            tokenizer.check_vocabulary(loaded, size, "here")
+
+
+def test_a_token_for_images_needs_no_embedding(json_folder, tmp_path):
+    """As of Gemma 3 1B, whose tokenizer has one more than the weights."""
+    copy_folder(json_folder, tmp_path)
+    size = tokenizer.load(str(tmp_path)).vocab_size
+    for is_special in (True, False):
+        token = {"content": "<image_soft_token>", "special": is_special}
+        edit_tokenizer_config(tmp_path, added_tokens_decoder={str(size): token})
+        loaded = tokenizer.load(str(tmp_path))
+        assert (size in loaded.encode("a <image_soft_token>")) != is_special
+        if is_special:
+            tokenizer.check_vocabulary(loaded, size, "here")
+            continue
+        with pytest.raises(InputError, match="such as '<image_soft_token>', the model"):
+            tokenizer.check_vocabulary(loaded, size, "here")
 
 
 def test_without_chatmls_end_a_turn_ends_as_a_text_does(tmp_path):

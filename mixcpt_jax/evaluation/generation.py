@@ -33,6 +33,8 @@ from mixcpt_jax.runtime import sharding
 # Padded lengths of prompts, and of the cache of a stream, begin here and double.
 _MIN_PROMPT_LENGTH = 32
 _MIN_ROOM = 512
+# Stands for a token whose logits are not finite numbers.
+_BROKEN = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +139,11 @@ def make_decoding(
 
     def choose_next(params, hidden_BxD, keys_B, step, choice):
         logits_BxV = transformer.logits(params, hidden_BxD, config.final_soft_cap)
+        is_broken_B = ~jnp.all(jnp.isfinite(logits_BxV), axis=-1)
         is_token_V = jnp.arange(config.vocab_size) < vocab_size
         logits_BxV = jnp.where(is_token_V[None], logits_BxV, -jnp.inf)
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-        return choose(logits_BxV, step_keys_B, choice)
+        return jnp.where(is_broken_B, _BROKEN, choose(logits_BxV, step_keys_B, choice))
 
     def is_stop(tokens_B, stop_ids):
         return jnp.any(tokens_B[:, None] == stop_ids[None], axis=1)
@@ -337,7 +340,8 @@ class Sampler:
         """The tokens that follow each prompt, up to the first that is in `stop_ids`.
 
         Raises:
-          InputError: a prompt is empty or does not fit into the context.
+          InputError: a prompt is empty or does not fit into the context, or logits are
+            not finite numbers.
         """
         room = _check_room(prompts, self._config, max_new_tokens)
         batch = whole_batch(min(self._batch_size, len(prompts) or 1))
@@ -356,9 +360,7 @@ class Sampler:
                 choice=choice,
             )
             for new_M in np.asarray(tokens_BxM)[: len(part)].tolist():
-                results.append(
-                    list(itertools.takewhile(lambda i: i not in stop_ids, new_M))
-                )
+                results.append(_until_stop(new_M, stop_ids))
         return results
 
 
@@ -442,7 +444,8 @@ class Stream:
           Each row's new tokens, none if it has ended.
 
         Raises:
-          InputError: a prompt is empty or fills the context.
+          InputError: a prompt is empty or fills the context, or logits are not finite
+            numbers.
         """
         _check_room(prompts, self._config, 1)
         longest = max(map(len, prompts))
@@ -483,7 +486,7 @@ class Stream:
             news = []
             for row, tokens in enumerate(written):
                 new = [] if ended[row] else tokens[seen:]
-                until_stop = list(itertools.takewhile(lambda i: i not in stop_ids, new))
+                until_stop = _until_stop(new, stop_ids)
                 ended[row] |= len(until_stop) < len(new)
                 news.append(until_stop)
             yield news
@@ -510,6 +513,22 @@ class Stream:
         elif cache["key"].shape[2] < wide:
             cache = self._widen(cache, wide)
         return cache, known + [[]] * (self._batch - len(known))
+
+
+def _until_stop(tokens: Sequence[int], stop_ids: set[int]) -> list[int]:
+    """The tokens up to the first that is in `stop_ids`.
+
+    Raises:
+      InputError: a token was chosen from logits that are not finite numbers.
+    """
+    until_stop = list(itertools.takewhile(lambda i: i not in stop_ids, tokens))
+    if _BROKEN in until_stop:
+        raise InputError(
+            "a token's logits are not finite numbers; the model's training has diverged, "
+            "or its activations are too large for the dtype that is computed in: use "
+            "float32 or other weights"
+        )
+    return until_stop
 
 
 def spell(

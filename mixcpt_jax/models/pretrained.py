@@ -279,11 +279,11 @@ def load_params(path: str, abstract_params: Params) -> Params:
 def identity(path: str) -> str:
     """Sixteen hex digits that tell a checkpoint's weights from others.
 
-    A hash of each file's size and header, and of samples of each tensor: 64 KiB at its
-    beginning, at its end and after every 16 MiB in between, so all of one of 128 KiB.
-    That reads some 100 MB of 16 GB. Training, merging and quantising change every
-    sample; an edit of single rows of a large tensor may lie between two. Names of files
-    and folders do not count: a copy is the same.
+    A hash of each file's size and header, and of each tensor: of all its bytes where the
+    files have at most 512 MiB together, else of samples, 64 KiB at its beginning, at its
+    end and after every 16 MiB in between. That reads some 100 MB of 16 GB. Training,
+    merging and quantising change every sample; an edit of single rows of a large tensor
+    may lie between two. Names of files and folders do not count: a copy is the same.
 
     Args:
       path: as for `read_model_config`.
@@ -295,31 +295,41 @@ def identity(path: str) -> str:
     if path.endswith(".gguf"):
         reader = open_gguf(paths.require_file(path))
         content, header_end = reader.data, int(reader.data_offset)
+        ranges_of = _ranges_of(len(content))
         digest.update(f"{len(content)}".encode())
         digest.update(content[:header_end])
         for tensor in reader.tensors:
             begin = int(tensor.data_offset)
-            for start, end in _samples(begin, begin + int(tensor.n_bytes)):
+            for start, end in ranges_of(begin, begin + int(tensor.n_bytes)):
                 digest.update(content[start:end])
         return digest.hexdigest()
     folder = paths.resolve(path)
     files = sorted({*_weight_map(folder).values()} or {"model.safetensors"})
-    for file in (folder / name for name in files):
-        header, data_begin = _read_safetensors_header(file)
+    headers_of = {
+        file: _read_safetensors_header(file) for file in (folder / n for n in files)
+    }
+    ranges_of = _ranges_of(sum(file.stat().length for file in headers_of))
+    for file, (header, data_begin) in headers_of.items():
         digest.update(f"{file.stat().length}".encode())
         digest.update(header)
         ranges = [
             sample
             for begin, end in sorted(_tensor_bounds(file, header))
-            for sample in _samples(data_begin + begin, data_begin + end)
+            for sample in ranges_of(data_begin + begin, data_begin + end)
         ]
         for sample in paths.read_ranges(file, ranges) if ranges else ():
             digest.update(sample)
     return digest.hexdigest()
 
 
+_MOST_BYTES_WHOLE = 2**29
 _SAMPLE_BYTES = 2**16
 _BYTES_BETWEEN_SAMPLES = 2**24
+
+
+def _ranges_of(num_bytes: int) -> Callable[[int, int], Iterable[tuple[int, int]]]:
+    """What of a tensor is hashed, of files of so many bytes."""
+    return _samples if num_bytes > _MOST_BYTES_WHOLE else lambda *whole: [whole]
 
 
 def _samples(begin: int, end: int) -> Iterator[tuple[int, int]]:

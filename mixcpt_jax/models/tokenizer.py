@@ -793,16 +793,23 @@ def _require_vocabulary(tokenizer: Tokenizer, file: epath.Path) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, where: str) -> None:
-    """Checks that every token has an embedding; a padded embedding is fine.
+    """Checks that every token that a text can have has an embedding.
+
+    A padded embedding is fine. So are special tokens without one, such as Gemma 3's for
+    images: texts never become them. BOS and EOS have to have one.
 
     Raises:
       InputError: the tokenizer makes ids that the model does not have.
     """
-    if tokenizer.vocab_size > model_vocab_size:
-        raise InputError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
-            f"embeds {model_vocab_size}; use the tokenizer the model was trained with"
-        )
+    needed = {tokenizer.bos_id, tokenizer.eos_id} - {None}
+    for token_id in range(model_vocab_size, tokenizer.vocab_size):
+        token = tokenizer.model.id_to_token(token_id)
+        if token_id in needed or token not in {None, *tokenizer.special_tokens}:
+            raise InputError(
+                f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, such as "
+                f"{token!r}, the model embeds {model_vocab_size}; use the tokenizer the "
+                "model was trained with"
+            )
 
 
 def open_gguf(path: epath.Path) -> gguf.GGUFReader:
