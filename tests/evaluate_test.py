@@ -56,6 +56,17 @@ def test_measures_of_a_text_count_every_learnt_target_once(row_length, batch_siz
     assert results["t/exact"] == pytest.approx(np.mean(right))
 
 
+def test_blanks_around_a_choice_change_nothing():
+    plain = {"question": "Is it?", "choices": ["yes", "no idea"], "answer": 0}
+    expected = exams.encode([plain], Letters(), 32)
+    for before, after in ((" ", ""), ("", "\n"), ("\t ", "  ")):
+        choices = [f"{before}{choice}{after}" for choice in plain["choices"]]
+        found = exams.encode([plain | {"choices": choices}], Letters(), 32)
+        source, wanted = found.rows.source.examples, expected.rows.source.examples
+        np.testing.assert_array_equal(source.tokens, wanted.tokens)
+        np.testing.assert_array_equal(found.num_bytes, expected.num_bytes)
+
+
 def test_exact_is_what_greedy_decoding_finds(tiny_model):
     vocabulary = tokenizer.load(tiny_model)
     model_config = pretrained.read_model_config(tiny_model)

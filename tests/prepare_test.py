@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
@@ -12,6 +13,7 @@ from etils import epath
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import pipeline, token_cache, token_cache_writer
+from mixcpt_jax.data.teacher_cache import Form
 from mixcpt_jax.jobs import train
 from mixcpt_jax.models import tokenizer as tokenizer_lib
 from mixcpt_jax.runtime import metrics
@@ -455,6 +457,43 @@ def test_a_teacher_of_other_rows_is_refused(config, tmp_path, change, words):
     assert not (tmp_path / "run").exists()
     if config.objective.teacher_top_k < 999:
         assert "mixcpt_jax prepare --teacher` with this config" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_of_each_form_what_is_broken_is_seen(value):
+    hidden = np.zeros((5, 8), ml_dtypes.bfloat16)
+    logps = np.full((5, 3), -np.inf, np.float32)  # of a token that cannot be
+    for place in range(4):
+        forms = (
+            (Form.of_hidden_states(8), {"teacher_hidden": hidden.copy()}),
+            (Form.compact(2, 9), {"teacher_logps": logps.copy()}),
+            (Form.compact(2, 9), {"teacher_tail": logps[:, 0].copy()}),
+        )
+        for form, arrays in forms:
+            (name,) = arrays
+            whole = arrays[name]
+            is_bits = name == "teacher_hidden"
+            assert not form.is_broken({name: whole.view("u2") if is_bits else whole}, 5)
+            whole[place, ...] = value
+            stored = {name: whole.view("u2") if is_bits else whole}
+            assert form.is_broken(stored, place + 1)
+            assert not form.is_broken(stored, place)  # what follows is padding
+
+
+@pytest.mark.usefixtures("few_records")
+def test_a_teacher_that_says_no_numbers_is_not_stored(config, tmp_path, monkeypatch):
+    start = phase_lib.Phase.starting_params
+
+    def overflowing(phase, dtype):
+        params = start(phase, dtype)
+        return params | {"final_norm": params["final_norm"] * 3e38}
+
+    monkeypatch.setattr(phase_lib.Phase, "starting_params", overflowing)
+    config.objective.teacher, config.objective.teacher_top_k = "prepared", 4
+    with pytest.raises(
+        InputError, match=r"domain: of row \d+ the teacher's outputs are"
+    ):
+        teacher_lib.prepare(config, str(tmp_path), "cpt")
 
 
 def test_a_teacher_that_was_stopped_goes_on(config, tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ class Exam:
     Attributes:
       rows: one example per choice, in the order of questions and their choices; only
         the choice's own tokens count.
-      num_bytes: UTF-8 length of each choice, int [choices].
+      num_bytes: UTF-8 length of each choice without blanks around it, int [choices].
       first_choice: where each question's choices start, int [questions + 1].
       answers: place of the right one among the question's choices, int [questions].
     """
@@ -151,7 +151,7 @@ def encode(
     choices = [choice for question in questions for choice in question["choices"]]
     return Exam(
         mixture.pack_text(name, examples, row_length, max_positions, choice_places),
-        np.array([len(choice.encode()) for choice in choices]),
+        np.array([len(choice.strip().encode()) for choice in choices]),
         np.concatenate([[0], np.cumsum(counts)]),
         np.array([question["answer"] for question in questions]),
     )
@@ -184,6 +184,8 @@ def spell_out(
 ) -> Examples:
     """One example per choice: the question, and the choice, which alone is learnt.
 
+    One blank stands before a choice, whatever blanks are around it in the file.
+
     Args:
       questions: the questions.
       tokenizer: see `formats.encode_continuations`.
@@ -195,5 +197,5 @@ def spell_out(
         for choice in question["choices"]:
             place = places[len(continuations)] if places else f"question {number}"
             prompt = f"Question: {text}\nAnswer:"
-            continuations.append((prompt, f" {choice}", place))
+            continuations.append((prompt, f" {choice.strip()}", place))
     return Examples.collect(encode_continuations(continuations, tokenizer))

@@ -58,6 +58,22 @@ class Form:
             for name, (size, dtype) in self.arrays.items()
         }
 
+    def is_broken(self, arrays: Mapping[str, np.ndarray], num_tokens: int) -> bool:
+        """Whether what is stored of a row's tokens has a NaN or an infinity.
+
+        A probability may be 0, so a log-probability may be minus infinity.
+        """
+        for name, values in arrays.items():
+            values = np.asarray(values[:num_tokens])
+            if name == "teacher_hidden":
+                # All bits of a bfloat16's exponent are set.
+                is_broken = values & 0x7F80 == 0x7F80
+            else:
+                is_broken = ~(values < np.inf)
+            if is_broken.any():
+                return True
+        return False
+
     def encode(self, arrays: Mapping[str, np.ndarray], num_tokens: int) -> bytes:
         """The record of a row, [row_length, size] each."""
         return b"".join(

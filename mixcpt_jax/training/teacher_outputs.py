@@ -135,6 +135,12 @@ def _records(phase, rows, numbers: range, form, say) -> Iterator[bytes]:
         lengths = np.count_nonzero(batch["segment_ids"], axis=1)
         for place in range(min(batch_size, numbers.stop - first)):
             one = {key: x[place] for key, x in arrays.items()}
+            if form.is_broken(one, int(lengths[place])):
+                raise InputError(
+                    f"{rows.source.name}: of row {first + place} the teacher's outputs are "
+                    "not finite numbers; its training has diverged, or its activations "
+                    "are too large for model.compute_dtype: use float32 or other weights"
+                )
             yield form.encode(one, int(lengths[place]))
 
 
