@@ -283,6 +283,16 @@ def test_no_other_named_token_is_left_out(key, value, name, vocabulary):
 
 def test_generation_ends_where_the_model_says(vocabulary):
     folder, size = vocabulary
+    for ends in (9, [9, 11]):
+        write(folder, "config.json", {"eos_token_id": ends})
+        assert {9} <= tokenizer.load(str(folder)).document_ends
+        assert (ends == 9) != (11 in tokenizer.load(str(folder)).document_ends)
+    write(folder, "generation_config.json", {"top_p": 0.9})
+    assert not {9, 11} & tokenizer.load(str(folder)).document_ends
+    (folder / "generation_config.json").unlink()
+    write(folder, "config.json", {"eos_token_id": size})
+    with pytest.raises(InputError, match=rf"[^_]config\.json: eos_token_id is {size}"):
+        tokenizer.load(str(folder))
     write(folder, "generation_config.json", {"eos_token_id": [5, 7], "top_p": 0.9})
     assert {5, 7} <= tokenizer.load(str(folder)).document_ends
     write(folder, "generation_config.json", {"eos_token_id": size})

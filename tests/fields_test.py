@@ -204,6 +204,17 @@ def test_a_pair_that_can_be_read_in_two_ways_is_refused(record, words):
         formats.chat_pair(Record(record, "f:7"), Letters())
 
 
+def test_messages_in_two_unicode_forms_are_one_message():
+    asked, answers = "\u00e9?", ({"content": c, "role": "assistant"} for c in "xy")
+    sides = [[{"role": "user", "content": "e\u0301?"}, answer] for answer in answers]
+    record = {"prompt": asked, "chosen": sides[0], "rejected": sides[1]}
+    pair = formats.chat_pair(Record(record, "f:7"), Letters())
+    assert text_of(pair.chosen).count("?") == 1
+    same = {"prompt": "Q", "chosen": "\u00e9", "rejected": "e\u0301"}
+    _, found = encode(same, "chat_preference")
+    assert found.left_out == {"no_preference": 1}
+
+
 @pytest.mark.parametrize("off", [0, False, 0.0])
 @pytest.mark.parametrize(
     "key", ["weight", "train", "training", "trainable", "loss", "loss_weight"]

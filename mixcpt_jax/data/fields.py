@@ -7,6 +7,7 @@ would not: whoever reads a source reports those with a count.
 """
 
 import itertools
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -433,7 +434,8 @@ def _repeats(answer: list[Message], prompt: list[Message]) -> bool:
 
 
 def _key(message: Message) -> tuple[str, str]:
-    return message["role"], " ".join(message["content"].split())
+    content = unicodedata.normalize("NFC", message["content"])
+    return message["role"], " ".join(content.split())
 
 
 def _content(system: list[Message]) -> str:

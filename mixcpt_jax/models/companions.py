@@ -25,6 +25,7 @@ _TEMPLATE = "chat_template.jinja"
 _OLD_TEMPLATE = "chat_template.json"
 _MORE_TEMPLATES = "additional_chat_templates"
 _GENERATION = "generation_config.json"
+_MODEL = "config.json"
 # The same vocabulary in other formats, which other programs read.
 _COPIED = ("tokenizer.model", "vocab.json", "merges.txt", _ADDED)
 # Keys of tokenizer_config.json that name files or code that are not in an export, or
@@ -74,7 +75,8 @@ class Companions:
         `special_tokens_map.json` where that has the last word.
       added: id -> token.
       templates: name -> chat template; the model's own is "default".
-      ends: of `generation_config.json`, the tokens that end what a model writes.
+      ends: the tokens that end what a model writes, of `generation_config.json` or else
+        of `config.json`.
       special_map: `special_tokens_map.json`; None: there is none.
       files: name -> content of those that an export writes as they are.
       template_files: those of the template that an export writes.
@@ -287,8 +289,14 @@ def read_template(file: epath.Path) -> str:
         ) from error
 
 
+def ends_file(folder: epath.Path) -> epath.Path:
+    """Says what ends generation: where its own file is missing, the model's config."""
+    file = folder / _GENERATION
+    return file if file.exists() else folder / _MODEL
+
+
 def _ends(folder: epath.Path) -> tuple[int, ...]:
-    header = headers.read_if_there(folder / _GENERATION)
+    header = headers.read_if_there(ends_file(folder))
     if not isinstance(header.get("eos_token_id"), list):
         end = header.integer("eos_token_id", None, 0, _MOST_TOKENS)
         return () if end is None else (end,)

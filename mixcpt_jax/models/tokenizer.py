@@ -408,7 +408,7 @@ class Tokenizer:
 
     @property
     def document_ends(self) -> set[int]:
-        """The tokens that end a document, those of `generation_config.json` among them."""
+        """The tokens that end a document, those that end generation among them."""
         return {self.end_of_document_id, self.eos_id, *self.companions.ends} - {None}
 
     @property
@@ -786,7 +786,7 @@ def _require_vocabulary(tokenizer: Tokenizer, file: epath.Path) -> Tokenizer:
     for token_id in tokenizer.companions.ends:
         if token_id >= tokenizer.vocab_size:
             raise InputError(
-                f"{file.parent / 'generation_config.json'}: eos_token_id is {token_id}; "
+                f"{companions.ends_file(file.parent)}: eos_token_id is {token_id}; "
                 f"{file.name} has ids up to {tokenizer.vocab_size - 1}"
             )
     return tokenizer
