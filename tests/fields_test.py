@@ -404,6 +404,29 @@ def test_what_a_vocabulary_makes_of_texts_is_counted(texts):
     assert found.counts()["spelt"] == spelt
 
 
+@pytest.mark.parametrize("format", ["document", "chat", "instruction"])
+@pytest.mark.parametrize("rule", ["split", "truncate", "drop"])
+def test_what_is_longer_than_a_row_is_reported_with_a_count(format, rule, tmp_path):
+    """Of documents, which are made to be split, only where something is taken away."""
+    is_text = format == "document"
+    answers = ["a", "b" * 40, "c", "d" * 99]
+    records = [
+        {"text": a} if is_text else {"prompt": "q", "response": a} for a in answers
+    ]
+    file = tmp_path / "samples.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = config_lib.default()
+    config.sources.domain = config_lib.source(path=str(file), format=format)
+    config.data.row_length, config.data.batch_size = 32, 1
+    config.data.overlong, config.train.num_steps = rule, 1
+    [row] = pipeline_lib.load(config, Letters()).report
+    name = {"split": "split", "truncate": "truncated", "drop": "dropped"}[rule]
+    is_told = (format, rule) != ("document", "split")
+    told = [f"samples longer than a row: {name} (2)"] if is_told else []
+    assert [line for line in tally.lines(row) if "longer" in line] == told
+    assert row[name] == 2
+
+
 def test_of_many_characters_that_are_lost_each_is_counted():
     """Those that are not told apart, too, however the texts are cut into records."""
 

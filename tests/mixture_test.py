@@ -537,10 +537,10 @@ def test_what_is_too_long_is_cut_dropped_or_refused():
     kept, counts = mixture.fit(examples, 8, "truncate", group=2)
     np.testing.assert_array_equal(kept.lengths, [5, 5, 4, 5])
     np.testing.assert_array_equal(kept.tokens[-5:], np.arange(5) + 300)
-    assert counts == {"truncated": 1, "dropped": 1}
+    assert counts == {"split": 0, "truncated": 1, "dropped": 1}
     kept, counts = mixture.fit(examples, 8, "drop", group=2)
     np.testing.assert_array_equal(kept.lengths, [5, 5])
-    assert counts == {"truncated": 0, "dropped": 2}
+    assert counts == {"split": 0, "truncated": 0, "dropped": 2}
     kept, counts = mixture.fit(examples, 8, "split", group=2)
     assert kept is examples
     with pytest.raises(InputError, match="f:2: 12 tokens, data.row_length is 8"):

@@ -135,17 +135,17 @@ def fit(
       group: 1, or 2 for pairs.
 
     Returns:
-      The examples, and how many groups were `truncated` and `dropped`.
+      The examples, and how many groups are `split`, `truncated` and `dropped`.
 
     Raises:
       InputError: the rule is 'refuse' and a group is too long.
     """
-    counts = {"truncated": 0, "dropped": 0}
+    counts = {"split": 0, "truncated": 0, "dropped": 0}
+    targets = np.maximum(examples.lengths - 1, 0).reshape(-1, group).sum(1)
     if rule == "split":
-        return examples, counts
+        return examples, counts | {"split": int((targets > row_length).sum())}
     if isinstance(examples, PreparedExamples):
         examples = examples.load()
-    targets = np.maximum(examples.lengths - 1, 0).reshape(-1, group).sum(1)
     kept = []
     for number, total in enumerate(targets.tolist()):
         members = range(number * group, (number + 1) * group)

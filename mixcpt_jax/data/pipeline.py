@@ -222,6 +222,10 @@ def _pack(config, corpora, held_out, files, objectives, tokenizer):
                 f"sources.{name}: all of its {cut['dropped']} samples are longer than "
                 f"data.row_length={config.data.row_length} and dropped; make it larger"
             )
+        # Documents are made to be split.
+        usual = ("split",) if source.format == "document" else ()
+        overlong = {rule: n for rule, n in cut.items() if n and rule not in usual}
+        note |= {"overlong": overlong}
         held_out_here = note["left_out"].get("held_out", 0)
         notes.append({"held_out": held_out_here} | note | cut)
         scale = 1.0

@@ -145,7 +145,7 @@ def lines(
     """Findings in words.
 
     Args:
-      counts: what `Tally.counts` gave.
+      counts: what `Tally.counts` gave, and `overlong`, see `mixture.fit`.
       such: what `Tally.such` holds, for an example of each.
     """
 
@@ -163,6 +163,7 @@ def lines(
         "unread": "fields that are not read: {}",
         "lost": "characters that the vocabulary lacks and drops: {}",
         "spelt": "special tokens that texts spell, read as plain text: {}",
+        "overlong": "samples longer than a row: {}",
         "without_loss": "turns without loss, as the chat template rewrites them once "
         "others follow: {}",
     }
