@@ -354,6 +354,40 @@ def test_a_file_that_output_did_not_write_is_refused(found, tmp_path):
         evaluate._read_results(str(file))
 
 
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, None, "1", [1.0], "missing"])
+@pytest.mark.parametrize("column", ["nats", "tokens", "log_likelihoods"])
+def test_earlier_results_hold_a_number_for_each_item(bad, column, tmp_path):
+    file = tmp_path / "results.json"
+    items = {"nats": [1.0, 2.0], "tokens": [1, 2], "log_likelihoods": [[-1.0], [-2.0]]}
+    found = {"checkpoint": "m", "dtype": "float32", "row_length": 8}
+    found["tasks"] = {"t": {"kind": "text", "items": items}}
+    file.write_text(json.dumps(found))
+    assert evaluate._read_results(str(file)) == found
+    first = items[column][:1]
+    is_list = column == "log_likelihoods"
+    wrong = [] if bad == "missing" else [bad]
+    if is_list and bad != "missing":
+        wrong = [1.0] if bad == [1.0] else [wrong]  # no list, or a bad entry of one
+    items[column] = first + wrong
+    message = r"task t: (its columns have 1 to 2|.* of item 2 is .* number is wanted)"
+    with pytest.raises(InputError, match=message):
+        evaluate._read_results(str(file))
+
+
+def test_a_difference_of_dtypes_is_told():
+    items = {"exact": [1, 0], "nats": [1.0, 2.0], "tokens": [1, 2], "bytes": [3, 4]}
+    task = {"kind": "cloze", "fingerprint": "f", "tokens": "x", "items": items}
+    sides = [
+        {"checkpoint": "m", "row_length": 8, "dtype": dtype, "tasks": {"t": task}}
+        for dtype in ("bfloat16", "float32")
+    ]
+    comparison = {"comparison": evaluator.compare(*sides)}
+    words = "A was measured in bfloat16, B in float32"
+    for second, is_told in zip(sides, (False, True)):
+        result = sides[0] | comparison | {"compared_with": second}
+        assert (words in evaluator.describe_comparison(result)) == is_told
+
+
 def test_a_setting_that_is_a_file_is_no_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "seed=1.jsonl", [{"text": "one"}])

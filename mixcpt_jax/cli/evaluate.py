@@ -10,6 +10,7 @@ folders or GGUF files, or what `--output` wrote earlier. Tasks are as in `data/t
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -121,10 +122,38 @@ def _read_results(path: str) -> dict[str, Any]:
             "checkpoint": str(),
             "dtype": str(),
             "row_length": int(),
-            "tasks": dict(),
+            "tasks": dict(tasks),
         }:
+            for name, task in tasks.items():
+                _check_items(path, name, task)
             return result
     raise InputError(f"{path}: not what --output wrote; name one of these, or a RUN")
+
+
+def _check_items(path: str, name: str, task: Any) -> None:
+    """Checks that every item of a task has a finite number in each column."""
+    items = task.get("items") if isinstance(task, dict) else None
+    columns = items.items() if isinstance(items, dict) else [("items", None)]
+    lengths = set()
+    for key, column in columns:
+        values = column if isinstance(column, list) else [None]
+        lengths.add(len(values))
+        for number, value in enumerate(values, 1):
+            scores = value if key == "log_likelihoods" else [value]
+            if not isinstance(scores, list) or not all(map(_is_finite, scores)):
+                raise InputError(
+                    f"{path}: task {name}: {key} of item {number} is {value!a:.40}, a "
+                    "finite number is wanted; measure it anew"
+                )
+    if len(lengths) > 1:
+        raise InputError(
+            f"{path}: task {name}: its columns have {min(lengths)} to {max(lengths)} "
+            "items; measure it anew"
+        )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def start() -> None:

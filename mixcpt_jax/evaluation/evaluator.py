@@ -457,6 +457,12 @@ def describe_comparison(result: Mapping[str, Any]) -> str:
             rows.append(row + [""] * (len(header) - len(row)))
     second = result["compared_with"]
     legend = f"A - B; A: {result['checkpoint']}, B: {second['checkpoint']}"
+    dtypes = [side.get("dtype") for side in (result, second)]
+    if dtypes[0] != dtypes[1]:
+        legend += (
+            f"\nA was measured in {dtypes[0]}, B in {dtypes[1]}: part of the difference is "
+            "rounding; --dtype measures both alike."
+        )
     others = [
         name
         for name in result["comparison"]
