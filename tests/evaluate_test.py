@@ -369,6 +369,7 @@ def test_earlier_results_hold_a_number_for_each_item(bad, column, tmp_path):
     if is_list and bad != "missing":
         wrong = [1.0] if bad == [1.0] else [wrong]  # no list, or a bad entry of one
     items[column] = first + wrong
+    file.write_text(json.dumps(found))
     message = r"task t: (its columns have 1 to 2|.* of item 2 is .* number is wanted)"
     with pytest.raises(InputError, match=message):
         evaluate._read_results(str(file))
