@@ -29,6 +29,9 @@ BAD = [
     ("data.batch_size", True, "data.batch_size=True: int is wanted, found bool"),
     ("data.batch_size", 0, "data.batch_size=0: must be > 0"),
     ("optimizer.learning_rate", -1.0, "optimizer.learning_rate=-1.0: must be > 0"),
+    ("optimizer.epsilon", 0.0, "optimizer.epsilon=0.0: must be > 0"),
+    ("optimizer.decay_fraction", -0.5, "optimizer.decay_fraction=-0.5: must be > 0"),
+    ("seed", -1, "seed=-1: must be >= 0"),
     (
         "optimizer.schedule",
         "linear",
@@ -120,6 +123,27 @@ def test_the_key_the_value_and_the_remedy_are_named(key, value, message):
     with pytest.raises(InputError, match=message) as caught:
         config_lib.validate(ml_collections.ConfigDict(config), 8)
     assert "\n" not in str(caught.value)
+
+
+def test_no_key_takes_what_is_no_number():
+    """Neither NaN nor an infinity, whatever its bounds, of a source's keys either."""
+    keys = [k for k, v in flat(valid()) if isinstance(v, float) or v is None]
+    assert {"optimizer.epsilon", "sources.domain.kd_weight"} <= set(keys)
+    for key in keys:
+        for value in (float("nan"), float("inf"), -float("inf")):
+            config = valid()
+            with config.ignore_type():
+                config.update_from_flattened_dict({key: value})
+            with pytest.raises(InputError, match=f"{key}={value}: "):
+                config_lib.validate(config, 8)
+
+
+def flat(config, prefix=""):
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def test_wandb_has_to_be_there(monkeypatch):

@@ -27,7 +27,7 @@ def default() -> ml_collections.ConfigDict:
 def bounded_config() -> ml_collections.ConfigDict:
     """Every key there is, with its default, its bounds and its meaning."""
     config = ml_collections.ConfigDict()
-    config.seed = 0
+    config.seed = number(0, least=0, most=2**31 - 1)
     # What the phase does: train; select samples (see `select`); evaluate; export to a
     # Hugging Face folder.
     config.job = one_of("train", "select", "evaluate", "export")
@@ -220,11 +220,12 @@ def bounded_config() -> ml_collections.ConfigDict:
             "warmup_share": number(0.0, least=0, most=1),
             # Learning rate of the last step / peak (cosine, wsd).
             "final_ratio": number(0.1, least=0),
-            "decay_fraction": 0.2,  # share of the steps that decay (wsd)
+            # Share of the steps that decay (wsd).
+            "decay_fraction": number(0.2, above=0, most=1),
             "weight_decay": number(0.1, least=0),
             "beta1": number(0.9, least=0, below=1),
             "beta2": number(0.95, least=0, below=1),
-            "epsilon": 1e-8,
+            "epsilon": number(1e-8, above=0),
             # What Adam's moments are kept in; to bfloat16 they are rounded by chance too.
             "moments_dtype": one_of("float32", "bfloat16"),
             "clip_norm": number(1.0, least=0),  # 0: no clipping

@@ -341,7 +341,7 @@ def _check_batch(config, num_devices: int | None) -> None:
 
 
 def check_keys(config, reference, place: str) -> None:
-    """Unknown keys and changed types, recursively; free-form sections end it."""
+    """Unknown keys, changed types and what is no number; free-form sections end it."""
     for key, value in config.items():
         if key not in reference:
             known = ", ".join(reference)
@@ -360,6 +360,8 @@ def check_keys(config, reference, place: str) -> None:
                 f"{place}{key}={value!r}: {type(wanted).__name__} is wanted, "
                 f"found {type(value).__name__}"
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{place}{key}={value!r}: must be a finite number")
 
 
 def _check(holds: bool, config, key: str, wanted: str) -> None:
