@@ -24,7 +24,7 @@ from mixcpt_jax.models import pretrained as pretrained_lib
 from mixcpt_jax.runtime import metrics
 from mixcpt_jax.training import checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 NUM_STEPS = 12
 

@@ -13,6 +13,8 @@ from mixcpt_jax.jobs import train
 from mixcpt_jax.runtime import preemption, sharding, watchdog
 from mixcpt_jax.training import phase
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "50"))
 
 

@@ -26,6 +26,8 @@ import yaml
 from mixcpt_jax import cli
 from mixcpt_jax import config as config_lib
 
+pytestmark = pytest.mark.slow
+
 PROJECT = pathlib.Path(__file__).parent.parent
 DOCS = PROJECT / "docs"
 SHARED = PROJECT / "../shared/data"

@@ -22,6 +22,8 @@ from mixcpt_jax.models import pretrained, tokenizer, transformer
 from mixcpt_jax.runtime import metrics, sharding
 from mixcpt_jax.training import checkpoint, phase
 
+pytestmark = pytest.mark.slow
+
 ASSETS = "package:mixcpt_jax/assets"
 PHASES = ("cpt", "select", "sft", "dpo", "evaluate", "export")
 TRAINED = ("cpt", "sft", "dpo")

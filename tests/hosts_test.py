@@ -18,6 +18,8 @@ from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import metrics
 from mixcpt_jax.training import checkpoint, phase
 
+pytestmark = pytest.mark.slow
+
 HEARTBEAT_TIMEOUT = 10
 ENDS_BY_ITSELF = 3 * HEARTBEAT_TIMEOUT
 NUM_STEPS = 24

@@ -20,7 +20,7 @@ from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.evaluation import lm_eval_adapter
 
 # Of theirs.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 SHARED = pathlib.Path(__file__).parents[1] / "../shared/data/general_eval"
 TASKS = sorted(lm_eval_agreement.TASKS.glob("*.yaml"))

@@ -44,7 +44,8 @@ def test_the_peak_follows_the_warm_up_and_the_last_step_has_the_final_ratio(data
     name = data.draw(st.sampled_from(["cosine", "wsd", "constant"]))
     num_steps = data.draw(st.integers(1, 500))
     warmup = data.draw(st.integers(0, num_steps - 1))
-    ratio = data.draw(st.floats(0, 1))
+    # XLA takes numbers below the smallest normal one for 0.
+    ratio = data.draw(st.floats(0, 1, width=32, allow_subnormal=False))
     config = config_lib.default().optimizer
     config.update(
         schedule=name,

@@ -23,7 +23,7 @@ from mixcpt_jax.training import phase
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
-pytestmark = pytest.mark.usefixtures("compiled_anew")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_anew")]
 PRESETS = sorted(
     file.stem
     for file in pathlib.Path(presets.__file__).parent.glob("*.py")

@@ -23,6 +23,8 @@ from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import fields, formats, readers, sources
 from mixcpt_jax.models import tokenizer as tokenizer_lib
 
+pytestmark = pytest.mark.slow
+
 FUZZ = hypothesis.settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),
     deadline=None,

@@ -14,6 +14,7 @@ from mixcpt_jax.runtime import chips, sharding
 from mixcpt_jax.runtime.chips import GIB
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
     ),
