@@ -26,8 +26,6 @@ import yaml
 from mixcpt_jax import cli
 from mixcpt_jax import config as config_lib
 
-pytestmark = pytest.mark.slow
-
 PROJECT = pathlib.Path(__file__).parent.parent
 DOCS = PROJECT / "docs"
 SHARED = PROJECT / "../shared/data"
@@ -64,6 +62,7 @@ def scripts():
             yield pytest.param("\n".join(blocks), id=page.stem)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("script", list(scripts()))
 def test_what_a_page_says_runs(script, tmp_path, write_tiny_model):
@@ -141,6 +140,7 @@ done
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_quickly")
 def test_what_wants_models_buckets_and_slices_runs(tmp_path, write_tiny_model):
     pytest.importorskip("libtpu")
