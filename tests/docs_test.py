@@ -110,6 +110,10 @@ _STAND_INS = {
 case "$*" in
     *configs/quickstart.py*) set -- "$@" --config.model.path=MODEL \\
         --config.data.row_length=128 --config.train.num_steps=4 ;;
+    *configs/mixcpt.py:auto*) set -- "$@" --config.model.compute_dtype=float32 \\
+        --config.select.max_tokens=256 --config.overrides.sft.data.row_length=512 \\
+        --config.overrides.dpo.data.row_length=512 \\
+        --config.overrides.sft.train.num_steps=3 --config.overrides.dpo.train.num_steps=3 ;;
     *configs/mixcpt.py*) set -- "$@" --config.data.row_length=128 \\
         --config.train.num_steps=2 --config.optimizer.warmup_steps=1 \\
         --config.overrides.sft.train.num_steps=3 --config.overrides.dpo.train.num_steps=3 \\
@@ -148,7 +152,11 @@ def test_what_wants_models_buckets_and_slices_runs(tmp_path, write_tiny_model):
     model = write_tiny_model(tmp_path / "model", max_positions=512)
     assets = PROJECT / "mixcpt_jax" / "assets"
     (tmp_path / "data/domain").mkdir(parents=True)
-    shutil.copy(assets / "general_text.jsonl", tmp_path / "data/domain/part.jsonl")
+    # Not the general text: configs measure that, so nothing may train on it.
+    domain = [text for page in PAGES for text in page.read_text().split("\n\n")]
+    (tmp_path / "data/domain/part.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in domain if len(text) > 80)
+    )
     for name in ("instructions", "preferences"):
         shutil.copy(assets / f"{name}.jsonl", tmp_path / "data")
     shutil.copy(assets / "general_exam.jsonl", tmp_path / "data/exam.jsonl")
