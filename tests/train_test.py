@@ -20,7 +20,7 @@ from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.jobs import reference_outputs, train
 from mixcpt_jax.models import pretrained, transformer
 from mixcpt_jax.runtime import metrics, sharding
-from mixcpt_jax.training import checkpoint, phase
+from mixcpt_jax.training import checkpoint, optimizer, phase
 
 
 def losses(folder):
@@ -347,7 +347,7 @@ def test_a_few_bad_steps_are_skipped_and_counted_and_more_end_the_run(
     assert "loss" not in rows[3]
     assert (rows[3]["skipped"], rows[3]["skipped_in_a_row"]) == (2, 2)
     assert (rows[6]["skipped"], rows[6]["skipped_in_a_row"]) == (3, 2)
-    schedule = train.optim.make_schedule(config.optimizer, 6)
+    schedule = optimizer.make_schedule(config.optimizer, 6)
     assert rows[6]["learning_rate"] == pytest.approx(schedule(2))
     # Noticed also where no step in between is logged.
     config.train.save_every = 6
