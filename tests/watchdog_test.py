@@ -6,7 +6,7 @@ from mixcpt_jax.runtime import watchdog
 
 HANGS = """
 import sys, threading
-from mixcpt_jax import watchdog
+from mixcpt_jax.runtime import watchdog
 
 def somewhere():
     threading.Event().wait()
