@@ -135,7 +135,8 @@ def test_a_plan_of_a_small_step(config):
     # A quarter of each matrix, and all of the norms.
     assert number <= memory["parameters"] <= 1.01 * number
     assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=1e-3)
-    assert memory["frozen model"] == memory["parameters"] / 2
+    # Half of the parameters, but for the scales of norms, which stay float32.
+    assert 0.5 < memory["frozen model"] / memory["parameters"] < 0.5005
     assert memory["peak"] <= memory["available"] == int(15.75 * GIB)
     ratio = flops["products, compiled"] / flops["products, by formula"]
     assert 1 <= ratio <= 1.05
