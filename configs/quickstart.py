@@ -8,7 +8,7 @@ preferences ship with this package. Two phases train from the same start, with t
 learning rate and as many steps: `mixcpt` on the knowledge mixture with the default
 objective, `plain_cpt` on the documents alone with next-token prediction. Every step of
 either reads three rows of documentation; `mixcpt` reads two rows of general text besides.
-What is kept is told by general text and an exam that neither trains on.
+General text and an exam that neither phase trains on measure what is kept.
 
 Rate and length are from a pilot, see `experiments/quickstart`.
 `--config=configs/quickstart.py:tiny` does the same in a few steps.
