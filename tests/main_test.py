@@ -111,7 +111,8 @@ def test_tokenizer_of_another_model(project, write_config, tmp_path, tiny_model)
         (folder / file.name).write_bytes(file.read_bytes())
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append(
-        tokenizer["added_tokens"][0] | {"id": 600, "content": "<|more|>"}
+        tokenizer["added_tokens"][0]
+        | {"id": 600, "content": "<|more|>", "special": False}
     )
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = write_config({"model.tokenizer": str(folder)})
