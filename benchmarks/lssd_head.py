@@ -306,20 +306,21 @@ def dense_head(
         return sharding.constrain(product, "batch", "vocab")
 
     student = logits(hidden, kernel)
-    top = student.max(-1)
+    top = student.argmax(-1)
+    correct = (top == targets_T) * 1.0
     ntp = dense.cross_entropy(student, targets_T)
     zero = jnp.zeros_like(ntp)
     if teacher_hidden_TxE is None:
-        statistics = streamed.TokenStatistics(ntp, zero, zero, zero, zero, zero)
+        statistics = streamed.TokenStatistics(ntp, zero, zero, correct, zero, zero)
         return jnp.sum(weights.ntp * ntp), statistics
     teacher = logits(teacher_hidden_TxE, teacher_unembedding_ExV)
     lssd = dense.lssd_by_identity(student, teacher, targets_T)
     kd = dense.distillation(student, teacher)
-    agree = student.argmax(-1) == teacher.argmax(-1)
+    agree = top == teacher.argmax(-1)
     swapped = teacher.argmax(-1) != targets_T
     statistics = jax.tree.map(
         jax.lax.stop_gradient,
-        streamed.TokenStatistics(ntp, lssd, kd, top, agree * 1.0, swapped * 1.0),
+        streamed.TokenStatistics(ntp, lssd, kd, correct, agree * 1.0, swapped * 1.0),
     )
     return jnp.sum(weights.ntp * ntp + weights.lssd * lssd), statistics
 

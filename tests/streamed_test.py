@@ -400,11 +400,16 @@ def check_against_oracle(problem, dtype, compact=None, **options):
 
     def loss(hidden, kernel):
         operands = hidden, kernel, *teacher_operands, targets
-        return fused.head_loss(*operands, token_weights, **options)[0]
+        return fused.head_loss(*operands, token_weights, **options)
 
-    actual_value, (d_hidden, d_kernel) = jax.jit(jax.value_and_grad(loss, (0, 1)))(
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (actual_value, statistics), (d_hidden, d_kernel) = gradient(
         hidden, jnp.asarray(student)
     )
+    top, teacher_top = student.argmax(-1), teacher.argmax(-1)
+    np.testing.assert_array_equal(statistics.correct, top == targets)
+    if compact is None:
+        np.testing.assert_array_equal(statistics.agree, top == teacher_top)
     # A loss is a difference of numbers as large as the logits; its sums over the
     # vocabulary lose a few bits of float32.
     spread = np.ptp(student, axis=-1) + np.ptp(teacher, axis=-1) + 1

@@ -93,8 +93,8 @@ class TokenStatistics(NamedTuple):
     ntp: jax.Array  # cross-entropy with the gold token, nats
     lssd: jax.Array  # nats
     kd: jax.Array  # KL(teacher || student), nats
-    correct: jax.Array  # 1 where no logit of the student is above the gold one
-    agree: jax.Array  # 1 where none is above that of the teacher's top token
+    correct: jax.Array  # 1 where the student's top token, as argmax has it, is gold
+    agree: jax.Array  # 1 where student and teacher have the same top token
     swapped: jax.Array  # 1 where the teacher's top token is not gold
 
 
@@ -704,10 +704,11 @@ class _Slice(NamedTuple):
     student_top: jax.Array  # the largest logit
     student_sum: jax.Array  # of exp(s - top)
     student_gold: jax.Array  # the gold token's logit
+    student_top_id: jax.Array  # the lowest id of the largest logits, as a float
     teacher_top: jax.Array | None
     teacher_sum: jax.Array | None
     teacher_gold: jax.Array | None
-    teacher_top_id: jax.Array | None  # the lowest of equals, as a float
+    teacher_top_id: jax.Array | None
     student_at_top: jax.Array | None  # the student's logit of that token
     # Sum of exp(t - top) ((t - top) - (s - student_top)).
     cross: jax.Array | None
@@ -751,7 +752,7 @@ class _Slice(NamedTuple):
         """Of the whole vocabulary's slice."""
         # Differences first: they keep their digits where logits are large.
         ntp = (self.student_top - self.student_gold) + jnp.log(self.student_sum)
-        correct = (self.student_gold == self.student_top).astype(jnp.float32)
+        correct = (self.student_top_id == targets_C).astype(jnp.float32)
         if self.teacher_top is None:
             zero = jnp.zeros_like(ntp)
             return TokenStatistics(ntp, zero, zero, correct, zero, zero)
@@ -764,30 +765,31 @@ class _Slice(NamedTuple):
             kd + self.confidence_gap(targets_C) * margin,
             kd,
             correct,
-            (self.student_at_top == self.student_top).astype(jnp.float32),
+            (self.student_top_id == self.teacher_top_id).astype(jnp.float32),
             self.is_swapped(targets_C).astype(jnp.float32),
         )
 
 
 def _merge(slices: _Slice) -> _Slice:
     """One slice from several, stacked in the vocabulary's order, `[K, C]` to `[C]`."""
+
+    def at_first_max(x_KxC, top_KxC):
+        """Of equal maxima the first: the one with the lowest ids."""
+        first_1xC = jnp.argmax(top_KxC, axis=0)[None]
+        return jnp.take_along_axis(x_KxC, first_1xC, axis=0)[0]
+
     student_top = slices.student_top.max(0)
     student_below = slices.student_top - student_top[None]
     merged = _Slice(
         student_top=student_top,
         student_sum=(slices.student_sum * jnp.exp(student_below)).sum(0),
         student_gold=slices.student_gold.sum(0),
-        **dict.fromkeys(_Slice._fields[3:]),
+        student_top_id=at_first_max(slices.student_top_id, slices.student_top),
+        **dict.fromkeys(_Slice._fields[4:]),
     )
     if slices.teacher_top is None:
         return merged
-    # The first of equals: the one with the lowest ids.
-    winner_1xC = jnp.argmax(slices.teacher_top, axis=0)[None]
-
-    def of_winner(x_KxC):
-        return jnp.take_along_axis(x_KxC, winner_1xC, axis=0)[0]
-
-    teacher_top = of_winner(slices.teacher_top)
+    teacher_top = slices.teacher_top.max(0)
     teacher_below = slices.teacher_top - teacher_top[None]
     scale = jnp.exp(teacher_below)
     cross = slices.cross + slices.teacher_sum * (teacher_below - student_below)
@@ -795,8 +797,8 @@ def _merge(slices: _Slice) -> _Slice:
         teacher_top=teacher_top,
         teacher_sum=(slices.teacher_sum * scale).sum(0),
         teacher_gold=slices.teacher_gold.sum(0),
-        teacher_top_id=of_winner(slices.teacher_top_id),
-        student_at_top=of_winner(slices.student_at_top),
+        teacher_top_id=at_first_max(slices.teacher_top_id, slices.teacher_top),
+        student_at_top=at_first_max(slices.student_at_top, slices.teacher_top),
         cross=(cross * scale).sum(0),
         tail=None if slices.tail is None else _merge(slices.tail),
     )
@@ -862,24 +864,28 @@ class _Columns:
             picked_C = jnp.take_along_axis(x_VxC, row_1xC, axis=0)[0]
             return jnp.where(is_mine_C, picked_C, 0.0)
 
+        # As floats, exact up to 2^24: with integers XLA would not fuse this reduction
+        # with the others on a TPU, nor vectorise it on a CPU.
+        ids_Vx1 = self.ids(start, self.tile).astype(jnp.float32)
+
+        def top_id(x_VxC, top_C):
+            return jnp.min(jnp.where(x_VxC == top_C[None], ids_Vx1, jnp.inf), axis=0)
+
         student_top = student_VxC.max(0)
         student_below_VxC = student_VxC - student_top[None]
         seen = _Slice(
             student_top=student_top,
             student_sum=jnp.exp(student_below_VxC).sum(0),
             student_gold=pick(student_VxC, targets_C),
-            **dict.fromkeys(_Slice._fields[3:]),
+            student_top_id=top_id(student_VxC, student_top),
+            **dict.fromkeys(_Slice._fields[4:]),
         )
         if teacher_VxC is None:
             return seen
         teacher_top = teacher_VxC.max(0)
         teacher_below_VxC = teacher_VxC - teacher_top[None]
         exp_VxC = jnp.exp(teacher_below_VxC)
-        # As floats, exact up to 2^24: with integers XLA would not fuse this reduction
-        # with the others on a TPU, nor vectorise it on a CPU.
-        ids_Vx1 = self.ids(start, self.tile).astype(jnp.float32)
-        is_top_VxC = teacher_VxC == teacher_top[None]
-        top_id = jnp.min(jnp.where(is_top_VxC, ids_Vx1, jnp.inf), axis=0)
+        teacher_top_id = top_id(teacher_VxC, teacher_top)
         tail = None
         if self.has_tail:
             tail_VxC = jnp.where(teacher_VxC == _MASKED, student_VxC, _MASKED)
@@ -888,8 +894,8 @@ class _Columns:
             teacher_top=teacher_top,
             teacher_sum=exp_VxC.sum(0),
             teacher_gold=pick(teacher_VxC, targets_C),
-            teacher_top_id=top_id,
-            student_at_top=pick(student_VxC, top_id.astype(jnp.int32)),
+            teacher_top_id=teacher_top_id,
+            student_at_top=pick(student_VxC, teacher_top_id.astype(jnp.int32)),
             cross=(exp_VxC * (teacher_below_VxC - student_below_VxC)).sum(0),
             tail=tail,
         )
