@@ -22,18 +22,16 @@ from datetime import datetime
 from typing import Any, ClassVar, NamedTuple
 
 import gguf
-import jinja2
 import sentencepiece
 import tokenizers
 from etils import epath
 from google.protobuf.message import DecodeError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.models import companions
+from mixcpt_jax.models import companions, template_sandbox
 from mixcpt_jax.models.companions import Added, Companions
 from mixcpt_jax.models.headers import Header
 
@@ -474,7 +472,7 @@ class Tokenizer:
     def _render(self, messages, add_generation_prompt: bool, **variables) -> str:
         ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
         try:
-            return _compile(self.template).render(
+            return _compiled(self.template).render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
@@ -1256,23 +1254,4 @@ def _gguf_sentencepiece(
         ) from error
 
 
-@functools.lru_cache
-def _compile(template: str) -> jinja2.Template:
-    """Compiles a template in the environment that transformers gives it."""
-    # Transformers' `{% generation %}` blocks mark text and render as their content.
-    template = re.sub(r"({%-?\s*)generation\b", r"\1if true", template)
-    template = re.sub(r"({%-?\s*)endgeneration\b", r"\1endif", template)
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, indent=None):
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = tojson
-    return environment.from_string(template)
+_compiled = functools.lru_cache(template_sandbox.Template)
