@@ -88,8 +88,11 @@ def test_index_and_files_must_agree(sharded):
             f"{name} is not in",
         ),
         ({"other.weight": file}, "other.weight is not in"),
-        ({name: "../elsewhere.safetensors"}, "a file of the same folder is wanted"),
-        ({name: 3}, "names 3 for tensor"),
+        ({name: 3}, r"weight_map of tensor .*: 3 must be the name of a file"),
+        *(
+            ({name: path}, "must be the name of a file or folder in")
+            for path in ("../elsewhere.safetensors", "..", "", "/a", "a\0b", "a" * 256)
+        ),
     ):
         written = {"weight_map": weight_map | changed}
         (folder / INDEX).write_text(json.dumps(written))

@@ -107,6 +107,17 @@ def run(tmp_path):
     return folder, results
 
 
+@pytest.mark.parametrize("name", ["../other", "/etc", "..", "", "a/b", "a\0b", "a\nb"])
+def test_a_report_names_no_folder_outside_of_its_run(run, name):
+    folder, results = run
+    write_phase(folder.parent, "other", 0.5, {})
+    (folder / "report.json").write_text(json.dumps(results | {name: {}}))
+    with pytest.raises(
+        InputError, match=r"report\.json: phase: .* must be the name of"
+    ):
+        run_records.load([str(folder)])
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")

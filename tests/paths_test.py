@@ -1,6 +1,8 @@
 """Any name that a folder or a file can have works, or is refused before it is used."""
 
+import contextlib
 import os
+import sys
 
 import hypothesis
 import jax.numpy as jnp
@@ -117,3 +119,47 @@ def test_shards_of_other_folders_stay(tmp_path):
         )
         assert [f.name for f in (tmp_path / name).iterdir()] == ["manifest.json"]
     assert (tmp_path / "a" / "00001.array_record").exists()
+
+
+PACKAGES = (
+    "plain",
+    "dotted.inner",
+    ".plain",
+    "plain.",
+    "__main__",
+    "no such",
+    "a\0b",
+    "",
+)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("file", ["a.txt", "../a.txt", "x/../../a.txt", "/etc/passwd"])
+def test_a_package_is_found_and_not_imported(tmp_path, monkeypatch, name, file):
+    """Neither its own code runs, nor that of a package above it."""
+    for package in ("plain", "dotted", "dotted/inner"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "a.txt").touch()
+        (tmp_path / package / "__init__.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    if (name, file) == ("plain", "a.txt"):
+        assert str(paths.resolve(f"package:{name}/{file}")) == f"{tmp_path}/plain/a.txt"
+    else:
+        with pytest.raises(InputError, match="package"):
+            paths.resolve(f"package:{name}/{file}")
+    assert not {"plain", "dotted"} & sys.modules.keys()
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(
+    name=st.text(st.sampled_from("./\\a\0\n\ud800~:*")) | st.integers() | st.none()
+)
+def test_a_name_from_data_stays_in_its_folder(name):
+    place = epath.Path("/run"), name, "report.json: phase"
+    if isinstance(name, str) and name and not name.strip("a~:*"):
+        assert str(paths.child(*place)) == f"/run/{name}"
+        return
+    with contextlib.suppress(InputError):
+        child = paths.child(*place)
+        assert os.path.dirname(os.path.normpath(child)) == "/run"
+        assert str(child).isprintable()

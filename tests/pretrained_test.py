@@ -1,5 +1,6 @@
 """Loading equals transformers and does not depend on sharding; saving is undone."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -334,6 +335,66 @@ def test_export_replaces_an_export_and_nothing_else(export, tmp_path):
     with pytest.raises(InputError, match=r"notes\.txt"):
         pretrained.save_pretrained(str(export), params, BASE)
     assert (export / "notes.txt").exists()
+
+
+def snapshot(folder):
+    """Every file below a folder, with its content."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.mark.parametrize("name", ["out.outdated", "out.incomplete", "out.tmp", "outer"])
+@pytest.mark.parametrize("is_export", [False, True])
+def test_export_deletes_no_neighbour(tmp_path, name, is_export):
+    """Whatever the neighbour is called, and if it is an export that somebody kept."""
+    params, out = random_params(BASE), tmp_path / "out"
+    pretrained.save_pretrained(str(out), params, BASE)
+    (tmp_path / name).mkdir()
+    if is_export:
+        pretrained.save_pretrained(str(tmp_path / name), params, BASE)
+    else:
+        (tmp_path / name / "notes.txt").write_text("keep me")
+    before = snapshot(tmp_path)
+    with contextlib.suppress(InputError):
+        pretrained.save_pretrained(str(out), random_params(BASE, seed=1), BASE)
+    now = snapshot(tmp_path)
+    assert {k for k in before if before[k] != now.get(k)} <= {"out/model.safetensors"}
+
+
+def test_export_deletes_what_an_interrupted_one_left(tmp_path):
+    params, out = random_params(BASE), tmp_path / "out"
+    with pytest.raises(TypeError):
+        pretrained.save_pretrained(str(out), params, BASE, stop_ids=[object()])
+    assert [file.name for file in tmp_path.iterdir()] == ["out.incomplete"]
+    pretrained.save_pretrained(str(out), params, BASE)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_export_does_not_replace_what_others_saved(tmp_path, file):
+    """Files of the names that exports have, which no export lists."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / file).write_text("{}")
+    with pytest.raises(InputError, match=f"holds {file}, which is not part of"):
+        pretrained.save_pretrained(str(out), random_params(BASE), BASE)
+    assert (out / file).read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "out", ["model", "model/", "model/new", ".", "link", "model/.."]
+)
+def test_export_does_not_replace_the_model_it_is_made_of(tmp_path, out):
+    params, model = random_params(BASE), tmp_path / "model"
+    pretrained.save_pretrained(str(model), params, BASE)
+    (tmp_path / "link").symlink_to(model)
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match="would change .*model"):
+        pretrained.save_pretrained(f"{tmp_path}/{out}", params, BASE, start=str(model))
+    assert snapshot(tmp_path) == before
 
 
 def test_interrupted_export_leaves_no_folder_of_that_name(tmp_path):

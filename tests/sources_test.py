@@ -457,6 +457,21 @@ def test_splits_of_a_dataset_dict(tmp_path):
     assert len(list(sources.read(str(tmp_path)))) == 9
 
 
+@pytest.mark.parametrize("name", ["../other", "..", "/etc", "", 3, "a\0b"])
+def test_a_saved_dataset_names_no_file_outside_of_its_folder(tmp_path, name):
+    saved = tmp_path / "saved"
+    _write_saved(tmp_path / "other", RECORDS)
+    _write_saved(saved, RECORDS)
+    state = json.loads((saved / "state.json").read_text())
+    state["_data_files"][0]["filename"] = name
+    (saved / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match=r"state.json: filename: .* must be the name"):
+        sources.read(str(saved))
+    (saved / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
+    with pytest.raises(InputError, match=r"dataset_dict.json: splits: .* must be the"):
+        sources.read(str(saved))
+
+
 def test_what_datasets_saves_is_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_list(RECORDS)

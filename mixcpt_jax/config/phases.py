@@ -9,7 +9,7 @@ import ml_collections
 
 from mixcpt_jax.config.defaults import default, exam, source
 from mixcpt_jax.config.settings import leaves
-from mixcpt_jax.config.validation import check_keys
+from mixcpt_jax.config.validation import check_keys, check_names
 from mixcpt_jax.core.errors import InputError
 
 # Stands for the folder of an earlier phase of the same run, in any path of a phase.
@@ -57,6 +57,7 @@ def for_phase(
     Raises:
       InputError: the overrides name a key that does not exist or change its type.
     """
+    check_names("phases", config.phases)
     merged = ml_collections.ConfigDict(config.to_dict())
     merged.phases = ()
     merged.overrides = ml_collections.ConfigDict()

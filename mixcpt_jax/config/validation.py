@@ -7,6 +7,7 @@ impossible in combination with others, and says what to do.
 import importlib.util
 import math
 import os
+from collections.abc import Iterable
 
 import ml_collections
 
@@ -23,6 +24,7 @@ from mixcpt_jax.config.defaults import (
 )
 from mixcpt_jax.config.settings import bounds_of, same_type
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.core.text import is_name
 
 
 def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) -> None:
@@ -37,6 +39,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     """
     check_keys(config, default(), "")
     _check_bounds(config, bounded_config())
+    _check_names(config)
     for place, entry in all_sources(config):
         check_keys(entry, source(), f"{place}.")
         _check_bounds(entry, bounded_source(), f"{place}.")
@@ -100,6 +103,25 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     _check_selection(config)
     if config.job != "export":
         _check_batch(config, num_devices)
+
+
+def _check_names(config) -> None:
+    check_names("sources", config.sources)
+    for kind in ("texts", "pairs", "exams"):
+        check_names(f"eval.{kind}", config.eval[kind])
+
+
+def check_names(place: str, names: Iterable[str]) -> None:
+    """Checks that files and folders can be called by these names.
+
+    Raises:
+      InputError: the first that would lie elsewhere or cannot be shown.
+    """
+    for name in names:
+        if not is_name(name):
+            raise InputError(
+                f"{place}: {name!a:.80} must be a name: printable text without slashes"
+            )
 
 
 def frozen_dtype(model: ml_collections.ConfigDict) -> str:

@@ -17,6 +17,7 @@ from etils.epath import gpath
 from fsspec import config as fsspec_config
 from fsspec.core import url_to_fs
 
+from mixcpt_jax.core import text
 from mixcpt_jax.core.errors import InputError
 
 _PACKAGE = "package:"
@@ -48,20 +49,50 @@ def resolve(path: str) -> epath.Path:
     """Turns a path setting into a path object; the file need not exist.
 
     `package:NAME/FILE` is a file inside an installed Python package. The package is
-    found but not imported, so a package that is only a carrier of files needs none
-    of its dependencies.
+    found but not imported: none of its code runs, and none of its dependencies are
+    needed.
 
     Raises:
-      InputError: the package is not installed.
+      InputError: the package is not installed, is named by more than one name, or the
+        file lies outside of it.
     """
     if not path.startswith(_PACKAGE):
         return _Path(path).expanduser()
     name, _, file = path.removeprefix(_PACKAGE).partition("/")
-    spec = importlib.util.find_spec(name)
+    # Python imports the parents of a dotted name to find it.
+    if not name.isidentifier():
+        raise InputError(
+            f"{path}: must be package:NAME/FILE, where NAME is a package as `import NAME` "
+            "spells it, without dots"
+        )
+    if file.startswith("/") or ".." in file.split("/"):
+        raise InputError(f"{path}: the file must lie inside package {name}")
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # such as of __main__
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         remedy = _INSTALL.get(name, f"pip install {name}")
         raise InputError(f"{path}: package {name} is not installed; run `{remedy}`")
-    return _Path(spec.submodule_search_locations[0]) / file
+    return _Path(next(iter(spec.submodule_search_locations))) / file
+
+
+def child(folder: epath.Path, name: Any, place: str) -> epath.Path:
+    """A file or folder directly in `folder` whose name comes from data.
+
+    Args:
+      folder: where it lies.
+      name: what the data says; anything.
+      place: of the name, with which an error begins.
+
+    Raises:
+      InputError: it is no name, or leads elsewhere.
+    """
+    if not text.is_name(name):
+        raise InputError(
+            f"{place}: {name!a:.80} must be the name of a file or folder in {folder}"
+        )
+    return folder / name
 
 
 def exists(path: str) -> bool:

@@ -285,7 +285,8 @@ class _Search:
                 raise InputError(
                     f"{folder}: split={split!r}; of these only one can be named"
                 )
-            yield from _shards(folder / split, split)
+            marker = folder / "dataset_dict.json"
+            yield from _shards(paths.child(folder, split, f"{marker}: splits"), split)
         elif reader in ("", "arrow") and {"state.json", "dataset_info.json"} <= names:
             yield from _shards(folder)
         elif reader in ("", "tfds") and {"features.json", "dataset_info.json"} <= names:
@@ -502,8 +503,9 @@ def _shards(folder: epath.Path, split: str = "") -> Iterator[Part]:
         folder / "state.json",
         lambda content: [shard["filename"] for shard in content["_data_files"]],
     )
+    place = f"{folder / 'state.json'}: filename"
     for name in names:
-        yield Part(folder / name, "arrow", split)
+        yield Part(paths.child(folder, name, place), "arrow", split)
 
 
 def _tfds_splits(folder: epath.Path) -> list[str]:
@@ -519,6 +521,8 @@ def _tfds_splits(folder: epath.Path) -> list[str]:
             f"{folder}: a TFDS dataset as {file_format}; build it with "
             "file_format='array_record', which is read without TensorFlow"
         )
+    for name in splits:
+        paths.child(folder, name, f"{folder / 'dataset_info.json'}: name of a split")
     return splits
 
 

@@ -312,7 +312,15 @@ def tfds_files(folder: epath.Path, split: str) -> list[epath.Path]:
 def _tfds_builder(folder: epath.Path):
     import tensorflow_datasets  # takes half a second, and few sources need it
 
-    return tensorflow_datasets.builder_from_directory(folder)
+    builder = tensorflow_datasets.builder_from_directory(folder)
+    for split in builder.info.splits.values():
+        for file in map(epath.Path, split.filepaths):
+            if file.parent != folder:
+                raise InputError(
+                    f"{folder / 'dataset_info.json'}: its split {split.name} has the file "
+                    f"{file}, which must lie in {folder}"
+                )
+    return builder
 
 
 def _sequences(features) -> list[str]:

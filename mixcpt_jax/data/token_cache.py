@@ -112,7 +112,10 @@ def read_manifest(folder: epath.Path) -> Entry | None:
         return None
     try:
         manifest = json.loads(file.read_text())
-        shards = [(folder / s["file"], s["records"]) for s in manifest["shards"]]
+        shards = [
+            (paths.child(folder, s["file"], str(file)), s["records"])
+            for s in manifest["shards"]
+        ]
         manifest["key"].items()
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: damaged ({error}); {REMEDY}") from error

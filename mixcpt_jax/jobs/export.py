@@ -24,6 +24,9 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     Raises:
       InputError: config, weights or workdir are wrong.
     """
+    folder = phase.folder / FOLDER
+    model = phase.config.model
+    pretrained.check_target(folder, model.path, model.tokenizer)
     phase.announce(f"exports {phase.config.export.dtype}")
     phase.claim()
     vocabulary = phase.tokenizer
@@ -34,7 +37,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     with jax.set_mesh(phase.mesh):
         params = phase.starting_params(phase.config.model.param_dtype)
         pretrained.save_pretrained(
-            str(phase.folder / FOLDER),
+            str(folder),
             params,
             phase.model_config,
             vocabulary,
@@ -42,4 +45,4 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
             stop_ids=vocabulary.stop_ids,
             start=phase.config.model.path,
         )
-    return phase.finish({"folder": str(phase.folder / FOLDER), "dtype": dtype})
+    return phase.finish({"folder": str(folder), "dtype": dtype})

@@ -16,6 +16,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+import pathlib
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -158,6 +160,8 @@ _MOST_LAYERS = 10_000
 _GENERATION = "generation_config.json"
 # The key of an export's config.json that lists its files.
 _WRITTEN = "exported_files"
+# In the folder of an export that is being written.
+_LEFTOVER = "may_be_deleted"
 _REMEDY = (
     "a Hugging Face folder or a .gguf file is wanted. Nothing is downloaded: a model of "
     "the hub becomes a folder by `hf download NAME --local-dir FOLDER`"
@@ -389,7 +393,7 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that transformers' `from_pretrained` loads.
 
-    It is written under a temporary name and renamed at the end, so a folder of this
+    It is written to `{folder}.incomplete` and renamed at the end, so a folder of this
     name is always whole; one from an earlier export is replaced. In a bucket, where
     folders have no names of their own, `config.json` is deleted first and comes back
     last. Every process of a multi-host run must call this; the first one writes.
@@ -407,11 +411,12 @@ def save_pretrained(
         licence goes along, and what `generation_config.json` says besides special tokens.
 
     Raises:
-      InputError: `folder` exists and holds something other than an export; or a tensor
-        holds a value that `dtype` has no number for, and then nothing is written.
+      InputError: `folder` exists and holds something other than an export, or holds
+        `start` or lies in it; or a tensor holds a value that `dtype` has no number for.
+        Then nothing is written or deleted.
     """
     target = paths.resolve(folder)
-    _check_replaceable(target)
+    check_target(target, start)
     if broken := finite.find_broken(params, dtype):
         raise InputError(
             f"{folder}: tensor {_name_of(broken, config.family)} reaches "
@@ -470,19 +475,25 @@ def _new_folder(target: epath.Path) -> Iterator[epath.Path]:
             yield new
             _upload(new, target)
         return
-    new = target.parent / f"{target.name}.incomplete"
-    new.rmtree(missing_ok=True)
-    new.mkdir(parents=True)
+    place = _incomplete(target)
+    place.rmtree(missing_ok=True)
+    place.mkdir(parents=True)
+    (place / _LEFTOVER).touch()
+    (new := place / "new").mkdir()
     yield new
-    outdated = target.parent / f"{target.name}.outdated"
-    outdated.rmtree(missing_ok=True)
+    _check_replaceable(target)
     if target.exists():
-        target.rename(outdated)
+        target.rename(place / "old")
     new.rename(target)
-    outdated.rmtree(missing_ok=True)
+    place.rmtree()
+
+
+def _incomplete(target: epath.Path) -> epath.Path:
+    return target.parent / f"{target.name}.incomplete"
 
 
 def _upload(folder: epath.Path, target: epath.Path) -> None:
+    _check_replaceable(target)
     (target / _MARKER).unlink(missing_ok=True)
     for file in target.iterdir() if target.exists() else ():
         file.unlink()
@@ -642,12 +653,7 @@ def _weight_map(folder: epath.Path) -> dict[str, str]:
     if index.exists():
         names = headers.read(index).mapping("weight_map")
         for tensor, name in names.items():
-            # Of this folder, whoever wrote the index.
-            if not isinstance(name, str) or epath.Path(name).name != name or not name:
-                raise InputError(
-                    f"{index}: weight_map names {name!r} for tensor {tensor}; a file of "
-                    "the same folder is wanted"
-                )
+            paths.child(folder, name, f"{index}: weight_map of tensor {tensor!a:.80}")
         if not names:
             raise InputError(f"{index}: weight_map names no file; download it again")
         if whole.exists() and whole.name not in names.values():
@@ -1189,27 +1195,62 @@ def _write_json(file: epath.Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n")
 
 
-# What an export consists of, one whose config.json does not list it.
-_EXPORTED = re.compile(
-    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-    r"|tokenizer(_config)?\.json|tokenizer\.model"
-)
 _LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy)[\w.-]*", re.IGNORECASE)
+
+
+def check_target(folder: epath.Path, *models: str) -> None:
+    """Checks that writing an export to a folder deletes nothing but an earlier export.
+
+    Args:
+      folder: of the export.
+      models: paths of what is read to make it.
+
+    Raises:
+      InputError: the folder, or what is left beside it of an interrupted export, holds
+        what no export wrote; or it holds a model, or lies in one.
+    """
+    target = _real(folder)
+    for path in filter(None, models):
+        model = _real(paths.resolve(path))
+        if model == target or model in target.parents or target in model.parents:
+            raise InputError(
+                f"{folder}: the export would change {path}, which it is made of; name "
+                "another folder"
+            )
+    _check_replaceable(folder)
+    leftover = _incomplete(folder)
+    if _is_there(leftover) and not (leftover / _LEFTOVER).exists():
+        raise InputError(
+            f"{leftover}: is no leftover of an export, which needs this name; move it away"
+        )
+
+
+def _real(path: epath.Path) -> pathlib.PurePath:
+    """A path without links and dots."""
+    return pathlib.PurePath(
+        str(path) if paths.is_remote(path) else os.path.realpath(path)
+    )
+
+
+def _is_there(path: epath.Path) -> bool:
+    """Whether a local disk has it, if only as a link to nothing."""
+    return not paths.is_remote(path) and os.path.lexists(path)
 
 
 def _check_replaceable(folder: epath.Path) -> None:
     """Nothing is deleted that an export did not write."""
+    if _is_there(folder) and not folder.is_dir():
+        raise InputError(f"{folder}: is no folder; name another one")
     if not folder.exists():
         return
-    config = {}
-    if (folder / _MARKER).exists():
-        config = headers.read(folder / _MARKER).values
+    marker = folder / _MARKER
+    config = headers.read(marker).values if marker.exists() else {}
     written = config.get(_WRITTEN)
-    # An older export does not list its files; what transformers saved says so.
-    is_foreign = "transformers_version" in config
+    # What loads a model and saves it keeps keys that it does not know.
+    if not isinstance(written, list) or "transformers_version" in config:
+        written = []
     for file in folder.iterdir():
-        is_ours = _EXPORTED.fullmatch(file.name) and not is_foreign
-        if file.name not in written if isinstance(written, list) else not is_ours:
+        if file.name not in written or file.is_dir():
             raise InputError(
                 f"{folder}: holds {file.name}, which is not part of an export and "
                 "would be lost; name another folder"

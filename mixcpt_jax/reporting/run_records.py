@@ -155,8 +155,9 @@ def _phase_folders(folder: epath.Path) -> dict[str, epath.Path]:
     if folder.is_dir():
         files = (f / "config.json" for f in folder.iterdir() if f.is_dir())
         found = [(f.stat().mtime, f.parent.name) for f in files if f.exists()]
-    names = dict.fromkeys([*recorded, *(name for _, name in sorted(found))])
-    return {name: folder / name for name in names}
+    place = f"{folder / 'report.json'}: phase"
+    folders = {name: paths.child(folder, name, place) for name in recorded}
+    return folders | {name: folder / name for _, name in sorted(found)}
 
 
 def _recorded(folder: epath.Path) -> dict[str, dict[str, Any]]:
