@@ -275,6 +275,7 @@ def _default_workdir() -> str:
     return f"runs/{name}_{variant}" if variant else f"runs/{name}"
 
 
+@command.boundary()
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; the config file is read here, so its mistakes show here."""
     try:
@@ -290,7 +291,7 @@ def _parse(argv: list[str]) -> list[str]:
         )
     except (LookupError, AttributeError) as error:
         command.explain(InputError(_unknown_key(error, argv)))
-    except (flags.Error, InputError, OSError, SyntaxError) as error:
+    except (flags.Error, SyntaxError) as error:
         command.explain(error)
 
 

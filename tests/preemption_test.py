@@ -16,9 +16,9 @@ def sigterm():
 
 @pytest.fixture(autouse=True)
 def handler(monkeypatch):
-    """What SIGTERM does is the process's, so it is put back; and this one stays."""
+    """What SIGTERM does is the process's, so it is restored; and this one stays."""
     monkeypatch.setattr(command_line, "_leave", lambda: None)
-    numbers = signal.SIGTERM, signal.SIGALRM
+    numbers = signal.SIGTERM, signal.SIGALRM, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers]
     hook = sys.unraisablehook
     yield
@@ -40,6 +40,21 @@ def test_a_command_ends_at_once_and_well(capsys):
     sigterm()  # on the way out nothing is cut off
 
 
+def test_sighup_ends_a_command_as_sigterm_does(capsys):
+    def command():
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(10)
+
+    command_line.explained(command)
+    assert capsys.readouterr().err.startswith("stopped by SIGTERM; ")
+
+
+def test_sighup_that_is_ignored_stays_so(capsys):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    command_line.explained(lambda: os.kill(os.getpid(), signal.SIGHUP))
+    assert capsys.readouterr().err == ""
+
+
 def test_ctrl_c_is_told_in_one_line(capsys):
     def command():
         os.kill(os.getpid(), signal.SIGINT)
@@ -49,7 +64,7 @@ def test_ctrl_c_is_told_in_one_line(capsys):
         command_line.explained(command)
     assert caught.value.code == 130
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "stopped; a run keeps what it saved, and the same command goes on"
+    assert line == "stopped; a run keeps what it saved: the same command resumes it"
 
 
 def test_code_that_catches_every_exception_does_not_catch_it():

@@ -1,21 +1,17 @@
-"""How a command ends: what the user can mend is one line, and SIGTERM is no mistake."""
+"""How a command ends: user errors and refusals of the system are one line."""
 
 import argparse
 import atexit
 import contextlib
-import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, system
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import preemption, terminal
-
-# The disk, the user's share of it, or the file may not be larger.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
@@ -47,43 +43,47 @@ def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def explained(command: Callable[..., Any], *args: Any) -> None:
-    """Runs a command to its end; what ends it early is said in one line.
+    """Runs a command to its end; whatever ends it early is reported in one line.
 
-    SIGTERM ends it with exit status 0, what the user can mend with 1, Ctrl-C with 130.
+    SIGTERM, SIGHUP and a closed pipe end it with exit status 0, user errors and what the
+    system refuses with 1, Ctrl-C with 130.
     """
-    sys.unraisablehook = _tell_unraisable
+    sys.unraisablehook = _report_unraisable
     preemption.interrupt()
-    with preemption.in_time(_stop):
+    with preemption.in_time(_stop), boundary():
         try:
-            try:
-                command(*args)
-            finally:
-                preemption.ignore()
-        except (InputError, FloatingPointError) as error:
-            explain(error)
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise
-            explain(InputError(f"{error}; make room, and the same command goes on"))
-        except Exception as error:
-            if not paths.is_bucket_error(error):
-                raise
-            kind = type(error).__name__
-            explain(
-                InputError(
-                    f"the bucket cannot be read or written ({kind}: {error}), not even "
-                    "after trying again; what was saved is whole, and the same command "
-                    "goes on"
-                )
+            command(*args)
+        finally:
+            preemption.ignore()
+
+
+@contextlib.contextmanager
+def boundary() -> Iterator[None]:
+    """Ends the process with one line where an error is not a fault of the program."""
+    try:
+        yield
+    except (InputError, FloatingPointError) as error:
+        explain(error)
+    except preemption.Preempted as stop:
+        terminal.say(str(stop))
+        _leave()
+    except KeyboardInterrupt:
+        terminal.say("stopped; a run keeps what it saved: the same command resumes it")
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        _leave()
+    except Exception as error:
+        kind = type(error).__name__
+        if problem := system.problem(error):
+            explain(InputError(problem))
+        if not paths.is_bucket_error(error):
+            raise
+        explain(
+            InputError(
+                f"the bucket cannot be read or written, even after retries ({kind}: "
+                f"{error}); what was saved is whole: the same command resumes it"
             )
-        except preemption.Preempted as stop:
-            terminal.say(str(stop))
-            _leave()
-        except KeyboardInterrupt:
-            terminal.say(
-                "stopped; a run keeps what it saved, and the same command goes on"
-            )
-            sys.exit(128 + signal.SIGINT)
+        )
 
 
 def _leave() -> NoReturn:
@@ -108,7 +108,7 @@ def _exit() -> NoReturn:
     os._exit(0)
 
 
-def _tell_unraisable(entry: Any) -> None:
+def _report_unraisable(entry: Any) -> None:
     """Tells of an exception in a callback, but for two that are told otherwise.
 
     SIGTERM comes again. Threads of a save or a read that failed, and was told, call

@@ -57,7 +57,7 @@ def resolve(path: str) -> epath.Path:
         file lies outside of it.
     """
     if not path.startswith(_PACKAGE):
-        return _Path(path).expanduser()
+        return _expanded(path)
     name, _, file = path.removeprefix(_PACKAGE).partition("/")
     # Python imports the parents of a dotted name to find it.
     if not name.isidentifier():
@@ -95,6 +95,21 @@ def child(folder: epath.Path, name: Any, place: str) -> epath.Path:
     return folder / name
 
 
+def _expanded(path: str) -> _Path:
+    scheme, separator, _ = str(path).partition("://")
+    if separator and scheme != "gs" and "/" not in scheme:
+        raise InputError(
+            f"{shown(path)}: {scheme}:// is not supported; supported are local paths, "
+            "gs://BUCKET/PATH and package:NAME/FILE"
+        )
+    if "\0" in str(path):
+        raise InputError(f"{path!r}: a path has a NUL character; name another path")
+    expanded = _Path(path).expanduser()
+    if str(expanded).startswith("~"):
+        raise InputError(f"{path}: no such home folder is known; give the whole path")
+    return expanded
+
+
 def exists(path: str) -> bool:
     """Whether there is such a file or folder; there is none in a missing package."""
     try:
@@ -110,7 +125,7 @@ def absolute(path: str) -> epath.Path:
       InputError: the path is not UTF-8 or has a backslash; TensorStore writes such
         folders, if at all, so that it cannot read them again.
     """
-    folder = _Path(path).expanduser()
+    folder = _expanded(path)
     folder = folder if is_remote(path) else folder.absolute()
     if not is_utf8(str(folder)) or "\\" in str(folder):
         raise InputError(

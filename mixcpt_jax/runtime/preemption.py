@@ -38,6 +38,9 @@ _is_deferred = False
 def interrupt() -> None:
     """From now on SIGTERM raises `Preempted` in the main thread."""
     _handle_by(_raise)
+    # A terminal that closes ends a run as a scheduler does, unless `nohup` prevents it.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def ignore() -> None:
@@ -88,7 +91,8 @@ def _end_if_late(reading: int, end: Callable[[], Any]) -> None:
             number = os.read(reading, 1)
             if not number:
                 break
-            if number[0] == signal.SIGTERM and deadline is None:
+            ends = signal.SIGTERM, signal.SIGHUP
+            if number[0] in ends and deadline is None:
                 deadline = time.monotonic() + _PATIENCE
         elif _is_deferred:
             deadline = None

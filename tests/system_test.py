@@ -1,0 +1,117 @@
+"""Whatever the system refuses is one line with path, problem and remedy."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mixcpt_jax.cli import command
+from mixcpt_jax.core import paths, system
+from mixcpt_jax.core.errors import InputError
+
+# The others end a command otherwise: a pipe that is closed, a signal.
+NUMBERS = [
+    number
+    for number in sorted(errno.errorcode)
+    if not isinstance(OSError(number, ""), BrokenPipeError | InterruptedError)
+]
+
+
+def one_line(capsys, raising):
+    def run():
+        raise raising
+
+    with pytest.raises(SystemExit) as caught:
+        command.explained(run)
+    assert caught.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_every_error_of_the_system_is_a_line(number, capsys):
+    line = one_line(
+        capsys, OSError(number, os.strerror(number), "/a/folder", None, "b")
+    )
+    assert "/a/folder" in line
+    assert os.strerror(number) in line
+    assert line.count("; ") >= 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "part"),
+    [
+        (MemoryError(), "data.batch_size"),
+        (MemoryError("Unable to allocate 9 GiB"), "Unable to allocate 9 GiB"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (RuntimeError("Could not determine home directory."), "HOME"),
+        (ValueError("embedded null byte"), "NUL"),
+        (OSError("raised by a library, without a number"), "by a library"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found"),
+            "TMPDIR",
+        ),
+    ],
+)
+def test_what_is_not_an_oserror_is_a_line_too(raised, part, capsys):
+    assert part in one_line(capsys, raised)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    def run():
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        command.explained(run)
+    assert system.problem(RuntimeError("a fault")) is None
+
+
+def test_a_deleted_current_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        os.getcwd()
+    assert "current folder was deleted" in system.problem(caught.value)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["s3", "http", "https", "file", "hdfs", "memory", "C"]
+)
+@pytest.mark.parametrize("turn", [paths.resolve, paths.absolute])
+def test_schemes_that_are_not_supported_are_named(scheme, turn):
+    with pytest.raises(InputError, match=f"{scheme}:// is not supported; .* gs://"):
+        turn(f"{scheme}://bucket/folder")
+
+
+@pytest.mark.parametrize("turn", [paths.resolve, paths.absolute])
+def test_a_home_that_is_not_known_is_no_folder(turn):
+    with pytest.raises(InputError, match="give the whole path"):
+        turn("~nobody-of-this-name/folder")
+
+
+@pytest.mark.parametrize("turn", [paths.resolve, paths.absolute])
+def test_a_nul_in_a_path_is_a_line(turn):
+    with pytest.raises(InputError, match="NUL"):
+        turn("a\0b")
+
+
+def test_commands_in_a_deleted_folder_end_in_a_line(tmp_path, project):
+    (tmp_path / "gone").mkdir()
+    script = (
+        "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]);"
+        "sys.argv = ['main', '--config=mixcpt.py:tiny'];"
+        "from mixcpt_jax import main; main.start()"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "gone")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(project), "PYTHONSAFEPATH": "1"},
+    )
+    assert process.returncode == 1, process.stderr
+    assert "current folder was deleted" in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
