@@ -475,7 +475,9 @@ def _fallback(ours, folder: pathlib.Path) -> str:
 def _same_continuations(theirs, config, params, ours, tokens_BxL) -> str:
     prompts = [tokens_BxL[0, :n].tolist() for n in (5, 17, 33)]
     sampler = generation.Sampler(config, ours)
-    new = sampler.generate(params, prompts, _NEW_TOKENS, set(), generation.Choice())
+    new = sampler.generate(
+        params, prompts, _NEW_TOKENS, set(), generation.SamplingParams()
+    )
     # It shall not end before.
     theirs.generation_config.eos_token_id = None
     same = 0

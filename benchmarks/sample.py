@@ -63,7 +63,7 @@ def compare(trained, network, prompts, args) -> None:
     stream = generation.Stream(
         trained.params, trained.config, trained.tokenizer, batch_size=len(prompts)
     )
-    settings = args.new_tokens, set(), generation.Choice()
+    settings = args.new_tokens, set(), generation.SamplingParams()
 
     def streamed():
         # Or the prompts would be in the cache from the second round on.

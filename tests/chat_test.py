@@ -61,8 +61,8 @@ GEMMA3 = dataclasses.replace(
 QWEN3 = dataclasses.replace(QWEN2, family="qwen3", qkv_bias=False, qk_norm=True)
 LORA = transformer.Lora(rank=3, alpha=6.0, targets=("query", "value", "down"))
 
-GREEDY = generation.Choice()
-NUCLEUS = generation.Choice(temperature=0.9, top_k=40, top_p=0.95)
+GREEDY = generation.SamplingParams()
+NUCLEUS = generation.SamplingParams(temperature=0.9, top_k=40, top_p=0.95)
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 40, 1, 17, 33)]
 
 
@@ -142,40 +142,40 @@ def test_greedy_with_a_cache_equals_full_forward_passes(tokenizer, config, lora)
         assert new == greedy_without_cache(config, params, prompt, 12, lora)
 
 
-@pytest.mark.parametrize("choice", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
-def test_a_row_does_not_depend_on_the_others(tokenizer, choice):
+@pytest.mark.parametrize("sampling", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
+def test_a_row_does_not_depend_on_the_others(tokenizer, sampling):
     params = draw_params(LLAMA)
     sampler = generation.Sampler(LLAMA, tokenizer)
-    expected = sampler.generate(params, PROMPTS, 12, set(), choice)
+    expected = sampler.generate(params, PROMPTS, 12, set(), sampling)
     in_pairs = generation.Sampler(LLAMA, tokenizer, batch_size=2)
-    assert in_pairs.generate(params, PROMPTS, 12, set(), choice) == expected
-    assert sampler.generate(params, [], 12, set(), choice) == []
+    assert in_pairs.generate(params, PROMPTS, 12, set(), sampling) == expected
+    assert sampler.generate(params, [], 12, set(), sampling) == []
     # Another neighbour, and with it another length of padding.
     others = [PROMPTS[0], [9] * 90, *PROMPTS[2:4]]
-    changed = sampler.generate(params, others, 12, set(), choice)
+    changed = sampler.generate(params, others, 12, set(), sampling)
     assert changed[0] == expected[0]
     assert changed[1] != expected[1]
     assert changed[2:4] == expected[2:4]
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("choice", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
-def test_the_mesh_does_not_matter(tokenizer, sizes, choice):
+@pytest.mark.parametrize("sampling", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
+def test_the_mesh_does_not_matter(tokenizer, sizes, sampling):
     params = draw_params(LLAMA)
     sampler = generation.Sampler(LLAMA, tokenizer, batch_size=4)
-    expected = sampler.generate(params, PROMPTS, 12, {7}, choice)
+    expected = sampler.generate(params, PROMPTS, 12, {7}, sampling)
     mesh = sharding.make_mesh(dict(zip(mesh_shape.MESH_AXES, sizes)))
     shardings = sharding.shardings(mesh, transformer.param_axes(LLAMA))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings)
-        assert sampler.generate(placed, PROMPTS, 12, {7}, choice) == expected
+        assert sampler.generate(placed, PROMPTS, 12, {7}, sampling) == expected
 
 
 def test_tokens_are_whole_on_every_device():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     generate = jax.jit(
         generation.make_generate(LLAMA, 259),
-        static_argnames=("max_new_tokens", "choice"),
+        static_argnames=("max_new_tokens", "sampling"),
     )
     with jax.set_mesh(mesh):
         tokens = generate(
@@ -186,7 +186,7 @@ def test_tokens_are_whole_on_every_device():
             0,
             np.array([], np.int32),
             max_new_tokens=3,
-            choice=GREEDY,
+            sampling=GREEDY,
         )
     assert tokens.shape == (8, 3)
     assert tokens.sharding.is_fully_replicated
@@ -214,26 +214,26 @@ def nucleus(probabilities, top_k, top_p):
 
 
 @pytest.mark.parametrize(
-    "choice",
+    "sampling",
     [
-        generation.Choice(1.0),
-        generation.Choice(0.6),
-        generation.Choice(1.7, top_k=3),
-        generation.Choice(1.0, top_p=0.7),
-        generation.Choice(1.3, top_k=6, top_p=0.7),
-        generation.Choice(1.0, top_k=99, top_p=1e-6),
+        generation.SamplingParams(1.0),
+        generation.SamplingParams(0.6),
+        generation.SamplingParams(1.7, top_k=3),
+        generation.SamplingParams(1.0, top_p=0.7),
+        generation.SamplingParams(1.3, top_k=6, top_p=0.7),
+        generation.SamplingParams(1.0, top_k=99, top_p=1e-6),
     ],
     ids=str,
 )
-def test_draws_follow_the_softmax_of_what_is_left(choice):
+def test_draws_follow_the_softmax_of_what_is_left(sampling):
     logits = 0.6 * np.random.default_rng(3).standard_normal(12)
-    exact = np.exp(logits / choice.temperature)
-    expected = nucleus(exact / exact.sum(), choice.top_k or 12, choice.top_p)
+    exact = np.exp(logits / sampling.temperature)
+    expected = nucleus(exact / exact.sum(), sampling.top_k or 12, sampling.top_p)
     n = 40_000
     drawn = jax.jit(generation.choose, static_argnums=2)(
         jnp.broadcast_to(jnp.float32(logits), (n, 12)),
         jax.random.split(jax.random.key(0), n),
-        choice,
+        sampling,
     )
     assert_drawn_from(expected, np.asarray(drawn))
 
@@ -242,8 +242,8 @@ def test_draws_follow_the_models_probabilities(tokenizer):
     config, params = bigrams(264, chain(10, 11))
     params["unembedding"] = params["unembedding"] * 0.25
     sampler = generation.Sampler(config, tokenizer, batch_size=1024)
-    choice = generation.Choice(0.8)
-    new = sampler.generate(params, [[10]] * 2048, 1, set(), choice)
+    sampling = generation.SamplingParams(0.8)
+    new = sampler.generate(params, [[10]] * 2048, 1, set(), sampling)
     # The norm makes sqrt(264) of the one-hot state, but for its epsilon.
     logits = np.zeros(259)
     logits[11] = 0.25 * math.sqrt(264)
@@ -256,8 +256,8 @@ def test_every_row_and_step_has_its_own_draw(tokenizer):
     sampler = generation.Sampler(config, tokenizer, batch_size=64)
 
     def draw(seed):
-        choice = generation.Choice(1.0)
-        return sampler.generate(params, [[10]] * 64, 32, set(), choice, seed)
+        sampling = generation.SamplingParams(1.0)
+        return sampler.generate(params, [[10]] * 64, 32, set(), sampling, seed)
 
     drawn = np.array(draw(0))
     # Uniform, so two of them are equal once in 259.
@@ -289,7 +289,7 @@ def test_decoding_ends_with_the_last_row():
     config, params = bigrams(264, chain(1, 2, 3, 9) | chain(4, 9, 9))
     generate = jax.jit(
         generation.make_generate(config, 259),
-        static_argnames=("max_new_tokens", "choice"),
+        static_argnames=("max_new_tokens", "sampling"),
     )
     tokens = generate(
         params,
@@ -299,35 +299,37 @@ def test_decoding_ends_with_the_last_row():
         0,
         np.array([9], np.int32),
         max_new_tokens=8,
-        choice=GREEDY,
+        sampling=GREEDY,
     )
     # The third row is none, so nobody waits for it.
     np.testing.assert_array_equal(tokens[0], [2, 3, 9, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(tokens[1, 3:], 0)
 
 
-@pytest.mark.parametrize("choice", [GREEDY, generation.Choice(5.0), NUCLEUS], ids=str)
-def test_padding_of_the_vocabulary_is_never_chosen(tokenizer, choice):
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, generation.SamplingParams(5.0), NUCLEUS], ids=str
+)
+def test_padding_of_the_vocabulary_is_never_chosen(tokenizer, sampling):
     params = draw_params(QWEN2)
     # Rows of tied embeddings so large that their logits are the extremes.
     params["embedding"] = params["embedding"].at[259:].multiply(100.0)
     sampler = generation.Sampler(QWEN2, tokenizer)
-    new = sampler.generate(params, PROMPTS, 16, set(), choice)
+    new = sampler.generate(params, PROMPTS, 16, set(), sampling)
     assert np.max(new) < 259
 
 
-@pytest.mark.parametrize("choice", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
+@pytest.mark.parametrize("sampling", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
 @pytest.mark.parametrize("factor", [3e38, math.nan])
-def test_logits_that_are_no_numbers_are_no_answer(tokenizer, choice, factor):
+def test_logits_that_are_no_numbers_are_no_answer(tokenizer, sampling, factor):
     params = draw_params(QWEN2)
     params["final_norm"] = params["final_norm"] * factor
     stops = {0, tokenizer.end_of_document_id}
     sampler = generation.Sampler(QWEN2, tokenizer)
     with pytest.raises(InputError, match="logits are not finite numbers"):
-        sampler.generate(params, PROMPTS[:2], 4, stops, choice)
+        sampler.generate(params, PROMPTS[:2], 4, stops, sampling)
     stream = generation.Stream(params, QWEN2, tokenizer, batch_size=2)
     with pytest.raises(InputError, match="logits are not finite numbers"):
-        streamed(stream, PROMPTS[:2], 4, stops, choice)
+        streamed(stream, PROMPTS[:2], 4, stops, sampling)
 
 
 def test_a_prompt_must_fit(tokenizer):
@@ -350,7 +352,7 @@ def test_a_prompt_must_fit(tokenizer):
 )
 def test_a_bad_choice_is_named(name, value):
     with pytest.raises(InputError, match=f"{name}={value}: it must be"):
-        generation.Choice(**{name: value})
+        generation.SamplingParams(**{name: value})
 
 
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
@@ -365,7 +367,7 @@ def test_an_answer_ends_with_its_turn_or_document(tokenizer, stop):
     assert sampler.chat(params, conversations, 20) == ["Hey", "Hey"]
     assert sampler.chat(params, conversations, 2) == ["He", "He"]
     drawn = sampler.chat(
-        params, conversations, 3, generation.Choice(temperature=1e-3), seed=3
+        params, conversations, 3, generation.SamplingParams(temperature=1e-3), seed=3
     )
     assert drawn == ["Hey", "Hey"]
 
@@ -449,11 +451,11 @@ def test_smollm2_answers_like_transformers(tmp_path):
     assert loaded.encode(answer) == expected
 
 
-def streamed(stream, prompts, max_new_tokens, stop_ids, choice):
+def streamed(stream, prompts, max_new_tokens, stop_ids, sampling):
     """All tokens of each row, and how many calls they came in."""
     made = [[] for _ in prompts]
     calls = 0
-    for news in stream(prompts, max_new_tokens, stop_ids, choice):
+    for news in stream(prompts, max_new_tokens, stop_ids, sampling):
         calls += 1
         for row, new in zip(made, news):
             row += new
@@ -461,16 +463,16 @@ def streamed(stream, prompts, max_new_tokens, stop_ids, choice):
 
 
 @pytest.mark.parametrize(
-    ("choice", "tokens_per_call"),
+    ("sampling", "tokens_per_call"),
     [(GREEDY, 4), (NUCLEUS, 1)],
     ids=["greedy", "nucleus"],
 )
-def test_a_stream_is_what_a_batch_is(tokenizer, choice, tokens_per_call):
+def test_a_stream_is_what_a_batch_is(tokenizer, sampling, tokens_per_call):
     params = draw_params(WINDOWED)
     sampler = generation.Sampler(WINDOWED, tokenizer)
-    whole = sampler.generate(params, PROMPTS, 12, set(), choice)
+    whole = sampler.generate(params, PROMPTS, 12, set(), sampling)
     stops = {whole[0][4], whole[1][0]}
-    expected = sampler.generate(params, PROMPTS, 12, stops, choice)
+    expected = sampler.generate(params, PROMPTS, 12, stops, sampling)
     stream = generation.Stream(
         params,
         WINDOWED,
@@ -478,7 +480,7 @@ def test_a_stream_is_what_a_batch_is(tokenizer, choice, tokens_per_call):
         batch_size=6,  # one more than there are
         tokens_per_call=tokens_per_call,
     )
-    made, calls = streamed(stream, PROMPTS, 12, stops, choice)
+    made, calls = streamed(stream, PROMPTS, 12, stops, sampling)
     assert made == expected
     assert calls <= 1 + math.ceil(11 / tokens_per_call)
 
@@ -542,7 +544,7 @@ def chat(tokenizer):
         "{% if m['role'] == 'assistant' %}<|im_end|>{% else %}<|im_start|>{% endif %}"
         "{% endfor %}",
     )
-    return generation.Chat(stream, short, 8, generation.Choice(1.0))
+    return generation.Chat(stream, short, 8, generation.SamplingParams(1.0))
 
 
 def test_an_interrupted_chat_goes_on(chat, tokenizer):
@@ -562,7 +564,7 @@ def test_an_interrupted_chat_goes_on(chat, tokenizer):
         generation.Stream(draw_params(LLAMA), LLAMA, tokenizer),
         chat._tokenizer,
         8,
-        generation.Choice(1.0),
+        generation.SamplingParams(1.0),
     )
     other.messages = chat.messages
     assert list(chat.say("Go on.")) == list(other.say("Go on."))

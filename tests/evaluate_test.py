@@ -40,18 +40,18 @@ def score(batch):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("row_length", [8, 50])
-def test_measures_of_a_text_count_every_learnt_target_once(row_length, batch_size):
+def test_measures_of_a_text_count_every_loss_token_once(row_length, batch_size):
     rng = np.random.default_rng(0)
     texts = [rng.integers(2, 90, n) for n in (30, 5, 2, 17, 9)]
     texts[0] *= 2  # right throughout, and the only one: longer than a row
     masks = [rng.random(len(text)) < 0.7 for text in texts]
     rows = mixture.pack_text("t", Examples.collect(zip(texts, masks)), row_length)
     results = evaluator.measure(score, {"t": rows}, {}, batch_size)
-    learnt = np.concatenate([t[1:][m[1:]] for t, m in zip(texts, masks)])
-    loss = np.mean((learnt % 7) / 3.0)
+    targets = np.concatenate([t[1:][m[1:]] for t, m in zip(texts, masks)])
+    loss = np.mean((targets % 7) / 3.0)
     assert results["t/loss"] == pytest.approx(loss)
     assert results["t/perplexity"] == pytest.approx(math.exp(loss))
-    assert results["t/accuracy"] == pytest.approx(np.mean(learnt % 2 == 0))
+    assert results["t/accuracy"] == pytest.approx(np.mean(targets % 2 == 0))
     right = [np.all(t[1:][m[1:]] % 2 == 0) for t, m in zip(texts, masks)]
     assert results["t/exact"] == pytest.approx(np.mean(right))
 
@@ -89,7 +89,7 @@ def test_exact_is_what_greedy_decoding_finds(tiny_model):
             [tokens[~mask].tolist()],
             int(mask.sum()),
             set(),
-            generation.Choice(),
+            generation.SamplingParams(),
         )
         right.append(new == tokens[mask].tolist())
     assert 0 < np.mean(right) < 1

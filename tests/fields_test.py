@@ -29,9 +29,9 @@ class Letters:
         ids, mask = [], []
         for message in messages:
             opening, said = f"<{message['role']}>", f"{message['content']}\n"
-            is_learnt = fields.is_loss_turn(message)
+            has_loss = fields.is_loss_turn(message)
             ids += map(ord, opening + said)
-            mask += [False] * len(opening) + [is_learnt] * len(said)
+            mask += [False] * len(opening) + [has_loss] * len(said)
         if add_generation_prompt:
             ids += map(ord, "<assistant>")
             mask += [False] * len("<assistant>")

@@ -216,7 +216,7 @@ def test_a_corpus_without_its_exam(tmp_path):
     config.clean.update(decontaminate=13, exact_duplicates=True, max_repetition=0.5)
     source = config_lib.source(path=str(tmp_path / "texts.jsonl"))
     found = corpus.Corpus(config, source)
-    assert [record.fields["text"] for record in found.held_in()] == texts[:1]
+    assert [record.fields["text"] for record in found.train_split()] == texts[:1]
     assert found.left_out == {"contaminated": 1, "duplicate": 1, "repetitive": 1}
     # What is measured is not cleaned.
     assert len(corpus.Corpus(config, source).measured()) == 4

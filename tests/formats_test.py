@@ -49,7 +49,7 @@ def test_an_example_is_bos_text_end(add_bos):
     assert not examples.loss_mask[examples.tokens == 256].any()
     assert examples.loss_mask[examples.tokens != 256].all()
     # With BOS all tokens of the text are targets; without, the first never is.
-    assert examples.num_learnt == (5 if add_bos else 3)
+    assert examples.num_loss_tokens == (5 if add_bos else 3)
 
 
 def test_many_texts_come_out_in_order():
@@ -139,18 +139,20 @@ CLOZES = [
 
 @pytest.mark.parametrize("add_bos", [False, True])
 @pytest.mark.parametrize("is_bpe", [False, True])
-def test_of_a_cloze_the_target_is_learnt_and_nothing_ends_it(base, add_bos, is_bpe):
+def test_of_a_cloze_only_the_target_has_a_loss_and_nothing_ends_it(
+    base, add_bos, is_bpe
+):
     tok = dataclasses.replace(base, add_bos=add_bos) if is_bpe else _Bytes(add_bos)
     records = [Record(fields, f"f:{i}") for i, (fields, _) in enumerate(CLOZES)]
     examples = formats.encode(records, "cloze", tok)
     assert examples.is_continuation
-    for i, (fields, learnt) in enumerate(CLOZES):
+    for i, (fields, target) in enumerate(CLOZES):
         here = slice(*examples.offsets[i : i + 2])
         tokens, mask = examples.tokens[here], examples.loss_mask[here]
         text = fields["context"] + fields["target"]
         assert tokens.tolist() == [tok.bos_id] * add_bos + tok.encode_batch([text])[0]
         assert not np.any(np.diff(mask.astype(int)) < 0)
-        (expected,) = tok.encode_batch([text.removesuffix(learnt)])
+        (expected,) = tok.encode_batch([text.removesuffix(target)])
         assert tokens[~mask].tolist() == [tok.bos_id] * add_bos + expected
     whole = formats.encode([Record({"text": "a b"}, "f:1")], "document", tok)
     assert not whole.is_continuation
@@ -320,7 +322,7 @@ def _chat(tok, *records, **settings):
     return formats.encode(records, "chat", tok, **settings)
 
 
-def _learnt_parts(tok, ids, mask):
+def _loss_parts(tok, ids, mask):
     """The runs of learnt tokens, in text, and the last token of each."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
     runs = [ids[a:b] for a, b in edges.reshape(-1, 2)]
@@ -328,13 +330,13 @@ def _learnt_parts(tok, ids, mask):
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-def test_learnt_are_the_responses_and_the_ends_of_their_turns(chat, messages):
+def test_loss_tokens_are_the_responses_and_the_ends_of_their_turns(chat, messages):
     tok, end = chat
     examples = _chat(tok, {"messages": messages})
     # Nothing is lost, added or, in these texts, cut otherwise: BOS is the template's.
     rendered = tok.apply_chat_template(messages)
     assert examples.tokens.tolist() == tok.encode_with_special(rendered)
-    parts = _learnt_parts(tok, examples.tokens, examples.loss_mask)
+    parts = _loss_parts(tok, examples.tokens, examples.loss_mask)
     # Llama 2's template has blanks around a response, which generation makes too.
     blank = " " if tok.chat_template == LLAMA2 else ""
     assert parts == [
@@ -409,7 +411,7 @@ def test_what_messages_say_is_plain_text(chat):
         t: [i for i in ids[t] if i in special.values()] for t in (attack, harmless)
     }
     assert marks[attack] == marks[harmless]
-    assert _learnt_parts(tok, ids[attack], mask[attack])[0][0].strip() == attack
+    assert _loss_parts(tok, ids[attack], mask[attack])[0][0].strip() == attack
 
 
 def test_an_end_of_turn_that_is_not_marked_special(base):
@@ -449,7 +451,7 @@ def test_a_response_that_could_merge_with_its_prompt(base):
     assert ids[: len(prompt)] == prompt
     at_once = base.encode_with_special(base.apply_chat_template([ASK, answer]))
     assert at_once[: len(prompt)] != prompt
-    assert _learnt_parts(base, ids, mask) == [("\n\n  naïve", "<|im_end|>")]
+    assert _loss_parts(base, ids, mask) == [("\n\n  naïve", "<|im_end|>")]
 
 
 def test_the_day_does_not_change_the_tokens(base):
@@ -533,13 +535,13 @@ def test_chats_flow_through_packing(base, tmp_path):
     examples = formats.encode(sources.read(str(file)), "chat", base)
     assert len(examples) == 20
     [rows] = mixture.pack_sources([mixture.Source("chats", examples)], 512)
-    learnt = []
+    loss_tokens = []
     for row in (rows[i] for i in range(len(rows))):
         np.testing.assert_array_equal(row["lssd_weights"], row["loss_mask"])
-        learnt += row["targets"][row["loss_mask"] == 1].tolist()
-    assert sorted(learnt) == sorted(examples.tokens[examples.loss_mask])
-    assert len(learnt) == examples.num_learnt
-    assert sum("It is 4" in part for part in base.decode(learnt).split(".")) == 20
+        loss_tokens += row["targets"][row["loss_mask"] == 1].tolist()
+    assert sorted(loss_tokens) == sorted(examples.tokens[examples.loss_mask])
+    assert len(loss_tokens) == examples.num_loss_tokens
+    assert sum("It is 4" in part for part in base.decode(loss_tokens).split(".")) == 20
 
 
 @pytest.mark.parametrize(
@@ -565,7 +567,7 @@ def test_a_pair_shares_its_prompt(chat, record):
         assert ids.dtype == np.int32
         assert mask.dtype == bool
         assert ids[: len(prompt)].tolist() == prompt
-        [(said, _)] = _learnt_parts(tok, ids, mask)
+        [(said, _)] = _loss_parts(tok, ids, mask)
         assert said.strip() == text
         whole = tok.encode_chat([ASK, REPLY | {"content": text}])
         assert (ids.tolist(), mask.tolist()) == whole
@@ -574,7 +576,7 @@ def test_a_pair_shares_its_prompt(chat, record):
 def test_in_a_pair_the_turns_of_the_prompt_are_given(base):
     record = {"q": [SYSTEM, ASK, ANSWER, THANK], "chosen": [CLOSE], "rejected": "No."}
     pair = formats.chat_pair(Record(record, "f:1"), base, {"prompt": "q"})
-    parts = _learnt_parts(base, pair.chosen, pair.chosen_mask)
+    parts = _loss_parts(base, pair.chosen, pair.chosen_mask)
     assert parts == [(CLOSE["content"], "<|im_end|>")]
     ids, mask = base.encode_chat([SYSTEM, ASK, ANSWER, THANK, CLOSE])
     assert pair.chosen.tolist() == ids

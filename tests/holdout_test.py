@@ -104,7 +104,7 @@ def test_trained_and_measured_texts_are_disjoint(
     except InputError as error:  # five records have three texts
         hypothesis.assume("cannot hold out" not in str(error))
         raise
-    held_out = set().union(*map(numbers_of, found.records.values()))
+    holdout = set().union(*map(numbers_of, found.records.values()))
     for place, entry in config_lib.all_sources(config):
         if entry.holdout:
             assert len(numbers_of(found.records[place])) == entry.holdout
@@ -112,16 +112,16 @@ def test_trained_and_measured_texts_are_disjoint(
         source = corpus.Corpus(config, entry, found)
         total = entry.max_records or 2 * len(NUMBERS)
         there = {n // 2 for n in range(total)}
-        if there <= held_out:
+        if there <= holdout:
             with pytest.raises(InputError, match="left.* measures the same texts"):
-                list(source.held_in())
+                list(source.train_split())
             continue
-        records = list(source.held_in())
+        records = list(source.train_split())
         # No more than what is measured is left out.
-        assert numbers_of(records) == there - held_out
+        assert numbers_of(records) == there - holdout
         assert len(records) + sum(source.left_out.values()) == total
         # A corpus by itself finds what the config holds out.
-        assert list(corpus.Corpus(config, entry).held_in()) == records
+        assert list(corpus.Corpus(config, entry).train_split()) == records
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
@@ -138,10 +138,10 @@ def test_the_choice_knows_neither_order_nor_format_nor_other_fields(tmp_path, fo
         file.write_text("\n".join(lines))
         for name in {form, kin.get(form, form)}:
             source = config_lib.source(path=str(file), format=name, holdout=4)
-            held_out = corpus.Corpus(config_lib.default(), source).held_out
+            holdout = corpus.Corpus(config_lib.default(), source).holdout
             texts = [
                 json.dumps({k: v for k, v in r.fields.items() if k != "url"})
-                for r in held_out
+                for r in holdout
             ]
             chosen.add(tuple(sorted(texts)))
     assert len(chosen) == 1
@@ -217,10 +217,10 @@ def test_what_the_same_text_is(measured, trained, is_held_out):
     if callable(trained):
         trained = trained(question(1), answer(1))
     name = next(n for f, n in NAMES.items() if f in trained)
-    held_out = corpus.HeldOut()
-    held_out.add(passages(*measured), "eval.texts.one")
+    holdout = corpus.Holdout()
+    holdout.add(passages(*measured), "eval.texts.one")
     expected = "eval.texts.one" if is_held_out else ""
-    assert held_out.holder(passages(trained, name)) == expected
+    assert holdout.holder(passages(trained, name)) == expected
 
 
 NAMES = {"text": "document", "messages": "chat", "instruction": "instruction"}

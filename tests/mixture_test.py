@@ -63,8 +63,8 @@ def test_every_target_occurs_once_after_its_own_input(
                 row["positions"][piece], np.arange(piece.sum())
             )
             assert (np.diff(row["tokens"][piece]) == 1).all()
-        learnt = examples.loss_mask[row["targets"][real] - 1]
-        np.testing.assert_array_equal(row["loss_mask"][real], learnt)
+        loss_mask = examples.loss_mask[row["targets"][real] - 1]
+        np.testing.assert_array_equal(row["loss_mask"][real], loss_mask)
         assert (row["source_ids"] == 7).all()
     np.testing.assert_array_equal(np.sort(targets), _expected_targets(examples))
 
@@ -179,16 +179,16 @@ def test_tokens_have_the_shares_asked_for(shares):
 
     batches = _read(mixture.mixture(rows, 16, seed=0), 100)
     read = np.zeros(3)
-    learnt = np.zeros(3)
+    num_loss = np.zeros(3)
     for batch in batches:
         source_ids = batch["source_ids"][:, 0]
         read += np.bincount(source_ids, minlength=3)
-        learnt += np.bincount(source_ids, batch["loss_mask"].sum(axis=1), minlength=3)
+        num_loss += np.bincount(source_ids, batch["loss_mask"].sum(axis=1), minlength=3)
     epochs = [source["epochs"] * source["rows"] for source in report]
     np.testing.assert_allclose(read, epochs)
     # The last epoch of a source is unfinished, and its rows are not all alike.
     rows_off = 3 + np.array([source["rows"] for source in report])
-    assert (abs(learnt - learnt.sum() * delivered) <= rows_off * 32).all()
+    assert (abs(num_loss - num_loss.sum() * delivered) <= rows_off * 32).all()
 
 
 def test_ten_million_tokens_have_the_shares_asked_for():
@@ -201,13 +201,13 @@ def test_ten_million_tokens_have_the_shares_asked_for():
         )
     ]
     packed = mixture.pack_sources(sources, 1024, "best_fit")
-    learnt = np.zeros(3)
+    num_loss = np.zeros(3)
     for batch in mixture.mixture(packed, 64, seed=0):
         counts = batch["loss_mask"].sum(axis=1)
-        learnt += np.bincount(batch["source_ids"][:, 0], counts, minlength=3)
-        if learnt.sum() > 1e7:
+        num_loss += np.bincount(batch["source_ids"][:, 0], counts, minlength=3)
+        if num_loss.sum() > 1e7:
             break
-    assert (abs(learnt / learnt.sum() - shares) < 0.005).all()
+    assert (abs(num_loss / num_loss.sum() - shares) < 0.005).all()
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -230,8 +230,8 @@ def test_every_token_is_read_as_often_as_its_source_says(batch_size):
         np.testing.assert_array_equal(np.sort(read[number]), np.sort(expected))
 
 
-def _learnt(batches):
-    """Learnt tokens of each of two sources, batch by batch, [batches, 2]."""
+def _loss_tokens(batches):
+    """Loss tokens of each of two sources, batch by batch, [batches, 2]."""
     return np.array(
         [
             np.bincount(
@@ -248,15 +248,15 @@ def test_a_budget_of_tokens_is_kept_to_a_row():
         mixture.Source("b", _examples([30] * 40), 1.0),
     ]
     packed = mixture.pack_sources(sources, 32, "split")
-    learnt = _learnt(_read(mixture.mixture(packed, 4, seed=0), 30))
-    per_row = sources[0].examples.num_learnt / len(packed[0])
+    num_loss = _loss_tokens(_read(mixture.mixture(packed, 4, seed=0), 30))
+    per_row = sources[0].examples.num_loss_tokens / len(packed[0])
     assert 200 / per_row <= mixture.describe(packed, 120)[0]["epochs"] * len(packed[0])
     # The rows of a source are not all alike: by so much may any of them differ.
     off = max(
         abs(packed[0][i]["loss_mask"].sum() - per_row) for i in range(len(packed[0]))
     )
-    assert abs(learnt[:, 0].sum() - 200) <= per_row + off * (200 / per_row + 1)
-    assert learnt[-10:, 0].sum() == 0
+    assert abs(num_loss[:, 0].sum() - 200) <= per_row + off * (200 / per_row + 1)
+    assert num_loss[-10:, 0].sum() == 0
 
 
 def test_shares_move_to_the_last_ones():
@@ -266,10 +266,10 @@ def test_shares_move_to_the_last_ones():
     ]
     packed = mixture.pack_sources(sources, 32, "split")
     dataset = mixture.mixture(packed, 10, seed=0, num_rows=2000)
-    learnt = _learnt(_read(dataset, 240))
+    num_loss = _loss_tokens(_read(dataset, 240))
 
     def share(part):
-        return learnt[part, 1].sum() / learnt[part].sum()
+        return num_loss[part, 1].sum() / num_loss[part].sum()
 
     assert share(slice(0, 20)) == pytest.approx(0.14, abs=0.02)
     assert share(slice(0, 200)) == pytest.approx(0.5, abs=0.01)
@@ -435,7 +435,7 @@ def test_describe_counts():
         "name": "a",
         "documents": 3,
         "tokens": 14,
-        "learnt_tokens": int(sum(rows[i]["loss_mask"].sum() for i in range(2))),
+        "loss_tokens": int(sum(rows[i]["loss_mask"].sum() for i in range(2))),
         "rows": 2,
         "pieces": 2,
         "padding": 5 / 16,
@@ -524,10 +524,10 @@ def test_pairs_lie_whole_and_in_order_in_one_row(case, seed):
         assert 0 < plan.length[first:last].sum() <= row_length
 
 
-def _sided(lengths, learnt_from):
+def _sided(lengths, loss_from):
     return Examples.collect(
         (np.arange(n) + 100 * i, np.arange(n) >= start)
-        for i, (n, start) in enumerate(zip(lengths, learnt_from))
+        for i, (n, start) in enumerate(zip(lengths, loss_from))
     )
 
 

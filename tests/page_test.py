@@ -53,7 +53,7 @@ def write_phase(folder, name, shift, overrides):
         "seconds": 75.0,
         "mixture": [
             {
-                "name": source, "documents": 10, "learnt_tokens": 1000, "epochs": 1.5,
+                "name": source, "documents": 10, "loss_tokens": 1000, "epochs": 1.5,
                 "share_asked": asked, "share_delivered": asked + 0.01 - asked / 50,
             }
             for source, asked in (("domain", 0.6), (NAME, 0.4))

@@ -96,14 +96,14 @@ def test_the_formula_knows_what_runs_of_the_frozen_model():
         "package:mixcpt_jax/assets/architectures/llama3_8b.json"
     )
     alone = step_plan.count_flops(shape, 4096)
-    taught = step_plan.count_flops(shape, 4096, frozen="whole")
+    with_teacher = step_plan.count_flops(shape, 4096, frozen="whole")
     read = step_plan.count_flops(shape, 4096, frozen="unembedding")
     weights_of_layers = 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
     assert alone.student == 6 * weights_of_layers
-    assert taught.teacher == 2 * weights_of_layers
+    assert with_teacher.teacher == 2 * weights_of_layers
     assert read.teacher == 0
     assert read.head - alone.head == 2 * 4096 * 128256
-    assert taught.attention / alone.attention == pytest.approx(4 / 3)
+    assert with_teacher.attention / alone.attention == pytest.approx(4 / 3)
     adapted = step_plan.count_flops(shape, 4096, has_adapters=True)
     assert adapted.student == 4 * weights_of_layers
     # A token sees (L + 1) / 2 of its row on average; with a window less.

@@ -85,13 +85,13 @@ def test_where_it_is_noted_nothing_is_cut_off():
     done = []
 
     def loop():
-        with preemption.Notice() as notice:
-            notice.defer()
+        with preemption.Guard() as preemption_guard:
+            preemption_guard.defer()
             for step in range(1, 5):
                 if step == 2:
                     sigterm()
                 done.append(step)
-                if notice.has_come(step):
+                if preemption_guard.is_requested(step):
                     raise preemption.Preempted(f" after step {step}")
 
     with pytest.raises(preemption.Preempted, match="after step 2"):
@@ -108,13 +108,13 @@ def test_what_may_be_cut_off_is_and_nothing_of_the_kind_begins_after():
         pytest.fail("was not cut off")
 
     def stretch():
-        with preemption.Notice() as notice:
-            notice.defer()
-            assert notice.unless_it_comes(lambda x: x + 1, 1) == 2
-            assert not notice.has_come(1)
-            assert notice.unless_it_comes(measure) is None
-            assert notice.has_come(1)
-            assert notice.unless_it_comes(pytest.fail) is None
+        with preemption.Guard() as preemption_guard:
+            preemption_guard.defer()
+            assert preemption_guard.interruptible(lambda x: x + 1, 1) == 2
+            assert not preemption_guard.is_requested(1)
+            assert preemption_guard.interruptible(measure) is None
+            assert preemption_guard.is_requested(1)
+            assert preemption_guard.interruptible(pytest.fail) is None
             sigterm()  # a second one is noted like the first
         pytest.fail("it is told on leaving")
 
@@ -124,10 +124,10 @@ def test_what_may_be_cut_off_is_and_nothing_of_the_kind_begins_after():
 
 def test_an_error_is_not_hidden_by_a_signal():
     def failing():
-        with preemption.Notice() as notice:
-            notice.defer()
+        with preemption.Guard() as preemption_guard:
+            preemption_guard.defer()
             sigterm()
-            assert notice.has_come(1)
+            assert preemption_guard.is_requested(1)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -158,11 +158,11 @@ def test_what_comes_again_cuts_off_no_step():
 
     def loop():
         Careless()
-        with preemption.Notice() as notice:
-            notice.defer()
+        with preemption.Guard() as preemption_guard:
+            preemption_guard.defer()
             for step in range(1, 100):
                 time.sleep(0.1)
-                if notice.has_come(step):
+                if preemption_guard.is_requested(step):
                     raise preemption.Preempted(f" after step {step}")
 
     sys.unraisablehook = lambda _: None
@@ -208,10 +208,10 @@ def test_a_call_that_hears_of_no_signal_is_ended():
 def test_what_is_to_be_saved_is_waited_for():
     program = """
 def train():
-    with preemption.Notice() as notice:
-        notice.defer()
+    with preemption.Guard() as preemption_guard:
+        preemption_guard.defer()
         long_call(2)
-        assert notice.has_come(1)
+        assert preemption_guard.is_requested(1)
         print("saved", flush=True)
 command.explained(train)
 """

@@ -133,7 +133,7 @@ def test_ranges_are_read_across_blocks_and_shards(config, monkeypatch):
     )
     assert len(examples) == len(whole)
     assert examples.num_tokens == whole.num_tokens
-    assert examples.num_learnt == whole.num_learnt
+    assert examples.num_loss_tokens == whole.num_loss_tokens
     np.testing.assert_array_equal(examples.offsets, whole.offsets)
     for begin, end in [(0, 1), (63, 65), (64, 128), (5, 1000), (0, whole.num_tokens)]:
         for actual, expected in zip(examples.read(begin, end), whole.read(begin, end)):
@@ -337,7 +337,7 @@ def test_the_command(config, write_config_file, tmp_path, capsys):
 # The teacher.
 
 
-def taught(config, folder):
+def prepared_rows(config, folder):
     """Trains with what the teacher said before, and returns the metrics by step."""
     phase = config.copy_and_resolve_references()
     phase.objective.teacher = "prepared"
@@ -367,14 +367,18 @@ def test_a_prepared_teacher_gives_the_losses_of_a_running_one(config, tmp_path):
     config.train.num_steps = 12
     train.run(config, str(tmp_path / "step"), "cpt")
     # Hidden states have 8 bits: logits of order 1 are off by 2^-9 of that.
-    assert_close(taught(config, tmp_path / "taught"), rows(tmp_path / "step"), 4e-3)
+    assert_close(
+        prepared_rows(config, tmp_path / "prepared"), rows(tmp_path / "step"), 4e-3
+    )
 
 
 @pytest.mark.usefixtures("few_records")
 def test_in_bfloat16_a_prepared_teacher_is_exact(config, tmp_path):
     config.model.compute_dtype = "bfloat16"
     train.run(config, str(tmp_path / "step"), "cpt")
-    assert_close(taught(config, tmp_path / "taught"), rows(tmp_path / "step"), 1e-6)
+    assert_close(
+        prepared_rows(config, tmp_path / "prepared"), rows(tmp_path / "step"), 1e-6
+    )
 
 
 @pytest.mark.usefixtures("few_records")
@@ -385,7 +389,9 @@ def test_a_compact_teacher_that_keeps_all_is_exact(config, tmp_path, temperature
     config.objective.teacher = "prepared"
     config.objective.teacher_top_k = 511
     # Log-probabilities in float16, of 10 nats at most.
-    assert_close(taught(config, tmp_path / "taught"), rows(tmp_path / "step"), 6e-3)
+    assert_close(
+        prepared_rows(config, tmp_path / "prepared"), rows(tmp_path / "step"), 6e-3
+    )
 
 
 @pytest.mark.usefixtures("few_records")
@@ -394,7 +400,10 @@ def test_a_compact_teacher_underestimates_the_divergence(config, tmp_path):
     train.run(config, str(tmp_path / "step"), "cpt")
     config.objective.teacher = "prepared"
     config.objective.teacher_top_k = 8
-    actual, expected = taught(config, tmp_path / "taught"), rows(tmp_path / "step")
+    actual, expected = (
+        prepared_rows(config, tmp_path / "prepared"),
+        rows(tmp_path / "step"),
+    )
     assert "kd" not in actual[6]
     assert actual[6]["kd_lower_bound"] < expected[6]["kd"]
     for name in ("ntp", "swapped"):
@@ -419,14 +428,16 @@ def test_training_holds_no_more_of_the_teacher_than_it_reads(
 def test_adapters_read_a_prepared_teacher(config, tmp_path):
     config.lora.rank = 4
     train.run(config, str(tmp_path / "step"), "cpt")
-    assert_close(taught(config, tmp_path / "taught"), rows(tmp_path / "step"), 4e-3)
+    assert_close(
+        prepared_rows(config, tmp_path / "prepared"), rows(tmp_path / "step"), 4e-3
+    )
 
 
 @pytest.mark.usefixtures("few_records")
 def test_a_source_without_a_teacher_is_not_asked(config, tmp_path):
     config.sources.domain.update(ntp_weight=1.0, lssd_weight=0.0)
     train.run(config, str(tmp_path / "step"), "cpt")
-    actual = taught(config, tmp_path / "taught")
+    actual = prepared_rows(config, tmp_path / "prepared")
     assert not pathlib.Path(config.data.prepared, "domain", "teacher").exists()
     for step, row in rows(tmp_path / "step").items():
         assert actual[step]["loss"] == pytest.approx(row["loss"], rel=4e-3)

@@ -476,6 +476,6 @@ def test_any_record_is_examples_or_an_error_of_its_place(tokenizer, name, data, 
     assert len(examples) == 1 + is_pair
     assert examples.tokens.min() >= 0
     assert examples.tokens.max() < tokenizer.vocab_size
-    assert examples.num_learnt > 0
+    assert examples.num_loss_tokens > 0
     # Whoever cleans the text finds one, too.
     assert formats.plain_text(record, name, mapped, side).strip()

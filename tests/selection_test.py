@@ -153,8 +153,8 @@ def test_both_forms_score_the_response(tok, name):
 def test_the_plain_form_is_cut_up_as_in_continual_pre_training(tok, name):
     rows = [row for row, _, text in CASES[name] if not text.startswith("\n")]
     found = _candidates(rows, tok, name, near_duplicates=0.0)
-    learnt = formats.encode(_records(rows), name, tok)
-    for (ours, _), (theirs, _) in zip(_each(found.plain), _each(learnt), strict=True):
+    encoded = formats.encode(_records(rows), name, tok)
+    for (ours, _), (theirs, _) in zip(_each(found.plain), _each(encoded), strict=True):
         assert ours.tolist() == theirs[:-1].tolist()
 
 

@@ -706,10 +706,10 @@ def test_skipping_counts_files_lines_and_records_together(tmp_path, monkeypatch)
     config = config_lib.default()
     source = config_lib.source(path=str(tmp_path), on_bad_record="skip")
     source_corpus = corpus.Corpus(config, source)
-    held_in = list(source_corpus.held_in())
-    assert [record.fields["text"] for record in held_in[:2]] == ["a", "b"]
-    assert 200 < len(held_in) < 302
-    assert source_corpus.held_out == []
+    train_split = list(source_corpus.train_split())
+    assert [record.fields["text"] for record in train_split[:2]] == ["a", "b"]
+    assert 200 < len(train_split) < 302
+    assert source_corpus.holdout == []
     assert source_corpus.left_out == {"bad_record": 4}
     words = "skipped 4 bad records or ends of damaged files, such as"
     assert warnings == [
@@ -718,13 +718,13 @@ def test_skipping_counts_files_lines_and_records_together(tmp_path, monkeypatch)
     ]
     source.on_bad_record = "refuse"
     with pytest.raises(InputError, match="a.jsonl:2"):
-        list(corpus.Corpus(config, source).held_in())
+        list(corpus.Corpus(config, source).train_split())
     (tmp_path / "a.jsonl").write_bytes(b"3\n4\n")
     source = config_lib.source(path=f"{tmp_path}/a.jsonl", on_bad_record="skip")
     with pytest.raises(
         InputError, match="no record is left; left out are 2 bad_record"
     ):
-        list(corpus.Corpus(config, source).held_in())
+        list(corpus.Corpus(config, source).train_split())
 
 
 def test_a_field_that_is_not_there_is_told_before_too_few_to_hold_out(tmp_path):
@@ -732,11 +732,11 @@ def test_a_field_that_is_not_there_is_told_before_too_few_to_hold_out(tmp_path):
     source = config_lib.source(path=f"{tmp_path}/a.jsonl", holdout=16)
     read = corpus.Corpus(config_lib.default(), source)
     with pytest.raises(InputError, match="a.jsonl:1: .*'text'"):
-        list(read.held_in())
+        list(read.train_split())
     source.fields = {"text": "body"}
     read = corpus.Corpus(config_lib.default(), source)
     with pytest.raises(InputError, match="cannot hold out 16 of the 1 .*NAME.holdout"):
-        list(read.held_in())
+        list(read.train_split())
 
 
 JSON = st.recursive(
@@ -799,30 +799,30 @@ def _records(count):
     return [sources.Record({"text": f"document {i}"}, f"f:{i}") for i in range(count)]
 
 
-def _held_out(records, num_records=10, seed=0):
-    chosen = sources.held_out(records, num_records, seed).values()
+def _holdout(records, num_records=10, seed=0):
+    chosen = sources.choose_holdout(records, num_records, seed).values()
     return {record.fields["text"] for record in chosen}
 
 
 def test_holdout_is_seeded_and_knows_no_order():
     records = _records(100)
-    assert len(_held_out(records)) == 10
-    assert _held_out(records) == _held_out(records[::-1])
-    assert _held_out(records) != _held_out(records, seed=1)
-    assert not _held_out(records, 0)
+    assert len(_holdout(records)) == 10
+    assert _holdout(records) == _holdout(records[::-1])
+    assert _holdout(records) != _holdout(records, seed=1)
+    assert not _holdout(records, 0)
 
 
 def test_holdout_is_the_records_of_the_least_keys():
     records = _records(100)
     keys = sorted(sources.content_key(record, 0) for record in records)
-    assert sources.held_out(iter(records * 2), 10, 0).keys() == set(keys[:10])
+    assert sources.choose_holdout(iter(records * 2), 10, 0).keys() == set(keys[:10])
 
 
 def test_holdout_grows_with_the_source_only_a_little():
-    both = _held_out(_records(100)) & _held_out(_records(110))
+    both = _holdout(_records(100)) & _holdout(_records(110))
     assert len(both) >= 7
 
 
 def test_holding_out_everything_is_an_error():
     with pytest.raises(InputError, match="cannot hold out 5 of the 5 distinct records"):
-        sources.held_out(_records(5), 5, seed=0)
+        sources.choose_holdout(_records(5), 5, seed=0)

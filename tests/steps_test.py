@@ -161,7 +161,7 @@ def test_what_a_prepared_teacher_does_not_hold_is_not_measured(top_k):
     in_general = batch["source_ids"] == 1
     assert 0 < in_general.mean() < 1
     held = {
-        # As `teacher_cache.TaughtRows` fills in what is not there.
+        # As `teacher_cache.TeacherRows` fills in what is not there.
         name: np.where(in_general.reshape(*in_general.shape, *[1] * (x.ndim - 2)), 0, x)
         for name, x in teacher_step(params(1), batch).items()
     }
@@ -176,7 +176,7 @@ def test_what_a_prepared_teacher_does_not_hold_is_not_measured(top_k):
         return metrics.means(found)
 
     expected = measured(teachers.running_teacher(forward), batch)
-    actual = measured(prepared, batch | held, untaught=["general"])
+    actual = measured(prepared, batch | held, without_teacher=["general"])
     assert {"ntp", "general/ntp", "domain/agree", "domain/swapped"} <= actual.keys()
     of_teacher = {k for k in actual if not k.endswith(("ntp", "correct"))}
     assert all(name.startswith("domain/") for name in of_teacher)

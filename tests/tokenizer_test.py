@@ -564,8 +564,8 @@ def test_a_response_goes_on_without_another_space(
     ]
     ids, mask = loaded.encode_chat(messages * 2)
     assert ids == loaded.encode_with_special(loaded.apply_chat_template(messages * 2))
-    learnt = [loaded.model.id_to_token(i) for i, m in zip(ids, mask) if m]
-    assert "".join(learnt) == "▁4</s>" * 2
+    loss_tokens = [loaded.model.id_to_token(i) for i, m in zip(ids, mask) if m]
+    assert "".join(loss_tokens) == "▁4</s>" * 2
     assert ids.count(loaded.bos_id) == 2
 
 
@@ -632,11 +632,11 @@ def test_without_chatmls_end_a_turn_ends_as_a_text_does(tmp_path):
     loaded = tokenizer.load(str(tmp_path))
     assert loaded.chat_template is None
     assert loaded.end_of_turn_id == loaded.eos_id
-    ids, is_learnt = loaded.encode_chat(
+    ids, loss_mask = loaded.encode_chat(
         [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "you"}]
     )
-    learnt = [i for i, m in zip(ids, is_learnt) if m]
-    assert learnt == [*loaded.encode("you"), loaded.eos_id]
+    loss_tokens = [i for i, m in zip(ids, loss_mask) if m]
+    assert loss_tokens == [*loaded.encode("you"), loaded.eos_id]
 
 
 @pytest.mark.parametrize("unknown", [None, "<unk>"])

@@ -132,7 +132,7 @@ def test_a_phase_reads_its_sources_to_the_end(tiny_config, tmp_path):
         name: sum(row[f"{name}/tokens"] for row in rows.values())
         for name in ("domain", "instructions")
     }
-    assert read["domain"] == domain["learnt_tokens"]
+    assert read["domain"] == domain["loss_tokens"]
     assert 2000 <= read["instructions"] < 2000 + 2 * config.data.row_length
     num_rows = domain["rows"] + instructions["epochs"] * instructions["rows"]
     assert len(rows) == -(-num_rows // config.data.batch_size)

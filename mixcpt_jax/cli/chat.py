@@ -34,16 +34,18 @@ def main() -> None:
 
     from mixcpt_jax.evaluation import generation, load_model
 
-    choice = generation.Choice(arguments.temperature, arguments.top_k, arguments.top_p)
+    sampling = generation.SamplingParams(
+        arguments.temperature, arguments.top_k, arguments.top_p
+    )
     trained = load_model.load(arguments.checkpoint, arguments.dtype)
     is_watched = sys.stdout.isatty()
     if is_watched:
         print(f"{trained.place} ({trained.dtype})", file=sys.stderr)
     with jax.set_mesh(trained.mesh):
         if len(arguments.prompt) > 1 or arguments.prompts:
-            _answer_all(arguments, trained, choice)
+            _answer_all(arguments, trained, sampling)
             return
-        speaker = _speaker(arguments, trained, choice)
+        speaker = _speaker(arguments, trained, sampling)
         if arguments.prompt:
             print_pieces(speaker.say(arguments.prompt[0]))
         else:
@@ -103,7 +105,7 @@ def _read_prompts(path: str, is_raw: bool) -> list[Any]:
 def _answer_all(
     arguments: argparse.Namespace,
     trained: "load_model.Trained",
-    choice: "generation.Choice",
+    sampling: "generation.SamplingParams",
 ) -> None:
     from mixcpt_jax.evaluation import generation
 
@@ -117,7 +119,7 @@ def _answer_all(
             for prompt in arguments.prompt
         ]
     answers = work(
-        trained.params, prompts, arguments.max_new_tokens, choice, arguments.seed
+        trained.params, prompts, arguments.max_new_tokens, sampling, arguments.seed
     )
     for prompt, answer in zip(arguments.prompt, answers, strict=True):
         key = "prompt" if isinstance(prompt, str) else "messages"
@@ -127,7 +129,7 @@ def _answer_all(
 def _speaker(
     arguments: argparse.Namespace,
     trained: "load_model.Trained",
-    choice: "generation.Choice",
+    sampling: "generation.SamplingParams",
 ) -> "generation.Chat | generation.Completion":
     from mixcpt_jax.evaluation import generation
 
@@ -136,7 +138,7 @@ def _speaker(
     )
     speaker = generation.Completion if arguments.raw else generation.Chat
     return speaker(
-        stream, trained.tokenizer, arguments.max_new_tokens, choice, arguments.seed
+        stream, trained.tokenizer, arguments.max_new_tokens, sampling, arguments.seed
     )
 
 

@@ -31,7 +31,7 @@ def one_by_one(function, items):
     return ((item, function(item)) for item in items)
 
 
-class HeldOut:
+class Holdout:
     """The texts that a phase measures, by their hashes, and what measures them.
 
     Texts are the same that differ in case, blanks and forms of characters alone, see
@@ -87,11 +87,11 @@ class Measured:
 
     Attributes:
       records: place in the config, such as "sources.NAME" -> what is measured of it.
-      held_out: their texts, which no source trains on.
+      holdout: their texts, which no source trains on.
     """
 
     records: dict[str, list[sources.Record]]
-    held_out: HeldOut
+    holdout: Holdout
 
 
 def measure(config: ml_collections.ConfigDict) -> Measured:
@@ -103,13 +103,13 @@ def measure(config: ml_collections.ConfigDict) -> Measured:
     Raises:
       InputError: see `Corpus.measured`.
     """
-    measured = Measured({}, HeldOut())
+    measured = Measured({}, Holdout())
     for place, entry in config_lib.all_sources(config):
         if place.startswith("eval.") or entry.holdout:
             corpus = Corpus(config, entry, measured)
             measured.records[place] = corpus.measured()
             for record in measured.records[place]:
-                measured.held_out.add(corpus.passages(record), place)
+                measured.holdout.add(corpus.passages(record), place)
     return measured
 
 
@@ -135,7 +135,7 @@ class Corpus:
     `eval` entry holds it out; then those that `config.clean` is against.
 
     Attributes:
-      left_out: why -> how many records, of the last pass of `held_in` that came to its
+      left_out: why -> how many records, of the last pass of `train_split` that came to its
         end; "bad_record", "held_out" or one of `filters.REASONS`.
     """
 
@@ -167,7 +167,7 @@ class Corpus:
     @functools.cached_property
     def _chosen(self) -> list[sources.Record]:
         source = self._source
-        chosen = sources.held_out(
+        chosen = sources.choose_holdout(
             self._to_choose_from(),
             source.holdout,
             self._config.seed,
@@ -187,24 +187,24 @@ class Corpus:
             yield record
 
     @functools.cached_property
-    def _held_out(self) -> HeldOut:
+    def _phase_holdout(self) -> Holdout:
         if self._measured is not None:
-            return self._measured.held_out
-        held_out = measure(self._config).held_out
-        for record in self.held_out:
-            held_out.add(self.passages(record), self._source.path)
-        return held_out
+            return self._measured.holdout
+        holdout = measure(self._config).holdout
+        for record in self.holdout:
+            holdout.add(self.passages(record), self._source.path)
+        return holdout
 
     def passages(self, record: sources.Record) -> formats.Passages:
         """The texts of one of its records, see `formats.passages`."""
         return formats.passages(record, *self._settings)
 
     @property
-    def held_out(self) -> list[sources.Record]:
+    def holdout(self) -> list[sources.Record]:
         """Its holdout.
 
         Raises:
-          InputError: see `sources.read` and `sources.held_out`.
+          InputError: see `sources.read` and `sources.choose_holdout`.
         """
         if self._refuses:
             return self._chosen
@@ -214,25 +214,25 @@ class Corpus:
         """What is measured of it: its holdout, or all of it if it has none.
 
         Raises:
-          InputError: see `held_out`; or no record is left.
+          InputError: see `holdout`; or no record is left.
         """
         if self._source.holdout:
-            return self.held_out
+            return self.holdout
         this_pass = _Pass(collections.Counter())
         return list(self._told(self._usable(this_pass), this_pass))
 
-    def held_in(self, in_order: InOrder = one_by_one) -> Iterator[sources.Record]:
+    def train_split(self, in_order: InOrder = one_by_one) -> Iterator[sources.Record]:
         """One pass over those that are learnt.
 
         Args:
           in_order: what maps blocks of records to findings about them.
 
         Raises:
-          InputError: see `sources.read`, `sources.held_out` and `formats.plain_text`; or
+          InputError: see `sources.read`, `sources.choose_holdout`, `formats.plain_text`; or
             no record is left.
         """
         this_pass = _Pass(collections.Counter())
-        records = self._not_held_out(this_pass)
+        records = self._without_holdout(this_pass)
         if filters.is_active(self._clean):
             records = self._cleaned(records, in_order, this_pass.left_out)
         yield from self._told(records, this_pass)
@@ -283,10 +283,10 @@ class Corpus:
             else:
                 this_pass.note(complaint)
 
-    def _not_held_out(self, this_pass: _Pass) -> Iterator[sources.Record]:
-        held_out = self._held_out
+    def _without_holdout(self, this_pass: _Pass) -> Iterator[sources.Record]:
+        holdout = self._phase_holdout
         for record in self._usable(this_pass):
-            if held_out and (holder := held_out.holder(self.passages(record))):
+            if holdout and (holder := holdout.holder(self.passages(record))):
                 this_pass.left_out["held_out"] += 1
                 this_pass.holder = holder
             else:
@@ -316,7 +316,7 @@ def identity(
     source: ml_collections.ConfigDict,
     tokenizer: Any,
     files: dict[str, str],
-    held_out: HeldOut,
+    holdout: Holdout,
 ) -> dict[str, Any]:
     """All that the tokens of a source come from, plain enough for JSON.
 
@@ -324,7 +324,7 @@ def identity(
       config, source: as for `Corpus`.
       tokenizer: has a `fingerprint`.
       files: `sources.hashes` of the source. Their names do not count.
-      held_out: the texts that the phase measures.
+      holdout: the texts that the phase measures.
     """
     settings = config.clean.to_dict()
     exam_hashes = [
@@ -343,7 +343,7 @@ def identity(
         "preference_side": source.preference_side,
         "max_records": source.max_records,
         "on_bad_record": source.on_bad_record,
-        "holdout": held_out.fingerprint or 0,
+        "holdout": holdout.fingerprint or 0,
         "clean": settings if filters.is_active(config.clean) else {},
         "exams": exam_hashes if settings["decontaminate"] else [],
     }

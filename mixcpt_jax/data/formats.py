@@ -82,7 +82,7 @@ class Examples:
         return self.tokens[begin:end], self.loss_mask[begin:end]
 
     @functools.cached_property
-    def num_learnt(self) -> int:
+    def num_loss_tokens(self) -> int:
         """Targets that are learnt: masked-in tokens, save the first of each example."""
         first = self.offsets[:-1][self.lengths > 0]
         return int(self.loss_mask.sum()) - int(self.loss_mask[first].sum())
@@ -90,7 +90,7 @@ class Examples:
     @property
     def is_continuation(self) -> bool:
         """Whether some targets are given and others are to be found."""
-        return self.num_learnt < int(np.maximum(self.lengths - 1, 0).sum())
+        return self.num_loss_tokens < int(np.maximum(self.lengths - 1, 0).sum())
 
     @functools.cached_property
     def _folder(self) -> str:

@@ -28,7 +28,7 @@ from mixcpt_jax.config import OBJECTIVES
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data.formats import Examples
 from mixcpt_jax.data.interleave import Interleaving
-from mixcpt_jax.data.teacher_cache import TaughtRows
+from mixcpt_jax.data.teacher_cache import TeacherRows
 from mixcpt_jax.data.token_cache import PreparedExamples
 
 STRATEGIES = ("best_fit", "first_fit", "split")
@@ -48,19 +48,19 @@ class Source:
     Attributes:
       name: for logs and errors.
       examples: what it holds.
-      share: its share of the learnt tokens relative to the other sources' (any
+      share: its share of the loss tokens relative to the other sources' (any
         positive scale); 0 leaves it out and keeps its name and number.
       final_share: the same at the end of the stream; between, shares move linearly in
         rows. None: it stays.
       epochs: how often each of its rows occurs in the stream, at most; 0: no limit.
-      max_tokens: how many of its learnt tokens do, at most, to a row; 0: no limit.
+      max_tokens: how many of its loss tokens do, at most, to a row; 0: no limit.
       objectives: weight of each objective on its tokens, such as {"lssd": 1.0}; its
         rows have an array of weights for each of `OBJECTIVES`.
       has_pairs: its examples are pairs.
       is_cut: packing 'by_format' may cut its examples anywhere.
-      reference_logps: log-probability of each example's learnt tokens under the
+      reference_logps: log-probability of each example's loss tokens under the
         reference, nats, float32 [examples]; None where it is not known ahead.
-      taught: what the teacher says about its rows; None where it is not known ahead.
+      teacher_rows: what the teacher says about its rows; None where it is not known ahead.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Source:
     has_pairs: bool = False
     is_cut: bool = False
     reference_logps: np.ndarray | None = None
-    taught: TaughtRows | None = None
+    teacher_rows: TeacherRows | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,8 +159,8 @@ def fit(
                 )
             size = row_length // group + 1
             parts = [slice(p.start, min(p.stop, p.start + size)) for p in parts]
-            learnt = [examples.loss_mask[p.start + 1 : p.stop].any() for p in parts]
-            if rule == "drop" or not all(learnt):
+            has_loss = [examples.loss_mask[p.start + 1 : p.stop].any() for p in parts]
+            if rule == "drop" or not all(has_loss):
                 counts["dropped"] += 1
                 continue
             counts["truncated"] += 1
@@ -401,7 +401,7 @@ class PackedRows:
       positions: int32, from 0 in each piece, so they stay within the model's context.
       segment_ids: int32, 1, 2, ... for the pieces of the row, 0 for padding.
       source_ids: int32, the number of the source throughout, padding too.
-      loss_mask: float32, 1 where the target is learnt.
+      loss_mask: float32, 1 where the target contributes to the loss.
       ntp_weights, ..., one for each objective: float32, the mask times the source's
         weight for it.
     Rows of pairs whose reference is known have one more, [num_segments]:
@@ -454,21 +454,21 @@ class PackedRows:
         mask = arrays["loss_mask"]
         begin = 0
         for number, (start, size) in enumerate(zip(first, length, strict=True), 1):
-            tokens, learnt = examples.read(start, start + size + 1)
+            tokens, loss_mask = examples.read(start, start + size + 1)
             here = slice(begin, begin + size)
             arrays["tokens"][here] = tokens[:-1]
             arrays["targets"][here] = tokens[1:]
             arrays["positions"][here] = np.arange(size)
             arrays["segment_ids"][here] = number
-            mask[here] = learnt[1:]
+            mask[here] = loss_mask[1:]
             begin += size
         for name, weight in self.source.objectives.items():
             arrays[f"{name}_weights"] = mask * np.float32(weight)
         if self.source.reference_logps is not None:
             logps = self.source.reference_logps[plan.example[pieces]]
             arrays["reference_logps"][: len(logps)] = logps
-        if self.source.taught is not None:
-            arrays |= self.source.taught.read(row, plan.row_length)
+        if self.source.teacher_rows is not None:
+            arrays |= self.source.teacher_rows.read(row, plan.row_length)
         return arrays
 
     def example_ids(self, row: int) -> np.ndarray:
@@ -493,8 +493,8 @@ class PackedRows:
         } | {f"{name}_weights": np.zeros(shape, np.float32) for name in OBJECTIVES}
         if self.source.reference_logps is not None:
             arrays["reference_logps"] = np.zeros(self.num_segments, np.float32)
-        if self.source.taught is not None:
-            arrays |= self.source.taught.form.empty(self.plan.row_length)
+        if self.source.teacher_rows is not None:
+            arrays |= self.source.teacher_rows.form.empty(self.plan.row_length)
         return arrays
 
 
@@ -529,7 +529,7 @@ def pack_sources(
             raise InputError(
                 f"source {source.name}: final share is {final}, a number above 0 is wanted"
             )
-        if source.share and not source.examples.num_learnt:
+        if source.share and not source.examples.num_loss_tokens:
             raise InputError(
                 f"source {source.name}: has no token to learn; set its share to 0 or "
                 "give it documents"
@@ -797,9 +797,9 @@ def describe(sources: Sequence[PackedRows], num_rows: int) -> list[dict]:
       num_rows: how many rows of the stream are read.
 
     Returns:
-      One dict a source: name, documents, tokens, learnt_tokens (an epoch's targets with
+      One dict a source: name, documents, tokens, loss_tokens (an epoch's targets with
       a loss), rows, pieces, padding (share of an epoch's row positions), share_asked (of
-      the learnt tokens, at the beginning), share_delivered (of those in the `num_rows`)
+      the loss tokens, at the beginning), share_delivered (of those in the `num_rows`)
       and epochs (how often the source is read in them).
     """
     used = [rows for rows in sources if rows.source.share]
@@ -810,11 +810,14 @@ def describe(sources: Sequence[PackedRows], num_rows: int) -> list[dict]:
             strict=True,
         )
     )
-    learnt = {
+    given_tokens = {
         rows.source.name: given.get(rows.source.name, 0) * _density(rows)
         for rows in sources
     }
-    total, asked = sum(learnt.values()), sum(rows.source.share for rows in sources)
+    total, asked = (
+        sum(given_tokens.values()),
+        sum(rows.source.share for rows in sources),
+    )
     table = []
     for rows in sources:
         source, plan = rows.source, rows.plan
@@ -824,12 +827,12 @@ def describe(sources: Sequence[PackedRows], num_rows: int) -> list[dict]:
                 "name": source.name,
                 "documents": len(source.examples),
                 "tokens": source.examples.num_tokens,
-                "learnt_tokens": source.examples.num_learnt,
+                "loss_tokens": source.examples.num_loss_tokens,
                 "rows": len(plan),
                 "pieces": len(plan.length),
                 "padding": 1 - int(plan.length.sum()) / positions,
                 "share_asked": source.share / asked,
-                "share_delivered": learnt[source.name] / total,
+                "share_delivered": given_tokens[source.name] / total,
                 "epochs": given.get(source.name, 0) / max(1, len(plan)),
             }
         )
@@ -838,7 +841,7 @@ def describe(sources: Sequence[PackedRows], num_rows: int) -> list[dict]:
 
 def _density(rows: PackedRows) -> float:
     """Learnt tokens in a mean row."""
-    return rows.source.examples.num_learnt / max(1, len(rows))
+    return rows.source.examples.num_loss_tokens / max(1, len(rows))
 
 
 def _seed(seed: int, number: int) -> int:

@@ -16,7 +16,7 @@ from mixcpt_jax.data import corpus as corpus_lib
 from mixcpt_jax.data import docstrings, exams, formats, mixture, sources, token_cache
 from mixcpt_jax.data.corpus import Corpus
 from mixcpt_jax.data.tally import Tally
-from mixcpt_jax.data.teacher_cache import Form, TaughtRows
+from mixcpt_jax.data.teacher_cache import Form, TeacherRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +101,17 @@ def load(
     is_training = config.job == "train"
     asked = {exam.source for exam in config.eval.exams.values()}
     corpora, texts, pairs, files = {}, {}, {}, {}
-    kept_out = corpus_lib.measure(config)
+    measured_records = corpus_lib.measure(config)
     for name, source in config.sources.items():
         if (is_training and source.weight) or source.holdout or name in asked:
-            corpora[name] = Corpus(config, source, kept_out)
+            corpora[name] = Corpus(config, source, measured_records)
             files[name] = sources.hashes(source.path, source.reader, source.split)
     for place, source in config_lib.all_sources(config):
-        if place not in kept_out.records:
+        if place not in measured_records.records:
             continue
         name = place.rpartition(".")[2]
         is_pair = source.format == "chat_preference"
-        rows = measured(name, kept_out.records[place], source)
+        rows = measured(name, measured_records.records[place], source)
         (pairs if is_pair else texts)[name] = rows
         if place.startswith("eval."):
             files[place] = sources.hashes(source.path, source.reader, source.split)
@@ -144,7 +144,7 @@ def load(
     }
     if is_training:
         packed, notes = _pack(
-            config, corpora, kept_out.held_out, files, objectives, tokenizer
+            config, corpora, measured_records.holdout, files, objectives, tokenizer
         )
         num_steps = _num_steps(config, packed)
         rows = mixture.describe(packed, num_steps * config.data.batch_size)
@@ -164,7 +164,7 @@ def load(
     )
 
 
-def made_up(config: ml_collections.ConfigDict, form: Form | None = None) -> Data:
+def synthetic(config: ml_collections.ConfigDict, form: Form | None = None) -> Data:
     """What training would read as far as its step can tell, without any text.
 
     Each source is one row, of one document or of one pair.
@@ -193,14 +193,14 @@ def made_up(config: ml_collections.ConfigDict, form: Form | None = None) -> Data
                 has_pairs=has_pairs,
                 objectives=objectives[name],
                 reference_logps=np.zeros(2, np.float32) if references else None,
-                taught=TaughtRows(form) if form else None,
+                teacher_rows=TeacherRows(form) if form else None,
             )
         )
     packed = mixture.pack_sources(used, length)
     return Data(packed, objectives, {}, {}, {}, [], {}, [], config.train.num_steps or 1)
 
 
-def _pack(config, corpora, held_out, files, objectives, tokenizer):
+def _pack(config, corpora, holdout, files, objectives, tokenizer):
     """The training stream's sources, and of each what the report says besides."""
     used, notes = [], []
     for name, source in config.sources.items():
@@ -208,7 +208,7 @@ def _pack(config, corpora, held_out, files, objectives, tokenizer):
         examples, places, note = formats.Examples.collect([]), [], Tally().counts()
         if source.weight:
             examples, places, note = _examples(
-                config, name, corpora[name], held_out, files[name], tokenizer
+                config, name, corpora[name], holdout, files[name], tokenizer
             )
         examples, cut = mixture.fit(
             examples,
@@ -226,11 +226,11 @@ def _pack(config, corpora, held_out, files, objectives, tokenizer):
         usual = ("split",) if source.format == "document" else ()
         overlong = {rule: n for rule, n in cut.items() if n and rule not in usual}
         note |= {"overlong": overlong}
-        held_out_here = note["left_out"].get("held_out", 0)
-        notes.append({"held_out": held_out_here} | note | cut)
+        num_held_out = note["left_out"].get("held_out", 0)
+        notes.append({"held_out": num_held_out} | note | cut)
         scale = 1.0
         if config.data.temperature:
-            scale = max(examples.num_learnt, 1) ** (1 / config.data.temperature)
+            scale = max(examples.num_loss_tokens, 1) ** (1 / config.data.temperature)
         final = source.final_weight
         used.append(
             mixture.Source(
@@ -259,7 +259,7 @@ def _examples(
     config: ml_collections.ConfigDict,
     name: str,
     corpus: Corpus,
-    held_out: corpus_lib.HeldOut,
+    holdout: corpus_lib.Holdout,
     files: dict[str, str],
     tokenizer: Any,
 ) -> tuple[formats.Examples | token_cache.PreparedExamples, list[str], dict[str, Any]]:
@@ -280,7 +280,7 @@ def _examples(
         manifest = token_cache.read_manifest(folder)
         part = None
         if manifest is not None:
-            key = corpus_lib.identity(config, source, tokenizer, files, held_out)
+            key = corpus_lib.identity(config, source, tokenizer, files, holdout)
             part = token_cache.difference(manifest, key)
         if manifest is not None and part is None:
             examples = token_cache.PreparedExamples(folder, manifest)
@@ -294,7 +294,7 @@ def _examples(
             else f"{folder} holds nothing prepared",
         )
     tally = Tally(keeps_places=config.data.overlong == "refuse")
-    examples = _encode(corpus.held_in(), source, tokenizer, tally)
+    examples = _encode(corpus.train_split(), source, tokenizer, tally)
     tally.left_out.update(corpus.left_out)
     return examples, tally.places, {"prepared": False} | tally.counts()
 
@@ -329,7 +329,7 @@ def _check_epochs(config, report: list[dict[str, Any]]) -> None:
     for source in report:
         name, epochs = source["name"], source["epochs"]
         found = (
-            f"sources.{name}: its {source['learnt_tokens']:,} tokens are read "
+            f"sources.{name}: its {source['loss_tokens']:,} tokens are read "
             f"{epochs:.1f} times"
         )
         remedy = "give it more text, a lower weight or epochs, or train fewer steps"
@@ -383,9 +383,11 @@ def with_references(data: Data, references: Mapping[str, np.ndarray]) -> Data:
     )
 
 
-def with_teacher(data: Data, taught: Mapping[str, TaughtRows]) -> Data:
+def with_teacher(data: Data, teacher_rows: Mapping[str, TeacherRows]) -> Data:
     """The same, whose training rows have what the teacher says, by source."""
-    return _with(data, {name: {"taught": rows} for name, rows in taught.items()})
+    return _with(
+        data, {name: {"teacher_rows": rows} for name, rows in teacher_rows.items()}
+    )
 
 
 def _with(data: Data, changes: Mapping[str, dict[str, Any]]) -> Data:
@@ -448,5 +450,5 @@ def _load_prompts(path: str) -> list[list[dict[str, str]]]:
 def _questions(config, exam, corpora) -> list[dict[str, Any]]:
     if exam.path:
         return exams.read(exam.path)[: exam.num_questions or None]
-    documents = [record.fields for record in corpora[exam.source].held_in()]
+    documents = [record.fields for record in corpora[exam.source].train_split()]
     return docstrings.exam(documents, exam.num_questions, config.seed)

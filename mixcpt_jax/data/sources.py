@@ -110,7 +110,7 @@ def said(record: Record) -> str:
     return json.dumps(fields, sort_keys=True, default=str)
 
 
-def held_out(
+def choose_holdout(
     records: Iterable[Record],
     num_records: int,
     seed: int,

@@ -95,7 +95,7 @@ class Form:
 
 
 @dataclasses.dataclass(frozen=True)
-class TaughtRows:
+class TeacherRows:
     """The teacher's arrays of the rows of one source.
 
     Attributes:
@@ -129,7 +129,7 @@ def shard_facts(key: dict[str, Any], first_row: int, num_rows: int) -> dict[str,
     return {"input": digest.hexdigest(), "first_row": first_row, "rows": num_rows}
 
 
-def open_rows(folder: epath.Path, form: Form, key: dict[str, Any]) -> TaughtRows:
+def open_rows(folder: epath.Path, form: Form, key: dict[str, Any]) -> TeacherRows:
     """What the teacher said about the rows of a source.
 
     Args:
@@ -153,4 +153,4 @@ def open_rows(folder: epath.Path, form: Form, key: dict[str, Any]) -> TaughtRows
             f"{folder}: its teacher was made with {part} {manifest['key'].get(part)!r}, "
             f"here it is {key[part]!r}; {remedy}"
         )
-    return TaughtRows(form, token_cache.Records(folder, manifest["shards"]))
+    return TeacherRows(form, token_cache.Records(folder, manifest["shards"]))

@@ -193,7 +193,7 @@ class PreparedExamples:
     """As `formats.Examples`, of which only what is asked for is read from the disk.
 
     Attributes:
-      offsets, lengths, num_tokens, num_learnt, fingerprint: as there.
+      offsets, lengths, num_tokens, num_loss_tokens, fingerprint: as there.
     """
 
     def __init__(self, folder: epath.Path, manifest: Entry):
@@ -233,8 +233,8 @@ class PreparedExamples:
         return int(self._token_starts[-1])
 
     @property
-    def num_learnt(self) -> int:
-        return sum(shard["learnt_tokens"] for shard in self._manifest["shards"])
+    def num_loss_tokens(self) -> int:
+        return _num_loss_tokens(self._manifest["shards"])
 
     @property
     def fingerprint(self) -> str:
@@ -283,7 +283,7 @@ def write_examples(
     facts = facts | {
         "examples": len(examples),
         "tokens": examples.num_tokens,
-        "learnt_tokens": examples.num_learnt,
+        "loss_tokens": examples.num_loss_tokens,
     }
     return write_shard(folder, number, itertools.chain(blocks, [lengths]), facts)
 
@@ -312,13 +312,18 @@ def finish_examples(
         {
             "examples": sum(shard["examples"] for shard in shards),
             "tokens": sum(shard["tokens"] for shard in shards),
-            "learnt_tokens": sum(shard["learnt_tokens"] for shard in shards),
+            "loss_tokens": _num_loss_tokens(shards),
             "found": found,
             "fingerprint": digest.hexdigest(),
             "index": paths.hash_of(folder / INDEX),
         },
     )
     return PreparedExamples(folder, read_manifest(folder))
+
+
+def _num_loss_tokens(shards: list[Entry]) -> int:
+    # Folders prepared before call them "learnt_tokens".
+    return sum(s.get("loss_tokens", s.get("learnt_tokens")) for s in shards)
 
 
 def _encode(tokens: np.ndarray, loss_mask: np.ndarray) -> bytes:

@@ -62,7 +62,7 @@ def _prepare_source(
     source = config.sources[name]
     folder = token_cache.folder_of(config.data.prepared, name)
     hashes = sources.hashes(source.path, source.reader, source.split)
-    key = corpus_lib.identity(config, source, tokenizer, hashes, measured.held_out)
+    key = corpus_lib.identity(config, source, tokenizer, hashes, measured.holdout)
     with contextlib.suppress(InputError):  # a damaged manifest is as good as none
         manifest = token_cache.read_manifest(folder)
         if (
@@ -80,7 +80,7 @@ def _prepare_source(
     # What is held out tells which records there are, and of a shard the records are known.
     same = {name: value for name, value in key.items() if name != "holdout"}
     make = functools.partial(_make_shard, folder, same, settings, tokenizer)
-    groups = _groups(corpus.held_in(in_order), shard_size)
+    groups = _groups(corpus.train_split(in_order), shard_size)
     shards, num_kept, tally = [], 0, Tally()
     for _, (entry, is_new) in in_order(make, enumerate(groups)):
         shards.append(entry)

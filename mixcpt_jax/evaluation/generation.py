@@ -38,7 +38,7 @@ _BROKEN = -1
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class SamplingParams:
     """How the next token is chosen from its logits.
 
     Attributes:
@@ -65,21 +65,23 @@ class Choice:
                 raise InputError(f"{name}={getattr(self, name)}: it must be {wanted}")
 
 
-def choose(logits_BxV: jax.Array, keys_B: jax.Array, choice: Choice) -> jax.Array:
+def choose(
+    logits_BxV: jax.Array, keys_B: jax.Array, sampling: SamplingParams
+) -> jax.Array:
     """Draws a token of each row with the row's own key, `[B]`."""
-    if choice.temperature == 0:
+    if sampling.temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1)
     draw = jax.vmap(jax.random.categorical)
-    logits_BxV = logits_BxV / choice.temperature
-    if choice.top_k is None and choice.top_p == 1:
+    logits_BxV = logits_BxV / sampling.temperature
+    if sampling.top_k is None and sampling.top_p == 1:
         return draw(keys_B, logits_BxV)
     vocab_size = logits_BxV.shape[1]
-    num_candidates = min(choice.top_k or vocab_size, vocab_size)
+    num_candidates = min(sampling.top_k or vocab_size, vocab_size)
     logits_BxC, tokens_BxC = jax.lax.top_k(logits_BxV, num_candidates)
-    if choice.top_p < 1:
+    if sampling.top_p < 1:
         shares_BxC = jax.nn.softmax(logits_BxC)
         likelier_BxC = jnp.cumsum(shares_BxC, axis=-1) - shares_BxC
-        logits_BxC = jnp.where(likelier_BxC < choice.top_p, logits_BxC, -jnp.inf)
+        logits_BxC = jnp.where(likelier_BxC < sampling.top_p, logits_BxC, -jnp.inf)
     drawn_B = draw(keys_B, logits_BxC)
     return jnp.take_along_axis(tokens_BxC, drawn_B[:, None], axis=1)[:, 0]
 
@@ -117,7 +119,7 @@ def make_decoding(
     dtype=jnp.float32,
     lora: transformer.Lora | None = None,
 ) -> Decoding:
-    """Decoding as pure functions, to be jitted with `max_new_tokens` and `choice` static.
+    """Decoding as pure functions, to be jitted with `max_new_tokens` and `sampling` static.
 
     Args:
       config: the architecture.
@@ -127,23 +129,25 @@ def make_decoding(
 
     Returns:
       `begin(params, cache, rests_BxP, starts_B, lengths_B, rows_B, seed, stop_ids,
-      max_new_tokens, choice) -> State`: reads prompts of `lengths_B` tokens, of which
+      max_new_tokens, sampling) -> State`: reads prompts of `lengths_B` tokens, of which
       the first `starts_B` are in the cache and the rest is given, padded on the right,
       and chooses a token for each. A row of length 0 is padding of the batch. `rows_B`
       and `seed` make the rows' keys.
-      `extend(params, state, until, stop_ids, choice) -> State`: goes on to `until`
+      `extend(params, state, until, stop_ids, sampling) -> State`: goes on to `until`
       tokens, or until all rows have met a stop token. Behind a row's first stop token,
       its tokens mean nothing.
     """
     decode = transformer.make_decode(config, dtype, lora)
 
-    def choose_next(params, hidden_BxD, keys_B, step, choice):
+    def choose_next(params, hidden_BxD, keys_B, step, sampling):
         logits_BxV = transformer.logits(params, hidden_BxD, config.final_soft_cap)
         is_broken_B = ~jnp.all(jnp.isfinite(logits_BxV), axis=-1)
         is_token_V = jnp.arange(config.vocab_size) < vocab_size
         logits_BxV = jnp.where(is_token_V[None], logits_BxV, -jnp.inf)
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-        return jnp.where(is_broken_B, _BROKEN, choose(logits_BxV, step_keys_B, choice))
+        return jnp.where(
+            is_broken_B, _BROKEN, choose(logits_BxV, step_keys_B, sampling)
+        )
 
     def is_stop(tokens_B, stop_ids):
         return jnp.any(tokens_B[:, None] == stop_ids[None], axis=1)
@@ -158,7 +162,7 @@ def make_decoding(
         seed,
         stop_ids,
         max_new_tokens: int,
-        choice: Choice,
+        sampling: SamplingParams,
     ):
         batch, rest_length = rests_BxP.shape
         rests_BxP = sharding.constrain(rests_BxP, "batch", "length")
@@ -167,7 +171,7 @@ def make_decoding(
         hidden_BxPxD, cache = decode(params, cache, rests_BxP, positions_BxP)
         last_B = jnp.maximum(lengths_B - starts_B - 1, 0)
         hidden_BxD = jnp.take_along_axis(hidden_BxPxD, last_B[:, None, None], axis=1)
-        first_B = choose_next(params, hidden_BxD[:, 0], keys_B, 0, choice)
+        first_B = choose_next(params, hidden_BxD[:, 0], keys_B, 0, sampling)
         tokens_BxM = jnp.zeros((batch, max_new_tokens), jnp.int32)
         return State(
             jnp.int32(1),
@@ -178,7 +182,7 @@ def make_decoding(
             keys_B,
         )
 
-    def extend(params, state: State, until, stop_ids, choice: Choice):
+    def extend(params, state: State, until, stop_ids, sampling: SamplingParams):
         def goes_on(state):
             return (state.step < until) & ~jnp.all(state.is_done_B)
 
@@ -187,7 +191,9 @@ def make_decoding(
             before_Bx1 = jax.lax.dynamic_slice_in_dim(tokens_BxM, step - 1, 1, axis=1)
             positions_Bx1 = (state.lengths_B + step - 1)[:, None]
             hidden_Bx1xD, cache = decode(params, state.cache, before_Bx1, positions_Bx1)
-            next_B = choose_next(params, hidden_Bx1xD[:, 0], state.keys_B, step, choice)
+            next_B = choose_next(
+                params, hidden_Bx1xD[:, 0], state.keys_B, step, sampling
+            )
             return state._replace(
                 step=step + 1,
                 tokens_BxM=tokens_BxM.at[:, step].set(next_B),
@@ -213,7 +219,7 @@ def make_generate(
 
     Returns:
       `generate(params, prompts_BxP, lengths_B, rows_B, seed, stop_ids, max_new_tokens,
-      choice) -> tokens_BxM`, whole on every host.
+      sampling) -> tokens_BxM`, whole on every host.
     """
     begin, extend = make_decoding(config, vocab_size, dtype, lora)
 
@@ -225,7 +231,7 @@ def make_generate(
         seed,
         stop_ids,
         max_new_tokens: int,
-        choice: Choice,
+        sampling: SamplingParams,
     ):
         batch, prompt_length = prompts_BxP.shape
         params = transformer.cast(params, dtype)
@@ -243,16 +249,16 @@ def make_generate(
             seed,
             stop_ids,
             max_new_tokens,
-            choice,
+            sampling,
         )
-        state = extend(params, state, max_new_tokens, stop_ids, choice)
+        state = extend(params, state, max_new_tokens, stop_ids, sampling)
         return sharding.constrain(state.tokens_BxM, None, None)
 
     return generate
 
 
 class Sampler:
-    """Text from parameters; compiles once per shape of a batch and `Choice`."""
+    """Text from parameters; compiles once per shape of a batch and `SamplingParams`."""
 
     def __init__(
         self,
@@ -275,7 +281,7 @@ class Sampler:
         self._batch_size = batch_size
         self._generate = jax.jit(
             make_generate(model_config, tokenizer.vocab_size, compute_dtype, lora),
-            static_argnames=("max_new_tokens", "choice"),
+            static_argnames=("max_new_tokens", "sampling"),
         )
 
     def chat(
@@ -283,7 +289,7 @@ class Sampler:
         params: transformer.Params,
         conversations: Sequence[Sequence[Mapping[str, Any]]],
         max_new_tokens: int,
-        choice: Choice = Choice(),
+        sampling: SamplingParams = SamplingParams(),
         seed: int = 0,
     ) -> list[str]:
         """The assistant's next turn in each conversation.
@@ -292,7 +298,7 @@ class Sampler:
           params: the parameters, sharded in any way.
           conversations: lists of messages, see `Tokenizer.encode_chat`.
           max_new_tokens: where an answer is cut off that has not ended.
-          choice: of each token.
+          sampling: of each token.
           seed: of the draws.
 
         Raises:
@@ -304,7 +310,9 @@ class Sampler:
             for messages in conversations
         ]
         stop_ids = _turn_ends(self._tokenizer)
-        answers = self.generate(params, prompts, max_new_tokens, stop_ids, choice, seed)
+        answers = self.generate(
+            params, prompts, max_new_tokens, stop_ids, sampling, seed
+        )
         return [self._tokenizer.decode(answer) for answer in answers]
 
     def complete(
@@ -312,14 +320,14 @@ class Sampler:
         params: transformer.Params,
         texts: Sequence[str],
         max_new_tokens: int,
-        choice: Choice = Choice(),
+        sampling: SamplingParams = SamplingParams(),
         seed: int = 0,
     ) -> list[str]:
         """How each text goes on to the end of its document; otherwise as `chat`."""
         prompts = _read_texts(self._tokenizer, texts)
         stop_ids = self._tokenizer.document_ends
         continuations = self.generate(
-            params, prompts, max_new_tokens, stop_ids, choice, seed
+            params, prompts, max_new_tokens, stop_ids, sampling, seed
         )
         decode = self._tokenizer.decode
         # Not decoded alone: a first token may say whether a space goes before it.
@@ -334,7 +342,7 @@ class Sampler:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         stop_ids: set[int],
-        choice: Choice,
+        sampling: SamplingParams,
         seed: int = 0,
     ) -> list[list[int]]:
         """The tokens that follow each prompt, up to the first that is in `stop_ids`.
@@ -357,7 +365,7 @@ class Sampler:
                 seed,
                 np.array(sorted(stop_ids), np.int32),
                 max_new_tokens=max_new_tokens,
-                choice=choice,
+                sampling=sampling,
             )
             for new_M in np.asarray(tokens_BxM)[: len(part)].tolist():
                 results.append(_until_stop(new_M, stop_ids))
@@ -406,11 +414,11 @@ class Stream:
         )
         self._begin = jax.jit(
             begin,
-            static_argnames=("max_new_tokens", "choice"),
+            static_argnames=("max_new_tokens", "sampling"),
             donate_argnames="cache",
         )
         self._extend = jax.jit(
-            extend, static_argnames="choice", donate_argnames="state"
+            extend, static_argnames="sampling", donate_argnames="state"
         )
         self._init_cache = jax.jit(
             lambda room: transformer.init_cache(
@@ -426,7 +434,7 @@ class Stream:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         stop_ids: set[int],
-        choice: Choice,
+        sampling: SamplingParams,
         seed: int = 0,
     ) -> Iterator[list[list[int]]]:
         """The tokens that follow each prompt, up to the first that is in `stop_ids`.
@@ -438,7 +446,7 @@ class Stream:
           prompts: at most `batch_size`.
           max_new_tokens: where a row ends that has met no stop token; earlier if the
             context is full.
-          stop_ids, choice, seed: as for `Sampler.generate`.
+          stop_ids, sampling, seed: as for `Sampler.generate`.
 
         Yields:
           Each row's new tokens, none if it has ended.
@@ -470,7 +478,7 @@ class Stream:
             seed,
             stops,
             max_new_tokens=min(max_new_tokens, self._config.max_positions),
-            choice=choice,
+            sampling=sampling,
         )
         seen, ended = 0, [False] * len(prompts)
         while True:
@@ -495,7 +503,7 @@ class Stream:
                 return
             self.forget()  # what is donated is no more, whatever comes
             until = min(seen + self._tokens_per_call, limit)
-            state = self._extend(self._params, state, until, stops, choice=choice)
+            state = self._extend(self._params, state, until, stops, sampling=sampling)
 
     def forget(self) -> None:
         """Drops the cache."""
@@ -564,11 +572,11 @@ class _Speaker:
         stream: Stream,
         tokenizer: Tokenizer,
         max_new_tokens: int,
-        choice: Choice,
+        sampling: SamplingParams,
         seed: int = 0,
     ):
         self._stream, self._tokenizer = stream, tokenizer
-        self._settings = max_new_tokens, self._ends(), choice, seed
+        self._settings = max_new_tokens, self._ends(), sampling, seed
         self.reset()
 
     def _tokens(self, prompt: list[int]) -> Iterator[list[int]]:

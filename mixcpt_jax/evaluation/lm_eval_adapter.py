@@ -158,7 +158,7 @@ class Model(TemplateLM):
             sum(len(context) + len(target) > room for _, context, target in requests)
         )
         examples = Examples.collect(
-            _given_and_learnt(context, continuation, room)
+            _context_and_target(context, continuation, room)
             for _, context, continuation in requests
         )
         longest = int(examples.lengths.max()) - 1
@@ -210,7 +210,7 @@ class Model(TemplateLM):
         """How texts go on, up to one of the strings that a task ends them with.
 
         Raises:
-          InputError: a task wants what `generation.Choice` cannot do.
+          InputError: a task wants what `generation.SamplingParams` cannot do.
         """
         by_settings = collections.defaultdict(list)
         for number, request in enumerate(requests):
@@ -245,9 +245,9 @@ class Model(TemplateLM):
                 f"generation_kwargs: max_gen_toks={max_new_tokens} leave no room for a "
                 f"prompt in the context of {self.max_length}; make them fewer"
             )
-        choice = generation.Choice()
+        sampling = generation.SamplingParams()
         if settings.get("do_sample"):
-            choice = generation.Choice(
+            sampling = generation.SamplingParams(
                 settings.get("temperature", 1.0),
                 settings.get("top_k") or None,
                 settings.get("top_p", 1.0),
@@ -257,7 +257,7 @@ class Model(TemplateLM):
         stop_ids = self._vocabulary.stop_ids
         made: list[list[int]] = [[] for _ in prompts]
         with jax.set_mesh(self._trained.mesh):
-            for news in self._stream(prompts, max_new_tokens, stop_ids, choice):
+            for news in self._stream(prompts, max_new_tokens, stop_ids, sampling):
                 for ids, new in zip(made, news, strict=True):
                     ids += new
                 texts = [self._vocabulary.decode(ids) for ids in made]
@@ -270,9 +270,9 @@ class Model(TemplateLM):
         return [postprocess_generated_text(text, until, None) for text in texts]
 
 
-def _given_and_learnt(
+def _context_and_target(
     context: list[int], continuation: list[int], room: int
 ) -> tuple[list[int], list[bool]]:
     ids = (context + continuation)[-room:]
-    learnt = len(continuation)
-    return ids, [False] * (len(ids) - learnt) + [True] * learnt
+    num_target = len(continuation)
+    return ids, [False] * (len(ids) - num_target) + [True] * num_target

@@ -53,7 +53,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     measured = measure(config)
     found = {
         source: selection.candidates(
-            Corpus(config, entry, measured).held_in(),
+            Corpus(config, entry, measured).train_split(),
             entry.format,
             phase.tokenizer,
             entry.fields.to_dict(),

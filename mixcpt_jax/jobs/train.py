@@ -69,7 +69,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
     )
     with (
         guard,
-        preemption.Notice() as notice,
+        preemption.Guard() as preemption_guard,
         checkpoint.Checkpoints(phase.folder, config.train.keep_last) as checkpoints,
         metrics.Writer(
             phase.folder,
@@ -83,10 +83,12 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
         ) as progress,
     ):
         log = _StepLog(phase, writer, progress, guard, checkpoints)
-        evaluation = _Evaluation(phase, start, writer, progress, guard, notice)
+        evaluation = _Evaluation(
+            phase, start, writer, progress, guard, preemption_guard
+        )
         _say_what_is_read(config, data, progress)
         evaluation.run(start.step, state, skip=start.recorded)
-        if notice.has_come(start.step):
+        if preemption_guard.is_requested(start.step):
             raise preemption.Preempted(f" after step {start.step}")
 
         for step in range(start.step + 1, num_steps + 1):
@@ -96,7 +98,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
                 phase.mesh,
             )
             state, step_metrics = program.train_step(state, start.frozen, batch)
-            notice.defer()
+            preemption_guard.defer()
             # The device is busy with this step while the host reads the one before.
             log.read()
             is_saved = step == num_steps or _is_due(step, config.train.save_every)
@@ -106,7 +108,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
                 log.read()
                 evaluation.run(step, state)
                 log.restart_clock(step)
-            is_stopped = notice.has_come(step)
+            is_stopped = preemption_guard.is_requested(step)
             if is_saved or is_stopped:
                 # What is saved is read first, so that no checkpoint holds a NaN.
                 log.require(step, step_metrics)
@@ -256,10 +258,10 @@ class _StepLog:
 class _Evaluation:
     """Measures texts and answers prompts, when that is due."""
 
-    def __init__(self, phase, start: _Start, writer, progress, guard, notice):
+    def __init__(self, phase, start: _Start, writer, progress, guard, preemption_guard):
         self._phase, self._start = phase, start
         self._writer, self._progress = writer, progress
-        self._guard, self._notice = guard, notice
+        self._guard, self._preemption_guard = guard, preemption_guard
         self._measure = evaluator.Measure(
             phase, start.data, start.references, phase.lora
         )
@@ -286,7 +288,9 @@ class _Evaluation:
         if measured:
             self._measure_texts(step, params)
         if answered:
-            answers = self._notice.unless_it_comes(self._measure.answers, params)
+            answers = self._preemption_guard.interruptible(
+                self._measure.answers, params
+            )
             self._guard.alive()
             self._writer.write_samples(step, self._start.data.prompts, answers or [])
 
@@ -306,7 +310,9 @@ class _Evaluation:
                 self._guard.alive()
                 show(done)
 
-            results = self._notice.unless_it_comes(self._measure, params, on_batch)
+            results = self._preemption_guard.interruptible(
+                self._measure, params, on_batch
+            )
         if results is None:
             return
         self._writer.write_items(step, self._measure.items)
@@ -470,7 +476,7 @@ def _mixture_table(report: list[dict[str, Any]]) -> str:
     columns = {
         "held out": "{held_out:,}",
         "samples": "{documents:,}",
-        "tokens to learn": "{learnt_tokens:,}",
+        "loss tokens": "{loss_tokens:,}",
         "share asked": "{share_asked:.1%}",
         "delivered": "{share_delivered:.1%}",
         "epochs": "{epochs:.2f}",

@@ -387,8 +387,8 @@ class Tokenizer:
         Raises:
           InputError: the template does not end turns with a token.
         """
-        ids, is_learnt = self.encode_chat(_EXCHANGE)
-        return [i for i, learnt in zip(ids, is_learnt, strict=True) if learnt][-1]
+        ids, loss_mask = self.encode_chat(_EXCHANGE)
+        return [i for i, is_target in zip(ids, loss_mask, strict=True) if is_target][-1]
 
     @property
     def has_turns(self) -> bool:
@@ -530,19 +530,19 @@ class Tokenizer:
         guard, hole, messages = self._guarded(messages)
         self._check_turn_tokens(messages, guard)
         text = self._render_stable(messages, add_generation_prompt)
-        learnt, problems = [], []
+        loss_spans, problems = [], []
         for number, message in enumerate(messages):
             if message["role"] != "assistant" or number in given:
                 continue
             turn = self._last_turn(messages[: number + 1], guard, hole)
             kept = [stop for stop in turn.stops if text.startswith(turn.text[:stop])]
             if kept:
-                learnt.append((len(turn.prompt), kept[-1]))
+                loss_spans.append((len(turn.prompt), kept[-1]))
             else:
                 problems.append(turn.problem or _rewriting(number, turn, text))
-        if problems and not learnt and not add_generation_prompt:
+        if problems and not loss_spans and not add_generation_prompt:
             raise InputError(f"chat template: {problems[0].replace(guard, '')}")
-        return self._encode_parts(text, guard, learnt)
+        return self._encode_parts(text, guard, loss_spans)
 
     def encode_response(
         self, messages: Sequence[Mapping[str, Any]]
@@ -689,9 +689,9 @@ class Tokenizer:
             if not text.startswith(guard, match.end())
         ]
 
-    def _encode_parts(self, text: str, guard: str, learnt):
-        """Ids of a text, and of each whether it lies within a (start, stop) of `learnt`."""
-        cuts = [start for start, _ in learnt]
+    def _encode_parts(self, text: str, guard: str, loss_spans):
+        """Ids of a text, and whether each lies in a (start, stop) of `loss_spans`."""
+        cuts = [start for start, _ in loss_spans]
         marks = self._find_marks(text, guard, sorted({0, len(text), *cuts}))
         known = {start: token_id for start, _, token_id in marks}
         after_mark = {stop for _, stop, _ in marks}
@@ -706,7 +706,7 @@ class Tokenizer:
             else:
                 part = self.model.encode_next(plain, start in after_mark)
             ids += part
-            mask += [any(a <= start < b for a, b in learnt)] * len(part)
+            mask += [any(a <= start < b for a, b in loss_spans)] * len(part)
         if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
             raise InputError(
                 "chat template: it begins with the BOS token twice; take one out"

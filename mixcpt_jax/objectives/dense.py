@@ -64,10 +64,10 @@ def lssd_by_identity(
     t = jax.lax.stop_gradient(t)
     p = jax.nn.softmax(t)
     top = jnp.argmax(t, axis=-1)
-    confidence_gap = _pick(p, top) - _pick(p, targets)
+    p_top_minus_p_gold = _pick(p, top) - _pick(p, targets)
     # Without a swap the product is zero, also where the logits are infinite.
     margin = jnp.where(top == targets, 0.0, _pick(s, top) - _pick(s, targets))
-    return distillation(s, t) + confidence_gap * margin
+    return distillation(s, t) + p_top_minus_p_gold * margin
 
 
 def distillation(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from mixcpt_jax.objectives.interface import (
     token_counts,
     with_soft_cap,
 )
-from mixcpt_jax.objectives.teachers import Teacher, of_taught
+from mixcpt_jax.objectives.teachers import Teacher, drop_without_teacher
 
 
 def token_objective(
@@ -32,7 +32,7 @@ def token_objective(
     head_loss: Callable[
         ..., tuple[jax.Array, streamed.TokenStatistics]
     ] = streamed.head_loss,
-    untaught: Collection[str] = (),
+    without_teacher: Collection[str] = (),
 ) -> Objective:
     """A weighted sum over tokens of the objectives of `streamed.TokenWeights`.
 
@@ -44,7 +44,7 @@ def token_objective(
       teacher: the frozen teacher, or None when no objective needs one.
       source_names: names of the sources, in the order of `source_ids`.
       head_loss: `streamed.head_loss` with its settings.
-      untaught: sources in the stream of which a prepared teacher holds nothing. They
+      without_teacher: sources in the stream of which a prepared teacher holds nothing. They
         have no metrics of the teacher, and where there are any the whole batch has none.
 
     The metrics of a compact teacher that does not list the whole vocabulary are called
@@ -82,7 +82,9 @@ def token_objective(
         of_tokens = mask_T, flatten(batch["source_ids"]), source_names
         metrics = metric_means(own_T, *of_tokens)
         if teacher is not None:
-            metrics |= of_taught(metric_means(values_T, *of_tokens), untaught)
+            metrics |= drop_without_teacher(
+                metric_means(values_T, *of_tokens), without_teacher
+            )
         return loss, metrics
 
     def num_tokens(batch: Batch):

@@ -738,7 +738,7 @@ class _Slice(NamedTuple):
             tail=tail._replace(teacher_sum=teacher_sum),
         )
 
-    def confidence_gap(self, targets_C: jax.Array) -> jax.Array:
+    def p_top_minus_p_gold(self, targets_C: jax.Array) -> jax.Array:
         """`p_a - p_y`; 0 where the teacher is right."""
         gold_C = jnp.exp(self.teacher_gold - self.teacher_top)
         return jnp.where(self.is_swapped(targets_C), 1.0 - gold_C, 0.0) / (
@@ -762,7 +762,7 @@ class _Slice(NamedTuple):
         margin = self.student_at_top - self.student_gold
         return TokenStatistics(
             ntp,
-            kd + self.confidence_gap(targets_C) * margin,
+            kd + self.p_top_minus_p_gold(targets_C) * margin,
             kd,
             correct,
             (self.student_top_id == self.teacher_top_id).astype(jnp.float32),
@@ -919,10 +919,10 @@ def _logits_gradient(seen, columns, student_VxC, teacher_VxC, targets_C, weights
         exp_t_VxC = jnp.where(is_tail_VxC, scale[None] * exp_tail_VxC, exp_t_VxC)
     is_top_VxC = ids_Vx1 == seen.teacher_top_id.astype(jnp.int32)[None]
     distilled = weights.kd + weights.lssd
-    moved = weights.lssd * seen.confidence_gap(targets_C)
+    swapped_mass = weights.lssd * seen.p_top_minus_p_gold(targets_C)
     return (
         ((distilled + weights.ntp) / seen.student_sum)[None] * exp_s_VxC
         - (distilled / seen.teacher_sum)[None] * exp_t_VxC
-        + jnp.where(is_top_VxC, moved[None], 0.0)
-        - jnp.where(is_gold_VxC, (moved + weights.ntp)[None], 0.0)
+        + jnp.where(is_top_VxC, swapped_mass[None], 0.0)
+        - jnp.where(is_gold_VxC, (swapped_mass + weights.ntp)[None], 0.0)
     )

@@ -143,10 +143,11 @@ def make_teacher_step(
     return teacher_step
 
 
-def of_taught(metrics: Metrics, untaught: Collection[str]) -> Metrics:
+def drop_without_teacher(metrics: Metrics, without_teacher: Collection[str]) -> Metrics:
     """Without those of sources that have no teacher, nor of a batch that may hold one."""
     return {
         name: metric
         for name, metric in metrics.items()
-        if not untaught or ("/" in name and name.rpartition("/")[0] not in untaught)
+        if not without_teacher
+        or ("/" in name and name.rpartition("/")[0] not in without_teacher)
     }

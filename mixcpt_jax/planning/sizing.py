@@ -205,7 +205,7 @@ def _size(config, entry, vocabulary) -> float:
     """About how many tokens a source has: characters, by those of its first texts."""
     settings = entry.format, entry.fields.to_dict(), entry.preference_side
     characters, sample = 0, []
-    for record in Corpus(config, entry).held_in():
+    for record in Corpus(config, entry).train_split():
         text = format_lib.plain_text(record, *settings)
         characters += len(text)
         if len(sample) < _SAMPLE:

@@ -167,7 +167,9 @@ def compile_step(
         started=time.monotonic(),
     )
     reads = config.objective.teacher == "prepared"
-    data = pipeline.made_up(config, teacher_outputs.form_of(planned) if reads else None)
+    data = pipeline.synthetic(
+        config, teacher_outputs.form_of(planned) if reads else None
+    )
     # Outside of the mesh, whose devices cannot hold the zeros that optax makes here.
     program = program_lib.make_program(planned, data)
     rows = sharding.batch_sharding(mesh)

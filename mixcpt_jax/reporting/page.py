@@ -261,42 +261,44 @@ def _planes(arms: Sequence[Arm], domain: set[str]) -> Iterator[dict[str, str]]:
         )
 
     for suffix in ("exam", "exact", "accuracy"):
-        learnt = having(suffix, "domain")
+        domain_keys = having(suffix, "domain")
         # Kept is what nothing trains on; what is rehearsed does not count.
         kinds = dict.fromkeys((suffix, "accuracy"))
         kept_suffix = next((k for k in kinds if having(k, "untouched")), "")
         kept = having(kept_suffix, "untouched")
-        if not learnt or not kept:
+        if not domain_keys or not kept:
             continue
         journeys = [
             figures.Journey(
                 arm.number,
                 arm.name,
-                _place(_start_of(arm, arms), learnt, kept),
-                _place(arm.after, learnt, kept),
+                _place(_start_of(arm, arms), domain_keys, kept),
+                _place(arm.after, domain_keys, kept),
             )
             for arm in measured
         ]
-        x_label = f"{_names(learnt)}: {changes.SHORT[suffix]}, %"
+        x_label = f"{_names(domain_keys)}: {changes.SHORT[suffix]}, %"
         y_label = f"{_names(kept)}: {changes.SHORT[kept_suffix]}, %"
         what = f"{x_label}, against {y_label}"
-        of = ["mean of " if len(keys) > 1 else "" for keys in (learnt, kept)]
+        of = ["mean of " if len(keys) > 1 else "" for keys in (domain_keys, kept)]
         yield {
             "svg": figures.journeys(journeys, x_label, y_label, what),
             "title": f"{changes.SHORT[suffix].capitalize()} learnt, "
             f"{changes.SHORT[kept_suffix]} kept",
-            "caption": f"Across: {of[0]}{_names(learnt)} ({changes.SHORT[suffix]}). "
+            "caption": f"Across: {of[0]}{_names(domain_keys)} ({changes.SHORT[suffix]}). "
             f"Up: {of[1]}{_names(kept)} ({changes.SHORT[kept_suffix]}; untouched).",
         }
 
 
 def _place(
-    evaluation: dict[str, Any], learnt: Sequence[str], kept: Sequence[str]
+    evaluation: dict[str, Any], domain_keys: Sequence[str], kept: Sequence[str]
 ) -> tuple[float, float] | None:
     """The means of two groups of measures in per cent; None if one is missing."""
-    if not all(key in evaluation for key in (*learnt, *kept)):
+    if not all(key in evaluation for key in (*domain_keys, *kept)):
         return None
-    x, y = (100 * np.mean([evaluation[k] for k in keys]) for keys in (learnt, kept))
+    x, y = (
+        100 * np.mean([evaluation[k] for k in keys]) for keys in (domain_keys, kept)
+    )
     return float(x), float(y)
 
 
@@ -352,7 +354,7 @@ def _mixtures(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
                     "asked": f"{row['share_asked']:.1%}".replace("%", ""),
                     "delivered": f"{row['share_delivered']:.1%}".replace("%", ""),
                     "samples": f"{row['documents']:,}",
-                    "tokens": f"{row['learnt_tokens']:,}",
+                    "tokens": f"{row.get('loss_tokens', row.get('learnt_tokens')):,}",
                     "epochs": f"{row['epochs']:.2f}" if "epochs" in row else "",
                 }
                 for row in sources

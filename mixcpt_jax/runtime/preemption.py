@@ -3,7 +3,7 @@
 Whatever a run does may be cut off at any moment, since its files are written whole or
 not at all. Only what training has learnt since its last checkpoint would be lost. So
 SIGTERM raises `Preempted` at once, wherever the run is, but for the training loop: there a
-`Notice` takes it down, the loop ends its step and saves, and raises `Preempted` itself.
+`Guard` takes it down, the loop ends its step and saves, and raises `Preempted` itself.
 Python raises only between two of its own instructions, and a compilation is one, which can
 take minutes: a command that does not end `in_time` is ended.
 """
@@ -31,7 +31,7 @@ _SECONDS_BETWEEN_REPEATS = 0.5
 # From SIGTERM to the end of a process that has nothing to save.
 _PATIENCE = 5.0
 
-# Whether a `Notice` has put SIGTERM off, so that what was learnt is saved first.
+# Whether a `Guard` has put SIGTERM off, so that what was learnt is saved first.
 _is_deferred = False
 
 
@@ -63,7 +63,7 @@ def _raise(*_) -> None:
 def in_time(end: Callable[[], Any]) -> Iterator[None]:
     """Seconds after SIGTERM came inside `end` is called, whatever the main thread is in.
 
-    Not where a `Notice` has put it off. Of a child that is forked inside nothing is
+    Not where a `Guard` has put it off. Of a child that is forked inside nothing is
     heard.
 
     Args:
@@ -101,7 +101,7 @@ def _end_if_late(reading: int, end: Callable[[], Any]) -> None:
     os.close(reading)
 
 
-class Notice:
+class Guard:
     """From `defer` on SIGTERM is noted and nothing more; use it as a context manager.
 
     With several processes jax notes the signal (`jax.distributed.initialize` takes it
@@ -111,10 +111,10 @@ class Notice:
       Preempted: on leaving, if SIGTERM came and the block ended as if it had not.
     """
 
-    def __enter__(self) -> "Notice":
+    def __enter__(self) -> "Guard":
         import jax  # here, as the command line has this module before it has jax
 
-        self._has_come = False
+        self._is_requested = False
         self._is_alone = jax.process_count() == 1
         return self
 
@@ -124,7 +124,7 @@ class Notice:
             for number, handler in zip(_SIGNALS, self._before, strict=True):
                 signal.signal(number, handler)
             _is_deferred = False
-        if self._has_come and kind is None:
+        if self._is_requested and kind is None:
             raise Preempted
 
     def defer(self) -> None:
@@ -135,15 +135,15 @@ class Notice:
             self._before = [signal.getsignal(number) for number in _SIGNALS]
             _handle_by(self._note)
 
-    def has_come(self, step: int) -> bool:
+    def is_requested(self, step: int) -> bool:
         """Whether to stop after this step; asked after every step, on every host."""
         if self._is_alone:
-            return self._has_come
+            return self._is_requested
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)
 
-    def unless_it_comes(self, function: Callable[..., Any], *args: Any) -> Any | None:
+    def interruptible(self, function: Callable[..., Any], *args: Any) -> Any | None:
         """Calls a function that leaves nothing half done; None if SIGTERM cut it off.
 
         Once SIGTERM is noted nothing is called. With several processes the function is
@@ -153,17 +153,17 @@ class Notice:
             return function(*args)
         try:
             _handle_by(self._note_and_raise)
-            result = None if self._has_come else function(*args)
+            result = None if self._is_requested else function(*args)
             _handle_by(self._note)
         except Preempted:
             return None
         return result
 
     def _note(self, *_) -> None:
-        self._has_come = True
+        self._is_requested = True
 
     def _note_and_raise(self, *_) -> None:
         # Once only: what cleans up behind the exception is not to be cut off.
         _handle_by(self._note)
-        self._has_come = True
+        self._is_requested = True
         raise Preempted

@@ -81,7 +81,7 @@ def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> interface.Objecti
             _teacher(phase, data),
             names,
             functools.partial(streamed.head_loss, **phase.head_options),
-            _untaught(config, data),
+            _without_teacher(config, data),
         )
     preference = config.preference
     return over_pairs.preference_objective(
@@ -132,7 +132,7 @@ def _teacher(phase: phase_lib.Phase, data: pipeline.Data) -> teachers.Teacher | 
     )
 
 
-def _untaught(config, data: pipeline.Data) -> list[str]:
+def _without_teacher(config, data: pipeline.Data) -> list[str]:
     """The sources in the stream of which a prepared teacher holds nothing."""
     if not reads_teacher(config, data):
         return []

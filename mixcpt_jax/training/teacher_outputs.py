@@ -31,7 +31,7 @@ def is_asked(rows: mixture.PackedRows) -> bool:
 
 def open_rows(
     phase: phase_lib.Phase, data: pipeline.Data
-) -> dict[str, teacher_cache.TaughtRows]:
+) -> dict[str, teacher_cache.TeacherRows]:
     """What `prepare` made for a phase, by source.
 
     Raises:
@@ -42,7 +42,7 @@ def open_rows(
             _folder(phase, rows), form_of(phase), _key(phase, rows)
         )
         if is_asked(rows)
-        else teacher_cache.TaughtRows(form_of(phase))
+        else teacher_cache.TeacherRows(form_of(phase))
         for rows in data.packed
     }
 
