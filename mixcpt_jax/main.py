@@ -216,11 +216,12 @@ def run(
     import jax
 
     from mixcpt_jax import config as config_lib
-    from mixcpt_jax.jobs import evaluate, export, select, train
+    from mixcpt_jax.jobs import evaluate, export, merge, select, train
     from mixcpt_jax.training import phase
 
     jobs = {
         "train": train.run,
+        "merge": merge.run,
         "select": select.run,
         "evaluate": evaluate.run,
         "export": export.run,

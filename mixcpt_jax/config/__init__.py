@@ -1,5 +1,6 @@
 """Configs: `default`, `source` and `exam` make one, `validate` checks it."""
 
+from mixcpt_jax.config.budgets import lost as lost
 from mixcpt_jax.config.defaults import OBJECTIVES as OBJECTIVES
 from mixcpt_jax.config.defaults import REMAT as REMAT
 from mixcpt_jax.config.defaults import add_entry as add_entry

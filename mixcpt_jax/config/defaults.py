@@ -28,9 +28,9 @@ def bounded_config() -> ml_collections.ConfigDict:
     """Every key there is, with its default, its bounds and its meaning."""
     config = ml_collections.ConfigDict()
     config.seed = number(0, least=0, most=2**31 - 1)
-    # What the phase does: train; select samples (see `select`); evaluate; export to a
-    # Hugging Face folder.
-    config.job = one_of("train", "select", "evaluate", "export")
+    # What the phase does: train; merge the start and the end of a trained phase (see
+    # `merge`); select samples (see `select`); evaluate; export to a Hugging Face folder.
+    config.job = one_of("train", "merge", "select", "evaluate", "export")
     # The phase starts from the parameters of this phase's folder (its last checkpoint);
     # empty: from the weights of `model.path`.
     config.init_from = ""
@@ -283,6 +283,18 @@ def bounded_config() -> ml_collections.ConfigDict:
             # JSONL of {"prompt"} or {"messages"}: answered greedily before and after.
             "prompts": "",
             "max_new_tokens": number(128, above=0),
+        }
+    )
+
+    # Weights between the start and the end of the phase `init_from` (job "merge").
+    config.merge = ml_collections.ConfigDict(
+        {
+            # Of `start + share (end - start)`: which are measured, besides the start.
+            "shares": (0.25, 0.5, 0.75, 1.0),
+            # Measure -> how much worse than at the start it may be: losses by how much
+            # higher, all others by how much lower, such as {"general/loss": 0.02}. The
+            # largest share within all budgets is saved; without one the largest is.
+            "keep": ml_collections.ConfigDict(),
         }
     )
 

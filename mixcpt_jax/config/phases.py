@@ -36,16 +36,13 @@ FREE_ON_RESUME = (
 
 # Sections that a job does not read, so that a mistake in a later phase can be mended
 # without making the earlier ones anew.
+_OF_TRAINING = ("optimizer", "train", "objective", "preference", "lora")
 _UNREAD = {
-    "train": ("select", "export"),
-    "select": ("export", "optimizer", "train", "objective", "preference", "lora"),
-    "evaluate": (
-        "select", "export", "optimizer", "train", "objective", "preference", "lora",
-    ),
-    "export": (
-        "select", "optimizer", "train", "objective", "preference", "lora", "data",
-        "sources", "eval",
-    ),
+    "train": ("merge", "select", "export"),
+    "merge": ("select", "export", *_OF_TRAINING),
+    "select": ("merge", "export", *_OF_TRAINING),
+    "evaluate": ("merge", "select", "export", *_OF_TRAINING),
+    "export": ("merge", "select", *_OF_TRAINING, "data", "sources", "eval"),
 }  # fmt: skip
 
 

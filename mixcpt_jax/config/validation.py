@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import ml_collections
 
+from mixcpt_jax.config.budgets import check_budgets
 from mixcpt_jax.config.defaults import (
     all_sources,
     bounded_config,
@@ -101,6 +102,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     _check_sources(config)
     _check_formats(config)
     _check_selection(config)
+    _check_merge(config)
     if config.job != "export":
         _check_batch(config, num_devices)
 
@@ -336,6 +338,24 @@ def _check_selection(config) -> None:
             )
     if config.job == "select" and not config.select.keep:
         raise InputError("select.keep: names no source; say how many samples of which")
+
+
+def _check_merge(config) -> None:
+    shares = config.merge.shares
+    is_sound = shares and all(
+        same_type(share, 0.0) and 0 <= share <= 1 for share in shares
+    )
+    if not is_sound or len({*shares}) < len(shares):
+        raise InputError(
+            f"merge.shares={tuple(shares)}: must be different numbers from 0 to 1"
+        )
+    if config.job == "merge":
+        if not config.init_from:
+            raise InputError(
+                "init_from: is empty; merge needs the phase whose end it merges with its "
+                "start, such as phase:cpt"
+            )
+        check_budgets("merge.keep", config.merge.keep, config)
 
 
 def _check_batch(config, num_devices: int | None) -> None:

@@ -17,6 +17,7 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -106,7 +107,7 @@ class Phase:
         model_settings = self.config.model
         if self.config.init_from and self.lora:
             stored = checkpoint.read_config(self.config.init_from)
-            if stored.get("lora", {}).get("rank"):
+            if _trained_lora(ml_collections.ConfigDict(stored)):
                 return model_settings.param_dtype
         return config_lib.frozen_dtype(model_settings)
 
@@ -512,11 +513,13 @@ def load_params(
     mesh: jax.sharding.Mesh,
     dtype: str,
     model_path: str = "",
+    share: float = 1.0,
 ) -> transformer.Params:
-    """The whole parameters at the end of a phase: the hand-over.
+    """The whole parameters at the end of a phase, or between its start and its end.
 
-    Where the phase trained adapters, they are merged into what that phase started from.
-    The sum is rounded to `dtype`; in bfloat16 that swallows most of a small update.
+    Where the phase trained adapters, they are scaled by `share` and merged into what that
+    phase started from. The sum is rounded to `dtype`; in bfloat16 that swallows most of a
+    small update.
 
     Args:
       folder: the phase's folder, or its `checkpoints`.
@@ -525,34 +528,62 @@ def load_params(
       dtype: of the parameters.
       model_path: the pretrained weights under adapters; empty: where that phase found
         them.
+      share: `start + share (end - start)`, from 0 to 1; both ends are bit for bit the
+        start and the end. In between, start and end are in memory together.
 
     Raises:
-      InputError: no checkpoint there, or of another model; or adapters whose start has
-        changed since.
+      InputError: no checkpoint there, or of another model; or the start of the phase is
+        needed and has changed since.
     """
     stored = ml_collections.ConfigDict(checkpoint.read_config(folder))
-    lora = _lora(stored.get("lora"))
+    lora = _trained_lora(stored)
     whole = abstract_params(model_config, mesh, dtype)
-    if lora is None:
+    if lora is None and share == 1:
         return checkpoint.load_params(folder, whole)
+    if model_path:
+        stored.model.path = model_path
+    start = _load_start(folder, stored, model_config, mesh, dtype)
+    if share == 0:
+        return start
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, whole)
+    if lora is None:
+        end = checkpoint.load_params(folder, whole)
+        return jax.tree.map(_between(share), start, end, shardings)
     adapters = checkpoint.load_params(
         folder, abstract_adapters(model_config, lora, mesh, stored.model.param_dtype)
     )
+    lora = dataclasses.replace(lora, alpha=share * lora.alpha)
+    merge = jax.jit(
+        functools.partial(transformer.merge_adapters, lora=lora),
+        donate_argnums=0,
+        out_shardings=shardings,
+    )
+    return merge(start, adapters)
+
+
+def _load_start(folder, stored, model_config, mesh, dtype) -> transformer.Params:
+    """The whole parameters that a phase with a checkpoint started from."""
     run_folder = checkpoint.phase_folder(folder).parent
-    if model_path:
-        stored.model.path = model_path
     given, stored = stored, config_lib.resolve_phases(stored, str(run_folder))
     _check_start(
         checkpoint.phase_folder(folder),
         checkpoint.read_provenance(folder),
         _start_identity(given, stored, model_config),
     )
-    merge = jax.jit(
-        functools.partial(transformer.merge_adapters, lora=lora),
-        donate_argnums=0,
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, whole),
-    )
-    return merge(_start(stored, model_config, mesh, dtype), adapters)
+    return _start(stored, model_config, mesh, dtype)
+
+
+def _between(share: float) -> Callable[..., jax.Array]:
+    """Interpolates one array in float32, in the place of the second one."""
+
+    def interpolate(start, end):
+        mixed = (1 - share) * start.astype(jnp.float32) + share * end
+        return mixed.astype(end.dtype)
+
+    def run(start, end, where):
+        return jax.jit(interpolate, donate_argnums=1, out_shardings=where)(start, end)
+
+    return run
 
 
 def _start(config, model_config, mesh, dtype) -> transformer.Params:
@@ -573,6 +604,12 @@ def _start(config, model_config, mesh, dtype) -> transformer.Params:
 def _is_random(config: ml_collections.ConfigDict) -> bool:
     # Stored configs may be older than the setting.
     return config.model.get("weights") == "random"
+
+
+def _trained_lora(stored: ml_collections.ConfigDict) -> transformer.Lora | None:
+    """The adapters that a checkpoint holds; what jobs make of them is whole."""
+    is_trained = stored.get("job", "train") == "train"
+    return _lora(stored.get("lora")) if is_trained else None
 
 
 def _lora(config: ml_collections.ConfigDict | None) -> transformer.Lora | None:

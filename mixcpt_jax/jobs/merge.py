@@ -1,0 +1,163 @@
+"""The job "merge": weights between the start and the end of a phase.
+
+Of `start + a (end - start)` each `a` of `merge.shares` is measured with the phase's own
+measures: a curve of what is learned against what is kept, for the price of evaluation.
+The largest `a` that stays within the budgets of `merge.keep` is saved, and later phases
+start from it. Interpolated weights often keep more than either end loses (WiSE-FT, arXiv
+2109.01903; LM-Cocktail, arXiv 2311.13534).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mixcpt_jax import config as config_lib
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.evaluation.evaluator import Measure
+from mixcpt_jax.runtime import hosts, metrics, terminal
+from mixcpt_jax.training import checkpoint
+from mixcpt_jax.training import phase as phase_lib
+from mixcpt_jax.training.steps import TrainState
+
+SHARE = "merge/share"
+
+
+@phase_lib.job
+def run(phase: phase_lib.Phase) -> dict[str, Any]:
+    """Measures each share, and saves the weights of the one that the budgets allow.
+
+    The start, a share of 0, is always measured, as budgets count from it. What an
+    interrupted run has measured is not measured again.
+
+    Returns:
+      What `results.json` holds: `before` and `after`, of the start and of the chosen
+      share; `share`; and `curve`, the measures of each share.
+
+    Raises:
+      InputError: config, data, weights or workdir are wrong.
+    """
+    settings = phase.config.merge
+    shares = sorted({0.0, *settings.shares})
+    phase.announce(f"merges {len(shares)} shares of what was trained")
+    checkpoint.check_folder(phase.folder)
+    data = phase.load_data()
+    with jax.set_mesh(phase.mesh):
+        curve = _measure(phase, data, shares)
+        chosen = int(_of_first_host(choose(curve, settings.keep)))
+        _save(phase, data, shares[chosen])
+    if phase.shows_progress:
+        terminal.say(f"{phase.name}: {_table(curve, settings.keep)}")
+        phase.say(f"continues with a share of {shares[chosen]:g}")
+    return phase.finish(
+        {
+            "before": _measures(curve[0]),
+            "after": _measures(curve[chosen]),
+            "share": shares[chosen],
+            "curve": curve,
+        }
+    )
+
+
+def choose(curve: Sequence[Mapping[str, float]], keep: Mapping[str, float]) -> int:
+    """The last row of a curve that is within all budgets; the first, a share of 0, is.
+
+    Args:
+      curve: the measures of each share, in ascending order of shares, the start first.
+      keep: measure -> how much worse than at the start it may be: losses and
+        perplexities by how much higher, all others by how much lower.
+
+    Returns:
+      Its number in the curve. Without a budget that of the last row.
+    """
+
+    def is_within(row: Mapping[str, float]) -> bool:
+        return all(
+            config_lib.lost(name, curve[0][name], row[name]) <= budget
+            for name, budget in keep.items()
+        )
+
+    return max(
+        number for number, row in enumerate(curve) if not number or is_within(row)
+    )
+
+
+def _require_measured(keep: Mapping[str, float], results: Mapping[str, float]) -> None:
+    for name in keep:
+        if name not in results:
+            raise InputError(
+                f"merge.keep: {name!r} has no value, as no token of it counts; measured "
+                f"are {', '.join(results)}"
+            )
+
+
+def _measure(phase, data, shares: Sequence[float]) -> list[dict[str, float]]:
+    """The measures of each share, those that the phase's record has from there."""
+    recorded = [row for row in metrics.read(phase.folder) if SHARE in row]
+    done = int(_of_first_host(len(recorded)))
+    curve = [_without_prefix(row) for row in recorded[:done]]
+    measure = Measure(phase, data)
+    keep = phase.config.merge.keep
+    with metrics.Writer(
+        phase.folder, phase.config.metrics, done - 1, {}, hosts.is_first()
+    ) as writer:
+        for number, share in list(enumerate(shares))[done:]:
+            params = _params(phase, share)
+            name = f"{phase.name} {share:g}"
+            with metrics.bar(name, measure.num_batches, phase.shows_progress) as show:
+                results = measure(params, show)
+            writer.write_items(number, measure.items)
+            _require_measured(keep, results)
+            row = {f"eval/{key}": value for key, value in results.items()}
+            writer.write(number, row | {SHARE: share})
+            writer.save()
+            curve.append({"step": number, "share": share, **results})
+            del params
+    return curve
+
+
+def _params(phase: phase_lib.Phase, share: float):
+    return phase_lib.load_params(
+        phase.config.init_from,
+        phase.model_config,
+        phase.mesh,
+        phase.config.model.param_dtype,
+        phase.config.model.path,
+        share,
+    )
+
+
+def _save(phase: phase_lib.Phase, data, share: float) -> None:
+    state = TrainState(jnp.zeros((), jnp.int32), _params(phase, share), ())
+    with checkpoint.Checkpoints(phase.folder) as checkpoints:
+        checkpoints.save(
+            state, 1, 0, phase.given.to_dict(), {}, phase.provenance(data.files)
+        )
+        checkpoints.wait()
+
+
+def _of_first_host(value: int) -> int:
+    """The first host's word: another may see the folder later."""
+    if jax.process_count() == 1:
+        return value
+    return multihost_utils.broadcast_one_to_all(np.array(value))
+
+
+def _without_prefix(row: Mapping[str, float]) -> dict[str, float]:
+    measures = {k.removeprefix("eval/"): v for k, v in row.items() if k != SHARE}
+    return {"step": row["step"], "share": row[SHARE], **measures}
+
+
+def _measures(row: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if key != "share"}
+
+
+def _table(curve: Sequence[Mapping[str, float]], keep: Mapping[str, float]) -> str:
+    names = sorted(keep) or [key for key in curve[0] if key.endswith("/loss")]
+    return metrics.table(
+        ["share", *names],
+        ([f"{row['share']:g}", *(f"{row[n]:.4f}" for n in names)] for row in curve),
+    )
