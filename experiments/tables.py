@@ -726,34 +726,60 @@ def run_table(study: str, roles: Mapping[str, str] | None = None) -> str:
     return "\n\n".join(parts)
 
 
+# Columns of the quickstart's pilot.
+_PILOT = {
+    "domain, perplexity": "domain/perplexity",
+    "domain": "domain/accuracy",
+    "general, perplexity": "general/perplexity",
+    "general": "general/accuracy",
+    "last words": "cloze/exact",
+    "exam": "general/exam",
+}
+
+
+def _pilot() -> list[dict]:
+    return json.loads((FOLDER / "quickstart" / "pilot.json").read_text())["settings"]
+
+
+def _pilot_cells(measured: Mapping[str, float], columns: Iterable[str]) -> list[str]:
+    """Perplexities, and shares in per cent."""
+    values = {column: measured[_PILOT[column]] for column in columns}
+    return [
+        f"{value if 'perplexity' in column else 100 * value:.1f}"
+        for column, value in values.items()
+    ]
+
+
 def pilot_table() -> str:
     """The settings that the quickstart's was picked from: both arms of each."""
-    pilot = json.loads((FOLDER / "quickstart" / "pilot.json").read_text())
-    columns = {
-        "domain/accuracy": "domain",
-        "general/perplexity": "general, perplexity",
-        "general/accuracy": "general",
-        "cloze/exact": "last words",
-        "general/exam": "exam",
-    }
     rows = []
-    for setting in pilot["settings"]:
+    for setting in _pilot():
         place = (
             f"{setting['domain']}, {setting['rate']:g}, "
             f"{setting['steps']} x {setting['row_length']}"
         )
         for arm in ("before", "plain_cpt", "mixcpt"):
-            measured = setting[arm]
-            cells = [
-                f"{measured[key]:.1f}"
-                if "perplexity" in key
-                else f"{measured[key]:.1%}"
-                for key in columns
-            ]
-            rows.append([place, arm, *(cell.removesuffix("%") for cell in cells)])
+            rows.append([place, arm, *_pilot_cells(setting[arm], _PILOT)])
             place = ""
-    header = ["domain, rate, steps x row", "arm", *columns.values()]
-    return metrics.table(header, rows)
+    return metrics.table(["domain, rate, steps x row", "arm", *_PILOT], rows)
+
+
+def pilot_rates_table() -> str:
+    """Both arms over the rates of the pilot, at one domain and length."""
+    settings = [
+        s
+        for s in _pilot()
+        if (s["domain"], s["steps"], s["row_length"]) == ("jax", 16, 128)
+    ]
+    settings.sort(key=lambda setting: setting["rate"])
+    columns = ("domain, perplexity", "general, perplexity", "general", "exam")
+    rows = [["", "before", *_pilot_cells(settings[0]["before"], columns)]]
+    for arm in ("plain_cpt", "mixcpt"):
+        rows += [
+            [arm, f"{setting['rate']:g}", *_pilot_cells(setting[arm], columns)]
+            for setting in settings
+        ]
+    return metrics.table(["arm", "rate", *columns], rows)
 
 
 def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
@@ -767,6 +793,7 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
     return compared | {
         "quickstart": lambda: run_table("quickstart", QUICKSTART_ROLES),
         "quickstart-pilot": pilot_table,
+        "quickstart-rates": pilot_rates_table,
         "anatomy": lambda: run_table("anatomy"),
         "bases": lambda: bases_table(records),
         "mixing": lambda: mixing_table(records),

@@ -24,6 +24,8 @@ ROLES = {
     "unused": "untouched",
 }
 
+_GENERAL_TEXT = "--config.eval.texts.general.path=FILE."
+
 
 def arm(name="cpt", init_from="", seed=0, **settings):
     """Ten texts of ten tokens each; `settings` are changes of their correct tokens."""
@@ -65,6 +67,14 @@ def test_what_is_rehearsed_says_nothing_of_what_is_kept(domain, general, rehears
     [sentence] = changes.verdict(arms)
     assert ("lost: general token accuracy" in sentence) == (general < 0)
     assert ("no loss is shown" in sentence) == (general >= 0)
+    *_, advice = sentence.split(" Next: ")
+    assert advice == (
+        "lower the learning rate, or raise the weights of general sources."
+        if general < 0
+        else "read its answers."
+        if domain > 0
+        else "train for more steps."
+    )
     assert (
         f"domain token accuracy {10 * domain:+.1f} ({10 * domain:+.1f} to" in sentence
     )
@@ -80,6 +90,7 @@ def test_without_anything_untouched_nothing_is_said_to_be_kept():
     [sentence] = changes.verdict(arms)
     assert "what is kept is not known" in sentence
     assert "loss" not in sentence
+    assert sentence.endswith("Next: measure general text, " + _GENERAL_TEXT)
     assert not list(page._planes(arms, {"domain"}))
 
 

@@ -311,6 +311,25 @@ def test_every_mixture_measures_what_nothing_trains_on(project, monkeypatch):
         assert one.eval.max_tokens > 0
 
 
+@pytest.mark.parametrize("variant", ["", "tiny"])
+def test_the_arms_of_the_quickstart_differ_in_the_mixture_alone(project, variant):
+    """As many rows of the domain a step, and `mixcpt`, which a chat finds, comes last."""
+    config = load_config_file(project / "configs/quickstart.py").get_config(variant)
+    assert config.phases == ("plain_cpt", "mixcpt")
+    plain, mixed = (config_lib.for_phase(config, name) for name in config.phases)
+    settings = [one.to_dict() for one in (plain, mixed)]
+    rows = []
+    for one in settings:
+        weights = {name: entry.pop("weight") for name, entry in one["sources"].items()}
+        share = weights["domain"] / sum(weights.values())
+        rows.append(one["data"].pop("batch_size") * share)
+        del one["objective"], one["train"]["eval_before"]
+    assert rows[0] == pytest.approx(rows[1])
+    assert settings[0] == settings[1]
+    assert (plain.train.eval_before, mixed.train.eval_before) == (True, False)
+    assert config_lib.objective_weights(plain, "domain")["ntp"] == 1.0
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 30])
 def test_a_shipped_config_suits_a_phase_of_any_length(project, monkeypatch, num_steps):
     for config in shipped_configs(project, monkeypatch).values():

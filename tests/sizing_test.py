@@ -85,20 +85,24 @@ def test_a_row_length_of_the_user_stays():
 
 @pytest.fixture
 def auto(project, tiny_model, tmp_path):
-    """`configs/mixcpt.py:auto` on twenty texts."""
+    """Makes `configs/mixcpt.py:auto` on ninety texts."""
     (tmp_path / "text").mkdir()
     for i in range(90):
         words = " ".join(f"word {i * j % 97}" for j in range(60))
         (tmp_path / "text" / f"{i}.txt").write_text(f"Text {i}. {words}")
-    config = runpy.run_path(f"{project}/configs/mixcpt.py")["get_config"]("auto")
-    config.model.path = tiny_model
-    config.sources.domain.path = str(tmp_path / "text")
-    config.mesh.data = 8  # whatever the devices of the tests
-    return config
+
+    def make():
+        config = runpy.run_path(f"{project}/configs/mixcpt.py")["get_config"]("auto")
+        config.model.path = tiny_model
+        config.sources.domain.path = str(tmp_path / "text")
+        config.mesh.data = 8  # whatever the devices of the tests
+        return config
+
+    return make
 
 
 def test_a_run_is_sized_whole_and_keeps_its_sizes(auto, tmp_path, monkeypatch, capsys):
-    phases = main.phase_configs(auto, str(tmp_path / "run"))
+    phases = main.phase_configs(auto(), str(tmp_path / "run"))
     assert "rows of 256 tokens a step, of about" in capsys.readouterr().err
     for phase in phases.values():
         config_lib.validate(phase, jax.device_count())
@@ -116,6 +120,40 @@ def test_a_run_is_sized_whole_and_keeps_its_sizes(auto, tmp_path, monkeypatch, c
     again.phases = ("cpt",)
     found = main.phase_configs(again, str(tmp_path / "run"))["cpt"]
     assert (found.data.batch_size, found.eval.batch_size) == (48, 24)
+
+
+def test_what_has_begun_resumes_on_devices_with_less_memory(
+    auto, tmp_path, monkeypatch
+):
+    """The same command finds each phase as it was begun; only the others change."""
+    workdir = str(tmp_path / "run")
+    first = main.phase_configs(auto(), workdir)
+    stored = {
+        name: json.loads(phase.to_json())
+        for name, phase in first.items()
+        if phase.job == "train"
+    }
+    architecture = pretrained.read_model_config(first["cpt"].model.path)
+    mesh, _ = sizing._devices(first["cpt"])
+    least = step_plan.step_memory(first["cpt"], architecture, mesh, 1, 256)
+    found = mesh, 1.01 * least / sizing.USABLE
+    monkeypatch.setattr(sizing, "_devices", lambda _: found)
+
+    def changed():
+        again = main.phase_configs(auto(), workdir)
+        return [
+            name
+            for name, config in stored.items()
+            if config_lib.first_difference(again[name], config, is_finished=True)
+        ]
+
+    expected = changed()
+    assert expected
+    for name, config in stored.items():
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "config.json").write_text(json.dumps(config))
+        expected = [other for other in expected if other != name]
+        assert changed() == expected
 
 
 def test_the_formula_is_not_far_below_the_compiler(tiny_config, tiny_model):

@@ -169,7 +169,7 @@ def ends(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def verdict(arms: Sequence[Arm], domain: Sequence[str] = ()) -> list[str]:
-    """A sentence for each of `ends`: the domain, and what is untouched, with intervals.
+    """For each of `ends`: changes of the domain and of what is untouched, and advice.
 
     Args:
       arms: from `run_records.load`.
@@ -187,11 +187,21 @@ def verdict(arms: Sequence[Arm], domain: Sequence[str] = ()) -> list[str]:
         lost = [
             f"{c.name} {c.what}" for c in untouched if c.interval and c.interval[1] < 0
         ]
+        gained = any(
+            (c.interval[0] if c.interval else c.points) > 0
+            for c in found
+            if c.role == "domain"
+        )
         if not untouched:
             parts.append("what is kept is not known, as nothing untouched was measured")
+            advice = "measure general text, --config.eval.texts.general.path=FILE"
         elif lost:
             parts.append(f"lost: {', '.join(lost)}")
+            advice = "lower the learning rate, or raise the weights of general sources"
         else:
             parts.append("no loss is shown in what is untouched")
-        sentences.append(f"{arm.name}: {'; '.join(parts)} (points, 95 % intervals).")
+            advice = "read its answers" if gained else "train for more steps"
+        sentences.append(
+            f"{arm.name}: {'; '.join(parts)} (points, 95 % intervals). Next: {advice}."
+        )
     return sentences

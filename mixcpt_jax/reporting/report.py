@@ -54,8 +54,7 @@ def write(
     if trained or any("after" in result for result in results.values()):
         paths.replace(folder / PAGE_FILE, page.render(arms))
         print(f"Report: {workdir}/{PAGE_FILE}")
-        last = next((folders.get(a.phase) for a in changes.ends(arms)), None)
-        print(f"Talk to it: python -m mixcpt_jax chat --checkpoint={last or workdir}")
+        print(f"Talk to it: python -m mixcpt_jax chat --checkpoint={workdir}")
     print(f"Done; everything is in {workdir}")
 
 
