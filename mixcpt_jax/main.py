@@ -216,11 +216,12 @@ def run(
     import jax
 
     from mixcpt_jax import config as config_lib
-    from mixcpt_jax.jobs import evaluate, export, merge, select, train
+    from mixcpt_jax.jobs import evaluate, export, generate, merge, select, train
     from mixcpt_jax.training import phase
 
     jobs = {
         "train": train.run,
+        "generate": generate.run,
         "merge": merge.run,
         "select": select.run,
         "evaluate": evaluate.run,

@@ -28,9 +28,10 @@ def bounded_config() -> ml_collections.ConfigDict:
     """Every key there is, with its default, its bounds and its meaning."""
     config = ml_collections.ConfigDict()
     config.seed = number(0, least=0, most=2**31 - 1)
-    # What the phase does: train; merge the start and the end of a trained phase (see
-    # `merge`); select samples (see `select`); evaluate; export to a Hugging Face folder.
-    config.job = one_of("train", "merge", "select", "evaluate", "export")
+    # What the phase does: train; generate a source (see `generate`); merge the start and
+    # the end of a trained phase (see `merge`); select samples (see `select`); evaluate;
+    # export to a Hugging Face folder.
+    config.job = one_of("train", "generate", "merge", "select", "evaluate", "export")
     # The phase starts from the parameters of this phase's folder (its last checkpoint);
     # empty: from the weights of `model.path`.
     config.init_from = ""
@@ -283,6 +284,27 @@ def bounded_config() -> ml_collections.ConfigDict:
             # JSONL of {"prompt"} or {"messages"}: answered greedily before and after.
             "prompts": "",
             "max_new_tokens": number(128, above=0),
+        }
+    )
+
+    # A source that a phase writes (job "generate"); later ones read it from
+    # "phase:NAME/generated".
+    config.generate = ml_collections.ConfigDict(
+        {
+            # replay: samples of the model that the phase starts from, as documents, or
+            # answers to the prompts of `prompts` or of `source`. comprehension: each
+            # document of `source` with questions and answers by rules behind it.
+            # questions: with one that the model writes.
+            "kind": one_of("replay", "comprehension", "questions"),
+            # The source of documents or prompts; empty: none.
+            "source": "",
+            # JSONL of {"prompt"} or {"messages"}, for kind replay; empty: none.
+            "prompts": "",
+            "num_tokens": number(100_000, least=1, most=2**40),
+            "max_new_tokens": number(256, least=1, most=2**20),
+            # At 1 samples are distributed as the model's own.
+            "temperature": number(1.0, least=0, most=100),
+            "top_p": number(1.0, above=0, most=1),
         }
     )
 

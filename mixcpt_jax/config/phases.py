@@ -38,11 +38,14 @@ FREE_ON_RESUME = (
 # without making the earlier ones anew.
 _OF_TRAINING = ("optimizer", "train", "objective", "preference", "lora")
 _UNREAD = {
-    "train": ("merge", "select", "export"),
-    "merge": ("select", "export", *_OF_TRAINING),
-    "select": ("merge", "export", *_OF_TRAINING),
-    "evaluate": ("merge", "select", "export", *_OF_TRAINING),
-    "export": ("merge", "select", *_OF_TRAINING, "data", "sources", "eval"),
+    "train": ("generate", "merge", "select", "export"),
+    "generate": ("merge", "select", "export", *_OF_TRAINING),
+    "merge": ("generate", "select", "export", *_OF_TRAINING),
+    "select": ("generate", "merge", "export", *_OF_TRAINING),
+    "evaluate": ("generate", "merge", "select", "export", *_OF_TRAINING),
+    "export": (
+        "generate", "merge", "select", *_OF_TRAINING, "data", "sources", "eval",
+    ),
 }  # fmt: skip
 
 

@@ -102,6 +102,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     _check_sources(config)
     _check_formats(config)
     _check_selection(config)
+    _check_generate(config)
     _check_merge(config)
     if config.job != "export":
         _check_batch(config, num_devices)
@@ -338,6 +339,32 @@ def _check_selection(config) -> None:
             )
     if config.job == "select" and not config.select.keep:
         raise InputError("select.keep: names no source; say how many samples of which")
+
+
+def _check_generate(config) -> None:
+    if config.job != "generate":
+        return
+    settings = config.generate
+    if settings.prompts and (settings.source or settings.kind != "replay"):
+        raise InputError(
+            f"generate.prompts={settings.prompts}: goes with generate.kind=replay and "
+            "without generate.source"
+        )
+    if settings.kind != "replay" or settings.source:
+        if settings.source not in config.sources:
+            raise InputError(
+                f"generate.source={settings.source!r}: must be one of "
+                f"{', '.join(config.sources) or 'sources, of which there is none'}"
+            )
+        formats = ("document",)
+        if settings.kind == "replay":
+            formats = ("instruction", "preference", "chat")
+        format = config.sources[settings.source].format
+        if format not in formats:
+            raise InputError(
+                f"sources.{settings.source}.format={format!r}: must be one of "
+                f"{', '.join(formats)} for generate.kind={settings.kind}"
+            )
 
 
 def _check_merge(config) -> None:

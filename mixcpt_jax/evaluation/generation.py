@@ -344,8 +344,11 @@ class Sampler:
         stop_ids: set[int],
         sampling: SamplingParams,
         seed: int = 0,
+        first_row: int = 0,
     ) -> list[list[int]]:
         """The tokens that follow each prompt, up to the first that is in `stop_ids`.
+
+        `first_row` is the number of the first prompt among all that are drawn with `seed`.
 
         Raises:
           InputError: a prompt is empty or does not fit into the context, or logits are
@@ -361,7 +364,7 @@ class Sampler:
                 params,
                 padded_BxP,
                 lengths_B,
-                first + np.arange(batch, dtype=np.int32),
+                first_row + first + np.arange(batch, dtype=np.int32),
                 seed,
                 np.array(sorted(stop_ids), np.int32),
                 max_new_tokens=max_new_tokens,

@@ -1,0 +1,399 @@
+"""The job "generate": writes a source for later phases to read.
+
+Three kinds, see `config.generate`. "replay" samples the model that the phase starts from,
+at temperature 1: trained on under plain distillation (`kd_weight`), its own samples keep
+what it knew without a copy of what it was trained on (arXiv 2605.26097). "comprehension"
+puts questions and answers behind each document of a source, by rules. "questions" lets the
+model write them.
+
+The phase's folder `generated/` holds JSON lines, in parts of whole batches: what a batch
+says depends on the seed and on its number, so that an interrupted phase resumes with the
+next batch and writes what it would have written.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mixcpt_jax.core import paths, small_files
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import comprehension, corpus, filters, formats, sources
+from mixcpt_jax.evaluation import generation
+from mixcpt_jax.runtime import hosts, metrics
+from mixcpt_jax.training import phase as phase_lib
+
+FOLDER = "generated"
+_BATCHES_PER_PART = 8
+_SHORTEST_ROOM = 64
+_COUNTS = ("records", "tokens", "left_out/blank", "left_out/duplicate")
+_ASK = (
+    "\n\nWrite a question about this text that the text answers, and its answer. Begin "
+    "the question with “Question:” and the answer with “Answer:”."
+)
+_PAIR = re.compile(r"Question:\s*(\S.*?)\s*\n\s*Answer:\s*(\S.*?)\s*", re.DOTALL)
+
+
+class Request(NamedTuple):
+    """What one record is made of.
+
+    Attributes:
+      ids: the prompt's tokens; empty where no model is asked.
+      record: what the record holds besides what the model says.
+    """
+
+    ids: list[int]
+    record: dict[str, Any]
+
+
+@phase_lib.job
+def run(phase: phase_lib.Phase) -> dict[str, Any]:
+    """Writes records until they have `generate.num_tokens` tokens.
+
+    Returns:
+      What `results.json` holds: `generated`, how many records and tokens there are and
+      how many were left out, by reason; and their folder.
+
+    Raises:
+      InputError: config, prompts, weights or workdir are wrong.
+    """
+    settings = phase.config.generate
+    phase.announce(f"writes {settings.num_tokens:,} tokens by {settings.kind}")
+    requests, files = _requests(phase)
+    phase.claim(files)
+    with jax.set_mesh(phase.mesh):
+        written = _write(phase, requests)
+    return phase.finish({"generated": written, "folder": str(phase.folder / FOLDER)})
+
+
+def identity(phase: phase_lib.Phase) -> str:
+    """16 hex digits that say which model a phase starts from."""
+    text = json.dumps(phase.start_key, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _requests(
+    phase: phase_lib.Phase,
+) -> tuple[Iterable[Request], dict[str, dict[str, str]]]:
+    """What is asked for, in order, and the hashes of the files that it comes from."""
+    config, settings = phase.config, phase.config.generate
+    if settings.prompts:
+        prompts = _prompts_of_file(settings.prompts)
+        files = {"generate.prompts": sources.hashes(settings.prompts, "jsonl")}
+        return _from_prompts(phase, prompts), files
+    if not settings.source:
+        return itertools.repeat(_from_start(phase)), {}
+    entry = config.sources[settings.source]
+    files = {
+        settings.source: sources.hashes(entry.path, entry.reader, entry.split),
+    }
+    records = corpus.Corpus(config, entry, corpus.measure(config)).train_split()
+    if settings.kind == "replay":
+        prompts = [
+            _as_text(
+                formats.prompt_and_response(
+                    record, entry.format, entry.fields.to_dict()
+                )[0]
+            )
+            for record in records
+        ]
+        return _from_prompts(phase, prompts), files
+    if settings.kind == "comprehension":
+        return _by_rules(records, entry), files
+    return _questions(phase, records, entry), files
+
+
+def _from_start(phase: phase_lib.Phase) -> Request:
+    tokenizer = phase.tokenizer
+    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if first is None:
+        raise InputError(
+            "generate.kind=replay: the tokenizer has neither BOS nor EOS for texts to "
+            "begin with; give generate.prompts or generate.source"
+        )
+    return Request([first], {})
+
+
+def _prompts_of_file(path: str) -> list[str]:
+    records = sources.read(path, "jsonl")
+    return [_as_text(formats.read_prompt(record)) for record in records]
+
+
+def _as_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A prompt as the plain formats write it before a response."""
+    return formats.SEPARATOR.join([*(m["content"] for m in messages), ""])
+
+
+def _from_prompts(phase: phase_lib.Phase, prompts: list[str]) -> Iterable[Request]:
+    """The prompts, again and again; all are encoded first, so that none fails later.
+
+    Of a file all must fit the context; of a source those that do not are left out.
+    """
+    settings = phase.config.generate
+    place, room = settings.prompts or f"sources.{settings.source}", _room(phase)
+    requests = []
+    for number, text in enumerate(prompts, 1):
+        ids = _encode(phase.tokenizer, text)
+        if len(ids) <= room:
+            record = {"prompt": text.removesuffix(formats.SEPARATOR)}
+            requests.append(Request(ids, record))
+        elif settings.prompts:
+            raise InputError(
+                f"{place}: prompt {number} has {len(ids)} tokens, which with "
+                f"generate.max_new_tokens={settings.max_new_tokens} do not fit the "
+                f"model's context of {phase.model_config.max_positions}; shorten one of "
+                "them"
+            )
+    if len(requests) < len(prompts):
+        phase.say(
+            f"{len(prompts) - len(requests)} prompts of {place} do not fit the model's "
+            "context and are left out"
+        )
+    if not requests:
+        raise InputError(f"generate: {place} has no prompt that fits; give another")
+    return itertools.cycle(requests)
+
+
+def _room(phase: phase_lib.Phase) -> int:
+    """How many tokens a prompt may have."""
+    room = phase.model_config.max_positions - phase.config.generate.max_new_tokens
+    if room < _SHORTEST_ROOM:
+        raise InputError(
+            f"generate.max_new_tokens={phase.config.generate.max_new_tokens}: leaves "
+            f"prompts {room} tokens of the model's context of "
+            f"{phase.model_config.max_positions}; lower it"
+        )
+    return room
+
+
+def _by_rules(records: Iterable[sources.Record], entry) -> Iterator[Request]:
+    for number, record in enumerate(records):
+        text = formats.plain_text(record, entry.format, entry.fields.to_dict())
+        title = record.fields.get("title")
+        asked = comprehension.tasks(
+            text, title if isinstance(title, str) else "", str(number)
+        )
+        if asked:
+            yield Request([], {"text": comprehension.write(text, asked)})
+
+
+def _questions(
+    phase: phase_lib.Phase, records: Iterable[sources.Record], entry
+) -> Iterator[Request]:
+    """Of each document, cut to what fits the context, a question to the model."""
+    tokenizer, room = phase.tokenizer, _room(phase)
+    for record in records:
+        text = formats.plain_text(record, entry.format, entry.fields.to_dict()).strip()
+        ids = _asked(phase, text)
+        if len(ids) > room:
+            kept = tokenizer.encode(text)[: room - len(ids)]
+            text = tokenizer.decode(kept).rstrip("\N{REPLACEMENT CHARACTER}")
+            ids = _asked(phase, text)
+        if text and len(ids) <= room:
+            yield Request(ids, {"text": text})
+
+
+def _asked(phase: phase_lib.Phase, text: str) -> list[int]:
+    tokenizer = phase.tokenizer
+    if not tokenizer.has_turns:
+        return _encode(tokenizer, f"{text}{_ASK}\n\nQuestion:")
+    messages = [{"role": "user", "content": text + _ASK}]
+    return tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+    bos = [tokenizer.bos_id] if tokenizer.add_bos else []
+    return bos + tokenizer.encode(text)
+
+
+def _record(kind: str, request: Request, said: str) -> dict[str, Any] | None:
+    """What is written of an answer; None if it is blank or not as it was asked for."""
+    if not request.ids:
+        return request.record
+    if kind == "questions":
+        said = said if "Question:" in said else f"Question: {said}"
+        found = _PAIR.fullmatch(said[said.index("Question:") :])
+        if not found:
+            return None
+        task = comprehension.Task(*found.groups())
+        return {"text": comprehension.write(request.record["text"], [task])}
+    if not said.strip():
+        return None
+    if "prompt" in request.record:
+        return {"prompt": request.record["prompt"], "response": said.strip()}
+    return {"text": said.strip()}
+
+
+def _write(phase: phase_lib.Phase, requests: Iterable[Request]) -> dict[str, int]:
+    """Writes the parts that are not there yet, until there are tokens enough.
+
+    Returns:
+      How many records and tokens there are, and how many answers were left out.
+    """
+    config, settings = phase.config, phase.config.generate
+    output = _Output(phase)
+    batches = itertools.islice(
+        _batched(requests, config.eval.batch_size), output.num_batches, None
+    )
+    say = _speaker(phase)
+    with (
+        metrics.Writer(
+            phase.folder, config.metrics, output.num_parts - 1, {}, hosts.is_first()
+        ) as writer,
+        metrics.bar(phase.name, settings.num_tokens, phase.shows_progress) as show,
+    ):
+        for part in itertools.count(output.num_parts):
+            taken = list(itertools.islice(batches, _BATCHES_PER_PART))
+            if not taken or output.tokens >= settings.num_tokens:
+                break
+            before = output.records
+            for batch in taken:
+                first = output.num_batches * config.eval.batch_size
+                output.add(batch, say(batch, first), first)
+                show(min(output.tokens, settings.num_tokens))
+                if output.tokens >= settings.num_tokens:
+                    break
+            # The row first: a part that is there is never without its counts.
+            writer.write(part, output.counts)
+            writer.save()
+            output.write(part)
+            if output.records == before:
+                phase.say(
+                    "nothing new comes any more; fewer tokens than were asked for"
+                )
+                break
+    return {key: int(value) for key, value in output.counts.items()}
+
+
+class _Output:
+    """The parts of `generated/`: those that are there, and the one that is filled.
+
+    Attributes:
+      num_parts, num_batches: that were there, and batches that were added by now.
+      records, tokens: in all parts.
+    """
+
+    def __init__(self, phase: phase_lib.Phase):
+        self._phase, self._folder = phase, phase.folder / FOLDER
+        self._model = identity(phase)
+        self._lines: list[str] = []
+        self._seen: set[bytes] = set()
+        self.num_parts = _of_first_host(
+            next(n for n in itertools.count() if not self._file(n).exists())
+        )
+        self.num_batches = self.num_parts * _BATCHES_PER_PART
+        rows = metrics.read(phase.folder)[: self.num_parts]
+        last = rows[-1] if self.num_parts else {}
+        self.records, self.tokens, self._blank, self._duplicates = (
+            int(last.get(key, 0)) for key in _COUNTS
+        )
+        for part in range(self.num_parts):
+            for row in small_files.read_lines(self._file(part), small_files.OBJECT):
+                self._seen.add(_digest(row))
+
+    @property
+    def counts(self) -> dict[str, float]:
+        values = self.records, self.tokens, self._blank, self._duplicates
+        return dict(zip(_COUNTS, map(float, values), strict=True))
+
+    def add(self, batch: Sequence[Request], said: Sequence[str], first: int) -> None:
+        """Adds the records of a batch that are new.
+
+        Args:
+          batch: what was asked for.
+          said: what the model said to each, or nothing.
+          first: the number of the batch's first record.
+        """
+        config = self._phase.config
+        self.num_batches += 1
+        for number, (request, text) in enumerate(zip(batch, said, strict=True), first):
+            record = _record(config.generate.kind, request, text)
+            if record is None:
+                self._blank += 1
+                continue
+            if (digest := _digest(record)) in self._seen:
+                self._duplicates += 1
+                continue
+            self._seen.add(digest)
+            self.records += 1
+            self.tokens += sum(
+                len(self._phase.tokenizer.encode(value)) for value in record.values()
+            )
+            origin = {
+                "kind": config.generate.kind,
+                "number": number,
+                "seed": config.seed,
+                "model": self._model,
+            }
+            line = json.dumps(record | {"generated": origin}, ensure_ascii=False)
+            self._lines.append(line + "\n")
+
+    def write(self, part: int) -> None:
+        """Writes the part that was filled."""
+        if hosts.is_first():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            paths.replace(self._file(part), "".join(self._lines))
+        self._lines = []
+
+    def _file(self, part: int) -> epath.Path:
+        return self._folder / f"{part:05}.jsonl"
+
+
+def _digest(record: Mapping[str, Any]) -> bytes:
+    texts = (v for k, v in record.items() if k != "generated")
+    return filters.digest("\n".join(texts))
+
+
+def _speaker(phase: phase_lib.Phase) -> Callable[[Sequence[Request], int], list[str]]:
+    """`(batch, number of its first record) -> what the model says to each`."""
+    settings, tokenizer = phase.config.generate, phase.tokenizer
+    if settings.kind == "comprehension":
+        return lambda batch, first: [""] * len(batch)
+    params = phase.starting_params(phase.config.model.compute_dtype)
+    sampler = generation.Sampler(
+        phase.model_config,
+        tokenizer,
+        phase.config.model.compute_dtype,
+        batch_size=phase.config.eval.batch_size,
+    )
+    asks = settings.kind == "questions" and tokenizer.has_turns
+    stop_ids = tokenizer.stop_ids if asks else tokenizer.document_ends
+    sampling = generation.SamplingParams(settings.temperature, top_p=settings.top_p)
+
+    def say(batch: Sequence[Request], first: int) -> list[str]:
+        prompts = [request.ids for request in batch]
+        said = sampler.generate(
+            params,
+            prompts,
+            settings.max_new_tokens,
+            stop_ids,
+            sampling,
+            phase.config.seed,
+            first,
+        )
+        return [
+            tokenizer.decode(prompt + new)[len(tokenizer.decode(prompt)) :]
+            for prompt, new in zip(prompts, said, strict=True)
+        ]
+
+    return say
+
+
+def _batched(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
+    requests = iter(requests)
+    while batch := list(itertools.islice(requests, size)):
+        yield batch
+
+
+def _of_first_host(value: int) -> int:
+    """The first host's word: another may see the folder later."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.array(value)))
