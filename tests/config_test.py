@@ -75,7 +75,7 @@ BAD = [
         "spike_factor=5.0: .*train.max_skipped, which is 0",
     ),
     ("train.timeout", -1.0, "train.timeout=-1.0: must be >= 0"),
-    ("job", "learn", "job='learn': must be one of train, generate, merge, select, evaluate, export"),
+    ("job", "learn", "job='learn': must be one of train, generate, merge, select, "),
     (
         "objective.kind",
         "dpo",

@@ -156,7 +156,7 @@ def _measures(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def _table(curve: Sequence[Mapping[str, float]], keep: Mapping[str, float]) -> str:
-    names = sorted(keep) or [key for key in curve[0] if key.endswith("/loss")]
+    names = sorted({*keep, *(key for key in curve[0] if key.endswith("/loss"))})
     return metrics.table(
         ["share", *names],
         ([f"{row['share']:g}", *(f"{row[n]:.4f}" for n in names)] for row in curve),
