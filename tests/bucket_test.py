@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from processes import Launcher, finish, wait_until
+from processes import finish, kill
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.cli import command
@@ -55,12 +55,6 @@ def folder(faulty_port, faults, request):
         yield root / request.node.name
 
 
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    with Launcher(tmp_path_factory.mktemp("processes")) as launcher:
-        yield launcher
-
-
 def lines(workdir):
     rows = metrics.read(epath.Path(workdir))
     return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows]
@@ -79,9 +73,7 @@ def test_a_run_in_a_bucket_that_fails_now_and_then_is_killed_and_goes_on(
 
     killed = launcher.start(flag, f"--workdir={folder}", env=env)
     saved = folder / checkpoint.FOLDER / "4" / "commit_success.txt"
-    wait_until(saved.exists, [killed])
-    killed.kill()
-    killed.wait(10)
+    assert kill(killed, saved.exists), killed.output
     assert not (folder / "results.json").exists()
     # What the checkpoint holds is in the record, too.
     assert {row["step"] for row in lines(folder)} >= {0, 1, 2, 3, 4}

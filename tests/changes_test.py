@@ -61,7 +61,6 @@ def test_each_measure_has_its_role():
 
 
 @hypothesis.given(st.integers(-3, 3), st.integers(-3, 3), st.integers(-3, 3))
-@hypothesis.settings(deadline=None, max_examples=50)
 def test_what_is_rehearsed_says_nothing_of_what_is_kept(domain, general, rehearsed):
     arms = [arm(domain=domain, general=general, instructions=rehearsed)]
     [sentence] = changes.verdict(arms)

@@ -7,7 +7,7 @@ import jax
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixcpt_jax import config as config_lib
@@ -326,7 +326,6 @@ FILES = {
 }  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_value_is_read_or_refused_by_name(base, tmp_path_factory, data):
     kind = data.draw(st.sampled_from(sorted(base)))

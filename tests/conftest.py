@@ -9,18 +9,25 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # What one test compiles serves the others, in all processes of this run of the tests.
 COMPILED = tempfile.TemporaryDirectory(prefix="mixcpt-compiled-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+# Tiny programs take longer to compile well than to run; jax tests itself so, too.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import fcntl
 import json
 import pathlib
+import shutil
 
+import hypothesis
 import pytest
+import six_phases
 import tokenizers
 from jax.experimental.compilation_cache import compilation_cache
+from processes import Launcher, finish
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import main
@@ -30,14 +37,62 @@ from mixcpt_jax.models import tokenizer as tokenizer_lib
 
 ASSETS = "package:mixcpt_jax/assets"
 
+# What a property test tries; `EXAMPLES=1000` looks longer.
+hypothesis.settings.register_profile(
+    "here",
+    max_examples=int(os.environ.get("EXAMPLES", "40")),
+    deadline=None,
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture,
+        hypothesis.HealthCheck.too_slow,
+    ],
+)
+hypothesis.settings.load_profile("here")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """`(name, make) -> folder`, in which the first process to ask has called `make`.
+
+    The processes of one run of the tests share these folders.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def once(name, make) -> pathlib.Path:
+        folder, done = root / f"shared-{name}", root / f"shared-{name}.done"
+        with (root / f"shared-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory):
+    """Starts processes of the command line, whose imports are paid once."""
+    with Launcher(tmp_path_factory.mktemp("processes")) as launcher:
+        yield launcher
+
 
 @pytest.fixture(scope="module")
 def compiled_anew():
-    """For tests that compile for a slice, which cannot be read back from the cache."""
+    """For tests that compile for a slice, as it would run.
+
+    What is compiled for a slice cannot be read back from the cache.
+    """
     jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_disable_most_optimizations", False)
     compilation_cache.reset_cache()
     yield
     jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_disable_most_optimizations", True)
     compilation_cache.reset_cache()
 
 
@@ -54,19 +109,19 @@ def compiled_quickly(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory, write_tiny_model) -> str:
+def tiny_model(once) -> str:
     """An HF folder with a random two-layer model and a byte-level BPE tokenizer."""
-    return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+    return f"{once('tiny_model', _write_tiny_model)}/hf"
 
 
 @pytest.fixture(scope="session")
-def write_tiny_model():
-    """`(folder, max_positions) -> HF folder`, see `tiny_model`."""
-    return _write_tiny_model
+def longer_model(once) -> str:
+    """`tiny_model` with a context that the pages' commands fit in."""
+    folder = once("longer_model", lambda folder: _write_tiny_model(folder, 512))
+    return f"{folder}/hf"
 
 
-def _write_tiny_model(folder: pathlib.Path, max_positions: int = 256) -> str:
-    folder.mkdir(exist_ok=True)
+def _write_tiny_model(folder: pathlib.Path, max_positions: int = 256) -> None:
     bpe = tokenizers.ByteLevelBPETokenizer()
     lines = paths.require_file(f"{ASSETS}/instructions.jsonl").read_text().splitlines()
     bpe.train_from_iterator(
@@ -99,7 +154,6 @@ def _write_tiny_model(folder: pathlib.Path, max_positions: int = 256) -> str:
         dtype="float32",
         tokenizer=tokenizer_lib.load(str(folder)),
     )
-    return str(folder / "hf")
 
 
 @pytest.fixture
@@ -133,7 +187,7 @@ def tiny_config(tiny_model):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_model, tmp_path_factory) -> str:
+def tiny_run(tiny_model, once) -> str:
     """The workdir of a run: phases `whole`, `adapters` from its end, and `export`."""
     config = config_lib.default()
     config.model.path = tiny_model
@@ -151,9 +205,19 @@ def tiny_run(tiny_model, tmp_path_factory) -> str:
     config.overrides.adapters = {"init_from": "phase:whole", "lora": {"rank": 2}}
     config.overrides.export = {"init_from": "phase:adapters", "job": "export"}
     config.export.dtype = "float32"
-    workdir = str(tmp_path_factory.mktemp("runs") / "tiny")
-    main.run(config, workdir)
-    return workdir
+    folder = once("tiny_run", lambda folder: main.run(config, f"{folder}/tiny"))
+    return f"{folder}/tiny"
+
+
+@pytest.fixture(scope="session")
+def six_phase_run(tiny_model, project, launcher, once) -> pathlib.Path:
+    """The workdir of a run of all six phases on two devices that nothing disturbed."""
+
+    def make(folder):
+        flags = six_phases.flags(project, tiny_model, folder / "run")
+        finish([launcher.start(*flags, num_devices=2)], 600)
+
+    return once("six_phases", make) / "run"
 
 
 @pytest.fixture(scope="session")

@@ -315,6 +315,7 @@ def test_what_is_run_again_is_told_under_the_same_of_the_record():
     assert len(here.splitlines()) == 2 + 2
 
 
+@pytest.mark.slow
 def test_a_tiny_study_runs_and_runs_nothing_twice(project, tmp_path):
     command = [sys.executable, "-m", "experiments.controlled.run", "--tiny"]
     command += [

@@ -65,9 +65,8 @@ def scripts():
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("script", list(scripts()))
-def test_what_a_page_says_runs(script, tmp_path, write_tiny_model):
-    model = write_tiny_model(tmp_path / "model", max_positions=512)
-    script = re.sub(r"(?m)^export MODEL=.*$", f"export MODEL={model}", script)
+def test_what_a_page_says_runs(script, tmp_path, longer_model):
+    script = re.sub(r"(?m)^export MODEL=.*$", f"export MODEL={longer_model}", script)
     run(script, tmp_path, pathlib.Path(sys.executable).parent)
 
 
@@ -146,10 +145,9 @@ done
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_quickly")
-def test_what_wants_models_buckets_and_slices_runs(tmp_path, write_tiny_model):
+def test_what_wants_models_buckets_and_slices_runs(tmp_path, longer_model):
     pytest.importorskip("libtpu")
     pytest.importorskip("lm_eval")
-    model = write_tiny_model(tmp_path / "model", max_positions=512)
     assets = PROJECT / "mixcpt_jax" / "assets"
     (tmp_path / "data/domain").mkdir(parents=True)
     # Not the general text: configs measure that, so nothing may train on it.
@@ -165,7 +163,7 @@ def test_what_wants_models_buckets_and_slices_runs(tmp_path, write_tiny_model):
     for name, text in _STAND_INS.items():
         text = text.replace("REAL", sys.executable).replace("PROJECT", str(PROJECT))
         text = text.replace("ARCHITECTURES", f"{assets}/architectures")
-        text = text.replace("MODEL", model)
+        text = text.replace("MODEL", longer_model)
         (programs / name).write_text(f"#!/bin/bash\n{text}\n")
         (programs / name).chmod(0o755)
     script = "\n".join(
@@ -179,12 +177,12 @@ def test_what_wants_models_buckets_and_slices_runs(tmp_path, write_tiny_model):
     (tmp_path / "requirements.txt").symlink_to(PROJECT / "requirements.txt")
     (tmp_path / ".venv/installed").touch()
     script = f"make -f {PROJECT}/Makefile quickstart\n{script}"
-    script = re.sub(r"/models/\S+", model, script)
+    script = re.sub(r"/models/\S+", longer_model, script)
     script = re.sub(r"gs://bucket/Meta\S+", "gs://bucket/model", script)
     script = re.sub(r"(?<=[= ])/data/", f"{tmp_path}/data/", script)
     with bucket.serve() as port:
         with bucket.reached_by(port) as there:
-            for name, here in (("model", model), ("", tmp_path / "data")):
+            for name, here in (("model", longer_model), ("", tmp_path / "data")):
                 for file in pathlib.Path(here).rglob("*"):
                     if file.is_file():
                         target = there / name / str(file.relative_to(here))

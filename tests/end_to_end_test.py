@@ -1,20 +1,19 @@
 """All six phases by one command: what they leave, killed in every one, with adapters."""
 
+import functools
 import hashlib
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import six_phases
 from etils import epath
+from processes import finish, kill
 from safetensors import numpy as safetensors
+from six_phases import NUM_STEPS, PHASES, TRAINED
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import paths
@@ -22,68 +21,28 @@ from mixcpt_jax.models import pretrained, tokenizer, transformer
 from mixcpt_jax.runtime import metrics, sharding
 from mixcpt_jax.training import checkpoint, phase
 
-pytestmark = pytest.mark.slow
-
 ASSETS = "package:mixcpt_jax/assets"
-PHASES = ("cpt", "select", "sft", "dpo", "evaluate", "export")
-TRAINED = ("cpt", "sft", "dpo")
 RANKED = ("instructions", "preferences")
 MOMENTS = ("before", "after")
 # As configs/mixcpt.py:tiny has them.
 MAX_RECORDS, HOLDOUT, KEEP = 160, 8, 16
-STEPS = 6
-# Steps large enough that every phase shows in the weights, and checkpoints on every
-# other one, so that a kill loses work.
-SETTINGS = (
-    f"--config.train.num_steps={STEPS}",
-    "--config.train.save_every=2",
-    "--config.optimizer.learning_rate=3e-3",
-    # A method that runs the model, so that a kill loses scores.
-    "--config.select.method=format_alignment",
-    *(
-        f"--config.overrides.{name}.{setting}"
-        for name in ("sft", "dpo")
-        for setting in (
-            f"train.num_steps={STEPS}",
-            "train.eval_before=True",
-            "optimizer.learning_rate=3e-3",
-        )
-    ),
-)
 
 
-@pytest.fixture(scope="module")
-def start(project, tiny_model):
-    """Starts the command in a workdir; its output goes to a file beside that."""
+@pytest.fixture
+def start(project, tiny_model, launcher):
+    """Starts the command of the six phases in a workdir."""
 
     def start(workdir, *settings):
-        with open(f"{workdir}.log", "a") as log:
-            return subprocess.Popen(
-                [
-                    sys.executable, "-m", "mixcpt_jax.main",
-                    f"--config={project / 'configs' / 'mixcpt.py'}:tiny",
-                    f"--workdir={workdir}",
-                    f"--config.model.path={tiny_model}",
-                    *SETTINGS, *settings,
-                ],
-                env=os.environ | {"PYTHONPATH": str(project)},
-                stdout=log,
-                stderr=log,
-            )  # fmt: skip
+        flags = six_phases.flags(project, tiny_model, workdir)
+        return launcher.start(*flags, *settings, num_devices=2)
 
     return start
 
 
-def finish(process, workdir):
-    assert process.wait() == 0, epath.Path(f"{workdir}.log").read_text()
-
-
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
+def whole(six_phase_run):
     """The workdir of a run that nothing disturbed."""
-    workdir = epath.Path(tmp_path_factory.mktemp("whole")) / "run"
-    finish(start(workdir), workdir)
-    return workdir
+    return epath.Path(six_phase_run)
 
 
 def read_json(folder, name=phase.RESULTS_FILE):
@@ -127,7 +86,7 @@ def assert_same_bits(tree, other):
 def assert_hand_over(workdir):
     """Each phase names the checkpoint that the one before it left."""
     ends = {name: checkpoint.identity(str(workdir / name)) for name in TRAINED}
-    assert {end["step"] for end in ends.values()} == {STEPS}
+    assert {end["step"] for end in ends.values()} == {NUM_STEPS}
     assert len({end["id"] for end in ends.values()}) == len(TRAINED)
     for name, earlier in {
         "select": "cpt",
@@ -173,16 +132,19 @@ def test_every_phase_leaves_what_it_should(whole):
             assert read_json(whole / name, file)
     for name in TRAINED:
         kept = [path.name for path in (whole / name / checkpoint.FOLDER).iterdir()]
-        assert set(kept) == {str(STEPS - 2), str(STEPS)}
-        assert [*training_metrics(whole / name)] == [*range(1, STEPS + 1)]
-    for name, steps in {**dict.fromkeys(TRAINED, (0, STEPS)), "evaluate": (0,)}.items():
+        assert set(kept) == {str(NUM_STEPS - 2), str(NUM_STEPS)}
+        assert [*training_metrics(whole / name)] == [*range(1, NUM_STEPS + 1)]
+    for name, steps in {
+        **dict.fromkeys(TRAINED, (0, NUM_STEPS)),
+        "evaluate": (0,),
+    }.items():
         samples = read_lines(whole / name / metrics.SAMPLES_FILE)
         prompts = read_lines(paths.require_file(f"{ASSETS}/prompts.jsonl"))
         assert [row["step"] for row in samples] == np.repeat(
             steps, len(prompts)
         ).tolist()
         page = (whole / name / metrics.SAMPLES_PAGE).read_text()
-        for step in (0, STEPS):
+        for step in (0, NUM_STEPS):
             shown = len(prompts) if step in steps else 0
             assert page.count(f"*step {step}*") == shown
     table = (whole / "report.md").read_text().splitlines()[0]
@@ -203,9 +165,9 @@ def test_every_phase_learns(whole):
     first = training_metrics(whole / "cpt")[1]
     assert first["agree"] == 1.0  # the student starts as the teacher
     rows = training_metrics(whole / "sft")
-    assert rows[STEPS]["ntp"] < rows[1]["ntp"]
+    assert rows[NUM_STEPS]["ntp"] < rows[1]["ntp"]
     rows = training_metrics(whole / "dpo")
-    assert rows[STEPS]["margin"] > rows[1]["margin"]
+    assert rows[NUM_STEPS]["margin"] > rows[1]["margin"]
 
 
 @pytest.mark.parametrize("source", RANKED)
@@ -287,7 +249,7 @@ KILLED_AT = {
     "cpt": 3,
     "select": "instructions.plain.npz",
     "sft": 1,
-    "dpo": STEPS,
+    "dpo": NUM_STEPS,
     "evaluate": metrics.FILE,
     "export": phase.CONFIG_FILE,
 }
@@ -299,20 +261,18 @@ def is_under_way(folder, moment):
     return any(row["step"] >= moment for row in metrics.read(folder) if "loss" in row)
 
 
+@pytest.mark.slow
 def test_killed_in_every_phase_it_ends_the_same(whole, start, tmp_path, tiny_model):
     workdir, landed = epath.Path(tmp_path) / "run", []
     for name in PHASES:
-        folder, process = workdir / name, start(workdir)
-        while process.poll() is None and not is_under_way(folder, KILLED_AT[name]):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        folder = workdir / name
+        kill(start(workdir), functools.partial(is_under_way, folder, KILLED_AT[name]))
         if (
             is_under_way(folder, KILLED_AT[name])
             and not (folder / phase.RESULTS_FILE).exists()
         ):
             landed.append(name)
-    finish(start(workdir), workdir)
+    finish([start(workdir)], 600)
     # A phase may come to its end before the signal arrives.
     assert len(landed) >= 4, landed
 
@@ -346,18 +306,19 @@ def test_killed_in_every_phase_it_ends_the_same(whole, start, tmp_path, tiny_mod
     assert not [*workdir.glob("*/*.tmp"), *workdir.glob("*/*.incomplete")]
     for name in TRAINED:
         kept = [path.name for path in (workdir / name / checkpoint.FOLDER).iterdir()]
-        assert set(kept) == {str(STEPS - 2), str(STEPS)}
+        assert set(kept) == {str(NUM_STEPS - 2), str(NUM_STEPS)}
 
 
+@pytest.mark.slow
 def test_adapters_go_through_all_phases(start, tmp_path, tiny_model):
     workdir = epath.Path(tmp_path) / "run"
-    finish(start(workdir, "--config.lora.rank=4"), workdir)
+    finish([start(workdir, "--config.lora.rank=4")], 600)
     model_config = pretrained.read_model_config(tiny_model)
     settings = config_lib.default().lora
     lora = transformer.Lora(4, settings.alpha, tuple(settings.targets))
     adapters = transformer.abstract_adapters(model_config, lora)["layers"]
     for name in TRAINED:
-        params = workdir / name / checkpoint.FOLDER / str(STEPS) / "params"
+        params = workdir / name / checkpoint.FOLDER / str(NUM_STEPS) / "params"
         stored = read_json(params, "_METADATA")["tree_metadata"].values()
         assert {
             "/".join(key["key"] for key in leaf["key_metadata"]) for leaf in stored

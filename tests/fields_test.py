@@ -13,8 +13,6 @@ from mixcpt_jax.data import exams, fields, formats, tally, tasks
 from mixcpt_jax.data import pipeline as pipeline_lib
 from mixcpt_jax.data.sources import Record
 
-FAST = hypothesis.settings(max_examples=150, deadline=None)
-
 
 class Letters:
     """A token a character; a template that writes roles and contents."""
@@ -119,7 +117,6 @@ def words_of(value):
 
 
 @pytest.mark.parametrize("name", fields.FIELDS)
-@FAST
 @hypothesis.given(data=st.data())
 def test_each_word_is_trained_on_or_counted_or_the_record_is_refused(name, data):
     record, complaint = data.draw(records(name)), ""
@@ -139,7 +136,6 @@ def test_each_word_is_trained_on_or_counted_or_the_record_is_refused(name, data)
         assert word in text or counted, (word, keys)
 
 
-@FAST
 @hypothesis.given(
     system=st.sampled_from(["", "Be brief.", "Be brief. "]),
     where=st.sampled_from(["prompt", "answers", "both", "field"]),
@@ -235,7 +231,6 @@ def test_a_turn_of_weight_0_is_read_and_not_trained_on(key, off):
         encode({"messages": [talk[0], talk[1] | {key: 0.5}]}, "chat")
 
 
-@FAST
 @hypothesis.given(
     value=st.booleans() | st.integers(-1, 1) | WORD,
     key=st.sampled_from(["mask", "end_turn", "prefix", "name", "is_safe"]),
@@ -343,7 +338,6 @@ CHOICES = st.lists(
 )
 
 
-@FAST
 @hypothesis.given(
     question=st.sampled_from(["Is it?", " ", "\udc00", None]), choices=CHOICES,
     answer=ANSWERS, blank=st.booleans(), name=st.sampled_from(["e.jsonl", "e.json"]),
@@ -384,7 +378,6 @@ class Lacking(Letters):
         return character in "好é"
 
 
-@FAST
 @hypothesis.given(
     texts=st.lists(
         st.lists(st.sampled_from(["a", "好", "é", "<end>", "</s>", "<b>"]), min_size=1),

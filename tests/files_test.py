@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import files, sources
 
-IN_TMP = [hypothesis.HealthCheck.function_scoped_fixture]
-
 
 @pytest.fixture
 def told(monkeypatch):
@@ -48,7 +46,6 @@ FILES = (
 )
 
 
-@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=IN_TMP)
 @hypothesis.given(
     tree=st.sets(
         st.tuples(
@@ -87,7 +84,6 @@ def test_hidden_files_are_not_read_and_others_once(tmp_path_factory, tree, links
 NAMES = st.text(st.sampled_from(",[]*? a%#é"), min_size=1, max_size=5)
 
 
-@hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=IN_TMP)
 @hypothesis.given(names=st.lists(NAMES, min_size=1, max_size=4, unique=True))
 def test_lists_of_files_of_any_names(tmp_path_factory, names):
     root = tmp_path_factory.mktemp("list")

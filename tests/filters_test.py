@@ -119,7 +119,6 @@ def test_what_was_said_before_is_repetition(text, share):
     st.sampled_from(["\n", "  ", "\u3000\t", "\r\n", "\xa0"]),
     st.sampled_from(["\ufeff", "\u200b", "\xad", "\0", "\u200e"]),
 )
-@hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.example("é ﬁne ΐ Straße ｗｉｄｅ ㎏", "\n", "\ufeff")
 def test_case_blanks_and_unicode_forms_do_not_matter(text, blank, unseen):
     # Upper case has no way back to some letters, as dotless i.
@@ -135,7 +134,6 @@ def test_case_blanks_and_unicode_forms_do_not_matter(text, blank, unseen):
 
 
 @hypothesis.given(st.text(st.characters(), max_size=200))
-@hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.example("\ud800")
 def test_any_text_can_be_inspected(text):
     ngrams = filters.ngrams_of([text, "a b c d e f g h"], 13)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -35,7 +35,6 @@ CONFIG = transformer.ModelConfig(
     rope_theta=1e4,
 )
 INDEX = "model.safetensors.index.json"
-FEW = settings(max_examples=60, deadline=None)
 
 
 @pytest.fixture
@@ -209,7 +208,6 @@ def places(values):
             yield from ((key, *rest) for rest in places(value))
 
 
-@FEW
 @given(st.data())
 def test_config_json_loads_the_same_or_names_the_key(tmp_path_factory, data):
     family = data.draw(st.sampled_from(sorted(HF)))
@@ -298,7 +296,6 @@ def read_gguf(file):
     return pretrained.read_model_config(file), tokenizer.load(file).fingerprint
 
 
-@FEW
 @given(st.data())
 def test_gguf_loads_the_same_or_names_the_key(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "mutated.gguf"
@@ -403,7 +400,6 @@ def test_of_small_weights_every_byte_counts(tmp_path, monkeypatch):
     assert pretrained.identity(str(tmp_path)) not in identities
 
 
-@FEW
 @given(st.integers(0, 2**40), st.integers(1, 2**36))
 def test_samples_are_spread_over_a_tensor(begin, size):
     samples = list(pretrained._samples(begin, begin + size))

@@ -11,7 +11,6 @@ from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import corpus, formats, pipeline, sources, token_cache_writer
 
-IN_TMP = [hypothesis.HealthCheck.function_scoped_fixture]
 NUMBERS = range(12)
 # The forms in which a question and its answer can lie in a file.
 FORMS = {
@@ -80,7 +79,6 @@ def numbers_of(records):
     return {record.fields["n"] for record in records}
 
 
-@hypothesis.settings(max_examples=150, deadline=None, suppress_health_check=IN_TMP)
 @hypothesis.given(
     trained=st.lists(ENTRIES, min_size=1, max_size=3),
     measured=st.lists(ENTRIES, max_size=2),

@@ -6,13 +6,13 @@ What takes long, four hosts and all phases with everything they measure, is left
 
 import os
 import re
-import runpy
 import signal
 
 import numpy as np
 import pytest
+import six_phases
 from etils import epath
-from processes import Launcher, finish, free_port, wait_until
+from processes import finish, free_port, wait_until
 
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import metrics
@@ -27,12 +27,6 @@ NUM_STEPS = 24
 whole = pytest.mark.skipif(
     os.environ.get("HOSTS") != "whole", reason="HOSTS=whole runs it"
 )
-
-
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    with Launcher(tmp_path_factory.mktemp("processes")) as launcher:
-        yield launcher
 
 
 @pytest.fixture
@@ -231,37 +225,16 @@ def test_two_hosts_prepare_what_one_does(launcher, config_flag, tmp_path):
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
-ALL_PHASES = ("cpt", "select", "sft", "dpo", "evaluate", "export")
-# SFT trains as the first phase does.
-WITHOUT_SFT = ("cpt", "select", "dpo", "evaluate", "export")
-
-
-@pytest.mark.parametrize(
-    "phases", [WITHOUT_SFT, pytest.param(ALL_PHASES, marks=whole)], ids=len
-)
 def test_the_phases_on_two_hosts(
-    launcher, project, tiny_model, write_config_file, tmp_path, phases
+    launcher, project, tiny_model, six_phase_run, tmp_path
 ):
     """Selection, samples and export, too, are those of one host, and written once."""
-    config = runpy.run_path(f"{project}/configs/mixcpt.py")["get_config"]("tiny")
-    config.model.path = tiny_model
-    config.optimizer.learning_rate = 3e-3
-    config.metrics.tensorboard = False
-    for name in ("domain", "instructions", "preferences"):
-        config.sources[name].max_records = 48
-    for name in config.select.keep:
-        config.select.keep[name] = 8
-    config.phases = phases
-    if "sft" not in phases:
-        del config.overrides.sft
-        config.overrides.dpo.init_from = "phase:cpt"
-    flag = f"--config={write_config_file(config)}"
-    finish([launcher.start(flag, f"--workdir={tmp_path}/alone", num_devices=2)])
-    finish(launcher.start_hosts(2, flag, f"--workdir={tmp_path}/two"), 300)
-    expected, found = files(tmp_path / "alone"), files(tmp_path / "two")
+    flags = six_phases.flags(project, tiny_model, tmp_path / "two")
+    finish(launcher.start_hosts(2, *flags), 600)
+    expected, found = files(six_phase_run), files(tmp_path / "two")
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []
     assert {"select/instructions.jsonl", "evaluate/samples.md"} <= found.keys()
     assert "export/hf/model.safetensors" in found
-    for name in set(phases) - {"select", "export"}:
-        assert lines(tmp_path / "two" / name) == lines(tmp_path / "alone" / name)
+    for name in set(six_phases.PHASES) - {"select", "export"}:
+        assert lines(tmp_path / "two" / name) == lines(six_phase_run / name)

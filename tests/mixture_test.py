@@ -38,7 +38,6 @@ def _expected_targets(examples):
 
 @pytest.mark.parametrize("strategy", mixture.STRATEGIES)
 @hypothesis.given(lengths=_LENGTHS, row_length=_ROW_LENGTHS, seed=st.integers(0, 9))
-@hypothesis.settings(max_examples=100, deadline=None)
 def test_every_target_occurs_once_after_its_own_input(
     strategy, lengths, row_length, seed
 ):
@@ -70,7 +69,6 @@ def test_every_target_occurs_once_after_its_own_input(
 
 
 @hypothesis.given(lengths=_LENGTHS, row_length=_ROW_LENGTHS)
-@hypothesis.settings(max_examples=100, deadline=None)
 def test_split_pads_the_last_row_only(lengths, row_length):
     plan = mixture.pack(np.array(lengths, int), row_length, "split")
     targets = sum(max(length - 1, 0) for length in lengths)
@@ -78,7 +76,6 @@ def test_split_pads_the_last_row_only(lengths, row_length):
 
 
 @hypothesis.given(lengths=_LENGTHS, row_length=_ROW_LENGTHS)
-@hypothesis.settings(max_examples=100, deadline=None)
 def test_best_fit_cuts_only_what_is_longer_than_a_row(lengths, row_length):
     plan = mixture.pack(np.array(lengths, int), row_length, "best_fit")
     pieces = np.bincount(plan.example, minlength=len(lengths))
@@ -465,7 +462,6 @@ def test_a_source_with_nothing_to_learn_is_named():
     assert len(_rows([1, 9], 8)) == 1
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(
     lengths=st.lists(st.integers(2, 40), min_size=1, max_size=30),
     row_length=st.integers(4, 24),
@@ -577,7 +573,6 @@ def test_rows_of_pairs_know_their_reference():
     st.integers(1, 5000),
     st.booleans(),
 )
-@hypothesis.settings(max_examples=200, deadline=None)
 def test_what_is_measured_keeps_to_its_tokens(lengths, budget, is_given):
     examples = mixture.Examples.collect(
         (np.arange(n) + 1000 * i, np.arange(n) >= (n // 2 if is_given else 0))

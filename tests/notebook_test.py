@@ -14,12 +14,11 @@ nbformat = pytest.importorskip("nbformat")
 
 # Of nbclient's own event loop and sockets.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def test_the_notebook_runs(project, tmp_path, write_tiny_model, monkeypatch):
-    model = write_tiny_model(tmp_path / "model", max_positions=512)
+def test_the_notebook_runs(project, tmp_path, longer_model, monkeypatch):
     (tmp_path / "configs").symlink_to(project / "configs")
     notebook = nbformat.read(project / "experiments" / "colab_tpu.ipynb", as_version=4)
     (given,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
-    given.source += f"\nMODEL = {model!r}\nCONFIG = 'configs/mixcpt.py:tiny'\n"
+    given.source += f"\nMODEL = {longer_model!r}\nCONFIG = 'configs/mixcpt.py:tiny'\n"
     binaries = pathlib.Path(sys.executable).parent
     monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(project))

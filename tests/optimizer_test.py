@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixcpt_jax import config as config_lib
@@ -39,7 +39,6 @@ def test_a_share_of_warm_up_suits_a_phase_of_any_length(num_steps, share):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
 def test_the_peak_follows_the_warm_up_and_the_last_step_has_the_final_ratio(data):
     name = data.draw(st.sampled_from(["cosine", "wsd", "constant"]))
     num_steps = data.draw(st.integers(1, 500))

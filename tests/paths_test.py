@@ -16,14 +16,12 @@ from mixcpt_jax.data import sources, token_cache
 from mixcpt_jax.training import checkpoint
 from mixcpt_jax.training.steps import TrainState
 
-IN_TMP = [hypothesis.HealthCheck.function_scoped_fixture]
 # Weighted towards what shells, patterns and URLs take for their own.
 NAMES = st.text(st.sampled_from("[]*?!-%#&=:;,~ '\"{}$.aé日\n"), min_size=1).filter(
     lambda name: name not in (".", "..") and len(name.encode()) < 200
 )
 
 
-@hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=IN_TMP)
 @hypothesis.given(name=NAMES, other=NAMES)
 def test_a_folder_of_any_name_lists_its_own_files(tmp_path_factory, name, other):
     root = tmp_path_factory.mktemp("names")
@@ -35,7 +33,6 @@ def test_a_folder_of_any_name_lists_its_own_files(tmp_path_factory, name, other)
     assert list((folder / "x").parent.glob("b*")) == []
 
 
-@hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=IN_TMP)
 @hypothesis.given(name=NAMES)
 def test_a_file_of_any_name_is_read(tmp_path_factory, name):
     file = tmp_path_factory.mktemp("names") / f"{name}.txt"
@@ -150,7 +147,6 @@ def test_a_package_is_found_and_not_imported(tmp_path, monkeypatch, name, file):
     assert not {"plain", "dotted"} & sys.modules.keys()
 
 
-@hypothesis.settings(max_examples=300, deadline=None)
 @hypothesis.given(
     name=st.text(st.sampled_from("./\\a\0\n\ud800~:*")) | st.integers() | st.none()
 )

@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import ml_dtypes
 import numpy as np
@@ -302,29 +300,26 @@ def test_a_bad_record_is_named_from_a_worker(config, tmp_path):
         make(config, num_workers=1)
 
 
-def run_command(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "mixcpt_jax", "prepare", *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_the_command(config, write_config_file, tmp_path, capsys):
+def test_the_command(config, launcher, write_config_file, tmp_path, capsys):
     file = write_config_file(on_the_fly(config))
     flags = [f"--config={file}", f"--workdir={tmp_path / 'run'}", "--workers=0"]
-    done = run_command(*flags)
-    assert done.returncode == 1
-    assert "error: data.prepared: name the folder to write to" in done.stderr
+
+    def prepare(*more):
+        module = "mixcpt_jax.cli.prepare"
+        return launcher.start(*flags, *more, num_devices=8, module=module)
+
+    failed = prepare()
+    assert failed.wait() == 1
+    assert "error: data.prepared: name the folder to write to" in failed.output
     flags.append(f"--config.data.prepared={config.data.prepared}")
-    done = run_command(*flags, "--phase=sft")
+    failed = prepare("--phase=sft")
+    assert failed.wait() == 1
     assert "error: --phase=sft: the phases of this config that train are run" in (
-        done.stderr
+        failed.output
     )
-    done = run_command(*flags, "--teacher")
-    assert done.returncode == 0, done.stderr
-    assert "domain: the teacher has read" in done.stdout
+    done = prepare("--teacher")
+    assert done.wait() == 0, done.output
+    assert "domain: the teacher has read" in done.output
     assert not (tmp_path / "run").exists()
     config.objective.teacher = "prepared"
     config.metrics.progress = True

@@ -21,16 +21,18 @@ _PRELOADED = [
 
 
 class Process(NamedTuple):
-    """One that runs; `log` is the file that its output goes to."""
+    """A process and the files that its standard output and error go to."""
 
     process: multiprocessing.process.BaseProcess
-    log: pathlib.Path
+    stdout: pathlib.Path
+    stderr: pathlib.Path
 
     @property
     def output(self) -> str:
-        return self.log.read_text()
+        """All that it wrote: standard output, then standard error."""
+        return self.stdout.read_text() + self.stderr.read_text()
 
-    def wait(self, seconds: float) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """Its exit status, which is below 0 for a signal."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, f"still runs:\n{self.output}"
@@ -66,12 +68,16 @@ class Launcher:
         module: str = "mixcpt_jax.main",
         env: Mapping[str, str] | None = None,
     ) -> Process:
-        """One process that does as `python -m MODULE ARGUMENTS`."""
-        log = self._folder / f"{len(self._started)}.log"
-        settings = module, arguments, num_devices, dict(env or {}), log
+        """One process that does as `python -m MODULE ARGUMENTS`, in this folder."""
+        files = [
+            self._folder / f"{len(self._started)}.{name}" for name in ("out", "err")
+        ]
+        for file in files:
+            file.touch()
+        settings = module, arguments, num_devices, os.getcwd(), dict(env or {}), *files
         process = self._context.Process(target=_run, args=settings)
         process.start()
-        self._started.append(Process(process, log))
+        self._started.append(Process(process, *files))
         return self._started[-1]
 
     def start_hosts(self, num_hosts: int, *arguments: str, **settings) -> list[Process]:
@@ -103,6 +109,14 @@ def wait_until(holds: Callable[[], bool], processes: list[Process]) -> None:
         time.sleep(0.01)
 
 
+def kill(process: Process, holds: Callable[[], bool]) -> bool:
+    """Kills a process once it holds; False if the process ended by itself before."""
+    while process.process.is_alive() and not holds():
+        time.sleep(0.002)
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -113,12 +127,15 @@ def _run(
     module: str,
     arguments: tuple[str, ...],
     num_devices: int,
+    folder: str,
     env: dict[str, str],
-    log: pathlib.Path,
+    stdout: pathlib.Path,
+    stderr: pathlib.Path,
 ) -> None:
-    with log.open("wb", buffering=0) as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    for number, file in enumerate((stdout, stderr), 1):
+        with file.open("ab", buffering=0) as output:
+            os.dup2(output.fileno(), number)
+    os.chdir(folder)
     # The server was started with what pytest itself runs in.
     os.environ.pop("XLA_FLAGS", None)
     os.environ.update(env)
@@ -126,7 +143,7 @@ def _run(
 
     jax.config.update("jax_num_cpu_devices", num_devices)
     # What one process compiled, later ones with the same devices read.
-    jax.config.update("jax_compilation_cache_dir", str(log.parent / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(stdout.parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     sys.argv = [module, *arguments]
     command = importlib.import_module(module)

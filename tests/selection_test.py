@@ -162,7 +162,6 @@ _TEXT = st.text(min_size=1, max_size=20).filter(str.strip)
 
 
 @hypothesis.given(prompt=_TEXT, response=_TEXT)
-@hypothesis.settings(max_examples=150, deadline=None)
 @hypothesis.example("a\n", "\n\nb")
 @hypothesis.example("a", "\u0301b")
 def test_any_response_is_masked_exactly(bpe, prompt, response):
@@ -243,7 +242,6 @@ _WORD = st.sampled_from(["a", "A", "b", "ab", "a  b", "b\n"])
 
 
 @hypothesis.given(st.lists(st.tuples(_WORD, _WORD), min_size=1, max_size=12))
-@hypothesis.settings(max_examples=100, deadline=None)
 def test_of_equal_texts_the_first_stays(bpe, texts):
     rows = [_ask(*text, id=i) for i, text in enumerate(texts)]
     firsts = {}
@@ -394,7 +392,6 @@ def test_the_length_of_a_response_does_not_count():
 
 
 @hypothesis.given(_CASES, st.sampled_from(selection.METHODS), st.integers(0, 3))
-@hypothesis.settings(max_examples=100, deadline=None)
 def test_the_order_is_that_of_the_scores_and_not_of_the_source(cases, method, seed):
     plain, chat, origins = zip(*cases)
     found, measured = _unmeasured(origins), _measured(plain, chat)
@@ -436,7 +433,6 @@ def test_chance_goes_by_the_seed_and_spreads_evenly():
     keep=st.integers(1, 35),
     share=st.sampled_from([0.05, 0.07, 0.25, 0.5, 1 / 3, 0.99, 1.0]),
 )
-@hypothesis.settings(max_examples=200, deadline=None)
 def test_no_origin_has_more_than_its_share(cases, method, keep, share):
     plain, chat, origins = zip(*cases)
     ranking = selection.rank(
@@ -487,7 +483,6 @@ def test_counts_add_up():
 
 
 @hypothesis.given(st.text("ab", min_size=1, max_size=12), st.integers(0, 3))
-@hypothesis.settings(max_examples=50, deadline=None)
 def test_each_method_needs_the_scores_of_its_forms_alone(origins, seed):
     found, scored = (
         _unmeasured(origins),

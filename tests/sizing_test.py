@@ -38,7 +38,6 @@ def choose(name, num_tokens, mesh, gib, **settings):
     st.tuples(*[st.sampled_from([1, 2, 8])] * 3),
     st.floats(1, 200),
 )
-@hypothesis.settings(deadline=None, max_examples=60)
 def test_what_is_chosen_fits_and_divides(name, num_tokens, mesh, gib):
     config, architecture = (
         config_lib.default(),

@@ -174,7 +174,6 @@ VALUES = st.recursive(
 )
 
 
-@hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(value=VALUES, is_ascii=st.booleans())
 def test_what_json_writes_is_read_back(value, is_ascii):
     text = json.dumps(value, ensure_ascii=is_ascii)
@@ -216,7 +215,6 @@ def fits(value, shape):
     return type(value) in kinds
 
 
-@hypothesis.settings(max_examples=500, deadline=None)
 @hypothesis.given(
     value=st.recursive(
         st.sampled_from([None, True, 1, 1.5, "x\x1b[1m", 10**40]),

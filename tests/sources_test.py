@@ -744,7 +744,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=8,
 )
-IN_TMP = [hypothesis.HealthCheck.function_scoped_fixture]
 
 
 def _outcome(path):
@@ -761,7 +760,6 @@ def _outcome(path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@hypothesis.settings(max_examples=40, deadline=None, suppress_health_check=IN_TMP)
 @hypothesis.given(content=st.binary(max_size=200))
 def test_any_bytes_are_records_or_an_error(tmp_path, suffix, content):
     file = tmp_path / f"a{suffix}"
@@ -770,7 +768,6 @@ def test_any_bytes_are_records_or_an_error(tmp_path, suffix, content):
     _read_on(file)
 
 
-@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=IN_TMP)
 @hypothesis.given(values=st.lists(JSON, min_size=1))
 def test_any_json_is_records_or_an_error(tmp_path, values):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, values)))
@@ -781,7 +778,6 @@ def test_any_json_is_records_or_an_error(tmp_path, values):
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-@hypothesis.settings(max_examples=40, deadline=None, suppress_health_check=IN_TMP)
 @hypothesis.given(data=st.data())
 def test_any_damage_is_records_or_an_error(tmp_path, name, data):
     file = tmp_path / name

@@ -357,11 +357,6 @@ _CONVERSATION = st.tuples(
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=range(7))
 @hypothesis.given(conversation=_CONVERSATION)
-@hypothesis.settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
 def test_the_loss_is_on_the_responses_and_their_ends(
     plain, theirs, template, conversation
 ):

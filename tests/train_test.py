@@ -2,18 +2,14 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from contextlib import nullcontext
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
+from processes import finish, kill
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
@@ -407,41 +403,28 @@ def test_the_end_equals_what_the_checkpoint_exports(tiny_config, tmp_path):
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_kill_at_a_random_moment_changes_nothing(
-    tiny_config, tmp_path, project, write_config_file, accumulation_steps
+    tiny_config, tmp_path, launcher, write_config_file, accumulation_steps
 ):
     """`kill -9`, the same command again: every number of every step is equal."""
     tiny_config.train.num_steps = 40
     tiny_config.train.save_every = 4
     tiny_config.optimizer.accumulation_steps = accumulation_steps
     tiny_config.data.batch_size = 8 * accumulation_steps
-    file = write_config_file(tiny_config)
-    env = os.environ | {"PYTHONPATH": str(project)}
+    flag = f"--config={write_config_file(tiny_config)}"
 
-    def command(workdir):
-        return [
-            sys.executable, "-m", "mixcpt_jax.main",
-            f"--config={file}", f"--workdir={tmp_path / workdir}",
-        ]  # fmt: skip
+    def start(workdir):
+        return launcher.start(flag, f"--workdir={tmp_path / workdir}", num_devices=8)
 
-    whole = subprocess.run(command("whole"), env=env, capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
+    finish([start("whole")])
     rng = np.random.default_rng(accumulation_steps)
     kills = 0
     for attempt in range(3):
-        process = subprocess.Popen(
-            command("killed"),
-            env=env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        num_steps = int(rng.integers(5, 12)) * (attempt + 1)
+        kills += kill(
+            start("killed"), lambda n=num_steps: len(losses(tmp_path / "killed")) >= n
         )
-        wanted = int(rng.integers(5, 12)) * (attempt + 1)
-        while process.poll() is None and len(losses(tmp_path / "killed")) < wanted:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
     assert kills, "the run ended before any kill"
-    last = subprocess.run(command("killed"), env=env, capture_output=True, text=True)
-    assert last.returncode == 0, last.stderr
+    finish([start("killed")])
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert (tmp_path / "killed" / phase.RESULTS_FILE).exists()
 
