@@ -105,7 +105,6 @@ def get_config(size: str = ""):
             "lssd_weight": 0.0,
             "kd_weight": 0.0,
             "selective_weight": 0.0,
-            "anneal": "none",
         },
     }
     config.overrides.dpo = alignment | {

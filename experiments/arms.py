@@ -17,7 +17,6 @@ class Arm:
       general: the same on what is mixed with them; None where nothing is.
       replay: it is general documents that are mixed in, not instructions.
       share: of the domain in the tokens, where something is mixed in.
-      settings: further settings of the objective.
       lora_rank: of adapters; 0: all weights are trained.
       rate_scale: multiplies the learning rates of the sweep.
     """
@@ -27,7 +26,6 @@ class Arm:
     general: dict[str, float] | None = None
     replay: bool = False
     share: float = 0.5
-    settings: dict[str, float | str] = dataclasses.field(default_factory=dict)
     lora_rank: int = 0
     rate_scale: float = 1.0
 
@@ -37,8 +35,8 @@ class Arm:
         return 1.0 if self.general is None else self.share
 
 
-def _everywhere(label: str, settings=None, **weights: float) -> Arm:
-    return Arm(label, weights, weights, settings=settings or {})
+def _everywhere(label: str, **weights: float) -> Arm:
+    return Arm(label, weights, weights)
 
 
 ARMS = {
@@ -82,17 +80,6 @@ ARMS = {
     ),
     "selective": _everywhere(
         "mixture, NTP where the teacher is wrong, else KL", selective=1.0
-    ),
-    "sharp": _everywhere(
-        "mixture, LSSD, teacher's temperature 0.5",
-        {"teacher_temperature": 0.5},
-        lssd=1.0,
-    ),
-    "to_ntp": _everywhere(
-        "mixture, from LSSD to NTP over the run", {"anneal": "to_ntp"}, lssd=1.0
-    ),
-    "from_ntp": _everywhere(
-        "mixture, from NTP to LSSD over the run", {"anneal": "from_ntp"}, lssd=1.0
     ),
 }
 

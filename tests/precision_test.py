@@ -18,7 +18,7 @@ from mixcpt_jax.models import attention, pretrained, transformer
 from mixcpt_jax.objectives import dense, over_pairs, over_tokens, streamed, teachers
 from mixcpt_jax.training import optimizer, steps
 
-# No head size, query scale, temperature, rank or cap below is a power of two, or has one
+# No head size, query scale, rank or cap below is a power of two, or has one
 # for a root, so each scale shows if it is rounded. The embedding's alone is meant to be.
 LLAMA = transformer.ModelConfig(
     family="llama",
@@ -72,7 +72,7 @@ BATCH = {
 } | {f"{name}_weights": jnp.float32 for name in config_lib.OBJECTIVES}
 
 
-def make_objective(config, kind, dtype=jnp.bfloat16, lora=None, temperature=1.0):
+def make_objective(config, kind, dtype=jnp.bfloat16, lora=None):
     """The objective whose network, and whose frozen model, compute in a dtype."""
     student = transformer.make_forward(config, dtype, "full", lora)
     frozen = transformer.make_forward(config, dtype)
@@ -80,7 +80,7 @@ def make_objective(config, kind, dtype=jnp.bfloat16, lora=None, temperature=1.0)
     if kind == "tokens":
         return over_tokens.token_objective(
             student,
-            teachers.running_teacher(frozen, temperature, config.final_soft_cap),
+            teachers.running_teacher(frozen),
             ("all",),
             functools.partial(streamed.head_loss, **head),
         )
@@ -96,7 +96,7 @@ def make_objective(config, kind, dtype=jnp.bfloat16, lora=None, temperature=1.0)
 
 def lowered_step(config, kind, lora, parts):
     """The whole training step, as text."""
-    objective = make_objective(config, kind, lora=lora, temperature=0.9)
+    objective = make_objective(config, kind, lora=lora)
     transforms, schedule = optimizer.make_optimizer(config_lib.default().optimizer, 10)
     params = transformer.abstract_params(config)
     if lora:

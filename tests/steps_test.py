@@ -67,7 +67,6 @@ def take_step(
     mesh_sizes=None,
     num_steps=1,
     remat="none",
-    teacher_temperature=1.0,
     soft_cap=None,
 ):
     config = config_lib.default().optimizer
@@ -77,7 +76,7 @@ def take_step(
     train_step = steps.make_train_step(
         over_tokens.token_objective(
             forward,
-            teachers.running_teacher(forward, teacher_temperature, soft_cap),
+            teachers.running_teacher(forward),
             SOURCES,
             functools.partial(streamed.head_loss, soft_cap=soft_cap),
         ),
@@ -124,19 +123,17 @@ def test_every_objective_of_the_config_has_its_weights():
     assert streamed.TokenWeights._fields == config_lib.OBJECTIVES
 
 
-@pytest.mark.parametrize(
-    ("temperature", "soft_cap"), [(1.0, None), (0.6, None), (0.6, 0.1)]
-)
-def test_the_loss_is_the_weighted_mean_of_the_dense_losses(temperature, soft_cap):
+@pytest.mark.parametrize("soft_cap", [None, 0.1])
+def test_the_loss_is_the_weighted_mean_of_the_dense_losses(soft_cap):
     batch = make_batch()
-    _, found = take_step(batch, teacher_temperature=temperature, soft_cap=soft_cap)
+    _, found = take_step(batch, soft_cap=soft_cap)
     inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
     forward = transformer.make_forward(CONFIG)
     student, teacher = (
         transformer.logits(p, forward(p, *inputs), soft_cap)
         for p in (params(), params(1))
     )
-    targets, teacher = batch["targets"], teacher / temperature
+    targets = batch["targets"]
     total = (
         batch["ntp_weights"] * dense.cross_entropy(student, targets)
         + batch["lssd_weights"] * dense.lssd(student, teacher, targets)

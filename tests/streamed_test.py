@@ -202,12 +202,12 @@ def test_soft_cap(vocab_tile):
     )
 
 
-def test_soft_cap_against_float64_with_a_temperature():
+def test_soft_cap_against_float64():
     hidden, kernel, teacher_hidden, teacher_kernel, targets, weights = problem()
     h, w, g, u = (np.float64(x) for x in problem()[:4])
-    cap, temperature, targets_T = 5.0, 0.7, np.asarray(targets)
+    cap, targets_T = 5.0, np.asarray(targets)
     student = cap * np.tanh(h @ w / cap)
-    teacher = cap * np.tanh(g @ u / cap) / temperature
+    teacher = cap * np.tanh(g @ u / cap)
     weights_T = np.float64(weights.lssd)
     value, d_capped = swap_oracle(student, teacher, targets_T, weights_T, 0.0)
     d_logits = d_capped * (1 - (student / cap) ** 2)
@@ -216,12 +216,11 @@ def test_soft_cap_against_float64_with_a_temperature():
         return fused.lssd(
             hidden,
             kernel,
-            teacher_hidden / temperature,
+            teacher_hidden,
             teacher_kernel,
             targets,
             weights.lssd,
             soft_cap=cap,
-            teacher_soft_cap=cap / temperature,
         )
 
     actual = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, kernel)
@@ -773,12 +772,12 @@ def test_compact_teacher_equals_its_definition(top_k, chunk_size):
             np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
 
 
-def test_compact_teacher_applies_the_cap_then_the_temperature():
+def test_compact_teacher_applies_the_cap():
     _, _, hidden, kernel, targets, _ = problem()
-    logits = 5.0 * np.tanh(np.asarray(hidden @ kernel) / 5.0) / 0.7
+    logits = 5.0 * np.tanh(np.asarray(hidden @ kernel) / 5.0)
     padded = jnp.pad(kernel, ((0, 0), (0, 9)), constant_values=3.0)
     actual = fused.compact_teacher(
-        hidden, padded, targets, 4, vocab_size=V, soft_cap=5.0, temperature=0.7
+        hidden, padded, targets, 4, vocab_size=V, soft_cap=5.0
     )
     for a, e in zip(actual, stored_teacher(logits, np.asarray(targets), 4)):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)

@@ -259,49 +259,19 @@ def test_random_weights_are_the_seeds_on_any_mesh(tiny_config, tiny_model, tmp_p
         assert np.all(before == 1) or np.mean(before == now) < 0.01
 
 
-def test_from_random_weights_a_phase_is_its_own_teacher_and_anneals(
-    tiny_config, tmp_path
-):
+def test_from_random_weights_a_phase_is_its_own_teacher(tiny_config, tmp_path):
     tiny_config.model.weights = "random"
-    tiny_config.objective.anneal = "to_ntp"
     tiny_config.objective.lssd_weight = tiny_config.objective.selective_weight = 0.5
     tiny_config.sources.instructions.selective_weight = 0.0
     for source in tiny_config.sources.values():
         source.holdout = 0
-    tiny_config.train.num_steps = 3
+    tiny_config.train.num_steps = 1
     tiny_config.train.eval_before = False
     train.run(tiny_config, str(tmp_path / "run"), "cpt")
     rows = losses(tmp_path / "run")
     assert rows[1]["agree"] == 1.0
     assert rows[1]["kd"] == pytest.approx(0.0, abs=1e-5)
     assert rows[1]["loss"] != pytest.approx(rows[1]["ntp"], rel=0.01)
-    # The weights of a token add up to 1.
-    assert rows[3]["loss"] == pytest.approx(rows[3]["ntp"], rel=1e-5)
-
-
-@pytest.mark.parametrize("anneal", ["to_ntp", "from_ntp"])
-def test_annealing_moves_weights_to_next_token_prediction_and_loses_none(anneal):
-    rng = np.random.default_rng(0)
-    names = [f"{objective}_weights" for objective in config_lib.OBJECTIVES]
-    batch = {name: rng.random((2, 9), np.float32) for name in names}
-    batch |= {"loss_mask": rng.random((2, 9), np.float32)}
-    whole = sum(batch[name] for name in names)
-    steps = [train._anneal(batch, anneal, step, 5) for step in range(1, 6)]
-    if anneal == "from_ntp":
-        steps.reverse()
-    alone = dict.fromkeys(names, 0 * whole) | {"ntp_weights": whole}
-    for share, now in zip(np.linspace(0, 1, 5), steps):
-        assert {array.dtype for array in now.values()} == {np.dtype("float32")}
-        np.testing.assert_array_equal(now["loss_mask"], batch["loss_mask"])
-        np.testing.assert_allclose(sum(now[name] for name in names), whole, rtol=1e-6)
-        for name in names:
-            expected = (1 - share) * batch[name] + share * alone[name]
-            np.testing.assert_allclose(now[name], expected, rtol=1e-6)
-    # The ends are exact, so a weight of 0 stays one that leaves tokens out.
-    for name in names:
-        np.testing.assert_array_equal(steps[0][name], batch[name])
-        np.testing.assert_array_equal(steps[-1][name], alone[name])
-    assert train._anneal(batch, "none", 3, 5) is batch
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_remedy(

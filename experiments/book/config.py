@@ -69,7 +69,6 @@ def make(cell: Cell) -> ml_collections.ConfigDict:
         config.overrides = ml_collections.ConfigDict({"evaluate": {"job": "evaluate"}})
         return config
     arm = arms.ARMS[cell.arm]
-    config.objective.update(arm.settings)
     config.lora.rank = arm.lora_rank
     config.optimizer.learning_rate = cell.rate * arm.rate_scale
     # Every arm reads the same tokens of the book.

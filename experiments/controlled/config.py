@@ -148,7 +148,6 @@ def _arm(config, cell: Cell, arm: arms.Arm) -> ml_collections.ConfigDict:
             weight=(1 - share) * part if has_mixture else 0.0,
             **arms.source_weights(arm.general or arms.NTP),
         )
-    config.objective.update(arm.settings)
     config.optimizer.learning_rate = cell.rate * arm.rate_scale
     # Every arm reads the same tokens of the domain.
     config.train.num_steps = round(cell.domain_steps / share)
@@ -197,7 +196,6 @@ def _align(config, cell: Cell) -> None:
     config.overrides.sft = shared | {
         "init_from": "phase:cpt",
         "sources": only | {"sft": {"weight": 1.0}},
-        "objective": {"anneal": "none"},
     }
     config.overrides.dpo = shared | {
         "init_from": "phase:sft",

@@ -128,7 +128,6 @@ def _adapt(config, cell: Cell, arm: arms.Arm) -> None:
             )
             source.update(arms.source_weights(arm.general))
             config.sources[name] = source
-    config.objective.update(arm.settings)
     config.lora.rank = arm.lora_rank
     config.optimizer.learning_rate = cell.rate * arm.rate_scale
     # Every arm reads the same tokens of the domain, in as many updates of its own.

@@ -119,17 +119,12 @@ def bounded_config() -> ml_collections.ConfigDict:
             # plain distillation where it is. With weights m here and 1 - m for LSSD the
             # gold token's target is m + (1 - m) p_a wherever the teacher is wrong.
             "selective_weight": number(0.0, least=0),
-            # Divides the teacher's logits. Below 1 its targets are sharper.
-            "teacher_temperature": number(1.0, above=0),
             # "step" runs the teacher in every step; "prepared" reads what it said from
             # `data.prepared`, where `python -m mixcpt_jax prepare --teacher` puts it.
             "teacher": one_of("step", "prepared"),
             # What is prepared of it. 0: its last hidden states, in bfloat16. Above: so
             # many most likely tokens and the gold one, all others as one outcome.
             "teacher_top_k": number(0, least=0),
-            # Linear in the steps: "to_ntp" turns each token's weights into one of
-            # next-token prediction, "from_ntp" begins with that and ends with them.
-            "anneal": one_of("none", "to_ntp", "from_ntp"),
         }
     )
 

@@ -34,6 +34,9 @@ FREE_ON_RESUME = (
     "train.keep_best",  # in the configs of earlier versions
 )
 
+# Settings of earlier versions, with the value at which they changed nothing.
+_REMOVED = {"objective.anneal": "none", "objective.teacher_temperature": 1.0}
+
 # Sections that a job does not read, so that a mistake in a later phase can be mended
 # without making the earlier ones anew.
 _OF_TRAINING = ("optimizer", "train", "objective", "preference", "lora")
@@ -124,7 +127,10 @@ def _defaults() -> list[tuple[re.Pattern, dict[str, Any]]]:
         (r"eval\.exams\.[^.]+\.(.+)", exam()),
         ("(.+)", default()),
     ]
-    return [(re.compile(p), dict(leaves(part.to_dict()))) for p, part in sections]
+    return [
+        (re.compile(pattern), dict(leaves(part.to_dict())) | _REMOVED)
+        for pattern, part in sections
+    ]
 
 
 def first_difference(

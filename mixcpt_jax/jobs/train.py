@@ -14,7 +14,6 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mixcpt_jax import config as config_lib
 from mixcpt_jax.data import pipeline, tally
 from mixcpt_jax.evaluation import evaluator
 from mixcpt_jax.jobs import reference_outputs
@@ -92,11 +91,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             raise preemption.Preempted(f" after step {start.step}")
 
         for step in range(start.step + 1, num_steps + 1):
-            batch = _put_rows(
-                _anneal(next(batches), config.objective.anneal, step, num_steps),
-                config,
-                phase.mesh,
-            )
+            batch = _put_rows(next(batches), config, phase.mesh)
             state, step_metrics = program.train_step(state, start.frozen, batch)
             preemption_guard.defer()
             # The device is busy with this step while the host reads the one before.
@@ -353,22 +348,6 @@ def _load_frozen(
             )
             reference_outputs.save(phase.folder, key, references)
     return frozen, references
-
-
-def _anneal(
-    batch: dict[str, np.ndarray], anneal: str, step: int, num_steps: int
-) -> dict[str, np.ndarray]:
-    """Weights of the batch of a step, see `config.objective.anneal`."""
-    if anneal == "none":
-        return batch
-    share = (step - 1) / max(num_steps - 1, 1)
-    if anneal == "from_ntp":
-        share = 1 - share
-    names = [f"{objective}_weights" for objective in config_lib.OBJECTIVES]
-    moved = share * sum(batch[name] for name in names)
-    scaled = {name: np.float32(1 - share) * batch[name] for name in names}
-    scaled["ntp_weights"] += moved
-    return batch | {k: v.astype(np.float32) for k, v in scaled.items()}
 
 
 def _put_rows(batch: dict[str, np.ndarray], config, mesh) -> Batch:

@@ -149,7 +149,6 @@ class _Options(NamedTuple):
     vocab_size: int
     vocab_first: bool
     soft_cap: float | None
-    teacher_soft_cap: float | None
     layout: Layout
 
 
@@ -168,7 +167,6 @@ def head_loss(
     vocab_size: int | None = None,
     vocab_first: bool = False,
     soft_cap: float | None = None,
-    teacher_soft_cap: float | None = None,
     vocab_parallel: bool = True,
 ) -> tuple[jax.Array, TokenStatistics]:
     """Weighted sum of all objectives over all tokens, in one sweep.
@@ -197,9 +195,7 @@ def head_loss(
       vocab_size: columns from here on are padding and get no probability.
       vocab_first: both unembeddings are given as `[V, D]`, as tied embeddings are
         stored; transposing one would cost a copy of it.
-      soft_cap: logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2).
-      teacher_soft_cap: the teacher's; None: the same. Hidden states divided by a
-        temperature want a cap divided by it.
+      soft_cap: both models' logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2).
       vocab_parallel: splits the vocabulary over `fsdp` as well as `tensor` and
         gathers hidden states, instead of splitting tokens over `fsdp` and gathering
         the unembedding.
@@ -243,7 +239,6 @@ def head_loss(
         vocab_size or num_columns,
         vocab_first,
         soft_cap,
-        soft_cap if teacher_soft_cap is None else teacher_soft_cap,
         layout,
     )
     return _weighted_sum(
@@ -326,7 +321,6 @@ def compact_teacher(
     vocab_first: bool = False,
     vocab_size: int | None = None,
     soft_cap: float | None = None,
-    temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> CompactTeacher:
     """What `head_loss` needs of a teacher that does not run beside the student.
@@ -337,7 +331,6 @@ def compact_teacher(
       targets_T: gold token ids, listed besides the most likely ones.
       top_k: how many most likely tokens to list; the lower id first among equals.
       vocab_first, vocab_size, soft_cap: as for `head_loss`.
-      temperature: what the logits are divided by, after the cap.
       chunk_size: tokens whose logits exist at a time, on all devices together.
 
     Returns:
@@ -360,12 +353,12 @@ def compact_teacher(
     axes = ("vocab", "activation") if vocab_first else ("activation", "vocab")
     kernel = constrain(unembedding_ExV.astype(hidden_TxE.dtype), *axes)
     sizes = (chunk_size, chunk_size, num_columns, vocab_size)
-    columns = _Columns(kernel, _Options(*sizes, vocab_first, None, soft_cap, Layout()))
+    columns = _Columns(kernel, _Options(*sizes, vocab_first, soft_cap, Layout()))
 
     def of_chunk(chunk):
         hidden_CxE, targets_C = chunk
         logits_VxC = columns.logits(kernel, hidden_CxE, 0, soft_cap)[:vocab_size]
-        logps_VxC = jax.nn.log_softmax(logits_VxC / temperature, axis=0)
+        logps_VxC = jax.nn.log_softmax(logits_VxC, axis=0)
         _, top_CxK = jax.lax.top_k(logits_VxC.T, top_k)
         ids_MxC = jnp.concatenate([top_CxK.T, targets_C[None]])
         logps_MxC = jnp.take_along_axis(logps_VxC, ids_MxC, axis=0)
@@ -618,9 +611,8 @@ def _chunk(
             return student_VxC, columns.spread(compact, start)
         if teacher_hidden_CxE is None:
             return student_VxC, None
-        cap = options.teacher_soft_cap
         teacher = teacher_kernel, teacher_hidden_CxE
-        return student_VxC, columns.logits(*teacher, start, cap)
+        return student_VxC, columns.logits(*teacher, start, options.soft_cap)
 
     if columns.num_tiles == 1:
         both_VxC = tile(0)

@@ -26,42 +26,27 @@ from mixcpt_jax.objectives.interface import (
 Teacher = Callable[[transformer.Params, Batch], dict[str, Any]]
 
 
-def running_teacher(
-    forward: transformer.Forward,
-    temperature: float = 1.0,
-    soft_cap: float | None = None,
-) -> Teacher:
-    """Runs the frozen model.
-
-    Args:
-      forward: from `transformer.make_forward`.
-      temperature: what the logits are divided by.
-      soft_cap: of the logits, before that; None: the network's own.
-    """
-    soft_cap = soft_cap_of(forward) if soft_cap is None else soft_cap
+def running_teacher(forward: transformer.Forward) -> Teacher:
+    """Runs the frozen model in the step; `forward` is from `transformer.make_forward`."""
 
     def view(frozen_params, batch: Batch):
         hidden = flatten(forward(frozen_params, *model_inputs(batch)))
-        return _logits_from(hidden, frozen_params, temperature, soft_cap)
+        return _logits_from(hidden, frozen_params)
 
     return view
 
 
-def prepared_teacher(
-    dtype: str, temperature: float = 1.0, soft_cap: float | None = None
-) -> Teacher:
+def prepared_teacher(dtype: str) -> Teacher:
     """Reads hidden states, `batch["teacher_hidden"]`: the bits of bfloat16, [B, L, E].
 
     Args:
       dtype: of the product with the frozen unembedding.
-      temperature: what the logits are divided by.
-      soft_cap: of the logits, before that.
     """
 
     def view(frozen_params, batch: Batch):
         bits = flatten(batch["teacher_hidden"])
         hidden = jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)
-        return _logits_from(hidden, frozen_params, temperature, soft_cap)
+        return _logits_from(hidden, frozen_params)
 
     return view
 
@@ -84,29 +69,14 @@ def compact_teacher() -> Teacher:
 
 
 def _logits_from(
-    hidden_TxE: jax.Array,
-    frozen_params: transformer.Params,
-    temperature: float,
-    soft_cap: float | None,
+    hidden_TxE: jax.Array, frozen_params: transformer.Params
 ) -> dict[str, Any]:
     unembedding, _ = transformer.unembedding(frozen_params)
-    # The temperature is not rounded to the dtype of the hidden states.
-    cooled_TxE = hidden_TxE.astype(jnp.float32) / temperature
-    view = {
-        "teacher_hidden_TxE": cooled_TxE.astype(hidden_TxE.dtype),
-        "teacher_unembedding_ExV": unembedding,
-    }
-    if soft_cap is not None:
-        # cap tanh(t / cap) / temperature, with both numbers divided by it beforehand.
-        view["teacher_soft_cap"] = soft_cap / temperature
-    return view
+    return {"teacher_hidden_TxE": hidden_TxE, "teacher_unembedding_ExV": unembedding}
 
 
 def make_teacher_step(
-    forward: transformer.Forward,
-    top_k: int = 0,
-    temperature: float = 1.0,
-    soft_cap: float | None = None,
+    forward: transformer.Forward, top_k: int = 0
 ) -> Callable[[transformer.Params, Batch], dict[str, jax.Array]]:
     """Builds `(params, batch) -> what a prepared teacher reads`, `[B, L, ...]` each.
 
@@ -114,10 +84,7 @@ def make_teacher_step(
       forward: from `transformer.make_forward`.
       top_k: 0: hidden states, see `prepared_teacher`; else how many tokens are kept,
         see `compact_teacher`.
-      temperature: what the logits are divided by; hidden states are left as they are.
-      soft_cap: of the logits, before that; None: the network's own.
     """
-    soft_cap = soft_cap_of(forward) if soft_cap is None else soft_cap
 
     def teacher_step(params, batch: Batch):
         hidden = flatten(forward(params, *model_inputs(batch)))
@@ -129,8 +96,7 @@ def make_teacher_step(
                 flatten(batch["targets"]),
                 top_k,
                 vocab_first=vocab_first,
-                soft_cap=soft_cap,
-                temperature=temperature,
+                soft_cap=soft_cap_of(forward),
             )
             arrays = {f"teacher_{k}": v for k, v in compact._asdict().items()}
         else:

@@ -118,18 +118,14 @@ def with_teacher(phase: phase_lib.Phase, data: pipeline.Data) -> pipeline.Data:
 
 
 def _teacher(phase: phase_lib.Phase, data: pipeline.Data) -> teachers.Teacher | None:
-    config, objective = phase.config, phase.config.objective
+    config = phase.config
     if not _needs_teacher(config, data):
         return None
     if not reads_teacher(config, data):
-        return teachers.running_teacher(phase.forward(), objective.teacher_temperature)
-    if objective.teacher_top_k:
+        return teachers.running_teacher(phase.forward())
+    if config.objective.teacher_top_k:
         return teachers.compact_teacher()
-    return teachers.prepared_teacher(
-        config.model.compute_dtype,
-        objective.teacher_temperature,
-        phase.model_config.final_soft_cap,
-    )
+    return teachers.prepared_teacher(config.model.compute_dtype)
 
 
 def _without_teacher(config, data: pipeline.Data) -> list[str]:

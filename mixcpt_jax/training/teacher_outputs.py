@@ -76,11 +76,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
     with jax.set_mesh(phase.mesh):
         params = phase.starting_params(phase.frozen_dtype) if asked else None
         step = jax.jit(
-            teachers.make_teacher_step(
-                phase.forward(),
-                config.objective.teacher_top_k,
-                config.objective.teacher_temperature,
-            ),
+            teachers.make_teacher_step(phase.forward(), config.objective.teacher_top_k),
             out_shardings=sharding.replicated(phase.mesh),
             compiler_options=phase.compiler_options,
         )
@@ -191,5 +187,4 @@ def _key(phase: phase_lib.Phase, rows: mixture.PackedRows) -> dict[str, Any]:
     }
     if config.objective.teacher_top_k:
         key["teacher_top_k"] = config.objective.teacher_top_k
-        key["teacher_temperature"] = config.objective.teacher_temperature
     return key
