@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import head_cpu, head_forms
 from mixcpt_jax import config as config_lib
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives import dense, over_tokens, streamed, teachers
 from mixcpt_jax.planning import hlo, step_plan
@@ -157,7 +158,7 @@ def print_collectives() -> None:
 def print_steps() -> None:
     chip = chips.of_topology(SLICES["v5e"])
     gathered = functools.partial(streamed.head_loss, vocab_parallel=False)
-    lora = transformer.Lora(16, 16.0, transformer.LORA_TARGETS)
+    lora = lora_lib.Lora(16, 16.0, lora_lib.LORA_TARGETS)
     rows = [
         ("plain CE, dense head", dense_head, False, 1, None),
         ("LSSD, dense head", dense_head, True, 1, None),
@@ -231,7 +232,7 @@ def compile_step(
     has_teacher: bool,
     sequences_per_chip: int,
     length: int,
-    lora: transformer.Lora | None = None,
+    lora: lora_lib.Lora | None = None,
 ) -> jax.stages.Compiled:
     """The training step of `steps`, sharded over `fsdp`, from shapes alone."""
     mesh = sharding.make_topology_mesh(topology, {"data": 1, "fsdp": -1, "tensor": 1})
@@ -328,7 +329,7 @@ def dense_head(
 def needed_flops(
     config: transformer.ModelConfig,
     has_teacher: bool,
-    lora: transformer.Lora | None = None,
+    lora: lora_lib.Lora | None = None,
 ) -> float:
     """Per token, of matrix products alone, under full rematerialisation."""
     frozen = "whole" if has_teacher else "none"

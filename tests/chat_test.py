@@ -22,6 +22,7 @@ from mixcpt_jax.cli import chat as sample
 from mixcpt_jax.core import mesh_shape, paths
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.evaluation import generation, load_model
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import pretrained, transformer
 from mixcpt_jax.models import tokenizer as tokenizer_lib
 from mixcpt_jax.runtime import sharding
@@ -59,7 +60,7 @@ GEMMA3 = dataclasses.replace(
     MIXED, family="gemma3_text", qk_norm=True, rope_theta=1e6, local_rope_theta=1e4
 )
 QWEN3 = dataclasses.replace(QWEN2, family="qwen3", qkv_bias=False, qk_norm=True)
-LORA = transformer.Lora(rank=3, alpha=6.0, targets=("query", "value", "down"))
+LORA = lora_lib.Lora(rank=3, alpha=6.0, targets=("query", "value", "down"))
 
 GREEDY = generation.SamplingParams()
 NUCLEUS = generation.SamplingParams(temperature=0.9, top_k=40, top_p=0.95)
@@ -82,8 +83,8 @@ def draw_params(config, lora=None):
     """Parameters at which every token depends on all before it."""
     abstract = transformer.abstract_params(config)
     if lora is not None:
-        abstract = transformer.with_adapters(
-            abstract, transformer.abstract_adapters(config, lora)
+        abstract = lora_lib.with_adapters(
+            abstract, lora_lib.abstract_adapters(config, lora)
         )
     rng = np.random.default_rng(0)
 

@@ -17,6 +17,7 @@ from six_phases import NUM_STEPS, PHASES, TRAINED
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import paths
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import pretrained, tokenizer, transformer
 from mixcpt_jax.runtime import metrics, sharding
 from mixcpt_jax.training import checkpoint, phase
@@ -315,8 +316,8 @@ def test_adapters_go_through_all_phases(start, tmp_path, tiny_model):
     finish([start(workdir, "--config.lora.rank=4")], 600)
     model_config = pretrained.read_model_config(tiny_model)
     settings = config_lib.default().lora
-    lora = transformer.Lora(4, settings.alpha, tuple(settings.targets))
-    adapters = transformer.abstract_adapters(model_config, lora)["layers"]
+    lora = lora_lib.Lora(4, settings.alpha, tuple(settings.targets))
+    adapters = lora_lib.abstract_adapters(model_config, lora)["layers"]
     for name in TRAINED:
         params = workdir / name / checkpoint.FOLDER / str(NUM_STEPS) / "params"
         stored = read_json(params, "_METADATA")["tree_metadata"].values()

@@ -15,6 +15,7 @@ import pytest
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.models import attention, pretrained, transformer
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.objectives import dense, over_pairs, over_tokens, streamed, teachers
 from mixcpt_jax.training import optimizer, steps
 
@@ -60,7 +61,7 @@ FAMILIES = {
         final_soft_cap=None,
     ),
 }
-LORA = transformer.Lora(rank=3, alpha=7.0, targets=transformer.LORA_TARGETS)
+LORA = lora_lib.Lora(rank=3, alpha=7.0, targets=lora_lib.LORA_TARGETS)
 ROWS, LENGTH, SEGMENTS = 2, 16, 4
 BATCH = {
     "tokens": jnp.int32,
@@ -100,7 +101,7 @@ def lowered_step(config, kind, lora, parts):
     transforms, schedule = optimizer.make_optimizer(config_lib.default().optimizer, 10)
     params = transformer.abstract_params(config)
     if lora:
-        params = transformer.abstract_adapters(config, lora)
+        params = lora_lib.abstract_adapters(config, lora)
     state = steps.TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
         params,

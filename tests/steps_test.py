@@ -12,6 +12,7 @@ from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import mesh_shape
 from mixcpt_jax.data import formats, mixture
 from mixcpt_jax.evaluation import evaluator
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives import dense, over_pairs, over_tokens, streamed, teachers
 from mixcpt_jax.runtime import metrics, sharding
@@ -455,7 +456,7 @@ def test_padding_and_pairs_of_no_answer_count_nothing():
 
 
 def test_adapters_train_and_what_they_adapt_stays():
-    lora = transformer.Lora(4, 8.0, ("query", "value", "down"))
+    lora = lora_lib.Lora(4, 8.0, ("query", "value", "down"))
     config = config_lib.default().optimizer
     config.learning_rate = 1e-2
     transforms, schedule = optimizer.make_optimizer(config, 10)
@@ -467,7 +468,7 @@ def test_adapters_train_and_what_they_adapt_stays():
     step = jax.jit(
         steps.make_train_step(objective, transforms, schedule, has_adapters=True)
     )
-    adapters = transformer.init_adapters(CONFIG, lora, jax.random.key(3), jnp.float32)
+    adapters = lora_lib.init_adapters(CONFIG, lora, jax.random.key(3), jnp.float32)
     state = steps.TrainState(
         jnp.zeros((), jnp.int32), adapters, transforms.init(adapters)
     )
@@ -482,7 +483,7 @@ def test_adapters_train_and_what_they_adapt_stays():
     assert set(state.params["layers"]) == {
         f"{name}_lora_{part}" for name in lora.targets for part in "ab"
     }
-    merged = transformer.merge_adapters(params(), state.params, lora)
+    merged = lora_lib.merge_adapters(params(), state.params, lora)
     score = jax.jit(steps.make_eval_step(transformer.make_forward(CONFIG)))
     ntp = np.asarray(score(merged, batch)["ntp"])[batch["loss_mask"] > 0].mean()
     _, after = step(state, params(), batch)

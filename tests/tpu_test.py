@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from benchmarks import lssd_head
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives import streamed
 from mixcpt_jax.planning import hlo
@@ -96,7 +97,7 @@ def test_the_step_holds_a_block_of_logits_and_computes_nothing_twice():
 
 @pytest.mark.usefixtures("compiled_quickly")
 def test_with_adapters_the_teacher_costs_no_second_copy():
-    lora = transformer.Lora(8, 8.0, transformer.LORA_TARGETS)
+    lora = lora_lib.Lora(8, 8.0, lora_lib.LORA_TARGETS)
     length = 1024
 
     def compiled(has_teacher, lora):

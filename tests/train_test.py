@@ -14,6 +14,7 @@ from processes import finish, kill
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.jobs import reference_outputs, train
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import pretrained, transformer
 from mixcpt_jax.runtime import metrics, sharding
 from mixcpt_jax.training import checkpoint, optimizer, phase
@@ -485,7 +486,7 @@ def test_adapters_alone_are_trained_kept_and_handed_over_merged(tiny_config, tmp
     )
     np.testing.assert_array_equal(loaded["embedding"], base["embedding"])
     assert np.any(loaded["layers"]["query"] != base["layers"]["query"])
-    lora = transformer.Lora(2, config.lora.alpha, tuple(config.lora.targets))
+    lora = lora_lib.Lora(2, config.lora.alpha, tuple(config.lora.targets))
     with pytest.raises(InputError, match=r"\['embedding'\] is absent there"):
         checkpoint.load_params(str(tmp_path / "first"), base)
     adapters = checkpoint.load_params(

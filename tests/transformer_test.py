@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from mixcpt_jax.core import mesh_shape
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.runtime import sharding
 
@@ -25,7 +26,7 @@ CONFIG = transformer.ModelConfig(
     max_positions=64,
     rope_theta=1e4,
 )
-LORA = transformer.Lora(rank=3, alpha=6.0, targets=transformer.LORA_TARGETS)
+LORA = lora_lib.Lora(rank=3, alpha=6.0, targets=lora_lib.LORA_TARGETS)
 BIASED = dataclasses.replace(CONFIG, family="qwen2", qkv_bias=True)
 WINDOWED = dataclasses.replace(CONFIG, family="mistral", sliding_window=4)
 # All that is in Gemma 2 and 3, at once.
@@ -133,7 +134,7 @@ def test_shapes_axes_and_parameters_agree(tied, bias):
 def adapted(config=CONFIG, lora=LORA):
     """Parameters and adapters that all show in the result."""
     params = transformer.init_params(config, jax.random.key(0))
-    adapters = transformer.init_adapters(config, lora, jax.random.key(1))
+    adapters = lora_lib.init_adapters(config, lora, jax.random.key(1))
     leaves, structure = jax.tree.flatten((params, adapters))
     keys = jax.random.split(jax.random.key(2), len(leaves))
     return jax.tree.unflatten(
@@ -153,7 +154,7 @@ def adapter_loss(config, lora, remat="none"):
     weights = jax.random.normal(jax.random.key(4), (2, 9, config.hidden_size))
 
     def loss(adapters, params):
-        hidden = forward(transformer.with_adapters(params, adapters), *inputs())
+        hidden = forward(lora_lib.with_adapters(params, adapters), *inputs())
         return jnp.sum(hidden * weights)
 
     return loss
@@ -172,20 +173,20 @@ def assert_close(actual, expected, relative=1e-5):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_fresh_adapters_change_no_bit(dtype):
     params = transformer.init_params(BIASED, jax.random.key(0))
-    adapters = transformer.init_adapters(BIASED, LORA, jax.random.key(1))
+    adapters = lora_lib.init_adapters(BIASED, LORA, jax.random.key(1))
     base = jax.jit(transformer.make_forward(BIASED, dtype))(params, *inputs())
     forward = jax.jit(transformer.make_forward(BIASED, dtype, lora=LORA))
-    hidden = forward(transformer.with_adapters(params, adapters), *inputs())
+    hidden = forward(lora_lib.with_adapters(params, adapters), *inputs())
     np.testing.assert_array_equal(hidden, base)
-    merged = transformer.merge_adapters(params, adapters, LORA)
+    merged = lora_lib.merge_adapters(params, adapters, LORA)
     jax.tree.map(np.testing.assert_array_equal, merged, params)
 
 
 def test_fresh_adapters_keep_the_size_of_activations():
     config = dataclasses.replace(CONFIG, hidden_size=512, mlp_size=1024, head_size=64)
     lora = dataclasses.replace(LORA, rank=64)
-    adapters = transformer.init_adapters(config, lora, jax.random.key(0))["layers"]
-    for name in transformer.LORA_TARGETS:
+    adapters = lora_lib.init_adapters(config, lora, jax.random.key(0))["layers"]
+    for name in lora_lib.LORA_TARGETS:
         a = np.asarray(adapters[f"{name}_lora_a"])
         # Relative noise of a deviation from n samples: 1 / sqrt(2 n), here five times.
         spread = a.std() * np.sqrt(a.shape[1])
@@ -194,14 +195,14 @@ def test_fresh_adapters_keep_the_size_of_activations():
 
 
 @pytest.mark.parametrize(
-    "targets", [transformer.LORA_TARGETS, ("query", "value"), ("down",)], ids="-".join
+    "targets", [lora_lib.LORA_TARGETS, ("query", "value"), ("down",)], ids="-".join
 )
 def test_merged_weights_give_the_same_network(targets):
     lora = dataclasses.replace(LORA, targets=targets)
     params, adapters = adapted(BIASED, lora)
     forward = jax.jit(transformer.make_forward(BIASED, lora=lora))
-    hidden = forward(transformer.with_adapters(params, adapters), *inputs())
-    merge = jax.jit(transformer.merge_adapters, static_argnames="lora")
+    hidden = forward(lora_lib.with_adapters(params, adapters), *inputs())
+    merge = jax.jit(lora_lib.merge_adapters, static_argnames="lora")
     merged = merge(params, adapters, lora=lora)
     base = jax.jit(transformer.make_forward(BIASED))
     assert_close(hidden, base(merged, *inputs()))
@@ -211,7 +212,7 @@ def test_merged_weights_give_the_same_network(targets):
 def test_merging_rounds_once_to_the_bases_dtype():
     params, adapters = adapted()
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    merged = transformer.merge_adapters(rounded, adapters, LORA)
+    merged = lora_lib.merge_adapters(rounded, adapters, LORA)
     for name, kernel in merged["layers"].items():
         exact = np.float64(rounded["layers"][name])
         if name in LORA.targets:
@@ -233,7 +234,7 @@ def test_adapter_gradients_follow_the_chain_rule(config, remat):
     gradients = jax.jit(jax.grad(adapter_loss(config, LORA, remat)))(adapters, params)
     forward = transformer.make_forward(config)
     weights = jax.random.normal(jax.random.key(4), (2, 9, config.hidden_size))
-    merged = transformer.merge_adapters(params, adapters, LORA)
+    merged = lora_lib.merge_adapters(params, adapters, LORA)
     through_kernels = jax.jit(
         jax.grad(lambda merged: jnp.sum(forward(merged, *inputs()) * weights))
     )(merged)
@@ -264,15 +265,15 @@ def test_adapters_do_not_depend_on_the_mesh(config, sizes):
     forward = transformer.make_forward(config, lora=LORA)
 
     def loss(adapters, params):
-        both = transformer.with_adapters(params, adapters)
+        both = lora_lib.with_adapters(params, adapters)
         return jnp.mean(forward(both, tokens, positions, tokens * 0) ** 3)
 
     def both(adapters, params):
-        merged = transformer.merge_adapters(params, adapters, LORA)
+        merged = lora_lib.merge_adapters(params, adapters, LORA)
         return jax.value_and_grad(loss)(adapters, params), merged
 
     expected = jax.jit(both)(adapters, params)
-    all_axes = transformer.adapter_axes(config, LORA), transformer.param_axes(config)
+    all_axes = lora_lib.adapter_axes(config, LORA), transformer.param_axes(config)
     mesh = sharding.make_mesh(dict(zip(mesh_shape.MESH_AXES, sizes)))
     with jax.set_mesh(mesh):
         placed = (
@@ -284,13 +285,13 @@ def test_adapters_do_not_depend_on_the_mesh(config, sizes):
 
 
 def test_adapters_lie_as_their_kernels_do():
-    axes = transformer.adapter_axes(CONFIG, LORA)["layers"]
+    axes = lora_lib.adapter_axes(CONFIG, LORA)["layers"]
     assert axes["query_lora_a"] == ("layers", "hidden", None)
     assert axes["query_lora_b"] == ("layers", None, "heads")
     assert axes["down_lora_a"] == ("layers", "mlp", None)
     assert axes["down_lora_b"] == ("layers", None, "hidden")
-    abstract = transformer.abstract_adapters(CONFIG, LORA, jnp.bfloat16)
-    adapters = transformer.init_adapters(CONFIG, LORA, jax.random.key(0), jnp.bfloat16)
+    abstract = lora_lib.abstract_adapters(CONFIG, LORA, jnp.bfloat16)
+    adapters = lora_lib.init_adapters(CONFIG, LORA, jax.random.key(0), jnp.bfloat16)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), adapters) == jax.tree.map(
         lambda x: (x.shape, x.dtype), abstract
     )
@@ -332,7 +333,7 @@ def test_the_backward_pass_makes_no_gradient_of_a_kernel(remat):
 def test_decoding_in_pieces_equals_the_forward_pass(config, lora):
     params, adapters = adapted(config)
     if lora is not None:
-        params = transformer.with_adapters(params, adapters)
+        params = lora_lib.with_adapters(params, adapters)
     tokens, positions, segments = inputs(length=20)
     forward = jax.jit(transformer.make_forward(config, lora=lora))
     expected = forward(params, tokens, positions, segments)
@@ -389,6 +390,6 @@ def test_logits_of_rounded_states_are_not_rounded():
 
 def test_only_kernels_have_adapters():
     with pytest.raises(InputError, match="choose one or more of query, key"):
-        transformer.Lora(rank=4, alpha=8.0, targets=("query", "norm"))
+        lora_lib.Lora(rank=4, alpha=8.0, targets=("query", "norm"))
     with pytest.raises(InputError, match="rank 0"):
-        transformer.Lora(rank=0, alpha=8.0, targets=("query",))
+        lora_lib.Lora(rank=0, alpha=8.0, targets=("query",))

@@ -20,7 +20,7 @@ from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import mixture, pipeline, tasks
 from mixcpt_jax.data.exams import Exam
 from mixcpt_jax.evaluation import generation, load_model
-from mixcpt_jax.models import transformer
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.runtime import metrics
 from mixcpt_jax.training import phase as phase_lib
 
@@ -44,7 +44,7 @@ class Measure:
         phase: phase_lib.Phase,
         data: pipeline.Data,
         references: Mapping[str, np.ndarray] | None = None,
-        lora: transformer.Lora | None = None,
+        lora: lora_lib.Lora | None = None,
     ):
         """
         Args:

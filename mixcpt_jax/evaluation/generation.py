@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.models.tokenizer import Tokenizer
 from mixcpt_jax.runtime import sharding
@@ -117,7 +118,7 @@ def make_decoding(
     config: transformer.ModelConfig,
     vocab_size: int,
     dtype=jnp.float32,
-    lora: transformer.Lora | None = None,
+    lora: lora_lib.Lora | None = None,
 ) -> Decoding:
     """Decoding as pure functions, to be jitted with `max_new_tokens` and `sampling` static.
 
@@ -210,7 +211,7 @@ def make_generate(
     config: transformer.ModelConfig,
     vocab_size: int,
     dtype=jnp.float32,
-    lora: transformer.Lora | None = None,
+    lora: lora_lib.Lora | None = None,
 ) -> Callable[..., jax.Array]:
     """All of decoding in one program, to be jitted as `make_decoding`, with its arguments.
 
@@ -265,7 +266,7 @@ class Sampler:
         model_config: transformer.ModelConfig,
         tokenizer: Tokenizer,
         compute_dtype="float32",
-        lora: transformer.Lora | None = None,
+        lora: lora_lib.Lora | None = None,
         batch_size: int = 16,
     ):
         """
@@ -389,7 +390,7 @@ class Stream:
         model_config: transformer.ModelConfig,
         tokenizer: Tokenizer,
         compute_dtype="float32",
-        lora: transformer.Lora | None = None,
+        lora: lora_lib.Lora | None = None,
         batch_size: int = 1,
         tokens_per_call: int = 1,
     ):

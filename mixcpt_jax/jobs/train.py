@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from mixcpt_jax.data import pipeline, tally
 from mixcpt_jax.evaluation import evaluator
 from mixcpt_jax.jobs import reference_outputs
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives.interface import Batch, Metrics
 from mixcpt_jax.runtime import hosts, metrics, preemption, sharding, watchdog
@@ -279,7 +280,7 @@ class _Evaluation:
         )
         params = state.params
         if self._phase.lora:
-            params = transformer.with_adapters(self._start.frozen, params)
+            params = lora_lib.with_adapters(self._start.frozen, params)
         if measured:
             self._measure_texts(step, params)
         if answered:
@@ -435,7 +436,7 @@ def _announce(phase: phase_lib.Phase) -> None:
     """Says how much is trained, and from which step."""
     config, adapters = phase.config, ""
     if phase.lora:
-        trained = transformer.abstract_adapters(
+        trained = lora_lib.abstract_adapters(
             phase.model_config, phase.lora, config.model.param_dtype
         )
         size = sum(leaf.size for leaf in jax.tree.leaves(trained)) / 1e6

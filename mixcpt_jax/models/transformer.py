@@ -18,15 +18,18 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.models.attention import attend, attend_to_cache
 from mixcpt_jax.runtime.sharding import constrain, scatter_gradient
+
+if TYPE_CHECKING:
+    from mixcpt_jax.models.lora import Lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,44 +114,6 @@ class ModelConfig:
         changed = [(name, value) for name, value, usual in settings if value != usual]
         digest = hashlib.blake2b(repr(changed).encode(), digest_size=8)
         return digest.hexdigest()
-
-
-LORA_TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
-
-
-@dataclasses.dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters beside frozen kernels (Hu et al., arXiv 2106.09685).
-
-    A kernel `W` acts as `W + (alpha / rank) a b`, with `a` of `[in, rank]` and `b` of
-    `[rank, out]`.
-
-    Attributes:
-      rank: columns of `a`.
-      alpha: scales the update, so that the learning rate need not follow the rank.
-      targets: which kernels have adapters, of `LORA_TARGETS`.
-
-    Raises:
-      InputError: a target is not a kernel, or the rank is not positive.
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-    def __post_init__(self):
-        unknown = set(self.targets) - set(LORA_TARGETS)
-        if unknown or not self.targets:
-            raise InputError(
-                f"lora: targets {self.targets}: choose one or more of "
-                f"{', '.join(LORA_TARGETS)}"
-            )
-        if self.rank < 1:
-            raise InputError(f"lora: rank {self.rank}: it must be 1 or more")
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:
@@ -244,7 +209,7 @@ class Layer(nnx.Module):
         self,
         config: ModelConfig,
         dtype: jnp.dtype,
-        lora: Lora | None,
+        lora: "Lora | None",
         *,
         rngs: nnx.Rngs,
     ):
@@ -359,7 +324,7 @@ class Decoder(nnx.Module):
         config: ModelConfig,
         dtype: jnp.dtype,
         remat: str,
-        lora: Lora | None,
+        lora: "Lora | None",
         *,
         rngs: nnx.Rngs,
     ):
@@ -486,7 +451,7 @@ def make_forward(
     config: ModelConfig,
     dtype=jnp.float32,
     remat: str = "none",
-    lora: Lora | None = None,
+    lora: "Lora | None" = None,
 ) -> Forward:
     """The network as a pure function of its parameters.
 
@@ -496,7 +461,7 @@ def make_forward(
         where they are used; norms, RoPE and softmax are float32 inside.
       remat: what the backward pass recomputes: "none", "dots" (all but the
         projections) or "full" (each layer from its input).
-      lora: the adapters that the parameters hold, see `with_adapters`.
+      lora: the adapters that the parameters hold, see `lora.with_adapters`.
 
     Returns:
       `forward(params, tokens_BxL, positions_BxL, segment_ids_BxL) -> hidden_BxLxD`.
@@ -511,7 +476,7 @@ def make_forward(
 
 
 def make_decode(
-    config: ModelConfig, dtype=jnp.float32, lora: Lora | None = None
+    config: ModelConfig, dtype=jnp.float32, lora: "Lora | None" = None
 ) -> Decode:
     """The network on the next tokens of rows whose earlier ones are in a cache.
 
@@ -673,80 +638,9 @@ def param_axes(config: ModelConfig) -> Params:
     return axes
 
 
-def abstract_adapters(config: ModelConfig, lora: Lora, dtype=jnp.float32) -> Params:
-    """Shapes and dtypes of the adapters: `{"layers": {"query_lora_a": ...}}`.
-
-    `a` is `[N, in, rank]` and `b` is `[N, rank, out]`, for each target.
-    """
-    kernels = abstract_params(config, dtype)["layers"]
-    adapters = {}
-    for name in lora.targets:
-        layers, rows, columns = kernels[name].shape
-        for suffix, shape in (("a", (rows, lora.rank)), ("b", (lora.rank, columns))):
-            adapters[f"{name}_lora_{suffix}"] = jax.ShapeDtypeStruct(
-                (layers, *shape), dtype
-            )
-    return {"layers": adapters}
-
-
-def init_adapters(
-    config: ModelConfig, lora: Lora, key: jax.Array, dtype=jnp.float32
-) -> Params:
-    """Adapters under which the network is the base's: `b` is zero.
-
-    `a` is normal of variance `1 / in`, so what it makes of normed activations is of
-    their size. Jit it with `out_shardings` to have the adapters born sharded.
-    """
-
-    def init(path, leaf, key):
-        if path[-1].key.endswith("_b"):
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        normal = jax.random.normal(key, leaf.shape) / math.sqrt(leaf.shape[1])
-        return normal.astype(leaf.dtype)
-
-    abstract = abstract_adapters(config, lora, dtype)
-    leaves, structure = jax.tree.flatten(abstract)
-    keys = jax.tree.unflatten(structure, jax.random.split(key, len(leaves)))
-    return jax.tree.map_with_path(init, abstract, keys)
-
-
-def adapter_axes(config: ModelConfig, lora: Lora) -> Params:
-    """The logical axes of the adapters; the outer dimensions lie as the kernel's do."""
-    kernels = param_axes(config)["layers"]
-    axes = {}
-    for name in lora.targets:
-        layers, rows, columns = kernels[name]
-        axes[f"{name}_lora_a"] = (layers, rows, None)
-        axes[f"{name}_lora_b"] = (layers, None, columns)
-    return {"layers": axes}
-
-
-def with_adapters(params: Params, adapters: Params) -> Params:
-    """One tree for a forward pass with adapters; copies no array."""
-    return params | {"layers": params["layers"] | adapters["layers"]}
-
-
-def merge_adapters(params: Params, adapters: Params, lora: Lora) -> Params:
-    """The base's parameters with the adapters added in: `W + (alpha / rank) a b`.
-
-    The sum is float32 and rounded to the base's dtype once. Jittable.
-    """
-    layers = dict(params["layers"])
-    for name in lora.targets:
-        a_NxIxR, b_NxRxO = (
-            adapters["layers"][f"{name}_lora_{suffix}"].astype(jnp.float32)
-            for suffix in ("a", "b")
-        )
-        # Highest: a TPU would round the factors to bfloat16.
-        update_NxIxO = lora.scale * jnp.matmul(a_NxIxR, b_NxRxO, precision="highest")
-        kernel = layers[name]
-        layers[name] = (kernel.astype(jnp.float32) + update_NxIxO).astype(kernel.dtype)
-    return params | {"layers": layers}
-
-
 @functools.cache
 def _abstract_decoder(
-    config: ModelConfig, dtype, remat: str, lora: Lora | None = None
+    config: ModelConfig, dtype, remat: str, lora: "Lora | None" = None
 ) -> Decoder:
     """The network with shapes in the place of arrays; not to be changed."""
     return nnx.eval_shape(

@@ -27,6 +27,7 @@ from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import mesh_shape, paths
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import corpus, pipeline
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import pretrained, tokenizer, transformer
 from mixcpt_jax.objectives import interface, streamed
 from mixcpt_jax.runtime import hosts, sharding, terminal
@@ -66,7 +67,7 @@ class Phase:
     started: float
 
     @property
-    def lora(self) -> transformer.Lora | None:
+    def lora(self) -> lora_lib.Lora | None:
         return _lora(self.config.lora)
 
     @property
@@ -84,7 +85,7 @@ class Phase:
     def compiler_options(self) -> dict[str, str] | None:
         return compiler_options(self.mesh)
 
-    def forward(self, remat: str = "none", lora: transformer.Lora | None = None):
+    def forward(self, remat: str = "none", lora: lora_lib.Lora | None = None):
         """The network, in the phase's compute dtype."""
         dtype = self.config.model.compute_dtype
         return transformer.make_forward(self.model_config, dtype, remat, lora)
@@ -111,7 +112,7 @@ class Phase:
                 return model_settings.param_dtype
         return config_lib.frozen_dtype(model_settings)
 
-    def eval_step(self, lora: transformer.Lora | None = None) -> Callable[..., Any]:
+    def eval_step(self, lora: lora_lib.Lora | None = None) -> Callable[..., Any]:
         """`(params, batch on the host) -> {"ntp", "correct"}` on the host, `[B, L]`."""
         forward = self.forward(lora=lora)
         return make_eval_step(forward, self.mesh, **self.head_options)
@@ -496,14 +497,14 @@ def abstract_params(
 
 def abstract_adapters(
     model_config: transformer.ModelConfig,
-    lora: transformer.Lora,
+    lora: lora_lib.Lora,
     mesh: jax.sharding.Mesh,
     dtype: str,
 ) -> transformer.Params:
     """The same of the adapters."""
     return sharding.place(
-        transformer.abstract_adapters(model_config, lora, dtype),
-        sharding.shardings(mesh, transformer.adapter_axes(model_config, lora)),
+        lora_lib.abstract_adapters(model_config, lora, dtype),
+        sharding.shardings(mesh, lora_lib.adapter_axes(model_config, lora)),
     )
 
 
@@ -554,7 +555,7 @@ def load_params(
     )
     lora = dataclasses.replace(lora, alpha=share * lora.alpha)
     merge = jax.jit(
-        functools.partial(transformer.merge_adapters, lora=lora),
+        functools.partial(lora_lib.merge_adapters, lora=lora),
         donate_argnums=0,
         out_shardings=shardings,
     )
@@ -606,13 +607,13 @@ def _is_random(config: ml_collections.ConfigDict) -> bool:
     return config.model.get("weights") == "random"
 
 
-def _trained_lora(stored: ml_collections.ConfigDict) -> transformer.Lora | None:
+def _trained_lora(stored: ml_collections.ConfigDict) -> lora_lib.Lora | None:
     """The adapters that a checkpoint holds; what jobs make of them is whole."""
     is_trained = stored.get("job", "train") == "train"
     return _lora(stored.get("lora")) if is_trained else None
 
 
-def _lora(config: ml_collections.ConfigDict | None) -> transformer.Lora | None:
+def _lora(config: ml_collections.ConfigDict | None) -> lora_lib.Lora | None:
     if config is None or not config.rank:
         return None
-    return transformer.Lora(config.rank, config.alpha, tuple(config.targets))
+    return lora_lib.Lora(config.rank, config.alpha, tuple(config.targets))

@@ -10,6 +10,7 @@ import ml_collections
 import optax
 
 from mixcpt_jax.data import pipeline
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives import (
     dense,
@@ -190,7 +191,7 @@ def starting_state(phase: phase_lib.Phase, program: Program) -> steps.TrainState
         key = jax.random.key(phase.config.seed)
         make = jax.jit(
             lambda key: init(
-                transformer.init_adapters(phase.model_config, phase.lora, key, dtype)
+                lora_lib.init_adapters(phase.model_config, phase.lora, key, dtype)
             ),
             out_shardings=state_shardings,
         )

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives import streamed
 from mixcpt_jax.objectives.interface import (
@@ -83,7 +84,7 @@ def make_train_step(
         if frozen_params is not None:
             frozen_params = jax.lax.stop_gradient(frozen_params)
         if has_adapters:
-            student = transformer.with_adapters(frozen_params, params)
+            student = lora_lib.with_adapters(frozen_params, params)
         return objective.loss_sum(student, frozen_params, batch, scale)
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
