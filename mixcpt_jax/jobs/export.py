@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from mixcpt_jax.models import pretrained
-from mixcpt_jax.models.pretrained import FOLDER
+from mixcpt_jax.models import huggingface_export
+from mixcpt_jax.models.huggingface_export import FOLDER
 from mixcpt_jax.training import phase as phase_lib
 
 
@@ -26,7 +26,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     """
     folder = phase.folder / FOLDER
     model = phase.config.model
-    pretrained.check_target(folder, model.path, model.tokenizer)
+    huggingface_export.check_target(folder, model.path, model.tokenizer)
     phase.announce(f"exports {phase.config.export.dtype}")
     phase.claim()
     vocabulary = phase.tokenizer
@@ -36,7 +36,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     dtype = phase.config.export.dtype
     with jax.set_mesh(phase.mesh):
         params = phase.starting_params(phase.config.model.param_dtype)
-        pretrained.save_pretrained(
+        huggingface_export.save_pretrained(
             str(folder),
             params,
             phase.model_config,

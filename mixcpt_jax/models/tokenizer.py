@@ -9,31 +9,27 @@ Data workers are processes that import this file and receive tokenizers by pickl
 does not import jax.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, ClassVar, NamedTuple
 
-import gguf
-import sentencepiece
 import tokenizers
 from etils import epath
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.models import companions, template_sandbox
+from mixcpt_jax.models import companions, gguf_vocabulary, template_sandbox
 from mixcpt_jax.models.companions import Added, Companions
-from mixcpt_jax.models.headers import Header
+from mixcpt_jax.models.gguf_file import gguf_header, open_gguf
+from mixcpt_jax.models.vocabulary import JsonModel, SentencePieceModel
 
 # The day on which training conversations take place; Llama 3's templates say it too.
 _TODAY = datetime(2024, 7, 26)
@@ -58,232 +54,6 @@ CHATML = (
 # For vocabularies without that token.
 CHATML_WITH_EOS = CHATML.replace("'<|im_end|>\n'", "eos_token + '\n'")
 _BOS = "{{ bos_token }}"
-
-
-class _JsonModel:
-    """The `tokenizers` library on the contents of a `tokenizer.json`."""
-
-    def __init__(self, source: str):
-        self.source = source
-        self._plain = self._build(source, special_as_text=True)
-        vocabulary = self._plain.get_vocab(with_added_tokens=True)
-        # Ids may have holes, so this is not the number of tokens.
-        self.vocab_size = max(vocabulary.values()) + 1
-
-    def __reduce__(self):
-        return _JsonModel, (self.source,)
-
-    @staticmethod
-    def _build(source: str, special_as_text: bool) -> tokenizers.Tokenizer:
-        model = tokenizers.Tokenizer.from_str(source)
-        model.no_truncation()
-        model.no_padding()
-        model.encode_special_tokens = special_as_text
-        return model
-
-    @functools.cached_property
-    def _special(self) -> tokenizers.Tokenizer:
-        # A second copy, because switching the flag back and forth is not thread-safe.
-        return self._build(self.source, special_as_text=False)
-
-    @functools.cached_property
-    def _after_mark(self) -> tokenizers.Tokenizer:
-        return self._without_leading_space(after_mark=True)
-
-    @functools.cached_property
-    def _after_text(self) -> tokenizers.Tokenizer:
-        return self._without_leading_space(after_mark=False)
-
-    def _without_leading_space(self, after_mark: bool) -> tokenizers.Tokenizer:
-        raw = json.loads(self.source)
-        steps = {
-            key: _drop_leading_space(raw.get(key), after_mark)
-            for key in ("normalizer", "pre_tokenizer")
-        }
-        if all(raw.get(key) == step for key, step in steps.items()):
-            return self._plain
-        return self._build(json.dumps(raw | steps), special_as_text=True)
-
-    @functools.cached_property
-    def marks(self) -> tuple[re.Pattern, dict[str, int]]:
-        """See `_marks`."""
-        added = self._plain.get_added_tokens_decoder()
-        return _marks(
-            {
-                token.content: (
-                    token_id,
-                    (r"\s*" if token.lstrip else "")
-                    + re.escape(token.content)
-                    + (r"\s*" if token.rstrip else ""),
-                )
-                for token_id, token in added.items()
-                if token.content.strip()
-            }
-        )
-
-    def encode(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
-
-    def encode_with_special(self, text: str) -> list[int]:
-        return self._special.encode(text, add_special_tokens=False).ids
-
-    def encode_next(self, text: str, after_mark: bool) -> list[int]:
-        model = self._after_mark if after_mark else self._after_text
-        return model.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._plain.decode(list(ids), skip_special_tokens=True)
-
-    def token_to_id(self, token: str) -> int | None:
-        return self._plain.token_to_id(token)
-
-    def id_to_token(self, token_id: int) -> str:
-        return self._plain.id_to_token(token_id)
-
-    @functools.cached_property
-    def special_tokens(self) -> frozenset[str]:
-        added = self._plain.get_added_tokens_decoder().values()
-        return frozenset(token.content for token in added if token.special)
-
-    @functools.cached_property
-    def unknown_id(self) -> int | None:
-        """What a character becomes that the vocabulary lacks; None: it vanishes."""
-        model = json.loads(self.source)["model"]
-        if model.get("unk_token") is not None:
-            return self.token_to_id(model["unk_token"])
-        return model.get("unk_id")
-
-    def starts_with(self, token_id: int) -> bool:
-        """Whether the post-processor puts this token before a text."""
-        return self._plain.encode("").ids[:1] == [token_id]
-
-    def save(self, folder: epath.Path) -> dict[str, Any]:
-        """Writes its file; what `tokenizer_config.json` says of it."""
-        (folder / "tokenizer.json").write_text(self.source)
-        return {"tokenizer_class": "PreTrainedTokenizerFast"}
-
-
-class _SentencePieceModel:
-    """The sentencepiece library on the contents of a `tokenizer.model`.
-
-    Where the model puts a space before every text, transformers' LlamaTokenizer puts it
-    before the first text alone or, if `legacy`, before each text behind a special token,
-    but for texts that begin with one.
-    """
-
-    def __init__(
-        self, source: bytes, legacy: bool = False, published: bytes | None = None
-    ):
-        """
-        Args:
-          source: the model, added tokens among its pieces.
-          legacy: see above.
-          published: the model without them, which is what an export writes.
-        """
-        self.source = source
-        self.legacy = legacy
-        self.published = published
-        self._model = sentencepiece.SentencePieceProcessor()
-        self._model.LoadFromSerializedProto(source)
-        self.vocab_size = self._model.get_piece_size()
-        self.bos_id, self.eos_id, self.pad_id = (
-            None if token_id < 0 else token_id
-            for token_id in (
-                self._model.bos_id(),
-                self._model.eos_id(),
-                self._model.pad_id(),
-            )
-        )
-
-    def __reduce__(self):
-        published = () if self.published is None else (self.published,)
-        return _SentencePieceModel, (self.source, self.legacy, *published)
-
-    def encode(self, text: str) -> list[int]:
-        return self._model.encode(text)
-
-    def encode_with_special(self, text: str) -> list[int]:
-        pattern, special = self._control
-        first, *rest = pattern.split(text)
-        ids = self._model.encode(first)
-        for part in rest:
-            known = part in special
-            ids += [special[part]] if known else self.encode_next(part, True)
-        return ids
-
-    @functools.cached_property
-    def special_tokens(self) -> frozenset[str]:
-        return frozenset(self._control[1])
-
-    @property
-    def unknown_id(self) -> int | None:
-        """What a character becomes that the vocabulary lacks."""
-        token_id = self._model.unk_id()
-        return None if token_id < 0 else token_id
-
-    @functools.cached_property
-    def _control(self) -> tuple[re.Pattern, dict[str, int]]:
-        """What finds the control tokens in a text, and their ids."""
-        special = {
-            self._model.id_to_piece(i): i
-            for i in range(self.vocab_size)
-            if self._model.is_control(i)
-        }
-        pattern = "|".join(map(re.escape, special)) or "(?!)"
-        return re.compile(f"({pattern})"), special
-
-    @functools.cached_property
-    def _after_text(self) -> sentencepiece.SentencePieceProcessor:
-        proto = sentencepiece_model_pb2.ModelProto.FromString(self.source)
-        proto.normalizer_spec.add_dummy_prefix = False
-        model = sentencepiece.SentencePieceProcessor()
-        model.LoadFromSerializedProto(proto.SerializeToString())
-        return model
-
-    @functools.cached_property
-    def marks(self) -> tuple[re.Pattern, dict[str, int]]:
-        """See `_marks`."""
-        proto = sentencepiece_model_pb2.ModelProto.FromString(self.source)
-        piece = proto.SentencePiece
-        return _marks(
-            {
-                token.piece: (i, re.escape(token.piece))
-                for i, token in enumerate(proto.pieces)
-                if token.type in (piece.CONTROL, piece.USER_DEFINED)
-                and token.piece.strip("▁ ")
-            }
-        )
-
-    def encode_next(self, text: str, after_mark: bool) -> list[int]:
-        has_space = after_mark and self.legacy and not text.startswith((" ", "▁"))
-        return (self._model if has_space else self._after_text).encode(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._model.encode(list(texts))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode([int(i) for i in ids])
-
-    def token_to_id(self, token: str) -> int | None:
-        token_id = self._model.piece_to_id(token)
-        # Sentencepiece answers "unknown" for what it does not have.
-        return token_id if self._model.id_to_piece(token_id) == token else None
-
-    def id_to_token(self, token_id: int) -> str:
-        return self._model.id_to_piece(token_id)
-
-    def save(self, folder: epath.Path) -> dict[str, Any]:
-        """Writes its file; what `tokenizer_config.json` says of it."""
-        content = self.source if self.published is None else self.published
-        (folder / "tokenizer.model").write_bytes(content)
-        proto = sentencepiece_model_pb2.ModelProto.FromString(self.source)
-        if not proto.normalizer_spec.add_dummy_prefix:
-            return {"tokenizer_class": "GemmaTokenizer"}
-        return {"tokenizer_class": "LlamaTokenizer", "legacy": self.legacy}
 
 
 class _Turn(NamedTuple):
@@ -316,7 +86,7 @@ class Tokenizer:
       companions: what the files beside it say.
     """
 
-    model: _JsonModel | _SentencePieceModel
+    model: JsonModel | SentencePieceModel
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
@@ -810,86 +580,15 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, where: str) ->
             )
 
 
-def open_gguf(path: epath.Path) -> gguf.GGUFReader:
-    """Memory-maps a GGUF file and parses its header.
-
-    That takes seconds, mostly for the vocabulary, and config, weights and tokenizer
-    each ask for it, so the last one is kept for as long as its file stays the same.
-
-    Raises:
-      InputError: the file is not a whole GGUF file, or not of a whole model.
-    """
-    return _parse_gguf(path, paths.stamp(path))
-
-
-@functools.lru_cache(maxsize=1)
-def _parse_gguf(path: epath.Path, stamp: tuple[int, ...]) -> gguf.GGUFReader:
-    try:
-        with paths.on_local_disk(path) as local:
-            reader = gguf.GGUFReader(local)
-    except Exception as error:  # Of what is damaged it raises whatever Python can.
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{path}: not a whole GGUF file ({reason}); download it again"
-        ) from error
-    header = gguf_header(reader, path)
-    kind = header.text("general.type", "model")
-    if kind != "model":
-        raise InputError(
-            f"{path}: general.type is {kind!r}, which is no whole model; "
-            f"{_NO_MODEL.get(kind, 'name the file of the model')}"
-        )
-    num_parts = header.integer("split.count", 1, least=0)
-    if num_parts > 1:
-        raise InputError(
-            f"{path}: is one of {num_parts} parts (split.count); join them by "
-            "`llama-gguf-split --merge FIRST_PART OUT.gguf` and name that file"
-        )
-    return reader
-
-
-# What to do about a GGUF file that holds something else.
-_NO_MODEL = {
-    "adapter": "merge it into its base by `llama-export-lora` and name the new file",
-    "imatrix": "it was measured to quantise a model; name the file of the model",
-    "mmproj": "it projects images into a model; name the file of the text model",
-}
-
-
-def gguf_header(reader: gguf.GGUFReader, file: epath.Path) -> Header:
-    """The metadata of a GGUF file, decoded as it is asked for."""
-    return Header(file, _GgufValues(reader, file))
-
-
-class _GgufValues(Mapping):
-    def __init__(self, reader: gguf.GGUFReader, file: epath.Path):
-        self._fields, self._file = reader.fields, file
-
-    def __getitem__(self, key: str) -> Any:
-        field = self._fields[key]
-        try:
-            return field.contents()
-        except Exception as error:  # Such as of text that is not UTF-8.
-            raise InputError(
-                f"{self._file}: {key} cannot be read ({error}); download it again"
-            ) from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._fields)
-
-    def __len__(self) -> int:
-        return len(self._fields)
-
-
 def _load_json(file: epath.Path) -> Tokenizer:
     beside = companions.read(file)
     try:
         source = file.read_text()
-        model = _JsonModel(source)
+        model = JsonModel(source)
     except Exception as error:  # The library raises nothing narrower.
         raise InputError(f"{file}: not a tokenizer.json ({error})") from error
     if beside.added:
-        model = _JsonModel(_with_added_json(source, beside, file))
+        model = JsonModel(_with_added_json(source, beside, file))
     own = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
     return _with_companions(model, beside, own, file)
 
@@ -899,7 +598,7 @@ def _load_sentencepiece(file: epath.Path) -> Tokenizer:
     published = file.read_bytes()
     legacy = beside.config.get("legacy") is True
     try:
-        model = _SentencePieceModel(published, legacy)
+        model = SentencePieceModel(published, legacy)
         own = {
             "bos_token": model.bos_id,
             "eos_token": model.eos_id,
@@ -907,14 +606,14 @@ def _load_sentencepiece(file: epath.Path) -> Tokenizer:
         }
         extended = _with_added_pieces(published, beside, file)
         if extended != published:
-            model = _SentencePieceModel(extended, legacy, published)
+            model = SentencePieceModel(extended, legacy, published)
     except (RuntimeError, ValueError, DecodeError) as error:
         raise InputError(f"{file}: not a sentencepiece model ({error})") from error
     return _with_companions(model, beside, own, file)
 
 
 def _with_companions(
-    model: _JsonModel | _SentencePieceModel,
+    model: JsonModel | SentencePieceModel,
     beside: Companions,
     own: dict[str, int | None],
     file: epath.Path,
@@ -942,7 +641,7 @@ def _with_companions(
                 )
     bos_id, eos_id, pad_id = ids.values()
     add_bos = beside.config.get("add_bos_token")
-    if add_bos is None and isinstance(model, _JsonModel):
+    if add_bos is None and isinstance(model, JsonModel):
         add_bos = bos_id is not None and model.starts_with(bos_id)
     elif add_bos is None:
         add_bos = bos_id is not None
@@ -1016,23 +715,6 @@ def _disagrees(file: epath.Path, token_id: int, token: Added, found: str) -> Inp
     )
 
 
-def _marks(tokens: Mapping[str, tuple[int, str]]) -> tuple[re.Pattern, dict[str, int]]:
-    """Finds tokens that are taken out of a text whole, before the rest is cut up.
-
-    Args:
-      tokens: spelling -> id, and the pattern that finds it.
-
-    Returns:
-      (pattern, ids): what the pattern matches is a key of ids, or else without the blanks
-      around it.
-    """
-    # Without groups, which would make the search much slower.
-    longest_first = sorted(tokens, key=len, reverse=True)
-    pattern = "|".join(tokens[spelling][1] for spelling in longest_first)
-    ids = {spelling: token_id for spelling, (token_id, _) in tokens.items()}
-    return re.compile(pattern or "(?!)"), ids
-
-
 def _rewriting(number: int, turn: _Turn, text: str) -> str:
     """How the text of a conversation differs from a turn as generation writes it."""
     is_prompt = not text.startswith(turn.prompt)
@@ -1047,63 +729,6 @@ def _rewriting(number: int, turn: _Turn, text: str) -> str:
     )
 
 
-def _drop_leading_space(step: dict | None, after_mark: bool) -> dict | None:
-    """A step of `tokenizer.json` that puts no space before text within a text.
-
-    Args:
-      step: a normalizer or a pre-tokenizer.
-      after_mark: what the library itself does after an added token; otherwise the text
-        goes on from other text.
-    """
-    match step:
-        case {"type": "Sequence"}:
-            key = "normalizers" if "normalizers" in step else "pretokenizers"
-            steps = (_drop_leading_space(part, after_mark) for part in step[key])
-            return step | {key: [part for part in steps if part is not None]}
-        case {"type": "Metaspace"} if (
-            not after_mark or step.get("prepend_scheme") == "first"
-        ):
-            step = {k: v for k, v in step.items() if k != "add_prefix_space"}
-            return step | {"prepend_scheme": "never"}
-        case {"type": "Prepend"} if not after_mark:
-            return None
-        case {"type": "ByteLevel"} if not after_mark:
-            return step | {"add_prefix_space": False}
-    return step
-
-
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def _split(numbers: str) -> pre_tokenizers.PreTokenizer:
-    pattern = tokenizers.Regex(f"{_WORDS}|{numbers}|{_REST}")
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pattern, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
-    """What GGUF's `tokenizer.ggml.pre` names: how text is cut before BPE merges."""
-    match name:
-        case "gpt-2":
-            return pre_tokenizers.ByteLevel(add_prefix_space=False)
-        case "smollm":
-            return pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Digits(individual_digits=True),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False),
-                ]
-            )
-        case "llama-bpe":
-            return _split(r"\p{N}{1,3}")
-        case "qwen2":
-            return _split(r"\p{N}")
-
-
 def _load_gguf(file: epath.Path) -> Tokenizer:
     header = gguf_header(open_gguf(file), file)
     kind = header.text("tokenizer.ggml.model")
@@ -1111,9 +736,9 @@ def _load_gguf(file: epath.Path) -> Tokenizer:
     template = header.text("tokenizer.chat_template", None)
     header = header.within("tokenizer.ggml.")
     pre = header.text("pre", None)
-    vocabulary = _gguf_vocabulary(header, kind)
+    vocabulary = gguf_vocabulary.read_tokens(header, kind)
     bos_id, eos_id, pad_id = (
-        _gguf_special_id(header, f"{name}_token_id", vocabulary)
+        gguf_vocabulary.special_id(header, f"{name}_token_id", vocabulary)
         for name in ("bos", "eos", "padding")
     )
     # llama.cpp's defaults for files which do not say.
@@ -1122,9 +747,13 @@ def _load_gguf(file: epath.Path) -> Tokenizer:
         add_bos = False
     _check_has_bos(f"{file}: tokenizer.ggml.bos_token_id", add_bos, bos_id)
     if kind == "gpt2":
-        model = _gguf_bpe(header, vocabulary, bos_id if add_bos else None)
+        model = gguf_vocabulary.make_bpe(
+            header, vocabulary, bos_id if add_bos else None
+        )
     else:
-        model = _gguf_sentencepiece(header, vocabulary, bos_id, eos_id, pad_id)
+        model = gguf_vocabulary.make_sentencepiece(
+            header, vocabulary, bos_id, eos_id, pad_id
+        )
     return Tokenizer(model, bos_id, eos_id, pad_id, add_bos, template)
 
 
@@ -1134,124 +763,6 @@ def _check_has_bos(place: str, add_bos: bool, bos_id: int | None) -> None:
             f"{place} is missing, and add_bos_token is true; name the token, or set "
             "add_bos_token to false"
         )
-
-
-def _gguf_special_id(header: Header, key: str, vocabulary, default=None) -> int | None:
-    return header.integer(key, default, least=0, most=len(vocabulary) - 1)
-
-
-def _gguf_vocabulary(header: Header, kind: str) -> list[tuple[str, int]]:
-    """Each token with its kind."""
-    tokens = header.many("tokens", lambda t: isinstance(t, str), "a list of strings")
-    kinds = tuple(map(int, gguf.TokenType))
-    types = header.many(
-        "token_type",
-        kinds.__contains__,
-        f"a list of integers from {min(kinds)} to {max(kinds)}",
-    )
-    if len(types) != len(tokens) or not tokens:
-        raise InputError(
-            f"{header.file}: {header.prefix}token_type has {len(types)} items for the "
-            f"{len(tokens)} of {header.prefix}tokens; download the file again"
-        )
-    if len(set(tokens)) < len(tokens):
-        counts = collections.Counter(tokens)
-        (twice, count), *_ = counts.most_common(1)
-        raise InputError(
-            f"{header.file}: {header.prefix}tokens has {twice!r} {count} times; use the "
-            "model's own tokenizer.json instead"
-        )
-    return list(zip(tokens, types, strict=True))
-
-
-def _gguf_bpe(header: Header, vocabulary, leading_id: int | None) -> _JsonModel:
-    pre = header.text("pre", None)
-    pre_tokenizer = _pre_tokenizer(pre)
-    if pre_tokenizer is None:
-        raise InputError(
-            f"{header.file}: tokenizer.ggml.pre is {pre!r}; supported: gpt-2, smollm, "
-            "llama-bpe, qwen2. Use the model's own tokenizer.json instead"
-        )
-    ids = {token: i for i, (token, _) in enumerate(vocabulary)}
-
-    def is_merge(merge: Any) -> bool:
-        parts = merge.split(" ") if isinstance(merge, str) else ()
-        return len(parts) == 2 and {*parts, "".join(parts)} <= ids.keys()
-
-    merges = header.many("merges", is_merge, "a list of pairs of its tokens")
-    model = tokenizers.Tokenizer(
-        models.BPE(
-            vocab=ids,
-            merges=[tuple(merge.split(" ")) for merge in merges],
-            ignore_merges=pre == "llama-bpe",
-        )
-    )
-    model.pre_tokenizer = pre_tokenizer
-    model.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
-        model.normalizer = normalizers.NFC()
-    for token, kind in vocabulary:
-        added = tokenizers.AddedToken(token, normalized=False)
-        if kind == gguf.TokenType.CONTROL:
-            model.add_special_tokens([added])
-        elif kind == gguf.TokenType.USER_DEFINED:
-            model.add_tokens([added])
-    if leading_id is not None:
-        bos = vocabulary[leading_id][0]
-        model.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, leading_id)]
-        )
-    return _JsonModel(model.to_str())
-
-
-def _gguf_sentencepiece(
-    header: Header, vocabulary, bos_id, eos_id, pad_id
-) -> _SentencePieceModel:
-    scores = header.many(
-        "scores",
-        lambda s: isinstance(s, int | float) and math.isfinite(s),
-        "a list of finite numbers",
-    )
-    if len(scores) != len(vocabulary):
-        raise InputError(
-            f"{header.file}: {header.prefix}scores has {len(scores)} items for the "
-            f"{len(vocabulary)} of {header.prefix}tokens; download the file again"
-        )
-    proto = sentencepiece_model_pb2.ModelProto()
-    for (token, kind), score in zip(vocabulary, scores, strict=True):
-        if kind == gguf.TokenType.USER_DEFINED:
-            # Spelt as in texts; sentencepiece looks for them where spaces are marked.
-            token = token.replace(" ", "▁")
-        # The two formats number the kinds of tokens alike.
-        proto.pieces.add(piece=token, score=score, type=kind)
-    trainer = proto.trainer_spec
-    trainer.model_type = trainer.BPE
-    trainer.vocab_size = len(vocabulary)
-    trainer.byte_fallback = True
-    trainer.bos_id, trainer.eos_id, trainer.pad_id = (
-        -1 if token_id is None else token_id for token_id in (bos_id, eos_id, pad_id)
-    )
-    trainer.unk_id = _gguf_special_id(header, "unknown_token_id", vocabulary, 0)
-    trainer.unk_piece = vocabulary[trainer.unk_id][0]
-    # Gemma's files call it a control token, and sentencepiece then knows of none.
-    proto.pieces[
-        trainer.unk_id
-    ].type = sentencepiece_model_pb2.ModelProto.SentencePiece.UNKNOWN
-    if bos_id is not None:
-        trainer.bos_piece = vocabulary[bos_id][0]
-    if eos_id is not None:
-        trainer.eos_piece = vocabulary[eos_id][0]
-    proto.normalizer_spec.name = "identity"
-    proto.normalizer_spec.add_dummy_prefix = header.flag("add_space_prefix", True)
-    proto.normalizer_spec.remove_extra_whitespaces = False
-    try:
-        # llama.cpp puts a space before each text behind a special token.
-        return _SentencePieceModel(proto.SerializeToString(), legacy=True)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"{header.file}: {header.prefix}tokens is no vocabulary of sentencepiece "
-            f"({error}); use the model's own tokenizer.model instead"
-        ) from error
 
 
 _compiled = functools.lru_cache(template_sandbox.Template)

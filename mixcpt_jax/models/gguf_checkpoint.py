@@ -1,0 +1,267 @@
+"""GGUF files: the architecture in the header, and tensors, dequantised part by part."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import gguf
+import numpy as np
+from etils import epath
+
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models.families import (
+    GEMMA,
+    MOST_LAYERS,
+    Index,
+    Tensor,
+    check_heads,
+    implied,
+)
+from mixcpt_jax.models.gguf_file import gguf_header, open_gguf
+from mixcpt_jax.models.headers import Header
+from mixcpt_jax.models.transformer import (
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    ModelConfig,
+    rope_frequencies,
+)
+
+_TENSORS_OF_GGUF = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+# GGUF's name of an architecture -> the family.
+_FAMILIES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+}
+
+# Keys of GGUF that change the function, and the values with which they do not: 0 is
+# none to llama.cpp.
+_NEUTRAL = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+    "residual_scale": (0, 1),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "use_parallel_residual": (False,),
+}
+
+# Families that have some of them.
+_READ = {
+    "gemma2": ("attn_logit_softcapping", "final_logit_softcapping"),
+    "gemma3_text": ("final_logit_softcapping",),
+}
+
+
+def open_tensors(file: epath.Path) -> dict[str, Tensor]:
+    reader = open_gguf(file)
+    config = read_config(reader, file)
+    tensors = {}
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":
+            continue  # Part of the config.
+        name = _gguf_to_hf_name(tensor.name, config.family)
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        interleaved_heads = None
+        if config.family == "llama" and ".q_proj." in name:
+            interleaved_heads = config.num_heads
+        if config.family == "llama" and ".k_proj." in name:
+            interleaved_heads = config.num_kv_heads
+        read = functools.partial(_read_gguf, file, tensor, interleaved_heads)
+        tensors[name] = Tensor(str(file), tensor.name, shape, read)
+    return tensors
+
+
+def _gguf_to_hf_name(name: str, family: str) -> str:
+    names = dict(_TENSORS_OF_GGUF)
+    if family in GEMMA:
+        names["ffn_norm"] = "pre_feedforward_layernorm"
+    match name.split("."):
+        case ["blk", layer, part, kind] if part in names:
+            return f"model.layers.{layer}.{names[part]}.{kind}"
+        case [part, kind] if part in names:
+            return f"{names[part]}.{kind}"
+    return name
+
+
+def _read_gguf(
+    file: epath.Path,
+    tensor: gguf.ReaderTensor,
+    interleaved_heads: int | None,
+    index: Index,
+) -> np.ndarray:
+    """Dequantises only the rows, and within them only the blocks, that are wanted.
+
+    llama.cpp interleaves the two halves of each head that RoPE rotates into each other;
+    the rows of such a tensor are put back into Hugging Face's order.
+    """
+    *rows, columns = index  # A vector has no rows.
+    if interleaved_heads is not None:
+        order = np.arange(len(tensor.data)).reshape(interleaved_heads, -1, 2)
+        rows = [order.swapaxes(1, 2).reshape(-1)[rows[0]]]
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    start, stop, _ = columns.indices(int(tensor.shape[0]))
+    first, last = start // block_size, -(-stop // block_size)
+    # Items are elements of float types, bytes of quantised types.
+    items = block_bytes // tensor.data.dtype.itemsize
+    blocks = tensor.data[(*rows, slice(first * items, last * items))]
+    try:
+        values = gguf.dequantize(np.ascontiguousarray(blocks), tensor.tensor_type)
+    except NotImplementedError as error:
+        raise InputError(
+            f"{file}: tensor {tensor.name} is quantised as "
+            f"{tensor.tensor_type.name}, which cannot be read; use another file"
+        ) from error
+    offset = first * block_size
+    return values[..., start - offset : stop - offset]
+
+
+def read_config(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
+    general = gguf_header(reader, file)
+    general.require("general.architecture", tuple(_FAMILIES))
+    name = general.text("general.architecture")
+    family, header = _FAMILIES[name], general.within(f"{name}.")
+    for key in _NEUTRAL.keys() - _READ.get(family, ()):
+        if header.get(key) not in (None, *_NEUTRAL[key]):
+            values = " or ".join(map(str, _NEUTRAL[key]))
+            raise header.unsupported(key, f"{values}, which changes nothing")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
+        raise InputError(f"{file}: tensor token_embd.weight is missing")
+    vocab_size = int(tensors["token_embd.weight"].shape[-1])
+    if header.integer("vocab_size", vocab_size) != vocab_size:
+        raise header.wrong("vocab_size", f"the embedding's {vocab_size}")
+    hidden_size = header.integer("embedding_length")
+    num_heads = header.integer("attention.head_count")
+    num_layers = header.integer("block_count", most=MOST_LAYERS)
+    head_size = header.integer("attention.key_length", hidden_size // num_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if header.integer(key, head_size) != head_size:
+            raise header.unsupported(key, head_size)
+    default_theta = 1e6 if name == "gemma3" else 1e4
+    theta = header.number("rope.freq_base", default_theta, least=1)
+    epsilon = header.number("attention.layer_norm_rms_epsilon", most=1)
+    config = ModelConfig(
+        family=family,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        mlp_size=header.integer("feed_forward_length"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=header.integer("attention.head_count_kv", num_heads),
+        head_size=head_size,
+        max_positions=header.integer("context_length"),
+        rope_theta=theta,
+        # Stored as float32; its shortest decimal is the number the authors wrote.
+        norm_epsilon=float(str(np.float32(epsilon))),
+        tie_embeddings="output.weight" not in tensors,
+        **implied(family),
+        **_gemma(name, header, num_layers, head_size),
+    )
+    check_heads(config, header, "attention.head_count", "attention.head_count_kv")
+    frequencies = tensors.get("rope_freqs.weight")
+    scaling = _rope_scaling(header, config, frequencies)
+    return dataclasses.replace(config, rope_scaling=scaling)
+
+
+def _rope_scaling(
+    header: Header, config: ModelConfig, frequencies: gguf.ReaderTensor | None
+) -> Llama3RopeScaling | LinearRopeScaling | None:
+    # Older files spell the factor otherwise; one without a kind is linear: llama.cpp.
+    factors = [
+        factor
+        for key in ("rope.scaling.factor", "rope.scale_linear")
+        if (factor := header.number(key, None)) is not None
+    ]
+    default = "linear" if any(factor != 1 for factor in factors) else "none"
+    match header.text("rope.scaling.type", default):
+        case "linear":
+            if frequencies is not None or len(set(factors)) > 1:
+                raise InputError(
+                    f"{header.file}: scales RoPE in several ways, by factors {factors}"
+                    f"{' and rope_freqs.weight' if frequencies is not None else ''}; "
+                    "use the model's safetensors instead"
+                )
+            return LinearRopeScaling(header.number("rope.scaling.factor", *factors[:1]))
+        case "none" if frequencies is not None:
+            return _llama3_scaling(config, frequencies.data, header.file)
+        case "none":
+            return None
+    raise header.unsupported("rope.scaling.type", "none, linear")
+
+
+def _gemma(
+    name: str, header: Header, num_layers: int, head_size: int
+) -> dict[str, Any]:
+    """What is peculiar to Gemma; llama.cpp knows some of it by heart."""
+    if name not in ("gemma2", "gemma3"):
+        return {}
+    default_period = 2 if name == "gemma2" else 6
+    period = header.integer("attention.sliding_window_pattern", default_period)
+    settings = {
+        "sliding_window": header.integer("attention.sliding_window", 4096),
+        "global_layers": tuple(range(period - 1, num_layers, period)),
+    }
+    if num_layers == {"gemma2": 46, "gemma3": 62}[name]:
+        # The 27B models divide by what heads would have if all were of one width.
+        scale = header.integer("embedding_length") // header.integer(
+            "attention.head_count"
+        )
+        settings["query_scale"] = None if scale == head_size else scale
+    if name == "gemma3":
+        settings["local_rope_theta"] = header.number("rope.freq_base_swa", 1e4, least=1)
+        if header.get("final_logit_softcapping"):  # 0: none
+            settings["final_soft_cap"] = header.number("final_logit_softcapping")
+        return settings
+    return settings | {
+        "attention_soft_cap": header.number("attn_logit_softcapping", 50.0),
+        "final_soft_cap": header.number("final_logit_softcapping", 30.0),
+    }
+
+
+def _llama3_scaling(
+    config: ModelConfig, factors: np.ndarray, file: epath.Path
+) -> Llama3RopeScaling:
+    """Finds the settings behind the divisors that llama.cpp stores in their place."""
+    scaling = Llama3RopeScaling(
+        factor=float(factors.max()),
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_positions=8192,
+    )
+    scaled = rope_frequencies(dataclasses.replace(config, rope_scaling=scaling))
+    expected = rope_frequencies(config) / scaled
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise InputError(
+            f"{file}: tensor rope_freqs.weight is not Llama 3.1's scaling (factors 1 "
+            "and 4, 8192 original positions); use the model's safetensors instead"
+        )
+    return scaling

@@ -1,0 +1,83 @@
+"""Opens GGUF files: memory-mapped, with their header parsed and checked."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gguf
+from etils import epath
+
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models.headers import Header
+
+
+def open_gguf(path: epath.Path) -> gguf.GGUFReader:
+    """Memory-maps a GGUF file and parses its header.
+
+    That takes seconds, mostly for the vocabulary, and config, weights and tokenizer
+    each ask for it, so the last one is kept for as long as its file stays the same.
+
+    Raises:
+      InputError: the file is not a whole GGUF file, or not of a whole model.
+    """
+    return _parse_gguf(path, paths.stamp(path))
+
+
+@functools.lru_cache(maxsize=1)
+def _parse_gguf(path: epath.Path, stamp: tuple[int, ...]) -> gguf.GGUFReader:
+    try:
+        with paths.on_local_disk(path) as local:
+            reader = gguf.GGUFReader(local)
+    except Exception as error:  # Of what is damaged it raises whatever Python can.
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path}: not a whole GGUF file ({reason}); download it again"
+        ) from error
+    header = gguf_header(reader, path)
+    kind = header.text("general.type", "model")
+    if kind != "model":
+        raise InputError(
+            f"{path}: general.type is {kind!r}, which is no whole model; "
+            f"{_NO_MODEL.get(kind, 'name the file of the model')}"
+        )
+    num_parts = header.integer("split.count", 1, least=0)
+    if num_parts > 1:
+        raise InputError(
+            f"{path}: is one of {num_parts} parts (split.count); join them by "
+            "`llama-gguf-split --merge FIRST_PART OUT.gguf` and name that file"
+        )
+    return reader
+
+
+# What to do about a GGUF file that holds something else.
+_NO_MODEL = {
+    "adapter": "merge it into its base by `llama-export-lora` and name the new file",
+    "imatrix": "it was measured to quantise a model; name the file of the model",
+    "mmproj": "it projects images into a model; name the file of the text model",
+}
+
+
+def gguf_header(reader: gguf.GGUFReader, file: epath.Path) -> Header:
+    """The metadata of a GGUF file, decoded as it is asked for."""
+    return Header(file, _GgufValues(reader, file))
+
+
+class _GgufValues(Mapping):
+    def __init__(self, reader: gguf.GGUFReader, file: epath.Path):
+        self._fields, self._file = reader.fields, file
+
+    def __getitem__(self, key: str) -> Any:
+        field = self._fields[key]
+        try:
+            return field.contents()
+        except Exception as error:  # Such as of text that is not UTF-8.
+            raise InputError(
+                f"{self._file}: {key} cannot be read ({error}); download it again"
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)

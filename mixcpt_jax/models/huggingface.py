@@ -1,0 +1,376 @@
+"""Hugging Face folders: the architecture in `config.json`, and safetensors; no pickle."""
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from safetensors import SafetensorError, safe_open
+
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models import headers
+from mixcpt_jax.models.families import (
+    GEMMA,
+    MOST_LAYERS,
+    Index,
+    Tensor,
+    check_heads,
+    implied,
+    norm_offset,
+)
+from mixcpt_jax.models.headers import Header
+from mixcpt_jax.models.transformer import (
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    ModelConfig,
+)
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+
+# Settings of config.json that change the function, and the one value that is computed.
+_FIXED = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "use_bidirectional_attention": False,
+}
+
+FIXED_OF = {
+    "gemma2": {"hidden_activation": "gelu_pytorch_tanh"},
+    "gemma3_text": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": None,
+    },
+}
+
+# Without it nobody takes a folder for a model.
+MARKER = "config.json"
+INDEX = "model.safetensors.index.json"
+
+
+def refuse_adapter(path: str) -> None:
+    """Checks that a folder does not hold an adapter, alone or beside a model.
+
+    What reads a folder of both differs: some merge the adapter, some leave it out.
+
+    Raises:
+      InputError: it holds one; names its base and what to do.
+    """
+    folder = paths.resolve(path)
+    found = [*folder.glob("adapter_config.json"), *folder.glob("adapter_model.*")]
+    if not found:
+        return
+    settings = headers.read_if_there(folder / "adapter_config.json")
+    base = settings.text("base_model_name_or_path", "a model that it does not name")
+    merge = (
+        f"`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "
+        f"{str(folder)!r}).merge_and_unload().save_pretrained(new)`"
+    )
+    if (folder / MARKER).exists():
+        raise InputError(
+            f"{folder}: holds an adapter ({found[0].name}) beside a model; move the "
+            f"adapter's files away to use the model alone, or merge them by {merge}"
+        )
+    raise InputError(
+        f"{folder}: holds an adapter of {base} and no model ({found[0].name}); merge the "
+        f"two by {merge} and name the new folder"
+    )
+
+
+def read_safetensors_header(file: epath.Path) -> tuple[bytes, int]:
+    """The header, JSON, and where the tensors behind it begin."""
+    if not file.exists():
+        raise InputError(f"{file}: no such file; download it again")
+    (size,) = paths.read_ranges(file, [(0, 8)])
+    end = 8 + int.from_bytes(size, "little")
+    if len(size) < 8 or end > file.stat().length:
+        raise InputError(f"{file}: not a whole safetensors file; download it again")
+    (header,) = paths.read_ranges(file, [(8, end)])
+    return header, end
+
+
+def tensor_bounds(file: epath.Path, header: bytes) -> Iterator[tuple[int, int]]:
+    """(begin, end) of each tensor, in bytes after the header."""
+    try:
+        entries = json.loads(header)
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                yield int(begin), int(end)
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise InputError(
+            f"{file}: not a whole safetensors file ({error!r}); download it again"
+        ) from error
+
+
+def open_tensors(folder: epath.Path, family: str) -> dict[str, Tensor]:
+    weight_map = weight_map_of(folder)
+    files = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
+    _warn_of_others(folder, files)
+    tensors = {}
+    for file in (folder / name for name in files):
+        try:
+            with paths.on_local_disk(file) as local:
+                handle = safe_open(local, framework="numpy")
+        except FileNotFoundError as error:
+            raise InputError(f"{file}: no such file; download it again") from error
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{file}: not a whole safetensors file ({error}); download it again"
+            ) from error
+        for name in handle.offset_keys():
+            if weight_map and name not in weight_map:
+                raise InputError(
+                    f"{file}: tensor {name} is not in {INDEX}; the two are not of one "
+                    "save, download both again"
+                )
+            if weight_map and weight_map[name] != file.name:
+                continue  # A copy; the index says which of them counts.
+            view = handle.get_slice(name)
+            if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise InputError(
+                    f"{file}: tensor {name} is {view.get_dtype()}; quantised weights "
+                    "are read from GGUF files only"
+                )
+            read = functools.partial(_read_view, view, norm_offset(name, family))
+            tensors[name] = Tensor(str(file), name, tuple(view.get_shape()), read)
+    for name in weight_map.keys() - tensors.keys():
+        raise InputError(
+            f"{folder / INDEX}: tensor {name} is not in {weight_map[name]}, which it "
+            "names; the two are not of one save, download both again"
+        )
+    return tensors
+
+
+def _read_view(view: Any, offset: int, index: Index) -> np.ndarray:
+    """Part of a safetensors file's tensor; a sum is float32."""
+    return np.float32(view[index]) + offset if offset else view[index]
+
+
+def weight_map_of(folder: epath.Path) -> dict[str, str]:
+    """Tensor -> the file that holds it; empty where `model.safetensors` holds all."""
+    if not folder.exists():
+        raise InputError(f"{folder}: no such folder")
+    whole, index = folder / "model.safetensors", folder / INDEX
+    if index.exists():
+        names = headers.read(index).mapping("weight_map")
+        for tensor, name in names.items():
+            paths.child(folder, name, f"{index}: weight_map of tensor {tensor!a:.80}")
+        if not names:
+            raise InputError(f"{index}: weight_map names no file; download it again")
+        if whole.exists() and whole.name not in names.values():
+            raise InputError(
+                f"{folder}: holds {whole.name} and {index.name}, which does not name "
+                "it: weights of two saves; move away what belongs to the older one"
+            )
+        return names
+    if whole.exists():
+        return {}
+    if pickles := [*folder.glob("*.bin"), *folder.glob("*.pt*")]:
+        raise InputError(
+            f"{folder}: holds pickled weights ({pickles[0].name}), which can run code "
+            "and are refused. If you trust them, convert them once: `transformers."
+            "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`"
+        )
+    others = ", ".join(sorted(file.name for file in folder.glob("*.safetensors")))
+    remedy = f" ({others} is not read); convert it to those" if others else ""
+    raise InputError(f"{folder}: holds neither {whole.name} nor {index.name}{remedy}")
+
+
+def _warn_of_others(folder: epath.Path, files: list[str]) -> None:
+    """Warns of weights in a folder that are no part of the model that is read."""
+    others = {file.name for file in folder.glob("*.safetensors")} - set(files)
+    if others and jax.process_index() == 0:
+        logging.warning(
+            "%s: weights are read from %s; not read: %s",
+            folder,
+            files[0] if len(files) == 1 else f"the {len(files)} files of {INDEX}",
+            ", ".join(sorted(others)),
+        )
+
+
+def read_config(file: epath.Path) -> ModelConfig:
+    header = headers.read(file)
+    family = header.get("model_type")
+    if family == "gemma3":
+        raise InputError(
+            f"{file}: model_type is 'gemma3', which reads images too; supported is its "
+            "text model by itself: save that (Gemma3ForCausalLM, gemma3_text)"
+        )
+    header.require("model_type", tuple(ARCHITECTURES))
+    fixed = _FIXED | FIXED_OF.get(family, {"hidden_act": "silu"})
+    for key, supported in fixed.items():
+        # Null counts as absent, as in transformers.
+        if header.get(key) not in (None, supported):
+            raise header.unsupported(key, supported)
+    hidden_size = header.integer("hidden_size")
+    num_heads = header.integer("num_attention_heads")
+    num_layers = header.integer("num_hidden_layers", most=MOST_LAYERS)
+    head_size = header.integer("head_dim", _head_size(family, hidden_size, num_heads))
+    # Transformers 5 gathers everything about RoPE under a new name, and by kinds of
+    # layers where they differ.
+    ropes, older = (header.mapping(k, {}) for k in ("rope_parameters", "rope_scaling"))
+    if ropes and any(ropes.get(key) != value for key, value in older.items()):
+        raise InputError(
+            f"{file}: rope_scaling is {older} and rope_parameters is {ropes}; take one out"
+        )
+    ropes = Header(file, ropes or older)
+    local_rope = Header(file, ropes.mapping("sliding_attention", {}))
+    rope = Header(file, ropes.mapping("full_attention", {}) or ropes.values)
+    default_theta = 1e6 if family == "gemma3_text" else 1e4
+    theta = header.number("rope_theta", default_theta, least=1)
+    theta = rope.number("rope_theta", theta, least=1)
+    if _rope_scaling(local_rope) is not None:
+        raise local_rope.unsupported("rope_type", "default in local layers")
+    window, global_layers = _windows(header, num_layers)
+    settings = {}
+    if family == "gemma3_text" and window is not None:
+        local_theta = header.number("rope_local_base_freq", 1e4, least=1)
+        settings["local_rope_theta"] = local_rope.number(
+            "rope_theta", local_theta, least=1
+        )
+    if family in GEMMA:
+        query_scale = header.number("query_pre_attn_scalar", 256)
+        settings["query_scale"] = None if query_scale == head_size else query_scale
+        # Absent they have defaults in Gemma 2; null there are none.
+        for name, key, default in (
+            ("attention_soft_cap", "attn_logit_softcapping", 50.0),
+            ("final_soft_cap", "final_logit_softcapping", 30.0),
+        ):
+            is_default = family == "gemma2" and key not in header.values
+            settings[name] = header.number(key, default if is_default else None)
+    vocab_size = header.integer("vocab_size")
+    _check_special_ids(header, vocab_size)
+    config = ModelConfig(
+        family=family,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        mlp_size=header.integer("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=header.integer("num_key_value_heads", num_heads),
+        head_size=head_size,
+        max_positions=header.integer("max_position_embeddings"),
+        rope_theta=theta,
+        rope_scaling=_rope_scaling(rope),
+        sliding_window=window,
+        global_layers=global_layers,
+        norm_epsilon=header.number("rms_norm_eps", 1e-6, most=1),
+        tie_embeddings=header.flag("tie_word_embeddings", family in GEMMA),
+        **implied(family),
+        **settings,
+    )
+    check_heads(config, header, "num_attention_heads", "num_key_value_heads")
+    return config
+
+
+def _check_special_ids(header: Header, vocab_size: int) -> None:
+    """They are the tokenizer's affair; ones that no row is for belong to another model."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if isinstance(header.get(name), list):
+            header.many(
+                name,
+                lambda i: headers.is_integer(i) and 0 <= i < vocab_size,
+                f"a list of integers from 0 to {vocab_size - 1}",
+            )
+        else:
+            header.integer(name, None, least=0, most=vocab_size - 1)
+
+
+def _head_size(family: str, hidden_size: int, num_heads: int) -> int:
+    """What the head size is where a file does not say it."""
+    match family:
+        case "qwen3":
+            return 128
+        case "gemma2" | "gemma3_text":
+            return 256
+    return hidden_size // num_heads
+
+
+def _rope_scaling(
+    rope: Header,
+) -> Llama3RopeScaling | LinearRopeScaling | None:
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise rope.unsupported("partial_rotary_factor", 1.0)
+    kind = rope.text("rope_type", None) or rope.text("type", None)
+    match kind:
+        case None if settings := rope.values.keys() - _ROPE_OF_ANY_KIND:
+            raise InputError(
+                f"{rope.file}: rope_type is missing beside {', '.join(sorted(settings))}; "
+                "say which kind of scaling of RoPE it is"
+            )
+        case None | "default":
+            return None
+        case "linear":
+            return LinearRopeScaling(rope.number("factor"))
+        case "llama3":
+            scaling = Llama3RopeScaling(
+                factor=rope.number("factor"),
+                low_freq_factor=rope.number("low_freq_factor"),
+                high_freq_factor=rope.number("high_freq_factor"),
+                original_max_positions=rope.integer("original_max_position_embeddings"),
+            )
+            if scaling.high_freq_factor <= scaling.low_freq_factor:
+                low = scaling.low_freq_factor
+                raise rope.wrong(
+                    "high_freq_factor", f"more than low_freq_factor, {low},"
+                )
+            return scaling
+    key = "rope_type" if rope.get("rope_type") else "type"
+    raise rope.unsupported(key, "default, linear, llama3")
+
+
+_ROPE_OF_ANY_KIND = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+
+
+def _windows(header: Header, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
+    """The sliding window, and the layers that do not have it."""
+    layers = range(num_layers)
+    # Null there is none.
+    default = 4096 if "sliding_window" not in header.values else None
+    match header.get("model_type"):
+        case "llama":
+            return None, ()
+        case "mistral":
+            return header.integer("sliding_window", default), ()
+        case "qwen2" | "qwen3":
+            if not header.flag("use_sliding_window", False):
+                return None, ()
+            first_local = header.integer("max_window_layers", 28, least=0)
+            local = [i >= first_local for i in layers]
+        case "gemma2":
+            local = [i % 2 == 0 for i in layers]
+        case "gemma3_text":
+            period = header.integer("sliding_window_pattern", 6)
+            local = [(i + 1) % period != 0 for i in layers]
+    known = ("full_attention", "sliding_attention")
+    kinds = header.get("layer_types")
+    if kinds is not None:
+        wanted = f"{num_layers} of {', '.join(known)}"
+        is_right = isinstance(kinds, list) and all(kind in known for kind in kinds)
+        if not is_right or len(kinds) != num_layers:
+            raise header.unsupported("layer_types", wanted)
+        local = [kind == known[1] for kind in kinds]
+    window = header.integer("sliding_window", default)
+    if window is None or not any(local):
+        return None, ()
+    return window, tuple(i for i in layers if not local[i])

@@ -1,0 +1,360 @@
+"""Parameters -> a folder that transformers loads, written whole or not at all."""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+
+from mixcpt_jax.core import paths
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models import headers
+from mixcpt_jax.models.families import (
+    GEMMA,
+    is_stacked,
+    is_transposed,
+    key_of,
+    name_of,
+    norm_offset,
+    tensor_names,
+)
+from mixcpt_jax.models.huggingface import ARCHITECTURES, FIXED_OF, MARKER
+from mixcpt_jax.models.tokenizer import Tokenizer
+from mixcpt_jax.models.transformer import (
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    ModelConfig,
+    Params,
+)
+from mixcpt_jax.runtime import finite
+
+_GENERATION = "generation_config.json"
+
+# The key of an export's config.json that lists its files.
+_WRITTEN = "exported_files"
+
+# In the folder of an export that is being written.
+_LEFTOVER = "may_be_deleted"
+
+
+def save_pretrained(
+    folder: str,
+    params: Params,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: str = "bfloat16",
+    stop_ids: Iterable[int] = (),
+    max_shard_bytes: int = 5 * 2**30,
+    start: str = "",
+) -> None:
+    """Writes a folder that transformers' `from_pretrained` loads.
+
+    It is written to `{folder}.incomplete` and renamed at the end, so a folder of this
+    name is always whole; one from an earlier export is replaced. In a bucket, where
+    folders have no names of their own, `config.json` is deleted first and comes back
+    last. Every process of a multi-host run must call this; the first one writes.
+
+    Args:
+      folder: on a local disk or in a bucket.
+      params: the parameters, sharded in any way.
+      config: their architecture.
+      tokenizer: saved alongside; its BOS and EOS go into `config.json` too.
+      dtype: what weights are cast to: "bfloat16", "float16" or "float32".
+      stop_ids: where generation ends, for `generation_config.json`.
+      max_shard_bytes: weights are split into files of at most this size (or of one
+        tensor). The host holds one such file at a time.
+      start: the checkpoint that the parameters were trained from. Of its folder the
+        licence goes along, and what `generation_config.json` says besides special tokens.
+
+    Raises:
+      InputError: `folder` exists and holds something other than an export, or holds
+        `start` or lies in it; or a tensor holds a value that `dtype` has no number for.
+        Then nothing is written or deleted.
+    """
+    target = paths.resolve(folder)
+    check_target(target, start)
+    if broken := finite.find_broken(params, dtype):
+        raise InputError(
+            f"{folder}: tensor {name_of(broken, config.family)} reaches "
+            f"{broken.largest:.6g}, which {dtype} cannot hold; export bfloat16 or float32 "
+            "(export.dtype)"
+        )
+    tensors = _tensors(params, config.family, dtype)
+    if jax.process_index() != 0:
+        for _ in tensors:  # Takes part in gathering them.
+            pass
+        return
+    with _new_folder(target) as new:
+        _write_safetensors(new, tensors, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(str(new))
+        started_from = _files_beside(start)
+        generation = _generation_config(
+            started_from.get(_GENERATION), tokenizer, sorted(stop_ids)
+        )
+        if generation:
+            _write_json(new / _GENERATION, generation)
+        for name, file in started_from.items():
+            if _LICENCE.fullmatch(name):
+                paths.copy_file(file, new / name)
+        raw = _config_to_hf(config, tokenizer, dtype)
+        names = sorted({MARKER, *(file.name for file in new.iterdir())})
+        _write_json(new / MARKER, raw | {_WRITTEN: names})
+
+
+def _files_beside(start: str) -> dict[str, epath.Path]:
+    """The files of a checkpoint's folder by name; of a GGUF file there are none."""
+    folder = paths.resolve(start)
+    files = folder.iterdir() if start and folder.is_dir() else ()
+    return {file.name: file for file in files if file.is_file()}
+
+
+def _generation_config(
+    file: epath.Path | None, tokenizer: Tokenizer | None, stop_ids: list[int]
+) -> dict[str, Any]:
+    """What `file` says, but for the special tokens, which are the tokenizer's."""
+    values = dict(headers.read(file).values) if file else {}
+    # It was derived from the config, and would be again.
+    values.pop("_from_model_config", None)
+    ids = {"eos_token_id": stop_ids or None}
+    if file and tokenizer is not None:
+        ids |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+    return values | {name: i for name, i in ids.items() if i is not None}
+
+
+@contextlib.contextmanager
+def _new_folder(target: epath.Path) -> Iterator[epath.Path]:
+    """A folder on a local disk to write to, which takes the place of `target`."""
+    if paths.is_remote(target):
+        with tempfile.TemporaryDirectory(prefix="mixcpt-export-") as folder:
+            new = epath.Path(folder)
+            yield new
+            _upload(new, target)
+        return
+    place = _incomplete(target)
+    place.rmtree(missing_ok=True)
+    place.mkdir(parents=True)
+    (place / _LEFTOVER).touch()
+    (new := place / "new").mkdir()
+    yield new
+    _check_replaceable(target)
+    if target.exists():
+        target.rename(place / "old")
+    new.rename(target)
+    place.rmtree()
+
+
+def _incomplete(target: epath.Path) -> epath.Path:
+    return target.parent / f"{target.name}.incomplete"
+
+
+def _upload(folder: epath.Path, target: epath.Path) -> None:
+    _check_replaceable(target)
+    (target / MARKER).unlink(missing_ok=True)
+    for file in target.iterdir() if target.exists() else ():
+        file.unlink()
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == MARKER):
+        paths.copy_file(file, target / file.name)
+
+
+def _config_to_hf(
+    config: ModelConfig, tokenizer: Tokenizer | None, dtype: str
+) -> dict[str, Any]:
+    match config.rope_scaling:
+        case None:
+            rope_scaling = None
+        case LinearRopeScaling(factor):
+            rope_scaling = {"rope_type": "linear", "type": "linear", "factor": factor}
+        case Llama3RopeScaling(factor, low, high, original):
+            rope_scaling = {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    activation = FIXED_OF.get(config.family, {}).get("hidden_activation", "silu")
+    raw = {
+        "architectures": [ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": activation,
+        "max_position_embeddings": config.max_positions,
+        # Transformers 5 reads this older spelling of RoPE's settings too.
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope_scaling,
+        "sliding_window": config.sliding_window,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": dtype,
+    }
+    if config.family not in ("llama", "mistral"):
+        raw["layer_types"] = [
+            "full_attention" if window is None else "sliding_attention"
+            for window in config.windows
+        ]
+    if config.family in ("qwen2", "qwen3"):
+        raw["use_sliding_window"] = config.sliding_window is not None
+        raw["max_window_layers"] = len(config.global_layers)
+    if config.family in GEMMA:
+        raw |= {
+            "hidden_activation": activation,
+            "query_pre_attn_scalar": config.query_scale or config.head_size,
+            "attn_logit_softcapping": config.attention_soft_cap,
+            "final_logit_softcapping": config.final_soft_cap,
+        }
+    if config.local_rope_theta is not None:
+        raw["rope_local_base_freq"] = config.local_rope_theta
+    if tokenizer is not None:
+        raw["bos_token_id"] = tokenizer.bos_id
+        raw["eos_token_id"] = tokenizer.eos_id
+    return raw
+
+
+def _tensors(
+    params: Params, family: str, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Brings one Hugging Face tensor after another to the host."""
+    for key_path, leaf in jax.tree.leaves_with_path(params):
+        key = key_of(key_path)
+        for i, name in enumerate(tensor_names(key, leaf.shape, family)):
+            array = _layer(leaf, i) if is_stacked(key) else leaf
+            array = _cast(array, norm_offset(name, family), dtype)
+            if array.is_fully_addressable:
+                array = np.asarray(array)
+            else:
+                array = multihost_utils.process_allgather(array, tiled=True)
+            yield name, np.ascontiguousarray(array.T if is_transposed(key) else array)
+
+
+# Jitted, because arrays that span hosts refuse eager operations.
+@jax.jit
+def _layer(stack: jax.Array, layer: int) -> jax.Array:
+    return stack[layer]
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(array: jax.Array, offset: int, dtype: str) -> jax.Array:
+    return (array - offset).astype(dtype)
+
+
+def _write_safetensors(
+    folder: epath.Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    max_bytes: int,
+) -> None:
+    """Writes `model.safetensors`, or numbered files and the index over them."""
+    shards: list[list[str]] = []
+    pending, total_bytes = {}, 0
+
+    def flush():
+        file = folder / f"{len(shards)}.safetensors"
+        save_file(pending, file, metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        pending_bytes = sum(t.nbytes for t in pending.values())
+        if pending and pending_bytes + tensor.nbytes > max_bytes:
+            flush()
+        pending[name] = tensor
+        total_bytes += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{i}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total_bytes}, "weight_map": weight_map},
+    )
+
+
+def _write_json(file: epath.Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n")
+
+
+_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy)[\w.-]*", re.IGNORECASE)
+
+
+def check_target(folder: epath.Path, *models: str) -> None:
+    """Checks that writing an export to a folder deletes nothing but an earlier export.
+
+    Args:
+      folder: of the export.
+      models: paths of what is read to make it.
+
+    Raises:
+      InputError: the folder, or what is left beside it of an interrupted export, holds
+        what no export wrote; or it holds a model, or lies in one.
+    """
+    target = _real(folder)
+    for path in filter(None, models):
+        model = _real(paths.resolve(path))
+        if model == target or model in target.parents or target in model.parents:
+            raise InputError(
+                f"{folder}: the export would change {path}, which it is made of; name "
+                "another folder"
+            )
+    _check_replaceable(folder)
+    leftover = _incomplete(folder)
+    if _is_there(leftover) and not (leftover / _LEFTOVER).exists():
+        raise InputError(
+            f"{leftover}: is no leftover of an export, which needs this name; move it away"
+        )
+
+
+def _real(path: epath.Path) -> pathlib.PurePath:
+    """A path without links and dots."""
+    return pathlib.PurePath(
+        str(path) if paths.is_remote(path) else os.path.realpath(path)
+    )
+
+
+def _is_there(path: epath.Path) -> bool:
+    """Whether a local disk has it, if only as a link to nothing."""
+    return not paths.is_remote(path) and os.path.lexists(path)
+
+
+def _check_replaceable(folder: epath.Path) -> None:
+    """Nothing is deleted that an export did not write."""
+    if _is_there(folder) and not folder.is_dir():
+        raise InputError(f"{folder}: is no folder; name another one")
+    if not folder.exists():
+        return
+    marker = folder / MARKER
+    config = headers.read(marker).values if marker.exists() else {}
+    written = config.get(_WRITTEN)
+    # What loads a model and saves it keeps keys that it does not know.
+    if not isinstance(written, list) or "transformers_version" in config:
+        written = []
+    for file in folder.iterdir():
+        if file.name not in written or file.is_dir():
+            raise InputError(
+                f"{folder}: holds {file.name}, which is not part of an export and "
+                "would be lost; name another folder"
+            )
+
+
+FOLDER = "hf"
