@@ -2,8 +2,8 @@
 
 Every function computes in float32 (float64 stays float64). Those of the head take
 logits `[..., V]` and integer targets `[...]` and return one loss per position, in nats;
-training uses `fused`, which computes the same numbers without holding the logits of a
-whole batch. `preference_loss` takes the log-probabilities of whole answers.
+training uses `streamed`, which computes the same numbers without the logits of a whole
+batch. `preference_loss` takes the log-probabilities of whole answers.
 
 Notation: teacher logits `t`, student logits `s`, gold token `y`, `a = argmax t` with the
 lowest index winning a tie, `p = softmax(t)`, `q = softmax(s)`.
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 def swap_logits(teacher_logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Exchanges each position's largest teacher logit with that of the gold token.
 
-    The gold token takes the teacher's own top confidence, everything else keeps its
-    place. Where the teacher is right (`a == y`) nothing changes.
+    The gold token gets the teacher's top probability; all others keep theirs. Where the
+    teacher is right (`a == y`) nothing changes.
 
     Args:
       teacher_logits: `[..., V]`.
@@ -57,8 +57,8 @@ def lssd_by_identity(
 ) -> jax.Array:
     """`lssd` without a swapped tensor: `KL(p || q) + (p_a - p_y) (s_a - s_y)`.
 
-    The swap touches two entries, so it moves the divergence by one product. This is
-    the form that can be streamed over the vocabulary.
+    The swap changes two entries, so it adds one product to the divergence. This form can
+    be streamed over the vocabulary.
     """
     s, t = _at_least_float32(student_logits), _at_least_float32(teacher_logits)
     t = jax.lax.stop_gradient(t)
@@ -110,10 +110,10 @@ def selective(
 def coarse_lssd(
     student_logits: jax.Array, teacher_logits: jax.Array, targets: jax.Array, top_k: int
 ) -> jax.Array:
-    """`lssd` with a teacher of whom only `list_tokens` are known one by one.
+    """`lssd` with a teacher that gives the probabilities of `list_tokens` alone.
 
     All other tokens count as one outcome. By the data processing inequality the result
-    is never above `lssd`; it grows with `top_k` and reaches it.
+    is never above `lssd`; it grows with `top_k` until it equals it.
     """
     listed = list_tokens(teacher_logits, targets, top_k)
     swapped = swap_logits(teacher_logits, targets)
@@ -131,9 +131,9 @@ def coarse_distillation(
 
 
 def list_tokens(teacher_logits: jax.Array, targets: jax.Array, top_k: int) -> jax.Array:
-    """Where the `top_k` largest logits and the gold token are, `[..., V]` bool.
+    """Marks the `top_k` largest logits and the gold token, `[..., V]` bool.
 
-    Of equal logits the one with the lower index comes first.
+    Of equal logits the one with the lowest index comes first.
     """
     _, top = jax.lax.top_k(teacher_logits, top_k)
     ids = jnp.concatenate([top, targets[..., None]], axis=-1)
@@ -143,11 +143,11 @@ def list_tokens(teacher_logits: jax.Array, targets: jax.Array, top_k: int) -> ja
 def merge_tail(logits: jax.Array, listed: jax.Array) -> jax.Array:
     """Logits `[..., V + 1]` of the listed tokens and, last, of all others together.
 
-    `softmax` gives the others the sum of their probabilities there, and 0 in their own
-    places.
+    `softmax` gives the last entry the sum of the others' probabilities, and their own
+    entries 0.
     """
     logits = _at_least_float32(logits)
-    # Without masked entries, whose gradient would be 0 / 0 if all are.
+    # Masked entries are left out: their gradient would be 0 / 0 if all are masked.
     is_tail = ~listed & (logits > -jnp.inf)
     tail = jax.nn.logsumexp(logits, axis=-1, where=is_tail, keepdims=True)
     return jnp.concatenate([jnp.where(listed, logits, -jnp.inf), tail], axis=-1)
@@ -177,11 +177,11 @@ def preference_loss(
 
       `sigmoid`: `-(1 - e) log sigmoid(beta m) - e log sigmoid(-beta m)`. With `e = 0`
         DPO (Rafailov et al., arXiv 2305.18290, eq. 7); with `e > 0` conservative DPO,
-        where `e` is the probability that a pair is the wrong way round. (TRL's
+        where `e` is the probability that the two answers of a pair are exchanged. (TRL's
         `robust` is another correction of the same noise.)
       `ipo`: `(m - 1 / (2 beta))^2` (Azar et al., arXiv 2310.12036, eq. 17, where beta
-        is tau). The log-probabilities are per-token means, as in TRL, and the caller
-        passes them so; nothing is divided here.
+        is tau). The caller passes per-token means of log-probabilities, as in TRL;
+        nothing is divided here.
 
     For `sigmoid` sums over an answer's tokens are the DPO paper's loss. Means give its
     length-normalised variant (TRL's `sigmoid_norm`), and means with references of 0 are
@@ -197,11 +197,11 @@ def preference_loss(
       rejected_logps_P: `[P]`, nats, policy's, rejected answer.
       reference_chosen_logps_P: `[P]`, nats, reference's; no gradient flows into it.
       reference_rejected_logps_P: `[P]`, nats, reference's; no gradient either.
-      beta: positive; how much a nat of the margin counts. Larger stays nearer to the
+      beta: positive; scales the margin. A larger value keeps the policy nearer to the
         reference.
       kind: `sigmoid` or `ipo`.
       label_smoothing: in [0, 0.5), for `sigmoid` alone.
-      sft_weight: of the chosen answer's negative log-likelihood.
+      sft_weight: weight of the chosen answer's negative log-likelihood.
       chosen_lengths_P: `[P]`, tokens that `chosen_logps_P` sums over; ones where it is
         a mean. Needed with `sft_weight`; 0 counts as 1, so an empty answer has no NLL.
 

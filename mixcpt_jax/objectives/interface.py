@@ -1,10 +1,10 @@
-"""What an objective reads and returns: batches, and metrics as (sum, count).
+"""The inputs and outputs of an objective: batches, and metrics as (sum, count).
 
 A batch is a dict of `[B, L]` arrays: `tokens`, `targets`, `positions`, `segment_ids`,
 `source_ids`, `loss_mask` (1 where the target contributes to the loss) and a weight per
-objective, `ntp_weights` and so on, see `streamed.TokenWeights`. Where the
-log-probabilities of a reference are known ahead it also has them per segment,
-`reference_logps`, `[B, S]`.
+objective, `ntp_weights` and so on, see `streamed.TokenWeights`. If the log-probabilities
+of a reference were computed in advance, it also has them per segment, `reference_logps`,
+`[B, S]`.
 
 A metric is a pair (sum, count), so sums over microbatches, batches and hosts stay exact;
 the mean is taken when it is read.
@@ -28,13 +28,13 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Objective(NamedTuple):
-    """What a phase minimises.
+    """The loss that a phase minimises.
 
     Attributes:
-      count: `batch -> (number, metrics)`: how much the loss is a mean over, a float32
-        scalar, and counts to report. It is asked of the global batch, before any
-        microbatch runs. The metric `loss` is the mean of nothing, `(0, 0)`, where no
-        part of the batch contributes to the loss, else `(0, 1)`.
+      count: `batch -> (number, metrics)`: the denominator of the loss, a float32 scalar,
+        and counts to report. It is called on the global batch, before any microbatch
+        runs. Its metric `loss` is `(0, 1)`, or `(0, 0)`, the mean of nothing, if no part
+        of the batch contributes to the loss.
       loss_sum: `(student, frozen_params, batch, scale) -> (loss, metrics)`: the sum over
         a (micro)batch times `scale`, and its metrics.
     """
@@ -44,7 +44,7 @@ class Objective(NamedTuple):
 
 
 def soft_cap_of(forward: transformer.Forward) -> float | None:
-    """What the logits of a network are capped at; a bare function caps nothing."""
+    """The soft cap of a network's logits; a bare function has none."""
     return getattr(forward, "final_soft_cap", None)
 
 
@@ -71,7 +71,7 @@ def metric_means(
     source_ids_N: jax.Array,
     source_names: tuple[str, ...],
 ) -> Metrics:
-    """Means over what is masked in, of the whole batch and of each source."""
+    """Means over the unmasked values, of the whole batch and of each source."""
     membership_NxM = mask_N[:, None] * jax.nn.one_hot(
         source_ids_N, len(source_names), dtype=jnp.float32
     )
@@ -93,7 +93,7 @@ def loss_count(has_loss: jax.Array) -> Metrics:
 
 
 def token_counts(batch: Batch, source_names: tuple[str, ...]) -> Metrics:
-    """How many tokens are learnt, in the batch and of each source."""
+    """The number of loss tokens, in the batch and of each source."""
     mask_T = flatten(batch["loss_mask"]).astype(jnp.float32)
     source_ids_T = flatten(batch["source_ids"])
     one = jnp.ones(())

@@ -35,21 +35,21 @@ def preference_objective(
     """The mean over pairs of `dense.preference_loss`.
 
     Segments `2 i + 1` and `2 i + 2` of a row are the chosen and the rejected answer of a
-    pair, each with its prompt; only learnt tokens count.
+    pair, each with its prompt; only loss tokens count.
 
     Args:
       forward: the policy, from `transformer.make_forward`.
       reference_forward: the frozen reference; None where the batch has its
         `reference_logps`.
       source_names: names of the sources, in the order of `source_ids`.
-      num_segments: of the row that has most; even.
+      num_segments: the most segments that a row has; even.
       preference_loss: `dense.preference_loss` with its settings.
       length_normalised: log-probabilities are means over an answer's tokens, not sums.
       log_probabilities: `streamed.log_probabilities` with its settings.
     """
 
     def answers(params, forward, batch: Batch):
-        """Summed log-probability of each segment's learnt tokens, `[B, S]`."""
+        """Summed log-probability of each segment's loss tokens, `[B, S]`."""
         unembedding, vocab_first = transformer.unembedding(params)
         logps_T = with_soft_cap(log_probabilities, forward)(
             flatten(forward(params, *model_inputs(batch))),
@@ -104,7 +104,7 @@ def preference_objective(
 
 
 def _sum_per_segment(x_BxL: jax.Array, batch: Batch, num_segments: int) -> jax.Array:
-    """`[B, S]`: the sum over each segment of a row, padding left out."""
+    """`[B, S]`: the sum over each segment of a row, without padding."""
     segments_S = jnp.arange(1, num_segments + 1)
     is_in_BxLxS = batch["segment_ids"][:, :, None] == segments_S[None, None]
     # Highest: a TPU would round the terms to bfloat16.

@@ -36,16 +36,16 @@ def token_objective(
 ) -> Objective:
     """A weighted sum over tokens of the objectives of `streamed.TokenWeights`.
 
-    The sum is divided by the number of learnt tokens in the global batch; weights
-    therefore keep their meaning when a source has weight 0 for some objective.
+    The sum is divided by the number of loss tokens in the global batch, so weights keep
+    their meaning if a source has weight 0 for some objective.
 
     Args:
       forward: the student, from `transformer.make_forward`.
       teacher: the frozen teacher, or None when no objective needs one.
       source_names: names of the sources, in the order of `source_ids`.
       head_loss: `streamed.head_loss` with its settings.
-      without_teacher: sources in the stream of which a prepared teacher holds nothing. They
-        have no metrics of the teacher, and where there are any the whole batch has none.
+      without_teacher: sources in the stream that have no teacher outputs. They have no
+        metrics of the teacher; if there are any, neither has the whole batch.
 
     The metrics of a compact teacher that does not list the whole vocabulary are called
     `kd_lower_bound` and `lssd_lower_bound`, see `streamed.CompactTeacher`.
@@ -53,9 +53,9 @@ def token_objective(
 
     def loss_sum(student, frozen_params, batch: Batch, scale):
         hidden = flatten(forward(student, *model_inputs(batch)))
-        view = {"teacher_hidden_TxE": None, "teacher_unembedding_ExV": None}
+        of_teacher = {"teacher_hidden_TxE": None, "teacher_unembedding_ExV": None}
         if teacher is not None:
-            view = teacher(frozen_params, batch)
+            of_teacher = teacher(frozen_params, batch)
         unembedding, vocab_first = transformer.unembedding(student)
         weights = streamed.TokenWeights(
             *(
@@ -69,11 +69,11 @@ def token_objective(
             targets_T=flatten(batch["targets"]),
             weights=weights,
             vocab_first=vocab_first,
-            **view,
+            **of_teacher,
         )
         values_T = statistics._asdict()
         own_T = {name: values_T.pop(name) for name in ("ntp", "correct")}
-        compact = view.get("compact")
+        compact = of_teacher.get("compact")
         vocab_size = unembedding.shape[0 if vocab_first else 1]
         if compact is not None and compact.ids.shape[1] < vocab_size:
             for name in ("kd", "lssd"):

@@ -1,24 +1,24 @@
-"""The objectives of `losses`, streamed from hidden states; no `[T, V]` array exists.
+"""The objectives of `dense`, streamed from hidden states; no `[T, V]` array exists.
 
 Logits of teacher and student live one chunk of tokens at a time. Because the swap of
-LSSD touches two entries of the teacher's distribution,
+LSSD changes two entries of the teacher's distribution,
 
     KL(p~ || q) = KL(p || q) + (p_a - p_y) (s_a - s_y)
     d/ds        = q - p + (p_a - p_y) (e_a - e_y),
 
-loss and gradient of a chunk need a few reductions over the vocabulary and four picked
-entries. The loss is a weighted sum over tokens, so its gradient is formed in the forward
-pass, while the chunk's logits are at hand; the backward pass only scales it. Four
-matrix products, `8 T D V` FLOPs, and nothing computed twice.
+the loss and the gradient of a chunk need a few reductions over the vocabulary and four
+picked entries. The loss is a weighted sum over tokens, so the forward pass also computes
+its gradient, from the same logits, and the backward pass only scales it. This takes four
+matrix products, `8 T D V` FLOPs, and computes nothing twice.
 
-What a slice of the vocabulary says about a token fits into a few scalars (`_Slice`), and
-two such records merge into one. So the vocabulary may come in tiles, one after the
-other, and in shards, one per device: maxima, sums and picked entries cross as scalars
-per token. `WORKSPACE.md` derives all of this on a page.
+A slice of the vocabulary is reduced to a few scalars per token (`VocabSlice`), and two
+slices merge into one. So the vocabulary may come in tiles, one after the other, and in
+shards, one per device: only scalars per token cross between devices (`sharded_swap`).
+`docs/head.md` derives all of this.
 
-The teacher may also be what was stored of its distributions (`CompactTeacher`). Its
-logits are then spread over the vocabulary instead of computed, and what it does not list
-is one more outcome that joins the merged record.
+The teacher may also be a stored part of its distributions (`CompactTeacher`). Its logits
+are then scattered over the vocabulary instead of computed, and all tokens that it does
+not list are one more outcome, which joins the merged slice.
 
 Shape suffixes: T tokens, C tokens of a chunk, N chunks of a block, D student hidden
 size, E teacher hidden size, V vocabulary (inside the sweep: this shard's slice of it),
@@ -33,6 +33,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from mixcpt_jax.objectives.sharded_swap import (
+    MASKED,
+    VocabSlice,
+    merge,
+    merge_shards,
+)
 from mixcpt_jax.runtime import chips
 from mixcpt_jax.runtime.sharding import (
     BATCH_AXES,
@@ -42,10 +48,6 @@ from mixcpt_jax.runtime.sharding import (
     device_kind,
     platform,
 )
-
-# Stands for -inf in masked entries: far below any logit, yet finite, so that
-# 0 * (masked - masked) is 0.
-_MASKED = -1e30
 
 # A product with C tokens reads 2 D V bytes of weights for 2 C D V FLOPs, so it keeps the
 # matrix units busy once C is the FLOPs a chip can do while it moves a byte of its memory;
@@ -57,7 +59,7 @@ _LOGITS_PER_CHUNK, _MAX_CHUNK, _MAX_BLOCK = 2**25, 2048, 4096
 
 
 class TokenWeights(NamedTuple):
-    """What each token's objectives count for, `[T]` float32 each.
+    """The weight of each objective at each token, `[T]` float32 each.
 
     MFT's target `(1 - m) p + m e_y` is `kd = 1 - m`, `ntp = m`, up to a constant.
     """
@@ -74,7 +76,7 @@ class TokenWeights(NamedTuple):
         return cls(**dict.fromkeys(cls._fields, zeros_T) | weights_T)
 
     def resolve(self, swapped_T: jax.Array) -> "TokenWeights":
-        """The same sum without `selective`, given where the teacher is wrong."""
+        """The same sum without `selective`; `swapped_T`: 1 where the teacher is wrong."""
         wrong_T = self.selective * swapped_T
         return TokenWeights(
             self.ntp + wrong_T,
@@ -85,9 +87,9 @@ class TokenWeights(NamedTuple):
 
 
 class TokenStatistics(NamedTuple):
-    """What the sweep saw at each token, unweighted, `[T]` float32, no gradient.
+    """Unweighted statistics of each token, `[T]` float32, without gradient.
 
-    Without a teacher only `ntp` and `correct` mean anything; the rest are zeros.
+    Without a teacher all but `ntp` and `correct` are zeros.
     """
 
     ntp: jax.Array  # cross-entropy with the gold token, nats
@@ -99,9 +101,9 @@ class TokenStatistics(NamedTuple):
 
 
 class CompactTeacher(NamedTuple):
-    """What was stored of a teacher's distribution at each token.
+    """The stored part of a teacher's distribution at each token.
 
-    Listed are its K most likely tokens and the gold one. The tail, all other tokens
+    It lists the K most likely tokens and the gold one. The tail, all other tokens
     together, is one outcome: with S the listed tokens,
 
         kd = sum over S of p log(p / q) + p_tail log(p_tail / q_tail),
@@ -111,8 +113,8 @@ class CompactTeacher(NamedTuple):
     a logit `s_j` is `q_j - p_j` in S and `q_j (1 - p_tail / q_tail)` in the tail, where
     the student keeps its own proportions.
 
-    Stored values are rounded, so `p` is them scaled to sum to 1, in float32. A token
-    of log-probability -inf counts as not listed.
+    Stored values are rounded, so they are scaled to sum to 1, in float32. A token of
+    log-probability -inf counts as not listed.
 
     Attributes:
       ids: `[T, K + 1]` int32, the most likely token first, the gold one last.
@@ -141,7 +143,7 @@ class Layout(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """Everything static; sizes of chunks count gathered tokens."""
+    """All that is static; chunk sizes count gathered tokens."""
 
     chunk_size: int
     block_size: int
@@ -172,33 +174,32 @@ def head_loss(
     """Weighted sum of all objectives over all tokens, in one sweep.
 
     Differentiable for `hidden_TxD` and `unembedding_DxV`. Called without
-    differentiation it does the two products of the logits only, so evaluation uses it
-    too. Under `jax.set_mesh` the sweep is sharded by the rules of `sharding`.
+    differentiation it computes only the two products of the logits, so evaluation uses
+    it too. Under `jax.set_mesh` the sweep is sharded by the rules of `sharding`.
 
     Args:
       hidden_TxD: last hidden states; their dtype is that of the products, which
         accumulate in float32, as do all reductions.
       unembedding_DxV: any float dtype; its gradient is accumulated in float32.
-      teacher_hidden_TxE: the teacher's, or None when no objective needs a teacher.
+      teacher_hidden_TxE: of the teacher; None if no objective needs a teacher.
       teacher_unembedding_ExV: the same vocabulary; the width may differ.
       targets_T: gold token ids.
       weights: per token and objective. A weight of 0 removes a token from the value
         and the gradient exactly.
-      compact: the teacher instead of its hidden states and unembedding. Its values are
-        final; `soft_cap` is for the student alone.
+      compact: replaces the teacher's hidden states and unembedding. Its values are
+        final; `soft_cap` then applies to the student alone.
       chunk_size: tokens whose logits exist at a time on a device, in float32. None:
-        chosen from the device and the vocabulary, as are the next two.
+        chosen from the device and the vocabulary, like `block_size`.
       block_size: tokens whose logits' gradient is kept, in the dtype of `hidden_TxD`,
         for one pair of products; a multiple of `chunk_size`.
-      vocab_tile: columns whose logits are computed and reduced at a time. Without
-        gradients nothing larger than `[vocab_tile, chunk_size]` exists.
+      vocab_tile: columns whose logits are computed and reduced at a time; None: all.
+        Without gradients nothing larger than `[vocab_tile, chunk_size]` exists.
       vocab_size: columns from here on are padding and get no probability.
-      vocab_first: both unembeddings are given as `[V, D]`, as tied embeddings are
-        stored; transposing one would cost a copy of it.
+      vocab_first: both unembeddings are `[V, D]`, as tied embeddings are stored;
+        transposing one would copy it.
       soft_cap: both models' logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2).
-      vocab_parallel: splits the vocabulary over `fsdp` as well as `tensor` and
-        gathers hidden states, instead of splitting tokens over `fsdp` and gathering
-        the unembedding.
+      vocab_parallel: splits the vocabulary over `fsdp` and `tensor` and gathers hidden
+        states; if False, splits it over `tensor` alone and gathers the unembedding.
 
     Returns:
       The weighted sum, a float32 scalar, and the statistics of every token.
@@ -209,7 +210,7 @@ def head_loss(
     """
     if compact is not None and teacher_unembedding_ExV is not None:
         raise ValueError(
-            "a compact teacher replaces the teacher's hidden states and unembedding: "
+            "a compact teacher replaces the teacher's hidden states and unembedding; "
             "give one or the other"
         )
     vocab_dimension = 0 if vocab_first else 1
@@ -279,10 +280,10 @@ def log_probabilities(
 ) -> jax.Array:
     """Log-probability of each gold token, `[T]` float32 nats; options of `head_loss`.
 
-    For losses that are no weighted sum over tokens with weights known ahead, such as
-    DPO's: differentiable for `hidden_TxD` and `unembedding_DxV`. The backward pass
-    knows each token's weight and sweeps with gradients; the forward pass only looks.
-    So it takes `8 T D V` FLOPs, where a known weighted sum takes `6 T D V`.
+    For losses that are not a weighted sum over tokens with weights known in advance,
+    such as DPO's. Differentiable for `hidden_TxD` and `unembedding_DxV`. The forward pass
+    computes no gradient; the backward pass knows each token's weight and sweeps again,
+    with gradients. So it takes `8 T D V` FLOPs, a known weighted sum `6 T D V`.
     """
 
     def sweep(hidden_TxD, unembedding_DxV, weights_T):
@@ -323,13 +324,13 @@ def compact_teacher(
     soft_cap: float | None = None,
     chunk_size: int | None = None,
 ) -> CompactTeacher:
-    """What `head_loss` needs of a teacher that does not run beside the student.
+    """Computes the part of a teacher's distributions that `head_loss` can use later.
 
     Args:
       hidden_TxE: its last hidden states; their dtype is that of the products.
       unembedding_ExV: any float dtype.
-      targets_T: gold token ids, listed besides the most likely ones.
-      top_k: how many most likely tokens to list; the lower id first among equals.
+      targets_T: gold token ids, listed beside the most likely tokens.
+      top_k: how many of the most likely tokens to list; of equals the lowest id first.
       vocab_first, vocab_size, soft_cap: as for `head_loss`.
       chunk_size: tokens whose logits exist at a time, on all devices together.
 
@@ -349,7 +350,7 @@ def compact_teacher(
     num_tokens = len(targets_T)
     chunk_size = min(chunk_size, num_tokens)
     num_chunks = math.ceil(num_tokens / chunk_size)
-    # Gathered over fsdp here, once, and not by every chunk.
+    # Gathered over fsdp here once, not by every chunk.
     axes = ("vocab", "activation") if vocab_first else ("activation", "vocab")
     kernel = constrain(unembedding_ExV.astype(hidden_TxE.dtype), *axes)
     sizes = (chunk_size, chunk_size, num_columns, vocab_size)
@@ -389,8 +390,8 @@ def compact_teacher(
 def default_sizes(num_columns: int) -> tuple[int, int]:
     """Tokens per chunk and per block for a device with `num_columns` of the vocabulary.
 
-    Chunks as short as keeps the matrix units of the device busy, since their logits
-    are what the head costs in memory; longer where the vocabulary is small.
+    Chunks are the shortest that keep the matrix units of the device busy, because their
+    logits are the memory that the head costs; they are longer for a small vocabulary.
     """
     kind = device_kind()
     if kind == "cpu":
@@ -407,7 +408,7 @@ def _layout(vocab_parallel: bool) -> Layout:
     if jax.sharding.get_abstract_mesh().empty:
         return Layout()
     vocab_axes = (FSDP, RULES["vocab"]) if vocab_parallel else (RULES["vocab"],)
-    # Over an axis of one device nothing is to be exchanged.
+    # Nothing is exchanged over an axis of one device.
     return Layout(BATCH_AXES, tuple(a for a in vocab_axes if _axes_size((a,)) > 1))
 
 
@@ -418,14 +419,14 @@ def _axes_size(axes: tuple[str, ...]) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_sum(options, hidden_TxD, unembedding_DxV, rest):
-    value, statistics, _ = _sharded_sweep(
+    value, statistics, _ = _sweep_shards(
         options, False, hidden_TxD, unembedding_DxV, rest
     )
     return value, statistics
 
 
 def _weighted_sum_forward(options, hidden_TxD, unembedding_DxV, rest):
-    value, statistics, gradients = _sharded_sweep(
+    value, statistics, gradients = _sweep_shards(
         options, True, hidden_TxD, unembedding_DxV, rest
     )
     return (value, statistics), gradients
@@ -442,14 +443,14 @@ def _weighted_sum_backward(options, gradients, cotangents):
 _weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
 
 
-def _sharded_sweep(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
-    """Runs `_sweep` on each device's tokens and vocabulary slice."""
+def _sweep_shards(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
+    """Runs `_sweep_shard` on each device's tokens and columns of the vocabulary."""
     teacher_hidden_TxE, teacher_kernel, compact, targets_T, weights = rest
     # Cast before anything is gathered: bfloat16 is half the bytes.
     kernel = unembedding_DxV.astype(hidden_TxD.dtype)
     if teacher_kernel is not None:
         teacher_kernel = teacher_kernel.astype(teacher_hidden_TxE.dtype)
-    sweep = functools.partial(_sweep, options, with_gradients)
+    sweep = functools.partial(_sweep_shard, options, with_gradients)
     token_axes, vocab_axes = options.layout
     by_token = (hidden_TxD, teacher_hidden_TxE, compact, targets_T, weights)
     if not token_axes:
@@ -472,8 +473,8 @@ def _sharded_sweep(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
         columns = P(vocab_axes) if options.vocab_first else P(None, vocab_axes)
         gradients = None
         if with_gradients:
-            # Summed over the axes that split the tokens it was summed from. Over fsdp,
-            # unless it splits the vocabulary, each device keeps one slice of the sum.
+            # Summed over the axes that split the tokens. Over fsdp, unless it splits the
+            # vocabulary, each device keeps one slice of the sum.
             scattered = columns
             if _scatters(options, hidden_size):
                 scattered = (
@@ -501,7 +502,7 @@ def _sharded_sweep(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
 
 
 def _scatters(options: _Options, hidden_size: int) -> bool:
-    """Whether each device keeps one slice of the unembedding's gradient over fsdp."""
+    """Whether the unembedding's gradient is scattered over fsdp."""
     token_axes, vocab_axes = options.layout
     if FSDP not in token_axes or FSDP in vocab_axes:
         return False
@@ -509,7 +510,7 @@ def _scatters(options: _Options, hidden_size: int) -> bool:
     return shards > 1 and hidden_size % shards == 0
 
 
-def _sweep(options, with_gradients, by_token, kernel, teacher_kernel):
+def _sweep_shard(options, with_gradients, by_token, kernel, teacher_kernel):
     """One pass over this device's tokens, a block of chunks at a time."""
     hidden_TxD, _, compact, *_ = by_token
     num_tokens, hidden_size = hidden_TxD.shape
@@ -581,7 +582,7 @@ def _sweep(options, with_gradients, by_token, kernel, teacher_kernel):
 
 
 def _split(num_tokens: int, options: _Options, gathered: int) -> tuple[int, int, int]:
-    """Blocks, chunks per block and this device's tokens per chunk, nearly all used."""
+    """Blocks, chunks per block and this device's tokens per chunk, with little padding."""
     chunk_size = max(1, options.chunk_size // gathered)
     num_chunks = options.block_size // options.chunk_size
     num_blocks = math.ceil(num_tokens / (num_chunks * chunk_size))
@@ -603,7 +604,7 @@ def _chunk(
     targets_C,
     weights_C,
 ):
-    """Value, statistics and, if wanted, the logits' gradient of one chunk of tokens."""
+    """Value and statistics of one chunk of tokens; with gradients, that of its logits."""
 
     def tile(start):
         student_VxC = columns.logits(kernel, hidden_CxD, start, options.soft_cap)
@@ -618,15 +619,15 @@ def _chunk(
         both_VxC = tile(0)
         seen = columns.reduce(*both_VxC, targets_C, start=0, lowest=0)
     else:
-        # The last tile starts early enough to be whole; what it shares with the one
-        # before it is masked in the reductions.
+        # The last tile starts early enough to be whole; the columns that it shares with
+        # the one before it are masked in the reductions.
         def tile_step(carry, index):
             seen, both_VxC = carry
             lowest = index * options.vocab_tile
             start = jnp.minimum(lowest, columns.num_local - options.vocab_tile)
             part = tile(start)
             new = columns.reduce(*part, targets_C, start=start, lowest=lowest)
-            seen = _merge(jax.tree.map(lambda *x: jnp.stack(x), seen, new))
+            seen = merge(jax.tree.map(lambda *x: jnp.stack(x), seen, new))
             if with_gradients:
                 both_VxC = jax.tree.map(
                     lambda whole, x: jax.lax.dynamic_update_slice_in_dim(
@@ -639,7 +640,7 @@ def _chunk(
 
         shapes = jax.eval_shape(lambda: columns.reduce(*tile(0), targets_C, 0, 0))
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        nothing = nothing.with_tops(_MASKED)
+        nothing = nothing.with_tops(MASKED)
         both_VxC = None
         if with_gradients:
             whole = jnp.zeros((columns.num_local, targets_C.shape[0]), jnp.float32)
@@ -647,12 +648,11 @@ def _chunk(
         (seen, both_VxC), _ = jax.lax.scan(
             tile_step, (nothing, both_VxC), jnp.arange(columns.num_tiles)
         )
-    if columns.axes:
-        seen = _merge(jax.tree.map(lambda x: jax.lax.all_gather(x, columns.axes), seen))
+    seen = merge_shards(seen, columns.axes)
     if columns.has_tail:
         seen = seen.with_tail(compact.tail)
 
-    statistics = seen.statistics(targets_C)
+    statistics = _statistics(seen, targets_C)
     weights_C = weights_C.resolve(statistics.swapped)
     value = sum(
         jnp.sum(jnp.where(w != 0, w * getattr(statistics, name), 0.0))
@@ -663,14 +663,14 @@ def _chunk(
         return value, statistics, None
     d_logits_VxC = _logits_gradient(seen, columns, *both_VxC, targets_C, weights_C)
     if options.soft_cap is not None:
-        # Clipped for the sake of masked entries, whose gradient is 0.
+        # Clipped because of masked entries, whose gradient is 0.
         tanh_VxC = jnp.clip(both_VxC[0] / options.soft_cap, -1.0, 1.0)
         d_logits_VxC *= 1.0 - tanh_VxC**2
     return value, statistics, d_logits_VxC.astype(hidden_CxD.dtype)
 
 
 def _sum(x, axes, scattered_over=(), dimension=0):
-    """Sums over mesh axes; over some of them each device keeps its slice only."""
+    """Sums over mesh axes; over `scattered_over` each device keeps its slice alone."""
     for axis in scattered_over:
         x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
     rest = tuple(axis for axis in axes if axis not in scattered_over)
@@ -680,124 +680,34 @@ def _sum(x, axes, scattered_over=(), dimension=0):
 def _product(equation, a, b):
     """A matrix product with float32 accumulation."""
     if platform() == "cpu":
-        # XLA's CPU runtime lacks some of the bfloat16 products with a float32 result;
-        # products of float32 copies are the same numbers.
+        # XLA's CPU runtime lacks some bfloat16 products with a float32 result; products
+        # of float32 copies are the same numbers.
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-class _Slice(NamedTuple):
-    """What some columns of the vocabulary say about each token of a chunk, `[C]`.
-
-    Sums of exponentials are relative to the largest logit of the same slice. Picked
-    entries are 0 where another slice owns them. The teacher's are None without one.
-    """
-
-    student_top: jax.Array  # the largest logit
-    student_sum: jax.Array  # of exp(s - top)
-    student_gold: jax.Array  # the gold token's logit
-    student_top_id: jax.Array  # the lowest id of the largest logits, as a float
-    teacher_top: jax.Array | None
-    teacher_sum: jax.Array | None
-    teacher_gold: jax.Array | None
-    teacher_top_id: jax.Array | None
-    student_at_top: jax.Array | None  # the student's logit of that token
-    # Sum of exp(t - top) ((t - top) - (s - student_top)).
-    cross: jax.Array | None
-    # The student's part of the tokens that a compact teacher does not list, else None.
-    tail: "_Slice | None"
-
-    def with_tops(self, value: float) -> "_Slice":
-        """The same, with these largest logits."""
-        tops = {"student_top": jnp.full_like(self.student_top, value)}
-        if self.teacher_top is not None:
-            tops["teacher_top"] = jnp.full_like(self.teacher_top, value)
-        if self.tail is not None:
-            tops["tail"] = self.tail.with_tops(value)
-        return self._replace(**tops)
-
-    def with_tail(self, logp_C: jax.Array) -> "_Slice":
-        """Of the whole vocabulary: adds the teacher's tail, one outcome, to its sums."""
-        tail = self.tail
-        teacher_below = jnp.maximum(logp_C.astype(jnp.float32), _MASKED)
-        # Never above log V, except in padding, where it must be finite.
-        teacher_below = jnp.minimum(teacher_below - self.teacher_top, 60.0)
-        student_below = tail.student_top - self.student_top + jnp.log(tail.student_sum)
-        teacher_sum = jnp.exp(teacher_below)
-        return self._replace(
-            teacher_sum=self.teacher_sum + teacher_sum,
-            cross=self.cross + teacher_sum * (teacher_below - student_below),
-            tail=tail._replace(teacher_sum=teacher_sum),
-        )
-
-    def p_top_minus_p_gold(self, targets_C: jax.Array) -> jax.Array:
-        """`p_a - p_y`; 0 where the teacher is right."""
-        gold_C = jnp.exp(self.teacher_gold - self.teacher_top)
-        return jnp.where(self.is_swapped(targets_C), 1.0 - gold_C, 0.0) / (
-            self.teacher_sum
-        )
-
-    def is_swapped(self, targets_C: jax.Array) -> jax.Array:
-        return self.teacher_top_id.astype(jnp.int32) != targets_C
-
-    def statistics(self, targets_C: jax.Array) -> TokenStatistics:
-        """Of the whole vocabulary's slice."""
-        # Differences first: they keep their digits where logits are large.
-        ntp = (self.student_top - self.student_gold) + jnp.log(self.student_sum)
-        correct = (self.student_top_id == targets_C).astype(jnp.float32)
-        if self.teacher_top is None:
-            zero = jnp.zeros_like(ntp)
-            return TokenStatistics(ntp, zero, zero, correct, zero, zero)
-        kd = self.cross / self.teacher_sum + jnp.log(
-            self.student_sum / self.teacher_sum
-        )
-        margin = self.student_at_top - self.student_gold
-        return TokenStatistics(
-            ntp,
-            kd + self.p_top_minus_p_gold(targets_C) * margin,
-            kd,
-            correct,
-            (self.student_top_id == self.teacher_top_id).astype(jnp.float32),
-            self.is_swapped(targets_C).astype(jnp.float32),
-        )
-
-
-def _merge(slices: _Slice) -> _Slice:
-    """One slice from several, stacked in the vocabulary's order, `[K, C]` to `[C]`."""
-
-    def at_first_max(x_KxC, top_KxC):
-        """Of equal maxima the first: the one with the lowest ids."""
-        first_1xC = jnp.argmax(top_KxC, axis=0)[None]
-        return jnp.take_along_axis(x_KxC, first_1xC, axis=0)[0]
-
-    student_top = slices.student_top.max(0)
-    student_below = slices.student_top - student_top[None]
-    merged = _Slice(
-        student_top=student_top,
-        student_sum=(slices.student_sum * jnp.exp(student_below)).sum(0),
-        student_gold=slices.student_gold.sum(0),
-        student_top_id=at_first_max(slices.student_top_id, slices.student_top),
-        **dict.fromkeys(_Slice._fields[4:]),
-    )
-    if slices.teacher_top is None:
-        return merged
-    teacher_top = slices.teacher_top.max(0)
-    teacher_below = slices.teacher_top - teacher_top[None]
-    scale = jnp.exp(teacher_below)
-    cross = slices.cross + slices.teacher_sum * (teacher_below - student_below)
-    return merged._replace(
-        teacher_top=teacher_top,
-        teacher_sum=(slices.teacher_sum * scale).sum(0),
-        teacher_gold=slices.teacher_gold.sum(0),
-        teacher_top_id=at_first_max(slices.teacher_top_id, slices.teacher_top),
-        student_at_top=at_first_max(slices.student_at_top, slices.teacher_top),
-        cross=(cross * scale).sum(0),
-        tail=None if slices.tail is None else _merge(slices.tail),
+def _statistics(seen: VocabSlice, targets_C: jax.Array) -> TokenStatistics:
+    """From the slice of the whole vocabulary."""
+    # Differences first: they keep their digits where logits are large.
+    ntp = (seen.student_top - seen.student_gold) + jnp.log(seen.student_sum)
+    correct = (seen.student_top_id == targets_C).astype(jnp.float32)
+    if seen.teacher_top is None:
+        zero = jnp.zeros_like(ntp)
+        return TokenStatistics(ntp, zero, zero, correct, zero, zero)
+    kd = seen.cross / seen.teacher_sum + jnp.log(seen.student_sum / seen.teacher_sum)
+    margin = seen.student_at_top - seen.student_gold
+    return TokenStatistics(
+        ntp,
+        kd + seen.p_top_minus_p_gold(targets_C) * margin,
+        kd,
+        correct,
+        (seen.student_top_id == seen.teacher_top_id).astype(jnp.float32),
+        seen.is_swapped(targets_C).astype(jnp.float32),
     )
 
 
 class _Columns:
-    """This device's columns of the vocabulary, and what is done with their logits."""
+    """This device's columns of the vocabulary: computes and reduces their logits."""
 
     def __init__(self, kernel, options: _Options, has_tail: bool = False):
         self.vocab_dimension = 0 if options.vocab_first else 1
@@ -826,28 +736,28 @@ class _Columns:
             logits_VxC = soft_cap * jnp.tanh(logits_VxC / soft_cap)
         if self.padded:
             is_real_Vx1 = self.ids(start, self.tile) < self.vocab_size
-            logits_VxC = jnp.where(is_real_Vx1, logits_VxC, _MASKED)
+            logits_VxC = jnp.where(is_real_Vx1, logits_VxC, MASKED)
         return logits_VxC
 
     def spread(self, compact: CompactTeacher, start) -> jax.Array:
-        """A compact teacher's logits in the tile at `start`, its tail masked."""
+        """A compact teacher's logits in the tile at `start`; its tail is masked."""
         row_MxC = compact.ids.T - self.offset - start
         row_MxC = jnp.where(row_MxC < 0, self.tile, row_MxC)
-        logps_MxC = jnp.maximum(compact.logps.astype(jnp.float32).T, _MASKED)
-        # The first is the top token even where rounding left others no smaller.
+        logps_MxC = jnp.maximum(compact.logps.astype(jnp.float32).T, MASKED)
+        # The first stays the top token where rounding made others equal to it.
         at_least_C = jnp.nextafter(logps_MxC[1:].max(0), jnp.float32(0))
         logps_MxC = logps_MxC.at[0].max(at_least_C)
         token_1xC = jnp.arange(row_MxC.shape[1])[None]
-        masked_VxC = jnp.full((self.tile, row_MxC.shape[1]), _MASKED, jnp.float32)
+        masked_VxC = jnp.full((self.tile, row_MxC.shape[1]), MASKED, jnp.float32)
         return masked_VxC.at[row_MxC, token_1xC].max(logps_MxC, mode="drop")
 
-    def reduce(self, student_VxC, teacher_VxC, targets_C, start, lowest) -> _Slice:
+    def reduce(self, student_VxC, teacher_VxC, targets_C, start, lowest) -> VocabSlice:
         """The slice of a tile at `start`, of its columns from `lowest` on."""
         if self.num_tiles > 1:
             is_new_Vx1 = (start + jnp.arange(self.tile) >= lowest)[:, None]
-            student_VxC = jnp.where(is_new_Vx1, student_VxC, _MASKED)
+            student_VxC = jnp.where(is_new_Vx1, student_VxC, MASKED)
             if teacher_VxC is not None:
-                teacher_VxC = jnp.where(is_new_Vx1, teacher_VxC, _MASKED)
+                teacher_VxC = jnp.where(is_new_Vx1, teacher_VxC, MASKED)
 
         def pick(x_VxC, ids_C):
             row_C = ids_C - self.offset - start
@@ -865,12 +775,12 @@ class _Columns:
 
         student_top = student_VxC.max(0)
         student_below_VxC = student_VxC - student_top[None]
-        seen = _Slice(
+        seen = VocabSlice(
             student_top=student_top,
             student_sum=jnp.exp(student_below_VxC).sum(0),
             student_gold=pick(student_VxC, targets_C),
             student_top_id=top_id(student_VxC, student_top),
-            **dict.fromkeys(_Slice._fields[4:]),
+            **dict.fromkeys(VocabSlice._fields[4:]),
         )
         if teacher_VxC is None:
             return seen
@@ -880,7 +790,7 @@ class _Columns:
         teacher_top_id = top_id(teacher_VxC, teacher_top)
         tail = None
         if self.has_tail:
-            tail_VxC = jnp.where(teacher_VxC == _MASKED, student_VxC, _MASKED)
+            tail_VxC = jnp.where(teacher_VxC == MASKED, student_VxC, MASKED)
             tail = self.reduce(tail_VxC, None, targets_C, start, lowest)
         return seen._replace(
             teacher_top=teacher_top,
@@ -894,7 +804,7 @@ class _Columns:
 
 
 def _logits_gradient(seen, columns, student_VxC, teacher_VxC, targets_C, weights):
-    """The weighted sum's gradient for the student's logits; `q - p` and two entries."""
+    """The weighted sum's gradient for the student's logits: `q - p` and two entries."""
     ids_Vx1 = columns.ids()
     is_gold_VxC = ids_Vx1 == targets_C[None]
     exp_s_VxC = jnp.exp(student_VxC - seen.student_top[None])
@@ -904,10 +814,10 @@ def _logits_gradient(seen, columns, student_VxC, teacher_VxC, targets_C, weights
         )
     exp_t_VxC = jnp.exp(teacher_VxC - seen.teacher_top[None])
     if columns.has_tail:
-        # The tail's tokens share it in the student's proportions.
+        # The tail's probability is split in the student's proportions.
         exp_tail_VxC = jnp.exp(student_VxC - seen.tail.student_top[None])
         scale = seen.tail.teacher_sum / seen.tail.student_sum
-        is_tail_VxC = teacher_VxC == _MASKED
+        is_tail_VxC = teacher_VxC == MASKED
         exp_t_VxC = jnp.where(is_tail_VxC, scale[None] * exp_tail_VxC, exp_t_VxC)
     is_top_VxC = ids_Vx1 == seen.teacher_top_id.astype(jnp.int32)[None]
     distilled = weights.kd + weights.lssd

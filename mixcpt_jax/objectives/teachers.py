@@ -22,18 +22,18 @@ from mixcpt_jax.objectives.interface import (
     soft_cap_of,
 )
 
-# `(frozen_params, batch) -> the arguments of fused.head_loss that are the teacher's`.
+# `(frozen_params, batch) -> the teacher's arguments of streamed.head_loss`.
 Teacher = Callable[[transformer.Params, Batch], dict[str, Any]]
 
 
 def running_teacher(forward: transformer.Forward) -> Teacher:
     """Runs the frozen model in the step; `forward` is from `transformer.make_forward`."""
 
-    def view(frozen_params, batch: Batch):
+    def teacher(frozen_params, batch: Batch):
         hidden = flatten(forward(frozen_params, *model_inputs(batch)))
         return _logits_from(hidden, frozen_params)
 
-    return view
+    return teacher
 
 
 def prepared_teacher(dtype: str) -> Teacher:
@@ -43,18 +43,18 @@ def prepared_teacher(dtype: str) -> Teacher:
       dtype: of the product with the frozen unembedding.
     """
 
-    def view(frozen_params, batch: Batch):
+    def teacher(frozen_params, batch: Batch):
         bits = flatten(batch["teacher_hidden"])
         hidden = jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)
         return _logits_from(hidden, frozen_params)
 
-    return view
+    return teacher
 
 
 def compact_teacher() -> Teacher:
     """Reads `streamed.CompactTeacher` from the batch; no frozen model is needed."""
 
-    def view(frozen_params, batch: Batch):
+    def teacher(frozen_params, batch: Batch):
         del frozen_params
         fields = streamed.CompactTeacher._fields
         arrays = [flatten(batch[f"teacher_{name}"]) for name in fields]
@@ -65,7 +65,7 @@ def compact_teacher() -> Teacher:
             "compact": compact._replace(ids=compact.ids.astype(jnp.int32)),
         }
 
-    return view
+    return teacher
 
 
 def _logits_from(
@@ -78,11 +78,11 @@ def _logits_from(
 def make_teacher_step(
     forward: transformer.Forward, top_k: int = 0
 ) -> Callable[[transformer.Params, Batch], dict[str, jax.Array]]:
-    """Builds `(params, batch) -> what a prepared teacher reads`, `[B, L, ...]` each.
+    """Builds `(params, batch) -> teacher outputs`, arrays `[B, L, ...]` for a cache.
 
     Args:
       forward: from `transformer.make_forward`.
-      top_k: 0: hidden states, see `prepared_teacher`; else how many tokens are kept,
+      top_k: 0: hidden states, see `prepared_teacher`; else the number of tokens to list,
         see `compact_teacher`.
     """
 
@@ -110,7 +110,7 @@ def make_teacher_step(
 
 
 def drop_without_teacher(metrics: Metrics, without_teacher: Collection[str]) -> Metrics:
-    """Without those of sources that have no teacher, nor of a batch that may hold one."""
+    """Drops the metrics of sources without a teacher and, if there are any, the batch's."""
     return {
         name: metric
         for name, metric in metrics.items()
