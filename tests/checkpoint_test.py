@@ -250,7 +250,7 @@ def test_a_step_that_was_damaged_is_saved_again_and_again(tmp_path, caplog):
         spoil(tmp_path, 2)
         assert restore(tmp_path, make_state(1)).step == 1
         assert "2 is damaged: cannot be read (ValueError: NOT_FOUND" in caplog.text
-        assert "the run goes on from step 1" in caplog.text
+        assert "the run resumes from step 1" in caplog.text
     names = {path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()}
     assert names == {"1", "damaged-2", "damaged-2-2", "damaged-2-3"}
 
@@ -301,7 +301,7 @@ def test_what_is_handed_over_is_whole_or_refused(tmp_path):
             read(str(tmp_path))
     metadata.write_text(content)
     spoil(tmp_path, 2)
-    with pytest.raises(InputError, match="put a copy of it back, or delete that phase"):
+    with pytest.raises(InputError, match="restore a copy of it, or delete that phase"):
         checkpoint.load_params(str(tmp_path), params)
     assert {path.name for path in folder.iterdir()} == {"1", "2"}
 
@@ -398,5 +398,5 @@ def test_a_version_that_held_out_other_records_is_named(tmp_path):
     save(tmp_path, [1])
     now = PROVENANCE | {"split_version": 2}
     restore(tmp_path, make_state(1), provenance=now)
-    with pytest.raises(InputError, match="written by a version that held out other"):
+    with pytest.raises(InputError, match="written by a version with another holdout"):
         restore(tmp_path, make_state(1), {"domain": "1234"}, provenance=now)

@@ -1,18 +1,18 @@
-"""Checkpoints with Orbax: what resumes a phase exactly, and hands over to the next.
+"""Checkpoints with Orbax: exact resume of a phase, and hand-over to the next.
 
-A checkpoint at step n holds everything the steps after n depend on: the items `params`
-and `optimizer` (step count and moments), and as metadata the config, a hash of each
-source, and the provenance: what the phase started from and which files it read. The data
-iterator's position is the number of rows taken, since the stream is a function of sources,
-seed and row; the hashes tell whether the sources are still the same. The next phase reads
-`params` alone. The frozen model is in no checkpoint: it is reloaded from where it came
-from, and the provenance tells whether that is still the same.
+A checkpoint at step n holds everything that the steps after n depend on: the items
+`params` and `optimizer` (step count and moments), and as metadata the config, a hash of
+each source, and the provenance, that is, what the phase started from and which files it
+read. The data iterator's position is the number of rows taken, because the stream is a
+function of sources, seed and row; the hashes show whether the sources are the same. The
+next phase reads `params` alone. The frozen model is in no checkpoint: it is loaded again
+from its start, and the provenance shows whether that is the same.
 
-Saves are asynchronous and atomic: a checkpoint appears under its number when it is
-whole, so a kill leaves the last whole one in place. What happens to it later shows when it
-is read: the metadata holds a checksum of every array, as it was on the devices, and a
-digest of itself. A damaged checkpoint is set aside, never deleted, and the one before it
-is used; a phase that is handed over is not replaced by an earlier state of it.
+Saves are asynchronous and atomic: a checkpoint appears under its number once it is whole,
+so a killed run leaves the last whole one in place. Later damage is found when the
+checkpoint is read: the metadata holds a checksum of every array, computed on the devices,
+and a digest of itself. Resume renames a damaged checkpoint, never deletes it, and uses the
+one before it. Hand-over to the next phase uses the newest checkpoint or none.
 """
 
 import contextlib
@@ -41,18 +41,18 @@ from mixcpt_jax.runtime import finite, hosts
 from mixcpt_jax.training.steps import TrainState
 
 FOLDER = "checkpoints"
-_ASIDE = "damaged"
+_DAMAGED = "damaged"
 
 
 class Checkpoints:
-    """Where one phase saves; use it as a context manager."""
+    """Writes the checkpoints of one phase; a context manager."""
 
     def __init__(self, workdir: epath.Path, keep_last: int = 2):
-        """Opens `workdir/checkpoints`, made if need be, after `restore` has read it.
+        """Opens `workdir/checkpoints` and creates it if missing; call `restore` first.
 
         Args:
           workdir: the phase's folder.
-          keep_last: how many of the newest checkpoints stay.
+          keep_last: the number of newest checkpoints to keep.
         """
         self._folder = workdir / FOLDER
         self._checkpointer = ocp.training.Checkpointer(
@@ -62,14 +62,14 @@ class Checkpoints:
         )
 
     def __enter__(self) -> "Checkpoints":
-        # For good: threads of a save that failed may log after the end.
+        # Never removed: threads of a failed save may log after the end.
         logging.get_absl_logger().addFilter(_is_not_raised_too)
         return self
 
     def __exit__(self, kind, *exception) -> None:
-        # What has gone wrong first is told.
-        untold = () if kind is None else (InputError,)
-        with contextlib.suppress(*untold), self._writing():
+        # The first error is reported, not one that follows from it.
+        suppressed = () if kind is None else (InputError,)
+        with contextlib.suppress(*suppressed), self._writing():
             self._checkpointer.close()
 
     def latest_step(self) -> int | None:
@@ -90,13 +90,13 @@ class Checkpoints:
         Args:
           state: the state after `step` steps.
           step: the checkpoint's number.
-          rows: of the stream, taken by then.
+          rows: the rows of the stream taken so far.
           config: written beside the arrays.
           sources: source name -> hash of its tokens, checked by `restore`.
-          provenance: `start`, also checked, and whatever else there is to know.
+          provenance: `start`, also checked, and other facts to record.
 
         Raises:
-          InputError: this one or the one before it cannot be written.
+          InputError: this checkpoint or the one before it cannot be written.
         """
         items = _items(state)
         record = {
@@ -119,7 +119,7 @@ class Checkpoints:
         """Returns when every save is on disk.
 
         Raises:
-          InputError: one cannot be written.
+          InputError: a checkpoint cannot be written.
         """
         with self._writing():
             self._checkpointer.wait()
@@ -130,28 +130,28 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{self._folder}: a checkpoint cannot be written ({_cause(error)}); make "
-                "room or mend that, and the same command goes on from the one before"
+                f"{self._folder}: a checkpoint cannot be written ({_cause(error)}); free "
+                "space or fix that, and the same command resumes from the one before"
             ) from error
 
 
 def _is_not_raised_too(entry: std_logging.LogRecord) -> bool:
-    """Of a save that fails, Orbax's threads log at length what it raises as well."""
+    """False for what Orbax's threads log about an exception that they also raise."""
     return not (entry.exc_info and "orbax" in entry.pathname)
 
 
 def check_folder(workdir: epath.Path) -> None:
     """Writes a tiny checkpoint, reads it back and removes it; on every host.
 
-    So a folder in which no checkpoint could be written, or none be read again, is found
-    before hours of training and not after them. Folders that are made for it are removed
-    too, so a run that is refused afterwards leaves nothing.
+    So a folder in which checkpoints cannot be written or read is found before hours of
+    training, not after them. Folders created for the check are removed too, so a run that
+    is refused afterwards leaves nothing.
 
     Args:
       workdir: the phase's folder; it need not exist.
 
     Raises:
-      InputError: what was read is not what was written, or an exception came of it.
+      InputError: writing or reading failed, or the values read differ.
     """
     folder = workdir / f"{FOLDER}.check"
     # On the devices of all hosts: with several, Orbax saves no array of one host alone.
@@ -162,33 +162,33 @@ def check_folder(workdir: epath.Path) -> None:
         "x": jax.make_array_from_callback(values.shape, replicated, values.__getitem__)
     }
     missing = []  # from the phase's folder upwards
-    # For good, as in `Checkpoints`.
+    # Never removed, as in `Checkpoints`.
     logging.get_absl_logger().addFilter(_is_not_raised_too)
     try:
-        if hosts.is_first():  # what the disk refuses, Orbax would tell at length
+        if hosts.is_first():  # Orbax would log pages about what the disk refuses
             if not paths.is_remote(workdir):  # a bucket has no folders
                 above = (workdir, *workdir.parents)
                 missing = [path for path in above if not path.exists()]
             workdir.mkdir(parents=True, exist_ok=True)
             paths.replace(workdir / f"{FOLDER}.test", "")
             (workdir / f"{FOLDER}.test").unlink()
-        with _hushed():
+        with _without_logs():
             ocp.save(folder, tree, overwrite=True)
             is_same = np.array_equal(ocp.load(folder, tree)["x"], values)
         problem = "" if is_same else "it has other values"
     except Exception as error:  # Orbax and TensorStore raise of every kind.
-        if other := next((e for e in _chain(error) if _is_no_damage(e)), None):
+        if other := next((e for e in _chain(error) if _is_not_damage(e)), None):
             raise other from None
         problem = _cause(error)
     if problem:
         raise InputError(
             f"{workdir}: a checkpoint cannot be written there and read back ({problem}); "
-            "give another --workdir, or make room"
+            "give another --workdir, or free space"
         )
     hosts.wait_for_all(f"check of {workdir}")
     if hosts.is_first():
         folder.rmtree()
-        with contextlib.suppress(OSError):  # another run's files lie in one of them
+        with contextlib.suppress(OSError):  # one of them holds another run's files
             for path in missing:
                 path.rmdir()
 
@@ -209,20 +209,19 @@ def restore(
 ) -> Restored | None:
     """Loads the newest whole checkpoint; None if none was ever saved.
 
-    Damaged ones after it are renamed to `damaged-STEP` and warned about, so that their
+    Damaged ones after it are renamed to `damaged-STEP`, with a warning, so that their
     steps can be saved again.
 
     Args:
       workdir: the phase's folder.
-      abstract_state: shapes, dtypes and shardings wanted.
+      abstract_state: the shapes, dtypes and shardings to load.
       sources: as given to `save`.
       provenance: as given to `save`.
 
     Raises:
-      InputError: the state has other shapes or dtypes, a source no longer holds what the
-        run was trained on, `init_from` is no longer what it started from, or a parameter
-        is not finite; or there are checkpoints, but none is whole, and then none is
-        renamed.
+      InputError: the state has other shapes or dtypes, a source or `init_from` has
+        changed since the run began, or a parameter is not finite; or there are
+        checkpoints, but none is whole, and then none is renamed.
     """
     folder = workdir / FOLDER
     damaged: dict[epath.Path, str] = {}
@@ -231,7 +230,7 @@ def restore(
         path = entry.path
         try:
             record = _read(_read_record, entry)
-            # Of what lies before the newest whole one, Orbax reads no more than this.
+            # Of checkpoints before the newest whole one, Orbax reads the metadata alone.
             if restored is None:
                 _check_resumable(folder, record, abstract_state, sources, provenance)
                 items = _load(path, record, _items(abstract_state))
@@ -239,43 +238,42 @@ def restore(
         except _Damaged as damage:
             damaged[path] = str(damage)
     if restored is None:
-        told = [f"{path.name} ({why})" for path, why in damaged.items()]
-        told += [f"{path.name} (set aside before)" for path in _aside(folder)]
-        if told:
+        found = [f"{path.name} ({why})" for path, why in damaged.items()]
+        found += [f"{path.name} (renamed before)" for path in _renamed(folder)]
+        if found:
             raise InputError(
-                f"{folder}: no checkpoint is whole: {', '.join(told)}; put back a copy of "
+                f"{folder}: no checkpoint is whole: {', '.join(found)}; restore a copy of "
                 "one under its number and run the same command, or delete the folder to "
-                "begin the phase anew"
+                "start the phase again"
             )
         return None
     _check_finite(f"{folder}/{restored.step}", restored.state.params)
     for path, why in damaged.items():
-        aside = _set_aside(path)
         logging.warning(
-            "%s is damaged: %s; it is now %s, and the run goes on from step %d",
+            "%s is damaged: %s; it is now %s, and the run resumes from step %d",
             path,
             why,
-            aside.name,
+            _rename_damaged(path).name,
             restored.step,
         )
     return restored
 
 
 def newest_step(workdir: epath.Path) -> int | None:
-    """Of the checkpoints that lie there, damaged or not; None if there are none."""
+    """The step of the newest checkpoint, damaged or not; None if there are none."""
     found = _steps(workdir / FOLDER)
     return found[0].step if found else None
 
 
 def phase_folder(folder: str) -> epath.Path:
-    """The phase's folder, of itself or of its `checkpoints`."""
+    """The phase's folder, given that folder or its `checkpoints`."""
     path = paths.absolute(folder)
     is_inner = path.name == FOLDER and not (path / FOLDER).exists()
     return path.parent if is_inner else path
 
 
 def identity(folder: str) -> dict[str, Any]:
-    """`step` and `id` of a folder's newest checkpoint; no two saves have one id."""
+    """`step` and `id` of a folder's newest checkpoint; each save has its own id."""
     newest = _newest(folder)
     return {"step": newest.step, "id": newest.record["id"]}
 
@@ -286,7 +284,7 @@ def exists(folder: str) -> bool:
 
 
 def read_provenance(folder: str) -> dict[str, Any]:
-    """What the newest checkpoint's phase started from, and the files it read."""
+    """The provenance in the newest checkpoint: its phase's start and the files it read."""
     return json.loads(_newest(folder).record["provenance"])
 
 
@@ -307,22 +305,22 @@ def load_params(folder: str, abstract_params: Any) -> Any:
         that is not finite.
     """
     newest = _newest(folder)
-    wanted = {"params": abstract_params}
+    template = {"params": abstract_params}
     for name, found, expected in _differences(
-        newest.record, wanted, lambda dtype, shape: tuple(shape)
+        newest.record, template, lambda dtype, shape: tuple(shape)
     ):
         raise InputError(
             f"init_from={folder}: array {name} is {found} there and {expected} in "
             "model.path; give the checkpoint's own model"
         )
-    # In the dtypes that were saved, which is what the checksums are of.
+    # In the dtypes that were saved: the checksums belong to these.
     stored = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(
             leaf.shape,
             newest.record["leaves"][jax.tree_util.keystr(path)][0],
             sharding=leaf.sharding,
         ),
-        wanted,
+        template,
     )
     try:
         loaded = _load(newest.path, newest.record, stored)
@@ -330,7 +328,7 @@ def load_params(folder: str, abstract_params: Any) -> Any:
         raise _damaged_start(folder, newest.path, damage) from damage
     _check_finite(newest.path, loaded["params"])
     return jax.tree.map(
-        lambda leaf, wanted: leaf.astype(wanted.dtype),
+        lambda leaf, abstract: leaf.astype(abstract.dtype),
         loaded["params"],
         abstract_params,
     )
@@ -340,7 +338,7 @@ def _check_finite(path: epath.Path | str, params: Any) -> None:
     if broken := finite.find_broken(params):
         raise InputError(
             f"{path}: its parameter {broken} holds values that are not finite numbers; "
-            "its training has diverged: use another checkpoint or begin anew"
+            "its training has diverged: use another checkpoint or start again"
         )
 
 
@@ -354,8 +352,8 @@ def _newest(folder: str) -> _Newest:
     """The newest checkpoint of a folder, without its arrays.
 
     Raises:
-      InputError: it has none, or its newest is damaged. Later phases belong to that one,
-        so none before it is taken instead.
+      InputError: it has none, or its newest is damaged. No earlier one is used instead,
+        because later phases belong to the newest.
     """
     path = phase_folder(folder) / FOLDER
     if not path.exists():
@@ -370,13 +368,13 @@ def _newest(folder: str) -> _Newest:
 
 def _damaged_start(folder: str, path: epath.Path, damage: "_Damaged") -> InputError:
     return InputError(
-        f"init_from={folder}: {path} is damaged: {damage}; put a copy of it back, or "
+        f"init_from={folder}: {path} is damaged: {damage}; restore a copy of it, or "
         "delete that phase's folder and run the phase again"
     )
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """A state as what is saved under one name each."""
+    """The items of a checkpoint, from a state."""
     optimizer = {"step": state.step, "moments": state.opt_state}
     return {"params": state.params, "optimizer": optimizer}
 
@@ -387,44 +385,45 @@ def _state(items: dict[str, Any]) -> TrainState:
 
 
 def _steps(folder: epath.Path) -> list[orbax_path.step.Metadata]:
-    """The checkpoints whose save came to its end, newest first."""
+    """The checkpoints whose save was completed, newest first."""
     if not folder.exists():
         return []
-    # Not v1's, which reads the metadata of all and raises where one's is damaged.
+    # Not v1's function, which reads the metadata of all and raises if one is damaged.
     found = orbax_path.step.standard_name_format().find_all(folder)
     return sorted(found, key=lambda entry: entry.step, reverse=True)
 
 
-def _aside(folder: epath.Path) -> list[epath.Path]:
-    return sorted(folder.glob(f"{_ASIDE}-*")) if folder.exists() else []
+def _renamed(folder: epath.Path) -> list[epath.Path]:
+    """The damaged checkpoints that earlier runs renamed."""
+    return sorted(folder.glob(f"{_DAMAGED}-*")) if folder.exists() else []
 
 
-def _set_aside(path: epath.Path) -> epath.Path:
-    """Gives a checkpoint a name under which Orbax takes no notice of it."""
-    names = [f"{_ASIDE}-{path.name}"]
+def _rename_damaged(path: epath.Path) -> epath.Path:
+    """Renames a checkpoint so that Orbax ignores it."""
+    names = [f"{_DAMAGED}-{path.name}"]
     while (path.parent / names[-1]).exists():
         names.append(f"{names[0]}-{len(names) + 1}")
-    aside = path.parent / names[-1]
-    hosts.wait_for_all(f"before {aside}")
+    renamed = path.parent / names[-1]
+    hosts.wait_for_all(f"before {renamed}")
     if hosts.is_first():
-        path.rename(aside)
-    hosts.wait_for_all(f"after {aside}")
-    return aside
+        path.rename(renamed)
+    hosts.wait_for_all(f"after {renamed}")
+    return renamed
 
 
 class _Damaged(Exception):
-    """A checkpoint is not what was saved; the message says in what."""
+    """A checkpoint is not what was saved; the message says how it differs."""
 
 
 def _read(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function that reads a checkpoint.
 
     Raises:
-      _Damaged: it raised anything but what tells of the device or of memory, here or on
-        another host; all hosts raise it then.
+      _Damaged: it raised an exception, except one of the device or of memory, here or
+        on another host; then all hosts raise it.
     """
     result, damage = None, ""
-    with _hushed():
+    with _without_logs():
         try:
             result = function(*args)
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -432,14 +431,14 @@ def _read(function: Callable[..., Any], *args: Any) -> Any:
         except _Damaged as error:
             damage = str(error)
         except Exception as error:  # Orbax and TensorStore raise of every kind.
-            # Orbax takes an interruption for a failure of the read. And what lies in a
-            # bucket that cannot be reached may be whole.
-            chain = (e for e in _chain(error) if _is_no_damage(e))
+            # Orbax reports an interruption as a failed read. And a checkpoint in a bucket
+            # that cannot be reached may be whole.
+            chain = (e for e in _chain(error) if _is_not_damage(e))
             if other := next(chain, None):
                 raise other from None
             damage = f"cannot be read ({_cause(error)})"
         if damage:
-            # What waits in the exception's frames has its say now, while none is heard.
+            # Reads that the exception's frames hold are finalised while logs are off.
             gc.collect()
     if jax.process_count() > 1:
         is_whole = multihost_utils.process_allgather(np.array(not damage))
@@ -451,11 +450,8 @@ def _read(function: Callable[..., Any], *args: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Silences what Orbax leaves behind where one of many reads fails.
-
-    It waits for none of the others, which then say at length that nobody does.
-    """
+def _without_logs() -> Iterator[None]:
+    """Silences the logs of reads that Orbax abandons when one of them fails."""
     hook, verbosity = sys.unraisablehook, logging.get_verbosity()
     tasks = std_logging.getLogger("asyncio")
     is_disabled = tasks.disabled
@@ -470,18 +466,18 @@ def _hushed() -> Iterator[None]:
 
 
 def _read_record(entry: orbax_path.step.Metadata) -> dict[str, Any]:
-    """What `Checkpoints.save` noted beside the arrays."""
+    """The metadata that `Checkpoints.save` wrote beside the arrays."""
     path = entry.path
-    # Orbax reads this of all checkpoints when it opens the folder, and may raise.
+    # Orbax reads it from all checkpoints when it opens the folder, and may raise.
     _ = entry.commit_timestamp
-    # By its own reader it would go on without what it cannot read.
+    # Orbax's own reader skips what it cannot read.
     stored = json.loads((path / "_CHECKPOINT_METADATA").read_text())
     record = dict(stored["custom_metadata"])
     if record.keys() & {"digest", "leaves"}:
         if record.pop("digest", None) != _digest(record):
             raise _Damaged("its metadata is not what was saved")
         return record
-    # A version that had no checksums wrote it.
+    # Written by a version without checksums.
     leaves = {"params": ocp.checkpointables_metadata(path).metadata["params"]}
     described = {name: [str(x.dtype), x.shape, None] for name, x in _named(leaves)}
     return record | {"leaves": described}
@@ -491,7 +487,7 @@ def _load(path: epath.Path, record: dict[str, Any], abstract_items: Any) -> Any:
     """Loads items.
 
     Raises:
-      _Damaged: they cannot be read, or are not what their checksums are of.
+      _Damaged: they cannot be read, or their checksums differ.
     """
     items = _read(ocp.load_checkpointables, path, abstract_items)
     for name, found in _describe(items).items():
@@ -507,20 +503,20 @@ def _check_resumable(
     sources: dict[str, str],
     provenance: dict[str, Any],
 ) -> None:
-    """Raises InputError if the run has become another one, see `restore`."""
+    """Raises InputError if the run has changed since, see `restore`."""
     if "rows" not in record:
         raise InputError(
             f"{folder}: written by a version that read the mixture in another "
-            "order, so the run cannot go on exactly; start a new --workdir with "
+            "order, so the run cannot resume exactly; start a new --workdir with "
             "--config.init_from set to this one"
         )
-    # Orbax would cast and say nothing.
+    # Orbax would cast without a word.
     items = _items(abstract_state)
-    for name, found, wanted in _differences(
+    for name, found, expected in _differences(
         record, items, lambda dtype, shape: (tuple(shape), dtype)
     ):
         raise InputError(
-            f"{folder}: array {name} is {found} there and {wanted} now; "
+            f"{folder}: array {name} is {found} there and {expected} now; "
             "start a new --workdir"
         )
     before = json.loads(record["provenance"])
@@ -529,7 +525,7 @@ def _check_resumable(
         key = "init_from" if "init_from" in provenance["start"] else "model.path"
         raise InputError(
             f"{key}: {folder} was trained from {start}, which is now "
-            f"{provenance['start']}; put that back, or start a new --workdir"
+            f"{provenance['start']}; restore it, or start a new --workdir"
         )
     stored = record["sources"]
     for name in sorted(stored.keys() | sources.keys()):
@@ -537,42 +533,44 @@ def _check_resumable(
             continue
         if before.get("split_version") != provenance.get("split_version"):
             raise InputError(
-                f"sources.{name}: {folder} was written by a version that held out other "
-                "records, so the run cannot go on exactly; go on with that version, or "
-                "start a new --workdir with --config.init_from set to this one"
+                f"sources.{name}: {folder} was written by a version with another holdout, "
+                "so the run cannot resume exactly; use that version, or start a new "
+                "--workdir with --config.init_from set to this one"
             )
         raise InputError(
             f"sources.{name}: holds other text than when {folder} was "
-            "written, so the run cannot go on exactly; put the files back, or "
+            "written, so the run cannot resume exactly; restore the files, or "
             "start a new --workdir with --config.init_from set to this one"
         )
 
 
 def is_same_start(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a phase's `provenance["start"]` is what it was.
+    """Whether a phase's `provenance["start"]` is unchanged.
 
-    Where weights lie does not count, what they are does. What an older version did not
-    note is not compared.
+    The path of weights does not count, their identity does. Facts that an older version
+    did not record are not compared.
     """
-    noted = then.keys() & now.keys()
+    recorded = then.keys() & now.keys()
 
     def compared(start):
-        facts = {k: v for k, v in start.items() if k in noted or k not in _NOTED_LATER}
+        facts = {
+            k: v for k, v in start.items() if k in recorded or k not in _RECORDED_LATER
+        }
         return facts | ({"weights": ""} if "weights" in facts else {})
 
     return compared(then) == compared(now)
 
 
-_NOTED_LATER = ("identity", "architecture")
+_RECORDED_LATER = ("identity", "architecture")
 
 
 def checksum(x: jax.Array) -> jax.Array:
-    """A uint32 of an array's bits that one changed bit always changes.
+    """A uint32 of an array's bits that changes with any single bit.
 
-    The sum over elements of `bits * (2 i + 1)` mod 2^32, i being the flat index: the
+    The sum over elements of `bits * (2 i + 1)` mod 2^32, where i is the flat index. The
     factor is odd, so no power of two times it vanishes. Sums mod 2^32 are exact in any
-    order, so it does not depend on how the array is spread over devices, and it costs one
-    pass over it. Elements of 8 bytes count as two of 4.
+    order, so the checksum does not depend on the sharding, and it costs one pass over the
+    array. Elements of 8 bytes count as two of 4.
     """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
@@ -580,7 +578,7 @@ def checksum(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * width}").astype(jnp.uint32)
     index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):
-        # Mod 2^32 also where there are more elements.
+        # Mod 2^32 for larger arrays too.
         along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         index += along * np.uint32(stride % 2**32)
         stride *= bits.shape[axis]
@@ -598,7 +596,7 @@ def _digest(record: dict[str, Any]) -> str:
 
 
 def _describe(tree: Any) -> dict[str, list[Any]]:
-    """Name of a leaf -> its dtype, shape and checksum, as JSON gives them back."""
+    """Name of a leaf -> its dtype, shape and checksum, as read back from JSON."""
     checksums = jax.tree.leaves(jax.device_get(_checksums(tree)))
     return {
         name: [str(leaf.dtype), list(leaf.shape), int(value)]
@@ -612,38 +610,38 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _differences(
-    record: dict[str, Any], wanted: dict[str, Any], describe: Callable[[str, Any], Any]
+    record: dict[str, Any], items: dict[str, Any], describe: Callable[[str, Any], Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Arrays that are described otherwise: `(name, stored, wanted)`.
+    """Arrays whose descriptions differ: `(name, stored, expected)`.
 
-    Only of items that both have: an old record has none of the optimizer's.
+    Compares items that both have: an old record has no arrays of the optimizer.
     """
     stored = {name: describe(*leaf[:2]) for name, leaf in record["leaves"].items()}
-    expected = {name: describe(str(x.dtype), x.shape) for name, x in _named(wanted)}
-    items = {_item(name) for name in stored} & {_item(name) for name in expected}
+    expected = {name: describe(str(x.dtype), x.shape) for name, x in _named(items)}
+    shared = {_item(name) for name in stored} & {_item(name) for name in expected}
     for name in sorted(stored.keys() | expected.keys()):
-        if _item(name) in items and stored.get(name) != expected.get(name):
+        if _item(name) in shared and stored.get(name) != expected.get(name):
             yield name, stored.get(name, "absent"), expected.get(name, "absent")
 
 
 def _item(name: str) -> str:
-    """The item that an array is of: the first key of `['params']['embedding']`."""
+    """The item of an array: the first key of `['params']['embedding']`."""
     return name.split("'")[1]
 
 
-def _is_no_damage(error: BaseException) -> bool:
+def _is_not_damage(error: BaseException) -> bool:
     return not isinstance(error, Exception) or paths.is_bucket_error(error)
 
 
 def _cause(error: BaseException) -> str:
-    """What began it, in one line; TensorStore's errors end with pages of settings."""
+    """The first cause, in one line; TensorStore's errors end with pages of settings."""
     *_, first = _chain(error)
     text = str(first).partition(" [")[0].split("\n")[0]
     return f"{type(first).__name__}: {text}"[:400]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, what it was raised from or during, and so on."""
+    """An exception, the one that it was raised from or during, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,7 +1,7 @@
 """AdamW with a learning-rate schedule, global-norm clipping and a decay mask.
 
-Around it, if asked for: parameters and moments that are kept in bfloat16, rounded
-stochastically; steps whose gradient is not finite, or far too large, are left out.
+Options: parameters and moments in bfloat16, rounded stochastically; steps whose gradient
+is not finite, or far too large, are skipped.
 """
 
 from typing import Any, NamedTuple
@@ -13,10 +13,10 @@ import optax
 
 from mixcpt_jax import config as config_lib
 
-# How many accepted steps the running mean of gradient norms looks back on, and how many
-# there have to be before a step can be a spike.
+# The running mean of gradient norms covers about so many accepted steps; no step is a
+# spike before so many were accepted.
 _MEAN_OVER = 100
-_LEAST = 20
+_MIN_ACCEPTED = 20
 
 
 def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Schedule:
@@ -24,8 +24,8 @@ def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Sc
 
     Step `warmup_steps` (counted from 0), the first after the warm-up, has the peak.
     Under "cosine" and "wsd" the last step, `num_steps - 1`, has exactly `final_ratio` of
-    it; a warm-up that leaves no step between is one step shorter. A phase of one step
-    has the last rate alone.
+    it; a warm-up that leaves no step between is one step shorter. The only step of a
+    phase of one step has that last rate.
 
     Args:
       config: `config.optimizer`. `schedule` is "cosine" (decays from the peak on), "wsd"
@@ -49,8 +49,8 @@ def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Sc
                 peak, steps_after_peak, config.final_ratio
             )
         case "wsd":
-            wanted = max(1, round(config.decay_fraction * num_steps))
-            decay_steps = min(wanted, steps_after_peak)
+            decay_steps = max(1, round(config.decay_fraction * num_steps))
+            decay_steps = min(decay_steps, steps_after_peak)
             body = optax.linear_schedule(
                 peak,
                 final,
@@ -59,7 +59,7 @@ def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Sc
             )
         case unknown:
             raise ValueError(f"optimizer.schedule={unknown!r}")
-    # Step 0 already learns: the warm-up ramp starts one step in.
+    # The ramp starts one step in, so that step 0 has a rate above 0.
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([ramp, body], [warmup])
 
@@ -72,7 +72,7 @@ def make_optimizer(
     Args:
       config: `config.optimizer`.
       num_steps: length of the phase.
-      param_dtype: of what is trained.
+      param_dtype: of the trained parameters.
     """
     schedule = make_schedule(config, num_steps)
     transforms = optax.chain(
@@ -89,7 +89,7 @@ def make_optimizer(
         ),
     )
     if {param_dtype, config.moments_dtype} != {"float32"}:
-        transforms = kept_in(transforms, config.moments_dtype)
+        transforms = round_moments(transforms, config.moments_dtype)
     return transforms, schedule
 
 
@@ -97,11 +97,11 @@ class Guarded(NamedTuple):
     """State of `skip_bad_steps`.
 
     Attributes:
-      inner: the state of the optimizer within.
-      skipped: steps left out, in all.
-      in_a_row: of them, those since the last one that was not.
-      longest: the most that were left out in a row.
-      accepted: steps not left out.
+      inner: the inner optimizer's state.
+      skipped: all skipped steps.
+      in_a_row: skipped steps since the last accepted one.
+      longest: the most steps skipped in a row.
+      accepted: all accepted steps.
       norm_sum: exponentially weighted sum of the accepted gradient norms, whose weights
         add up to `1 - (1 - 1 / _MEAN_OVER)^accepted`.
     """
@@ -117,16 +117,16 @@ class Guarded(NamedTuple):
 def skip_bad_steps(
     inner: optax.GradientTransformation, spike_factor: float = 0.0
 ) -> optax.GradientTransformation:
-    """Leaves parameters and the optimizer's state as they are in a bad step, to the bit.
+    """In a bad step leaves every bit of the parameters and the optimizer's state as it is.
 
-    A step is bad if its gradient's norm is not finite, or a spike. The schedule waits
-    with the moments. `optax.apply_if_finite` knows no spikes, and applies what is not
-    finite once there was too much of it; here the training loop ends the run instead.
+    A step is bad if its gradient's norm is not finite, or a spike. The schedule does not
+    count it. `optax.apply_if_finite` does not detect spikes, and after too many bad steps
+    applies one; here the training loop ends the run instead.
 
     Args:
       inner: the optimizer.
-      spike_factor: a norm above so many times the running mean of the accepted ones is a
-        spike; 0: none is.
+      spike_factor: a norm above this many times the running mean of the accepted ones is
+        a spike; 0: none is.
     """
     decay = 1 - 1 / _MEAN_OVER
 
@@ -140,19 +140,19 @@ def skip_bad_steps(
         if spike_factor:
             weights = 1 - decay ** jnp.maximum(state.accepted, 1)
             mean = state.norm_sum / weights
-            is_good &= (state.accepted < _LEAST) | (norm <= spike_factor * mean)
+            is_good &= (state.accepted < _MIN_ACCEPTED) | (norm <= spike_factor * mean)
 
         def choose(good, bad):
             return jax.tree.map(lambda g, b: jnp.where(is_good, g, b), good, bad)
 
-        updates, moved = inner.update(grads, state.inner, params)
-        # Adding -0 leaves also a parameter that is -0 as it is.
+        updates, new_inner = inner.update(grads, state.inner, params)
+        # Adding -0 changes no parameter, not even -0.
         updates = choose(
             updates, jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
         )
         in_a_row = jnp.where(is_good, 0, state.in_a_row + 1)
         return updates, Guarded(
-            choose(moved, state.inner),
+            choose(new_inner, state.inner),
             state.skipped + ~is_good,
             in_a_row,
             jnp.maximum(state.longest, in_a_row),
@@ -163,21 +163,21 @@ def skip_bad_steps(
     return optax.GradientTransformation(init, update)
 
 
-class Kept(NamedTuple):
-    """State of `kept_in`: that of the optimizer within, and how many steps it took."""
+class RoundedMoments(NamedTuple):
+    """State of `round_moments`: the inner optimizer's, and the number of its steps."""
 
     inner: Any
     count: jax.Array
 
 
-def kept_in(
+def round_moments(
     inner: optax.GradientTransformation, dtype: str
 ) -> optax.GradientTransformation:
-    """Keeps the moments in another dtype; all is computed in float32 nevertheless.
+    """Stores the moments in another dtype; computes in float32.
 
-    Without it optax would keep moments in the dtype of the parameters and round them to
-    nearest, and a second moment in bfloat16 then stands still: each step changes it by
-    less than half of its last digit.
+    Optax alone stores moments in the dtype of the parameters, rounded to nearest. In
+    bfloat16 a second moment then never changes: each step changes it by less than half of
+    its last digit.
 
     Args:
       inner: the optimizer.
@@ -186,22 +186,22 @@ def kept_in(
 
     def init(params):
         moments = inner.init(_cast(params, "float32"))
-        return Kept(_cast(moments, dtype), jnp.zeros((), jnp.int32))
+        return RoundedMoments(_cast(moments, dtype), jnp.zeros((), jnp.int32))
 
-    def update(grads, state: Kept, params=None):
+    def update(grads, state: RoundedMoments, params=None):
         wide = (_cast(tree, "float32") for tree in (grads, state.inner, params))
-        updates, moved = inner.update(*wide)
+        updates, new_inner = inner.update(*wide)
         key = jax.random.fold_in(jax.random.key(1), state.count)
         moments = _round_tree(
-            moved, jax.tree.map(lambda old: old.dtype, state.inner), key
+            new_inner, jax.tree.map(lambda old: old.dtype, state.inner), key
         )
-        return updates, Kept(moments, state.count + 1)
+        return updates, RoundedMoments(moments, state.count + 1)
 
     return optax.GradientTransformation(init, update)
 
 
 def _cast(tree, dtype: str):
-    """All floats of a tree in a dtype; counts stay."""
+    """Casts the floats of a tree, not its counts."""
 
     def cast(x):
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -212,13 +212,12 @@ def _cast(tree, dtype: str):
 def apply_updates(params, updates, step: jax.Array):
     """`params + updates`; to bfloat16 the sums are rounded stochastically.
 
-    Rounded to nearest, an update of less than 1/512 of a parameter would be lost, step
-    after step.
+    Rounding to nearest would lose every update of less than 1/512 of its parameter.
 
     Args:
       params: parameters.
       updates: of the optimizer, same tree.
-      step: how many steps were taken; the same step rounds the same way.
+      step: the number of steps taken; the same step rounds the same way.
     """
     sums = jax.tree.map(
         lambda p, u: p.astype(jnp.float32) + u.astype(jnp.float32), params, updates
@@ -241,10 +240,10 @@ def _round_tree(tree, dtypes, key: jax.Array):
 
 
 def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
-    """float32 to bfloat16, up or down with the odds that make the mean exact.
+    """float32 to bfloat16, up or down with the probabilities that make the mean exact.
 
-    bfloat16 is the upper half of a float32: adding a random lower half carries into the
-    upper one as often as the lower one is large.
+    bfloat16 is the upper half of a float32. A random lower half is added, which carries
+    into the upper half with a probability proportional to the lower one.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
@@ -254,7 +253,7 @@ def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def decay_mask(params) -> dict:
-    """True for matrices: leaves named like a norm scale or a bias are left alone."""
+    """True for matrices, False for leaves named like a norm scale or a bias."""
 
     def is_matrix(path, _):
         name = path[-1].key
@@ -266,9 +265,9 @@ def decay_mask(params) -> dict:
 def state_shardings(
     transforms: optax.GradientTransformation, params, param_shardings, replicated
 ):
-    """Shardings of the optimizer state: moments lie where their parameters lie.
+    """Shardings of the optimizer state: moments have those of their parameters.
 
-    The compiler would replicate them: nothing in `init` ties zeros to a parameter.
+    The compiler would replicate them, because zeros do not depend on a parameter.
 
     Args:
       transforms: the optimizer.

@@ -1,9 +1,9 @@
-"""What every phase has: a folder, a config, a model, a mesh, and where it starts from.
+"""What every phase has: a folder, a config, a model, a mesh, and a start.
 
 A phase starts from the end of another one, `init_from`, else from the pretrained weights
-of `model.path`, or from random ones if the config says so. Where it starts from is also
-its frozen model: the teacher of continual pre-training, the reference of DPO, and what
-adapters adapt.
+of `model.path`, or from random ones if the config says so. Its start is also its frozen
+model: the teacher of continual pre-training, the reference of DPO, and the base of
+adapters.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ RESULTS_FILE = "results.json"
 PROVENANCE_FILE = "provenance.json"
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
-# NFS keeps in mind for half a minute by default that a file was not there.
+# NFS caches the absence of a file for half a minute by default.
 _SECONDS_UNTIL_SEEN = 60
 
 
@@ -48,13 +48,13 @@ class Phase:
 
     Attributes:
       name: for the terminal.
-      folder: where it keeps what it makes.
-      given: its config as it is kept in the folder.
+      folder: where it writes.
+      given: its config as written to the folder.
       config: the same with "phase:NAME" paths resolved.
       model_config: the architecture.
       tokenizer: the model's.
       mesh: over all devices of all hosts.
-      started: when this process began with it, on the monotonic clock.
+      started: when this process started it, on the monotonic clock.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Phase:
         return transformer.make_forward(self.model_config, dtype, remat, lora)
 
     def starting_params(self, dtype: str) -> transformer.Params:
-        """The parameters the phase starts from, sharded, whole.
+        """The whole parameters that the phase starts from, sharded.
 
         Raises:
           InputError: they are missing, damaged or of another model.
@@ -100,10 +100,10 @@ class Phase:
 
     @property
     def frozen_dtype(self) -> str:
-        """What the frozen model is kept in.
+        """The dtype of the frozen model.
 
-        Adapters that the start itself has are merged into it, and would be lost in
-        rounding to fewer digits than they were trained with.
+        If the start has adapters, they are merged into it; rounded to fewer digits than
+        they were trained with, they would be lost.
         """
         model_settings = self.config.model
         if self.config.init_from and self.lora:
@@ -118,7 +118,7 @@ class Phase:
         return make_eval_step(forward, self.mesh, **self.head_options)
 
     def put(self, batch: dict[str, np.ndarray]) -> interface.Batch:
-        """A global batch that every host has, to the devices."""
+        """Puts a global batch that every host has on the devices."""
         return put(batch, self.mesh)
 
     def load_data(
@@ -126,11 +126,10 @@ class Phase:
     ) -> pipeline.Data:
         """Reads all data, then claims the folder.
 
-        Only in this order: a mistake in a path, once mended, must not find the folder
-        taken.
+        Not before: if a path is wrong, the folder must be free for the corrected config.
 
         Args:
-          complete: adds what else is read.
+          complete: adds other data to it.
         """
         data = pipeline.load(
             self.config, self.tokenizer, self.model_config.max_positions
@@ -141,7 +140,7 @@ class Phase:
         return data
 
     def _check_prompts(self, prompts: list[list[dict[str, str]]]) -> None:
-        """What would fail when they are answered, after hours of training."""
+        """Refuses prompts that could not be answered after hours of training."""
         room = self.model_config.max_positions - self.config.eval.max_new_tokens
         for number, messages in enumerate(prompts, 1):
             ids, _ = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
@@ -154,13 +153,13 @@ class Phase:
                 )
 
     def claim(self, files: dict[str, dict[str, str]] | None = None) -> None:
-        """Writes the config and the provenance; the folder is this config's from now.
+        """Writes the config and the provenance; from now on the folder is this config's.
 
         Raises:
           InputError: `init_from` has no checkpoint; then nothing is written. Or the hosts
-        do not see one and the same folder.
+            do not share the folder.
         """
-        # On every host: opening a checkpoint waits for the others.
+        # On every host, because opening a checkpoint waits for the others.
         provenance = self.provenance(files or {})
         if hosts.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +175,7 @@ class Phase:
 
     @functools.cached_property
     def starts_from(self) -> dict[str, Any]:
-        """Which checkpoint or weights the phase starts from; looked up once.
+        """Which checkpoint or weights the phase starts from; read once.
 
         Raises:
           InputError: `init_from` has no checkpoint.
@@ -185,11 +184,11 @@ class Phase:
 
     @property
     def start_key(self) -> dict[str, Any]:
-        """The same for what is kept of the frozen model; a copy of weights is the same."""
+        """The part of `starts_from` that caches check, without the path of the weights."""
         return {k: v for k, v in self.starts_from.items() if k != "weights"}
 
     def provenance(self, files: dict[str, dict[str, str]]) -> dict[str, Any]:
-        """What the phase starts from, and the files it reads."""
+        """What the phase starts from and which files it reads."""
         return {
             "start": self.starts_from,
             "files": files,
@@ -211,11 +210,11 @@ class Phase:
         return f"{self.mesh.size} x {kind}, mesh {shape}"
 
     def announce(self, work: str, resumed: str = "") -> None:
-        """Says what runs on what, and where it starts, before anything is read.
+        """Prints the devices, the work and the start, before anything is read.
 
         Args:
-          work: what the phase is going to do.
-          resumed: where it goes on, if it does.
+          work: what the phase will do.
+          resumed: where it resumes, if it does.
         """
         if self.config.init_from:
             weights = self.config.init_from
@@ -230,16 +229,16 @@ class Phase:
 
     @property
     def shows_progress(self) -> bool:
-        """Whether this host says how far it is."""
+        """Whether this host prints progress."""
         return _shows_progress(self.config)
 
     def say(self, text: str) -> None:
-        """Says something about the phase, if asked to."""
+        """Prints a line about the phase, if the config asks for progress."""
         if self.shows_progress:
             terminal.say(f"{self.name}: {text}")
 
     def _environment(self) -> dict[str, Any]:
-        """What the process that works on the phase runs in, the last one if several did."""
+        """The environment of the last process that worked on the phase."""
         return {
             "started": datetime.datetime.now(datetime.UTC).isoformat(
                 timespec="seconds"
@@ -252,13 +251,13 @@ class Phase:
         }
 
     def finish(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Writes the results, which mark the phase as done, and returns them.
+        """Writes the results, which mark the phase as finished, and returns them.
 
-        `seconds` is added: the wall time of the process that came to the end. Every host
-        calls this, and none goes on before the first has written.
+        Adds `seconds`, the wall time of the process that finished. Every host calls this
+        and waits until the first has written.
         """
         results = results | {"seconds": time.monotonic() - self.started}
-        if jax.process_index() == 0:
+        if hosts.is_first():
             text = paths.to_json(results, indent=2)
             paths.replace(self.folder / RESULTS_FILE, text)
         hosts.wait_for_all(f"end of {self.name}")
@@ -266,12 +265,12 @@ class Phase:
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
-    """Those for programs that run on the mesh's devices."""
+    """The compiler options for programs on the mesh's devices."""
     return steps.COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
 def put(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> interface.Batch:
-    """A global batch that every host has, to the mesh's devices."""
+    """Puts a global batch that every host has on the mesh's devices."""
     where = sharding.batch_sharding(mesh)
     return {
         key: jax.make_array_from_callback(value.shape, where, value.__getitem__)
@@ -302,7 +301,7 @@ def start(config: ml_collections.ConfigDict, workdir: str, name: str) -> Phase:
 
     Args:
       config: a validated config without phases.
-      workdir: the phase's folder; other phases' lie beside it.
+      workdir: the phase's folder; those of other phases are beside it.
       name: of the phase, for the terminal.
 
     Raises:
@@ -322,11 +321,11 @@ def start(config: ml_collections.ConfigDict, workdir: str, name: str) -> Phase:
 
 
 def job(work: Callable[[Phase], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Makes of a phase's work what `main` runs: a phase that is finished is left alone.
+    """Turns a phase's work into what `main` runs: a finished phase does not run again.
 
     Args:
-      work: does it, to the end, or goes on where an earlier run stopped; returns what
-        `results.json` holds.
+      work: runs the phase to its end, or resumes it; returns the content of
+        `results.json`.
 
     Returns:
       `(config, workdir, name) -> results`, with the arguments of `start`.
@@ -345,11 +344,11 @@ def job(work: Callable[[Phase], dict[str, Any]]) -> Callable[..., dict[str, Any]
 
 
 def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] | None:
-    """The results of a phase that has come to its end, or None.
+    """The results of a finished phase, or None.
 
     Raises:
-      InputError: the folder belongs to another config, or what the phase started from,
-        a checkpoint or weights, has changed since.
+      InputError: the folder belongs to another config, or the checkpoint or weights that
+        the phase started from have changed since.
     """
     folder = paths.absolute(workdir)
     check_workdir(folder, config)
@@ -358,7 +357,7 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
         return None
     provenance = json.loads((folder / PROVENANCE_FILE).read_text())
     resolved = config_lib.resolve_phases(config, str(folder.parent))
-    # What a finished phase started from may have been deleted since.
+    # The start of a finished phase may have been deleted.
     model_path, start = resolved.model.path, resolved.init_from
     if checkpoint.exists(start) if start else paths.exists(model_path):
         has_model = paths.exists(model_path)
@@ -369,11 +368,11 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
 
 
 def _shows_progress(config: ml_collections.ConfigDict) -> bool:
-    return config.metrics.progress and jax.process_index() == 0
+    return config.metrics.progress and hosts.is_first()
 
 
 def _check_is_shared(file: epath.Path) -> None:
-    """The first host has written it, so all see it, network disks after a while."""
+    """Waits until this host sees a file of the first host; network disks take a while."""
     deadline = time.monotonic() + _SECONDS_UNTIL_SEEN
     while not file.exists():
         if time.monotonic() > deadline:
@@ -390,7 +389,7 @@ def _start_identity(
     config: ml_collections.ConfigDict,
     model_config: transformer.ModelConfig | None,
 ) -> dict[str, Any]:
-    """What a phase starts from, in a few words that no other start has."""
+    """What a phase starts from, as a few facts that no other start shares."""
     if config.init_from:
         start = {"init_from": given.init_from} | checkpoint.identity(config.init_from)
     elif _is_random(config):
@@ -408,13 +407,13 @@ def _check_start(
 ) -> None:
     if not checkpoint.is_same_start(provenance["start"], now):
         raise InputError(
-            f"{folder}: was made from {provenance['start']}, which is now {now}; delete "
-            f"{folder} to make it anew, or put that back"
+            f"{folder}: was made from {provenance['start']}, which is now {now}; restore "
+            f"it, or delete {folder} to run its phase again"
         )
 
 
 def check_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
-    """A workdir that is in use must hold the same config.
+    """Checks that a workdir in use holds the same config.
 
     Raises:
       InputError: names the first setting that differs, or the damaged file.
@@ -437,7 +436,7 @@ def check_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> Non
         raise InputError(
             f"{workdir}: belongs to a run with {key}={then!r}, this one has {now!r}; "
             "give another --workdir (and --config.init_from to start from this run's "
-            "end), or the same config to go on"
+            "end), or use the same config to resume"
         )
 
 
@@ -446,12 +445,12 @@ def check_model(
     model_config: transformer.ModelConfig,
     num_devices: int | None = None,
 ) -> None:
-    """Settings that must suit the model, checked before its weights are read.
+    """Checks settings against the model, before its weights are read.
 
     Args:
       config: of the phase.
       model_config: the architecture.
-      num_devices: of all hosts; None: those that are there.
+      num_devices: of all hosts; None: the devices of this run.
 
     Raises:
       InputError: names the setting and the remedy.
@@ -501,7 +500,7 @@ def abstract_adapters(
     mesh: jax.sharding.Mesh,
     dtype: str,
 ) -> transformer.Params:
-    """The same of the adapters."""
+    """Shapes, dtypes and shardings of the adapters."""
     return sharding.place(
         lora_lib.abstract_adapters(model_config, lora, dtype),
         sharding.shardings(mesh, lora_lib.adapter_axes(model_config, lora)),
@@ -518,17 +517,16 @@ def load_params(
 ) -> transformer.Params:
     """The whole parameters at the end of a phase, or between its start and its end.
 
-    Where the phase trained adapters, they are scaled by `share` and merged into what that
-    phase started from. The sum is rounded to `dtype`; in bfloat16 that swallows most of a
-    small update.
+    If the phase trained adapters, they are scaled by `share` and merged into its start.
+    The sum is rounded to `dtype`; bfloat16 loses most of a small update.
 
     Args:
       folder: the phase's folder, or its `checkpoints`.
       model_config: the architecture.
-      mesh: where the parameters shall lie.
+      mesh: where the parameters are placed.
       dtype: of the parameters.
-      model_path: the pretrained weights under adapters; empty: where that phase found
-        them.
+      model_path: the pretrained weights under adapters; empty: the path in that phase's
+        config.
       share: `start + share (end - start)`, from 0 to 1; both ends are bit for bit the
         start and the end. In between, start and end are in memory together.
 
@@ -575,7 +573,7 @@ def _load_start(folder, stored, model_config, mesh, dtype) -> transformer.Params
 
 
 def _between(share: float) -> Callable[..., jax.Array]:
-    """Interpolates one array in float32, in the place of the second one."""
+    """Interpolates two arrays in float32, in the buffer of the second."""
 
     def interpolate(start, end):
         mixed = (1 - share) * start.astype(jnp.float32) + share * end
@@ -592,23 +590,23 @@ def _start(config, model_config, mesh, dtype) -> transformer.Params:
         return load_params(
             config.init_from, model_config, mesh, dtype, config.model.path
         )
-    wanted = abstract_params(model_config, mesh, dtype)
+    template = abstract_params(model_config, mesh, dtype)
     if _is_random(config):
         make = jax.jit(
             functools.partial(transformer.init_params, model_config, dtype=dtype),
-            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, template),
         )
         return make(jax.random.key(config.seed))
-    return pretrained.load_params(config.model.path, wanted)
+    return pretrained.load_params(config.model.path, template)
 
 
 def _is_random(config: ml_collections.ConfigDict) -> bool:
-    # Stored configs may be older than the setting.
+    # A stored config may be older than the setting.
     return config.model.get("weights") == "random"
 
 
 def _trained_lora(stored: ml_collections.ConfigDict) -> lora_lib.Lora | None:
-    """The adapters that a checkpoint holds; what jobs make of them is whole."""
+    """The adapters in a checkpoint; other jobs than training save whole parameters."""
     is_trained = stored.get("job", "train") == "train"
     return _lora(stored.get("lora")) if is_trained else None
 

@@ -1,4 +1,4 @@
-"""What a training phase runs on its devices, before anything is loaded or compiled."""
+"""The step of a training phase and the shapes of its arguments, built from the config."""
 
 import functools
 from collections.abc import Callable
@@ -26,13 +26,13 @@ from mixcpt_jax.training import phase as phase_lib
 
 
 class Program(NamedTuple):
-    """What a phase runs on its devices, before anything is loaded or compiled.
+    """What a phase runs on its devices; nothing is loaded or compiled yet.
 
     Attributes:
       train_step: the jitted `(state, frozen, batch) -> (state, metrics)`.
       transforms: the optimizer.
       state, frozen: shapes, dtypes and shardings of the step's arguments; `frozen` is
-        None where the step needs no frozen model, and may be a part of one.
+        None if the step needs no frozen model, and may be a part of one.
     """
 
     train_step: Any
@@ -72,7 +72,7 @@ def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
 
 
 def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> interface.Objective:
-    """What the config's objective is in terms of `steps`."""
+    """The objective that the config describes."""
     config = phase.config
     student = phase.forward(config.model.remat, phase.lora)
     names = tuple(data.objectives)
@@ -104,7 +104,7 @@ def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> interface.Objecti
 
 def _needs_teacher(config, data: pipeline.Data) -> bool:
     return config.objective.kind == "tokens" and any(
-        map(teacher_outputs.is_asked, data.packed)
+        map(teacher_outputs.needs_teacher, data.packed)
     )
 
 
@@ -134,11 +134,13 @@ def _without_teacher(config, data: pipeline.Data) -> list[str]:
     if not reads_teacher(config, data):
         return []
     used = (rows for rows in data.packed if rows.source.share > 0)
-    return [rows.source.name for rows in used if not teacher_outputs.is_asked(rows)]
+    return [
+        rows.source.name for rows in used if not teacher_outputs.needs_teacher(rows)
+    ]
 
 
 def frozen_passes(config: ml_collections.ConfigDict, data: pipeline.Data) -> str:
-    """What of the frozen model runs in a step: "whole", "unembedding" or "none"."""
+    """Which part of the frozen model runs in a step: "whole", "unembedding" or "none"."""
     if config.objective.kind == "preference":
         return "whole" if config.preference.reference == "step" else "none"
     if not _needs_teacher(config, data):
@@ -151,7 +153,7 @@ def frozen_passes(config: ml_collections.ConfigDict, data: pipeline.Data) -> str
 def frozen_part(
     phase: phase_lib.Phase, data: pipeline.Data
 ) -> Callable[[transformer.Params], transformer.Params | None]:
-    """What the step needs of the frozen model's parameters."""
+    """Selects the frozen model's parameters that the step needs."""
     passes = frozen_passes(phase.config, data)
     if phase.lora or passes == "whole":
         return lambda params: params

@@ -1,15 +1,6 @@
-"""Pure steps: (state, frozen_params, batch) -> (state, metrics), jitted by `train`.
+"""Pure steps: (state, frozen_params, batch) -> (state, metrics); `program` jits them.
 
-A batch is a dict of `[B, L]` arrays: `tokens`, `targets`, `positions`, `segment_ids`,
-`source_ids`, `loss_mask` (1 where the target is learnt) and a weight per objective,
-`ntp_weights` and so on, see `streamed.TokenWeights`. Where the log-probabilities of a
-reference are known ahead it also has them per segment, `reference_logps`, `[B, S]`.
-
-A metric is a pair (sum, count), so sums over microbatches, batches and hosts stay exact;
-the mean is taken when it is read.
-
-Shape suffixes: B batch rows, L row length, T = B * L tokens, S segments of a row,
-P = B * S / 2 pairs.
+`objectives.interface` says what a batch and a metric are.
 """
 
 from collections.abc import Callable
@@ -38,12 +29,12 @@ COMPILER_OPTIONS = {
     # YNNPACK's matrix products are 10-15% slower than XLA's own for the head's shapes
     # (jax 0.10 and 0.12).
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
-    # Weights are gathered whole, ahead of their product. In the compiler's model a
-    # product that passes them around in pieces makes the step of Llama-3-8B on v5e:4x4
-    # half as long again, and it takes 0.2 GiB more.
-    # What is gathered arrives beside work; of itself the compiler sees to that on v5e
-    # alone. Llama-3-8B's step on v6e:4x4 then takes 2.02 instead of 2.15 s in the
-    # compiler's model, on v5p:2x2x1 12.27 instead of 12.52.
+    # Weights are gathered whole before their product. In the compiler's model, a product
+    # that passes them around in pieces makes Llama-3-8B's step on v5e:4x4 1.5 times as
+    # long and takes 0.2 GiB more.
+    # Gathers overlap with computation; by default the compiler does so on v5e alone. In
+    # its model Llama-3-8B's step on v6e:4x4 then takes 2.02 instead of 2.15 s, on
+    # v5p:2x2x1 12.27 instead of 12.52.
     "tpu": {
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
         "xla_enable_async_all_gather": "true",
@@ -53,7 +44,7 @@ COMPILER_OPTIONS = {
 
 
 class TrainState(NamedTuple):
-    """What training changes, and all of it. The frozen model is not in here."""
+    """All that training changes; the frozen model is not part of it."""
 
     step: jax.Array
     params: transformer.Params
@@ -71,12 +62,12 @@ def make_train_step(
 
     Args:
       objective: from `token_objective` or `preference_objective`.
-      transforms: the optimizer; with `optimizer.skip_bad_steps` the metrics also say how
-        many steps were skipped so far, `skipped`, and how many at most in a row.
+      transforms: the optimizer; with `optimizer.skip_bad_steps` the metrics also have
+        `skipped`, the steps skipped so far, and `skipped_in_a_row`, the most in a row.
       schedule: the learning rate, reported as a metric.
       accumulation_steps: microbatches per step; B must be a multiple.
-      has_adapters: the state's parameters are adapters of `frozen_params`; else they are
-        the whole student.
+      has_adapters: whether the state's parameters are adapters of `frozen_params` or the
+        whole student.
     """
 
     def loss_sum(params, frozen_params, batch: Batch, scale):
@@ -119,7 +110,7 @@ def make_train_step(
         metrics |= count_metrics
         scheduled = state.step
         if isinstance(opt_state, Guarded):
-            # The schedule does not count what is skipped.
+            # The schedule does not count skipped steps.
             scheduled -= state.opt_state.skipped
             metrics |= {
                 "skipped": (opt_state.skipped, one),
@@ -143,8 +134,8 @@ def make_eval_step(
 ) -> Callable[[transformer.Params, Batch], dict[str, jax.Array]]:
     """Builds `(params, batch) -> {"ntp", "correct"}`, `[B, L]` float32 per target.
 
-    The one scorer: runs, `evaluate`, the harness, selection and the reference of pairs
-    all read their log-likelihoods, `-ntp` in nats, from it.
+    The one scorer: runs, `evaluate`, `lm-eval`, selection and the reference of pairs all
+    take their log-likelihoods, `-ntp` in nats, from it.
 
     Args:
       forward: from `transformer.make_forward`.

@@ -1,8 +1,8 @@
-"""What the frozen teacher says about the packed rows, once, ahead of training.
+"""Computes the frozen teacher's outputs for packed rows, once, before training.
 
-The teacher does not change, and a row reads the same in every epoch. So its outputs can be
-kept (`data.teacher_cache`): training then holds no teacher body, and second and later
-epochs cost what plain continual pre-training does.
+Neither the teacher nor a row changes between epochs, so a cache can hold the outputs
+(`data.teacher_cache`). Training then holds no layers of the teacher, and second and later
+epochs cost as much as plain continual pre-training.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from jax.experimental import multihost_utils
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import mixture, pipeline, teacher_cache, token_cache
 from mixcpt_jax.objectives import teachers
-from mixcpt_jax.runtime import sharding
+from mixcpt_jax.runtime import hosts, sharding
 from mixcpt_jax.training import phase as phase_lib
 
 _BYTES_PER_SHARD = 2**28
 
 
-def is_asked(rows: mixture.PackedRows) -> bool:
-    """Whether a source is in the stream and learns anything from the teacher."""
+def needs_teacher(rows: mixture.PackedRows) -> bool:
+    """Whether a source is in the stream and has an objective with the teacher."""
     objectives = rows.source.objectives.items()
     return rows.source.share > 0 and any(w for name, w in objectives if name != "ntp")
 
@@ -32,83 +32,85 @@ def is_asked(rows: mixture.PackedRows) -> bool:
 def open_rows(
     phase: phase_lib.Phase, data: pipeline.Data
 ) -> dict[str, teacher_cache.TeacherRows]:
-    """What `prepare` made for a phase, by source.
+    """Opens the teacher cache of a phase, by source.
 
     Raises:
-      InputError: it is not there, damaged, or was made for something else.
+      InputError: it is missing, damaged, or of other rows or another teacher.
     """
     return {
         rows.source.name: teacher_cache.open_rows(
             _folder(phase, rows), form_of(phase), _key(phase, rows)
         )
-        if is_asked(rows)
+        if needs_teacher(rows)
         else teacher_cache.TeacherRows(form_of(phase))
         for rows in data.packed
     }
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
-    """Runs the frozen model of a phase over the rows that learn from it.
+    """Runs the frozen model of a phase over the rows that need it.
 
-    Shards that are there and right are kept. On several hosts the first one writes.
+    Shards that are whole and match are kept. On several hosts the first one writes.
 
     Args:
       config: a validated config without phases.
-      workdir: the phase's folder, of which nothing is written.
+      workdir: the phase's folder; nothing is written there.
       name: of the phase.
 
     Raises:
-      InputError: config, data, weights or workdir are wrong, or nothing can be written.
+      InputError: config, data, weights or workdir are wrong, or the cache cannot be
+        written.
     """
     phase = phase_lib.start(config, workdir, name)
     config = phase.config
     data = pipeline.load(config, phase.tokenizer)
-    asked = [rows for rows in data.packed if is_asked(rows)]
+    needed = [rows for rows in data.packed if needs_teacher(rows)]
     form = form_of(phase)
-    _say(f"{name}: the teacher takes {form.bytes_per_token} bytes a token on disk")
-    for rows in asked:
+    _say(f"{name}: the teacher cache takes {form.bytes_per_token} bytes per token")
+    for rows in needed:
         size = form.bytes_per_token * int(rows.plan.length.sum()) / 2**30
         epochs = next(r["epochs"] for r in data.report if r["name"] == rows.source.name)
         _say(
             f"{rows.source.name}: {len(rows)} rows, {size:.2f} GiB, of which the phase "
-            f"reads {epochs:.2f} epochs; max_records makes it less"
+            f"reads {epochs:.2f} epochs; max_records reduces it"
         )
     with jax.set_mesh(phase.mesh):
-        params = phase.starting_params(phase.frozen_dtype) if asked else None
+        params = phase.starting_params(phase.frozen_dtype) if needed else None
         step = jax.jit(
             teachers.make_teacher_step(phase.forward(), config.objective.teacher_top_k),
             out_shardings=sharding.replicated(phase.mesh),
             compiler_options=phase.compiler_options,
         )
-        for rows in asked:
+        for rows in needed:
             _prepare_rows(
                 phase, rows, form, lambda batch: step(params, phase.put(batch))
             )
 
 
 def _prepare_rows(
-    phase: phase_lib.Phase, rows: mixture.PackedRows, form: teacher_cache.Form, say: Any
+    phase: phase_lib.Phase,
+    rows: mixture.PackedRows,
+    form: teacher_cache.Form,
+    step: Any,
 ) -> None:
     batch_size, length = phase.config.data.batch_size, phase.config.data.row_length
     batches = max(1, _BYTES_PER_SHARD // (form.bytes_per_token * length * batch_size))
     per_shard = batches * batch_size
     folder, key = _folder(phase, rows), _key(phase, rows)
-    is_first_host = jax.process_index() == 0
-    if is_first_host:
+    is_first = hosts.is_first()
+    if is_first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / token_cache.MANIFEST).unlink(missing_ok=True)
     shards = []
     for number, first in enumerate(range(0, len(rows), per_shard)):
         here = range(first, min(first + per_shard, len(rows)))
         facts = teacher_cache.shard_facts(key, first, len(here))
-        entry = (
-            token_cache.finished_shard(folder, number, facts) if is_first_host else None
-        )
+        entry = token_cache.finished_shard(folder, number, facts) if is_first else None
         if _on_all_hosts(entry is not None):
             shards.append(entry)
             continue
-        records = _records(phase, rows, here, form, say)
-        if is_first_host:
+        records = _records(phase, rows, here, form, step)
+        if is_first:
             shards.append(token_cache.write_shard(folder, number, records, facts))
         else:
             for _ in records:
@@ -116,24 +118,24 @@ def _prepare_rows(
         _say(
             f"{rows.source.name}: the teacher has read {here.stop} of {len(rows)} rows"
         )
-    if is_first_host:
+    if is_first:
         facts = {"bytes_per_token": form.bytes_per_token}
         token_cache.write_manifest(folder, key, shards, facts)
 
 
-def _records(phase, rows, numbers: range, form, say) -> Iterator[bytes]:
-    """The records of some rows; the first of them begins a batch."""
+def _records(phase, rows, numbers: range, form, step) -> Iterator[bytes]:
+    """The records of some rows; the first of them starts a batch."""
     batch_size = phase.config.data.batch_size
     batches = mixture.evaluation_batches(rows, batch_size, numbers.start // batch_size)
     starts = numbers[::batch_size]
     for first, batch in zip(starts, batches, strict=False):
-        arrays = jax.device_get(say(batch))
+        arrays = jax.device_get(step(batch))
         lengths = np.count_nonzero(batch["segment_ids"], axis=1)
         for place in range(min(batch_size, numbers.stop - first)):
             one = {key: x[place] for key, x in arrays.items()}
             if form.is_broken(one, int(lengths[place])):
                 raise InputError(
-                    f"{rows.source.name}: of row {first + place} the teacher's outputs are "
+                    f"{rows.source.name}: row {first + place}: the teacher's outputs are "
                     "not finite numbers; its training has diverged, or its activations "
                     "are too large for model.compute_dtype: use float32 or other weights"
                 )
@@ -141,12 +143,12 @@ def _records(phase, rows, numbers: range, form, say) -> Iterator[bytes]:
 
 
 def _say(text: str) -> None:
-    if jax.process_index() == 0:
+    if hosts.is_first():
         print(text, flush=True)
 
 
 def _on_all_hosts(value: bool) -> bool:
-    """What the first host found."""
+    """The first host's value."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
@@ -173,7 +175,7 @@ def form_of(phase: phase_lib.Phase) -> teacher_cache.Form:
 
 
 def _key(phase: phase_lib.Phase, rows: mixture.PackedRows) -> dict[str, Any]:
-    """What the teacher's view of a source depends on."""
+    """What the teacher's outputs for a source depend on."""
     config = phase.config
     key = {
         "row_length": config.data.row_length,
