@@ -281,7 +281,7 @@ def test_without_a_whole_one_nothing_begins_and_nothing_is_changed(tmp_path):
         assert {path.name for path in folder.iterdir()} == {"1", "2"}
     (folder / "2").rename(folder / "damaged-2")
     shutil.rmtree(folder / "1")
-    with pytest.raises(InputError, match=r"damaged-2 \(set aside before\)"):
+    with pytest.raises(InputError, match=r"damaged-2 \(renamed before\)"):
         restore(tmp_path, make_state(2))
 
 
@@ -388,7 +388,7 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(tmp_path, monkeypatch):
         checkpoint.ocp.training.Checkpointer, "save_checkpointables_async", full
     )
     with pytest.raises(
-        InputError, match="cannot be written .*No space left.*make room"
+        InputError, match="cannot be written .*No space left.*free space"
     ):
         save(tmp_path, [2])
     assert restore(tmp_path, make_state(1)).step == 1

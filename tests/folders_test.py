@@ -335,7 +335,7 @@ def test_gguf_loads_the_same_or_names_the_key(tmp_path_factory, data):
         ({"general.type": "mmproj"}, "general.type is 'mmproj'.*text model"),
         ({"split.count": 3}, "one of 3 parts.*llama-gguf-split --merge"),
         ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type is 'yarn'; supported"),
-        ({"llama.vocab_size": 999}, "vocab_size is 999; the embedding's 262 is wanted"),
+        ({"llama.vocab_size": 999}, "vocab_size is 999; must be the embedding's 262"),
         ({"llama.rope.scaling.factor": 4.0}, 4.0),
         ({"llama.rope.scale_linear": 4.0}, 4.0),
         ({"llama.rope.scale_linear": 4.0, "llama.rope.scaling.type": "linear"}, 4.0),

@@ -423,7 +423,9 @@ def test_an_end_of_turn_that_is_not_marked_special(base):
     model = JsonModel(json.dumps(raw))
     tok = dataclasses.replace(base, model=model)
     assert tok.encode_chat([ASK, ANSWER]) == base.encode_chat([ASK, ANSWER])
-    with pytest.raises(InputError, match=r"f\.jsonl:1: a message has '<\|im_end\|>'"):
+    with pytest.raises(
+        InputError, match=r"f\.jsonl:1: a message contains '<\|im_end\|>'"
+    ):
         _chat(tok, {"prompt": "a<|im_end|>b", "response": "c"})
 
 
@@ -485,7 +487,7 @@ USER, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content":
         ({"prompt": "Q", "response": ""}, "field 'response' is blank"),
         ({"prompt": "Q"}, "no field 'response'"),
         ({"instruction": "Q", "output": 3}, "field 'output' is of type int"),
-        ({"messages": [REPLY, USER]}, "Roles must alternate, user first; mend"),
+        ({"messages": [REPLY, USER]}, "Roles must alternate, user first; fix"),
     ],
 )
 def test_a_bad_conversation_is_named(base, fields, words):
@@ -514,7 +516,7 @@ LAST_ONLY = (
          "ignores add_generation_prompt, yet writes '<|start_header_id|>assistant"),
         (LLAMA3.replace("end_header_id|>\n\n' }}", "end_header_id|>THINK' }}"),
          "the prompt of messages[1] is not how the whole conversation begins: 'THINK'"),
-        (LLAMA3.replace("| trim", "| upper"), "depends on what they say"),
+        (LLAMA3.replace("| trim", "| upper"), "it changes the content of"),
         (LLAMA3.replace("message['content']", "message['content'][-1:]"), "depends on"),
         (LLAMA3.replace("message['content']", "'constant'"), "exactly once"),
         (LLAMA3.replace("message['content']", "(message['content'] * 2)"), "exactly once"),

@@ -494,9 +494,7 @@ def test_a_teacher_that_says_no_numbers_is_not_stored(config, tmp_path, monkeypa
 
     monkeypatch.setattr(phase_lib.Phase, "starting_params", overflowing)
     config.objective.teacher, config.objective.teacher_top_k = "prepared", 4
-    with pytest.raises(
-        InputError, match=r"domain: of row \d+ the teacher's outputs are"
-    ):
+    with pytest.raises(InputError, match=r"domain: row \d+: the teacher's outputs are"):
         teacher_lib.prepare(config, str(tmp_path), "cpt")
 
 

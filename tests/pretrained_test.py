@@ -485,20 +485,23 @@ def test_which_layers_are_global(export, changes, global_layers):
         ),
         (
             {"model_type": "gemma2", "final_logit_softcapping": "30"},
-            r"final_logit_softcapping is '30'; a positive number",
+            r"final_logit_softcapping is '30'; must be a positive number",
         ),
         ({"num_hidden_layers": "absent"}, r"num_hidden_layers is missing"),
-        ({"rope_theta": 1e-30}, r"rope_theta is 1e-30; a positive number from 1"),
+        (
+            {"rope_theta": 1e-30},
+            r"rope_theta is 1e-30; must be a positive number from 1",
+        ),
         (
             {"rms_norm_eps": 1e6},
-            r"rms_norm_eps is 1000000\.0; a positive number up to 1",
+            r"rms_norm_eps is 1000000\.0; must be a positive number up to 1",
         ),
         (
             {
                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
                 "rope_scaling": {"rope_type": "linear", "factor": 4.0},
             },
-            r"rope_scaling is .* and rope_parameters is .*; take one out",
+            r"rope_scaling is .* and rope_parameters is .*; remove one",
         ),
         ({"num_hidden_layers": "3"}, r"num_hidden_layers is '3'"),
         (
@@ -563,7 +566,7 @@ def test_damaged_safetensors(export):
     with pytest.raises(InputError, match=rf"{shard.name}: no such file"):
         load(export)
     (export / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(InputError, match=r"index\.json: an object of JSON"):
+    with pytest.raises(InputError, match=r"index\.json: must hold a JSON object"):
         load(export)
 
 

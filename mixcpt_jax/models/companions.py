@@ -1,10 +1,10 @@
-"""The files beside a tokenizer: what they say of it, and what an export writes of them.
+"""The files beside a tokenizer: reads them, and writes them into an export.
 
-`tokenizer.json` or `tokenizer.model` holds the vocabulary. The files around it name its
-special tokens, add tokens, hold chat templates and say where generation ends. They are
-read as transformers reads them: `added_tokens_decoder` of `tokenizer_config.json` is all
-there is to know of added tokens; only without it `special_tokens_map.json` has the last
-word on special tokens and `added_tokens.json` adds tokens.
+`tokenizer.json` or `tokenizer.model` holds the vocabulary. The files beside it name its
+special tokens, add tokens, hold chat templates and list the tokens that end generation.
+They are read as transformers reads them: `added_tokens_decoder` of
+`tokenizer_config.json` defines all added tokens; only without it does
+`special_tokens_map.json` override special tokens and `added_tokens.json` add tokens.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ _GENERATION = "generation_config.json"
 _MODEL = "config.json"
 # The same vocabulary in other formats, which other programs read.
 _COPIED = ("tokenizer.model", "vocab.json", "merges.txt", _ADDED)
-# Keys of tokenizer_config.json that name files or code that are not in an export, or
-# that transformers would change the tokenizer by.
+# Keys of tokenizer_config.json that name files or code that an export lacks, or with
+# which transformers would change the tokenizer.
 _DROPPED = {
     "add_prefix_space",
     "auto_map",
@@ -47,12 +47,12 @@ _OTHER_NAMES = ("unk_token", "sep_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _MOST_TOKENS = 2**31 - 1
-# Some editors put it first in a file; a conversation would begin with it.
+# Some editors write it first in a file; a conversation would begin with it.
 _BYTE_ORDER_MARK = "\ufeff"
 
 
 class Added(NamedTuple):
-    """A token that is taken out of a text whole, before the rest is cut up."""
+    """A token that is split off a text whole, before the rest is encoded."""
 
     content: str
     special: bool
@@ -68,18 +68,18 @@ class Added(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Companions:
-    """What the files beside a tokenizer say.
+    """The contents of the files beside a tokenizer.
 
     Attributes:
       config: of `tokenizer_config.json`, with the special tokens of
-        `special_tokens_map.json` where that has the last word.
+        `special_tokens_map.json` if they override it.
       added: id -> token.
       templates: name -> chat template; the model's own is "default".
-      ends: the tokens that end what a model writes, of `generation_config.json` or else
-        of `config.json`.
+      ends: the tokens that end generation, from `generation_config.json` or else from
+        `config.json`.
       special_map: `special_tokens_map.json`; None: there is none.
-      files: name -> content of those that an export writes as they are.
-      template_files: those of the template that an export writes.
+      files: name -> content of the files that an export copies.
+      template_files: the template's files that an export writes.
     """
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -91,9 +91,9 @@ class Companions:
     template_files: tuple[str, ...] = ()
 
     def special_tokens(self) -> dict[str, str | None]:
-        """Of "bos_token", "eos_token" and "pad_token" those that the files name.
+        """Those of "bos_token", "eos_token" and "pad_token" that the files name.
 
-        None: the model has none.
+        None: the model has no such token.
         """
         return {
             name: _content(self.config[name]) for name in _NAMES if name in self.config
@@ -102,7 +102,7 @@ class Companions:
     def other_tokens(self) -> dict[str, list[str]]:
         """Key -> the other special tokens that the files name there.
 
-        transformers would add those that the vocabulary lacks to it.
+        transformers would add those that are missing to the vocabulary.
         """
         lists = {name: _listed(self.config.get(name)) for name in _LISTS}
         values = lists | {name: [self.config.get(name)] for name in _OTHER_NAMES}
@@ -116,8 +116,7 @@ class Companions:
 
         Args:
           folder: of the export.
-          says: keys of `tokenizer_config.json`, its special tokens among them, that are
-            now the tokenizer's.
+          says: the tokenizer's keys of `tokenizer_config.json`, with special tokens.
           template: the chat template.
         """
         for name, content in self.files.items():
@@ -187,7 +186,7 @@ def read(file: epath.Path) -> Companions:
 
 
 def place_of(file: epath.Path, companions: Companions, key: str) -> str:
-    """The file that a special token's name is from."""
+    """The file that names a special token."""
     in_map = companions.special_map is not None and key in companions.special_map
     is_map = in_map and "added_tokens_decoder" not in companions.config
     return str(file.parent / (_MAP if is_map else CONFIG))
@@ -208,7 +207,7 @@ def _added(header: Header, key: str) -> dict[int, Added] | None:
         is_id = token_id.isascii() and token_id.isdecimal() and len(token_id) < 11
         token = Header(header.file, entry) if isinstance(entry, dict) else None
         if not is_id or token is None:
-            # The key is within the object, not of the file.
+            # The key is in the object, not in the file.
             raise dataclasses.replace(place, values={f"{key}.{token_id}": entry}).wrong(
                 token_id, "an added token under its id"
             )
@@ -290,7 +289,7 @@ def read_template(file: epath.Path) -> str:
 
 
 def ends_file(folder: epath.Path) -> epath.Path:
-    """Says what ends generation: where its own file is missing, the model's config."""
+    """The file that lists what ends generation: its own, or else the model's config."""
     file = folder / _GENERATION
     return file if file.exists() else folder / _MODEL
 

@@ -60,6 +60,7 @@ class Tensor(NamedTuple):
 
 
 def key_of(key_path) -> str:
+    """Such as "layers/query", from a path in our parameters."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
@@ -73,12 +74,12 @@ def is_transposed(key: str) -> bool:
 
 
 def norm_offset(name: str, family: str) -> int:
-    """What a norm multiplies by more than its Hugging Face tensor holds."""
+    """The number to add to a norm's Hugging Face tensor to get its scale."""
     return int(name.endswith("norm.weight") and family in GEMMA)
 
 
 def tensor_names(key: str, shape: tuple[int, ...], family: str) -> list[str]:
-    """The Hugging Face tensors that make up one of our parameters."""
+    """The Hugging Face tensors of one of our parameters."""
     name = (TENSORS | (_GEMMA_TENSORS if family in GEMMA else {}))[key]
     return [name.format(i) for i in range(shape[0])] if is_stacked(key) else [name]
 
@@ -90,8 +91,9 @@ def name_of(broken: finite.Broken, family: str) -> str:
 
 
 def check_heads(config: ModelConfig, header: Header, heads: str, kv_heads: str):
+    """Checks the numbers of heads, which a header has under two keys."""
     if config.num_heads % config.num_kv_heads:
-        raise header.wrong(kv_heads, f"a divisor of {heads}, {config.num_heads},")
+        raise header.wrong(kv_heads, f"a divisor of {heads}, {config.num_heads}")
     if config.head_size < 2 or config.head_size % 2:
         raise InputError(
             f"{header.file}: heads have size {config.head_size}; RoPE takes an even one, "
@@ -100,7 +102,7 @@ def check_heads(config: ModelConfig, header: Header, heads: str, kv_heads: str):
 
 
 def implied(family: str) -> dict[str, Any]:
-    """What a family's network has and its files do not say."""
+    """The settings of a family's network that its files do not state."""
     gemma = {"post_norms": True, "activation": "gelu_tanh", "scale_embeddings": True}
     match family:
         case "qwen2":

@@ -54,8 +54,8 @@ _FAMILIES = {
     "gemma3": "gemma3_text",
 }
 
-# Keys of GGUF that change the function, and the values with which they do not: 0 is
-# none to llama.cpp.
+# Keys of GGUF that change the function, with the values that do not; to llama.cpp 0
+# means none.
 _NEUTRAL = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -74,7 +74,7 @@ _NEUTRAL = {
     "use_parallel_residual": (False,),
 }
 
-# Families that have some of them.
+# Families for which some of them are read.
 _READ = {
     "gemma2": ("attn_logit_softcapping", "final_logit_softcapping"),
     "gemma3_text": ("final_logit_softcapping",),
@@ -82,6 +82,7 @@ _READ = {
 
 
 def open_tensors(file: epath.Path) -> dict[str, Tensor]:
+    """Opens a file's tensors by their Hugging Face names; reads the header alone."""
     reader = open_gguf(file)
     config = read_config(reader, file)
     tensors = {}
@@ -118,10 +119,10 @@ def _read_gguf(
     interleaved_heads: int | None,
     index: Index,
 ) -> np.ndarray:
-    """Dequantises only the rows, and within them only the blocks, that are wanted.
+    """Dequantises only the rows of `index`, and of these only the blocks needed.
 
     llama.cpp interleaves the two halves of each head that RoPE rotates into each other;
-    the rows of such a tensor are put back into Hugging Face's order.
+    this restores Hugging Face's order of the rows.
     """
     *rows, columns = index  # A vector has no rows.
     if interleaved_heads is not None:
@@ -138,13 +139,18 @@ def _read_gguf(
     except NotImplementedError as error:
         raise InputError(
             f"{file}: tensor {tensor.name} is quantised as "
-            f"{tensor.tensor_type.name}, which cannot be read; use another file"
+            f"{tensor.tensor_type.name}, which is not supported; use another file"
         ) from error
     offset = first * block_size
     return values[..., start - offset : stop - offset]
 
 
 def read_config(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
+    """The architecture in a GGUF header.
+
+    Raises:
+      InputError: the header is damaged, or the network is not supported.
+    """
     general = gguf_header(reader, file)
     general.require("general.architecture", tuple(_FAMILIES))
     name = general.text("general.architecture")
@@ -180,7 +186,7 @@ def read_config(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
         head_size=head_size,
         max_positions=header.integer("context_length"),
         rope_theta=theta,
-        # Stored as float32; its shortest decimal is the number the authors wrote.
+        # Stored as float32; its shortest decimal is the number that the authors wrote.
         norm_epsilon=float(str(np.float32(epsilon))),
         tie_embeddings="output.weight" not in tensors,
         **implied(family),
@@ -195,7 +201,8 @@ def read_config(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
 def _rope_scaling(
     header: Header, config: ModelConfig, frequencies: gguf.ReaderTensor | None
 ) -> Llama3RopeScaling | LinearRopeScaling | None:
-    # Older files spell the factor otherwise; one without a kind is linear: llama.cpp.
+    # As llama.cpp: older files have the factor under another key, and a factor without a
+    # kind is linear.
     factors = [
         factor
         for key in ("rope.scaling.factor", "rope.scale_linear")
@@ -221,7 +228,7 @@ def _rope_scaling(
 def _gemma(
     name: str, header: Header, num_layers: int, head_size: int
 ) -> dict[str, Any]:
-    """What is peculiar to Gemma; llama.cpp knows some of it by heart."""
+    """Gemma's settings; some are constants in llama.cpp and not in the file."""
     if name not in ("gemma2", "gemma3"):
         return {}
     default_period = 2 if name == "gemma2" else 6
@@ -231,7 +238,7 @@ def _gemma(
         "global_layers": tuple(range(period - 1, num_layers, period)),
     }
     if num_layers == {"gemma2": 46, "gemma3": 62}[name]:
-        # The 27B models divide by what heads would have if all were of one width.
+        # The 27B models divide by hidden size / heads, which is not their head size.
         scale = header.integer("embedding_length") // header.integer(
             "attention.head_count"
         )
@@ -250,7 +257,7 @@ def _gemma(
 def _llama3_scaling(
     config: ModelConfig, factors: np.ndarray, file: epath.Path
 ) -> Llama3RopeScaling:
-    """Finds the settings behind the divisors that llama.cpp stores in their place."""
+    """Recovers the settings from the divisors that llama.cpp stores instead."""
     scaling = Llama3RopeScaling(
         factor=float(factors.max()),
         low_freq_factor=1.0,

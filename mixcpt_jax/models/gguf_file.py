@@ -15,8 +15,8 @@ from mixcpt_jax.models.headers import Header
 def open_gguf(path: epath.Path) -> gguf.GGUFReader:
     """Memory-maps a GGUF file and parses its header.
 
-    That takes seconds, mostly for the vocabulary, and config, weights and tokenizer
-    each ask for it, so the last one is kept for as long as its file stays the same.
+    Parsing takes seconds, mostly for the vocabulary, and config, weights and tokenizer
+    each need it, so the last result is cached until its file changes.
 
     Raises:
       InputError: the file is not a whole GGUF file, or not of a whole model.
@@ -29,7 +29,7 @@ def _parse_gguf(path: epath.Path, stamp: tuple[int, ...]) -> gguf.GGUFReader:
     try:
         with paths.on_local_disk(path) as local:
             reader = gguf.GGUFReader(local)
-    except Exception as error:  # Of what is damaged it raises whatever Python can.
+    except Exception as error:  # A damaged file can raise anything.
         reason = " ".join(str(error).split())
         raise InputError(
             f"{path}: not a whole GGUF file ({reason}); download it again"
@@ -38,7 +38,7 @@ def _parse_gguf(path: epath.Path, stamp: tuple[int, ...]) -> gguf.GGUFReader:
     kind = header.text("general.type", "model")
     if kind != "model":
         raise InputError(
-            f"{path}: general.type is {kind!r}, which is no whole model; "
+            f"{path}: general.type is {kind!r}, which is not a whole model; "
             f"{_NO_MODEL.get(kind, 'name the file of the model')}"
         )
     num_parts = header.integer("split.count", 1, least=0)
@@ -50,7 +50,7 @@ def _parse_gguf(path: epath.Path, stamp: tuple[int, ...]) -> gguf.GGUFReader:
     return reader
 
 
-# What to do about a GGUF file that holds something else.
+# The remedy for a GGUF file of another type.
 _NO_MODEL = {
     "adapter": "merge it into its base by `llama-export-lora` and name the new file",
     "imatrix": "it was measured to quantise a model; name the file of the model",
@@ -59,7 +59,7 @@ _NO_MODEL = {
 
 
 def gguf_header(reader: gguf.GGUFReader, file: epath.Path) -> Header:
-    """The metadata of a GGUF file, decoded as it is asked for."""
+    """The metadata of a GGUF file; values are decoded when they are read."""
     return Header(file, _GgufValues(reader, file))
 
 

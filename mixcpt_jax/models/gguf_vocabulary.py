@@ -1,4 +1,4 @@
-"""The vocabulary in a GGUF file, rebuilt as byte-level BPE or as sentencepiece."""
+"""The vocabulary in a GGUF file, rebuilt as byte-level BPE or a sentencepiece model."""
 
 import collections
 import math
@@ -28,7 +28,7 @@ def _split(numbers: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
-    """What GGUF's `tokenizer.ggml.pre` names: how text is cut before BPE merges."""
+    """The split of text before BPE merges that GGUF's `tokenizer.ggml.pre` names."""
     match name:
         case "gpt-2":
             return pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,7 +50,7 @@ def special_id(header: Header, key: str, vocabulary, default=None) -> int | None
 
 
 def read_tokens(header: Header, kind: str) -> list[tuple[str, int]]:
-    """Each token with its kind."""
+    """Each token with its type."""
     tokens = header.many("tokens", lambda t: isinstance(t, str), "a list of strings")
     kinds = tuple(map(int, gguf.TokenType))
     types = header.many(
@@ -129,9 +129,9 @@ def make_sentencepiece(
     proto = sentencepiece_model_pb2.ModelProto()
     for (token, kind), score in zip(vocabulary, scores, strict=True):
         if kind == gguf.TokenType.USER_DEFINED:
-            # Spelt as in texts; sentencepiece looks for them where spaces are marked.
+            # Spelled as in texts; sentencepiece looks for them after spaces are marked.
             token = token.replace(" ", "▁")
-        # The two formats number the kinds of tokens alike.
+        # The two formats share the numbers of token types.
         proto.pieces.add(piece=token, score=score, type=kind)
     trainer = proto.trainer_spec
     trainer.model_type = trainer.BPE
@@ -142,7 +142,7 @@ def make_sentencepiece(
     )
     trainer.unk_id = special_id(header, "unknown_token_id", vocabulary, 0)
     trainer.unk_piece = vocabulary[trainer.unk_id][0]
-    # Gemma's files call it a control token, and sentencepiece then knows of none.
+    # Gemma's files mark it as a control token; sentencepiece would then have none.
     proto.pieces[
         trainer.unk_id
     ].type = sentencepiece_model_pb2.ModelProto.SentencePiece.UNKNOWN
@@ -154,10 +154,10 @@ def make_sentencepiece(
     proto.normalizer_spec.add_dummy_prefix = header.flag("add_space_prefix", True)
     proto.normalizer_spec.remove_extra_whitespaces = False
     try:
-        # llama.cpp puts a space before each text behind a special token.
+        # llama.cpp puts a space before each text after a special token.
         return SentencePieceModel(proto.SerializeToString(), legacy=True)
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"{header.file}: {header.prefix}tokens is no vocabulary of sentencepiece "
+            f"{header.file}: {header.prefix}tokens is not a sentencepiece vocabulary "
             f"({error}); use the model's own tokenizer.model instead"
         ) from error

@@ -1,8 +1,7 @@
 """Values of file headers, checked: the JSON files of a model folder, and GGUF's metadata.
 
-A header comes from elsewhere, so nothing in it is trusted: every value that is used is
-asked for here by its key, with the type and the range that it must have. Null counts as
-absent, as in transformers.
+A header is untrusted input: every value that is used is read here by its key, with the
+type and the range that it must have. Null counts as absent, as in transformers.
 """
 
 import dataclasses
@@ -15,11 +14,11 @@ from etils import epath
 from mixcpt_jax.core.errors import InputError
 
 _MOST_BYTES = 2**26
-# Of what was found, an error shows so many characters.
+# An error shows so many characters of the value found.
 _SHOWN = 80
 # RoPE's base is the largest of all, up to 4.5e10 in models for long contexts.
 _MOST = 1e12
-# The default of what must be there.
+# The default of a key that must be present.
 _REQUIRED: Any = object()
 
 
@@ -32,8 +31,8 @@ class Header:
 
     Attributes:
       file: where they are from.
-      values: as the file's parser gives them.
-      prefix: of the keys, left out where they are asked for.
+      values: as the file's parser returns them.
+      prefix: of all keys; callers leave it out.
     """
 
     file: epath.Path | str
@@ -45,7 +44,7 @@ class Header:
         return self.values.get(self.prefix + key)
 
     def within(self, prefix: str) -> "Header":
-        """The same values, of which all keys asked for begin with `prefix`."""
+        """The same values, with `prefix` put before every key."""
         return dataclasses.replace(self, prefix=self.prefix + prefix)
 
     def integer(
@@ -77,8 +76,10 @@ class Header:
             is_number = is_integer(value) or isinstance(value, float)
             return is_number and value > 0 and least <= value <= most
 
-        wanted = f"a positive number{f' from {least:g}' * (least > 0)} up to {most:.0e}"
-        return self._checked(key, default, wanted, is_right)
+        expected = (
+            f"a positive number{f' from {least:g}' * (least > 0)} up to {most:.0e}"
+        )
+        return self._checked(key, default, expected, is_right)
 
     def flag(self, key: str, default: Any = _REQUIRED) -> Any:
         """True or false."""
@@ -93,14 +94,14 @@ class Header:
         return self._instance(key, default, dict, "an object")
 
     def many(
-        self, key: str, is_one: Callable[[Any], bool], wanted: str, default=_REQUIRED
+        self, key: str, is_one: Callable[[Any], bool], expected: str, default=_REQUIRED
     ) -> Any:
         """A list, of whose items each passes `is_one`."""
 
         def is_right(value):
             return isinstance(value, list) and all(map(is_one, value))
 
-        return self._checked(key, default, wanted, is_right)
+        return self._checked(key, default, expected, is_right)
 
     def require(self, key: str, supported: Sequence[Any]) -> None:
         """Checks that a value is one of some."""
@@ -110,26 +111,26 @@ class Header:
             raise self.unsupported(key, ", ".join(map(str, supported)))
 
     def unsupported(self, key: str, supported: Any) -> InputError:
-        """What to raise where a value is of a kind that is not supported."""
+        """The error for a value that is not supported."""
         return InputError(f"{self._found(key)}; supported: {supported}")
 
-    def wrong(self, key: str, wanted: str) -> InputError:
-        """What to raise where a value is not what is wanted."""
-        return InputError(f"{self._found(key)}; {wanted} is wanted")
+    def wrong(self, key: str, expected: str) -> InputError:
+        """The error for a value that is not what it must be."""
+        return InputError(f"{self._found(key)}; must be {expected}")
 
-    def _instance(self, key: str, default: Any, kind: type, wanted: str) -> Any:
-        return self._checked(key, default, wanted, lambda v: isinstance(v, kind))
+    def _instance(self, key: str, default: Any, kind: type, expected: str) -> Any:
+        return self._checked(key, default, expected, lambda v: isinstance(v, kind))
 
-    def _checked(self, key: str, default: Any, wanted: str, is_right) -> Any:
+    def _checked(self, key: str, default: Any, expected: str, is_right) -> Any:
         value = self.get(key)
         if value is None:
             if default is _REQUIRED:
                 raise InputError(
-                    f"{self.file}: {self.prefix}{key} is missing; {wanted} is wanted"
+                    f"{self.file}: {self.prefix}{key} is missing; must be {expected}"
                 )
             return default
         if not is_right(value):
-            raise self.wrong(key, wanted)
+            raise self.wrong(key, expected)
         return value
 
     def _found(self, key: str) -> str:
@@ -164,7 +165,7 @@ def read(file: epath.Path) -> Header:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not JSON ({error}); download it again") from error
     if not isinstance(values, dict):
-        raise InputError(f"{file}: an object of JSON is wanted; download it again")
+        raise InputError(f"{file}: must hold a JSON object; download it again")
     return Header(file, values)
 
 

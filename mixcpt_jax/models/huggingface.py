@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from etils import epath
@@ -29,6 +28,7 @@ from mixcpt_jax.models.transformer import (
     Llama3RopeScaling,
     ModelConfig,
 )
+from mixcpt_jax.runtime import hosts
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -39,7 +39,7 @@ ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
 }
 
-# Settings of config.json that change the function, and the one value that is computed.
+# Settings of config.json that change the function, with the only value supported.
 _FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -56,7 +56,7 @@ FIXED_OF = {
     },
 }
 
-# Without it nobody takes a folder for a model.
+# The file that makes a folder a model.
 MARKER = "config.json"
 INDEX = "model.safetensors.index.json"
 
@@ -64,10 +64,10 @@ INDEX = "model.safetensors.index.json"
 def refuse_adapter(path: str) -> None:
     """Checks that a folder does not hold an adapter, alone or beside a model.
 
-    What reads a folder of both differs: some merge the adapter, some leave it out.
+    Programs differ on a folder that holds both: some merge the adapter, some ignore it.
 
     Raises:
-      InputError: it holds one; names its base and what to do.
+      InputError: it holds one; names its base and the remedy.
     """
     folder = paths.resolve(path)
     found = [*folder.glob("adapter_config.json"), *folder.glob("adapter_model.*")]
@@ -91,7 +91,7 @@ def refuse_adapter(path: str) -> None:
 
 
 def read_safetensors_header(file: epath.Path) -> tuple[bytes, int]:
-    """The header, JSON, and where the tensors behind it begin."""
+    """The JSON header, and the offset at which the tensors begin."""
     if not file.exists():
         raise InputError(f"{file}: no such file; download it again")
     (size,) = paths.read_ranges(file, [(0, 8)])
@@ -123,6 +123,11 @@ def tensor_bounds(file: epath.Path, header: bytes) -> Iterator[tuple[int, int]]:
 
 
 def open_tensors(folder: epath.Path, family: str) -> dict[str, Tensor]:
+    """Opens a folder's safetensors by tensor name; reads headers alone.
+
+    Raises:
+      InputError: a file is missing, damaged or pickled, or the files disagree.
+    """
     weight_map = weight_map_of(folder)
     files = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
     _warn_of_others(folder, files)
@@ -140,11 +145,11 @@ def open_tensors(folder: epath.Path, family: str) -> dict[str, Tensor]:
         for name in handle.offset_keys():
             if weight_map and name not in weight_map:
                 raise InputError(
-                    f"{file}: tensor {name} is not in {INDEX}; the two are not of one "
-                    "save, download both again"
+                    f"{file}: tensor {name} is not in {INDEX}; the two files are not "
+                    "from one save: download both again"
                 )
             if weight_map and weight_map[name] != file.name:
-                continue  # A copy; the index says which of them counts.
+                continue  # A copy; the index says which one counts.
             view = handle.get_slice(name)
             if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                 raise InputError(
@@ -156,7 +161,7 @@ def open_tensors(folder: epath.Path, family: str) -> dict[str, Tensor]:
     for name in weight_map.keys() - tensors.keys():
         raise InputError(
             f"{folder / INDEX}: tensor {name} is not in {weight_map[name]}, which it "
-            "names; the two are not of one save, download both again"
+            "names; the two files are not from one save: download both again"
         )
     return tensors
 
@@ -180,7 +185,7 @@ def weight_map_of(folder: epath.Path) -> dict[str, str]:
         if whole.exists() and whole.name not in names.values():
             raise InputError(
                 f"{folder}: holds {whole.name} and {index.name}, which does not name "
-                "it: weights of two saves; move away what belongs to the older one"
+                "it: weights of two saves; move the files of the older one away"
             )
         return names
     if whole.exists():
@@ -197,9 +202,9 @@ def weight_map_of(folder: epath.Path) -> dict[str, str]:
 
 
 def _warn_of_others(folder: epath.Path, files: list[str]) -> None:
-    """Warns of weights in a folder that are no part of the model that is read."""
+    """Warns of weights in the folder that are not part of the model."""
     others = {file.name for file in folder.glob("*.safetensors")} - set(files)
-    if others and jax.process_index() == 0:
+    if others and hosts.is_first():
         logging.warning(
             "%s: weights are read from %s; not read: %s",
             folder,
@@ -209,12 +214,17 @@ def _warn_of_others(folder: epath.Path, files: list[str]) -> None:
 
 
 def read_config(file: epath.Path) -> ModelConfig:
+    """The architecture in a `config.json`.
+
+    Raises:
+      InputError: the file is damaged, or the network is not supported.
+    """
     header = headers.read(file)
     family = header.get("model_type")
     if family == "gemma3":
         raise InputError(
-            f"{file}: model_type is 'gemma3', which reads images too; supported is its "
-            "text model by itself: save that (Gemma3ForCausalLM, gemma3_text)"
+            f"{file}: model_type is 'gemma3', which reads images too; save its text "
+            "model by itself, which is supported (Gemma3ForCausalLM, gemma3_text)"
         )
     header.require("model_type", tuple(ARCHITECTURES))
     fixed = _FIXED | FIXED_OF.get(family, {"hidden_act": "silu"})
@@ -226,12 +236,12 @@ def read_config(file: epath.Path) -> ModelConfig:
     num_heads = header.integer("num_attention_heads")
     num_layers = header.integer("num_hidden_layers", most=MOST_LAYERS)
     head_size = header.integer("head_dim", _head_size(family, hidden_size, num_heads))
-    # Transformers 5 gathers everything about RoPE under a new name, and by kinds of
-    # layers where they differ.
+    # Transformers 5 has all of RoPE's settings under a new key, by kind of layer if the
+    # kinds differ.
     ropes, older = (header.mapping(k, {}) for k in ("rope_parameters", "rope_scaling"))
     if ropes and any(ropes.get(key) != value for key, value in older.items()):
         raise InputError(
-            f"{file}: rope_scaling is {older} and rope_parameters is {ropes}; take one out"
+            f"{file}: rope_scaling is {older} and rope_parameters is {ropes}; remove one"
         )
     ropes = Header(file, ropes or older)
     local_rope = Header(file, ropes.mapping("sliding_attention", {}))
@@ -251,7 +261,7 @@ def read_config(file: epath.Path) -> ModelConfig:
     if family in GEMMA:
         query_scale = header.number("query_pre_attn_scalar", 256)
         settings["query_scale"] = None if query_scale == head_size else query_scale
-        # Absent they have defaults in Gemma 2; null there are none.
+        # In Gemma 2 absent keys have defaults; null means no cap.
         for name, key, default in (
             ("attention_soft_cap", "attn_logit_softcapping", 50.0),
             ("final_soft_cap", "final_logit_softcapping", 30.0),
@@ -284,7 +294,7 @@ def read_config(file: epath.Path) -> ModelConfig:
 
 
 def _check_special_ids(header: Header, vocab_size: int) -> None:
-    """They are the tokenizer's affair; ones that no row is for belong to another model."""
+    """Refuses ids without a row in the embedding: they belong to another model."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(header.get(name), list):
             header.many(
@@ -297,7 +307,7 @@ def _check_special_ids(header: Header, vocab_size: int) -> None:
 
 
 def _head_size(family: str, hidden_size: int, num_heads: int) -> int:
-    """What the head size is where a file does not say it."""
+    """The head size if a file does not state it."""
     match family:
         case "qwen3":
             return 128
@@ -316,7 +326,7 @@ def _rope_scaling(
         case None if settings := rope.values.keys() - _ROPE_OF_ANY_KIND:
             raise InputError(
                 f"{rope.file}: rope_type is missing beside {', '.join(sorted(settings))}; "
-                "say which kind of scaling of RoPE it is"
+                "state the kind of RoPE scaling"
             )
         case None | "default":
             return None
@@ -332,7 +342,7 @@ def _rope_scaling(
             if scaling.high_freq_factor <= scaling.low_freq_factor:
                 low = scaling.low_freq_factor
                 raise rope.wrong(
-                    "high_freq_factor", f"more than low_freq_factor, {low},"
+                    "high_freq_factor", f"more than low_freq_factor, {low}"
                 )
             return scaling
     key = "rope_type" if rope.get("rope_type") else "type"
@@ -345,7 +355,7 @@ _ROPE_OF_ANY_KIND = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 def _windows(header: Header, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
     """The sliding window, and the layers that do not have it."""
     layers = range(num_layers)
-    # Null there is none.
+    # Null means no window.
     default = 4096 if "sliding_window" not in header.values else None
     match header.get("model_type"):
         case "llama":
@@ -365,10 +375,10 @@ def _windows(header: Header, num_layers: int) -> tuple[int | None, tuple[int, ..
     known = ("full_attention", "sliding_attention")
     kinds = header.get("layer_types")
     if kinds is not None:
-        wanted = f"{num_layers} of {', '.join(known)}"
+        expected = f"{num_layers} of {', '.join(known)}"
         is_right = isinstance(kinds, list) and all(kind in known for kind in kinds)
         if not is_right or len(kinds) != num_layers:
-            raise header.unsupported("layer_types", wanted)
+            raise header.unsupported("layer_types", expected)
         local = [kind == known[1] for kind in kinds]
     window = header.integer("sliding_window", default)
     if window is None or not any(local):

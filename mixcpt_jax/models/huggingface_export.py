@@ -36,7 +36,7 @@ from mixcpt_jax.models.transformer import (
     ModelConfig,
     Params,
 )
-from mixcpt_jax.runtime import finite
+from mixcpt_jax.runtime import finite, hosts
 
 _GENERATION = "generation_config.json"
 
@@ -62,8 +62,8 @@ def save_pretrained(
 
     It is written to `{folder}.incomplete` and renamed at the end, so a folder of this
     name is always whole; one from an earlier export is replaced. In a bucket, where
-    folders have no names of their own, `config.json` is deleted first and comes back
-    last. Every process of a multi-host run must call this; the first one writes.
+    folders cannot be renamed, `config.json` is deleted first and written last. Every
+    process of a multi-host run must call this; the first one writes.
 
     Args:
       folder: on a local disk or in a bucket.
@@ -71,16 +71,16 @@ def save_pretrained(
       config: their architecture.
       tokenizer: saved alongside; its BOS and EOS go into `config.json` too.
       dtype: what weights are cast to: "bfloat16", "float16" or "float32".
-      stop_ids: where generation ends, for `generation_config.json`.
+      stop_ids: the tokens that end generation, for `generation_config.json`.
       max_shard_bytes: weights are split into files of at most this size (or of one
         tensor). The host holds one such file at a time.
-      start: the checkpoint that the parameters were trained from. Of its folder the
-        licence goes along, and what `generation_config.json` says besides special tokens.
+      start: the checkpoint that the parameters were trained from. Its licence files are
+        copied, and its `generation_config.json` except for special tokens.
 
     Raises:
       InputError: `folder` exists and holds something other than an export, or holds
-        `start` or lies in it; or a tensor holds a value that `dtype` has no number for.
-        Then nothing is written or deleted.
+        `start` or lies in it; or a tensor holds a value that overflows `dtype`. Then
+        nothing is written or deleted.
     """
     target = paths.resolve(folder)
     check_target(target, start)
@@ -91,7 +91,7 @@ def save_pretrained(
             "(export.dtype)"
         )
     tensors = _tensors(params, config.family, dtype)
-    if jax.process_index() != 0:
+    if not hosts.is_first():
         for _ in tensors:  # Takes part in gathering them.
             pass
         return
@@ -123,9 +123,9 @@ def _files_beside(start: str) -> dict[str, epath.Path]:
 def _generation_config(
     file: epath.Path | None, tokenizer: Tokenizer | None, stop_ids: list[int]
 ) -> dict[str, Any]:
-    """What `file` says, but for the special tokens, which are the tokenizer's."""
+    """The values of `file`, except the special tokens, which are the tokenizer's."""
     values = dict(headers.read(file).values) if file else {}
-    # It was derived from the config, and would be again.
+    # With it, transformers would derive the values from the config again.
     values.pop("_from_model_config", None)
     ids = {"eos_token_id": stop_ids or None}
     if file and tokenizer is not None:
@@ -135,7 +135,7 @@ def _generation_config(
 
 @contextlib.contextmanager
 def _new_folder(target: epath.Path) -> Iterator[epath.Path]:
-    """A folder on a local disk to write to, which takes the place of `target`."""
+    """A folder on a local disk to write to, which replaces `target` at the end."""
     if paths.is_remote(target):
         with tempfile.TemporaryDirectory(prefix="mixcpt-export-") as folder:
             new = epath.Path(folder)
@@ -303,11 +303,11 @@ def check_target(folder: epath.Path, *models: str) -> None:
 
     Args:
       folder: of the export.
-      models: paths of what is read to make it.
+      models: paths that the export reads.
 
     Raises:
-      InputError: the folder, or what is left beside it of an interrupted export, holds
-        what no export wrote; or it holds a model, or lies in one.
+      InputError: the folder, or the rest of an interrupted export beside it, holds files
+        that no export wrote; or the folder holds a model, or lies in one.
     """
     target = _real(folder)
     for path in filter(None, models):
@@ -321,7 +321,7 @@ def check_target(folder: epath.Path, *models: str) -> None:
     leftover = _incomplete(folder)
     if _is_there(leftover) and not (leftover / _LEFTOVER).exists():
         raise InputError(
-            f"{leftover}: is no leftover of an export, which needs this name; move it away"
+            f"{leftover}: an export needs this name and did not write it; move it away"
         )
 
 
@@ -333,20 +333,20 @@ def _real(path: epath.Path) -> pathlib.PurePath:
 
 
 def _is_there(path: epath.Path) -> bool:
-    """Whether a local disk has it, if only as a link to nothing."""
+    """Whether it exists on a local disk, even as a broken link."""
     return not paths.is_remote(path) and os.path.lexists(path)
 
 
 def _check_replaceable(folder: epath.Path) -> None:
-    """Nothing is deleted that an export did not write."""
+    """Refuses a folder with files that no export wrote."""
     if _is_there(folder) and not folder.is_dir():
-        raise InputError(f"{folder}: is no folder; name another one")
+        raise InputError(f"{folder}: is not a folder; name another one")
     if not folder.exists():
         return
     marker = folder / MARKER
     config = headers.read(marker).values if marker.exists() else {}
     written = config.get(_WRITTEN)
-    # What loads a model and saves it keeps keys that it does not know.
+    # A program that loads and saves a model keeps unknown keys.
     if not isinstance(written, list) or "transformers_version" in config:
         written = []
     for file in folder.iterdir():

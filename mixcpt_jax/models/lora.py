@@ -1,4 +1,4 @@
-"""Low-rank adapters beside frozen kernels: their shapes, their start, and the merge.
+"""Low-rank adapters of frozen kernels: shapes, initialisation and merge.
 
 `transformer.Layer` applies them. Adapters are a tree of their own,
 `{"layers": {"query_lora_a": ...}}`, so that they alone are trained and saved.
@@ -25,15 +25,15 @@ LORA_TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters beside frozen kernels (Hu et al., arXiv 2106.09685).
+    """The settings of low-rank adapters (Hu et al., arXiv 2106.09685).
 
     A kernel `W` acts as `W + (alpha / rank) a b`, with `a` of `[in, rank]` and `b` of
     `[rank, out]`.
 
     Attributes:
       rank: columns of `a`.
-      alpha: scales the update, so that the learning rate need not follow the rank.
-      targets: which kernels have adapters, of `LORA_TARGETS`.
+      alpha: scales the update, so that the learning rate need not depend on the rank.
+      targets: the kernels that have adapters, from `LORA_TARGETS`.
 
     Raises:
       InputError: a target is not a kernel, or the rank is not positive.
@@ -51,7 +51,7 @@ class Lora:
                 f"{', '.join(LORA_TARGETS)}"
             )
         if self.rank < 1:
-            raise InputError(f"lora: rank {self.rank}: it must be 1 or more")
+            raise InputError(f"lora: rank {self.rank}: must be >= 1")
 
     @property
     def scale(self) -> float:
@@ -77,10 +77,10 @@ def abstract_adapters(config: ModelConfig, lora: Lora, dtype=jnp.float32) -> Par
 def init_adapters(
     config: ModelConfig, lora: Lora, key: jax.Array, dtype=jnp.float32
 ) -> Params:
-    """Adapters under which the network is the base's: `b` is zero.
+    """Adapters that leave the network as the base: `b` is zero.
 
-    `a` is normal of variance `1 / in`, so what it makes of normed activations is of
-    their size. Jit it with `out_shardings` to have the adapters born sharded.
+    `a` is normal with variance `1 / in`, so its product with normed activations has their
+    size. Jit it with `out_shardings` to create the adapters sharded.
     """
 
     def init(path, leaf, key):
@@ -96,7 +96,7 @@ def init_adapters(
 
 
 def adapter_axes(config: ModelConfig, lora: Lora) -> Params:
-    """The logical axes of the adapters; the outer dimensions lie as the kernel's do."""
+    """The logical axes of the adapters; outer dimensions are sharded as the kernel's."""
     kernels = param_axes(config)["layers"]
     axes = {}
     for name in lora.targets:
@@ -107,12 +107,12 @@ def adapter_axes(config: ModelConfig, lora: Lora) -> Params:
 
 
 def with_adapters(params: Params, adapters: Params) -> Params:
-    """One tree for a forward pass with adapters; copies no array."""
+    """One tree of parameters and adapters for the forward pass; copies no array."""
     return params | {"layers": params["layers"] | adapters["layers"]}
 
 
 def merge_adapters(params: Params, adapters: Params, lora: Lora) -> Params:
-    """The base's parameters with the adapters added in: `W + (alpha / rank) a b`.
+    """The base's parameters plus the adapters: `W + (alpha / rank) a b`.
 
     The sum is float32 and rounded to the base's dtype once. Jittable.
     """

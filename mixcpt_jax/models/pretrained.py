@@ -32,8 +32,8 @@ from mixcpt_jax.models.transformer import ModelConfig, Params
 from mixcpt_jax.runtime import finite
 
 _REMEDY = (
-    "a Hugging Face folder or a .gguf file is wanted. Nothing is downloaded: a model of "
-    "the hub becomes a folder by `hf download NAME --local-dir FOLDER`"
+    "give a Hugging Face folder or a .gguf file. Nothing is downloaded: "
+    "`hf download NAME --local-dir FOLDER` gets a model from the hub"
 )
 
 
@@ -64,8 +64,8 @@ def load_params(path: str, abstract_params: Params) -> Params:
     """Streams a checkpoint into arrays, each cast and sharded as its template says.
 
     Args:
-      path: as for `read_model_config`. Of files in a bucket there are copies on the
-        local disk (under TMPDIR) while they are read.
+      path: as for `read_model_config`. Files in a bucket are copied to the local disk
+        (under TMPDIR) while they are read.
       abstract_params: nested dict of `jax.ShapeDtypeStruct`s. One without a sharding
         goes to the first device.
 
@@ -87,10 +87,10 @@ def load_params(path: str, abstract_params: Params) -> Params:
         def read(index: Index, shape: tuple[int, ...]) -> np.ndarray:
             shard = np.empty(shape, leaf.dtype)
             if is_stacked(key):
-                parts, wanted, index = shard, sources[index[0]], index[1:]
+                parts, tensors_of, index = shard, sources[index[0]], index[1:]
             else:
-                parts, wanted = shard[None], sources
-            for part, source in zip(parts, wanted, strict=True):
+                parts, tensors_of = shard[None], sources
+            for part, source in zip(parts, tensors_of, strict=True):
                 if is_transposed(key):
                     part[...] = source.read(index[::-1]).T
                 else:
@@ -111,13 +111,13 @@ def load_params(path: str, abstract_params: Params) -> Params:
 
 
 def identity(path: str) -> str:
-    """Sixteen hex digits that tell a checkpoint's weights from others.
+    """Sixteen hex digits that identify a checkpoint's weights.
 
-    A hash of each file's size and header, and of each tensor: of all its bytes where the
+    A hash of each file's size and header, and of each tensor: of all its bytes if the
     files have at most 512 MiB together, else of samples, 64 KiB at its beginning, at its
     end and after every 16 MiB in between. That reads some 100 MB of 16 GB. Training,
     merging and quantising change every sample; an edit of single rows of a large tensor
-    may lie between two. Names of files and folders do not count: a copy is the same.
+    may lie between two. Names of files and folders do not count, so a copy is the same.
 
     Args:
       path: as for `read_model_config`.
@@ -165,7 +165,7 @@ _BYTES_BETWEEN_SAMPLES = 2**24
 
 
 def _ranges_of(num_bytes: int) -> Callable[[int, int], Iterable[tuple[int, int]]]:
-    """What of a tensor is hashed, of files of so many bytes."""
+    """Which ranges of a tensor are hashed, in files of so many bytes."""
     return _samples if num_bytes > _MOST_BYTES_WHOLE else lambda *whole: [whole]
 
 
@@ -205,15 +205,15 @@ def _make_array(
 def _check_tensors(
     path: str, tensors: dict[str, Tensor], abstract_params: Params, family: str
 ) -> None:
-    """Compares headers with what is wanted, before any weight is read."""
-    wanted = {}
+    """Compares headers with the template, before any weight is read."""
+    expected = {}
     for key_path, leaf in jax.tree.leaves_with_path(abstract_params):
         key = key_of(key_path)
         shape = leaf.shape[1:] if is_stacked(key) else leaf.shape
         if is_transposed(key):
             shape = shape[::-1]
-        wanted |= dict.fromkeys(tensor_names(key, leaf.shape, family), shape)
-    for name, shape in wanted.items():
+        expected |= dict.fromkeys(tensor_names(key, leaf.shape, family), shape)
+    for name, shape in expected.items():
         if name not in tensors:
             raise InputError(
                 f"{path}: tensor {name} is missing; "
@@ -225,7 +225,7 @@ def _check_tensors(
                 f"{tensors[name].shape}; the config asks for {shape}"
             )
     for name, tensor in tensors.items():
-        if name in wanted or name.endswith("rotary_emb.inv_freq"):
+        if name in expected or name.endswith("rotary_emb.inv_freq"):
             continue  # RoPE's frequencies are computed here.
         if name == TENSORS["unembedding"]:
             _check_repeats(tensor, tensors[TENSORS["embedding"]])

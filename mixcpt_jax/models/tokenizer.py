@@ -1,9 +1,9 @@
 """Text to token ids and back: `tokenizer.json`, sentencepiece and GGUF, one interface.
 
 Plain text is data, and data is untrusted: `encode` never turns a special token's
-spelling inside a text, such as `<|im_end|>`, into that token. Text that a chat template
-wrote goes through `encode_with_special`, which does. `encode_chat` does the one to what
-the template wrote and the other to what it was given.
+spelling inside a text, such as `<|im_end|>`, into that token. `encode_with_special`, for
+the output of a chat template, does. `encode_chat` turns the template's own text into
+special tokens and keeps the messages' text plain.
 
 Data workers are processes that import this file and receive tokenizers by pickle, so it
 does not import jax.
@@ -31,13 +31,13 @@ from mixcpt_jax.models.companions import Added, Companions
 from mixcpt_jax.models.gguf_file import gguf_header, open_gguf
 from mixcpt_jax.models.vocabulary import JsonModel, SentencePieceModel
 
-# The day on which training conversations take place; Llama 3's templates say it too.
+# The date in training conversations; it is the default of Llama 3's templates.
 _TODAY = datetime(2024, 7, 26)
 
-# In this order: to Gemma, which has <eos>, </s> is a tag of HTML.
+# In this order, because Gemma, which has <eos>, has </s> as a tag of HTML.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
 
-# The shortest conversation that tells how a template writes a turn.
+# The shortest conversation that shows how a template writes a turn.
 _EXCHANGE = (
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Hi"},
@@ -62,10 +62,10 @@ class _Turn(NamedTuple):
     Attributes:
       prompt: the messages before, with a generation prompt.
       text: these messages and the response.
-      content_stop: where in `text` what the response says ends.
-      stops: where the tokens end that may be learnt to end the turn; none if the response
-        cannot be learnt.
-      problem: why, unless it is that `text` does not begin with `prompt`.
+      content_stop: the end of the response's content in `text`.
+      stops: the ends of the tokens that end the turn and may contribute to the loss;
+        empty if the response cannot contribute.
+      problem: why it cannot, unless `text` does not begin with `prompt`.
     """
 
     prompt: str
@@ -77,13 +77,13 @@ class _Turn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A vocabulary, how text is cut into it, and the model's conventions around it.
+    """A vocabulary, the encoding of text, and the model's conventions.
 
     Attributes:
       bos_id, eos_id, pad_id: ids of the special tokens, None where there is none.
       add_bos: whether the model expects the BOS token before each document.
-      chat_template: the model's Jinja template, None where it has none.
-      companions: what the files beside it say.
+      chat_template: the model's Jinja template, None if it has none.
+      companions: the contents of the files beside it.
     """
 
     model: JsonModel | SentencePieceModel
@@ -104,7 +104,7 @@ class Tokenizer:
 
     @property
     def end_of_document_id(self) -> int:
-        """The token that ends a document in pretraining; chat models' EOS ends a turn.
+        """The token that ends a document in pre-training; a chat model's EOS ends a turn.
 
         Raises:
           InputError: the vocabulary has no such token.
@@ -124,8 +124,8 @@ class Tokenizer:
     def template(self) -> str:
         """The Jinja template of conversations: the model's own, or else ChatML.
 
-        ChatML begins with BOS where the model's plain texts do. In a vocabulary without
-        `<|im_end|>`, EOS ends a turn instead; without `<|im_start|>`, that is text.
+        ChatML begins with BOS if the model's plain texts do. If the vocabulary lacks
+        `<|im_end|>`, EOS ends a turn instead; if it lacks `<|im_start|>`, that is text.
         """
         if self.chat_template is not None:
             return self.chat_template
@@ -136,8 +136,8 @@ class Tokenizer:
     def with_template(self, template: str) -> "Tokenizer":
         """A copy with a template that was not published with the model.
 
-        BOS is put first where the model's plain texts begin with it and what the template
-        writes does not.
+        BOS is put first if the model's plain texts begin with it and the template's text
+        does not.
         """
         copy = dataclasses.replace(self, chat_template=template)
         if not self.add_bos or self.bos_id is None:
@@ -170,13 +170,13 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> set[int]:
-        """The tokens that end what a model writes: a document, or a turn if it has any."""
+        """The tokens that end generation: those that end a document or a turn."""
         turns = {self.end_of_turn_id} if self.has_turns else set()
         return self.document_ends | turns
 
     @property
     def document_ends(self) -> set[int]:
-        """The tokens that end a document, those that end generation among them."""
+        """The tokens that end a document, and those in the files that end generation."""
         return {self.end_of_document_id, self.eos_id, *self.companions.ends} - {None}
 
     @property
@@ -188,7 +188,7 @@ class Tokenizer:
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """Encodes plain text: nothing is added, and special tokens are never made."""
+        """Encodes plain text: adds nothing, and never produces special tokens."""
         return self.model.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -196,7 +196,7 @@ class Tokenizer:
         return self.model.encode_batch(texts)
 
     def encode_with_special(self, text: str) -> list[int]:
-        """Encodes text from a chat template: spelt-out special tokens become tokens."""
+        """Encodes text from a chat template: spellings of special tokens become tokens."""
         return self.model.encode_with_special(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -212,11 +212,11 @@ class Tokenizer:
         return self.model.special_tokens
 
     def loses(self, character: str) -> bool:
-        """Whether nothing but "unknown" is left of a character in an encoded text."""
+        """Whether the encoding drops a character or makes it the unknown token."""
         unknown = self.model.unknown_id
         if unknown is not None and unknown in self.encode(character):
             return True
-        # Between two others, because vocabularies may trim what stands at an end.
+        # Between two others, because vocabularies may trim the ends of a text.
         return self.decode(self.encode(f"a{character}a")) == self._two
 
     @functools.cached_property
@@ -228,7 +228,7 @@ class Tokenizer:
     ) -> str:
         """Renders a conversation as the model was trained to read it.
 
-        Templates write the BOS token themselves where the model wants one.
+        Templates write the BOS token themselves if the model expects one.
 
         Args:
           messages: dicts with `role` and `content`.
@@ -254,10 +254,10 @@ class Tokenizer:
                 },
                 **variables,
             )
-        except Exception as error:  # A template can raise whatever Python can.
+        except Exception as error:  # A template can raise anything.
             reason = " ".join(str(error).split())
             raise InputError(
-                f"chat template: {reason}; mend the messages or the template"
+                f"chat template: {reason}; fix the messages or the template"
             ) from error
 
     def encode_chat(
@@ -265,34 +265,34 @@ class Tokenizer:
     ) -> tuple[list[int], list[bool]]:
         """Encodes a conversation and says which tokens of it contribute to the loss.
 
-        Those are, of every assistant's turn, all that follows the generation prompt, up
-        to and with the special tokens that end the turn. A template may write a turn
-        otherwise once others follow (Qwen3's leaves thinking out): then the model would
-        not write it so, and none of its tokens contribute.
+        In every assistant's turn they are the tokens after the generation prompt, up to
+        and including the special tokens that end the turn. A template may write a turn
+        differently once others follow (Qwen3's omits thinking). Then the model would not
+        generate that text, and none of its tokens contribute.
 
         The tokens are those of transformers' `apply_chat_template`, with two exceptions.
-        What the messages say is plain text: only the template's own text makes special
-        tokens, BOS among them. And tokens are cut where generation cuts them: the prompt
-        of each response is encoded by itself, and the response continues it. So the
-        tokens of `messages[:n]` with a generation prompt are the first ones of the tokens
-        of `messages`, if response `n` contributes.
+        The text of messages is plain: only the template's own text becomes special
+        tokens, BOS among them. And the prompt of each response is encoded by itself, as
+        in generation, and the response continues it. So the tokens of `messages[:n]` with
+        a generation prompt are a prefix of the tokens of `messages`, if response `n`
+        contributes.
 
-        Templates that print today's date print that of `_TODAY`, lest the tokens
-        change from day to day.
+        Templates that print today's date print `_TODAY`, so that tokens do not change
+        from day to day.
 
         Args:
-          messages: dicts with `role` and `content`, and perhaps a `weight`; where that is
-            0, the assistant's turn is as given as the others'.
+          messages: dicts with `role` and `content`, and perhaps a `weight`; an
+            assistant's turn of weight 0 does not contribute.
           add_generation_prompt: end with the opening of an assistant's turn.
 
         Returns:
           (ids, whether the token contributes to the loss).
 
         Raises:
-          InputError: the template is malformed or refuses the messages; of responses,
-            none can contribute, and no generation prompt is asked for; or a message has
-            the text of a token that begins or ends turns, and the tokenizer cannot take
-            it for text.
+          InputError: the template is malformed or refuses the messages; no response can
+            contribute, and `add_generation_prompt` is False; or a message contains the
+            spelling of a token that begins or ends turns, and the tokenizer cannot encode
+            it as text.
         """
         given = {
             n for n, message in enumerate(messages) if message.get("weight", 1) == 0
@@ -317,14 +317,14 @@ class Tokenizer:
     def encode_response(
         self, messages: Sequence[Mapping[str, Any]]
     ) -> tuple[list[int], str]:
-        """Encodes a conversation up to the end of what its last message says.
+        """Encodes a conversation up to the end of its last message's content.
 
         Args:
           messages: see `encode_chat`; the last one is the assistant's.
 
         Returns:
           The tokens, without those that end the turn; and the content of the last
-          message as the template writes it, which may be trimmed.
+          message as the template writes it, perhaps trimmed.
 
         Raises:
           InputError: see `encode_chat`.
@@ -348,11 +348,11 @@ class Tokenizer:
         )
 
     def _guarded(self, messages) -> tuple[str, str, list[dict[str, Any]]]:
-        """Messages that spell no special token, so that all in a rendering are its own.
+        """Breaks spellings of special tokens in messages, so that the template's remain.
 
         Returns:
-          (guard, hole, messages): two characters that occur nowhere else; within special
-          tokens that messages spell, `guard` follows the first character.
+          (guard, hole, messages): two characters that occur nowhere else, and messages in
+          which `guard` follows the first character of each such spelling.
         """
         known = {*self.template}.union(*(message["content"] for message in messages))
         unused = (c for c in map(chr, range(0xFDD0, 0x110000)) if c not in known)
@@ -395,8 +395,8 @@ class Tokenizer:
         said = "".join(message["content"].split())
         if not (text.endswith(ending) and "".join(text[:stop].split()).endswith(said)):
             return turn._replace(
-                problem=f"what it makes of {here} depends on what they say; mend the "
-                "messages or use a template that writes them as they are"
+                problem=f"it changes the content of {here}; fix the messages or use a "
+                "template that writes them as they are"
             )
         if not text[:stop].startswith(prompt):
             return turn
@@ -408,15 +408,15 @@ class Tokenizer:
             )
         stops = []
         for start, end, _ in self._find_marks(text, guard, [stop, len(text)]):
-            # Further ones follow the first with nothing between.
+            # Others follow the first without a gap.
             if not stops or start == stops[-1]:
                 stops.append(end)
         if not stops:
             return turn._replace(
                 problem="no special token ends the assistant's turn (found "
-                f"{ending!r} behind its content), so the model would never learn to "
-                "stop; name a template (model.chat_template) that writes one the "
-                "vocabulary has, such as eos_token"
+                f"{ending!r} after its content), so the model would never learn to "
+                "stop; set model.chat_template to a template that writes a token of the "
+                "vocabulary there, such as eos_token"
             )
         return turn._replace(content_stop=stop, stops=stops)
 
@@ -427,9 +427,9 @@ class Tokenizer:
             for *_, token_id in marks:
                 if token_id in self._turn_tokens:
                     raise InputError(
-                        f"a message has {self.model.id_to_token(token_id)!r} in it, "
-                        "which the chat template uses and the tokenizer cannot take "
-                        "for text; drop the record or mark the token as special in the "
+                        f"a message contains {self.model.id_to_token(token_id)!r}, "
+                        "which the chat template uses and the tokenizer cannot encode as "
+                        "text; drop the record or mark the token as special in the "
                         "tokenizer"
                     )
 
@@ -479,14 +479,14 @@ class Tokenizer:
             mask += [any(a <= start < b for a, b in loss_spans)] * len(part)
         if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
             raise InputError(
-                "chat template: it begins with the BOS token twice; take one out"
+                "chat template: it begins with the BOS token twice; remove one"
             )
         return ids, mask
 
     def save(self, folder: str) -> None:
         """Writes the files from which transformers' AutoTokenizer builds its own.
 
-        Those beside a vocabulary that was loaded are written too, see `companions`.
+        The files that were beside a loaded vocabulary are written too, see `companions`.
         """
         target = epath.Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -524,7 +524,7 @@ def load(path: str, chat_template: str = "") -> Tokenizer:
     if templates and loaded.chat_template is None:
         raise InputError(
             f"{path}: has chat templates named {', '.join(sorted(templates))} and no "
-            "default; name a file with the one to use by model.chat_template"
+            "default; set model.chat_template to a file with one of them"
         )
     return loaded
 
@@ -550,7 +550,7 @@ def _load(path: str) -> Tokenizer:
 
 
 def _require_vocabulary(tokenizer: Tokenizer, file: epath.Path) -> Tokenizer:
-    """The tokenizer itself, if its ends are tokens."""
+    """Checks that the ids that end generation are tokens; returns the tokenizer."""
     for token_id in tokenizer.companions.ends:
         if token_id >= tokenizer.vocab_size:
             raise InputError(
@@ -561,10 +561,10 @@ def _require_vocabulary(tokenizer: Tokenizer, file: epath.Path) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, where: str) -> None:
-    """Checks that every token that a text can have has an embedding.
+    """Checks that every token that a text can become has an embedding.
 
     A padded embedding is fine. So are special tokens without one, such as Gemma 3's for
-    images: texts never become them. BOS and EOS have to have one.
+    images, which no text becomes. BOS and EOS must have one.
 
     Raises:
       InputError: the tokenizer makes ids that the model does not have.
@@ -585,7 +585,7 @@ def _load_json(file: epath.Path) -> Tokenizer:
     try:
         source = file.read_text()
         model = JsonModel(source)
-    except Exception as error:  # The library raises nothing narrower.
+    except Exception as error:  # The library raises nothing more specific.
         raise InputError(f"{file}: not a tokenizer.json ({error})") from error
     if beside.added:
         model = JsonModel(_with_added_json(source, beside, file))
@@ -618,7 +618,7 @@ def _with_companions(
     own: dict[str, int | None],
     file: epath.Path,
 ) -> Tokenizer:
-    """A tokenizer of a model and of what the files beside it say.
+    """A tokenizer from a vocabulary and the files beside it.
 
     Args:
       own: the special tokens that the model itself has.
@@ -636,8 +636,8 @@ def _with_companions(
             if model.token_to_id(token) is None:
                 raise InputError(
                     f"{companions.place_of(file, beside, name)}: {name} has {token!r}, "
-                    f"which is not in the vocabulary of {file.name}; take it out, or add "
-                    "it to the vocabulary and its row to the weights"
+                    f"which is not in the vocabulary of {file.name}; remove it, or add it "
+                    "to the vocabulary and its row to the weights"
                 )
     bos_id, eos_id, pad_id = ids.values()
     add_bos = beside.config.get("add_bos_token")
@@ -656,21 +656,21 @@ def _with_added_json(source: str, beside: Companions, file: epath.Path) -> str:
     """A `tokenizer.json` with the tokens that the files beside it add or flag."""
     known = {token["id"]: token for token in json.loads(source)["added_tokens"]}
     is_whole = "added_tokens_decoder" in beside.config
-    wanted = {
+    given = {
         token_id: token
         for token_id, token in sorted(beside.added.items())
-        # The older file says nothing of the flags of tokens that are there.
+        # The older file has no flags of tokens that are in the vocabulary.
         if token_id not in known or is_whole
     }
     if all(
         token_id in known
         and known[token_id]["content"] == token.content
         and all(known[token_id][name] == flag for name, flag in token.flags.items())
-        for token_id, token in wanted.items()
+        for token_id, token in given.items()
     ):
         return source
     model = tokenizers.Tokenizer.from_str(source)
-    for token_id, token in wanted.items():
+    for token_id, token in given.items():
         flags = token.flags
         add = model.add_special_tokens if flags.pop("special") else model.add_tokens
         add([tokenizers.AddedToken(token.content, **flags)])
@@ -692,10 +692,10 @@ def _with_added_pieces(source: bytes, beside: Companions, file: epath.Path) -> b
         if strips or (puts_space and not token.special):
             raise InputError(
                 f"{file.parent}: added token {token.content!r} changes the text around "
-                "it, which sentencepiece cannot; save the tokenizer as tokenizer.json by "
+                "it, which sentencepiece does not support; save it as tokenizer.json by "
                 "`AutoTokenizer.from_pretrained(old).save_pretrained(new)`"
             )
-        # Sentencepiece looks for them where spaces are marked.
+        # Sentencepiece looks for them after spaces are marked.
         spelt = token.content.replace(" ", "▁")
         if ids.setdefault(spelt, len(proto.pieces)) != token_id:
             raise _disagrees(file, token_id, token, f"id {ids[spelt]}")
@@ -716,7 +716,7 @@ def _disagrees(file: epath.Path, token_id: int, token: Added, found: str) -> Inp
 
 
 def _rewriting(number: int, turn: _Turn, text: str) -> str:
-    """How the text of a conversation differs from a turn as generation writes it."""
+    """Describes how a conversation's text differs from a turn as generation writes it."""
     is_prompt = not text.startswith(turn.prompt)
     what, shorter = ("prompt", turn.prompt) if is_prompt else ("turn", turn.text)
     pairs = enumerate(zip(shorter, text, strict=False))
@@ -741,7 +741,7 @@ def _load_gguf(file: epath.Path) -> Tokenizer:
         gguf_vocabulary.special_id(header, f"{name}_token_id", vocabulary)
         for name in ("bos", "eos", "padding")
     )
-    # llama.cpp's defaults for files which do not say.
+    # llama.cpp's defaults for files without the key.
     add_bos = header.flag("add_bos_token", kind == "llama" or pre == "llama-bpe")
     if bos_id is None and header.get("add_bos_token") is None:
         add_bos = False

@@ -1,4 +1,4 @@
-"""The decoder of the Llama, Qwen and Gemma families; alone in importing flax.
+"""The decoder of the Llama, Qwen and Gemma families; the only file that imports flax.
 
 NNX describes the network; the rest of the package sees a `graphdef` and plain nested
 dicts of arrays, so teacher and student are two such dicts under one graphdef. The
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3RopeScaling:
-    """Llama 3.1's stretching of RoPE's long wavelengths (`rope_type: llama3`)."""
+    """Llama 3.1's scaling of RoPE's long wavelengths (`rope_type: llama3`)."""
 
     factor: float
     low_freq_factor: float
@@ -57,13 +57,15 @@ class ModelConfig:
       family: "llama", "mistral", "qwen2", "qwen3", "gemma2" or "gemma3_text": the
         `model_type` written on export.
       max_positions: the longest context the weights were trained for, in tokens.
-      sliding_window: how many tokens back attention reaches, or None for all.
+      sliding_window: the number of tokens that attention reaches back, or None for all.
       global_layers: layers that reach all tokens although there is a window. The others
         are called local.
-      local_rope_theta: of the local layers, which scale nothing; None: as the others.
+      local_rope_theta: of the local layers, whose RoPE is not scaled; None: as in the
+        others.
       qkv_bias: biases on the query, key and value projections (Qwen2).
       qk_norm: queries and keys are normed, head by head, before RoPE (Qwen3, Gemma 3).
-      post_norms: what attention and the MLP give is normed before it is added (Gemma).
+      post_norms: the outputs of attention and MLP are normed before they are added
+        (Gemma).
       activation: of the MLP's gate, "silu" or "gelu_tanh".
       scale_embeddings: embeddings are multiplied by `sqrt(hidden_size)` (Gemma).
       query_scale: scores are divided by its square root; None: `head_size`.
@@ -98,7 +100,7 @@ class ModelConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Of each layer, how many tokens back it reaches, or None for all."""
+        """The window of each layer in tokens, or None for all."""
         return tuple(
             None if layer in self.global_layers else self.sliding_window
             for layer in range(self.num_layers)
@@ -106,7 +108,7 @@ class ModelConfig:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits of all that is not the default."""
+        """Sixteen hex digits of all settings that are not the default."""
         settings = (
             (field.name, getattr(self, field.name), field.default)
             for field in dataclasses.fields(self)
@@ -125,7 +127,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": gelu_tanh}
 
 REMAT_POLICIES = {
     "none": None,
-    # By name and not by primitive: an adapter's own products are not worth keeping.
+    # By name, not by primitive: an adapter's own products are not worth saving.
     "dots": jax.checkpoint_policies.save_only_these_names("projection"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -141,8 +143,8 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
         case LinearRopeScaling(factor):
             return frequencies / factor
         case Llama3RopeScaling(factor, low, high, original):
-            # Short wavelengths stay, long ones are stretched by `factor`, those
-            # between are interpolated (Llama 3.1 model card's reference code).
+            # Short wavelengths stay, long ones are multiplied by `factor`, and those
+            # between are interpolated (reference code of Llama 3.1's model card).
             wavelengths = 2 * math.pi / frequencies
             smooth = jnp.clip((original / wavelengths - low) / (high - low), 0, 1)
             return frequencies * (smooth + (1 - smooth) / factor)
@@ -173,13 +175,12 @@ Cache = dict[str, jax.Array]
 class Forward:
     """A network as a pure function of its parameters, from `make_forward`.
 
-    It knows what its logits are capped at, so that whoever applies an unembedding to
-    its hidden states need not be told.
+    It has the soft cap of its logits, because others apply the unembedding.
 
     Attributes:
       hidden: `(params, tokens_BxL, positions_BxL, segment_ids_BxL) -> hidden_BxLxD`;
         calling the object calls it.
-      final_soft_cap: logits become `cap * tanh(logits / cap)`; None: they stay.
+      final_soft_cap: logits become `cap * tanh(logits / cap)`; None: no cap.
     """
 
     hidden: Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -243,7 +244,7 @@ class Layer(nnx.Module):
         self.up = kernel(d, f)
         self.down = kernel(f, d, branch_std)
         if lora is not None:
-            # Only their places in the tree; `init_adapters` makes them.
+            # Only their places in the tree; `lora.init_adapters` creates them.
             for name in lora.targets:
                 rows, columns = getattr(self, name).shape
                 a, b = jnp.zeros((rows, lora.rank)), jnp.zeros((lora.rank, columns))
@@ -269,7 +270,7 @@ class Layer(nnx.Module):
         return rotate(query, angles_BxLxK2), rotate(key, angles_BxLxK2), value
 
     def finish(self, x_BxLxD, mixed_BxLxHxK):
-        """The layer's output from its input and what attention mixed."""
+        """The layer's output from its input and attention's output."""
         mixed_TxHK = mixed_BxLxHxK.reshape(-1, self.output.shape[0])
         branch_TxD = self._project("output", mixed_TxHK)
         if self.config.post_norms:
@@ -290,7 +291,7 @@ class Layer(nnx.Module):
         return branch_TxD.reshape(x_BxLxD.shape)
 
     def _project(self, name, x_TxI):
-        """The product with a kernel, plus its adapter's and its bias, if it has them."""
+        """The product with a kernel, plus that with its adapter and its bias, if any."""
 
         def param(suffix=""):
             return getattr(self, name + suffix)[...]
@@ -299,12 +300,12 @@ class Layer(nnx.Module):
         kernel_IxO = scatter_gradient(param().astype(self.dtype), kernel_axes)
         y_TxO = x_TxI @ kernel_IxO
         if self.lora is not None and name in self.lora.targets:
-            # Never a merged kernel: its gradient would be as large as the kernel.
+            # Never a merged kernel, whose gradient would be as large as the kernel.
             narrow_TxR = x_TxI @ param("_lora_a").astype(self.dtype)
             b_RxO = param("_lora_b").astype(jnp.float32) * self.lora.scale
             y_TxO = y_TxO + narrow_TxR @ b_RxO.astype(self.dtype)
         if hasattr(self, f"{name}_bias"):
-            # Spread over tokens first and then cast, so that its gradient, a sum over
+            # Broadcast over tokens before the cast, so that its gradient, a sum over
             # them, is float32.
             bias_TxO = jnp.broadcast_to(param("_bias")[None], y_TxO.shape)
             y_TxO = y_TxO + bias_TxO.astype(self.dtype)
@@ -351,9 +352,9 @@ class Decoder(nnx.Module):
 
         def run(x_BxLxD, layer_input):
             is_local, params = layer_input
-            # Without barriers XLA casts the parameters of all layers at once, ahead of
-            # the loop, and keeps the copies. Adapters have their own, because all that
-            # passes one barrier is differentiated if any of it is.
+            # Without barriers XLA casts the parameters of all layers at once, before the
+            # loop, and keeps the copies. Adapters have a barrier of their own, because
+            # everything that passes a barrier is differentiated if any of it is.
             layer = nnx.merge(
                 layer_graphdef, *map(jax.lax.optimization_barrier, params)
             )
@@ -399,20 +400,20 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens_BxL):
         """The first layer's input."""
-        # Gathered first and then cast, so that gradients are added up per token in the
-        # dtype of the table.
+        # Gathered before the cast, so that gradients are summed per token in the dtype of
+        # the table.
         x_BxLxD = self.embedding[...][tokens_BxL].astype(self.dtype)
         if self.config.scale_embeddings:
-            # Rounded first, as the models were trained.
+            # The factor is rounded, as in the models' training.
             x_BxLxD *= jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
         return constrain(x_BxLxD, "batch", "length", "activation")
 
     def _is_local(self):
-        """Which layers have the window, `[N]`."""
+        """Whether each layer has the window, `[N]`."""
         return jnp.array([window is not None for window in self.config.windows])
 
     def _angles(self, positions_BxL):
-        """`is_local -> [B, L, K/2]`: by how much RoPE turns at each position there."""
+        """`is_local -> [B, L, K/2]`: RoPE's angles at each position in such a layer."""
 
         def angles(config):
             frequencies_K2 = rope_frequencies(config)
@@ -428,7 +429,7 @@ class Decoder(nnx.Module):
         return lambda is_local: jnp.where(is_local, of_local, of_global)
 
     def _mix(self, attention, is_local, *operands):
-        """What `attention` makes of the operands within the layer's window."""
+        """Applies `attention` to the operands within the layer's window."""
         config = self.config
 
         def within(window):
@@ -442,7 +443,7 @@ class Decoder(nnx.Module):
         kinds = set(config.windows)
         if len(kinds) == 1:
             return within(kinds.pop())(*operands)
-        # A program for each kind, because a TPU kernel's mask is part of it.
+        # One program for each kind, because the mask is part of a TPU kernel.
         local, everywhere = within(config.sliding_window), within(None)
         return jax.lax.cond(is_local, local, everywhere, *operands)
 
@@ -457,8 +458,8 @@ def make_forward(
 
     Args:
       config: the architecture.
-      dtype: what activations and products are computed in. Parameters are cast to it
-        where they are used; norms, RoPE and softmax are float32 inside.
+      dtype: of activations and products. Parameters are cast to it where they are used;
+        norms, RoPE and softmax are float32 inside.
       remat: what the backward pass recomputes: "none", "dots" (all but the
         projections) or "full" (each layer from its input).
       lora: the adapters that the parameters hold, see `lora.with_adapters`.
@@ -478,13 +479,12 @@ def make_forward(
 def make_decode(
     config: ModelConfig, dtype=jnp.float32, lora: "Lora | None" = None
 ) -> Decode:
-    """The network on the next tokens of rows whose earlier ones are in a cache.
+    """The network on the next tokens of rows whose earlier tokens are in a cache.
 
-    The new tokens' keys and values go to the slots that are their positions; then each
-    token attends to the slots up to its own, within the sliding window. Slots behind
-    it do not count, whatever they hold. So prompts may be padded on the right: their
-    positions are 0, 1, ..., and what padding left in a slot is overwritten by the
-    token that belongs there before any token looks at it.
+    The slot of a key and value is the position of its token. Each token attends to the
+    slots up to its own, within the sliding window; later slots are never read. So prompts
+    may be padded on the right: their positions are 0, 1, ..., and the real token of a slot
+    overwrites padding before any token reads it.
 
     Args:
       config: the architecture.
@@ -508,9 +508,9 @@ def init_cache(
 ) -> Cache:
     """Room for the keys and values of `length` positions, `[B, N, S, G * K]` each.
 
-    Heads lie side by side: a TPU stores the last two dimensions in tiles, of which a
-    few heads would leave most empty. Call it within `jit`: there rows and heads are
-    placed as those of activations.
+    Heads are adjacent in one dimension: a TPU stores the last two dimensions in tiles,
+    which a few heads would leave mostly empty. Call it within `jit`, where rows and heads
+    are sharded as those of activations.
     """
     width = config.num_kv_heads * config.head_size
     zeros = jnp.zeros((batch, config.num_layers, length, width), dtype)
@@ -518,11 +518,11 @@ def init_cache(
 
 
 def _write(cache_BxNxSxGK, layer, positions_BxL, new_BxLxGxK) -> jax.Array:
-    """Puts the new tokens of one layer into their slots."""
+    """Writes the new tokens of one layer to their slots."""
     new_BxLxGK = new_BxLxGxK.reshape(*positions_BxL.shape, -1)
 
-    # Mapped over rows, so that the compiler knows that rows stay on their device. Rows
-    # come first in the cache, or it would be transposed for this.
+    # Mapped over rows, so that the compiler keeps rows on their device. Rows come first in
+    # the cache, because otherwise it would be transposed for this.
     @jax.vmap
     def write(cache_NxSxGK, positions_L, new_LxGK):
         return cache_NxSxGK.at[layer, positions_L].set(new_LxGK)
@@ -532,10 +532,10 @@ def _write(cache_BxNxSxGK, layer, positions_BxL, new_BxLxGxK) -> jax.Array:
 
 
 def unembedding(params: Params) -> tuple[jax.Array, bool]:
-    """The matrix from hidden states to logits as it is stored.
+    """The matrix from hidden states to logits, as stored.
 
     Returns:
-      `[D, V]` and False, or when the embeddings are tied `[V, D]` and True.
+      `[D, V]` and False, or with tied embeddings `[V, D]` and True.
     """
     if "unembedding" in params:
         return params["unembedding"], False
@@ -553,8 +553,8 @@ def logits(
 ) -> jax.Array:
     """`[..., D]` to dense `[..., V]`, for few tokens; training never does this.
 
-    At least float32, whatever the hidden states are: bfloat16 would make ties of what
-    the largest logits differ by.
+    At least float32, whatever the hidden states are: in bfloat16 the largest logits would
+    often tie.
 
     Args:
       params: the network's.
@@ -571,7 +571,7 @@ def logits(
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32) -> Params:
-    """Random parameters; jit it with `out_shardings` to have them born sharded.
+    """Random parameters; jit it with `out_shardings` to create them sharded.
 
     Dtypes are as in `cast`.
     """
@@ -590,8 +590,8 @@ def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
 def cast(params: Params, dtype) -> Params:
     """The parameters with their matrices in a dtype.
 
-    Norm scales and biases are float32 with every dtype. They are small, they act in
-    float32, and in bfloat16 a scale of `1 + w` (Gemma) has few digits of `w` left.
+    Norm scales and biases are always at least float32. They are small, they act in
+    float32, and in bfloat16 a scale of `1 + w` (Gemma) keeps few digits of `w`.
     """
     return jax.tree.map_with_path(
         lambda path, x: x.astype(_dtype_of(path, dtype)), params
@@ -599,7 +599,7 @@ def cast(params: Params, dtype) -> Params:
 
 
 def _dtype_of(path, dtype) -> jnp.dtype:
-    """Of the parameter at a path, where matrices have `dtype`."""
+    """The dtype of the parameter at a path, if matrices have `dtype`."""
     if path[-1].key.endswith(("norm", "bias")):
         return jnp.promote_types(dtype, jnp.float32)
     return jnp.dtype(dtype)
@@ -642,7 +642,7 @@ def param_axes(config: ModelConfig) -> Params:
 def _abstract_decoder(
     config: ModelConfig, dtype, remat: str, lora: "Lora | None" = None
 ) -> Decoder:
-    """The network with shapes in the place of arrays; not to be changed."""
+    """The network with shapes instead of arrays; cached, so do not modify it."""
     return nnx.eval_shape(
         lambda: Decoder(config, jnp.dtype(dtype), remat, lora, rngs=nnx.Rngs(0))
     )

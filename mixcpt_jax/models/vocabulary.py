@@ -1,4 +1,4 @@
-"""What cuts text into tokens: `tokenizer.json` and sentencepiece behind one interface.
+"""Vocabularies: `tokenizer.json` and sentencepiece models behind one interface.
 
 Data workers receive these objects by pickle.
 """
@@ -106,7 +106,7 @@ class JsonModel:
 
     @functools.cached_property
     def unknown_id(self) -> int | None:
-        """What a character becomes that the vocabulary lacks; None: it vanishes."""
+        """The id of a character that the vocabulary lacks; None: it is dropped."""
         model = json.loads(self.source)["model"]
         if model.get("unk_token") is not None:
             return self.token_to_id(model["unk_token"])
@@ -117,7 +117,7 @@ class JsonModel:
         return self._plain.encode("").ids[:1] == [token_id]
 
     def save(self, folder: epath.Path) -> dict[str, Any]:
-        """Writes its file; what `tokenizer_config.json` says of it."""
+        """Writes its file; returns its keys of `tokenizer_config.json`."""
         (folder / "tokenizer.json").write_text(self.source)
         return {"tokenizer_class": "PreTrainedTokenizerFast"}
 
@@ -125,9 +125,9 @@ class JsonModel:
 class SentencePieceModel:
     """The sentencepiece library on the contents of a `tokenizer.model`.
 
-    Where the model puts a space before every text, transformers' LlamaTokenizer puts it
-    before the first text alone or, if `legacy`, before each text behind a special token,
-    but for texts that begin with one.
+    If the model puts a space before every text, transformers' LlamaTokenizer puts it
+    before the first text alone or, if `legacy`, before each text after a special token,
+    unless the text begins with a space.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class SentencePieceModel:
     ):
         """
         Args:
-          source: the model, added tokens among its pieces.
+          source: the model, with added tokens as pieces.
           legacy: see above.
-          published: the model without them, which is what an export writes.
+          published: the model without them, which an export writes.
         """
         self.source = source
         self.legacy = legacy
@@ -176,13 +176,13 @@ class SentencePieceModel:
 
     @property
     def unknown_id(self) -> int | None:
-        """What a character becomes that the vocabulary lacks."""
+        """The id of a character that the vocabulary lacks; None: it is dropped."""
         token_id = self._model.unk_id()
         return None if token_id < 0 else token_id
 
     @functools.cached_property
     def _control(self) -> tuple[re.Pattern, dict[str, int]]:
-        """What finds the control tokens in a text, and their ids."""
+        """A pattern of the control tokens, and their ids."""
         special = {
             self._model.id_to_piece(i): i
             for i in range(self.vocab_size)
@@ -225,14 +225,14 @@ class SentencePieceModel:
 
     def token_to_id(self, token: str) -> int | None:
         token_id = self._model.piece_to_id(token)
-        # Sentencepiece answers "unknown" for what it does not have.
+        # Sentencepiece returns the unknown token for pieces that it lacks.
         return token_id if self._model.id_to_piece(token_id) == token else None
 
     def id_to_token(self, token_id: int) -> str:
         return self._model.id_to_piece(token_id)
 
     def save(self, folder: epath.Path) -> dict[str, Any]:
-        """Writes its file; what `tokenizer_config.json` says of it."""
+        """Writes its file; returns its keys of `tokenizer_config.json`."""
         content = self.source if self.published is None else self.published
         (folder / "tokenizer.model").write_bytes(content)
         proto = sentencepiece_model_pb2.ModelProto.FromString(self.source)
@@ -242,14 +242,14 @@ class SentencePieceModel:
 
 
 def _marks(tokens: Mapping[str, tuple[int, str]]) -> tuple[re.Pattern, dict[str, int]]:
-    """Finds tokens that are taken out of a text whole, before the rest is cut up.
+    """Finds tokens that are split off a text whole, before the rest is encoded.
 
     Args:
       tokens: spelling -> id, and the pattern that finds it.
 
     Returns:
-      (pattern, ids): what the pattern matches is a key of ids, or else without the blanks
-      around it.
+      (pattern, ids): a match of the pattern is a key of ids, perhaps only without the
+      blanks around it.
     """
     # Without groups, which would make the search much slower.
     longest_first = sorted(tokens, key=len, reverse=True)
@@ -259,12 +259,12 @@ def _marks(tokens: Mapping[str, tuple[int, str]]) -> tuple[re.Pattern, dict[str,
 
 
 def _drop_leading_space(step: dict | None, after_mark: bool) -> dict | None:
-    """A step of `tokenizer.json` that puts no space before text within a text.
+    """A copy of a step of `tokenizer.json` that puts no space before a continued text.
 
     Args:
       step: a normalizer or a pre-tokenizer.
-      after_mark: what the library itself does after an added token; otherwise the text
-        goes on from other text.
+      after_mark: the text follows an added token, as the library handles it; otherwise it
+        continues other text.
     """
     match step:
         case {"type": "Sequence"}:
