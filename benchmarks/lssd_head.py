@@ -331,7 +331,7 @@ def needed_flops(
     has_teacher: bool,
     lora: lora_lib.Lora | None = None,
 ) -> float:
-    """Per token, of matrix products alone, under full rematerialisation."""
+    """Per token, of matrix products alone, under full rematerialization."""
     frozen = "whole" if has_teacher else "none"
     return step_plan.count_flops(config, 1, "full", frozen, lora is not None).products
 

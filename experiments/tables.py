@@ -488,7 +488,7 @@ _BOOK = {
 # What the phases after it are for, on held-out samples, which only their cells have.
 _BOOK_ALIGNED = {
     "instructions, perplexity": ("instructions/loss", _perplexity),
-    "chosen answer likelier": ("preferences/pair_accuracy", _per_cent),
+    "chosen answer preferred": ("preferences/pair_accuracy", _per_cent),
 }
 
 

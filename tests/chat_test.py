@@ -231,7 +231,7 @@ def test_draws_follow_the_softmax_of_what_is_left(sampling):
     exact = np.exp(logits / sampling.temperature)
     expected = nucleus(exact / exact.sum(), sampling.top_k or 12, sampling.top_p)
     n = 40_000
-    drawn = jax.jit(generation.choose, static_argnums=2)(
+    drawn = jax.jit(generation.sample, static_argnums=2)(
         jnp.broadcast_to(jnp.float32(logits), (n, 12)),
         jax.random.split(jax.random.key(0), n),
         sampling,
@@ -326,10 +326,10 @@ def test_logits_that_are_no_numbers_are_no_answer(tokenizer, sampling, factor):
     params["final_norm"] = params["final_norm"] * factor
     stops = {0, tokenizer.end_of_document_id}
     sampler = generation.Sampler(QWEN2, tokenizer)
-    with pytest.raises(InputError, match="logits are not finite numbers"):
+    with pytest.raises(InputError, match="logits of a token are not finite"):
         sampler.generate(params, PROMPTS[:2], 4, stops, sampling)
     stream = generation.Stream(params, QWEN2, tokenizer, batch_size=2)
-    with pytest.raises(InputError, match="logits are not finite numbers"):
+    with pytest.raises(InputError, match="logits of a token are not finite"):
         streamed(stream, PROMPTS[:2], 4, stops, sampling)
 
 
@@ -339,11 +339,11 @@ def test_a_prompt_must_fit(tokenizer):
     longest = [5] * (LLAMA.max_positions - 8)
     assert len(sampler.generate(params, [longest], 8, set(), GREEDY)[0]) == 8
     message = (
-        "prompt 1: it has 121 tokens; with max_new_tokens=8, .* of 128 takes 1 to 120"
+        "prompt 1: has 121 tokens; must have 1 to 120, .* 128 and max_new_tokens=8"
     )
     with pytest.raises(InputError, match=message):
         sampler.generate(params, [[5], [*longest, 5]], 8, set(), GREEDY)
-    with pytest.raises(InputError, match="prompt 0: it has 0 tokens"):
+    with pytest.raises(InputError, match="prompt 0: has 0 tokens"):
         sampler.complete(params, [""], 8)
 
 
@@ -351,8 +351,8 @@ def test_a_prompt_must_fit(tokenizer):
     ("name", "value"),
     [("temperature", -1.0), ("temperature", math.inf), ("top_k", 0), ("top_p", 0.0)],
 )
-def test_a_bad_choice_is_named(name, value):
-    with pytest.raises(InputError, match=f"{name}={value}: it must be"):
+def test_a_sampling_parameter_out_of_range_is_named(name, value):
+    with pytest.raises(InputError, match=f"{name}={value}: must be"):
         generation.SamplingParams(**{name: value})
 
 
@@ -514,7 +514,7 @@ def test_a_stream_ends_with_the_context(tokenizer):
     stream = generation.Stream(draw_params(LLAMA), LLAMA, tokenizer)
     made, _ = streamed(stream, [[5] * 121], 9, set(), GREEDY)
     assert len(made[0]) == 7
-    with pytest.raises(InputError, match="it has 128 tokens"):
+    with pytest.raises(InputError, match="has 128 tokens"):
         streamed(stream, [[5] * 128], 9, set(), GREEDY)
 
 
@@ -522,13 +522,13 @@ def test_a_character_is_never_printed_in_halves(tokenizer):
     text = "né 😀€\N{ZERO WIDTH JOINER}x"
     ids = tokenizer.encode(text)
     assert len(ids) == len(text.encode())  # a token a byte
-    pieces = list(generation.spell(tokenizer, ([i] for i in ids)))
+    pieces = list(generation.detokenize(tokenizer, ([i] for i in ids)))
     assert pieces == list(text)
     # What ends in the middle of one is shown as it would be in whole.
-    cut = list(generation.spell(tokenizer, ([i] for i in ids[:-4])))
+    cut = list(generation.detokenize(tokenizer, ([i] for i in ids[:-4])))
     assert "".join(cut) == tokenizer.decode(ids[:-4])
     before = tokenizer.encode("n")
-    assert list(generation.spell(tokenizer, [ids[1:3], [], ids[3:]], before)) == [
+    assert list(generation.detokenize(tokenizer, [ids[1:3], [], ids[3:]], before)) == [
         "é",
         text[2:],
     ]

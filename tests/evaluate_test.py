@@ -314,7 +314,7 @@ def test_the_command_measures_and_compares(
     again = [f"--output={files[0]}", f"--compare={files[1]}"]
     run_command(monkeypatch, capsys, f"--checkpoint={files[0]}", *again)
     assert json.loads(paths.resolve(files[0]).read_text()) == both
-    with pytest.raises(InputError, match="task cloze has not the same items"):
+    with pytest.raises(InputError, match="items of task cloze differ"):
         run_command(
             monkeypatch,
             capsys,

@@ -100,14 +100,7 @@ def test_a_share_is_covered_as_often_as_it_should(kept):
     assert covered.mean() > 0.95 - 3 * np.sqrt(0.95 * 0.05 / 1000)
 
 
-def test_newcombes_own_example():
-    """Statistics in Medicine 17 (1998), table II, method 10: 9/10 and 3/10."""
-    found = intervals.change_of_counts(0.3, 0.9, 10)
-    np.testing.assert_allclose(found, (0.1705, 0.8090), atol=5e-5)
-
-
 def test_without_data_there_is_none():
     none = np.array([])
     assert intervals.change_of_ratio(np.ones(1), np.ones(1), np.ones(1)) is None
     assert intervals.change_of_share(none, none) is None
-    assert intervals.change_of_counts(0.0, 0.0, 0) is None

@@ -56,11 +56,11 @@ def test_a_folder_and_an_export(tiny_model, tiny_run):
     [
         ("none", "none: no such folder"),
         ("none.gguf", "none.gguf: no such file"),
-        ("", "no checkpoints and no finished phase"),
+        ("", "no checkpoints and no finished training phase"),
     ],
 )
 def test_where_nothing_is(tmp_path, path, message):
     with pytest.raises(InputError, match=message):
         load_model.load(str(pathlib.Path(tmp_path, path)))
-    with pytest.raises(InputError, match="dtype 'int4': use"):
+    with pytest.raises(InputError, match="dtype 'int4': not supported; use"):
         load_model.load(str(tmp_path), "int4")

@@ -336,7 +336,6 @@ def test_phases_run_in_order_and_end_in_one_table(
     assert any(line.startswith("Wall time: first ") for line in lines)
     assert verdict.startswith("second: domain token accuracy ")
     assert "after second" in (tmp_path / "run" / "report.html").read_text()
-    assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     # Both phases are the same config, so they must be the same run.
     rows = [
         (tmp_path / "run" / phase / "results.json").read_text()

@@ -109,7 +109,7 @@ def test_the_formula_knows_what_runs_of_the_frozen_model():
     assert step_plan.count_flops(windowed, 4096).attention == 3 * 4 * 32 * 4096
     # With a norm behind it, a layer's last product is done again, too.
     again = [
-        step_plan.count_flops(s, 4096, "full").rematerialisation
+        step_plan.count_flops(s, 4096, "full").rematerialization
         for s in (shape, dataclasses.replace(shape, post_norms=True))
     ]
     assert again[1] - again[0] == 2 * 32 * 4096 * 14336
@@ -158,7 +158,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(config):
     assert over > 0
     assert f"{over / GIB:.2f} more than" in step_plan.describe(made)
     advice = step_plan.advise(config, "v5e:2x2")
-    assert "It fits, at" in advice
+    assert "The step fits, with" in advice
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from typing import NamedTuple
 _PRELOADED = [
     "mixcpt_jax.cli.prepare", "mixcpt_jax.cli.report", "mixcpt_jax.jobs.export",
     "mixcpt_jax.jobs.select", "mixcpt_jax.jobs.train", "mixcpt_jax.main",
-    "matplotlib.pyplot",
 ]  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def test_every_way_gives_the_log_likelihoods_of_transformers(
     started = phase.start(config, str(tmp_path / "run"), "measure")
     data = started.load_data()
     with jax.set_mesh(started.mesh):
-        measure = evaluator.Measure(started, data)
+        measure = evaluator.Evaluator(started, data)
         measure(started.starting_params("float32"))
     np.testing.assert_allclose(measure.items["cloze/loss"], expected, **close)
 
@@ -265,7 +265,7 @@ def results(row_length=64, tokens="x", nats=(1.0, 2.0), counts=(1, 2)):
 def test_what_differs_by_more_than_the_model_is_not_compared():
     same = evaluator.compare(results(), results())["t"]
     assert {entry["difference"] for entry in same.values()} == {0.0}
-    with pytest.raises(InputError, match="cut to 64 tokens for one model and 32"):
+    with pytest.raises(InputError, match="cut to 64 tokens for one model and to 32"):
         evaluator.compare(results(), results(32))
     for other in (results(tokens="y"), results(counts=(2, 2))):
         assert evaluator.compare(results(), other)["t"].keys() == {"bits_per_byte"}

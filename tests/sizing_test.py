@@ -45,7 +45,7 @@ def test_what_is_chosen_fits_and_divides(name, num_tokens, mesh, gib):
     )
     least = step_plan.step_memory(config, architecture, mesh, 1, 256)
     if least > sizing.USABLE * gib * GIB:
-        with pytest.raises(InputError, match="of one row of 256 tokens takes"):
+        with pytest.raises(InputError, match="of one row of 256 tokens needs"):
             choose(name, num_tokens, mesh, gib)
         return
     found = choose(name, num_tokens, mesh, gib)

@@ -104,7 +104,7 @@ def _read_prompts(path: str, is_raw: bool) -> list[Any]:
 
 def _answer_all(
     arguments: argparse.Namespace,
-    trained: "load_model.Trained",
+    trained: "load_model.LoadedModel",
     sampling: "generation.SamplingParams",
 ) -> None:
     from mixcpt_jax.evaluation import generation
@@ -128,7 +128,7 @@ def _answer_all(
 
 def _speaker(
     arguments: argparse.Namespace,
-    trained: "load_model.Trained",
+    trained: "load_model.LoadedModel",
     sampling: "generation.SamplingParams",
 ) -> "generation.Chat | generation.Completion":
     from mixcpt_jax.evaluation import generation

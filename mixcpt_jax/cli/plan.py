@@ -9,7 +9,7 @@ and writes as JSON,
 
 - the memory of a chip: what the step's arguments take and what the compiler needs
   besides, against what the chip has. That it fits is the compiler's own word;
-- FLOPs: the model's own (`count_flops`), what rematerialisation adds, and what the
+- FLOPs: the model's own (`count_flops`), what rematerialization adds, and what the
   compiled program does;
 - what crosses between chips, in bytes, and whether other work goes on meanwhile;
 - modelled time: each instruction at the peak of what bounds it, products or memory, one
@@ -17,7 +17,7 @@ and writes as JSON,
   a lower bound, and so tokens per second and MFU are upper ones.
 
 A step that does not fit says by how much, and what would make it fit. `--search` tries
-meshes, rematerialisation and microbatches, and prints those that fit, fastest first.
+meshes, rematerialization and microbatches, and prints those that fit, fastest first.
 """
 
 import os

@@ -1,10 +1,9 @@
-"""What a run says at its end: one table of before and after, its curves, and a page.
+"""Writes the report page of a run, or one page that compares several runs.
 
     python -m mixcpt_jax report RUN [RUN ...] [--output=report.html]
         [--domain=NAME,NAME]
 
-makes the page anew, of a run that still goes on too, or one that compares several runs.
-RUN is a workdir, or a file that holds what `report.json` does.
+A run may still be in progress. RUN is a workdir, or a copy of a run's `report.json`.
 """
 
 from mixcpt_jax.cli import command
@@ -19,13 +18,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a workdir")
     parser.add_argument(
         "--output",
-        help="the file to write; default: report.html in the workdir, or, of several, here",
+        help="the file to write; default: report.html in the workdir of the run, or in "
+        "the current folder for several runs",
     )
     parser.add_argument(
         "--domain",
         default="",
-        help="names of the texts and exams that are about the domain; default: the "
-        "sources of documents",
+        help="names of the texts and exams that are about the domain, comma-separated; "
+        "default: the sources of documents",
     )
     given = parser.parse_args(arguments)
     output = given.output or PAGE_FILE

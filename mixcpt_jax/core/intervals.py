@@ -15,7 +15,7 @@ from scipy import special
 
 Interval = tuple[float, float]
 
-_Z = 1.959963984540054
+_Z = special.ndtri(0.975)
 _RESAMPLES = 10_000
 _MAX_PICKS = 2**22  # that are in memory at a time
 
@@ -132,35 +132,3 @@ def change_of_share(before: np.ndarray, after: np.ndarray) -> Interval | None:
     change = (gained - lost) / total
     margin = _Z * math.sqrt(gained + lost - (gained - lost) ** 2 / total) / total
     return max(-1.0, change - margin), min(1.0, change + margin)
-
-
-def change_of_counts(before: float, after: float, count: int) -> Interval | None:
-    """The same where only the number of questions is known, wider than need be.
-
-    Newcombe (1998), his tenth: from Wilson's intervals of both shares, as if the
-    questions were not the same.
-
-    Args:
-      before, after: the share answered rightly.
-      count: how many questions.
-
-    Returns:
-      Lowest and highest change; None if there are no questions.
-    """
-    if not count:
-        return None
-    (low_before, high_before), (low_after, high_after) = (
-        _wilson(share, count) for share in (before, after)
-    )
-    change = after - before
-    return (
-        change - math.hypot(after - low_after, high_before - before),
-        change + math.hypot(high_after - after, before - low_before),
-    )
-
-
-def _wilson(share: float, count: int) -> Interval:
-    square = _Z**2 / count
-    center = share + square / 2
-    margin = _Z * math.sqrt((share * (1 - share) + square / 4) / count)
-    return (center - margin) / (1 + square), (center + margin) / (1 + square)

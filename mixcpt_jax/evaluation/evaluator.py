@@ -1,9 +1,8 @@
-"""What a model knows and prefers: perplexity and top-1 accuracy on text, multiple choice,
-and which answer of a pair it finds likelier.
+"""Evaluates a model: perplexity and top-1 accuracy of texts, exams, preference pairs.
 
-Perplexity alone understates what logit swap self-distillation teaches: at its optimum
-the gold token is the top token with no more than the teacher's own confidence. So
-accuracy always stands beside it.
+Perplexity alone understates what logit swap self-distillation teaches: at its optimum, the
+gold token is the top token, but only as probable as the teacher's top token. So every text
+is measured by accuracy too.
 """
 
 import itertools
@@ -25,17 +24,17 @@ from mixcpt_jax.runtime import metrics
 from mixcpt_jax.training import phase as phase_lib
 
 # The largest loss whose perplexity is a float.
-_MOST_NATS = math.log(np.finfo(float).max)
+_MAX_NATS = math.log(np.finfo(float).max)
 
 HostBatch = dict[str, np.ndarray]
 Score = Callable[[HostBatch], Mapping[str, Any]]
 
 
-class Measure:
-    """Everything that a phase measures of given parameters, compiled once.
+class Evaluator:
+    """All measures of a phase as a function of the parameters, compiled once.
 
     Attributes:
-      items: what the last call measured of each example, question and pair; see
+      items: the values of each example, question and pair of the last call; see
         `metrics.Writer.write_items`.
     """
 
@@ -48,11 +47,11 @@ class Measure:
     ):
         """
         Args:
-          phase: whose evaluation settings and model it is.
-          data: what the phase reads.
+          phase: its config and model.
+          data: its texts, exams, pairs and prompts.
           references: "pairs/NAME" -> the reference's log-probabilities of the examples
-            of `data.pairs[NAME]`; without them pairs have no rewards.
-          lora: the adapters in the parameters that will be given.
+            of `data.pairs[NAME]`; without them, pairs have no rewards.
+          lora: the adapters in the parameters.
         """
         self._config = phase.config
         self._data = data
@@ -68,21 +67,21 @@ class Measure:
 
     @property
     def num_batches(self) -> int:
-        """How many batches are measured at a time."""
+        """The number of batches of one evaluation."""
         data = self._data
         exams = (exam.rows for exam in data.exams.values())
-        measured = *data.texts.values(), *exams, *data.pairs.values()
+        evaluated = *data.texts.values(), *exams, *data.pairs.values()
         batch_size = self._config.eval.batch_size
-        return sum(rows.num_batches(batch_size) for rows in measured)
+        return sum(rows.num_batches(batch_size) for rows in evaluated)
 
     def __call__(
         self, params, on_batch: Callable[[int], None] = lambda done: None
     ) -> dict[str, float]:
-        """Runs `measure` on the whole parameters, adapters and all.
+        """Computes every measure.
 
         Args:
-          params: the parameters.
-          on_batch: is told after each batch how many of `num_batches` are done.
+          params: all parameters, adapters included.
+          on_batch: callback after each batch, with the number of batches done.
         """
         done = itertools.count(1)
 
@@ -98,11 +97,11 @@ class Measure:
             sums = sums_per_example(score, rows, batch_size)
             references = self._references.get(f"pairs/{name}")
             results |= compare_pairs(name, sums, references, self._config.preference)
-            self.items[f"{name}/pair_accuracy"] = _is_chosen_likelier(sums)
+            self.items[f"{name}/pair_accuracy"] = _prefers_chosen(sums)
         return results
 
     def answers(self, params) -> list[str]:
-        """Greedy answers to the phase's prompts."""
+        """Greedy answers to the prompts of the phase."""
         if not self._data.prompts:
             return []
         return self._sampler.chat(
@@ -117,27 +116,27 @@ def measure(
     batch_size: int,
     items: dict[str, np.ndarray] | None = None,
 ) -> dict[str, float]:
-    """Measures every text and exam.
+    """Computes the measures of texts and exams.
 
     Args:
-      score: maps a batch to `ntp` (nats) and `correct`, `[B, L]` each, whole on every
-        host; see `steps.make_eval_step`.
-      texts: name -> held-out text.
+      score: maps a batch to `ntp` (nats) and `correct`, `[B, L]` each, replicated over
+        all hosts; see `steps.make_eval_step`.
+      texts: name -> holdout text.
       exams: name -> exam.
       batch_size: rows per batch.
-      items: gets what the results are means of: `{text}/loss`, `{text}/correct` and
-        `{text}/tokens`, sums over each example, and `{exam}/exam`, right or not.
+      items: receives the terms of the results: `{text}/loss`, `{text}/correct` and
+        `{text}/tokens`, sums over each example, and `{exam}/exam`, correct or not.
 
     Returns:
       `{text}/loss` (nats per token), `{text}/perplexity`, `{text}/accuracy` (share of
-      tokens that are the top token) and `{exam}/exam` (share answered rightly). Where
-      examples begin with what is given (formats cloze and chat), also `{text}/exact`:
-      the share of examples whose rest greedy decoding would give to the last token.
-      A text without a token that counts has no results, and a perplexity beyond the
-      largest float is left out.
+      tokens that are the top token) and `{exam}/exam` (share of correct answers). If
+      examples begin with a prompt (formats cloze and chat), also `{text}/exact`: the
+      share of examples whose continuation greedy decoding would generate exactly. A text
+      without loss tokens has no results; a perplexity above the largest float is left
+      out.
 
     Raises:
-      InputError: a score is not a finite number; names the item.
+      InputError: a score is not finite; names the item.
     """
     results = {}
     items = {} if items is None else items
@@ -149,7 +148,7 @@ def measure(
         if not count:
             continue
         results[f"{name}/loss"] = float(loss / count)
-        if loss / count < _MOST_NATS:
+        if loss / count < _MAX_NATS:
             results[f"{name}/perplexity"] = math.exp(loss / count)
         results[f"{name}/accuracy"] = float(correct / count)
         if rows.source.examples.is_continuation:
@@ -168,7 +167,7 @@ def compare_pairs(
     reference_logps: np.ndarray | None,
     config: ml_collections.ConfigDict,
 ) -> dict[str, float]:
-    """How often, and by how much, the chosen answers of pairs are preferred.
+    """Computes how often, and by how much, the model prefers the chosen answers.
 
     Args:
       name: of the pairs.
@@ -177,16 +176,17 @@ def compare_pairs(
       config: `config.preference`; rewards are those of its loss.
 
     Returns:
-      `{name}/pair_accuracy`: share of pairs whose chosen answer is likelier per token.
-      With a reference also `{name}/reward_accuracy`, the share whose chosen answer has
-      the larger reward `beta (logp - reference logp)`, and `{name}/reward_margin`, the
-      mean difference of the two rewards; of means over tokens where the loss is.
+      `{name}/pair_accuracy`: the share of pairs whose chosen answer is more likely per
+      token. With a reference also `{name}/reward_accuracy`, the share of pairs whose
+      chosen answer has the larger reward `beta (logp - reference logp)`, and
+      `{name}/reward_margin`, the mean difference of the two rewards. `logp` is the mean
+      over tokens instead of the sum if the loss uses means.
     """
     loss, _, count = sums
     count = np.maximum(count, 1)
     if not sums.size:
         return {}
-    results = {f"{name}/pair_accuracy": float(_is_chosen_likelier(sums).mean())}
+    results = {f"{name}/pair_accuracy": float(_prefers_chosen(sums).mean())}
     if reference_logps is not None:
         divisor = count if config.length_normalised or config.loss == "ipo" else 1
         ratios = (-loss - reference_logps) / divisor
@@ -197,8 +197,8 @@ def compare_pairs(
     return results
 
 
-def _is_chosen_likelier(sums: np.ndarray) -> np.ndarray:
-    """Of each pair whether the chosen answer is likelier per token, bool [pairs]."""
+def _prefers_chosen(sums: np.ndarray) -> np.ndarray:
+    """Whether the chosen answer is more likely per token, bool [pairs]."""
     loss, _, count = sums
     chosen, rejected = (-loss / np.maximum(count, 1)).reshape(-1, 2).T
     return chosen > rejected
@@ -211,10 +211,10 @@ def sums_per_example(
 
     Args:
       score, rows, batch_size: as for `measure`.
-      shown_as: the name of a bar in the terminal; empty: none.
+      shown_as: label of a progress bar; empty: none.
 
     Raises:
-      InputError: a score is not a finite number; names the item.
+      InputError: a score is not finite; names the item.
     """
     sums = np.zeros((3, len(rows.source.examples)))
     done = add_sums(sums, score, rows, batch_size)
@@ -232,18 +232,19 @@ def add_sums(
     batch_size: int,
     first_batch: int = 0,
 ) -> Iterator[int]:
-    """Adds to `sums` what `sums_per_example` returns, batch by batch.
+    """Computes `sums_per_example` batch by batch.
 
     Args:
-      sums: [3, examples], changed in place; holds the sums of the batches before.
+      sums: [3, examples], updated in place; holds the sums of the batches before
+        `first_batch`.
       score, rows, batch_size: as for `measure`.
-      first_batch: where to begin.
+      first_batch: number of the first batch.
 
     Yields:
-      After each batch, how many batches `sums` holds.
+      After each batch, the number of batches in `sums`.
 
     Raises:
-      InputError: a score is not a finite number; names the item.
+      InputError: a score is not finite; names the item.
     """
     batches = mixture.evaluation_batches(rows, batch_size, first_batch)
     for number, batch in enumerate(batches, first_batch):
@@ -256,9 +257,9 @@ def add_sums(
         is_broken = counted & ~np.isfinite(scores["ntp"])
         if is_broken.any():
             raise InputError(
-                f"{rows.place(owners[is_broken][0])}: its log-likelihood is not a finite "
-                "number; the model's training has diverged, or its activations are too "
-                "large for the dtype that is computed in: use float32 or other weights"
+                f"{rows.place(owners[is_broken][0])}: its log-likelihood is not finite: "
+                "the model's training diverged, or its activations overflow the compute "
+                "dtype; use float32 or other weights"
             )
         for total, values in zip(
             sums,
@@ -274,7 +275,7 @@ def add_sums(
 
 
 def measure_tasks(
-    trained: load_model.Trained,
+    model: load_model.LoadedModel,
     read: Sequence[tasks.Task],
     row_length: int = 1024,
     batch_size: int = 8,
@@ -283,30 +284,28 @@ def measure_tasks(
     """Measures a model on tasks.
 
     Args:
-      trained: the model.
+      model: from `load_model.load`.
       read: the tasks.
-      row_length: tokens that a document is cut to; at most the model's context counts.
-      batch_size: rows at a time, rounded up to what the devices share.
+      row_length: maximum number of tokens of a document, within the model's context.
+      batch_size: rows per batch, rounded up to a multiple that the mesh divides.
       seed: of the bootstrap.
 
     Returns:
-      A tree for JSON: `checkpoint`, `dtype`, `row_length` (the one that counted), and
-      `tasks`: name -> `kind`, `path`, `fingerprint` of the items, `tokens` (a hash of
-      what the tokenizer made of them), `measures` (name -> value, low, high: the 95 %
-      interval of a bootstrap over items; one that is not finite is left out) and `items`
-      (column -> a number for each).
+      A tree for JSON: `checkpoint`, `dtype`, `row_length` (as applied), and `tasks`:
+      name -> `kind`, `path`, `fingerprint` of the items, `tokens` (a hash of their
+      tokens), `measures` (name -> value, low, high: the 95 % interval of a bootstrap over
+      items; measures that are not finite are left out) and `items` (column -> a number
+      per item).
 
     Raises:
-      InputError: an item does not suit its task or the model.
+      InputError: an item does not fit its task or the model.
     """
-    score, results = trained.score(), {}
-    with jax.set_mesh(trained.mesh):
+    score, results = model.score(), {}
+    with jax.set_mesh(model.mesh):
         batch_size = generation.whole_batch(batch_size)
     for task in read:
-        encoded = task.encode(
-            trained.tokenizer, row_length, trained.config.max_positions
-        )
-        with jax.set_mesh(trained.mesh):
+        encoded = task.encode(model.tokenizer, row_length, model.config.max_positions)
+        with jax.set_mesh(model.mesh):
             sums = sums_per_example(score, encoded.rows, batch_size, task.name)
         items = encoded.columns(sums)
         results[task.name] = {
@@ -322,9 +321,9 @@ def measure_tasks(
             "items": items,
         }
     return {
-        "checkpoint": trained.place,
-        "dtype": trained.dtype,
-        "row_length": min(row_length, trained.config.max_positions),
+        "checkpoint": model.place,
+        "dtype": model.dtype,
+        "row_length": min(row_length, model.config.max_positions),
         "tasks": results,
     }
 
@@ -332,9 +331,9 @@ def measure_tasks(
 def _estimate(
     measure: tasks.Measure, sides: Sequence[Mapping[str, Any]], seed: int
 ) -> intervals.Estimate | None:
-    """The measure of one model's items, or the first's less the second's.
+    """The measure of one model's items, or the difference of two models.
 
-    None where it is not finite: a mean over nothing, or too large a perplexity.
+    None if it is not finite: a mean over nothing, or a perplexity that overflows.
     """
     columns = []
     for items in sides:
@@ -359,41 +358,41 @@ def _estimate(
 def compare(
     first: Mapping[str, Any], second: Mapping[str, Any], seed: int = 0
 ) -> dict[str, Any]:
-    """What the first model does otherwise than the second on the tasks of both.
+    """Compares two models on the tasks that both were measured on.
 
     Args:
       first, second: from `measure_tasks`.
       seed: of the bootstrap.
 
     Returns:
-      Task -> measure -> `difference`, the first's less the second's, with `low` and
-      `high`, its paired 95 % interval; of measures of right and wrong also
-      `first_alone`, `second_alone` and `p_value`, see `intervals.mcnemar`. Measures per
-      token are left out where two tokenizers made other tokens of the items.
+      Task -> measure -> `difference`, the first minus the second, with `low` and `high`,
+      its paired 95 % interval; for measures of correct answers also `first_alone`,
+      `second_alone` and `p_value`, see `intervals.mcnemar`. Measures per token are left
+      out if the tokenizers differ on the items.
 
     Raises:
-      InputError: they have no task in common, one has not the same items, or documents
-        were cut to other lengths.
+      InputError: the two have no task in common, or the items or the maximum lengths of
+        documents differ.
     """
     shared = [name for name in first["tasks"] if name in second["tasks"]]
     if not shared:
         raise InputError(
             f"--compare: no task in common: {', '.join(first['tasks'])} and "
-            f"{', '.join(second['tasks'])}; measure both on the same"
+            f"{', '.join(second['tasks'])}; measure both on the same tasks"
         )
     comparison = {}
     for name in shared:
         sides = [side["tasks"][name] for side in (first, second)]
         if sides[0]["fingerprint"] != sides[1]["fingerprint"]:
             raise InputError(
-                f"--compare: task {name} has not the same items in both; measure both on "
-                "one file with one --limit"
+                f"--compare: the items of task {name} differ; measure both on the same "
+                "file with the same --limit"
             )
         lengths = [side["row_length"] for side in (first, second)]
         if sides[0]["kind"] == "text" and lengths[0] != lengths[1]:
             raise InputError(
-                f"--compare: documents of task {name} were cut to {lengths[0]} tokens "
-                f"for one model and {lengths[1]} for the other; measure both with "
+                f"--compare: documents of task {name} were cut to {lengths[0]} tokens for "
+                f"one model and to {lengths[1]} for the other; measure both with "
                 f"--row_length={min(lengths)}"
             )
         are_alike = _have_same_tokens(*sides)
@@ -404,7 +403,7 @@ def compare(
                 continue
             needed = {measure.numerator, measure.denominator} - {""}
             if not all(needed <= side.keys() for side in items):
-                continue  # An earlier version did not measure it.
+                continue  # an older version did not compute it
             difference = _estimate(measure, items, seed)
             if difference is None:
                 continue
@@ -417,15 +416,15 @@ def compare(
 
 
 def _have_same_tokens(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two models read the items of a task as the same tokens."""
+    """Whether the tokenizers of two models agree on the items of a task."""
     hashes = {side["tokens"] for side in (first, second) if "tokens" in side}
-    # What an earlier version wrote has no hash; its counts tell nearly as much.
+    # Results of older versions have counts only, no hash.
     counts = [side["items"].get("tokens") for side in (first, second)]
     return len(hashes) < 2 and counts[0] == counts[1]
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """A table of what `measure_tasks` returns."""
+    """A table of the result of `measure_tasks`."""
     header, rows = ["task", "measure", "items", "value", "95 % interval"], []
     for name, task in result["tasks"].items():
         for key, entry in task["measures"].items():
@@ -443,7 +442,7 @@ def describe(result: Mapping[str, Any]) -> str:
 
 
 def describe_comparison(result: Mapping[str, Any]) -> str:
-    """A table of `compare`, for a result that holds it."""
+    """A table of the comparison in a result."""
     header = ["task", "measure", "difference", "95 % interval", "only A", "only B", "p"]
     rows: list[list[str]] = []
     for name, measures in result["comparison"].items():
@@ -461,7 +460,7 @@ def describe_comparison(result: Mapping[str, Any]) -> str:
     if dtypes[0] != dtypes[1]:
         legend += (
             f"\nA was measured in {dtypes[0]}, B in {dtypes[1]}: part of the difference is "
-            "rounding; --dtype measures both alike."
+            "rounding. --dtype measures both in the same dtype."
         )
     others = [
         name
@@ -470,8 +469,8 @@ def describe_comparison(result: Mapping[str, Any]) -> str:
     ]
     if others:
         legend += (
-            f"\nThe tokenizers differ on {', '.join(others)}: what counts per token does "
-            "not compare, bits per byte do."
+            f"\nThe tokenizers differ on {', '.join(others)}: compare bits per byte; "
+            "measures per token are not comparable."
         )
     return f"{legend}\n\n{metrics.table(header, rows)}"
 

@@ -1,17 +1,17 @@
-"""Text from a model: decoding with a cache of keys and values.
+"""Text generation with a cache of keys and values.
 
-Prompts are padded on the right to one of few lengths, so that little is compiled. One
-program does the rest: it runs the prompts, then makes a token for each row at a time,
-until every row has met a stop token or made as many as it may.
+Prompts are padded on the right to one of few lengths, so few programs are compiled. A
+program reads the prompts, then generates one token per row at a time, until every row has
+a stop token or `max_new_tokens` tokens.
 
-For each token all weights are read, and under `fsdp` gathered from all devices, too; a
-mesh that is `tensor` as far as heads allow decodes quickest.
+Each token reads all weights, and under `fsdp` also gathers them from all devices. So the
+mesh decodes fastest whose `tensor` axis is as large as the heads allow.
 
-What a row says depends on its prompt, the seed and its number among the prompts, not on
-the rows beside it, the padding or the mesh (but for rounding).
+The text of a row depends on its prompt, the seed and its number among the prompts. Apart
+from rounding, it does not depend on other rows, the padding or the mesh.
 
-Shape suffixes: B batch rows, P padded prompt length, M new tokens at most, V vocabulary,
-C candidates for the next token, D hidden size.
+Shape suffixes: B batch rows, P padded prompt length, M maximum number of new tokens,
+V vocabulary, C candidates for the next token, D hidden size.
 """
 
 import dataclasses
@@ -31,25 +31,25 @@ from mixcpt_jax.models import transformer
 from mixcpt_jax.models.tokenizer import Tokenizer
 from mixcpt_jax.runtime import sharding
 
-# Padded lengths of prompts, and of the cache of a stream, begin here and double.
+# The smallest padded length of prompts, and of the cache of a stream; larger ones double.
 _MIN_PROMPT_LENGTH = 32
 _MIN_ROOM = 512
-# Stands for a token whose logits are not finite numbers.
-_BROKEN = -1
+# Marks a token whose logits are not finite.
+_NOT_FINITE = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen from its logits.
+    """How the next token is sampled from its logits.
 
     Attributes:
-      temperature: what logits are divided by; 0 takes the likeliest token.
-      top_k: draw from the `top_k` likeliest tokens only; None: from all.
-      top_p: of these, draw from the fewest likeliest ones that have this share of their
-        probability (nucleus sampling, Holtzman et al., arXiv 1904.09751).
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: samples from the `top_k` most likely tokens only; None: from all.
+      top_p: of these, samples from the fewest most likely ones whose probabilities sum
+        to this share (nucleus sampling, Holtzman et al., arXiv 1904.09751).
 
     Raises:
-      InputError: a value is out of its range.
+      InputError: a value is out of range.
     """
 
     temperature: float = 0.0
@@ -57,19 +57,19 @@ class SamplingParams:
     top_p: float = 1.0
 
     def __post_init__(self):
-        for name, wanted, holds in (
-            ("temperature", "0 or more", 0 <= self.temperature < math.inf),
-            ("top_k", "1 or more, or None", self.top_k is None or self.top_k >= 1),
-            ("top_p", "above 0, at most 1", 0 < self.top_p <= 1),
+        for name, bounds, holds in (
+            ("temperature", ">= 0 and finite", 0 <= self.temperature < math.inf),
+            ("top_k", ">= 1 or None", self.top_k is None or self.top_k >= 1),
+            ("top_p", "> 0 and <= 1", 0 < self.top_p <= 1),
         ):
             if not holds:
-                raise InputError(f"{name}={getattr(self, name)}: it must be {wanted}")
+                raise InputError(f"{name}={getattr(self, name)}: must be {bounds}")
 
 
-def choose(
+def sample(
     logits_BxV: jax.Array, keys_B: jax.Array, sampling: SamplingParams
 ) -> jax.Array:
-    """Draws a token of each row with the row's own key, `[B]`."""
+    """Samples a token for each row with the row's own key, `[B]`."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1)
     draw = jax.vmap(jax.random.categorical)
@@ -81,22 +81,22 @@ def choose(
     logits_BxC, tokens_BxC = jax.lax.top_k(logits_BxV, num_candidates)
     if sampling.top_p < 1:
         shares_BxC = jax.nn.softmax(logits_BxC)
-        likelier_BxC = jnp.cumsum(shares_BxC, axis=-1) - shares_BxC
-        logits_BxC = jnp.where(likelier_BxC < sampling.top_p, logits_BxC, -jnp.inf)
+        more_likely_BxC = jnp.cumsum(shares_BxC, axis=-1) - shares_BxC
+        logits_BxC = jnp.where(more_likely_BxC < sampling.top_p, logits_BxC, -jnp.inf)
     drawn_B = draw(keys_B, logits_BxC)
     return jnp.take_along_axis(tokens_BxC, drawn_B[:, None], axis=1)[:, 0]
 
 
 class State(NamedTuple):
-    """Decoding between two tokens, on the devices.
+    """The state of decoding between two tokens, on the devices.
 
     Attributes:
-      step: how many tokens each row has, int32.
-      tokens_BxM: them, and behind them room for the rest.
-      is_done_B: the row has met a stop token, or is padding of the batch.
-      cache: keys and values of each row's prompt and tokens, but for the last of them.
-      lengths_B: tokens of each prompt.
-      keys_B: the rows' random keys.
+      step: number of new tokens of each row, int32.
+      tokens_BxM: the new tokens, followed by room for the rest.
+      is_done_B: the row has a stop token, or is padding of the batch.
+      cache: keys and values of each row's prompt and new tokens, except the last token.
+      lengths_B: number of tokens of each prompt.
+      keys_B: random key of each row.
     """
 
     step: jax.Array
@@ -108,7 +108,7 @@ class State(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """The two halves of decoding; see `make_decoding`."""
+    """The two functions of `make_decoding`."""
 
     begin: Callable[..., State]
     extend: Callable[..., State]
@@ -120,35 +120,34 @@ def make_decoding(
     dtype=jnp.float32,
     lora: lora_lib.Lora | None = None,
 ) -> Decoding:
-    """Decoding as pure functions, to be jitted with `max_new_tokens` and `sampling` static.
+    """Decoding as pure functions, to be jitted with static `max_new_tokens`, `sampling`.
 
     Args:
       config: the architecture.
-      vocab_size: ids from here on are padding of the vocabulary and never chosen.
-      dtype: what is computed in.
-      lora: the adapters that the parameters hold.
+      vocab_size: ids from here on are padding of the vocabulary and never sampled.
+      dtype: of the computation.
+      lora: the adapters in the parameters.
 
     Returns:
       `begin(params, cache, rests_BxP, starts_B, lengths_B, rows_B, seed, stop_ids,
-      max_new_tokens, sampling) -> State`: reads prompts of `lengths_B` tokens, of which
-      the first `starts_B` are in the cache and the rest is given, padded on the right,
-      and chooses a token for each. A row of length 0 is padding of the batch. `rows_B`
-      and `seed` make the rows' keys.
-      `extend(params, state, until, stop_ids, sampling) -> State`: goes on to `until`
-      tokens, or until all rows have met a stop token. Behind a row's first stop token,
-      its tokens mean nothing.
+      max_new_tokens, sampling) -> State`: reads prompts of `lengths_B` tokens and samples
+      a token for each. The cache holds their first `starts_B` tokens; `rests_BxP` are the
+      others, padded on the right. A row of length 0 is padding of the batch. A row's key
+      is made from `seed` and its number in `rows_B`.
+      `extend(params, state, until, stop_ids, sampling) -> State`: continues until each
+      row has `until` tokens, or all rows have a stop token. The tokens after the first
+      stop token of a row have no meaning.
     """
     decode = transformer.make_decode(config, dtype, lora)
 
-    def choose_next(params, hidden_BxD, keys_B, step, sampling):
+    def sample_next(params, hidden_BxD, keys_B, step, sampling):
         logits_BxV = transformer.logits(params, hidden_BxD, config.final_soft_cap)
         is_broken_B = ~jnp.all(jnp.isfinite(logits_BxV), axis=-1)
         is_token_V = jnp.arange(config.vocab_size) < vocab_size
         logits_BxV = jnp.where(is_token_V[None], logits_BxV, -jnp.inf)
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-        return jnp.where(
-            is_broken_B, _BROKEN, choose(logits_BxV, step_keys_B, sampling)
-        )
+        tokens_B = sample(logits_BxV, step_keys_B, sampling)
+        return jnp.where(is_broken_B, _NOT_FINITE, tokens_B)
 
     def is_stop(tokens_B, stop_ids):
         return jnp.any(tokens_B[:, None] == stop_ids[None], axis=1)
@@ -172,7 +171,7 @@ def make_decoding(
         hidden_BxPxD, cache = decode(params, cache, rests_BxP, positions_BxP)
         last_B = jnp.maximum(lengths_B - starts_B - 1, 0)
         hidden_BxD = jnp.take_along_axis(hidden_BxPxD, last_B[:, None, None], axis=1)
-        first_B = choose_next(params, hidden_BxD[:, 0], keys_B, 0, sampling)
+        first_B = sample_next(params, hidden_BxD[:, 0], keys_B, 0, sampling)
         tokens_BxM = jnp.zeros((batch, max_new_tokens), jnp.int32)
         return State(
             jnp.int32(1),
@@ -184,15 +183,15 @@ def make_decoding(
         )
 
     def extend(params, state: State, until, stop_ids, sampling: SamplingParams):
-        def goes_on(state):
+        def is_unfinished(state):
             return (state.step < until) & ~jnp.all(state.is_done_B)
 
-        def one_more(state):
+        def add_token(state):
             step, tokens_BxM = state.step, state.tokens_BxM
             before_Bx1 = jax.lax.dynamic_slice_in_dim(tokens_BxM, step - 1, 1, axis=1)
             positions_Bx1 = (state.lengths_B + step - 1)[:, None]
             hidden_Bx1xD, cache = decode(params, state.cache, before_Bx1, positions_Bx1)
-            next_B = choose_next(
+            next_B = sample_next(
                 params, hidden_Bx1xD[:, 0], state.keys_B, step, sampling
             )
             return state._replace(
@@ -202,7 +201,7 @@ def make_decoding(
                 cache=cache,
             )
 
-        return jax.lax.while_loop(goes_on, one_more, state)
+        return jax.lax.while_loop(is_unfinished, add_token, state)
 
     return Decoding(begin, extend)
 
@@ -213,14 +212,14 @@ def make_generate(
     dtype=jnp.float32,
     lora: lora_lib.Lora | None = None,
 ) -> Callable[..., jax.Array]:
-    """All of decoding in one program, to be jitted as `make_decoding`, with its arguments.
+    """Decoding as one program; arguments and jit as for `make_decoding`.
 
-    Parameters are cast to `dtype` once, so beside those of another dtype there is a copy
-    for as long as this runs.
+    Parameters of another dtype are cast to `dtype` once; the copy lives as long as the
+    program runs.
 
     Returns:
       `generate(params, prompts_BxP, lengths_B, rows_B, seed, stop_ids, max_new_tokens,
-      sampling) -> tokens_BxM`, whole on every host.
+      sampling) -> tokens_BxM`, replicated over all hosts.
     """
     begin, extend = make_decoding(config, vocab_size, dtype, lora)
 
@@ -259,7 +258,7 @@ def make_generate(
 
 
 class Sampler:
-    """Text from parameters; compiles once per shape of a batch and `SamplingParams`."""
+    """Generates text; compiles once per shape of a batch and `SamplingParams`."""
 
     def __init__(
         self,
@@ -274,8 +273,8 @@ class Sampler:
           model_config: the architecture.
           tokenizer: the model's.
           compute_dtype: see `make_generate`.
-          lora: the adapters that the parameters hold.
-          batch_size: prompts that run together at most.
+          lora: the adapters in the parameters.
+          batch_size: maximum number of prompts per batch.
         """
         self._config = model_config
         self._tokenizer = tokenizer
@@ -296,14 +295,14 @@ class Sampler:
         """The assistant's next turn in each conversation.
 
         Args:
-          params: the parameters, sharded in any way.
+          params: the parameters, with any sharding.
           conversations: lists of messages, see `Tokenizer.encode_chat`.
-          max_new_tokens: where an answer is cut off that has not ended.
+          max_new_tokens: longer answers are cut off.
           sampling: of each token.
-          seed: of the draws.
+          seed: of the random keys.
 
         Raises:
-          InputError: the template refuses a conversation, or a prompt does not fit into
+          InputError: the template refuses a conversation, or a prompt does not fit in
             the context.
         """
         prompts = [
@@ -324,14 +323,14 @@ class Sampler:
         sampling: SamplingParams = SamplingParams(),
         seed: int = 0,
     ) -> list[str]:
-        """How each text goes on to the end of its document; otherwise as `chat`."""
+        """The continuation of each text to the end of its document; else as `chat`."""
         prompts = _read_texts(self._tokenizer, texts)
         stop_ids = self._tokenizer.document_ends
         continuations = self.generate(
             params, prompts, max_new_tokens, stop_ids, sampling, seed
         )
         decode = self._tokenizer.decode
-        # Not decoded alone: a first token may say whether a space goes before it.
+        # Decoded with its prompt: a first token may add a space before it.
         return [
             decode(prompt + new)[len(decode(prompt)) :]
             for prompt, new in zip(prompts, continuations, strict=True)
@@ -347,13 +346,13 @@ class Sampler:
         seed: int = 0,
         first_row: int = 0,
     ) -> list[list[int]]:
-        """The tokens that follow each prompt, up to the first that is in `stop_ids`.
+        """The new tokens of each prompt, up to the first that is in `stop_ids`.
 
         `first_row` is the number of the first prompt among all that are drawn with `seed`.
 
         Raises:
-          InputError: a prompt is empty or does not fit into the context, or logits are
-            not finite numbers.
+          InputError: a prompt is empty or does not fit in the context, or logits are not
+            finite.
         """
         room = _check_room(prompts, self._config, max_new_tokens)
         batch = whole_batch(min(self._batch_size, len(prompts) or 1))
@@ -377,11 +376,11 @@ class Sampler:
 
 
 class Stream:
-    """Tokens as they are made; compiles once per padded length of what is to be read.
+    """Yields tokens while they are generated; compiles once per padded prompt length.
 
-    The keys and values of the last prompts and of what followed stay on the devices, in
-    a cache that grows by doubling. Of a prompt that begins as its row's last text did,
-    the rest alone is read.
+    The keys and values of the last prompts and their new tokens stay on the devices, in a
+    cache that grows by doubling. The prefix that a prompt shares with the last text of its
+    row is not read again.
     """
 
     def __init__(
@@ -396,17 +395,17 @@ class Stream:
     ):
         """
         Args:
-          params: the parameters, sharded in any way; kept in `compute_dtype`.
+          params: the parameters, with any sharding; cast to `compute_dtype`.
           model_config: the architecture.
           tokenizer: the model's.
           compute_dtype: see `make_decoding`; also of the cache.
-          lora: the adapters that the parameters hold.
-          batch_size: prompts that run together at most.
-          tokens_per_call: how many tokens of a row come at a time.
+          lora: the adapters in the parameters.
+          batch_size: maximum number of prompts per call.
+          tokens_per_call: number of tokens per row that are yielded at a time.
         """
         cast = functools.partial(transformer.cast, dtype=compute_dtype)
-        wanted = jax.eval_shape(cast, params)
-        is_cast = jax.tree.map(lambda x, y: x.dtype == y.dtype, params, wanted)
+        target = jax.eval_shape(cast, params)
+        is_cast = jax.tree.map(lambda x, y: x.dtype == y.dtype, params, target)
         self._params = (
             params if all(jax.tree.leaves(is_cast)) else jax.jit(cast)(params)
         )
@@ -441,29 +440,27 @@ class Stream:
         sampling: SamplingParams,
         seed: int = 0,
     ) -> Iterator[list[list[int]]]:
-        """The tokens that follow each prompt, up to the first that is in `stop_ids`.
+        """The new tokens of each prompt, up to the first that is in `stop_ids`.
 
-        They are those of `Sampler.generate`, but for rounding. An iteration that is not
-        taken to its end may be closed at any time.
+        Apart from rounding, they are those of `Sampler.generate`. The iterator may be
+        closed at any time.
 
         Args:
           prompts: at most `batch_size`.
-          max_new_tokens: where a row ends that has met no stop token; earlier if the
-            context is full.
+          max_new_tokens: maximum per row; fewer if the context is full.
           stop_ids, sampling, seed: as for `Sampler.generate`.
 
         Yields:
-          Each row's new tokens, none if it has ended.
+          Each row's new tokens; none if the row has ended.
 
         Raises:
-          InputError: a prompt is empty or fills the context, or logits are not finite
-            numbers.
+          InputError: a prompt is empty or fills the context, or logits are not finite.
         """
         _check_room(prompts, self._config, 1)
         longest = max(map(len, prompts))
         limit = min(max_new_tokens, self._config.max_positions - longest)
         cache, known = self._take(longest + limit)
-        # The last token of a prompt is read in any case: its state chooses the next.
+        # The last token of a prompt is always read: its hidden state gives the next.
         starts = [
             min(_num_shared(prompt, ids), len(prompt) - 1)
             for prompt, ids in zip(prompts, known, strict=False)
@@ -505,25 +502,25 @@ class Stream:
             seen = int(step)
             if is_done_B.all() or seen >= limit:
                 return
-            self.forget()  # what is donated is no more, whatever comes
+            self.forget()  # the next call donates the cache
             until = min(seen + self._tokens_per_call, limit)
             state = self._extend(self._params, state, until, stops, sampling=sampling)
 
     def forget(self) -> None:
-        """Drops the cache."""
+        """Clears the cache."""
         self._cache: transformer.Cache | None = None
         self._known: list[list[int]] = []
 
     def _take(self, room: int) -> tuple[transformer.Cache, list[list[int]]]:
-        """A cache with room for so many tokens, and what each of its rows holds."""
+        """A cache with room for `room` tokens per row, and the tokens of its rows."""
         cache, known = self._cache, self._known
         self.forget()
-        wide = max(_MIN_ROOM, 1 << (room - 1).bit_length())
-        wide = min(wide, self._config.max_positions)
+        slots = max(_MIN_ROOM, 1 << (room - 1).bit_length())
+        slots = min(slots, self._config.max_positions)
         if cache is None:
-            cache = self._init_cache(wide)
-        elif cache["key"].shape[2] < wide:
-            cache = self._widen(cache, wide)
+            cache = self._init_cache(slots)
+        elif cache["key"].shape[2] < slots:
+            cache = self._widen(cache, slots)
         return cache, known + [[]] * (self._batch - len(known))
 
 
@@ -531,28 +528,27 @@ def _until_stop(tokens: Sequence[int], stop_ids: set[int]) -> list[int]:
     """The tokens up to the first that is in `stop_ids`.
 
     Raises:
-      InputError: a token was chosen from logits that are not finite numbers.
+      InputError: a token was sampled from logits that are not finite.
     """
     until_stop = list(itertools.takewhile(lambda i: i not in stop_ids, tokens))
-    if _BROKEN in until_stop:
+    if _NOT_FINITE in until_stop:
         raise InputError(
-            "a token's logits are not finite numbers; the model's training has diverged, "
-            "or its activations are too large for the dtype that is computed in: use "
-            "float32 or other weights"
+            "the logits of a token are not finite: the model's training diverged, or its "
+            "activations overflow the compute dtype; use float32 or other weights"
         )
     return until_stop
 
 
-def spell(
+def detokenize(
     tokenizer: Tokenizer, news: Iterable[Sequence[int]], before: Sequence[int] = ()
 ) -> Iterator[str]:
-    """The text of tokens that come bit by bit, never half a character.
+    """The text of tokens while they arrive; never part of a character.
 
     Args:
-      tokenizer: whose tokens they are.
-      news: the tokens.
-      before: those of a text that they go on from; a first token may say whether a
-        space goes before it.
+      tokenizer: of the tokens.
+      news: the tokens, in parts.
+      before: the tokens of the text that they continue; a first token may add a space
+        before it.
     """
     ids = list(before)
     shown = len(tokenizer.decode(ids))
@@ -560,7 +556,7 @@ def spell(
     for new in news:
         ids += new
         text = tokenizer.decode(ids)
-        # Bytes that are no character yet are decoded as this one.
+        # An incomplete character decodes to this one.
         if len(text) > shown and not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[shown:]
             shown = len(text)
@@ -568,8 +564,8 @@ def spell(
         yield text[shown:]
 
 
-class _Speaker:
-    """Who answers one person, piece by piece."""
+class Chat:
+    """A conversation with a model; keeps its messages."""
 
     def __init__(
         self,
@@ -579,27 +575,17 @@ class _Speaker:
         sampling: SamplingParams,
         seed: int = 0,
     ):
-        self._stream, self._tokenizer = stream, tokenizer
-        self._settings = max_new_tokens, self._ends(), sampling, seed
+        self._tokenizer = tokenizer
+        settings = max_new_tokens, _turn_ends(tokenizer), sampling, seed
+        self._generate = functools.partial(_generate_one, stream, settings)
         self.reset()
 
-    def _tokens(self, prompt: list[int]) -> Iterator[list[int]]:
-        """What comes after a prompt."""
-        return (new for (new,) in self._stream([prompt], *self._settings))
-
-
-class Chat(_Speaker):
-    """A conversation that goes on: it remembers what was said."""
-
-    def _ends(self) -> set[int]:
-        return _turn_ends(self._tokenizer)
-
     def reset(self) -> None:
-        """Forgets what was said."""
+        """Clears the messages."""
         self.messages: list[dict[str, str]] = []
 
     def say(self, text: str) -> Iterator[str]:
-        """The answer, piece by piece; of one that is not heard out, what was heard stays.
+        """The answer, piece by piece; if it is interrupted, its first pieces are kept.
 
         Raises:
           InputError: the template refuses the conversation, or it fills the context.
@@ -608,32 +594,47 @@ class Chat(_Speaker):
         prompt, _ = self._tokenizer.encode_chat(messages, add_generation_prompt=True)
         answer = ""
         try:
-            for piece in spell(self._tokenizer, self._tokens(prompt)):
+            for piece in detokenize(self._tokenizer, self._generate(prompt)):
                 answer += piece
                 yield piece
         finally:
-            # Templates may refuse a turn in which nothing was said.
+            # Templates may refuse an empty message.
             if answer:
                 self.messages = [*messages, {"role": "assistant", "content": answer}]
 
 
-class Completion(_Speaker):
-    """Texts that go on, each for itself; otherwise as `Chat`."""
+class Completion:
+    """Continues texts, each by itself; otherwise as `Chat`."""
 
-    def _ends(self) -> set[int]:
-        return self._tokenizer.document_ends
+    def __init__(
+        self,
+        stream: Stream,
+        tokenizer: Tokenizer,
+        max_new_tokens: int,
+        sampling: SamplingParams,
+        seed: int = 0,
+    ):
+        self._tokenizer = tokenizer
+        settings = max_new_tokens, tokenizer.document_ends, sampling, seed
+        self._generate = functools.partial(_generate_one, stream, settings)
 
     def reset(self) -> None:
-        """There is nothing to forget."""
+        """Does nothing: a completion keeps nothing."""
 
     def say(self, text: str) -> Iterator[str]:
-        """How the text goes on, piece by piece.
+        """The continuation of the text, piece by piece.
 
         Raises:
           InputError: the text is empty, or fills the context.
         """
         (prompt,) = _read_texts(self._tokenizer, [text])
-        return spell(self._tokenizer, self._tokens(prompt), prompt)
+        return detokenize(self._tokenizer, self._generate(prompt), prompt)
+
+
+def _generate_one(
+    stream: Stream, settings: tuple, prompt: list[int]
+) -> Iterator[list[int]]:
+    return (new for (new,) in stream([prompt], *settings))
 
 
 def _widen(cache: transformer.Cache, room: int) -> transformer.Cache:
@@ -645,7 +646,7 @@ def _widen(cache: transformer.Cache, room: int) -> transformer.Cache:
 
 
 def _num_shared(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """The length of the longest common prefix."""
     pairs = enumerate(zip(ids, others, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(others)))
 
@@ -655,20 +656,20 @@ def _check_room(
     config: transformer.ModelConfig,
     max_new_tokens: int,
 ) -> int:
-    """How long a prompt may be."""
+    """The maximum length of a prompt; checks the prompts."""
     room = config.max_positions - max_new_tokens
     for number, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= room:
             raise InputError(
-                f"prompt {number}: it has {len(prompt)} tokens; with "
-                f"max_new_tokens={max_new_tokens}, the model's context of "
-                f"{config.max_positions} takes 1 to {room}"
+                f"prompt {number}: has {len(prompt)} tokens; must have 1 to {room}, "
+                f"as the context has {config.max_positions} and "
+                f"max_new_tokens={max_new_tokens}"
             )
     return room
 
 
 def whole_batch(rows: int) -> int:
-    """The next larger batch that the mesh's devices share evenly."""
+    """The smallest batch of at least `rows` rows that the mesh divides evenly."""
     mesh = jax.sharding.get_abstract_mesh()
     ways = math.prod(mesh.shape.get(axis, 1) for axis in sharding.BATCH_AXES)
     return -(-rows // ways) * ways
@@ -686,7 +687,7 @@ def _turn_ends(tokenizer: Tokenizer) -> set[int]:
 def _pad(
     prompts: Sequence[Sequence[int]], batch: int, room: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as `[batch, P]`, P being a power of 2 or all the room, and their lengths."""
+    """Prompts as `[batch, P]`, with P a power of 2 or `room`, and their lengths."""
     longest = max(_MIN_PROMPT_LENGTH, *map(len, prompts))
     padded_BxP = np.zeros((batch, min(1 << (longest - 1).bit_length(), room)), np.int32)
     lengths_B = np.zeros(batch, np.int32)

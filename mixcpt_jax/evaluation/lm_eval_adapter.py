@@ -1,12 +1,12 @@
-"""A model of ours as one of EleutherAI's lm-evaluation-harness, computed in JAX.
+"""A model class for EleutherAI's lm-evaluation-harness, computed in JAX.
 
-    lm_eval.simple_evaluate(model=lm_eval_model.Model("runs/mine"), tasks=[...])
+    lm_eval.simple_evaluate(model=lm_eval_adapter.Model("runs/mine"), tasks=[...])
 
-or, once this file is imported, "mixcpt_jax" among the harness's models.
+Importing this file also registers it with the harness as "mixcpt_jax".
 
-Its answers are those of the harness's `hf` model on the exported folder, but for
-rounding: texts are cut into tokens alike, contexts are cut off on the left alike, long
-texts are read through the same windows.
+Apart from rounding, its answers equal those of the harness's `hf` model on the exported
+folder: it tokenizes texts, truncates contexts on the left and reads long texts in windows
+in the same way.
 """
 
 import collections
@@ -31,8 +31,8 @@ from mixcpt_jax.data import mixture
 from mixcpt_jax.data.formats import Examples
 from mixcpt_jax.evaluation import evaluator, generation, load_model
 
-# Requests are packed into rows of this many tokens, or double, and so on, as the longest
-# wants; so few programs are compiled.
+# Requests are packed into rows of this many tokens, doubled until the longest fits, so few
+# programs are compiled.
 _ROW_LENGTH = 512
 _TOKENS_PER_CALL = 8
 _READ_SETTINGS = {
@@ -50,71 +50,70 @@ class Model(TemplateLM):
         batch_size: int | str = 8,
         max_length: int | None = None,
         dtype: str = "",
-        **_: Any,  # what the harness tells all models, such as the device
+        **_: Any,  # arguments of all models of the harness, such as the device
     ):
         """
         Args:
           checkpoint: see `load_model.load`.
-          batch_size: rows at a time, of packed requests or of texts to go on from.
-          max_length: the longest context, in tokens; None: the model's own.
+          batch_size: rows per batch, of packed requests or of prompts.
+          max_length: maximum context, in tokens; None: the model's.
           dtype: see `load_model.load`.
 
         Raises:
-          InputError: there is no whole model, or the context is longer than its own.
+          InputError: the model is incomplete, or `max_length` exceeds its context.
         """
         super().__init__()
-        self._trained = load_model.load(checkpoint, dtype)
-        self._score = self._trained.score()
-        self._vocabulary = self._trained.tokenizer
+        self._model = load_model.load(checkpoint, dtype)
+        self._score = self._model.score()
+        self._vocabulary = self._model.tokenizer
         self._has_warned = False
-        longest = self._trained.config.max_positions
+        longest = self._model.config.max_positions
         self.max_length = max_length or longest
         if self.max_length > longest:
             raise InputError(
-                f"max_length={max_length}: the model's context is {longest}; use at most "
-                "that"
+                f"max_length={max_length}: must be <= {longest}, the model's context"
             )
-        with jax.set_mesh(self._trained.mesh):
+        with jax.set_mesh(self._model.mesh):
             self._batch_size = generation.whole_batch(int(batch_size))
             self._stream = generation.Stream(
-                self._trained.params,
-                self._trained.config,
+                self._model.params,
+                self._model.config,
                 self._vocabulary,
-                self._trained.dtype,
+                self._model.dtype,
                 batch_size=self._batch_size,
                 tokens_per_call=_TOKENS_PER_CALL,
             )
 
     @property
     def eot_token_id(self) -> int:
-        """The harness's word for EOS."""
+        """The EOS token, in the harness's words."""
         eos_id = self._vocabulary.eos_id
         return self._vocabulary.end_of_document_id if eos_id is None else eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context follows."""
+        """The token before a text without a context."""
         bos_id = self._vocabulary.bos_id
         return self.eot_token_id if bos_id is None else bos_id
 
     @property
     def max_gen_toks(self) -> int:
-        """New tokens where a task says nothing, as of `hf`."""
+        """The default number of new tokens of a task, as for `hf`."""
         return 256
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the harness's cache of requests."""
-        return self._trained.place.replace("/", "__")
+        """The name of the harness's cache of requests."""
+        return self._model.place.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The model's only template, or None."""
+        """The model's template, or None."""
         return self._vocabulary.template if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as a text; without a generation prompt its end is left open."""
+        """Renders a conversation; without a generation prompt its last turn stays open."""
         try:
             text = self._vocabulary.apply_chat_template(
                 chat_history, add_generation_prompt
@@ -134,7 +133,7 @@ class Model(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Spelt-out special tokens become tokens; BOS goes before as the model wants it."""
+        """Encodes text with its special tokens; adds BOS if the tokenizer does."""
         ids = self._vocabulary.encode_with_special(string)
         if add_special_tokens is None:
             prefix = self._vocabulary.model.id_to_token(self.prefix_token_id)
@@ -151,33 +150,33 @@ class Model(TemplateLM):
         for number, (_, _, continuation) in enumerate(requests, 1):
             if len(continuation) > self.max_length:
                 raise InputError(
-                    f"request {number}: its continuation has {len(continuation)} tokens, "
-                    f"the context has {self.max_length}; leave it out"
+                    f"request {number}: its continuation has {len(continuation)} tokens; "
+                    f"must be <= {self.max_length}, the context; leave the request out"
                 )
         self._warn_of_cuts(
             sum(len(context) + len(target) > room for _, context, target in requests)
         )
         examples = Examples.collect(
-            _context_and_target(context, continuation, room)
+            _with_loss_mask(context, continuation, room)
             for _, context, continuation in requests
         )
         longest = int(examples.lengths.max()) - 1
         row_length = max(_ROW_LENGTH, 1 << (longest - 1).bit_length())
         places = [f"request {number + 1}" for number in range(len(requests))]
         rows = mixture.pack_text("requests", examples, row_length, places=places)
-        with jax.set_mesh(self._trained.mesh):
+        with jax.set_mesh(self._model.mesh):
             nats, correct, count = evaluator.sums_per_example(
                 self._score, rows, self._batch_size
             )
         return list(zip((-nats).tolist(), (correct == count).tolist(), strict=True))
 
     def _warn_of_cuts(self, count: int) -> None:
-        """Says once how many contexts of the first requests are cut on the left."""
+        """Warns once if contexts are truncated on the left."""
         if count and not self._has_warned:
             self._has_warned = True
             logging.warning(
-                "%d contexts are cut on the left to the model's %d tokens, as the "
-                "harness's own models do; more may follow unsaid",
+                "%d contexts are truncated on the left to the model's %d tokens, as the "
+                "harness's own models do; later requests are truncated without a warning",
                 count,
                 self.max_length,
             )
@@ -185,7 +184,7 @@ class Model(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Nats of whole texts, each token given as much before it as there is room for."""
+        """Log-likelihoods of whole texts, each token with the longest context that fits."""
         windows = [
             [
                 (None, *utils.make_disjoint_window(window))
@@ -207,10 +206,10 @@ class Model(TemplateLM):
     def generate_until(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[str]:
-        """How texts go on, up to one of the strings that a task ends them with.
+        """The continuations of texts, up to one of the stop strings of the task.
 
         Raises:
-          InputError: a task wants what `generation.SamplingParams` cannot do.
+          InputError: a task needs a setting that is not supported.
         """
         by_settings = collections.defaultdict(list)
         for number, request in enumerate(requests):
@@ -220,7 +219,7 @@ class Model(TemplateLM):
         for group in by_settings.values():
             settings = normalize_gen_kwargs(group[0][1].args[1], self.max_gen_toks)
             contexts = [self.tok_encode(request.args[0]) for _, request in group]
-            # Rows that are as long have little padding; those alike share their begin.
+            # Batches of similar lengths have little padding, and share prefixes.
             order = sorted(range(len(group)), key=lambda i: (-len(contexts[i]), i))
             for first in range(0, len(order), self._batch_size):
                 part = order[first : first + self._batch_size]
@@ -234,16 +233,16 @@ class Model(TemplateLM):
     ) -> list[str]:
         if unknown := set(settings) - _READ_SETTINGS:
             raise InputError(
-                f"generation_kwargs: {', '.join(sorted(unknown))}: not to be had here; "
-                f"{', '.join(sorted(_READ_SETTINGS))} are"
+                f"generation_kwargs: {', '.join(sorted(unknown))}: not supported; "
+                f"supported are {', '.join(sorted(_READ_SETTINGS))}"
             )
         until = handle_stop_sequences(settings["until"], eos=None)
         max_new_tokens = settings["max_gen_toks"]
         room = self.max_length - max_new_tokens
         if room < 1:
             raise InputError(
-                f"generation_kwargs: max_gen_toks={max_new_tokens} leave no room for a "
-                f"prompt in the context of {self.max_length}; make them fewer"
+                f"generation_kwargs: max_gen_toks={max_new_tokens}: must be < "
+                f"{self.max_length}, the context, to leave room for a prompt"
             )
         sampling = generation.SamplingParams()
         if settings.get("do_sample"):
@@ -255,12 +254,12 @@ class Model(TemplateLM):
         self._warn_of_cuts(sum(len(context) > room for context in contexts))
         prompts = [context[-room:] or [self.prefix_token_id] for context in contexts]
         stop_ids = self._vocabulary.stop_ids
-        made: list[list[int]] = [[] for _ in prompts]
-        with jax.set_mesh(self._trained.mesh):
+        generated: list[list[int]] = [[] for _ in prompts]
+        with jax.set_mesh(self._model.mesh):
             for news in self._stream(prompts, max_new_tokens, stop_ids, sampling):
-                for ids, new in zip(made, news, strict=True):
+                for ids, new in zip(generated, news, strict=True):
                     ids += new
-                texts = [self._vocabulary.decode(ids) for ids in made]
+                texts = [self._vocabulary.decode(ids) for ids in generated]
                 is_open = [
                     bool(new) and not any(end in text for end in until)
                     for new, text in zip(news, texts, strict=True)
@@ -270,9 +269,9 @@ class Model(TemplateLM):
         return [postprocess_generated_text(text, until, None) for text in texts]
 
 
-def _context_and_target(
+def _with_loss_mask(
     context: list[int], continuation: list[int], room: int
 ) -> tuple[list[int], list[bool]]:
     ids = (context + continuation)[-room:]
-    num_target = len(continuation)
-    return ids, [False] * (len(ids) - num_target) + [True] * num_target
+    num_loss_tokens = len(continuation)
+    return ids, [False] * (len(ids) - num_loss_tokens) + [True] * num_loss_tokens

@@ -1,4 +1,4 @@
-"""A model from wherever it is: a run, one of its phases, a Hugging Face folder, a GGUF."""
+"""Loads a model from a run, a phase of it, a Hugging Face folder or a GGUF file."""
 
 import json
 import math
@@ -20,16 +20,16 @@ from mixcpt_jax.training import checkpoint, phase
 _DTYPES = ("float32", "bfloat16")
 
 
-class Trained(NamedTuple):
-    """A model that is read and not trained.
+class LoadedModel(NamedTuple):
+    """A model to evaluate or to generate with.
 
     Attributes:
-      place: where it was found.
+      place: the path that it was loaded from.
       config: the architecture.
       tokenizer: its tokenizer.
       params: its parameters, sharded over `mesh`, adapters merged.
       mesh: over all devices.
-      dtype: of the parameters, and what is to be computed in.
+      dtype: of the parameters and of the computation.
     """
 
     place: str
@@ -46,21 +46,21 @@ class Trained(NamedTuple):
         return lambda batch: step(self.params, batch)
 
 
-def load(path: str, dtype: str = "") -> Trained:
-    """Reads a model.
+def load(path: str, dtype: str = "") -> LoadedModel:
+    """Loads a model.
 
     Args:
-      path: the workdir of a run (what its last finished training phase made), a phase's
+      path: the workdir of a run (the end of its last finished training phase), a phase's
         folder (its newest checkpoint, or its export), a Hugging Face folder or a GGUF
         file; local, `gs://` or `package:NAME/FILE`.
-      dtype: "float32" or "bfloat16"; empty: the first on CPUs, the second elsewhere.
+      dtype: "float32" or "bfloat16"; empty: float32 on CPUs, bfloat16 elsewhere.
 
     Raises:
-      InputError: there is no model, or a part of it is missing or damaged; or another
-        dtype.
+      InputError: there is no model, a part of it is missing or damaged, or the dtype is
+        not supported.
     """
     if dtype not in ("", *_DTYPES):
-        raise InputError(f"dtype {dtype!r}: use {' or '.join(_DTYPES)}")
+        raise InputError(f"dtype {dtype!r}: not supported; use {' or '.join(_DTYPES)}")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     path, stored = _find(path)
     settings = _model_settings(path, stored)
@@ -72,15 +72,15 @@ def load(path: str, dtype: str = "") -> Trained:
     mesh = _make_mesh(model_config)
     with jax.set_mesh(mesh):
         if stored is None:
-            wanted = phase.abstract_params(model_config, mesh, dtype)
-            params = pretrained.load_params(path, wanted)
+            abstract = phase.abstract_params(model_config, mesh, dtype)
+            params = pretrained.load_params(path, abstract)
         else:
             params = phase.load_params(path, model_config, mesh, dtype)
-    return Trained(path, model_config, vocabulary, params, mesh, dtype)
+    return LoadedModel(path, model_config, vocabulary, params, mesh, dtype)
 
 
 def context(path: str) -> int:
-    """The longest context of a model, in tokens; no weights are read.
+    """The context length of a model, in tokens; reads no weights.
 
     Args:
       path: as for `load`.
@@ -95,7 +95,7 @@ def context(path: str) -> int:
 def _model_settings(
     path: str, stored: ml_collections.ConfigDict | None
 ) -> ml_collections.ConfigDict:
-    """`path`, `tokenizer` and `chat_template` of what `_find` found."""
+    """The settings `path`, `tokenizer` and `chat_template` of a result of `_find`."""
     if stored is None:
         return ml_collections.ConfigDict(
             {"path": path, "tokenizer": "", "chat_template": ""}
@@ -105,13 +105,13 @@ def _model_settings(
 
 
 def _find(path: str) -> tuple[str, ml_collections.ConfigDict | None]:
-    """What a path names, and of a phase the config that it was trained with."""
+    """The folder or file of a model, and the config of the phase that trained it."""
     if path.endswith(".gguf"):
         return path, None
     folder = paths.resolve(path)
     if not folder.is_dir():
         raise InputError(
-            f"{path}: no such folder; name the workdir of a run, a phase's folder, a "
+            f"{path}: no such folder; give the workdir of a run, a phase's folder, a "
             "Hugging Face folder or a .gguf file (nothing is downloaded)"
         )
     if checkpoint.exists(str(folder)):
@@ -125,7 +125,7 @@ def _find(path: str) -> tuple[str, ml_collections.ConfigDict | None]:
     if not finished:
         raise InputError(
             f"{path}: holds no config.json of a model, no checkpoints and no finished "
-            "phase that trained; name a phase's folder to use one that is not finished"
+            "training phase; give the folder of a phase to load an unfinished one"
         )
     last = max(finished, key=lambda entry: (entry / phase.RESULTS_FILE).stat().mtime)
     return _find(str(last))
@@ -141,11 +141,11 @@ def _read_json(file: epath.Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}); put it back") from error
+        raise InputError(f"{file}: not valid JSON ({error}); restore it") from error
 
 
 def _make_mesh(config: transformer.ModelConfig) -> jax.sharding.Mesh:
-    """All devices; as many as can share each product do, which decodes quickest."""
+    """All devices; `tensor` is as large as the model allows, which decodes fastest."""
     devices = jax.device_count()
     heads = config.num_heads, config.num_kv_heads
     tensor = math.gcd(devices, *heads, config.mlp_size, config.vocab_size)

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from mixcpt_jax.evaluation.evaluator import Measure
+from mixcpt_jax.evaluation.evaluator import Evaluator
 from mixcpt_jax.runtime import metrics
 from mixcpt_jax.training import phase as phase_lib
 
@@ -23,15 +23,15 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     data = phase.load_data()
     with jax.set_mesh(phase.mesh):
         params = phase.starting_params(phase.config.model.param_dtype)
-        measures = Measure(phase, data)
+        evaluate = Evaluator(phase, data)
         with metrics.bar(
-            phase.name, measures.num_batches, phase.shows_progress
+            phase.name, evaluate.num_batches, phase.shows_progress
         ) as show:
-            results = {"before": None, "after": measures(params, show)}
+            results = {"before": None, "after": evaluate(params, show)}
         with metrics.Writer(
             phase.folder, phase.config.metrics, -1, {}, jax.process_index() == 0
         ) as writer:
-            writer.write_items(0, measures.items)
+            writer.write_items(0, evaluate.items)
             writer.write(0, {f"eval/{k}": v for k, v in results["after"].items()})
-            writer.write_samples(0, data.prompts, measures.answers(params))
+            writer.write_samples(0, data.prompts, evaluate.answers(params))
     return phase.finish(results)

@@ -258,7 +258,7 @@ class _Evaluation:
         self._phase, self._start = phase, start
         self._writer, self._progress = writer, progress
         self._guard, self._preemption_guard = guard, preemption_guard
-        self._measure = evaluator.Measure(
+        self._measure = evaluator.Evaluator(
             phase, start.data, start.references, phase.lora
         )
 

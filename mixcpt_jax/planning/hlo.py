@@ -1,9 +1,9 @@
-"""Reads what XLA compiled: work, modelled time and traffic, loops counted in full.
+"""Reads a compiled XLA module: FLOPs, modeled time and traffic, loops counted in full.
 
-`Compiled.cost_analysis` counts the body of a loop once. The compiled module's text says
-more: how often each loop runs, what each TPU instruction is expected to cost, which
-arrays cross between chips. A module compiled ahead of time for a slice that is not there
-(`jax.experimental.topologies`) says it as well.
+`Compiled.cost_analysis` counts the body of a loop once. The text of the module has more:
+the trip count of each loop, the estimated cost of each TPU instruction, and the
+collectives. So does a module that was compiled ahead of time for a slice that does not
+exist (`jax.experimental.topologies`).
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ _OPCODE = re.compile(r"^(.*?[\]})]) ([a-z][\w-]*)\((.*)$")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape; `in_hbm` is false for what the compiler keeps in VMEM."""
+    """An array of a shape; `in_hbm` is false if the compiler keeps it in VMEM."""
 
     dtype: str
     dimensions: tuple[int, ...]
@@ -61,7 +61,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation; `arrays` are those of its result."""
+    """One line of a computation; `arrays` are its results."""
 
     name: str
     opcode: str
@@ -71,7 +71,7 @@ class Instruction:
 
     @property
     def integer(self) -> int | None:
-        """The value of an integer constant."""
+        """The value, if the instruction is an integer constant."""
         if self.opcode == "constant" and self.arrays[0].dtype in ("s32", "u32"):
             return int(self.attributes.split(")")[0])
         return None
@@ -83,15 +83,15 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Arrays that cross between chips, `times` per run of the program.
+    """A collective, which moves arrays between chips.
 
     Attributes:
       kind: one of `_COLLECTIVES`.
-      arrays: of the result on one chip.
-      times: how often it runs.
-      group: the devices of one of the groups that it runs within, in the order of the
-        program's devices; empty: all.
-      is_async: other instructions run while it does.
+      arrays: its results on one chip.
+      times: number of executions per run of the program.
+      group: the devices of one of its groups, in the order of the program's devices;
+        empty: all.
+      is_async: whether other instructions run at the same time.
     """
 
     kind: str
@@ -102,14 +102,14 @@ class Collective:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the result on one chip, all repetitions."""
+        """Bytes of the results on one chip, all executions."""
         return self.times * sum(array.num_bytes for array in self.arrays)
 
     def received(self, num_devices: int) -> float:
-        """Bytes that reach one chip, all repetitions, by the usual algorithms.
+        """Bytes that one chip receives, all executions, by the usual algorithms.
 
         Args:
-          num_devices: of the program, for a collective over all of them.
+          num_devices: of the program, for a collective over all devices.
         """
         size = len(self.group) or num_devices
         share = (size - 1) / size
@@ -132,8 +132,8 @@ class Module:
         """
         Args:
           text: of the module.
-          branch_shares: how much of the time each branch of a conditional is taken, that
-            of false first; the module does not say.
+          branch_shares: how often each branch of a conditional runs, that of false first;
+            the text does not have it.
         """
         self.branch_shares = branch_shares
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -148,7 +148,7 @@ class Module:
 
     @functools.cached_property
     def flops(self) -> int:
-        """Floating point operations of all matrix products, loops in full."""
+        """FLOPs of all matrix products, loops counted in full."""
         return sum(
             times * _product_flops(instruction, computation)
             for instruction, computation, times in self._executed(into_fusions=True)
@@ -156,10 +156,9 @@ class Module:
 
     @functools.cached_property
     def cycles(self) -> int:
-        """The compiler's own estimate of a TPU core's cycles, loops in full.
+        """The compiler's estimate of the cycles of a TPU core, loops counted in full.
 
-        A sum over instructions; what runs beside another one (copies, collectives in
-        flight) carries no estimate and adds nothing.
+        Asynchronous copies and collectives have no estimate and add nothing.
         """
         return sum(
             times * int(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
@@ -167,10 +166,10 @@ class Module:
         )
 
     def roofline_seconds(self, flops_per_second: float, bytes_per_second: float):
-        """Time if each instruction ran at the chip's peak, one after another.
+        """Seconds if each instruction ran at the chip's peak, one after another.
 
-        An instruction takes the longer of its products' time and its HBM traffic's.
-        What crosses between chips takes none.
+        An instruction takes the time of its products or of its HBM traffic, whichever is
+        longer. Collectives take none.
         """
         seconds = 0.0
         for instruction, computation, times in self._executed(into_fusions=False):
@@ -188,13 +187,13 @@ class Module:
         return seconds
 
     def _hbm_bytes(self, instruction: Instruction, computation) -> int:
-        """What an instruction reads and writes; of a slice, the slice alone."""
+        """Bytes that an instruction reads and writes; for a slice, those of the slice."""
         opcode = instruction.opcode
         kind = opcode.removesuffix("-start")
         if opcode.endswith("-done") or kind in (*_COLLECTIVES, "async"):
             return 0
         if kind != opcode:
-            # A copy in flight: source and destination are the first two, in any order.
+            # An asynchronous copy: the first two are source and destination, in any order.
             ends = instruction.arrays[:2]
             return min(a.num_bytes for a in ends) * sum(a.in_hbm for a in ends)
         operands = [computation[name] for name in instruction.operands]
@@ -211,7 +210,7 @@ class Module:
             ]
             updates = [i for i in inside.values() if i.opcode == _UPDATE]
             for update in updates:
-                # Written in place: the rest of the buffer is neither read nor written.
+                # An update in place touches only the updated part of the buffer.
                 target = update.arrays[0].dimensions
                 part = inside[update.operands[1]].arrays[0]
                 written = [part if a.dimensions == target else a for a in written]
@@ -229,10 +228,10 @@ class Module:
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
-        """What crosses between chips, largest first.
+        """The collectives, largest first.
 
-        On a TPU a collective in flight is several fusions: one starts it, others go on
-        with it beside their own work, one ends it. It counts once.
+        On a TPU, an asynchronous collective is several fusions: one starts it, others
+        continue it beside their own work, one ends it. It is counted once.
         """
         found: dict[tuple[str | None, ...], Collective] = {}
         for instruction, _, times in self._executed(into_fusions=False):
@@ -241,7 +240,7 @@ class Module:
                 is_async = kind != instruction.opcode
                 arrays = instruction.arrays
                 if is_async:
-                    # (operands, results, context): the results are what arrives.
+                    # (operands, results, context); the largest array is the result.
                     arrays = (max(arrays, key=lambda array: array.num_bytes),)
                 key = (instruction.name,)
                 found[key] = _collective(instruction, kind, arrays, times, is_async)
@@ -249,7 +248,7 @@ class Module:
                 if inner.opcode not in _COLLECTIVES:
                     continue
                 if name.startswith("all-reduce-scatter"):
-                    # Each chip keeps its part of the sum: the fusion's result.
+                    # Each chip keeps its part of the sum, the result of the fusion.
                     scatter = "reduce-scatter", instruction.arrays, times, False
                     found[(instruction.name,)] = _collective(inner, *scatter)
                 else:
@@ -261,14 +260,14 @@ class Module:
         return sorted(found.values(), key=lambda collective: -collective.num_bytes)
 
     def _inside(self, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
-        """The instructions of a fusion, and of fusions in it: (computation, each)."""
+        """Yields (computation, instruction) within a fusion, nested fusions included."""
         for name in _called(instruction) if instruction.opcode == "fusion" else ():
             for inner in self.computations[name].values():
                 yield name, inner
                 yield from self._inside(inner)
 
     def executions(self, name: str) -> float:
-        """How often instructions run whose name begins like this, as kernels have."""
+        """Executions of the instructions, such as kernels, whose name has this prefix."""
         return sum(
             times
             for instruction, _, times in self._executed(into_fusions=False)
@@ -276,7 +275,7 @@ class Module:
         )
 
     def arrays(self) -> Iterator[Array]:
-        """Every array that the program stores; what lives inside a fusion is not."""
+        """Every array that the program stores; arrays inside a fusion are not stored."""
         for instruction, _, _ in self._executed(into_fusions=False):
             yield from instruction.arrays
 
@@ -310,7 +309,7 @@ class Module:
         counters = [i for i in condition.values() if i.opcode == "get-tuple-element"]
         if len(limits) != 1 or len(counters) != 1:
             raise ValueError(f"{loop.name}: the loop's trip count is not a constant")
-        # The compiler may have put several turns into one.
+        # The compiler may have unrolled the loop.
         body = self.computations[loop.attribute(r"body=%([^\s,]+)")]
         *_, root = body.values()
         step = 1
@@ -340,7 +339,7 @@ def _collective(instruction, kind, arrays, times, is_async) -> Collective:
 
 
 def _group(instruction: Instruction) -> tuple[int, ...]:
-    """The first of a collective's groups of devices, in any of three notations."""
+    """The first group of devices of a collective, in any of three notations."""
     groups = instruction.attributes.partition("replica_groups=")[2]
     if listed := re.match(r"\{\{([\d,]*)\}", groups):
         return tuple(map(int, listed[1].split(",")))
@@ -361,7 +360,7 @@ def _group(instruction: Instruction) -> tuple[int, ...]:
 
 
 def _read_of(parameter: Instruction, computation) -> tuple[Array, ...] | None:
-    """The slices read of a fusion's parameter, or None when all of it is."""
+    """The slices that a fusion reads of a parameter; None if it reads the whole."""
     users = [i for i in computation.values() if parameter.name in i.operands]
     if users and all(user.opcode in ("dynamic-slice", "gather") for user in users):
         return tuple(
@@ -379,7 +378,7 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _branches(conditional: Instruction) -> list[str]:
-    """Of a predicate's two, that of false first, as those of an index are."""
+    """The computations of a conditional: false first, as for an index."""
     names = [
         conditional.attribute(rf"{kind}_computation=%([^\s,}}]+)")
         for kind in ("false", "true")
@@ -388,7 +387,7 @@ def _branches(conditional: Instruction) -> list[str]:
 
 
 def _product_flops(instruction: Instruction, computation) -> int:
-    """Two per multiply-add; XLA for TPU writes every product as a convolution."""
+    """FLOPs, two per multiply-add; on a TPU every product is a convolution."""
     if instruction.opcode not in ("dot", "convolution"):
         return 0
     left, right = (computation[name].arrays[0] for name in instruction.operands)
@@ -416,9 +415,9 @@ def _product_flops(instruction: Instruction, computation) -> int:
 
 
 def _window_positions(instruction, axis, in_size, window_size, out_size) -> int:
-    """Pairs of output and window positions that meet an input element.
+    """Number of pairs of output and window positions that read an input element.
 
-    Batched products are convolutions whose windows meet one element per position.
+    Batched products are convolutions with one element per window position.
     """
     window = instruction.attribute(r"window=\{([^}]*)\}") or ""
 

@@ -1,15 +1,16 @@
-"""A run sized by its corpus and its devices.
+"""Chooses the sizes of a run from its corpus and its devices.
 
-Where `data.batch_size` is 0, it, `data.row_length`, the microbatches and the batches that
-are measured are chosen here, once for all phases of a run and before anything is loaded:
+If `data.batch_size` is 0, this module sets it, `data.row_length`, the number of
+microbatches and the evaluation batch size, for all phases of a run, before anything is
+loaded:
 
-- A phase to the end of the data (`train.num_steps=0`) reads N tokens, and a step reads
-  about 8 sqrt(N) of them, so that a corpus of ten times the size takes three times as many
-  steps, three times as long: 40 steps of 2,048 tokens for 100 thousand, 350 of 32,768 for
-  10 million, 2,000 of 262,144 for 500 million, the most.
-- Rows are as long as leaves four of them to a step, within the model's context and 4,096.
-- As many of a device's rows are taken at a time as fit its memory by
-  `step_plan.step_memory`; rows are made shorter where one alone does not fit.
+- A phase without a number of steps (`train.num_steps=0`) reads N tokens in all, about
+  8 sqrt(N) per step. So ten times the corpus takes three times as many steps, each three
+  times as large: 40 steps of 2,048 tokens for 100 thousand tokens, 350 steps of 32,768 for
+  10 million, 2,000 steps of 262,144, the maximum, for 500 million.
+- Rows are as long as four rows per step allow, up to the model's context and 4,096 tokens.
+- A microbatch has as many rows as fit in the memory of a device by
+  `step_plan.step_memory`. If one row does not fit, rows are halved until it does.
 """
 
 import json
@@ -32,23 +33,23 @@ from mixcpt_jax.runtime.chips import GIB
 _STEP_TOKENS = (1024, 262_144)
 _ROW_LENGTHS = (256, 4096)
 _ROWS = 4
-# Of a phase whose steps are given, such as SFT.
+# For a phase with a number of steps, such as SFT.
 _FIXED_STEP_TOKENS = 8192
-# Texts that are tokenised to tell tokens from characters.
+# Texts that are tokenized to estimate characters per token.
 _SAMPLE = 256
-# Of a device's memory; the rest is for what the formula does not know of.
+# The share of a device's memory to use; the rest is for what the formula ignores.
 USABLE = 0.85
 
 
 class Sizes(NamedTuple):
-    """What is chosen.
+    """The sizes of a phase.
 
     Attributes:
       row_length: tokens of a row.
       batch_size: rows of a step, over all devices.
       accumulation_steps: microbatches of a step.
-      eval_batch_size: rows that are measured at a time.
-      memory: bytes of a device that a step takes, by the formula.
+      eval_batch_size: rows of an evaluation batch, over all devices.
+      memory: bytes of a device that a step needs, by the formula.
     """
 
     row_length: int
@@ -59,12 +60,12 @@ class Sizes(NamedTuple):
 
 
 def resolve(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Sets the sizes of a config and of its phases, where they are left to this module.
+    """Sets the sizes of the phases whose `data.batch_size` is 0.
 
     A phase that has begun in the workdir keeps its sizes.
 
     Raises:
-      InputError: the model or the text is wrong, or nothing fits.
+      InputError: the model or the text is wrong, or no size fits.
     """
     phases = {name: config_lib.for_phase(config, name) for name in config.phases}
     with config.unlocked():
@@ -72,9 +73,9 @@ def resolve(config: ml_collections.ConfigDict, workdir: str) -> None:
             if phase.job != "train" or phase.data.batch_size:
                 continue
             own = config.overrides.get(name, {})
-            # What a phase does not set itself is that of all.
+            # A phase without its own batch size shares that of the config.
             is_own = "batch_size" in own.get("data", {})
-            sizes = _begun(f"{workdir}/{name}") or _sizes(phase, name)
+            sizes = _stored(f"{workdir}/{name}") or _sizes(phase, name)
             target = own if is_own else config
             target.data.row_length = sizes.row_length
             target.data.batch_size = sizes.batch_size
@@ -88,11 +89,11 @@ def _sizes(config: ml_collections.ConfigDict, name: str) -> Sizes:
     mesh, available = _devices(config)
     num_tokens = 0.0 if config.train.num_steps else _num_tokens(config)
     sizes = choose(config, model_config, num_tokens, mesh, available)
-    found = f"of about {num_tokens:,.0f} tokens, " if num_tokens else ""
+    corpus = f", about {num_tokens:,.0f} tokens in all" if num_tokens else ""
     terminal.say(
         f"{f'{name}: ' if name else ''}{sizes.batch_size} rows of {sizes.row_length:,} "
-        f"tokens a step, {found}in {sizes.accumulation_steps} microbatches; by formula "
-        f"{sizes.memory / GIB:.1f} of {available / GIB:.1f} GiB of a device"
+        f"tokens per step in {sizes.accumulation_steps} microbatches{corpus}; estimated "
+        f"memory {sizes.memory / GIB:.1f} of {available / GIB:.1f} GiB per device"
     )
     return sizes
 
@@ -104,27 +105,27 @@ def choose(
     mesh: tuple[int, int, int],
     available: float,
 ) -> Sizes:
-    """The sizes for a number of tokens and a memory.
+    """Chooses the sizes for a number of tokens and a memory.
 
     Args:
-      config: of the phase that trains on the corpus.
+      config: of a training phase.
       model_config: the architecture.
-      num_tokens: that the phase reads in all; 0: its steps are given.
+      num_tokens: tokens that the phase reads in all; 0: its number of steps is set.
       mesh: sizes of the axes data, fsdp and tensor.
       available: bytes of a device.
 
     Raises:
-      InputError: one row of 256 tokens a device does not fit.
+      InputError: one row of 256 tokens does not fit on a device.
     """
     least, most = _STEP_TOKENS
-    wanted = 8 * num_tokens**0.5 if num_tokens else _FIXED_STEP_TOKENS
-    step_tokens = _power_of_two(min(max(wanted, least), most))
+    step_tokens = 8 * num_tokens**0.5 if num_tokens else _FIXED_STEP_TOKENS
+    step_tokens = _power_of_two(min(max(step_tokens, least), most))
     longest = min(_ROW_LENGTHS[1], model_config.max_positions)
     row_length = max(step_tokens // _ROWS, _ROW_LENGTHS[0])
     row_length = _power_of_two(min(row_length, longest))
     if config.data.row_length:
         row_length = config.data.row_length
-    sharers = mesh[0] * mesh[1]
+    num_groups = mesh[0] * mesh[1]
 
     def memory(rows: int) -> float:
         return step_plan.step_memory(config, model_config, mesh, rows, row_length)
@@ -132,28 +133,32 @@ def choose(
     while memory(1) > USABLE * available:
         if config.data.row_length or row_length <= _ROW_LENGTHS[0]:
             raise InputError(
-                f"model.path={config.model.path}: a step of one row of {row_length} "
-                f"tokens takes {memory(1) / GIB:.1f} GiB of a device, of which "
-                f"{USABLE * available / GIB:.1f} are for it; set lora.rank=16 or "
-                "model.param_dtype=bfloat16, take a smaller model or more devices"
+                f"model.path={config.model.path}: a step of one row of {row_length} tokens "
+                f"needs {memory(1) / GIB:.1f} GiB per device; must be <= "
+                f"{USABLE * available / GIB:.1f}; set lora.rank=16 or "
+                "model.param_dtype=bfloat16, or use a smaller model or more devices"
             )
         row_length //= 2
-    rows = _power_of_two(max(step_tokens / row_length / sharers, 1))
+    rows = _power_of_two(max(step_tokens / row_length / num_groups, 1))
     at_once = rows
     while at_once > 1 and memory(at_once) > USABLE * available:
         at_once //= 2
     return Sizes(
-        row_length, rows * sharers, rows // at_once, at_once * sharers, memory(at_once)
+        row_length,
+        rows * num_groups,
+        rows // at_once,
+        at_once * num_groups,
+        memory(at_once),
     )
 
 
 def _power_of_two(number: float) -> int:
-    """The greatest that is not above a number >= 1."""
+    """The largest power of two <= a number >= 1."""
     return 1 << (int(number).bit_length() - 1)
 
 
-def _begun(folder: str) -> Sizes | None:
-    """The sizes of a phase that has begun in a folder."""
+def _stored(folder: str) -> Sizes | None:
+    """The sizes of the phase that has begun in a folder; None: no phase has."""
     path = paths.absolute(folder) / "config.json"
     if not path.exists():
         return None
@@ -168,7 +173,7 @@ def _begun(folder: str) -> Sizes | None:
 
 
 def _devices(config: ml_collections.ConfigDict) -> tuple[tuple[int, int, int], float]:
-    """The mesh's axes, and the bytes of memory of one of its devices."""
+    """The sizes of the mesh's axes, and the bytes of memory of a device."""
     devices = jax.devices()
     mesh = mesh_shape.mesh_shape(config.mesh, len(devices))
     device = devices[0]
@@ -176,15 +181,15 @@ def _devices(config: ml_collections.ConfigDict) -> tuple[tuple[int, int, int], f
         return mesh, chip.hbm_bytes
     if device.platform != "cpu" and (stats := device.memory_stats()):
         return mesh, stats["bytes_limit"]
-    # Devices that are made up of one host share its memory.
+    # Virtual CPU devices share the memory of their host.
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return mesh, pages / jax.local_device_count()
 
 
 def _num_tokens(config: ml_collections.ConfigDict) -> float:
-    """About how many tokens a phase to the end of its data reads.
+    """About how many tokens a phase without a number of steps reads in all.
 
-    That is until every source with a limit has given it, and the others their shares.
+    The phase ends when every source with a limit has reached it.
     """
     vocabulary = tokenizer.load(
         config.model.tokenizer or config.model.path, config.model.chat_template
@@ -202,7 +207,7 @@ def _num_tokens(config: ml_collections.ConfigDict) -> float:
 
 
 def _size(config, entry, vocabulary) -> float:
-    """About how many tokens a source has: characters, by those of its first texts."""
+    """About how many tokens a source has, from the characters per token of a sample."""
     settings = entry.format, entry.fields.to_dict(), entry.preference_side
     characters, sample = 0, []
     for record in Corpus(config, entry).train_split():

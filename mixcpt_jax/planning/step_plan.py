@@ -1,9 +1,9 @@
-"""What a training step takes on a TPU slice, from shapes alone.
+"""Memory, FLOPs and time of a training step on a TPU slice, from shapes alone.
 
-The step of a phase is compiled for the slice; FLOPs, traffic and modelled time are read
-from the compiled program, see `hlo`. Modelled time is each instruction at the peak of what
-bounds it, products or memory, one after another, and collectives at the bandwidth of the
-links that their group spans.
+The step of a phase is compiled for the slice. FLOPs, traffic and modeled time are read from
+the compiled program, see `hlo`. The modeled time is a roofline: each instruction runs at
+the chip's peak of FLOPs or of memory bandwidth, whichever takes longer, one instruction
+after another; collectives run at the bandwidth of the links that their group spans.
 """
 
 import dataclasses
@@ -26,47 +26,47 @@ from mixcpt_jax.models import attention, pretrained, transformer
 from mixcpt_jax.planning import hlo
 from mixcpt_jax.runtime import chips, metrics, sharding
 from mixcpt_jax.runtime.chips import GIB
-from mixcpt_jax.training import phase, program, teacher_outputs
+from mixcpt_jax.training import phase, teacher_outputs
 from mixcpt_jax.training import program as program_lib
 
-# Of `step_memory`: keys that a query's scores are kept of at a time, and tokens whose
-# logits are.
-_SCORES_PER_ROW = 512
-_LOGITS_OF = 1024
+# For `step_memory`: the keys whose attention scores, and the tokens whose logits, are live
+# at a time.
+_LIVE_KEYS = 512
+_LIVE_LOGITS = 1024
 
-# The work of splash attention's kernels, in products over the blocks that are visited:
-# scores and values going forwards; scores, their gradient and the queries' going back;
-# scores, their gradient, the values' and the keys' going back.
+# The products of splash attention's kernels over the blocks that they visit. Forward: the
+# scores and the outputs. Backward for queries: the scores, their gradient and that of the
+# queries. Backward for keys: the scores, their gradient, and those of values and keys.
 _KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Of one token, all passes over it, two per multiply-add.
+    """FLOPs of one token, forward and backward; two per multiply-add.
 
     Attributes:
-      student: products with the layers' weights, forwards and back.
-      teacher: of the frozen model that runs beside it.
-      head: of both unembeddings.
-      attention: scores and values; a token sees half of its row on average.
-      rematerialisation: products, attention's aside, that are done a second time.
+      student: products with the weights of the layers.
+      teacher: the same for the frozen model.
+      head: products with both unembeddings.
+      attention: scores and outputs; a token sees half of its row on average.
+      rematerialization: products that are computed a second time, without attention.
     """
 
     student: float
     teacher: float
     head: float
     attention: float
-    rematerialisation: float
+    rematerialization: float
 
     @property
     def model(self) -> float:
-        """What the maths needs: all but rematerialisation."""
+        """All but rematerialization."""
         return self.student + self.teacher + self.head + self.attention
 
     @property
     def products(self) -> float:
-        """All matrix products but attention's."""
-        return self.student + self.teacher + self.head + self.rematerialisation
+        """All matrix products except those of attention."""
+        return self.student + self.teacher + self.head + self.rematerialization
 
 
 def count_flops(
@@ -77,33 +77,35 @@ def count_flops(
     has_adapters: bool = False,
     is_preference: bool = False,
 ) -> Flops:
-    """The formula: `2 N P` per pass, with N layers of P weights in products.
+    """FLOPs by formula: `2 N P` per pass, for N layers of P weights each.
 
-    The student is passed once forwards and twice back, for activations and weights; with
-    adapters, whose own products are left out, once back. Attention, `2 N H K (L + 1)` a
-    pass forwards and less with a window, is twice that back.
+    The student has one forward pass and two backward, for the gradients of activations and
+    of weights. With adapters there is one backward pass, and the adapters' own products
+    are ignored. Attention takes `2 N H K (L + 1)` in the forward pass, less with a window,
+    and twice that in the backward pass.
 
     Args:
       model_config: the architecture.
       row_length: tokens of a row, L.
-      remat: of `config.model.remat`. "full" repeats each layer's forward pass but for
-        its last product if nothing follows that, "dots" and "none" no product.
-      frozen: what runs of the frozen model: "whole", "unembedding" or "none".
-      has_adapters: only they are trained.
-      is_preference: the head is swept once more, see `streamed.log_probabilities`.
+      remat: of `config.model.remat`. "full" repeats the forward pass of each layer, except
+        its last product if no norm follows it; "dots" and "none" repeat no product.
+      frozen: the part of the frozen model that runs: "whole", "unembedding" or "none".
+      has_adapters: whether only adapters are trained.
+      is_preference: whether the head sweeps the vocabulary twice, see
+        `streamed.log_probabilities`.
     """
     c = model_config
     heads = (c.num_heads + c.num_kv_heads) * c.head_size
     down = c.hidden_size * c.mlp_size
     layers = 2 * c.num_layers * (2 * c.hidden_size * heads + 3 * down)
     windows = [min(window or row_length, row_length) for window in c.windows]
-    # Summed over the layers, of which each may have a window of its own.
+    # Summed over the layers, as each may have its own window.
     seen = sum(w - w * (w - 1) / (2 * row_length) for w in windows)
     attend = 4 * c.num_heads * c.head_size * seen
     head = 2 * c.hidden_size * c.vocab_size
     back = 1 if has_adapters else 2
     runs = frozen == "whole"
-    # A norm behind the last product is undone with what came in.
+    # The gradient of a norm after the last product needs that product.
     last = 0 if c.post_norms else 2 * c.num_layers * down
     again = layers - last if remat == "full" else 0.0
     return Flops(
@@ -111,12 +113,12 @@ def count_flops(
         teacher=layers * runs,
         head=head * (1 + back + (frozen != "none")),
         attention=attend * (3 + runs),
-        rematerialisation=again + head * is_preference,
+        rematerialization=again + head * is_preference,
     )
 
 
 class DoesNotFit(Exception):
-    """The compiler's refusal: `needed` and `available` bytes of a chip's memory."""
+    """The compiler ran out of memory; `needed` and `available` are bytes of a chip."""
 
     def __init__(self, needed: int, available: int):
         super().__init__(f"needs {needed / GIB:.2f} GiB of {available / GIB:.2f}")
@@ -124,7 +126,7 @@ class DoesNotFit(Exception):
 
 
 class Step(NamedTuple):
-    """A training step as it was compiled; `batch` is of shapes, as the program is."""
+    """A compiled training step; `program` and `batch` hold shapes only."""
 
     phase: phase.Phase
     data: pipeline.Data
@@ -139,21 +141,21 @@ def compile_step(
     """Compiles the training step that `train` would run, from shapes alone.
 
     Args:
-      config: of a phase that trains; what it starts from is not looked at.
-      mesh: its devices need not be there.
+      config: of a training phase; its start is ignored.
+      mesh: of devices that need not exist.
       quick: see `compile_lowered`.
 
     Raises:
-      DoesNotFit: the compiler finds no room for it.
-      InputError: the config does not suit the model or the mesh.
+      DoesNotFit: the step needs more memory than a chip has.
+      InputError: the config does not fit the model or the mesh.
     """
     config = ml_collections.ConfigDict(config.to_dict())
     model_config = _model_config(config)
-    # Weights and text need not be there yet.
+    # Weights and text need not exist.
     config.init_from = ""
     config.model.path = config.model.path or config.model.architecture
     for source in config.sources.values():
-        source.path = source.path or "to be given"
+        source.path = source.path or "planned"
     config_lib.validate(config, mesh.size)
     phase.check_model(config, model_config, mesh.size)
     planned = phase.Phase(
@@ -170,7 +172,7 @@ def compile_step(
     data = pipeline.synthetic(
         config, teacher_outputs.form_of(planned) if reads else None
     )
-    # Outside of the mesh, whose devices cannot hold the zeros that optax makes here.
+    # Outside the mesh, because optax creates zeros here, and its devices do not exist.
     program = program_lib.make_program(planned, data)
     rows = sharding.batch_sharding(mesh)
     batch = {
@@ -190,7 +192,7 @@ def _with(
     mesh: dict[str, int] | None = None,
     **changes: Any,
 ) -> ml_collections.ConfigDict:
-    """A copy with another mesh, and other settings by dotted key."""
+    """A copy with another mesh and other settings, given by dotted key."""
     changed = ml_collections.ConfigDict(config.to_dict())
     changed.mesh.update(mesh or {})
     changed.update_from_flattened_dict(changes)
@@ -208,13 +210,13 @@ def compile_lowered(
 
     Args:
       lowered: the program.
-      mesh: of the slice; its devices need not be there.
-      quick: in a third of the time, to a program of the same products and collectives in
-        which nothing overlaps. Its memory is about the same: 14.4 instead of 14.8 GiB
-        for Llama-3-8B on v5e:4x4.
+      mesh: of the slice; its devices need not exist.
+      quick: compiles in a third of the time. The program has the same products and
+        collectives, but nothing overlaps; its memory is about the same (14.4 instead of
+        14.8 GiB for Llama-3-8B on v5e:4x4).
 
     Raises:
-      DoesNotFit: the compiler finds no room for it.
+      DoesNotFit: the program needs more memory than a chip has.
     """
     options = {"exec_time_optimization_effort": -1.0} if quick else None
     try:
@@ -234,19 +236,19 @@ def compile_lowered(
 def make(
     config: ml_collections.ConfigDict, topology: str, quick: bool = False
 ) -> dict[str, Any]:
-    """What the step of a phase takes on a slice: see the top of the file.
+    """Plans the step of a phase on a slice.
 
     Args:
-      config: of a phase that trains.
+      config: of a training phase.
       topology: of the slice, such as "v5e:4x4".
-      quick: see `compile_lowered`; the modelled time is then an upper one as to overlap.
+      quick: see `compile_lowered`; the modeled time is then without overlap.
 
     Returns:
-      A tree for JSON: bytes, FLOPs and seconds. Where `fits` is false all there is to it
-      is the memory that would be needed.
+      A tree for JSON: bytes, FLOPs and seconds. If `fits` is false, it holds only the
+      memory that the step would need.
 
     Raises:
-      InputError: the config does not suit the model or the slice.
+      InputError: the config does not fit the model or the slice.
     """
     chip = chips.of_topology(topology)
     mesh = sharding.make_topology_mesh(topology, config.mesh)
@@ -281,7 +283,7 @@ def make(
 
 
 def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
-    """Bytes of a chip; the compiler's peak counts donated arguments once."""
+    """Bytes of a chip; the compiler's peak counts donated buffers once."""
 
     def size(tree) -> int:
         return sum(
@@ -291,7 +293,7 @@ def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
 
     analysis = step.compiled.memory_analysis()
     state, frozen = step.program.state, step.program.frozen
-    # Sums over microbatches are float32.
+    # Gradients are summed over microbatches in float32.
     gradients = sum(
         4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(state.params)
@@ -310,7 +312,7 @@ def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
 
 
 def _kept_activations(step: Step) -> int:
-    """Bytes of a chip that wait for the backward pass: see `transformer.REMAT_POLICIES`."""
+    """Bytes of a chip, see `activations_kept`."""
     config, mesh = step.phase.config, step.phase.mesh
     rows = config.data.batch_size // config.optimizer.accumulation_steps
     tokens = rows * config.data.row_length // mesh.shape["data"] // mesh.shape["fsdp"]
@@ -322,10 +324,10 @@ def activations_kept(
     model_config: transformer.ModelConfig,
     tokens: int,
 ) -> int:
-    """Bytes that so many tokens of a device leave for the backward pass.
+    """Bytes of activations that `tokens` tokens of a device keep for the backward pass.
 
-    Of each layer its input, and under "dots" the output of each projection. Under "none"
-    more, as the compiler likes.
+    These are the input of each layer and, with remat "dots", the output of each projection;
+    see `transformer.REMAT_POLICIES`. With "none" the compiler keeps more.
     """
     c = model_config
     heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_size
@@ -338,7 +340,7 @@ def activations_kept(
 
 
 def _flops(step: Step, module: hlo.Module) -> dict[str, float]:
-    """Per step over all chips; what kernels do comes by formula, the rest is counted."""
+    """FLOPs of a step on all chips; kernels by formula, other products as compiled."""
     config, model_config = step.phase.config, step.phase.model_config
     mesh = step.phase.mesh
     row_length = config.data.row_length
@@ -346,7 +348,7 @@ def _flops(step: Step, module: hlo.Module) -> dict[str, float]:
         model_config,
         row_length,
         config.model.remat,
-        program.frozen_passes(config, step.data),
+        program_lib.frozen_passes(config, step.data),
         step.phase.lora is not None,
         config.objective.kind == "preference",
     )
@@ -370,7 +372,7 @@ def _flops(step: Step, module: hlo.Module) -> dict[str, float]:
 def _collectives(
     module: hlo.Module, mesh: jax.sharding.Mesh, topology: str
 ) -> list[dict[str, Any]]:
-    """By kind: how many, their bytes on a chip, and seconds at the links' bandwidth."""
+    """By kind: number, bytes into a chip, and seconds at the bandwidth of the links."""
     rows: dict[tuple[str, bool], dict[str, Any]] = {}
     for collective in module.collectives:
         key = collective.kind, collective.is_async
@@ -392,9 +394,9 @@ def _collectives(
 
 
 def _bandwidth(group: tuple[int, ...], mesh: jax.sharding.Mesh, topology: str) -> float:
-    """Bytes per second into a chip over the sides of the torus that a group spans.
+    """Bytes per second into a chip over the axes of the torus that a group spans.
 
-    A side that is a ring brings them from two neighbours, a line from one at its ends.
+    On an axis that is a ring, a chip has two neighbors; at the ends of a line, one.
     """
     chip = chips.of_topology(topology)
     sides = [int(size) for size in topology.partition(":")[2].split("x")]
@@ -408,7 +410,7 @@ def _bandwidth(group: tuple[int, ...], mesh: jax.sharding.Mesh, topology: str) -
 
 
 def _time(step, module, flops, collectives, chip) -> dict[str, float]:
-    """Seconds of a step, and what follows from them."""
+    """Seconds of a step, tokens per second and the bound of MFU."""
     mesh, data = step.phase.mesh, step.phase.config.data
     compute = module.roofline_seconds(chip.flops, chip.hbm_bandwidth)
     compute += flops["attention kernels"] / mesh.size / chip.flops
@@ -438,15 +440,15 @@ def describe(plan: dict[str, Any]) -> str:
         needed, available = memory["needed"] / GIB, memory["available"] / GIB
         over = needed - available
         return (
-            f"{lines[0]}\ndoes not fit: {needed:.2f} GiB are needed, {over:.2f} more than "
-            f"the {available:.2f} that a chip has"
+            f"{lines[0]}\ndoes not fit: it needs {needed:.2f} GiB, {over:.2f} more than "
+            f"the {available:.2f} of a chip"
         )
     rows = [[key, f"{value / GIB:.2f}"] for key, value in memory.items()]
     lines.append(metrics.table(["HBM of a chip", "GiB"], rows))
     flops, total = plan["flops"], plan["flops"]["model"]
     rows = [[key, f"{v:.3g}", f"{v / total:.3f}"] for key, v in flops.items()]
     everything = flops["products, compiled"] + flops["attention kernels"]
-    rows.append(["all that is done", f"{everything:.3g}", f"{everything / total:.3f}"])
+    rows.append(["total", f"{everything:.3g}", f"{everything / total:.3f}"])
     lines.append(metrics.table(["FLOPs of a step", "all chips", "of model"], rows))
     rows = [
         [
@@ -463,7 +465,7 @@ def describe(plan: dict[str, Any]) -> str:
         [key, f"{value:,.0f}" if value > 100 else f"{value:.3f}"]
         for key, value in times.items()
     ]
-    lines.append(metrics.table(["modelled", ""], rows))
+    lines.append(metrics.table(["modeled time", ""], rows))
     return "\n\n".join(lines)
 
 
@@ -473,19 +475,19 @@ def search(
     remats: tuple[str, ...] = config_lib.REMAT,
     finalists: int = 6,
 ) -> list[dict[str, Any]]:
-    """Plans that fit, fastest first, over meshes, rematerialisation and microbatches.
+    """Searches meshes, rematerialization and microbatches; returns plans, fastest first.
 
-    All are compiled quickly, and the `finalists` fastest of them as they would run. Of
-    each mesh and rematerialisation the two fewest numbers of microbatches that fit are
-    tried: more of them gather and reduce the weights more often, but where memory is
-    short the compiler multiplies again what it cannot keep.
+    Compiles every candidate quickly, and the `finalists` fastest as they would run. For
+    each mesh and rematerialization, the candidates are the two smallest numbers of
+    microbatches that fit. More microbatches gather and reduce the weights more often, but
+    fewer may be slower: where memory is short, the compiler recomputes products.
     """
     fitting = []
     for mesh in _meshes(config, topology):
         for remat in remats:
             fitting += itertools.islice(_that_fit(config, topology, mesh, remat), 2)
     fitting.sort(key=lambda candidate: candidate[1]["time"]["step"])
-    print("\nThe fastest, compiled as they would run:", flush=True)
+    print("\nThe fastest candidates, compiled as they would run:", flush=True)
     plans = []
     for candidate, _ in fitting[:finalists]:
         plans.append(make(candidate, topology))
@@ -497,7 +499,7 @@ def search(
 def _that_fit(
     config: ml_collections.ConfigDict, topology: str, mesh: dict[str, int], remat: str
 ) -> Iterator[tuple[ml_collections.ConfigDict, dict[str, Any]]]:
-    """Configs that fit with their quick plans, of ever more microbatches."""
+    """Yields the configs that fit and their quick plans, by number of microbatches."""
     for parts in _microbatches(config, mesh):
         settings = {"model.remat": remat, "optimizer.accumulation_steps": parts}
         candidate = _with(config, mesh=mesh, **settings)
@@ -510,7 +512,7 @@ def _that_fit(
 def _meshes(
     config: ml_collections.ConfigDict, topology: str
 ) -> Iterator[dict[str, int]]:
-    """Shapes that suit the model; copies over `data` only of what fsdp need not split."""
+    """Meshes that divide the model and whose weights and moments fit in memory."""
     model_config = _model_config(config)
     size = sharding.make_topology_mesh(topology, config_lib.default().mesh).size
     for tensor in (1, 2, 4, 8):
@@ -531,7 +533,7 @@ def _meshes(
 def least_memory(
     config: ml_collections.ConfigDict, model_config: transformer.ModelConfig
 ) -> float:
-    """Bytes of a chip for weights and moments alone, on the config's mesh."""
+    """Bytes of a chip for weights and moments, on the config's mesh."""
     number = sum(
         x.size for x in jax.tree.leaves(transformer.abstract_params(model_config))
     )
@@ -550,18 +552,17 @@ def step_memory(
     rows: int,
     row_length: int,
 ) -> float:
-    """Bytes of a device that a training step takes, by formula: about, and rather too many.
+    """Bytes of a device that a training step needs, estimated by formula, from above.
 
-    Weights, moments, the frozen model and gradients; of each layer its input and what
-    rematerialisation keeps; four times what one layer computes, and, where devices share
-    the weights, four times those of a layer; the head's logits and two float32 copies of
-    its part of the unembedding.
+    The sum of: weights, moments, the frozen model and gradients; the activations that all
+    layers keep; four times the activations of one layer; with fsdp, four times the weights
+    of a layer; the head's logits and two float32 copies of the device's unembedding.
 
     Args:
       config, model_config: of the phase.
       mesh: sizes of the axes data, fsdp and tensor.
-      rows: that a device takes at a time.
-      row_length: their tokens.
+      rows: number of rows of a device per microbatch.
+      row_length: tokens of a row.
     """
     c, settings = model_config, config.model
     _, fsdp, tensor = mesh
@@ -571,12 +572,12 @@ def step_memory(
     tokens, itemsize = rows * row_length, jnp.dtype(settings.compute_dtype).itemsize
     heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_size
     layer = tokens * (heads + 4 * c.hidden_size + 3 * c.mlp_size) / tensor
-    scores = rows * c.num_heads * row_length * min(row_length, _SCORES_PER_ROW) / tensor
+    scores = rows * c.num_heads * row_length * min(row_length, _LIVE_KEYS) / tensor
     columns = c.vocab_size / tensor
     if config.head.vocab_parallel:
         columns /= fsdp
     gathered = 4 * number / c.num_layers / tensor if fsdp > 1 else 0
-    logits = 3 * _LOGITS_OF * columns
+    logits = 3 * _LIVE_LOGITS * columns
     unembedding = 2 * columns * c.hidden_size
     kept = activations_kept(config, c, tokens)
     working = itemsize * (4 * layer + gathered)
@@ -585,7 +586,7 @@ def step_memory(
 
 
 def _microbatches(config, mesh: dict[str, int]) -> Iterator[int]:
-    """Numbers of microbatches, down to one row for each group of chips."""
+    """Numbers of microbatches, up to one row per microbatch and group of chips."""
     rows = config.data.batch_size // (mesh["data"] * mesh["fsdp"])
     yield from (parts for parts in range(1, rows + 1) if rows % parts == 0)
 
@@ -605,6 +606,7 @@ def _one_line(plan: dict[str, Any]) -> str:
 
 
 def search_table(plans: list[dict[str, Any]]) -> str:
+    """A table of the plans of `search`."""
     columns = [
         "data x fsdp x tensor",
         "remat",
@@ -630,7 +632,7 @@ def search_table(plans: list[dict[str, Any]]) -> str:
 
 
 def advise(config: ml_collections.ConfigDict, topology: str) -> str:
-    """The first change that makes the step fit, of those that cost least."""
+    """The first change of settings that makes the step fit, cheapest first."""
     mesh = mesh_shape.mesh_shape(
         config.mesh, sharding.make_topology_mesh(topology, config.mesh).size
     )
@@ -650,8 +652,8 @@ def advise(config: ml_collections.ConfigDict, topology: str) -> str:
         words = " ".join(f"--config.{key}={value}" for key, value in change.items())
         if plan["fits"]:
             peak = plan["memory"]["peak"] / GIB
-            return f"It fits, at {peak:.2f} GiB, with {words}"
+            return f"The step fits, with {peak:.2f} GiB, with {words}"
         print(
-            f"still {plan['memory']['needed'] / GIB:.2f} GiB with {words}", flush=True
+            f"needs {plan['memory']['needed'] / GIB:.2f} GiB with {words}", flush=True
         )
-    return "Nothing that was tried makes it fit; a larger slice will"
+    return "None of these changes makes the step fit; use a larger slice"

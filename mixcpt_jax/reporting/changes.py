@@ -1,7 +1,7 @@
-"""What phases changed: in the domain, in what nothing trained on, in what was rehearsed.
+"""How phases changed the measures of the domain, of untouched and of rehearsed text.
 
-Only the second says what is kept: what the mixture rehearses is trained on, too. A change
-has an interval where the run left what each measure is a mean of.
+Only untouched text and exams, which no phase trains on, show what is kept. A change has an
+interval if the run recorded the items that each measure averages (`items.jsonl`).
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from typing import NamedTuple
 from mixcpt_jax.core import intervals
 from mixcpt_jax.reporting.run_records import Arm
 
-# What a measure can be about, in the order of tables.
+# The roles of a measure, in the order of tables.
 ROLES = ("domain", "untouched", "rehearsed")
-SHORT = {"exam": "exam", "exact": "continued exactly", "accuracy": "token accuracy"}
+SHORT = {"exam": "exam", "exact": "exact match", "accuracy": "token accuracy"}
 MATCHED = "Exams and pairs: matched pairs, question by question (Agresti and Min)"
 
 
 def starts(arms: Sequence[Arm]) -> dict[str, Arm]:
-    """Run -> the arm that measured what the run started from."""
+    """Run -> the first arm that measured the model before its first step."""
     starts = {}
     for arm in arms:
         if arm.before:
@@ -26,9 +26,14 @@ def starts(arms: Sequence[Arm]) -> dict[str, Arm]:
 
 
 def domain_names(arms: Sequence[Arm], given: Sequence[str]) -> set[str]:
-    """Names of what is about the domain: sources of documents, and exams made of them.
+    """The names of sources, texts and exams that are about the domain.
 
-    Where sources are called domain or domain_SOMETHING these alone.
+    If any of them is called domain or domain_SOMETHING, these, else all sources of
+    documents; and the exams made of them.
+
+    Args:
+      arms: from `run_records.load`.
+      given: the names, if the user gave them.
     """
     if given:
         return set(given)
@@ -48,17 +53,17 @@ def domain_names(arms: Sequence[Arm], given: Sequence[str]) -> set[str]:
 
 
 def label(name: str, role: str) -> str:
-    """A measure's name for a table, such as "general, untouched"."""
+    """The name of a measure in tables, such as "general, untouched"."""
     return name if name == role else f"{name}, {role}"
 
 
 def role(name: str, arms: Sequence[Arm], domain: set[str]) -> str:
-    """One of `ROLES`: "domain", "rehearsed" for what is trained on besides, "untouched".
+    """One of `ROLES`; "rehearsed" is trained on besides the domain, "untouched" is not.
 
     Args:
-      name: of a text, exam or pairs.
-      arms: what was run.
-      domain: see `domain_names`.
+      name: of a text, an exam or pairs.
+      arms: from `run_records.load`.
+      domain: from `domain_names`.
     """
     if name in domain:
         return "domain"
@@ -67,7 +72,7 @@ def role(name: str, arms: Sequence[Arm], domain: set[str]) -> str:
     weighted = {n: s for a in arms for n, s in (a.setting("sources") or {}).items()
                 if s.get("weight")}  # fmt: skip
     trained |= weighted.keys()
-    # Held-out text of a source's own files is of that source's kind.
+    # Holdout text from the files of a source has the role of that source.
     files = {s["path"]: n for n, s in weighted.items()}
     for arm in arms:
         for section in ("eval.texts", "eval.pairs"):
@@ -78,19 +83,12 @@ def role(name: str, arms: Sequence[Arm], domain: set[str]) -> str:
 
 
 def interval(key: str, start: Arm, arm: Arm) -> tuple[intervals.Interval | None, str]:
-    """The interval of a change, and how it was made in words; (None, "") without data."""
+    """The 95 % interval of a change and the name of the method; (None, "") without data."""
     name, _, suffix = key.rpartition("/")
     before = start.items.get(0, {})
     after = arm.items.get(arm.after.get("step", max(arm.items, default=0)), {})
     if suffix in ("exam", "pair_accuracy") and are_alike(before, after, key):
         return intervals.change_of_share(before[key], after[key]), MATCHED
-    count = arm.setting(f"eval.exams.{name}.num_questions")
-    if suffix == "exam" and count:
-        return (
-            intervals.change_of_counts(start.before[key], arm.after[key], count),
-            "Exams of which only the number of questions is known: from both shares "
-            "(Newcombe), wider than need be",
-        )
     column = {"accuracy": "correct", "loss": "loss", "exact": "correct"}.get(suffix)
     needed = [f"{name}/{column}", f"{name}/tokens"]
     if column is None or not all(are_alike(before, after, k) for k in needed):
@@ -99,8 +97,8 @@ def interval(key: str, start: Arm, arm: Arm) -> tuple[intervals.Interval | None,
     if suffix == "exact":
         return intervals.change_of_share(was == tokens, now == tokens), MATCHED
     return intervals.change_of_ratio(was, now, tokens), (
-        "Texts: a ratio of sums over the same texts, where texts, not tokens, are what "
-        "is counted (Student’s t)"
+        "Texts: a ratio of sums over the same texts, with texts, not tokens, as the "
+        "independent items (Student’s t)"
     )
 
 
@@ -115,91 +113,86 @@ def measured(results: dict) -> set[str]:
 
 
 class Change(NamedTuple):
-    """Of one measure since the start of the run, in per cent points.
+    """The change of a measure since the start of its run.
 
     Attributes:
+      key: of the results, such as "general/accuracy".
       role: one of `ROLES`.
-      name: of the text or exam.
-      what: of `SHORT`.
-      points: after less before.
-      interval: 95 %; None where the run did not leave enough to tell.
+      difference: after minus before.
+      interval: 95 %; None if the run did not record the items.
+      method: how the interval was computed, in words; empty: there is none.
     """
 
+    key: str
     role: str
-    name: str
-    what: str
-    points: float
+    difference: float
     interval: intervals.Interval | None
+    method: str
+
+    @property
+    def name(self) -> str:
+        """The key in words."""
+        name, _, suffix = self.key.rpartition("/")
+        return f"{name} {SHORT[suffix]}"
 
     def __str__(self) -> str:
-        text = f"{self.points:+.1f}"
+        """In percentage points, for shares."""
+        text = f"{self.name} {100 * self.difference:+.1f}"
         if self.interval:
-            text += " ({:+.1f} to {:+.1f})".format(*self.interval)
+            low, high = self.interval
+            text += f" ({100 * low:+.1f} to {100 * high:+.1f})"
         return text
 
 
 def changes(arm: Arm, arms: Sequence[Arm], domain: set[str]) -> list[Change]:
-    """What an arm changed since the start of its run, domain first; shares alone."""
+    """The change of each measure of an arm since the start of its run, by key."""
     start = starts(arms).get(arm.run)
-    found = []
-    for suffix, what in SHORT.items():
-        for key in sorted(arm.after):
-            name, _, last = key.rpartition("/")
-            if start is None or last != suffix or key not in start.before:
-                continue
-            bounds, _ = interval(key, start, arm)
-            points = 100 * (arm.after[key] - start.before[key])
-            found.append(
-                Change(
-                    role(name, arms, domain),
-                    name,
-                    what,
-                    points,
-                    bounds and tuple(100 * bound for bound in bounds),
-                )
-            )
-    return sorted(found, key=lambda change: ROLES.index(change.role))
+    if start is None:
+        return []
+    return [
+        Change(
+            key,
+            role(key.rpartition("/")[0], arms, domain),
+            arm.after[key] - start.before[key],
+            *interval(key, start, arm),
+        )
+        for key in sorted(arm.after.keys() & start.before.keys() - {"step"})
+    ]
 
 
 def ends(arms: Sequence[Arm]) -> list[Arm]:
-    """The trained phases that no other trained one starts from."""
+    """The training phases that no other training phase starts from."""
     trained = [arm for arm in arms if arm.trains and arm.after]
-    followed = {(arm.run, arm.begins_with) for arm in trained}
+    followed = {(arm.run, arm.starts_from) for arm in trained}
     return [arm for arm in trained if (arm.run, arm.phase) not in followed]
 
 
 def verdict(arms: Sequence[Arm], domain: Sequence[str] = ()) -> list[str]:
-    """For each of `ends`: changes of the domain and of what is untouched, and advice.
+    """For each arm of `ends`: the changes of domain and untouched measures, and advice.
 
     Args:
       arms: from `run_records.load`.
-      domain: see `domain_names`.
+      domain: the names about the domain, if the user gave them.
     """
     names, sentences = domain_names(arms, domain), []
     for arm in ends(arms):
         found = changes(arm, arms, names)
+        found = [c for what in SHORT for c in found if c.key.endswith(f"/{what}")]
         untouched = [change for change in found if change.role == "untouched"]
-        parts = [
-            ", ".join(f"{c.name} {c.what} {c}" for c in part)
-            for part in ([c for c in found if c.role == "domain"], untouched)
-            if part
-        ]
-        lost = [
-            f"{c.name} {c.what}" for c in untouched if c.interval and c.interval[1] < 0
-        ]
+        of_domain = [change for change in found if change.role == "domain"]
+        parts = [", ".join(map(str, part)) for part in (of_domain, untouched) if part]
+        lost = [c for c in untouched if c.interval and c.interval[1] < 0]
         gained = any(
-            (c.interval[0] if c.interval else c.points) > 0
-            for c in found
-            if c.role == "domain"
+            (c.interval[0] if c.interval else c.difference) > 0 for c in of_domain
         )
         if not untouched:
-            parts.append("what is kept is not known, as nothing untouched was measured")
+            parts.append("forgetting is unknown: nothing untouched was measured")
             advice = "measure general text, --config.eval.texts.general.path=FILE"
         elif lost:
-            parts.append(f"lost: {', '.join(lost)}")
+            parts.append(f"loss in {', '.join(c.name for c in lost)}")
             advice = "lower the learning rate, or raise the weights of general sources"
         else:
-            parts.append("no loss is shown in what is untouched")
+            parts.append("the untouched measures show no loss")
             advice = "read its answers" if gained else "train for more steps"
         sentences.append(
             f"{arm.name}: {'; '.join(parts)} (points, 95 % intervals). Next: {advice}."

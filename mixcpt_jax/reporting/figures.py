@@ -1,7 +1,8 @@
-"""Small figures as inline SVG, as wide as a phone; the page puts them side by side.
+"""Figures as inline SVG, each as wide as a phone; the page puts them side by side.
 
-Colours are the page's: series i has the class `s0` to `s5`, and a dash from the seventh
-on. Every mark carries a <title>, which browsers show and read out. Text is escaped here.
+The page's style sheet has the colors: series i has the class `s0` to `s5`, and is dashed
+from the seventh on. Every mark has a <title>, which browsers show and screen readers read.
+All text is escaped here.
 """
 
 import math
@@ -11,12 +12,12 @@ from typing import NamedTuple
 
 _WIDTH, _HEIGHT = 360, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 38
-_COLOURS = 6
+_COLORS = 6
 _LABEL_GAP = 13
 
 
 class Series(NamedTuple):
-    """A line: its place among the colours, its name, and points (x, y)."""
+    """A line: the number of its color, its name, and its points (x, y)."""
 
     number: int
     name: str
@@ -24,7 +25,7 @@ class Series(NamedTuple):
 
 
 class Journey(NamedTuple):
-    """From where to where an arm went: `start` is None where that is not known."""
+    """An arm's two measures before and after; `start` is None where unknown."""
 
     number: int
     name: str
@@ -33,7 +34,7 @@ class Journey(NamedTuple):
 
 
 class Whisker(NamedTuple):
-    """A change with its interval, if there is one, of one arm in one row."""
+    """The change of a measure in one arm, with its interval if there is one."""
 
     number: int
     name: str
@@ -42,15 +43,15 @@ class Whisker(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A source's share of the tokens, asked and delivered."""
+    """A source's share of the tokens, requested and delivered."""
 
     name: str
-    asked: float
+    requested: float
     delivered: float
 
 
 class _Scale:
-    """From values to pixels, with round numbers on the way."""
+    """Maps values to pixels; `ticks` are round numbers in the range."""
 
     def __init__(
         self,
@@ -62,10 +63,10 @@ class _Scale:
     ):
         """
         Args:
-          values: what has to be in sight.
-          start, end: pixels of the lowest and the highest.
-          least: how far apart those are at least.
-          least_step: between two round numbers, at least; 1 for whole numbers alone.
+          values: all must lie within the range.
+          start, end: pixels of the lowest and the highest value.
+          least: smallest width of the range.
+          least_step: smallest distance of two ticks; 1 for whole numbers.
         """
         values = list(values) or [0.0]
         low, high = min(values), max(values)
@@ -76,7 +77,7 @@ class _Scale:
         multiples = (1, 2, 5, 10) if least_step else (1, 2, 2.5, 5, 10)
         self.step = next(m * power for m in multiples if m * power >= raw)
         first, last = math.floor(low / self.step), math.ceil(high / self.step)
-        # A whole step of room beyond the values is more than they need.
+        # At most 12 % of margin: a whole step would be too much.
         self.low = max(first * self.step, low - 0.12 * (high - low))
         self.high = min(last * self.step, high + 0.12 * (high - low))
         self.ticks = [
@@ -98,16 +99,16 @@ class _Scale:
 
 def style(number: int) -> str:
     """The class of a series."""
-    return f"s{number % _COLOURS}" + (" dashed" if number >= _COLOURS else "")
+    return f"s{number % _COLORS}" + (" dashed" if number >= _COLORS else "")
 
 
 def lines(series: Sequence[Series], what: str, x_label: str = "step") -> str:
     """Curves over the steps.
 
     Args:
-      series: what to draw.
-      what: the figure in words, for those who do not see it.
-      x_label: under the axis.
+      series: the curves.
+      what: a description, for screen readers.
+      x_label: label of the x axis.
     """
     steps = (p[0] for s in series for p in s.points)
     x = _Scale(steps, _LEFT, _WIDTH - _RIGHT, least_step=1.0)
@@ -131,11 +132,11 @@ def lines(series: Sequence[Series], what: str, x_label: str = "step") -> str:
 
 
 def journeys(arms: Sequence[Journey], x_label: str, y_label: str, what: str) -> str:
-    """A plane of two measures with an arrow for each arm, from its start to its end."""
+    """Two measures as a plane, with an arrow for each arm from its start to its end."""
     height = 300
     starts = list(dict.fromkeys(a.start for a in arms if a.start))
     points = [*starts, *(a.end for a in arms)]
-    # Names stand beside their points and want room.
+    # Leaves room for the names beside the points.
     x = _Scale((p[0] for p in points), _LEFT + 14, _WIDTH - _RIGHT - 56, least=1.0)
     y = _Scale((p[1] for p in points), height - _BOTTOM - 24, _TOP + 26, least=1.0)
     marks = [_axes(x, y, x_label, height)]
@@ -146,7 +147,7 @@ def journeys(arms: Sequence[Journey], x_label: str, y_label: str, what: str) -> 
             marks.append(_arrow(*ends, style(arm.number)))
     labels = []
     for start in starts:
-        # Where an arm began at the end of another one that one's dot is there.
+        # Where an arm starts at the end of another arm there is a dot already.
         if start not in [arm.end for arm in arms]:
             place = x(start[0]), y(start[1])
             marks.append(
@@ -166,7 +167,7 @@ def journeys(arms: Sequence[Journey], x_label: str, y_label: str, what: str) -> 
 def whiskers(
     rows: Sequence[tuple[str, Sequence[Whisker]]], what: str, x_label: str
 ) -> str:
-    """Changes about zero: a name above each row, in it a dot with its interval an arm."""
+    """Changes around zero: in each row a name, and per arm a dot with its interval."""
     lane, above, edge = 12, 28, 22
     values = [0.0]
     for _, arms in rows:
@@ -205,7 +206,7 @@ def whiskers(
 
 
 def bars(sources: Sequence[Bar], what: str) -> str:
-    """Shares of a mixture: a bar for what is delivered, a stroke for what was asked."""
+    """Shares of a mixture: a bar for the delivered share, a stroke for the requested."""
     row, bottom = 36, 26
     height = row * len(sources) + bottom
     x = _Scale([0.0, 1.0], 4, _WIDTH - 14)
@@ -217,7 +218,8 @@ def bars(sources: Sequence[Bar], what: str) -> str:
     for number, source in enumerate(sources):
         y = row * number
         text = (
-            f"{source.name}: asked {source.asked:.1%}, delivered {source.delivered:.1%}"
+            f"{source.name}: requested {source.requested:.1%}, "
+            f"delivered {source.delivered:.1%}"
         )
         marks.append(
             f'<text class="row" x="4" y="{y + 14}">{escape(source.name)}</text>'
@@ -226,7 +228,9 @@ def bars(sources: Sequence[Bar], what: str) -> str:
             f'<rect class="bar {style(number)}" x="4" y="{y + 19}" height="11" rx="2" '
             f'width="{max(0.0, x(source.delivered) - 4):.1f}">'
             f"<title>{escape(text)}</title></rect>"
-            + _line("asked", x(source.asked), y + 16, x(source.asked), y + 33)
+            + _line(
+                "requested", x(source.requested), y + 16, x(source.requested), y + 33
+            )
         )
     return _figure(marks, height, what)
 
@@ -249,7 +253,7 @@ def _axes(x: _Scale, y: _Scale, x_label: str, height: int = _HEIGHT) -> str:
 
 
 def _arrow(start: tuple[float, float], end: tuple[float, float], kind: str) -> str:
-    """A line with a head that ends short of the dot that it points to."""
+    """An arrow that ends just before the dot that it points to."""
     (a, b), (c, d) = start, end
     length = math.hypot(c - a, d - b)
     if length < 16:
@@ -264,7 +268,7 @@ def _arrow(start: tuple[float, float], end: tuple[float, float], kind: str) -> s
 
 
 def _names(labels: list[tuple[float, float, str, str]], lowest: float) -> list[str]:
-    """Names beside their points, pushed apart where they would overlap."""
+    """Names beside their points, moved apart where they would overlap."""
     labels = sorted(labels, key=lambda label: label[1])
     places, free = [], -math.inf
     for _, y, _, _ in labels:
@@ -278,7 +282,7 @@ def _names(labels: list[tuple[float, float, str, str]], lowest: float) -> list[s
         is_left = x + 10 + 6.5 * len(name) > _WIDTH
         side = (x - 9, "end") if is_left else (x + 9, "start")
         marks.append(
-            # On the left the arrow comes, so there it stands above.
+            # The arrow comes from the left, so a name there stands above it.
             f'<text class="name {kind}" x="{side[0]:.1f}" '
             f'y="{place - 11 * is_left:.1f}" text-anchor="{side[1]}">{escape(name)}</text>'
         )

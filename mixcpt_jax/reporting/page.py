@@ -1,14 +1,15 @@
-"""Runs as one HTML page that needs nothing else: figures, tables, samples, settings.
+"""One self-contained HTML page of runs: figures, tables, samples, settings.
 
-It is made from what runs leave on the disk alone, so it can be made anew, of a run that
-still goes on, and of several together. What a run has not left, its section says.
+The page is built from the files of the runs alone, so it can be rebuilt at any time, also
+while a run is in progress and for several runs together. A section whose files are missing
+says which.
 """
 
 import base64
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -19,40 +20,43 @@ from mixcpt_jax.core import paths
 from mixcpt_jax.reporting import changes, figures, run_records
 from mixcpt_jax.reporting.run_records import Arm
 
-# Suffix in the results, name, format of a value and of a change.
+# Suffix of the key in the results, label, format of a value and of a change.
 MEASURES = (
     ("perplexity", "perplexity", "{:.2f}", "{:+.2f}"),
     ("accuracy", "token accuracy, %", "{:.1%}", "{:+.1%}"),
-    ("exact", "continued exactly, %", "{:.1%}", "{:+.1%}"),
+    ("exact", "exact match, %", "{:.1%}", "{:+.1%}"),
     ("exam", "exam, %", "{:.1%}", "{:+.1%}"),
-    ("pair_accuracy", "chosen answer likelier, %", "{:.1%}", "{:+.1%}"),
+    ("pair_accuracy", "chosen answer preferred, %", "{:.1%}", "{:+.1%}"),
 )
+# Key of the metric, title, factor.
 _CURVES = (
     ("loss", "Loss, the phase’s own objective", 1),
-    ("ntp", "Cross-entropy, nats a token", 1),
+    ("ntp", "Cross-entropy, nats per token", 1),
     ("correct", "Top-1 token accuracy, %", 100),
-    ("kd", "KL(teacher ‖ student), nats a token", 1),
-    ("kd_lower_bound", "KL(teacher ‖ student) at least, nats a token", 1),
+    ("kd", "KL(teacher ‖ student), nats per token", 1),
+    ("kd_lower_bound", "Lower bound of KL(teacher ‖ student), nats per token", 1),
     ("margin", "Reward margin of pairs", 1),
 )
+# Suffix of the key in the results, title, label of the axis, factor.
 _CHANGES = (
     ("exam", "Exams", "change, points", 100),
-    ("exact", "Continued exactly", "change, points", 100),
+    ("exact", "Exact match", "change, points", 100),
     ("accuracy", "Top-1 token accuracy", "change, points", 100),
-    ("pair_accuracy", "Chosen answer likelier", "change, points", 100),
-    ("loss", "Cross-entropy", "change, nats a token; to the left is better", 1),
+    ("pair_accuracy", "Chosen answer preferred", "change, points", 100),
+    ("loss", "Cross-entropy", "change, nats per token; lower is better", 1),
 )
+# Points of a curve.
 _POINTS = 100
 _TEMPLATE = "package:mixcpt_jax/assets/report.html"
 
 
 def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
-    """The page.
+    """Renders the page as HTML.
 
     Args:
       arms: from `run_records.load`.
-      domain: names of texts and exams that are about the domain; empty: they are told
-        by the sources, see `changes.domain_names`.
+      domain: names of the texts and exams that are about the domain; empty: derived
+        from the sources, see `changes.domain_names`.
     """
     environment = jinja2.Environment(
         autoescape=True,
@@ -89,13 +93,13 @@ def _between(source: str, tag: str) -> str:
 
 
 def _hash(content: str) -> str:
-    """How a content security policy names the one style or script it allows."""
+    """The name of an inline style or script in a content security policy."""
     digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
     return f"'sha256-{digest}'"
 
 
 def _facts(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
-    """What was run, on what, how long: name and text."""
+    """Yields (name, text): the model, the text, the devices, the time."""
 
     def joined(values) -> str:
         return "; ".join(dict.fromkeys(v for v in values if v))
@@ -124,14 +128,14 @@ def _facts(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     yield "Time", _duration(sum(seconds)) if seconds else ""
     started = sorted(e["started"] for e in environments if "started" in e)
     yield (
-        "Begun",
+        "Started",
         started[0].replace("T", " ").replace("+00:00", " UTC") if started else "",
     )
 
 
 def _work(arm: Arm) -> dict[str, Any]:
     """A row of the table of phases."""
-    steps, asked = arm.steps, arm.setting("train.num_steps")
+    steps, num_steps = arm.steps, arm.setting("train.num_steps")
     last = steps[-1]["step"] if steps else arm.after.get("step")
     row_length, batch_size = (
         arm.setting("data.row_length"),
@@ -143,8 +147,9 @@ def _work(arm: Arm) -> dict[str, Any]:
     return {
         "arm": arm,
         "objective": _objective(arm),
-        "starts": arm.begins_with or arm.setting("init_from") or "the model",
-        "steps": f"{last:,}" + ("" if is_done or not asked else f" of {asked:,}")
+        "starts": arm.starts_from or arm.setting("init_from") or "the model",
+        "steps": f"{last:,}"
+        + ("" if is_done or not num_steps else f" of {num_steps:,}")
         if last and arm.trains
         else "",
         "tokens": f"{row_length * batch_size:,}"
@@ -164,7 +169,7 @@ def _objective(arm: Arm) -> str:
     if job is None:
         return ""
     if job != "train":
-        return {"select": "selection", "evaluate": "measuring"}.get(job, job)
+        return {"select": "selection", "evaluate": "evaluation"}.get(job, job)
     objective = arm.config["objective"]
     if objective["kind"] == "preference":
         preference = arm.config["preference"]
@@ -179,7 +184,7 @@ def _objective(arm: Arm) -> str:
         for source in (arm.setting("sources") or {}).values()
         for key in names
     ):
-        text += ", other weights for some sources"
+        text += "; some sources have weights of their own"
     return text.removeprefix("1 ") if text.count("+") == 0 else text
 
 
@@ -195,7 +200,7 @@ def _duration(seconds: float) -> str:
 
 
 def _table(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
-    """Each measure at the start of each run, and after each phase with its change."""
+    """Each measure at the start of a run, and after each phase with its change."""
     starts = changes.starts(arms)
     measured = [arm for arm in arms if arm.after]
     groups = []  # (run, its start, its phases)
@@ -207,26 +212,22 @@ def _table(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
         else:
             groups.append((run, start, of_run))
     keys = set().union(*(arm.before | arm.after for arm in measured), set())
+    roles = {_name(key): changes.role(_name(key), arms, domain) for key in keys}
     rows = []
-    for suffix, label, form, change_form in MEASURES:
-        for key in sorted(k for k in keys if k.endswith(f"/{suffix}")):
-            name = key.removesuffix(f"/{suffix}")
-            role = changes.role(name, arms, domain)
-            cells = []
-            for run, start, of_run in groups:
-                cells.append(_cell(form, start.get(key), run, "before"))
-                for arm in of_run:
-                    before, after = start.get(key), arm.after.get(key)
-                    cells.append(_cell(form, after, arm.name, "after"))
-                    change = None
-                    if before is not None and after is not None:
-                        change = after - before
-                    is_good = bool(change) and (change < 0) == (suffix == "perplexity")
-                    kind = "" if not change else "good" if is_good else "bad"
-                    cells.append(_cell(change_form, change, arm.name, "change", kind))
-            rows.append((role, (key, changes.label(name, role), label, cells)))
-    # Within a kind of measure by role: what is rehearsed stands apart from what is kept.
-    rows = [row for _, row in sorted(rows, key=lambda r: changes.ROLES.index(r[0]))]
+    for key, name, label, form, change_form in measure_rows(keys, roles):
+        cells = []
+        for run, start, of_run in groups:
+            cells.append(_cell(form, start.get(key), run, "before"))
+            for arm in of_run:
+                before, after = start.get(key), arm.after.get(key)
+                cells.append(_cell(form, after, arm.name, "after"))
+                change = None
+                if before is not None and after is not None:
+                    change = after - before
+                is_good = bool(change) and (change < 0) == key.endswith("/perplexity")
+                kind = "" if not change else "good" if is_good else "bad"
+                cells.append(_cell(change_form, change, arm.name, "change", kind))
+        rows.append((key, name, label, cells))
     header = []
     for run, _, of_run in groups:
         several = len(groups) > 1
@@ -235,6 +236,26 @@ def _table(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
         )
         header += [(f"after {arm.name}", arm, 2) for arm in of_run]
     return {"header": header, "rows": rows}
+
+
+def measure_rows(
+    keys: Collection[str], roles: Mapping[str, str]
+) -> Iterator[tuple[str, str, str, str, str]]:
+    """The rows of a table of measures, sorted by role, then by kind of measure.
+
+    Args:
+      keys: of results, such as "general/accuracy"; those that are no measure are left out.
+      roles: name -> role, see `changes.role`; may lack names.
+
+    Yields:
+      (key, name with its role, label, format of a value, format of a change).
+    """
+    for role in (*changes.ROLES, None):
+        for suffix, *forms in MEASURES:
+            for key in sorted(k for k in keys if k.endswith(f"/{suffix}")):
+                name = _name(key)
+                if roles.get(name) == role:
+                    yield key, changes.label(name, role or name), *forms
 
 
 def _without_step(evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -247,13 +268,13 @@ def _cell(form, value, arm: str, what: str, kind: str = "") -> dict[str, str]:
 
 
 def _planes(arms: Sequence[Arm], domain: set[str]) -> Iterator[dict[str, str]]:
-    """What was learnt against what was kept, once for each kind of measure there is."""
+    """The domain against untouched text and exams, one figure per kind of measure."""
     measured = [arm for arm in arms if arm.trains and arm.after]
-    # What all have measured can be compared.
+    # Only what all arms measured can be compared.
     shared = (
         set.intersection(*(set(arm.after) for arm in measured)) if measured else set()
     )
-    roles = {key: changes.role(_names([key]), arms, domain) for key in shared}
+    roles = {key: changes.role(_name(key), arms, domain) for key in shared}
 
     def having(suffix: str, role: str) -> list[str]:
         return sorted(
@@ -261,56 +282,58 @@ def _planes(arms: Sequence[Arm], domain: set[str]) -> Iterator[dict[str, str]]:
         )
 
     for suffix in ("exam", "exact", "accuracy"):
-        domain_keys = having(suffix, "domain")
-        # Kept is what nothing trains on; what is rehearsed does not count.
+        learned = having(suffix, "domain")
+        # Only untouched measures show what is kept; rehearsed ones are trained on.
         kinds = dict.fromkeys((suffix, "accuracy"))
         kept_suffix = next((k for k in kinds if having(k, "untouched")), "")
         kept = having(kept_suffix, "untouched")
-        if not domain_keys or not kept:
+        if not learned or not kept:
             continue
         journeys = [
             figures.Journey(
                 arm.number,
                 arm.name,
-                _place(_start_of(arm, arms), domain_keys, kept),
-                _place(arm.after, domain_keys, kept),
+                _place(_start_of(arm, arms), learned, kept),
+                _place(arm.after, learned, kept),
             )
             for arm in measured
         ]
-        x_label = f"{_names(domain_keys)}: {changes.SHORT[suffix]}, %"
+        x_label = f"{_names(learned)}: {changes.SHORT[suffix]}, %"
         y_label = f"{_names(kept)}: {changes.SHORT[kept_suffix]}, %"
         what = f"{x_label}, against {y_label}"
-        of = ["mean of " if len(keys) > 1 else "" for keys in (domain_keys, kept)]
+        of = ["mean of " if len(keys) > 1 else "" for keys in (learned, kept)]
         yield {
             "svg": figures.journeys(journeys, x_label, y_label, what),
-            "title": f"{changes.SHORT[suffix].capitalize()} learnt, "
+            "title": f"{changes.SHORT[suffix].capitalize()} learned, "
             f"{changes.SHORT[kept_suffix]} kept",
-            "caption": f"Across: {of[0]}{_names(domain_keys)} ({changes.SHORT[suffix]}). "
-            f"Up: {of[1]}{_names(kept)} ({changes.SHORT[kept_suffix]}; untouched).",
+            "caption": f"x: {of[0]}{_names(learned)} ({changes.SHORT[suffix]}). "
+            f"y: {of[1]}{_names(kept)} ({changes.SHORT[kept_suffix]}; untouched).",
         }
 
 
 def _place(
-    evaluation: dict[str, Any], domain_keys: Sequence[str], kept: Sequence[str]
+    evaluation: dict[str, Any], learned: Sequence[str], kept: Sequence[str]
 ) -> tuple[float, float] | None:
-    """The means of two groups of measures in per cent; None if one is missing."""
-    if not all(key in evaluation for key in (*domain_keys, *kept)):
+    """The means of two groups of measures in percent; None if a measure is missing."""
+    if not all(key in evaluation for key in (*learned, *kept)):
         return None
-    x, y = (
-        100 * np.mean([evaluation[k] for k in keys]) for keys in (domain_keys, kept)
-    )
+    x, y = (100 * np.mean([evaluation[k] for k in keys]) for keys in (learned, kept))
     return float(x), float(y)
 
 
 def _start_of(arm: Arm, arms: Sequence[Arm]) -> dict[str, Any]:
-    """What was measured where an arm starts: by it, by the one before, or by its run's."""
-    earlier = (a.after for a in arms if (a.run, a.phase) == (arm.run, arm.begins_with))
+    """The measures where an arm starts: its own, the phase's before it, or the run's."""
+    earlier = (a.after for a in arms if (a.run, a.phase) == (arm.run, arm.starts_from))
     first = (a.before for a in arms if a.run == arm.run and a.before)
     return arm.before or next(earlier, {}) or next(first, {})
 
 
 def _names(keys: Sequence[str]) -> str:
-    return ", ".join(key.rpartition("/")[0] for key in keys)
+    return ", ".join(map(_name, keys))
+
+
+def _name(key: str) -> str:
+    return key.rpartition("/")[0]
 
 
 def _curves(arms: Sequence[Arm]) -> Iterator[dict[str, str]]:
@@ -330,7 +353,7 @@ def _curves(arms: Sequence[Arm]) -> Iterator[dict[str, str]]:
 def _curve(
     rows: Sequence[dict], key: str, scale: float = 1
 ) -> list[tuple[float, float]]:
-    """At most a hundred points: each the mean over neighbouring steps."""
+    """At most `_POINTS` points, each the mean over neighboring steps."""
     points = np.array([(r["step"], scale * r[key]) for r in rows if key in r])
     parts = np.array_split(points, min(len(points), _POINTS))
     return [tuple(map(float, part.mean(axis=0))) for part in parts]
@@ -351,7 +374,7 @@ def _mixtures(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
             "rows": [
                 {
                     "name": row["name"],
-                    "asked": f"{row['share_asked']:.1%}".replace("%", ""),
+                    "requested": f"{row['share_asked']:.1%}".replace("%", ""),
                     "delivered": f"{row['share_delivered']:.1%}".replace("%", ""),
                     "samples": f"{row['documents']:,}",
                     "tokens": f"{row.get('loss_tokens', row.get('learnt_tokens')):,}",
@@ -377,7 +400,7 @@ def _swaps(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
             figures.Series(number, name, _curve(arm.steps, f"{name}/swapped", 100))
             for number, name in enumerate(names)
         ]
-        what = f"{arm.name}: tokens swapped, %"
+        what = f"{arm.name}: swapped tokens, %"
         yield {"arm": arm, "names": names, "svg": figures.lines(series, what)}
 
 
@@ -387,35 +410,35 @@ def _keys(arm: Arm) -> list[str]:
 
 def _changes(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
     """The change of each measure since the start of its run, with intervals."""
-    starts, methods, panels = changes.starts(arms), set(), []
-    measured = [a for a in arms if a.trains and a.after and a.run in starts]
-    order = changes.ROLES
+    found = {
+        arm.number: {c.key: c for c in changes.changes(arm, arms, domain)}
+        for arm in arms
+        if arm.trains
+    }
+    measured = [arm for arm in arms if found.get(arm.number)]
+    methods, panels = set(), []
     for suffix, title, label, scale in _CHANGES:
-        keys = {k for a in measured for k in a.after if k.endswith(f"/{suffix}")}
+        roles = {
+            key: change.role
+            for of_arm in found.values()
+            for key, change in of_arm.items()
+            if key.endswith(f"/{suffix}")
+        }
         rows = []
-        for key in sorted(
-            keys,
-            key=lambda k: (order.index(changes.role(_names([k]), arms, domain)), k),
-        ):
+        for key in sorted(roles, key=lambda k: (changes.ROLES.index(roles[k]), k)):
             dots = []
             for arm in measured:
-                start = starts[arm.run]
-                if key not in start.before or key not in arm.after:
-                    continue
-                interval, method = changes.interval(key, start, arm)
-                methods.add(method)
-                dots.append(
-                    figures.Whisker(
-                        arm.number,
-                        arm.name,
-                        scale * (arm.after[key] - start.before[key]),
-                        interval and tuple(scale * bound for bound in interval),
+                if change := found[arm.number].get(key):
+                    methods.add(change.method)
+                    bounds = change.interval and tuple(
+                        scale * b for b in change.interval
                     )
-                )
-            name = _names([key])
-            text = changes.label(name, changes.role(name, arms, domain))
-            if dots:
-                rows.append((text, dots))
+                    dots.append(
+                        figures.Whisker(
+                            arm.number, arm.name, scale * change.difference, bounds
+                        )
+                    )
+            rows.append((changes.label(_name(key), roles[key]), dots))
         if rows:
             svg = figures.whiskers(rows, f"{title}: change since the start", label)
             panels.append({"title": title, "svg": svg})
@@ -424,24 +447,22 @@ def _changes(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
 
 def _samples(arms: Sequence[Arm]) -> dict[str, Any]:
     """Each prompt with its answer at the start of each run and after each phase."""
-    asked = [arm for arm in arms if arm.samples]
-    asking = dict.fromkeys(arm.run for arm in asked)
+    sampled = [arm for arm in arms if arm.samples]
+    runs = dict.fromkeys(arm.run for arm in sampled)
     prompts: dict[str, list[dict[str, Any]]] = {}
-    for run in asking:
-        of_run = [arm for arm in asked if arm.run == run]
+    for run in runs:
+        of_run = [arm for arm in sampled if arm.run == run]
         for number, arm in enumerate(of_run):
             steps = {row["step"] for row in arm.samples}
-            # Later phases of a chain begin where the one before ended.
+            # The later phases of a run start from the end of the phase before.
             shown = {max(steps)} | ({0} & steps if number == 0 else set())
             for row in arm.samples:
                 if row["step"] not in shown:
                     continue
                 is_start = row["step"] == 0 and arm.trains
-                which = (
-                    f"start of {run_records.name_of(run)}"
-                    if len(asking) > 1
-                    else "start"
-                )
+                which = "start"
+                if len(runs) > 1:
+                    which += f" of {run_records.name_of(run)}"
                 prompts.setdefault(json.dumps(row["messages"]), []).append(
                     {
                         "title": which if is_start else f"after {arm.name}",
@@ -453,7 +474,7 @@ def _samples(arms: Sequence[Arm]) -> dict[str, Any]:
 
 
 def _settings(arms: Sequence[Arm]) -> dict[str, Any]:
-    """All settings by their dotted names, those that differ from the defaults first."""
+    """All settings by dotted key: those that differ from the defaults, and the others."""
     flat = [
         {k: v for k, v in _flatten(arm.config) if not k.startswith("overrides.")}
         for arm in arms
@@ -481,7 +502,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _default(key: str) -> Any:
-    """What a setting is where nobody sets it; None if there is no such setting."""
+    """The default of a setting; None if there is no such setting."""
     kind, _, rest = key.removeprefix("eval.").partition(".")
     makers = dict.fromkeys(("sources", "texts", "pairs"), config_lib.source)
     makers["exams"] = config_lib.exam

@@ -1,6 +1,6 @@
-"""What runs have left, read back: their phases with results, curves, samples, settings.
+"""Reads the files of runs: results, metrics, samples and settings of their phases.
 
-Runs may still go on, or be old: what a phase has not written is empty.
+A run may be in progress or old: what a phase has not written is empty.
 """
 
 import dataclasses
@@ -18,14 +18,15 @@ from mixcpt_jax.runtime import metrics
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One phase of a run, from the files that it has left; what is missing is empty.
+    """One phase of a run, as its files have it.
 
     Attributes:
-      number: its place among the colours.
-      name: for the reader; the run's too where there are several.
-      run, phase: which it is.
-      config, results, provenance: its JSON files.
-      rows, samples: its JSONL files.
+      number: of its color.
+      name: of the phase; with the run's where there are several runs.
+      run: the workdir, as given.
+      phase: its name in the config.
+      config, results, provenance: the JSON files.
+      rows, samples: the lines of `metrics.jsonl` and `samples.jsonl`.
       items: step -> measure -> what `items.jsonl` holds.
     """
 
@@ -52,41 +53,41 @@ class Arm:
 
     @property
     def before(self) -> dict[str, Any]:
-        """What was measured before its first step."""
+        """The measures before the first step."""
         if "before" in self.results:
             return self.results["before"] or {}
         return next((e for e in self._evaluations if e["step"] == 0), {})
 
     @property
     def after(self) -> dict[str, Any]:
-        """What was measured last."""
+        """The last measures."""
         if "after" in self.results:
             return self.results["after"]
         return next((e for e in self._evaluations[::-1] if e["step"]), {})
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """The rows of training."""
-        # A step to whose loss nothing contributes has none.
+        """The rows of training steps."""
+        # A step without loss tokens has no loss.
         return [row for row in self.rows if {"loss", "learning_rate"} & row.keys()]
 
     @property
     def trains(self) -> bool:
-        """Whether it is a phase that learns."""
+        """Whether the phase trains."""
         if "job" in self.config:
             return self.config["job"] == "train"
-        return bool(self.after.get("step"))  # what only measures takes no steps
+        return bool(self.after.get("step"))  # an evaluation takes no steps
 
     @property
-    def begins_with(self) -> str:
-        """The phase of the same run that it starts from; empty: none."""
+    def starts_from(self) -> str:
+        """The phase of the same run that this one starts from; empty: none."""
         start = self.config.get("init_from") or self.provenance.get("start", {}).get(
             "init_from", ""
         )
         return start.removeprefix("phase:") if start.startswith("phase:") else ""
 
     def setting(self, key: str) -> Any:
-        """By its dotted name; None if the config does not say."""
+        """The setting of a dotted key; None if the config does not have it."""
         value = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -94,13 +95,13 @@ class Arm:
 
 
 def load(runs: Sequence[str]) -> list[Arm]:
-    """The phases of runs, in their order.
+    """Reads the phases of runs, in their order.
 
     Args:
-      runs: workdirs, or files that hold what `report.json` does.
+      runs: workdirs, or files with the content of a `report.json`.
 
     Raises:
-      InputError: names what is no run, or a damaged file.
+      InputError: a folder holds no run, or a file is damaged.
     """
     arms: list[Arm] = []
     for run in runs:
@@ -108,8 +109,8 @@ def load(runs: Sequence[str]) -> list[Arm]:
         folders = _phase_folders(folder)
         if not folders:
             raise InputError(
-                f"{run}: no run in it; give the --workdir of one, or a file that holds "
-                "what report.json does"
+                f"{run}: holds no run; give the --workdir of a run, or a copy of its "
+                "report.json"
             )
         recorded = _recorded(folder)
         name = name_of(run)
@@ -125,7 +126,7 @@ def load(runs: Sequence[str]) -> list[Arm]:
                     phase=phase,
                     config=_read(place, "config.json"),
                     results=results,
-                    # Studies keep it with the results.
+                    # The records of the studies have it in their results.
                     provenance=_read(place, "provenance.json")
                     or {k: results[k] for k in ("start", "files") if k in results},
                     rows=metrics.read(place, metrics.FILE),
@@ -140,7 +141,7 @@ def load(runs: Sequence[str]) -> list[Arm]:
 
 
 def name_of(run: str) -> str:
-    """A run in a word: its folder."""
+    """The name of a run: that of its folder."""
     path = paths.absolute(run)
     return path.parent.name if path.suffix == ".json" else path.name
 
@@ -173,7 +174,9 @@ def _read(folder: epath.Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); delete or mend it") from error
+        raise InputError(
+            f"{path}: not valid JSON ({error}); restore or delete it"
+        ) from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: a JSON object is wanted")
+        raise InputError(f"{path}: must hold a JSON object; restore or delete it")
     return content
