@@ -348,7 +348,7 @@ class Sampler:
     ) -> list[list[int]]:
         """The new tokens of each prompt, up to the first that is in `stop_ids`.
 
-        `first_row` is the number of the first prompt among all that are drawn with `seed`.
+        `first_row` is the number of the first prompt among all that share `seed`.
 
         Raises:
           InputError: a prompt is empty or does not fit in the context, or logits are not
