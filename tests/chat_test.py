@@ -607,7 +607,7 @@ def test_a_conversation_at_a_terminal(chat, monkeypatch, capsys, end):
     out, err = capsys.readouterr()
     first, second = (part for part in out.split("\n") if part)
     assert first == second
-    assert err.startswith("error: prompt 0: it has 2")
+    assert err.startswith("error: prompt 0: has 2")
     assert next(lines) == "Ho"
 
 
