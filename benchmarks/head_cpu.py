@@ -1,22 +1,22 @@
-"""Loss and both gradients of the head on a CPU: every form beside the others, in one run.
+"""Compares forms of the head on a CPU: loss and both gradients, in one run.
 
     python -m benchmarks.head_cpu [--tokens 2048 --hidden 576 --vocabulary 49152]
 
 All forms get the same random float32 operands, by default in SmolLM2-135M's shapes, and
-return the mean over tokens and its gradients for hidden states and unembedding; before
-anything is printed these are compared. There are three objectives: LSSD, plain
-distillation (only where Tunix is installed, which has no swap) and cross-entropy.
+return the mean over tokens and its gradients for hidden states and unembedding. The results
+are compared before anything is printed. There are three objectives: LSSD, plain
+distillation (only if Tunix is installed, which has no swap) and cross-entropy.
 
-Time: all forms are compiled in one process and take turns, so that a change in the
-machine's speed meets all of them. Ratios are taken within a round, to the bare products
-and to the streamed form of the same objective; the median round counts.
+Time: all forms are compiled in one process and alternate, so that changes in the machine's
+speed affect all of them. Ratios are taken within a round, to the bare products and to the
+streamed form of the same objective; the result is the median over rounds.
 
-Memory: each form runs once in a process of its own, after a run on a few tokens that
-loads its libraries. "Resident" is how far that run lifts the process's resident set
-above what it was with operands built and the form compiled; it includes the results
-(gradients; of the bare products also the teacher's logits). The kernel's high-water
-mark is reset in between; where that is not allowed, the growth is a lower bound.
-"Temporary" is what XLA plans to allocate beside operands and results.
+Memory: each form runs once in its own process, after a run on a few tokens that loads its
+libraries. "Resident" is the growth of the process's resident set during that run, after
+operands are built and the form is compiled. It includes the results (gradients; for the
+bare products also the teacher's logits). The kernel's high-water mark is reset before; if
+that is not allowed, the growth is a lower bound. "Temporary" is the memory that XLA plans
+to allocate in addition to operands and results.
 """
 
 import argparse
@@ -62,9 +62,9 @@ class Form(NamedTuple):
 
     objective: str
     name: str
-    # From operands to a run of them, and what XLA plans to allocate for it, in bytes.
+    # Operands -> a function that runs the form, and the bytes that XLA plans to allocate.
     build: Callable[[Operands], tuple[Callable[[], Any], float]]
-    package: str = "jax"  # what has to be installed
+    package: str = "jax"  # the package that it needs
 
 
 class Row(NamedTuple):
@@ -96,13 +96,13 @@ def make_operands(shape: Shape) -> Operands:
 
 
 def _transpose_kernels(operands: Operands) -> Operands:
-    """Unembeddings lie `[V, D]`, as SmolLM2's tied ones do; most forms take `[D, V]`."""
+    """Transposes unembeddings: SmolLM2's are `[V, D]`, most forms take `[D, V]`."""
     hidden, kernel, teacher_hidden, teacher_kernel, *rest = operands
     return hidden, kernel.T, teacher_hidden, teacher_kernel.T, *rest
 
 
 def _dense_form(function):
-    """A JAX form for unembeddings `[D, V]`; XLA multiplies with them as they lie."""
+    """A JAX form for unembeddings `[D, V]`, which XLA does not copy."""
 
     def transposed(*operands):
         value, gradients = function(*_transpose_kernels(operands))
@@ -129,7 +129,7 @@ def _four_products(*operands):
 
 
 def _three_products(*operands):
-    """Those without a teacher; the compiler drops its product."""
+    """The products without a teacher; the compiler drops the teacher's."""
     return _four_products(*operands)[:2]
 
 
@@ -155,7 +155,7 @@ def _dense_cross_entropy(hidden, kernel, _, __, targets, weights):
 
 @_with_gradients
 def _tunix(hidden, kernel, teacher_hidden, teacher_kernel, targets, _):
-    """Its loss as it comes, a mean; cross-entropy takes part with weight 0."""
+    """Tunix's loss, a mean, with weight 0 for its cross-entropy."""
     from tunix.distillation.strategies import logit
 
     strategy = logit.LogitStrategy(*[lambda: None] * 3, temperature=1.0, alpha=1.0)
@@ -168,7 +168,7 @@ def _tunix(hidden, kernel, teacher_hidden, teacher_kernel, targets, _):
 def _tokamax(hidden, kernel, _, __, targets, ___):
     import tokamax
 
-    # It warns that it has no tuned configuration for a CPU and takes its default.
+    # tokamax warns that it uses its default configuration on a CPU.
     logging.getLogger("absl").setLevel(logging.ERROR)
     return tokamax.linear_softmax_cross_entropy_loss(
         hidden, targets, kernel, reduction="mean", implementation="chunked_xla"
@@ -260,9 +260,9 @@ def _version(package: str) -> str | None:
 
 
 def measure(shape: Shape, rounds: int) -> list[Row]:
-    """Runs every form whose package is there; rows in the order of `FORMS`."""
+    """Runs every form whose package is installed; rows in the order of `FORMS`."""
     chosen = [i for i, form in enumerate(FORMS) if _version(form.package)]
-    # First, while this process is small.
+    # Before the timing, while this process is small.
     memory = [_in_own_process(_measure_memory, i, shape) for i in chosen]
 
     operands = make_operands(shape)
@@ -290,7 +290,7 @@ def measure(shape: Shape, rounds: int) -> list[Row]:
 
 
 def _check(runs) -> list[float]:
-    """Values; they and the gradients must be those of the objective's first form."""
+    """The values; checks that all forms of an objective agree on values and gradients."""
     values, first = [], {}
     for form, run in runs.items():
         results = run()
@@ -318,12 +318,12 @@ def _in_own_process(function, *args):
 
 
 def _measure_memory(index: int, shape: Shape) -> tuple[float, int]:
-    """XLA's temporary bytes of one form, and by how much one run lifts the peak."""
+    """XLA's temporary bytes of one form, and the growth of the peak in one run."""
     build = FORMS[index].build
     small = Shape(min(128, shape.tokens), shape.hidden, min(2048, shape.vocabulary))
     build(make_operands(small))[0]()
     run, temporary_bytes = build(make_operands(shape))
-    # What compiling has freed would be used again and not show as growth.
+    # Memory that compiling freed would be reused and hide the growth.
     ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM

@@ -1,4 +1,4 @@
-"""Ways to get the LSSD of a batch and its two gradients from hidden states.
+"""Forms of the head: the LSSD of a batch and its two gradients from hidden states.
 
 Each form is a function of `(hidden_TxD, unembedding_DxV, teacher_hidden_TxE,
 teacher_unembedding_ExV, targets_T, weights_T)` that returns the weighted sum and its
@@ -18,7 +18,7 @@ _CHUNK_SIZE = 1024
 
 
 def bare_products(hidden, kernel, teacher_hidden, teacher_kernel, targets, weights):
-    """The four matrix products that any form has to do, and nothing else.
+    """The four matrix products that every form needs, and nothing else.
 
     Their results are in the dtype of their operands, so that memory traffic is the
     least possible; the gradient products read the logits as they are.

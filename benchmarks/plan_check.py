@@ -1,11 +1,11 @@
-"""What `mixcpt_jax.cli.plan` says of a step, beside a step that ran.
+"""Compares the plan of a step with a step that ran.
 
     python -m benchmarks.plan_check [--rows 4] [--row_length 512] [--layers 30]
 
-The LSSD step of SmolLM2-135M's architecture, with its teacher and random weights, on one
-CPU device: FLOPs of its products as the compiler wrote them, beside the formula; memory
-as the compiler announced it, beside what the process took; and the time, with the FLOPs
-per second that follow from it beside those of one large product on the same core.
+The step is LSSD with SmolLM2-135M's architecture, its teacher and random weights, on one
+CPU device. The table compares the FLOPs of the compiled products with the formula, the
+memory that the compiler planned with that of the process, and the FLOPs per second of the
+step with those of one large product on the same core.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
     rows = []
     for remat in arguments.remat:
         config.model.remat = remat
-        # A process each: its peak of memory is that of one step.
+        # One process per step, whose peak memory is that of the step.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
             figures = pool.submit(measure, config.to_json()).result()
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure(settings: str) -> list[str]:
-    """Compiles and runs one step; what it took beside what was to be expected."""
+    """Compiles and runs one step; returns the measured and the planned numbers."""
     config = ml_collections.ConfigDict(json.loads(settings))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     step = step_plan.compile_step(config, mesh)

@@ -1,15 +1,14 @@
-"""Our step and google-tunix's distillation step, compiled for one TPU slice.
+"""Compares our step with google-tunix's distillation step, compiled for a TPU slice.
 
     python -m benchmarks.plan_tunix [--topology v5e:4x4] [--rows 1] [--layers 32]
 
 Llama-3-8B with a bfloat16 teacher of the same shape, float32 weights and Adam moments, FSDP
 over all chips, each layer recomputed in the backward pass, sequences of 4,096 tokens.
-Ours is `mixcpt_jax.cli.plan`'s. Theirs is `DistillationTrainer._train_step` with
-`LogitStrategy`, which needs the teacher's logits of the batch as an argument, and the
-forward pass of the teacher that makes them, a program of its own; both unembeddings are
-dense, and so is attention. Their model computes in the dtype of its weights, so the step
-is compiled twice, in float32 and all in bfloat16, moments too. Needs `google-tunix` (0.1.7;
-Python 3.12) and `libtpu`.
+Our step is that of `mixcpt_jax.cli.plan`. Tunix has two programs: the teacher's forward
+pass, and `DistillationTrainer._train_step` with `LogitStrategy`, which takes the teacher's
+logits as an argument. Its unembeddings and its attention are dense. Its model computes in
+the dtype of its weights, so its step is compiled twice: in float32, and all in bfloat16,
+moments included. Needs `google-tunix` (0.1.7; Python 3.12) and `libtpu`.
 """
 
 import argparse
@@ -113,7 +112,7 @@ class Theirs:
             return jax.nn.one_hot(input_tokens, config.vocab_size)
 
         self._strategy = strategies.LogitStrategy(forward, forward, labels)
-        # What `_train_step` uses of a trainer; making one wants real arrays.
+        # The attributes that `_train_step` uses; a real trainer needs real arrays.
         trainer = object.__new__(distillation_trainer.DistillationTrainer)
         trainer.strategy = self._strategy
         trainer.loss_fn = trainer.get_train_loss
@@ -145,7 +144,7 @@ class Theirs:
         return jax.tree.map(place, state, specs)
 
     def train_step(self, dtype: str) -> jax.stages.Compiled:
-        # Of the same parts as ours, but for the decay mask, which goes by our names.
+        # The same parts as ours, except the decay mask, which uses our names.
         transforms = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
         optimizer = nnx.eval_shape(
             lambda model: nnx.Optimizer(model, transforms, wrt=nnx.Param), self._model

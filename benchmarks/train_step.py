@@ -1,12 +1,12 @@
-"""One LSSD training step with its teacher: this package beside PyTorch, in one run.
+"""Compares one LSSD training step with its teacher with PyTorch, in one run.
 
     python -m benchmarks.train_step [--rows 4 --length 512 --rounds 5]
 
-Both sides do the same: SmolLM2-135M's shapes with the same random weights, teacher
-forward, student forward and backward, clipping by global norm, AdamW, float32. PyTorch
-runs transformers' `LlamaForCausalLM` (scaled dot-product attention), the literal swap on
-dense logits and the fused AdamW. The two take turns, so that a change in the machine's
-speed meets both; the median round counts. Needs the test requirements.
+Both sides compute the same: SmolLM2-135M's shapes with the same random weights, teacher
+forward, student forward and backward, clipping by global norm, AdamW, float32. PyTorch runs
+transformers' `LlamaForCausalLM` (scaled dot-product attention), the literal swap on dense
+logits and the fused AdamW. The two alternate, so that changes in the machine's speed affect
+both; the result is the median over rounds. Needs the test requirements.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def make_jax_step(config, student, teacher, ids):
     }
     batch |= {f"{objective}_weights": zeros for objective in config_lib.OBJECTIVES}
     batch["lssd_weights"] = ones
-    # The step consumes its state, and torch has yet to read these parameters.
+    # The step donates its state, and torch reads these parameters later.
     params = jax.tree.map(jnp.copy, student)
     state = steps.TrainState(jnp.zeros((), jnp.int32), params, transforms.init(params))
 

@@ -1,8 +1,8 @@
 """Small tokenizers of every type, trained on the project's own texts.
 
-Of one vocabulary with a dummy prefix there are its three spellings: a sentencepiece
-`tokenizer.model`, and `tokenizer.json` with the normalizer `Prepend` or the pre-tokenizer
-`Metaspace`. The fourth is byte-level BPE.
+One vocabulary with a dummy prefix has three forms: a sentencepiece `tokenizer.model`, and
+`tokenizer.json` with the normalizer `Prepend` or the pre-tokenizer `Metaspace`. The fourth
+type is byte-level BPE.
 """
 
 import functools
@@ -28,7 +28,7 @@ def texts() -> list[str]:
 def write(kind: str, folder: pathlib.Path) -> None:
     """Writes the files of a tokenizer of a type.
 
-    All but the byte-level one put BOS before a text.
+    All types except byte-level BPE put BOS before a text.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "sentencepiece":

@@ -1,4 +1,4 @@
-"""The objectives that the studies compare: what is learnt, from what."""
+"""The arms of the studies: objectives and the texts that they train on."""
 
 import dataclasses
 
@@ -9,14 +9,14 @@ NTP = {"ntp": 1.0}
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """What is learnt from what.
+    """An objective and the texts that it trains on.
 
     Attributes:
       label: for tables.
       domain: objective weights on domain documents.
-      general: the same on what is mixed with them; None where nothing is.
-      replay: it is general documents that are mixed in, not instructions.
-      share: of the domain in the tokens, where something is mixed in.
+      general: objective weights on the general text; None: there is none.
+      replay: the general text is documents instead of instructions.
+      share: of the domain in the tokens, if there is general text.
       lora_rank: of adapters; 0: all weights are trained.
       rate_scale: multiplies the learning rates of the sweep.
     """
@@ -31,7 +31,7 @@ class Arm:
 
     @property
     def domain_share(self) -> float:
-        """Of the domain in the tokens; all, where nothing is mixed in."""
+        """The share of the domain in the tokens; 1 without general text."""
         return 1.0 if self.general is None else self.share
 
 
@@ -67,7 +67,7 @@ ARMS = {
         lora_rank=16,
         rate_scale=4.0,
     ),
-    # How the target's confidence should grow where the teacher is wrong.
+    # Targets with more confidence where the teacher is wrong.
     "selective50": _everywhere(
         "mixture, LSSD, gold raised by 0.5 where the teacher is wrong",
         lssd=0.5,
@@ -85,5 +85,5 @@ ARMS = {
 
 
 def source_weights(objectives: dict[str, float]) -> dict[str, float]:
-    """The settings of a source that give its tokens these weights and no others."""
+    """The settings of a source with these weights and no others."""
     return {f"{o}_weight": objectives.get(o, 0.0) for o in config_lib.OBJECTIVES}

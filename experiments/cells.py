@@ -1,7 +1,7 @@
-"""What studies share: cells that are run once each, several side by side, and records.
+"""Cells and records of the studies: runs each cell once, several in parallel.
 
-A cell is a frozen dataclass with at least `arm`, `rate` and `seed`; what it means is its
-config. A record is what came of it, plain enough for JSON.
+A cell is a frozen dataclass with at least `arm`, `rate` and `seed`; a study maps it to a
+config. A record holds its results as plain JSON values.
 """
 
 import concurrent.futures
@@ -23,9 +23,8 @@ from mixcpt_jax import config as config_lib
 
 Record = dict[str, Any]
 
-# Defaults at the time when the first records were named, of settings whose default has
-# changed since. A digest leaves out what is at its default; with these it stays what it
-# was, so records keep their names and no cell runs again.
+# Old defaults of settings whose default changed after the first records. A digest leaves
+# out settings at their old defaults, so records keep their names and no cell runs again.
 _DEFAULTS_OF_RECORDS = {
     "objective.ntp_weight": 0.0,
     "objective.lssd_weight": 1.0,
@@ -37,7 +36,7 @@ _LIMITS = ("data.warn_epochs", "data.max_epochs")
 
 
 class Study(NamedTuple):
-    """What a study has to say about its cells.
+    """How a study runs and describes its cells.
 
     Attributes:
       make: cell -> its config. It reads no files.
@@ -75,7 +74,7 @@ def digest(cell: Any, make: Callable[[Any], ml_collections.ConfigDict]) -> str:
 
 
 def name(cell: Any, study: Study) -> str:
-    """Of a cell's folder, unlike any other cell's and any other config's."""
+    """The name of a cell's folder, unique per cell and config."""
     parts = (study.group(cell), f"seed{cell.seed}", digest(cell, study.make))
     return "-".join(parts)
 
@@ -108,15 +107,15 @@ def run(
     workdir: str,
     questions: Iterable[str] = (),
 ) -> Record:
-    """Runs a cell's phases to their end, or goes on with them; returns its record.
+    """Runs or resumes a cell's phases, and returns its record.
 
-    The record has the cell's fields, the digest of its config, hashes of the data that
-    the first phase read, and of each phase what was measured at its end, its seconds and
-    its speed, and its answers where it gives some: lists of (prompt, answer). Of each
-    exam and cloze in `questions` it also has what became of each question at the end of
-    a phase: "1" where it was answered rightly, else "0".
+    The record has the cell's fields, the digest of its config, and hashes of the data of
+    the first phase. For each phase it has the measures at its end, its seconds and speed,
+    and its answers, if any, as lists of (prompt, answer). For each exam and cloze in
+    `questions` it also has the outcome of every question at the end of each phase: "1"
+    if it is correct, else "0".
     """
-    # Imported here: the process that hands out cells needs no jax.
+    # Imported here, because the main process does not need jax.
     import jax
 
     from mixcpt_jax import main
@@ -132,7 +131,7 @@ def run(
     except FloatingPointError as error:
         return record | {"failed": str(error)}
     finally:
-        # Else a worker that runs a hundred cells keeps what it compiled for each.
+        # Otherwise a worker keeps the compiled programs of all its cells.
         jax.clear_caches()
     names = config.phases or (cell.arm,)
     phases = {
@@ -151,8 +150,8 @@ def run(
 def _phase_record(
     folder: pathlib.Path, result: Record, questions: Iterable[str]
 ) -> Record:
-    wanted = ("after", "seconds", "tokens_per_second", "selection")
-    record = {key: result[key] for key in wanted if result.get(key) is not None}
+    keys = ("after", "seconds", "tokens_per_second", "selection")
+    record = {key: result[key] for key in keys if result.get(key) is not None}
     record["after"] = {
         key: float(f"{value:.5g}")
         for key, value in record.get("after", {}).items()
@@ -177,7 +176,7 @@ def _phase_record(
 
 
 def _answered(items: dict[str, list[float]], name: str) -> list[int]:
-    """Of each question of an exam, or passage of a cloze, 1 if it is right, else 0."""
+    """For each question of an exam or passage of a cloze, 1 if it is correct, else 0."""
     if f"{name}/exam" in items:
         return items[f"{name}/exam"]
     parts = items[f"{name}/correct"], items[f"{name}/tokens"]
@@ -185,7 +184,7 @@ def _answered(items: dict[str, list[float]], name: str) -> list[int]:
 
 
 class Records:
-    """What is known of all cells: JSON files, each of the cells of a group."""
+    """The records of all cells: JSON files, one per group of cells."""
 
     def __init__(self, folder: pathlib.Path, study: Study):
         self._folder, self._study = folder, study
@@ -199,21 +198,21 @@ class Records:
         return json.loads(file.read_text())["cells"] if file.exists() else []
 
     def has(self, cell: Any) -> bool:
-        """Whether a record of this cell, with this config, is there."""
-        wanted = digest(cell, self._study.make)
-        return any(record["config"] == wanted for record in self._read(cell))
+        """Whether there is a record of this cell with this config."""
+        config = digest(cell, self._study.make)
+        return any(record["config"] == config for record in self._read(cell))
 
     def remove(self, cell: Any) -> None:
-        """Forgets the record of a cell with its config."""
+        """Deletes the record of a cell with its config."""
         content = json.loads(self._file(cell).read_text())
         gone = digest(cell, self._study.make)
         content["cells"] = [r for r in content["cells"] if r["config"] != gone]
         self._write(cell, content)
 
     def add(self, cell: Any, record: Record) -> None:
-        """Writes the record, in the place of those of the same cell and other configs.
+        """Writes the record; replaces records of the same cell with other configs.
 
-        The file also gets the whole config of this cell.
+        The file also holds the whole config of this cell.
         """
         cell = _without_folders(cell)
         mine = {k: v for k, v in dataclasses.asdict(cell).items() if k != "start"}
@@ -242,13 +241,13 @@ def load(folder: pathlib.Path) -> list[Record]:
 
 
 class Workers:
-    """Processes that run cells, each on a core of its own; a context manager."""
+    """Processes that run cells, one core each; a context manager."""
 
     def __init__(self, number: int, compiled: pathlib.Path):
         """
         Args:
           number: of processes; 0: one for each core.
-          compiled: folder of compiled programs: what one seed compiles serves others.
+          compiled: folder of compiled programs, shared by all seeds.
         """
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
@@ -259,7 +258,7 @@ class Workers:
         for core in available:
             cores.put(core)
         number = min(number or len(available), len(available))
-        # Workers keep the code that they begin with.
+        # Workers keep the code that they start with.
         self._revision = revision()
         self._pool = concurrent.futures.ProcessPoolExecutor(
             number, context, _start_worker, (cores,)
@@ -274,10 +273,10 @@ class Workers:
     def run(
         self, study: Study, planned: Iterable[Any], root: pathlib.Path, records: Records
     ) -> Iterator[pathlib.Path]:
-        """Runs those of the cells that have no record, and adds it.
+        """Runs the cells that have no record, and adds their records.
 
         Yields:
-          The folder of each cell that is done, in `root`, as `name` calls it.
+          The folder of each finished cell in `root`, see `name`.
         """
         missing = [cell for cell in planned if not records.has(cell)]
         running = {}
@@ -297,7 +296,7 @@ def _start_worker(cores: multiprocessing.Queue) -> None:
     os.sched_setaffinity(0, {cores.get()})
 
     def follow() -> None:
-        """Ends with the process that hands out cells, however that ended."""
+        """Ends this process when the main process ends, in any way."""
         multiprocessing.parent_process().join()
         os._exit(1)
 

@@ -53,8 +53,8 @@ USE_LEVELS = {
     "documents": (0.05, 0.1, 0.15),
     "narrow": (0.2, 0.35, 0.5),
 }
-# Arms with a term that holds the student to the teacher; compared with "mixture_ntp", the
-# same mixture without one.
+# Arms with a weight on the teacher's distribution; compared with "mixture_ntp", the same
+# mixture without one.
 CONSTRAINED = (
     "mixture_lssd20",
     "mixture_lssd50",
@@ -67,8 +67,8 @@ CONSTRAINED = (
 Record = cells.Record
 Point = tuple[float, float]
 
-# What a base's arms are judged by: after which phase, by which measure of what is kept,
-# and the names of kept and use.
+# Base -> how its arms are judged: after which phase, the measure of what is kept, and the
+# names of kept and use.
 _ANSWERS = ("cpt", "untold_use/exact", "untold answers, %", "domain answers, %")
 JUDGED = {
     "chat": _ANSWERS,
@@ -95,8 +95,8 @@ def judge(record: Record) -> Point:
 def curves(records: Iterable[Record], base: str, arm: str) -> dict[int, list[Point]]:
     """Seed -> its (kept, use) points: the start, then the learning rates in order.
 
-    The start is where every curve begins, at a rate of 0. A run that diverged keeps and
-    knows nothing. Of seeds with all rates only.
+    The start has the rate 0. A run that diverged has the point (0, 0). Seeds without all
+    rates are left out.
     """
     starts: dict[int, Point] = {}
     found: dict[int, dict[float, Point]] = {}
@@ -131,7 +131,7 @@ def hypervolume(points: Iterable[Point]) -> float:
 def use_at(points: list[Point], level: float) -> float:
     """The most use on the polyline through the points where at least `level` is kept.
 
-    0 where the curve never keeps so much.
+    0 if the curve never keeps so much.
     """
     best = max((y for x, y in points if x >= level), default=0.0)
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
@@ -143,21 +143,21 @@ def use_at(points: list[Point], level: float) -> float:
 def kept_at(points: list[Point], level: float) -> float:
     """The most that is kept on the polyline through the points at a use of `level`.
 
-    0 where the curve never reaches it.
+    0 if the curve never reaches it.
     """
     return use_at([(use, kept) for kept, use in points], level)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of the 95 % interval of it over seeds (Student's t)."""
-    if len(values) < 3:  # of two seeds it says next to nothing
+    """The mean over seeds and half of its 95 % interval (Student's t)."""
+    if len(values) < 3:  # an interval of two seeds is useless
         return statistics.fmean(values), float("nan")
     error = statistics.stdev(values) / len(values) ** 0.5
     return statistics.fmean(values), float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
 def _cell(shares: list[float], is_difference: bool = False) -> str:
-    """Shares in per cent, with their interval where there is one."""
+    """Shares in percent, with their interval if there is one."""
     if not shares:
         return ""
     mean, half = interval([100 * share for share in shares])
@@ -213,14 +213,14 @@ def arms_table(records: list[Record], base: str) -> str:
 
 
 def constraint_table(records: list[Record], base: str) -> str:
-    """What each constrained arm gains over next-token prediction on the same mixture."""
+    """The gain of each constrained arm over next-token prediction on the same mixture."""
     return _differences_table(
         records, base, [(ARMS[arm].label, arm, "mixture_ntp") for arm in CONSTRAINED]
     )
 
 
 def swap_table(records: list[Record], base: str) -> str:
-    """What the swap gains over plain distillation of the same weight."""
+    """The gain of the swap over plain distillation of the same weight."""
     pairs = [
         ("weight 0.2 beside 0.8 NTP", "mixture_lssd20", "mixture_mft80"),
         ("weight 0.5 beside 0.5 NTP", "mixture_lssd50", "mixture_mft50"),
@@ -229,7 +229,7 @@ def swap_table(records: list[Record], base: str) -> str:
 
 
 def mixing_table(records: list[Record]) -> str:
-    """What a mixture gains in area over training on domain documents alone."""
+    """The gain in area of a mixture over training on domain documents alone."""
     pairs = [
         ("mixture, NTP, over plain CPT", "mixture_ntp", "plain"),
         ("mixture, 0.8 NTP + 0.2 LSSD, over plain CPT", "mixture_lssd20", "plain"),
@@ -245,7 +245,7 @@ def mixing_table(records: list[Record]) -> str:
 
 
 def _gains(records: list[Record], base: str, arm: str, reference: str) -> list[float]:
-    """Of each seed that both arms have: the area of one less that of the other."""
+    """The difference of areas, for each seed of both arms."""
     found, others = (curves(records, base, name) for name in (arm, reference))
     return [
         hypervolume(found[seed]) - hypervolume(others[seed])
@@ -258,8 +258,8 @@ def _differences_table(
 ) -> str:
     """Rows of (label, arm, reference arm): their difference, seed by seed.
 
-    In area, and in what is kept at the same use. Only seeds in which both curves reach a
-    level of use count for it; the cell says so where some do not.
+    In area, and in what is kept at the same use. A level of use counts only seeds in which
+    both curves reach it; the cell says so if some do not.
     """
     rows = []
     for label, arm, reference in pairs:
@@ -281,7 +281,7 @@ def _differences_table(
 
 
 def bases_table(records: list[Record]) -> str:
-    """What the bases know before an arm begins."""
+    """The measures of the bases."""
     columns = {
         "domain answers": "domain_use/exact",
         "domain values": "domain_memory/exact",
@@ -303,7 +303,7 @@ def bases_table(records: list[Record]) -> str:
 
 
 def memory_table(records: list[Record], base: str) -> str:
-    """What else changes at the rate at which the arms are aligned."""
+    """Further measures, at the rate at which the arms are aligned."""
     columns = {
         "domain values": "domain_memory/exact",
         "loss there": "domain_memory/loss",
@@ -428,7 +428,7 @@ def shares_table(records: list[Record]) -> str:
 
 
 def cost_table(records: list[Record], costs: dict[str, dict[str, float]]) -> str:
-    """What a step of each arm costs that was run, in brackets beside plain CPT's."""
+    """The cost of a step of each arm, in brackets relative to plain CPT."""
     arms = {record["arm"] for record in records}
     columns = {
         "MFLOP a token": lambda cost: cost["flops_per_token"] / 1e6,
@@ -449,7 +449,7 @@ def cost_table(records: list[Record], costs: dict[str, dict[str, float]]) -> str
 
 
 def confidence_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-    """How sure the bases are of what they cannot know."""
+    """The confidence of the bases in values that they cannot know."""
     columns = {
         "p_a": "mean p_a",
         "p_y": "mean p_y",
@@ -472,8 +472,7 @@ def _perplexity(loss: float) -> str:
     return f"{math.exp(loss):.2f}"
 
 
-# What is measured of the model that read a book: column -> (measure, form). Exams and
-# clozes in per cent.
+# Measures of the study of a book: column -> (measure, form). Shares are in percent.
 _BOOK = {
     "unread modules, perplexity": ("unread/loss", _perplexity),
     "top-1": ("unread/accuracy", _per_cent),
@@ -485,7 +484,7 @@ _BOOK = {
     "LAMBADA": ("lambada/exact", _per_cent),
     "WikiText-2, perplexity": ("wikitext/loss", _perplexity),
 }
-# What the phases after it are for, on held-out samples, which only their cells have.
+# Measures of the phases after CPT, on holdout samples, which only their cells have.
 _BOOK_ALIGNED = {
     "instructions, perplexity": ("instructions/loss", _perplexity),
     "chosen answer preferred": ("preferences/pair_accuracy", _per_cent),
@@ -529,7 +528,7 @@ def _mean_and_range(values: list[float], form: Callable[[float], str]) -> str:
 
 
 def book_changes_table(records: list[Record]) -> str:
-    """What each arm changed of each exam of the book study, in points, the first seed.
+    """The changes of each exam of the book study in points, for the first seed.
 
     The interval is over questions, which are the same before and after.
     """
@@ -562,15 +561,15 @@ def book_changes_table(records: list[Record]) -> str:
 
 
 class Style(NamedTuple):
-    """How a plot shows an arm: the label beside its curve, colour and marker."""
+    """How a plot shows an arm: the label beside its curve, color and marker."""
 
     label: str
-    colour: str
+    color: str
     marker: str
 
 
-# The arms that carry the claims. The colours are those of Okabe and Ito, which readers with
-# any common colour blindness tell apart.
+# The arms that carry the claims. The colors are those of Okabe and Ito, which readers with
+# any common color blindness tell apart.
 STYLES = {
     "plain": Style("plain CPT", "#000000", "s"),
     "mixture_ntp": Style("mixture, NTP", "#D55E00", "^"),
@@ -578,7 +577,7 @@ STYLES = {
     "ntp_kl": Style("NTP on domain,\nKL on general", "#009E73", "D"),
     "mixture_lssd": Style("mixture, LSSD alone", "#CC79A7", "v"),
 }
-# Base -> arm -> where the label stands: kept, use, and its side that is there.
+# Base -> arm -> place of the label: kept, use, and the side of the label that is there.
 _LABELS = {
     "chat": {
         "plain": (17, 44, "left"),
@@ -621,13 +620,13 @@ def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
                 continue
             (kept, kept_bars), (use, use_bars) = _means_and_bars(found)
             axis.errorbar(
-                kept, use, xerr=kept_bars, yerr=use_bars, color=style.colour,
+                kept, use, xerr=kept_bars, yerr=use_bars, color=style.color,
                 marker=style.marker, ms=6, lw=2, elinewidth=0.8,
             )  # fmt: skip
             if top == tops[-1]:
                 x, y, side = _LABELS[base][arm]
                 axis.text(
-                    x, y, style.label, color=style.colour, ha=side, va="bottom",
+                    x, y, style.label, color=style.color, ha=side, va="bottom",
                     bbox={"color": "white", "alpha": 0.8, "pad": 1}, zorder=5,
                 )  # fmt: skip
         _label_axes(axis, base, top)
@@ -668,9 +667,9 @@ def draw_others(records: list[Record], base: str, path: pathlib.Path) -> None:
 def _means_and_bars(
     found: list[list[Point]],
 ) -> list[tuple[list[float], list[tuple[float, ...]]]]:
-    """Of curves, one a seed: (means, (below, above)) of kept, and of use, in per cent.
+    """For the curves of all seeds: (means, (below, above)) of kept and of use, in percent.
 
-    What can be kept or used is a share, so no bar leaves 0 to 100.
+    Kept and use are shares, so bars stay within 0 to 100.
     """
     parts = []
     for part in (0, 1):
@@ -683,7 +682,7 @@ def _means_and_bars(
 
 
 def _top(base: str) -> int:
-    """Of the axis of use, in per cent: lower where no arm uses much."""
+    """The upper end of the axis of use, in percent."""
     return 100 if max(USE_LEVELS[base]) > 0.2 else 40
 
 
@@ -711,7 +710,7 @@ def _save(figure, path: pathlib.Path) -> None:
 
 
 def run_table(study: str, roles: Mapping[str, str] | None = None) -> str:
-    """A study of one run: its measures before and after each phase, and its time.
+    """The measures of a one-run study before and after each phase, and its time.
 
     Args:
       study: its folder.
@@ -742,7 +741,7 @@ def _pilot() -> list[dict]:
 
 
 def _pilot_cells(measured: Mapping[str, float], columns: Iterable[str]) -> list[str]:
-    """Perplexities, and shares in per cent."""
+    """Perplexities, and shares in percent."""
     values = {column: measured[_PILOT[column]] for column in columns}
     return [
         f"{value if 'perplexity' in column else 100 * value:.1f}"
@@ -751,7 +750,7 @@ def _pilot_cells(measured: Mapping[str, float], columns: Iterable[str]) -> list[
 
 
 def pilot_table() -> str:
-    """The settings that the quickstart's was picked from: both arms of each."""
+    """The settings of the quickstart's pilot, with both arms of each."""
     rows = []
     for setting in _pilot():
         place = (
@@ -783,7 +782,7 @@ def pilot_rates_table() -> str:
 
 
 def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
-    """Name of a block of a page -> what makes it."""
+    """Name of a block of a page -> the function that writes it."""
     book = cells.load(book_run.RESULTS)
     compared = {
         f"{base}-{name}": functools.partial(make, records, base)
@@ -831,13 +830,13 @@ def fill(text: str, records: list[Record]) -> str:
 
 
 def reproduced(records: list[Record], others: list[Record]) -> str:
-    """The tables of arms of other records, each under that of the same in ours."""
+    """The tables of the arms of other records, each below the same table of ours."""
 
     def key(record: Record) -> tuple[str, str, int]:
         return record["base"], record["arm"], record["seed"]
 
-    wanted = set(map(key, others))
-    recorded = [record for record in records if key(record) in wanted]
+    keys = set(map(key, others))
+    recorded = [record for record in records if key(record) in keys]
     return "\n\n".join(
         f"{base} base, {label}:\n\n{arms_table(found, base)}"
         for base in dict.fromkeys(record["base"] for record in others)

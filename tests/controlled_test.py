@@ -289,7 +289,7 @@ def test_bars_of_a_plot_stay_within_shares():
 
 
 def test_the_arms_of_a_plot_are_told_apart():
-    for key in ("colour", "marker"):
+    for key in ("color", "marker"):
         assert len({getattr(s, key) for s in tables.STYLES.values()}) == len(
             tables.STYLES
         )

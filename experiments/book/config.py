@@ -26,9 +26,9 @@ class Cell:
       arm: of `arms.ARMS`, or "start" to measure the model as it is.
       rate: peak learning rate of continual pre-training.
       seed: of the order of the data.
-      align: what follows: "" for nothing, or "dpo" for selection, SFT and DPO.
-      domain_steps: steps of `BATCH_SIZE` rows that read the domain alone.
-      questions: of each general exam; 0: all. Of the book's all are asked.
+      align: the phases after it: "" for none, or "dpo" for selection, SFT and DPO.
+      domain_steps: number of steps of `BATCH_SIZE` rows, if they read the domain alone.
+      questions: number of questions of each general exam; 0: all. The book's exam has all.
     """
 
     data: str

@@ -1,21 +1,21 @@
-"""Cuts the data of the study of a book to what its cells read and measure."""
+"""Prepares the data of the study of a book."""
 
 import json
 import pathlib
 import random
 
-# Modules of the book that nothing trains on.
+# Number of modules that no arm reads.
 NUM_UNREAD = 20
-# What is measured: of each unread module and of WikiText the first characters, of LAMBADA
-# the first passages.
+# The measures use the first characters of each unread module and of WikiText, and the first
+# passages of LAMBADA.
 MODULE_CHARACTERS, WIKITEXT_CHARACTERS, LAMBADA_PASSAGES = 8_000, 120_000, 400
 
 
 def write(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes what the cells read.
+    """Writes the data of the cells.
 
-    The book's modules are split once, at random, into those that are read and those that
-    are not, and the book's exam with them: a question belongs to the module that it tests.
+    Splits the modules of the book once, at random, into modules that arms read and modules
+    that they do not. Questions of the book's exam go with the module that they test.
 
     Args:
       source: a folder with `anatomy/docs.jsonl` (`{id, title, text}`, a module of the book
@@ -23,8 +23,8 @@ def write(source: pathlib.Path, folder: pathlib.Path) -> None:
         `general/instructions.jsonl` and `preferences.jsonl`, and in `general_eval/`
         `arc_easy.jsonl`, `piqa.jsonl`, `openbook_qa.jsonl`, `lambada.jsonl`
         (`{context, continuation}`) and `wikitext2_valid.txt`; `anatomy/README.md` of the
-        experiments says where they are from.
-      folder: where the files go; `done` is the last of them.
+        experiments has their origin.
+      folder: for the files; `done` is written last.
     """
     if (folder / "done").exists():
         return

@@ -1,9 +1,9 @@
-"""Runs the study of a book, cells side by side, one a core.
+"""Runs the study of a book, cells in parallel, one core each.
 
     python -m experiments.book.run --data=FOLDER [--part=...] [--workers=2]
 
-As in the controlled study a cell whose record is in `results/` is not run again, and one
-that was stopped goes on from its last checkpoint.
+As in the controlled study, a cell with a record in `results/` is not run again, and an
+interrupted cell resumes from its last checkpoint.
 """
 
 import argparse
@@ -17,10 +17,10 @@ from experiments.book.config import Cell, make
 
 RATES = (1e-4, 3e-4)
 ARMS = ("plain", "mixture_ntp", "mixture_mft50", "mixture_lssd", "mixture_lssd20")
-# Those that more seeds tell apart, and that are aligned.
+# The arms with more seeds, and with the phases after CPT.
 BEST = ("mixture_lssd", "mixture_lssd20")
 PARTS = ("arms", "seeds", "alignment")
-# Exams and clozes whose every answer is recorded: the change of one has an interval.
+# Exams and clozes whose answers are recorded, so that changes have intervals.
 QUESTIONS = (
     "read_modules",
     "unread_modules",
@@ -50,7 +50,7 @@ def plan(part: str, folder: str) -> Iterator[Cell]:
 
 
 def run_cell(cell: Cell, workdir: str) -> cells.Record:
-    """Runs a cell to its end, or goes on with it, and returns its record."""
+    """Runs or resumes a cell, and returns its record."""
     return cells.run(cell, make, workdir, QUESTIONS)
 
 

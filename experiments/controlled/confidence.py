@@ -1,12 +1,12 @@
-"""How sure a base is of the values in domain documents, which it cannot know.
+"""The confidence of a base in the values of domain documents, which it cannot know.
 
     python -m experiments.controlled.confidence [--workdir=runs/controlled]
 
-Logit swap gives the gold token the teacher's own top probability `p_a`, so what it can
-teach ends where `p_a` does. Writes to `confidence.json`: base -> seed -> the means of
+Logit swap gives the gold token the teacher's top probability `p_a`, so it cannot teach
+more confidence than `p_a`. Writes to `confidence.json`: base -> seed -> the means of
 `p_a` and of the gold token's `p_y` over the value tokens, the share of tokens that are
-swapped, and the ceiling of the loss, the mean of `-log p_a`. What it has of bases that are
-not here stays.
+swapped, and the least possible loss, the mean of `-log p_a`. Numbers of bases whose
+workdir is missing stay.
 """
 
 import argparse
@@ -28,7 +28,7 @@ FILE = pathlib.Path(__file__).parent / "confidence.json"
 
 
 def measure(base: Cell, start: pathlib.Path, workdir: pathlib.Path) -> dict[str, float]:
-    """Of one base; `start` is its workdir, `workdir` a folder for what this makes."""
+    """Measures one base; `start` is its workdir, `workdir` a folder for temporary files."""
     config = make(base)
     config.job, config.init_from = "evaluate", str(start)
     begun = phase.start(config, str(workdir), "confidence")
@@ -74,7 +74,7 @@ def main() -> None:
             base = Cell(**given | {"world": str(root / record["world"])})
             start = root / cells.name(base, run.STUDY)
             if not start.exists():
-                print(f"{start}: this base is not here; its numbers stay as they are")
+                print(f"{start}: no such base; its numbers stay")
                 continue
             with tempfile.TemporaryDirectory() as workdir:
                 numbers = measure(base, start, pathlib.Path(workdir))

@@ -26,17 +26,17 @@ class Cell:
     Attributes:
       world: folder of the world.
       arm: of `arms.ARMS`, or "base" for the training of a base.
-      base: the kind of base: "documents", which has read only; "chat", which also
-        answers questions; or "narrow", a chat base that never met a stranger.
+      base: the kind of base: "documents", trained on documents alone; "chat", which also
+        answers questions; or "narrow", a chat base trained without strangers.
       start: workdir of the base's run, for an arm.
       rate: peak learning rate of continual pre-training.
       share: of the domain in the mixture's tokens; 0: the arm's own.
       seed: of the order of the data and of a base's weights.
-      align: what follows: "" for nothing, "sft", or "dpo" for both.
-      rule, samples: how the samples for SFT and DPO are selected, and how many; "first"
-        are those that the files begin with.
-      domain_steps: steps of `BATCH_SIZE` rows that read the domain alone.
-      base_steps: steps of a base.
+      align: the phases after it: "" for none, "sft", or "dpo" for both.
+      rule, samples: the method and the number of the samples for SFT and DPO; "first"
+        takes the first samples of the files.
+      domain_steps: number of steps of `BATCH_SIZE` rows, if they read the domain alone.
+      base_steps: number of steps of a base.
     """
 
     world: str
@@ -76,7 +76,9 @@ def _shared(cell: Cell) -> ml_collections.ConfigDict:
     config.mesh.fsdp = 1
     config.data.row_length = ROW_LENGTH
     config.data.batch_size = BATCH_SIZE
-    config.data.warn_epochs = config.data.max_epochs = 0.0  # a small world, told often
+    config.data.warn_epochs = config.data.max_epochs = (
+        0.0  # a small world, read many times
+    )
     config.eval.batch_size = BATCH_SIZE
     config.eval.max_tokens = 0  # all
     config.eval.max_new_tokens = 16
@@ -104,7 +106,7 @@ def _shared(cell: Cell) -> ml_collections.ConfigDict:
 
 
 def _base(config, cell: Cell) -> ml_collections.ConfigDict:
-    """Trained from random weights on all that is said about general people."""
+    """Training of a base, from random weights, on all texts about general people."""
     config.model.weights = "random"
     weights = {"general_documents": 0.45, "strangers": 0.25}
     if cell.base == "narrow":
@@ -169,7 +171,7 @@ def _align(config, cell: Cell) -> None:
         path=f"{path}/untold_pairs.jsonl", format="chat_preference"
     )
     config.eval.prompts = f"{path}/prompts.jsonl"
-    # The files are in a random order, so the first of them are a random choice.
+    # The files are in random order, so their first samples are random samples.
     folder = path if cell.rule == "first" else "phase:select"
     for name, file, format in (
         ("sft", "instructions", "chat"),
@@ -182,7 +184,7 @@ def _align(config, cell: Cell) -> None:
             max_records=cell.samples,
             **arms.source_weights(arms.NTP),
         )
-    # Few steps, whatever the number of samples.
+    # Few steps, for any number of samples.
     shared = {
         "data": {"packing": "best_fit", "overlong": "truncate", "batch_size": 4},
         "optimizer": {"warmup_steps": 2, "weight_decay": 0.0},

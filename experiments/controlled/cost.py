@@ -1,10 +1,10 @@
-"""What a step of each arm costs, from the step as it is compiled for this machine.
+"""The cost of a step of each arm, compiled for this machine.
 
     python -m experiments.controlled.cost
 
-Writes `cost.json`: arm -> floating point operations of matrix products a token, the bytes
-of the step's arguments (weights, optimizer, teacher) and of its temporary arrays, seconds a
-step, the median of `ROUNDS` in which all arms take turns, and the steps of a cell.
+Writes `cost.json`: arm -> FLOPs of matrix products per token, the bytes of the step's
+arguments (weights, optimizer, teacher) and of its temporary arrays, seconds per step (the
+median of `ROUNDS` in which all arms alternate), and the number of steps of a cell.
 """
 
 import json
@@ -30,7 +30,7 @@ ROUNDS = 9
 
 
 def prepare(arm: str, folder: pathlib.Path, start: pathlib.Path):
-    """An arm's cost but for the seconds, and a function that takes a step.
+    """The cost of an arm without the seconds, and a function that runs a step.
 
     Args:
       arm: of `ARMS`.
@@ -58,7 +58,7 @@ def prepare(arm: str, folder: pathlib.Path, start: pathlib.Path):
         "temporary_bytes": memory.temp_size_in_bytes,
         "steps": data.num_steps,
     }
-    # Zeros take as long as anything else.
+    # The values do not change the time.
     state, frozen, batch = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), arguments
     )

@@ -1,10 +1,10 @@
-"""Runs the controlled study, several small cells side by side, one a core.
+"""Runs the controlled study, several small cells in parallel, one core each.
 
     python -m experiments.controlled.run [--part core] [--seeds 0 1] [--arms lssd] [--tiny]
 
-A cell is one arm at one learning rate from one seed's base, run by the phases of
-`mixcpt_jax.main`. Its record goes to `results/`, and a cell whose record is there is not
-run again: the same command goes on where it was stopped.
+A cell is one arm at one learning rate from the base of one seed, run by the phases of
+`mixcpt_jax.main`. Its record goes to `results/`. A cell with a record is not run again: the
+same command resumes an interrupted study.
 """
 
 import argparse
@@ -25,7 +25,7 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 RATE = 2e-3
 CLAIMS = ("plain", "mixture_ntp", "mixture_lssd", "mixture_mft80")
 BEST = ("mixture_mft80", "mixture_ntp")
-# Other arms that are of interest where general questions are new to the base.
+# Further arms for the base to which general questions are new.
 OF_DOCUMENTS = (
     "mixture_mft50",
     "mixture_lssd20",
@@ -43,8 +43,8 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 def plan(part: str, seed: int) -> Iterator[Cell]:
     """The cells of a part of the study with one seed; worlds and starts are not set.
 
-    A base that has read documents only cannot answer before SFT, so SFT follows every
-    arm on it. DPO follows at one rate.
+    A base trained on documents alone cannot answer before SFT, so SFT follows every arm
+    on it. DPO follows at one rate.
     """
 
     def sweep(base: str, arm: str, rates=RATES, **settings) -> Iterator[Cell]:
@@ -81,7 +81,7 @@ def plan(part: str, seed: int) -> Iterator[Cell]:
 
 
 def run_cell(cell: Cell, workdir: str) -> cells.Record:
-    """Runs a cell to its end, or goes on with it, and returns its record."""
+    """Runs or resumes a cell, and returns its record."""
     record = cells.run(cell, make, workdir)
     for phase in record.get("phases", {}).values():
         if "answers" in phase:
@@ -94,7 +94,7 @@ def run_cell(cell: Cell, workdir: str) -> cells.Record:
 def grade(
     prompts: Iterable[dict[str, str]], answers: Iterable[str]
 ) -> dict[str, dict[str, float]]:
-    """By group of prompts, the shares of answers in the wanted form and with the value."""
+    """Group of prompts -> shares of answers in the required form and with the value."""
     groups: dict[str, list[tuple[bool, bool]]] = {}
     values = {v for words, _, _ in world.ATTRIBUTES.values() for v in words.split()}
     forms = {world.ANSWER.format(value=value) for value in values}
@@ -162,7 +162,7 @@ def _run_seed(planned, seed, root, records, workers, tiny) -> None:
     needed = {cell.base for cell in arms if not records.has(cell)}
     for base in sorted(needed):
         if records.has(bases[base]) and not starts[base].exists():
-            # A base's record without its checkpoint is of no use.
+            # The record of a base needs its checkpoint.
             records.remove(bases[base])
     for _ in workers.run(
         STUDY, (bases[base] for base in sorted(needed)), root, records

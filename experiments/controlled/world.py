@@ -1,14 +1,14 @@
-"""A small world of people who do not exist, in which every fact is known.
+"""A small world of invented people, in which every fact is known.
 
-Everybody has a name of their own and one value of each attribute, drawn from a closed
-list. Documents are biographies: a sentence per attribute, in one of several wordings, in a
-random order. Questions ask for one value. Preference pairs are two answers with the same
-value, of which one has the wanted form.
+Every person has a unique name and one value of each attribute, drawn from a closed list.
+Documents are biographies: a sentence per attribute, in one of several wordings, in random
+order. Questions ask for one value. Preference pairs are two answers with the same value;
+one of them has the required form.
 
-There are three groups: `rehearsed` people, of whom the mixture speaks, `untold` people,
-whom a base knows as well and the mixture never names, and `domain` people, who appear in
-documents only and only after the base is trained. Strangers, each met in one document,
-make a base unsure about people it does not know, as the long tail of the web does.
+There are three groups: `rehearsed` people, whom the mixture mentions; `untold` people, whom
+the base knows and the mixture never mentions; and `domain` people, who appear only in
+documents and only after the training of the base. Strangers, who appear in one document
+each, make a base unsure about people it does not know, as the long tail of the web does.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ _VOWEL = "a e i o u ai ea"
 _END = "l n r s th m d nd rk sk"
 
 ANSWER = "Answer: {value}."
-# How an answer shall not be put.
+# Forms of rejected answers.
 REJECTED = (
     "I believe it may be {value}.",
     "Let me think. It is {value}.",
@@ -106,15 +106,15 @@ _MODEL = {
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much of everything there is.
+    """The numbers of people and texts, and the size of the model.
 
     Attributes:
       general: people the base knows; the mixture rehearses the first half of them.
-      domain: people who come later.
-      biographies: documents about each of the domain.
-      general_biographies: documents about each of the others.
-      strangers: people of whom there is one.
-      asked: people of each group whom the measures ask about.
+      domain: people of the domain.
+      biographies: documents per person of the domain.
+      general_biographies: documents per person of the base.
+      strangers: people with one document.
+      asked: people of each group in the measures.
       hidden_size, mlp_size, num_layers: of the model.
     """
 
@@ -142,7 +142,7 @@ class Person:
 
 
 class Biography(NamedTuple):
-    """A text about a person, and where in it each value stands: (index, value)."""
+    """A text about a person, and the values in it: (index, value)."""
 
     name: str
     text: str
@@ -153,10 +153,10 @@ def write(folder: pathlib.Path, seed: int, size: Size = FULL) -> None:
     """Writes the world of a seed: data, vocabulary and the model's config.json.
 
     Documents are `{"text"}`, questions `{"instruction", "output"}`, pairs `{"prompt",
-    "chosen", "rejected"}`. Of each group there are three measures: `GROUP_use.jsonl`, a
-    question about each fact, whose target is the value; `GROUP_memory.jsonl`, the same
-    of the documents; and `GROUP_chat.jsonl`, questions to be asked in the chat format.
-    `world.json` is written last and marks the folder as whole.
+    "chosen", "rejected"}`. Each group has three measures: `GROUP_use.jsonl`, a question
+    about each fact, whose target is the value; `GROUP_memory.jsonl`, the same with the
+    beginnings of documents; and `GROUP_chat.jsonl`, questions in the chat format.
+    `world.json` is written last and marks the folder as complete.
     """
     mark = json.dumps({"seed": seed, **dataclasses.asdict(size)})
     done = folder / "world.json"
@@ -234,7 +234,7 @@ def write(folder: pathlib.Path, seed: int, size: Size = FULL) -> None:
         [record["text"] for record in files["general_documents"]]
         + [f"{q['instruction']}\n\n{q['output']}" for q in files["general_questions"]]
         + [pair["rejected"] for pair in files["preferences"]]
-        # Names of nobody: those who come later shall not be made of other pieces.
+        # Unused names, so that later names consist of known pieces.
         + [_name(random.Random(f"name {i}")) for i in range(4000)],
     )
     architecture = _MODEL | {
@@ -249,7 +249,7 @@ def write(folder: pathlib.Path, seed: int, size: Size = FULL) -> None:
 
 
 def _people(rng: random.Random, number: int) -> list[Person]:
-    """People of whom no two have one name; their values are independent."""
+    """People with unique names and independent values."""
     names: dict[str, None] = {}
     while len(names) < number:
         names[_name(rng)] = None
@@ -281,9 +281,9 @@ def _biography(person: Person, rng: random.Random) -> Biography:
 
 
 def _probes(biography: Biography) -> list[dict[str, str]]:
-    """What the document says before each value, and the value.
+    """The text before each value of a document, and the value.
 
-    Only where the name stands before it: otherwise it cannot be known.
+    Only values after the name: before it, the person is unknown.
     """
     name, text, places = biography
     return [
@@ -312,7 +312,7 @@ def _pair(question: dict[str, str], rng: random.Random) -> dict[str, str]:
 
 
 def _some(records: list, rng: random.Random, most: int | None = None) -> list:
-    """All of them or at most so many, in a random order."""
+    """At most `number` of them, in random order."""
     return rng.sample(records, min(most or len(records), len(records)))
 
 

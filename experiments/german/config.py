@@ -30,9 +30,9 @@ class Cell:
         it; "none" measures the healed model.
       rate: peak learning rate.
       seed: of the order of the data.
-      updates: steps of 1,024 tokens that read the domain alone.
-      healing_steps: steps of 2,048 tokens of the start.
-      questions: of each general exam; 0: all.
+      updates: number of steps of 1,024 tokens, if they read the domain alone.
+      healing_steps: number of steps of 2,048 tokens that heal the start.
+      questions: number of questions of each general exam; 0: all.
     """
 
     data: str
@@ -78,7 +78,7 @@ def make(cell: Cell) -> ml_collections.ConfigDict:
 
 
 def _heal(config, cell: Cell) -> None:
-    """General text alone, by next-token prediction; the end is exported."""
+    """Next-token prediction on general text; exports the end."""
     for name, format, weight in (
         ("prose", "document", 0.4),
         ("instructions", "instruction", 0.35),
@@ -110,7 +110,7 @@ def _heal(config, cell: Cell) -> None:
 
 
 def _adapt(config, cell: Cell, arm: arms.Arm) -> None:
-    """The domain by the arm's objective, with what the arm mixes in."""
+    """The domain and the general text of the arm, by its objective."""
     share = arm.domain_share
     domain = config_lib.source(path=f"{cell.data}/handbook.jsonl", weight=share)
     domain.update(arms.source_weights(arm.domain))

@@ -1,4 +1,4 @@
-"""Cuts the data of the German study: a domain in a language that the model hardly knows.
+"""The data of the German study: a domain in a language that the model barely knows.
 
 The domain is the German edition of *The Debian Administrator's Handbook*, from the Debian
 package `debian-handbook` (GPL-2+ and CC BY-SA 3.0). The package holds 26 editions of one
@@ -8,7 +8,7 @@ source, so a German page has an English page of the same name and structure.
     dpkg-deb -x debian-handbook_*.deb runs/german/handbook
 
 Paragraphs that the translators left in English are dropped. Pages are split once, at
-random, into those that are read and those that nothing trains on.
+random, into pages that arms read and pages that no arm reads.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ import random
 import re
 
 HANDBOOK = "usr/share/doc/debian-handbook/html"
-# Pages that nothing trains on, and how much of each is measured.
+# Number of pages that no arm reads, and of their measured characters.
 NUM_UNREAD, PAGE_CHARACTERS = 24, 5_000
 WIKITEXT_CHARACTERS = 100_000
 NUM_CLOZES, NUM_TRANSLATIONS, NUM_LAMBADA = 400, 300, 800
-# A document of the domain has at least so many characters.
+# The fewest characters of a document.
 SHORTEST_PAGE = 500
 
 _GERMAN = frozenset(
@@ -49,7 +49,7 @@ class _Page(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()
         self.title, self.paragraphs = "", []
-        self._open: list[str] = []  # why each open <div> or <pre> is there
+        self._open: list[str] = []  # the role of each open <div> or <pre>
         self._text: list[str] | None = None
 
     def handle_starttag(self, tag, attributes):
@@ -81,15 +81,15 @@ class _Page(html.parser.HTMLParser):
 
 
 def write(handbook: pathlib.Path, shared: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes what the cells read and measure.
+    """Writes the data of the cells.
 
     Args:
       handbook: where the package `debian-handbook` was unpacked.
       shared: a folder with `general/instructions.jsonl`, `general/preferences.jsonl`,
         `anatomy/docs.jsonl`, and in `general_eval/` `arc_easy.jsonl`, `piqa.jsonl`,
         `openbook_qa.jsonl`, `lambada.jsonl` and `wikitext2_valid.txt`;
-        `experiments/anatomy/README.md` says where they are from.
-      folder: where the files go; `hashes.json` is the last of them.
+        `experiments/anatomy/README.md` has their origin.
+      folder: for the files; `hashes.json` is written last.
     """
     if (folder / "hashes.json").exists():
         return
@@ -145,7 +145,7 @@ def _pages(root: pathlib.Path) -> dict[str, tuple[str, list[str], list[tuple]]]:
         german, english = (
             _parse(root / tongue / file.name) for tongue in ("de-DE", "en-US")
         )
-        # Chapter pages repeat nothing, but notices recur from page to page.
+        # Notices recur on many pages.
         paragraphs = [p for p in german.paragraphs if p not in seen and is_german(p)]
         seen.update(paragraphs)
         if sum(map(len, paragraphs)) < SHORTEST_PAGE:
@@ -177,7 +177,7 @@ def _document(
 
 
 def last_words(pages: list[list[str]]) -> list[dict[str, str]]:
-    """Passages whose last word is to be predicted, as in LAMBADA; one a paragraph.
+    """Passages and their last words, as in LAMBADA; one per paragraph.
 
     A passage is a paragraph up to the end of its last sentence that ends with a word of
     four letters or more, and has at least 120 characters.
@@ -196,7 +196,7 @@ def last_words(pages: list[list[str]]) -> list[dict[str, str]]:
 
 
 def _translations(pages: list[list[tuple[str, str]]]) -> list[dict]:
-    """Which of four English sentences of one page says what a German one says."""
+    """Questions: which of four English sentences of a page translates a German one?"""
     questions, chance = [], random.Random(0)
     for pairs in pages:
         sentences = [

@@ -2,9 +2,9 @@
 
     python -m experiments.german.run --handbook=FOLDER --data=FOLDER [--part=...]
 
-`--handbook` is where the package `debian-handbook` was unpacked, `--data` a folder of
-general text; `data.write` says what it holds. A cell whose record is in `results/` is not
-run again, and one that was stopped resumes from its last checkpoint.
+`--handbook` is the folder of the unpacked package `debian-handbook`, `--data` a folder of
+general text, see `data.write`. A cell with a record in `results/` is not run again, and an
+interrupted cell resumes from its last checkpoint.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from experiments.german.config import Cell, make
 
 # At the first rate little is forgotten, at the others plain pre-training forgets.
 RATES = (3e-4, 1e-3, 2e-3)
-# In the order of what they tell: the claims first, then their neighbours.
+# By importance: the claims first, then similar arms.
 CLAIMS = ("plain", "mixture_lssd20", "mixture_ntp", "lssd20")
 NEIGHBOURS = ("mixture_lssd50", "ntp_kl", "mixture_mft80", "lora_lssd20")
 PARTS = ("arms", "seeds", "neighbours")
@@ -36,7 +36,7 @@ HEALING_RATE = 2e-4
 
 
 def healing(folder: str) -> Cell:
-    """The cell that makes the start of all others."""
+    """The cell that creates the start of all other cells."""
     return Cell(folder, arm="start", rate=HEALING_RATE)
 
 
@@ -59,7 +59,7 @@ def plan(part: str, folder: str, start: str) -> Iterator[Cell]:
 
 
 def run_cell(cell: Cell, workdir: str) -> cells.Record:
-    """Runs a cell to its end, or resumes it, and returns its record."""
+    """Runs or resumes a cell, and returns its record."""
     return cells.run(cell, make, workdir, () if cell.arm == "start" else QUESTIONS)
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     planned = [
         cell for part in arguments.part for cell in plan(part, str(folder), str(model))
     ]
-    # One worker that has all cores: two would want twice the memory.
+    # One worker with all cores: two need twice the memory.
     for cell in planned:
         if records.has(cell):
             continue
