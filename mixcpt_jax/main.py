@@ -111,8 +111,8 @@ def main(argv: list[str]) -> None:
     from mixcpt_jax.reporting import report as report_lib
 
     join(config)
-    folders, results = run(config, workdir)
-    on_first_host(functools.partial(report_lib.write, workdir, folders, results))
+    _, results = run(config, workdir)
+    on_first_host(functools.partial(report_lib.write, workdir, results))
 
 
 def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:

@@ -39,7 +39,6 @@ def test_phases_that_measure_nothing_are_left_out(tmp_path, capsys):
     header, *_ = report_lib.comparison(results).splitlines()
     assert "after cpt" in header
     assert "select" not in header
-    folders = {"export": str(tmp_path / "export")}
-    report_lib.write(str(tmp_path), folders, {"export": {"folder": "hf"}})
+    report_lib.write(str(tmp_path), {"export": {"folder": "hf"}})
     assert {path.name for path in tmp_path.iterdir()} == {"report.json"}
     assert str(tmp_path) in capsys.readouterr().out

@@ -82,6 +82,13 @@ def role(name: str, arms: Sequence[Arm], domain: set[str]) -> str:
     return "rehearsed" if name in trained else "untouched"
 
 
+def roles(arms: Sequence[Arm], domain: set[str]) -> dict[str, str]:
+    """The role of each text, exam and set of pairs that an arm measured."""
+    keys = set().union(*(arm.before | arm.after for arm in arms), set())
+    names = {key.rpartition("/")[0] for key in keys - {"step"}}
+    return {name: role(name, arms, domain) for name in names}
+
+
 def interval(key: str, start: Arm, arm: Arm) -> tuple[intervals.Interval | None, str]:
     """The 95 % interval of a change and the name of the method; (None, "") without data."""
     name, _, suffix = key.rpartition("/")
@@ -104,12 +111,6 @@ def interval(key: str, start: Arm, arm: Arm) -> tuple[intervals.Interval | None,
 
 def are_alike(before: dict, after: dict, key: str) -> bool:
     return key in before and key in after and len(before[key]) == len(after[key])
-
-
-def measured(results: dict) -> set[str]:
-    """Names of the texts, exams and pairs that a phase's `results.json` has."""
-    keys = {*(results.get("before") or {}), *(results.get("after") or {})}
-    return {key.rpartition("/")[0] for key in keys if "/" in key}
 
 
 class Change(NamedTuple):

@@ -212,8 +212,8 @@ def _table(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
         else:
             groups.append((run, start, of_run))
     keys = set().union(*(arm.before | arm.after for arm in measured), set())
-    roles = {_name(key): changes.role(_name(key), arms, domain) for key in keys}
     rows = []
+    roles = changes.roles(arms, domain)
     for key, name, label, form, change_form in measure_rows(keys, roles):
         cells = []
         for run, start, of_run in groups:

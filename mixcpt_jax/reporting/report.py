@@ -12,33 +12,22 @@ TABLE_FILE = "report.md"
 PAGE_FILE = "report.html"
 
 
-def write(
-    workdir: str, folders: dict[str, str], results: dict[str, dict[str, Any]]
-) -> None:
+def write(workdir: str, results: dict[str, dict[str, Any]]) -> None:
     """Prints the table, and writes it and the page to the workdir.
 
     Runs that neither evaluate nor train, such as an export, have no table and no page.
 
     Args:
       workdir: the run's folder.
-      folders: phase -> its folder.
       results: phase -> its results.
     """
     folder = paths.absolute(workdir)
     paths.replace(folder / "report.json", paths.to_json(results, indent=2))
     arms = run_records.load([workdir])
     if any("after" in result for result in results.values()):
-        names = changes.domain_names(arms, ())
-        measured = {n for r in results.values() for n in changes.measured(r)}
-        roles = {name: changes.role(name, arms, names) for name in measured}
-        sentences = "\n".join(changes.verdict(arms))
-        text = "\n\n".join(
-            [
-                comparison(results, roles),
-                wall_times(results),
-                *filter(None, [sentences]),
-            ]
-        )
+        roles = changes.roles(arms, changes.domain_names(arms, ()))
+        parts = comparison(results, roles), wall_times(results)
+        text = "\n\n".join([*parts, "\n".join(changes.verdict(arms))]).rstrip()
         print(f"\n{text}\n")
         paths.replace(folder / TABLE_FILE, text + "\n")
     if any(arm.steps or arm.after for arm in arms):
