@@ -6,9 +6,11 @@ says which.
 """
 
 import base64
+import datetime
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -124,43 +126,32 @@ def _facts(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "Devices", joined(e.get("devices", "") for e in environments)
-    seconds = [arm.results["seconds"] for arm in arms if "seconds" in arm.results]
-    yield "Time", _duration(sum(seconds)) if seconds else ""
-    started = sorted(e["started"] for e in environments if "started" in e)
-    yield (
-        "Started",
-        started[0].replace("T", " ").replace("+00:00", " UTC") if started else "",
-    )
+    yield "Time", _duration(sum(arm.results.get("seconds", 0) for arm in arms))
+    started = min((e["started"] for e in environments if "started" in e), default="")
+    yield "Started", started.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _work(arm: Arm) -> dict[str, Any]:
     """A row of the table of phases."""
-    steps, num_steps = arm.steps, arm.setting("train.num_steps")
-    last = steps[-1]["step"] if steps else arm.after.get("step")
-    row_length, batch_size = (
-        arm.setting("data.row_length"),
-        arm.setting("data.batch_size"),
-    )
-    rate = arm.results.get("tokens_per_second")
-    seconds = arm.results.get("seconds")
-    is_done = bool(arm.results)
+
+    def shown(value: Any, form: str) -> str:
+        return form.format(value) if value else ""
+
+    last = arm.steps[-1]["step"] if arm.steps else arm.after.get("step")
+    total = "" if arm.results else arm.setting("train.num_steps")
+    sizes = [arm.setting(f"data.{name}") or 0 for name in ("row_length", "batch_size")]
     return {
         "arm": arm,
         "objective": _objective(arm),
         "starts": arm.starts_from or arm.setting("init_from") or "the model",
-        "steps": f"{last:,}"
-        + ("" if is_done or not num_steps else f" of {num_steps:,}")
-        if last and arm.trains
-        else "",
-        "tokens": f"{row_length * batch_size:,}"
-        if arm.trains and row_length and batch_size
-        else "",
-        "learning_rate": f"{arm.setting('optimizer.learning_rate'):g}"
-        if arm.trains and arm.setting("optimizer.learning_rate")
-        else "",
-        "rate": f"{rate:,.0f}" if rate else "",
-        "seconds": _duration(seconds) if seconds else "",
-        "state": "done" if is_done else "not finished",
+        "steps": shown(arm.trains and last, "{:,}") + shown(last and total, " of {:,}"),
+        "tokens": shown(arm.trains and math.prod(sizes), "{:,}"),
+        "learning_rate": shown(
+            arm.trains and arm.setting("optimizer.learning_rate"), "{:g}"
+        ),
+        "rate": shown(arm.results.get("tokens_per_second"), "{:,.0f}"),
+        "seconds": _duration(arm.results.get("seconds")),
+        "state": "done" if arm.results else "not finished",
     }
 
 
@@ -188,15 +179,9 @@ def _objective(arm: Arm) -> str:
     return text.removeprefix("1 ") if text.count("+") == 0 else text
 
 
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    if hours >= 48:
-        return f"{hours / 24:.1f} days"
-    if hours >= 1:
-        return f"{int(hours)} h {int(minutes) % 60} min"
-    if minutes >= 1:
-        return f"{int(minutes)} min {int(seconds) % 60} s"
-    return f"{seconds:.0f} s"
+def _duration(seconds: float | None) -> str:
+    """Hours, minutes and seconds, such as "1:23:45"; empty without a duration."""
+    return str(datetime.timedelta(seconds=round(seconds))) if seconds else ""
 
 
 def _table(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
