@@ -156,7 +156,7 @@ def compare_speed(texts, megabytes: int, folder: pathlib.Path) -> None:
     data = pipeline.load(config, vocabulary)
     seconds = time.perf_counter() - start
     tokens = data.report[0]["tokens"]
-    print(f"  ours, read, tokenised and packed:   {tokens / seconds:16,.0f}")
+    print(f"  ours, read, tokenized and packed:   {tokens / seconds:16,.0f}")
     speed = rate(pipeline.batches(config, data, 0))
     print(f"  ours, batches of that:              {speed:16,.0f}")
     for workers in (0, 1, 2):

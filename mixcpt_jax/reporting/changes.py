@@ -182,7 +182,9 @@ def verdict(arms: Sequence[Arm], domain: Sequence[str] = ()) -> list[str]:
         untouched = [change for change in found if change.role == "untouched"]
         of_domain = [change for change in found if change.role == "domain"]
         parts = [", ".join(map(str, part)) for part in (of_domain, untouched) if part]
-        lost = [c for c in untouched if c.interval and c.interval[1] < 0]
+        lost = [
+            c for c in untouched if (c.interval[1] if c.interval else c.difference) < 0
+        ]
         gained = any(
             (c.interval[0] if c.interval else c.difference) > 0 for c in of_domain
         )
