@@ -102,7 +102,7 @@ def auto(project, tiny_model, tmp_path):
 
 def test_a_run_is_sized_whole_and_keeps_its_sizes(auto, tmp_path, monkeypatch, capsys):
     phases = main.phase_configs(auto(), str(tmp_path / "run"))
-    assert "rows of 256 tokens per step in" in capsys.readouterr().err
+    assert "tokens in all; estimated memory" in capsys.readouterr().err
     for phase in phases.values():
         config_lib.validate(phase, jax.device_count())
         assert phase.data.row_length == phase.eval.row_length == 256

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.evaluation.evaluator import Measure
+from mixcpt_jax.evaluation.evaluator import Evaluator
 from mixcpt_jax.runtime import hosts, metrics, terminal
 from mixcpt_jax.training import checkpoint
 from mixcpt_jax.training import phase as phase_lib
@@ -99,7 +99,7 @@ def _measure(phase, data, shares: Sequence[float]) -> list[dict[str, float]]:
     recorded = [row for row in metrics.read(phase.folder) if SHARE in row]
     done = int(_of_first_host(len(recorded)))
     curve = [_without_prefix(row) for row in recorded[:done]]
-    measure = Measure(phase, data)
+    evaluator = Evaluator(phase, data)
     keep = phase.config.merge.keep
     with metrics.Writer(
         phase.folder, phase.config.metrics, done - 1, {}, hosts.is_first()
@@ -107,9 +107,9 @@ def _measure(phase, data, shares: Sequence[float]) -> list[dict[str, float]]:
         for number, share in list(enumerate(shares))[done:]:
             params = _params(phase, share)
             name = f"{phase.name} {share:g}"
-            with metrics.bar(name, measure.num_batches, phase.shows_progress) as show:
-                results = measure(params, show)
-            writer.write_items(number, measure.items)
+            with metrics.bar(name, evaluator.num_batches, phase.shows_progress) as show:
+                results = evaluator(params, show)
+            writer.write_items(number, evaluator.items)
             _require_measured(keep, results)
             row = {f"eval/{key}": value for key, value in results.items()}
             writer.write(number, row | {SHARE: share})
