@@ -9,14 +9,8 @@ import numpy as np
 from etils import epath
 
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.models.families import (
-    GEMMA,
-    MOST_LAYERS,
-    Index,
-    Tensor,
-    check_heads,
-    implied,
-)
+from mixcpt_jax.models import families
+from mixcpt_jax.models.families import Index, Tensor
 from mixcpt_jax.models.gguf_file import gguf_header, open_gguf
 from mixcpt_jax.models.headers import Header
 from mixcpt_jax.models.transformer import (
@@ -103,7 +97,7 @@ def open_tensors(file: epath.Path) -> dict[str, Tensor]:
 
 def _gguf_to_hf_name(name: str, family: str) -> str:
     names = dict(_TENSORS_OF_GGUF)
-    if family in GEMMA:
+    if family in families.GEMMA:
         names["ffn_norm"] = "pre_feedforward_layernorm"
     match name.split("."):
         case ["blk", layer, part, kind] if part in names:
@@ -167,7 +161,7 @@ def read_config(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
         raise header.wrong("vocab_size", f"the embedding's {vocab_size}")
     hidden_size = header.integer("embedding_length")
     num_heads = header.integer("attention.head_count")
-    num_layers = header.integer("block_count", most=MOST_LAYERS)
+    num_layers = header.integer("block_count", most=families.MOST_LAYERS)
     head_size = header.integer("attention.key_length", hidden_size // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if header.integer(key, head_size) != head_size:
@@ -189,10 +183,12 @@ def read_config(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
         # Stored as float32; its shortest decimal is the number that the authors wrote.
         norm_epsilon=float(str(np.float32(epsilon))),
         tie_embeddings="output.weight" not in tensors,
-        **implied(family),
+        **families.implied(family),
         **_gemma(name, header, num_layers, head_size),
     )
-    check_heads(config, header, "attention.head_count", "attention.head_count_kv")
+    families.check_heads(
+        config, header, "attention.head_count", "attention.head_count_kv"
+    )
     frequencies = tensors.get("rope_freqs.weight")
     scaling = _rope_scaling(header, config, frequencies)
     return dataclasses.replace(config, rope_scaling=scaling)

@@ -12,16 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.models import headers
-from mixcpt_jax.models.families import (
-    GEMMA,
-    MOST_LAYERS,
-    Index,
-    Tensor,
-    check_heads,
-    implied,
-    norm_offset,
-)
+from mixcpt_jax.models import families, headers
+from mixcpt_jax.models.families import Index, Tensor
 from mixcpt_jax.models.headers import Header
 from mixcpt_jax.models.transformer import (
     LinearRopeScaling,
@@ -156,7 +148,9 @@ def open_tensors(folder: epath.Path, family: str) -> dict[str, Tensor]:
                     f"{file}: tensor {name} is {view.get_dtype()}; quantised weights "
                     "are read from GGUF files only"
                 )
-            read = functools.partial(_read_view, view, norm_offset(name, family))
+            read = functools.partial(
+                _read_view, view, families.norm_offset(name, family)
+            )
             tensors[name] = Tensor(str(file), name, tuple(view.get_shape()), read)
     for name in weight_map.keys() - tensors.keys():
         raise InputError(
@@ -234,7 +228,7 @@ def read_config(file: epath.Path) -> ModelConfig:
             raise header.unsupported(key, supported)
     hidden_size = header.integer("hidden_size")
     num_heads = header.integer("num_attention_heads")
-    num_layers = header.integer("num_hidden_layers", most=MOST_LAYERS)
+    num_layers = header.integer("num_hidden_layers", most=families.MOST_LAYERS)
     head_size = header.integer("head_dim", _head_size(family, hidden_size, num_heads))
     # Transformers 5 has all of RoPE's settings under a new key, by kind of layer if the
     # kinds differ.
@@ -258,7 +252,7 @@ def read_config(file: epath.Path) -> ModelConfig:
         settings["local_rope_theta"] = local_rope.number(
             "rope_theta", local_theta, least=1
         )
-    if family in GEMMA:
+    if family in families.GEMMA:
         query_scale = header.number("query_pre_attn_scalar", 256)
         settings["query_scale"] = None if query_scale == head_size else query_scale
         # In Gemma 2 absent keys have defaults; null means no cap.
@@ -285,11 +279,11 @@ def read_config(file: epath.Path) -> ModelConfig:
         sliding_window=window,
         global_layers=global_layers,
         norm_epsilon=header.number("rms_norm_eps", 1e-6, most=1),
-        tie_embeddings=header.flag("tie_word_embeddings", family in GEMMA),
-        **implied(family),
+        tie_embeddings=header.flag("tie_word_embeddings", family in families.GEMMA),
+        **families.implied(family),
         **settings,
     )
-    check_heads(config, header, "num_attention_heads", "num_key_value_heads")
+    families.check_heads(config, header, "num_attention_heads", "num_key_value_heads")
     return config
 
 

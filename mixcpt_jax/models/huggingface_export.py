@@ -18,16 +18,7 @@ from safetensors.numpy import save_file
 
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.models import headers
-from mixcpt_jax.models.families import (
-    GEMMA,
-    is_stacked,
-    is_transposed,
-    key_of,
-    name_of,
-    norm_offset,
-    tensor_names,
-)
+from mixcpt_jax.models import families, headers
 from mixcpt_jax.models.huggingface import ARCHITECTURES, FIXED_OF, MARKER
 from mixcpt_jax.models.tokenizer import Tokenizer
 from mixcpt_jax.models.transformer import (
@@ -86,7 +77,7 @@ def save_pretrained(
     check_target(target, start)
     if broken := finite.find_broken(params, dtype):
         raise InputError(
-            f"{folder}: tensor {name_of(broken, config.family)} reaches "
+            f"{folder}: tensor {families.name_of(broken, config.family)} reaches "
             f"{broken.largest:.6g}, which {dtype} cannot hold; export bfloat16 or float32 "
             "(export.dtype)"
         )
@@ -213,7 +204,7 @@ def _config_to_hf(
     if config.family in ("qwen2", "qwen3"):
         raw["use_sliding_window"] = config.sliding_window is not None
         raw["max_window_layers"] = len(config.global_layers)
-    if config.family in GEMMA:
+    if config.family in families.GEMMA:
         raw |= {
             "hidden_activation": activation,
             "query_pre_attn_scalar": config.query_scale or config.head_size,
@@ -233,15 +224,16 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Brings one Hugging Face tensor after another to the host."""
     for key_path, leaf in jax.tree.leaves_with_path(params):
-        key = key_of(key_path)
-        for i, name in enumerate(tensor_names(key, leaf.shape, family)):
-            array = _layer(leaf, i) if is_stacked(key) else leaf
-            array = _cast(array, norm_offset(name, family), dtype)
+        key = families.key_of(key_path)
+        for i, name in enumerate(families.tensor_names(key, leaf.shape, family)):
+            array = _layer(leaf, i) if families.is_stacked(key) else leaf
+            array = _cast(array, families.norm_offset(name, family), dtype)
             if array.is_fully_addressable:
                 array = np.asarray(array)
             else:
                 array = multihost_utils.process_allgather(array, tiled=True)
-            yield name, np.ascontiguousarray(array.T if is_transposed(key) else array)
+            array = array.T if families.is_transposed(key) else array
+            yield name, np.ascontiguousarray(array)
 
 
 # Jitted, because arrays that span hosts refuse eager operations.

@@ -14,17 +14,8 @@ import numpy as np
 
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.models import gguf_checkpoint, huggingface
-from mixcpt_jax.models.families import (
-    TENSORS,
-    Index,
-    Tensor,
-    is_stacked,
-    is_transposed,
-    key_of,
-    name_of,
-    tensor_names,
-)
+from mixcpt_jax.models import families, gguf_checkpoint, huggingface
+from mixcpt_jax.models.families import Index, Tensor
 from mixcpt_jax.models.gguf_file import open_gguf
 from mixcpt_jax.models.huggingface import MARKER
 from mixcpt_jax.models.huggingface_export import save_pretrained as save_pretrained
@@ -81,17 +72,19 @@ def load_params(path: str, abstract_params: Params) -> Params:
     _check_tensors(path, tensors, abstract_params, family)
 
     def load(key_path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        key = key_of(key_path)
-        sources = [tensors[name] for name in tensor_names(key, leaf.shape, family)]
+        key = families.key_of(key_path)
+        sources = [
+            tensors[name] for name in families.tensor_names(key, leaf.shape, family)
+        ]
 
         def read(index: Index, shape: tuple[int, ...]) -> np.ndarray:
             shard = np.empty(shape, leaf.dtype)
-            if is_stacked(key):
+            if families.is_stacked(key):
                 parts, tensors_of, index = shard, sources[index[0]], index[1:]
             else:
                 parts, tensors_of = shard[None], sources
             for part, source in zip(parts, tensors_of, strict=True):
-                if is_transposed(key):
+                if families.is_transposed(key):
                     part[...] = source.read(index[::-1]).T
                 else:
                     part[...] = source.read(index)
@@ -101,7 +94,7 @@ def load_params(path: str, abstract_params: Params) -> Params:
 
     params = jax.tree.map_with_path(load, abstract_params)
     if broken := finite.find_broken(params):
-        tensor = tensors[name_of(broken, family)]
+        tensor = tensors[families.name_of(broken, family)]
         raise InputError(
             f"{tensor.file}: tensor {tensor.name} holds values that are not finite "
             "numbers; its training has diverged or its conversion overflowed: use other "
@@ -208,11 +201,11 @@ def _check_tensors(
     """Compares headers with the template, before any weight is read."""
     expected = {}
     for key_path, leaf in jax.tree.leaves_with_path(abstract_params):
-        key = key_of(key_path)
-        shape = leaf.shape[1:] if is_stacked(key) else leaf.shape
-        if is_transposed(key):
+        key = families.key_of(key_path)
+        shape = leaf.shape[1:] if families.is_stacked(key) else leaf.shape
+        if families.is_transposed(key):
             shape = shape[::-1]
-        expected |= dict.fromkeys(tensor_names(key, leaf.shape, family), shape)
+        expected |= dict.fromkeys(families.tensor_names(key, leaf.shape, family), shape)
     for name, shape in expected.items():
         if name not in tensors:
             raise InputError(
@@ -227,8 +220,8 @@ def _check_tensors(
     for name, tensor in tensors.items():
         if name in expected or name.endswith("rotary_emb.inv_freq"):
             continue  # RoPE's frequencies are computed here.
-        if name == TENSORS["unembedding"]:
-            _check_repeats(tensor, tensors[TENSORS["embedding"]])
+        if name == families.TENSORS["unembedding"]:
+            _check_repeats(tensor, tensors[families.TENSORS["embedding"]])
         else:
             raise InputError(
                 f"{tensor.file}: tensor {name} {tensor.shape} has no place in this "
@@ -245,7 +238,7 @@ def _check_repeats(head: Tensor, embedding: Tensor) -> None:
         is_same = is_same and np.array_equal(head.read(index), embedding.read(index))
     if not is_same:
         raise InputError(
-            f"{head.file}: tensor {TENSORS['unembedding']} differs from the embedding, "
-            f"and {MARKER} says that the two are tied; set tie_word_embeddings to false "
-            "there to use it, or take the tensor out"
+            f"{head.file}: tensor {families.TENSORS['unembedding']} differs from the "
+            f"embedding, and {MARKER} says that the two are tied; set "
+            "tie_word_embeddings to false there to use it, or remove the tensor"
         )
