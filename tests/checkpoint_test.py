@@ -231,7 +231,7 @@ def test_whatever_happens_to_a_file_of_the_newest_the_state_is_one_that_was_save
             assert_equal(state, states[step])
             names = {path.name for path in (copy / checkpoint.FOLDER).iterdir()}
             assert names == ({"1", "2"} if step == 2 else {"1", "damaged-2"})
-            # What is left is a folder to go on in, with the same step saved anew.
+            # A run can resume in this folder and save the same step again.
             with checkpoint.Checkpoints(epath.Path(copy)) as checkpoints:
                 assert checkpoints.latest_step() == step
             fallen_back += step == 1
@@ -255,7 +255,7 @@ def test_a_step_that_was_damaged_is_saved_again_and_again(tmp_path, caplog):
     assert names == {"1", "damaged-2", "damaged-2-2", "damaged-2-3"}
 
 
-def test_an_older_one_that_is_damaged_is_set_aside_too(tmp_path):
+def test_an_older_damaged_checkpoint_is_renamed_too(tmp_path):
     """Orbax reads the metadata of all of them when it opens the folder."""
     save(tmp_path, [1, 2])
     metadata = tmp_path / checkpoint.FOLDER / "1" / "_CHECKPOINT_METADATA"
@@ -266,7 +266,7 @@ def test_an_older_one_that_is_damaged_is_set_aside_too(tmp_path):
     assert names == {"2", "3", "damaged-1"}
 
 
-def test_without_a_whole_one_nothing_begins_and_nothing_is_changed(tmp_path):
+def test_without_a_whole_checkpoint_nothing_is_loaded_or_changed(tmp_path):
     assert restore(tmp_path, make_state(1)) is None
     save(tmp_path, [1, 2])
     spoil(tmp_path, 1)
@@ -394,7 +394,7 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(tmp_path, monkeypatch):
     assert restore(tmp_path, make_state(1)).step == 1
 
 
-def test_a_version_that_held_out_other_records_is_named(tmp_path):
+def test_a_version_with_another_holdout_is_named(tmp_path):
     save(tmp_path, [1])
     now = PROVENANCE | {"split_version": 2}
     restore(tmp_path, make_state(1), provenance=now)

@@ -134,7 +134,7 @@ def edit(folder, **changes):
     file.write_text(json.dumps(raw | changes))
 
 
-def test_an_export_holds_what_the_start_held(vocabulary, tmp_path):
+def test_an_export_has_the_files_of_its_start(vocabulary, tmp_path):
     folder, size = vocabulary
     write_old(folder, size)
     for name in ("tokenizer.model", "vocab.json", "merges.txt"):
@@ -281,7 +281,7 @@ def test_no_other_named_token_is_left_out(key, value, name, vocabulary):
     assert size in tokenizer.load(str(folder)).encode_with_special("a <nowhere>")
 
 
-def test_generation_ends_where_the_model_says(vocabulary):
+def test_generation_ends_at_the_tokens_in_the_models_files(vocabulary):
     folder, size = vocabulary
     for ends in (9, [9, 11]):
         write(folder, "config.json", {"eos_token_id": ends})

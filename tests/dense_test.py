@@ -236,7 +236,7 @@ def test_cross_entropy_has_the_floor_that_the_teacher_sets():
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_selective_raises_the_ceiling_of_lssd(share):
-    """Both together have one target, which says more of the gold token than `p~`."""
+    """Both together have one target, with more probability for the gold token than `p~`."""
     student, teacher, targets = draw(12)
 
     def mixed(student):

@@ -103,7 +103,7 @@ def test_index_and_files_must_agree(sharded):
         load(folder)
 
 
-def test_weights_of_two_saves_are_refused_and_others_told_of(sharded, caplog):
+def test_weights_of_two_saves_are_refused_and_others_reported(sharded, caplog):
     folder, weight_map = sharded
     save_file({"a": np.zeros(3, "f4")}, folder / "consolidated.safetensors")
     load(folder)
@@ -312,12 +312,12 @@ def test_gguf_loads_the_same_or_names_the_key(tmp_path_factory, data):
         )
     )
     expected = read_gguf(write_gguf(file, GGUF))
-    # Under a name of its own, lest it be the file that is kept open.
+    # Under a name of its own, because the last file stays open.
     file.unlink()
     file = file.with_stem(f"mutated-{time.monotonic_ns()}")
     found, message = outcome(read_gguf, write_gguf(file, GGUF | {key: value}))
     if found is None:
-        # Lists of another length are told of together.
+        # Lists of another length are reported together.
         columns = ("tokens", "scores", "token_type")
         assert key in message or key.split(".")[-1] in columns, message
         assert str(file) in message

@@ -54,7 +54,7 @@ def test_the_peak_follows_the_warm_up_and_the_last_step_has_the_final_ratio(data
         decay_fraction=data.draw(st.floats(0, 1)),
     )
     made = optimizer.make_schedule(config, num_steps)
-    # One shape for all lengths, so that nothing is compiled anew.
+    # One shape for all lengths, so that nothing is compiled twice.
     rates = np.asarray(made(np.arange(500)))[:num_steps]
     if name != "constant":
         warmup = max(min(warmup, num_steps - 2), 0)
@@ -275,14 +275,14 @@ def test_small_updates_are_not_lost_in_bfloat16():
     ("param_dtype", "moments_dtype"),
     [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")],
 )
-def test_what_is_kept_in_bfloat16_learns_like_float32(param_dtype, moments_dtype):
+def test_training_in_bfloat16_learns_like_float32(param_dtype, moments_dtype):
     """Steps of 1e-4 at parameters near 1, of which rounding to nearest loses every one."""
     config = config_lib.default().optimizer
     config.learning_rate, config.schedule, config.weight_decay = 1e-4, "constant", 0.0
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)
-    wanted = 1 + 0.1 * rng.standard_normal((16, 4))
-    targets = inputs @ jnp.asarray(wanted, jnp.float32)
+    kernel = 1 + 0.1 * rng.standard_normal((16, 4))
+    targets = inputs @ jnp.asarray(kernel, jnp.float32)
 
     def train(param_dtype, moments_dtype):
         config.moments_dtype = moments_dtype

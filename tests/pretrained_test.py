@@ -772,8 +772,8 @@ def test_gguf_that_does_not_fit(changes, message, tmp_path):
         ("pooling_type", 0),
     ],
 )
-def test_gguf_keys_that_change_the_function_are_not_passed_over(key, neutral, tmp_path):
-    """Neither are they refused where they change nothing."""
+def test_gguf_keys_that_change_the_function_are_not_ignored(key, neutral, tmp_path):
+    """Values that change nothing are not refused."""
     file, params = str(tmp_path / "model.gguf"), random_params(BASE)
     write_gguf(file, BASE, params, **{key: neutral})
     assert pretrained.read_model_config(file) == BASE

@@ -158,12 +158,14 @@ def test_what_a_prepared_teacher_does_not_hold_is_not_measured(top_k):
     teacher_step = jax.jit(teachers.make_teacher_step(forward, top_k))
     in_general = batch["source_ids"] == 1
     assert 0 < in_general.mean() < 1
-    held = {
+    outputs = {
         # As `teacher_cache.TeacherRows` fills in what is not there.
         name: np.where(in_general.reshape(*in_general.shape, *[1] * (x.ndim - 2)), 0, x)
         for name, x in teacher_step(params(1), batch).items()
     }
-    held = {k: v.astype(np.uint16) if "hidden" in k else v for k, v in held.items()}
+    outputs = {
+        k: v.astype(np.uint16) if "hidden" in k else v for k, v in outputs.items()
+    }
     prepared = (
         teachers.compact_teacher() if top_k else teachers.prepared_teacher("float32")
     )
@@ -174,7 +176,7 @@ def test_what_a_prepared_teacher_does_not_hold_is_not_measured(top_k):
         return metrics.means(found)
 
     expected = measured(teachers.running_teacher(forward), batch)
-    actual = measured(prepared, batch | held, without_teacher=["general"])
+    actual = measured(prepared, batch | outputs, without_teacher=["general"])
     assert {"ntp", "general/ntp", "domain/agree", "domain/swapped"} <= actual.keys()
     of_teacher = {k for k in actual if not k.endswith(("ntp", "correct"))}
     assert all(name.startswith("domain/") for name in of_teacher)

@@ -77,7 +77,7 @@ def dense_compact(
 def compact_head(
     hidden, kernel, teacher_hidden, teacher_kernel, targets, weights, top_k, **options
 ):
-    """`head_loss` with what `compact_teacher` makes of the same teacher."""
+    """`head_loss` with a compact form of the same teacher."""
     names = ("vocab_first", "vocab_size", "soft_cap")
     shared = {name: options[name] for name in names if name in options}
     compact = fused.compact_teacher(

@@ -1,4 +1,4 @@
-"""Conversations are what the model's template makes of them, to the token."""
+"""Conversations are encoded as the model's template writes them, to the token."""
 
 import dataclasses
 import importlib.util
@@ -416,7 +416,7 @@ def runs(theirs, ids, mask):
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=range(7))
 def test_thinking_is_content_as_any_other(plain, theirs, template):
-    """A template may take it out of earlier turns, and a chat goes on all the same."""
+    """A template may remove it from earlier turns, and a chat still continues."""
     thought = "<think>\nTwo and two.\n</think>\n\nIt is 4."
     messages = [ASK, ANSWER | {"content": thought}]
     tok = dataclasses.replace(plain, chat_template=template)
