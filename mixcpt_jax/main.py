@@ -6,14 +6,14 @@
 The same command run again resumes where the last one stopped.
 """
 
-import ast
 import contextlib
 import functools
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
@@ -26,21 +26,61 @@ from mixcpt_jax.runtime import terminal
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The config file.")
 
 
-class _WithNewEntries(flags.ArgumentParser):
-    """A config file with the sources, texts and exams that flags name anew."""
+class _ConfigParser(flags.ArgumentParser):
+    """Reads a config file, and adds the sources, texts and exams that flags name anew."""
 
     def __init__(self, files: flags.ArgumentParser):
         self._files = files
 
     def parse(self, path: str) -> ml_collections.ConfigDict:
-        config = self._files.parse(shipped.find(path))
         from mixcpt_jax import config as config_lib
 
-        if not isinstance(config, ml_collections.ConfigDict):
-            _report_what_it_raised(config, path)
-        for key in filter(None, map(_NEW_ENTRY.fullmatch, _given_flags())):
-            config_lib.add_entry(config, *key.groups())
+        config = _load(self._files, path)
+        keys = [found[1] for found in map(_NAMES_KEY.match, _given_flags()) if found]
+        for entry in filter(None, map(_NEW_ENTRY.fullmatch, keys)):
+            config_lib.add_entry(config, *entry.groups())
+        for key in keys:
+            config_lib.check_key(config, key, f"--config.{key}")
         return config
+
+
+def _load(files: flags.ArgumentParser, path: str) -> ml_collections.ConfigDict:
+    """The config that a file makes.
+
+    Raises:
+      InputError: there is no such file, it fails, or it makes something else.
+    """
+    file = shipped.find(path)
+    try:
+        config = files.parse(file)
+        if isinstance(config, ml_collections.ConfigDict):
+            return config
+        config.phases  # noqa: B018  (an OSError is raised here, see ml_collections)
+    except InputError:
+        raise
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--config={path}: the file imports {error.name}, which is not found from "
+            f"{pathlib.Path.cwd()}; run in the folder that has it, or install it"
+        ) from error
+    except Exception as error:
+        raise InputError(f"--config={path}: {_failure(error, file)}") from error
+    raise InputError(
+        f"--config={path}: get_config() returns {type(config).__name__}; it must return "
+        "a config, such as mixcpt_jax.config.default() with some changes"
+    )
+
+
+def _failure(error: BaseException, file: str) -> str:
+    """What a config file raised, and in which line."""
+    if str(error).startswith("Error whilst parsing config file"):
+        error = error.__context__
+    error = error.__cause__ or error
+    name = file.partition(":")[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == name]
+    place = f"line {lines[-1]}: " if lines else ""
+    return f"{place}{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _given_flags() -> list[str]:
@@ -48,28 +88,11 @@ def _given_flags() -> list[str]:
     return flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
 
 
-def _report_what_it_raised(config: Any, path: str) -> NoReturn:
-    """Raises what is wrong with a config file that did not load."""
-    try:
-        config.phases  # noqa: B018
-    except AttributeError as error:
-        kind = type(config).__name__
-        raise InputError(
-            f"--config={path}: get_config() returns {kind}; a config is wanted, such as "
-            "mixcpt_jax.config.default() with some changes"
-        ) from error
-    except OSError as error:  # Which names the one of the file only as its cause.
-        raise InputError(f"--config={path}: {error.__cause__ or error}") from error
-    raise TypeError(f"{type(config).__name__} for a config")
-
-
-# A path makes an entry: any other key of a name that is not there is a slip of the pen.
-_NEW_ENTRY = re.compile(
-    r"--?config\.(sources|eval\.texts|eval\.exams|eval\.pairs)\.(\w+)\.path(?:=.*)?",
-    re.DOTALL,
-)
 _NAMES_CONFIG = re.compile("--?config(=.*)?", re.DOTALL)
-flags.FLAGS["config"].parser = _WithNewEntries(flags.FLAGS["config"].parser)
+_NAMES_KEY = re.compile(r"--?(?:no)?config\.([^=]*)")
+# A path makes an entry: any other key of a name that is not there is a slip of the pen.
+_NEW_ENTRY = re.compile(r"(sources|eval\.texts|eval\.exams|eval\.pairs)\.(\w+)\.path")
+flags.FLAGS["config"].parser = _ConfigParser(flags.FLAGS["config"].parser)
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Where the run is kept; empty: runs/<config's name>."
 )
@@ -165,16 +188,27 @@ def on_first_host(work: Callable[[], None]) -> None:
 def phase_configs(
     config: ml_collections.ConfigDict, workdir: str
 ) -> dict[str, ml_collections.ConfigDict]:
-    """Phase -> its config; of a config without phases, the workdir's name -> itself."""
+    """Phase -> its config; of a config without phases, the workdir's name -> itself.
+
+    Raises:
+      InputError: a key or a value is wrong, or sizes cannot be chosen.
+    """
     from mixcpt_jax import config as config_lib
 
+    def by_name() -> dict[str, ml_collections.ConfigDict]:
+        return {name: config_lib.for_phase(config, name) for name in config.phases} or {
+            pathlib.PurePath(workdir).name: config
+        }
+
+    config_lib.check_values(config)
+    for name, phase_config in by_name().items():
+        with _naming(name, config):
+            config_lib.check_values(phase_config)
     if config.data.batch_size == 0:
         from mixcpt_jax.planning import sizing
 
         sizing.resolve(config, workdir)
-    return {name: config_lib.for_phase(config, name) for name in config.phases} or {
-        pathlib.PurePath(workdir).name: config
-    }
+    return by_name()
 
 
 def training_phase(
@@ -284,40 +318,8 @@ def _parse(argv: list[str]) -> list[str]:
         if not any(map(_NAMES_CONFIG.fullmatch, _given_flags())):
             raise InputError(f"--config is missing; name {shipped.known()}")
         return app.parse_flags_with_usage(argv)
-    except ModuleNotFoundError as error:
-        command.explain(
-            InputError(
-                f"--config: the file imports {error.name}, which is not found from "
-                f"{pathlib.Path.cwd()}; run in the folder that has it, or install it"
-            )
-        )
-    except (LookupError, AttributeError) as error:
-        command.explain(InputError(_unknown_key(error, argv)))
-    except (flags.Error, SyntaxError) as error:
+    except flags.Error as error:
         command.explain(error)
-
-
-def _unknown_key(error: LookupError | AttributeError, argv: list[str]) -> str:
-    """What to say of a key that the config does not have, and in which flag it stands."""
-    # A KeyError's text is the quoted form of what it was given, and ConfigDict makes one
-    # error of another's text.
-    text = str(error.args[0] if isinstance(error, KeyError) else error)
-    with contextlib.suppress(SyntaxError, ValueError):
-        while isinstance(unquoted := ast.literal_eval(text), str):
-            text = unquoted
-    if text.endswith("has no attribute 'get_config'"):
-        return "--config: the file defines no function get_config()"
-    found = re.fullmatch(r"'?(\w+)'?(?:\s+(Did you mean .*))?", text)
-    if not found:
-        return text
-    name, guess = found.groups()
-    given = (argument.partition("=")[0] for argument in argv)
-    flag = next((key for key in given if name in key.split(".")), "--config")
-    advice = guess or (
-        "mixcpt_jax/config/defaults.py has all settings. New sources, texts and exams "
-        "are added by their path, as in --config.eval.exams.NAME.path=FILE"
-    )
-    return f"{flag}: nothing is called {name!r} there. {advice}"
 
 
 def launch(main: Callable[[list[str]], None]) -> None:

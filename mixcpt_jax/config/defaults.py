@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
-from ml_collections import config_dict
 
 from mixcpt_jax.config.settings import defaults_of, number, one_of
 from mixcpt_jax.core.errors import InputError
@@ -71,7 +70,12 @@ def bounded_config() -> ml_collections.ConfigDict:
     # The device mesh; one size may be -1: all devices the others leave. `topology` is the
     # TPU slice it is meant for, such as v5e:4x4; only `plan` reads it.
     config.mesh = ml_collections.ConfigDict(
-        {"data": 1, "fsdp": -1, "tensor": 1, "topology": ""}
+        {
+            "data": number(1, least=1, most=2**20, also=-1),
+            "fsdp": number(-1, least=1, most=2**20, also=-1),
+            "tensor": number(1, least=1, most=2**20, also=-1),
+            "topology": "",
+        }
     )
 
     # The unembedding and the losses, as in `streamed.head_loss`. A size of 0 is chosen from
@@ -79,12 +83,12 @@ def bounded_config() -> ml_collections.ConfigDict:
     config.head = ml_collections.ConfigDict(
         {
             # Tokens whose logits exist at a time on a device.
-            "chunk_size": number(0, least=0),
+            "chunk_size": number(0, least=8, most=2**20, also=0),
             # Tokens whose logits' gradient is kept for one pair of products; a
             # multiple of chunk_size.
-            "block_size": number(0, least=0),
+            "block_size": number(0, least=8, most=2**22, also=0),
             # Columns of the vocabulary at a time; 0: all of the device's.
-            "vocab_tile": number(0, least=0),
+            "vocab_tile": number(0, least=8, most=2**24, also=0),
             # Splits the vocabulary over mesh.fsdp too and gathers hidden states; False
             # gathers the unembedding instead, at several times the memory.
             "vocab_parallel": True,
@@ -96,10 +100,9 @@ def bounded_config() -> ml_collections.ConfigDict:
     # reference, and is held once.
     config.lora = ml_collections.ConfigDict(
         {
-            "rank": number(0, least=0),
-            "alpha": number(
-                16.0, above=0
-            ),  # the adapters' product is scaled by alpha / rank
+            "rank": number(0, least=0, most=8192),
+            # The adapters' product is scaled by alpha / rank.
+            "alpha": number(16.0, above=0, most=1e6),
             "targets": ("query", "key", "value", "output", "gate", "up", "down"),
         }
     )
@@ -112,19 +115,21 @@ def bounded_config() -> ml_collections.ConfigDict:
     config.objective = ml_collections.ConfigDict(
         {
             "kind": one_of("tokens", "preference"),
-            "ntp_weight": number(0.8, least=0),  # next-token prediction
-            "lssd_weight": number(0.2, least=0),  # logit swap self-distillation
-            "kd_weight": number(0.0, least=0),  # plain distillation
+            "ntp_weight": number(0.8, least=0, most=1000),  # next-token prediction
+            "lssd_weight": number(
+                0.2, least=0, most=1000
+            ),  # logit swap self-distillation
+            "kd_weight": number(0.0, least=0, most=1000),  # plain distillation
             # Next-token prediction where the teacher's top token is not the gold one,
             # plain distillation where it is. With weights m here and 1 - m for LSSD the
             # gold token's target is m + (1 - m) p_a wherever the teacher is wrong.
-            "selective_weight": number(0.0, least=0),
+            "selective_weight": number(0.0, least=0, most=1000),
             # "step" runs the teacher in every step; "prepared" reads what it said from
             # `data.prepared`, where `python -m mixcpt_jax prepare --teacher` puts it.
             "teacher": one_of("step", "prepared"),
             # What is prepared of it. 0: its last hidden states, in bfloat16. Above: so
             # many most likely tokens and the gold one, all others as one outcome.
-            "teacher_top_k": number(0, least=0),
+            "teacher_top_k": number(0, least=0, most=2**16),
         }
     )
 
@@ -133,13 +138,12 @@ def bounded_config() -> ml_collections.ConfigDict:
     config.preference = ml_collections.ConfigDict(
         {
             "loss": one_of("sigmoid", "ipo"),  # sigmoid: DPO; ipo
-            "beta": number(0.1, above=0),
+            "beta": number(0.1, above=0, most=1000),
             # Share of pairs that are taken to be the wrong way round.
             "label_smoothing": number(0.0, least=0, below=0.5),
             "length_normalised": False,  # means over tokens for sums; ipo always does
-            "sft_weight": number(
-                0.0, least=0
-            ),  # of the chosen answer's NLL per token (RPO)
+            # Of the chosen answer's NLL per token (RPO).
+            "sft_weight": number(0.0, least=0, most=1000),
             # Where the reference's log-probabilities come from: "step" runs it beside
             # the policy, "precomputed" once over all pairs before the first step.
             "reference": one_of("step", "precomputed"),
@@ -153,8 +157,8 @@ def bounded_config() -> ml_collections.ConfigDict:
             # Tokens per row, and rows per step over all devices. With a batch_size of 0 it,
             # optimizer.accumulation_steps and eval.batch_size, and a row_length of 0, are
             # chosen from the corpus and the memory of a device, see `sizing`.
-            "row_length": number(2048, above=0),
-            "batch_size": number(8, above=0),
+            "row_length": number(2048, least=0, most=2**20),
+            "batch_size": number(8, least=0, most=2**20),
             # split: all of a source end to end, cut into full rows; best_fit and first_fit
             # keep whole what fits a row, and leave a little padding. by_format: split for
             # documents, best_fit for all others, whose answers mean little without their
@@ -163,7 +167,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             # 0: shares are the weights alone. From 1 on: weight x size^(1 / temperature),
             # size being the tokens to learn: at 1 in proportion to size, the higher the
             # more alike.
-            "temperature": 0.0,
+            "temperature": number(0.0, least=1, most=1000, also=0),
             # Examples longer than a row, or pairs that do not fit one together: split
             # (documents go on in the next row), truncate (cut at their end; of a pair
             # each side to half of a row), drop, or refuse. All but refuse are counted.
@@ -171,11 +175,10 @@ def bounded_config() -> ml_collections.ConfigDict:
             # Epochs of one source above which a run warns, and above which it does not
             # start; 0: never. Up to four, repeated text is nearly as good as new, and
             # from about forty on worth nothing (Muennighoff et al. 2023).
-            "warn_epochs": number(4.0, least=0),
-            "max_epochs": number(40.0, least=0),
-            "num_workers": number(
-                0, least=0
-            ),  # processes that build batches; 0: threads
+            "warn_epochs": number(4.0, least=0, most=1e6),
+            "max_epochs": number(40.0, least=0, most=1e6),
+            # Processes that build batches; 0: threads.
+            "num_workers": number(0, least=0, most=256),
             # Folder of tokens that `python -m mixcpt_jax prepare` made; a source
             # that it has, unchanged, is read from there. Empty: none.
             "prepared": "",
@@ -194,8 +197,8 @@ def bounded_config() -> ml_collections.ConfigDict:
             "near_duplicates": number(0.0, least=0, most=1),
             # Documents by their length in characters; 0: no limit. This rule and the
             # next two are for format "document" only.
-            "min_characters": number(0, least=0),
-            "max_characters": number(0, least=0),
+            "min_characters": number(0, least=0, most=10**9),
+            "max_characters": number(0, least=0, most=10**9),
             # Least share of letters, of any script, in a document's characters that are
             # not blank.
             "min_letters": number(0.0, least=0, most=1),
@@ -203,32 +206,34 @@ def bounded_config() -> ml_collections.ConfigDict:
             "max_repetition": number(1.0, least=0, most=1),
             # Texts with so many words in a row that are also in an exam of `eval.exams`;
             # 13 is usual, 0: off.
-            "decontaminate": number(0, least=0),
+            "decontaminate": number(0, least=0, most=1000),
         }
     )
 
     config.optimizer = ml_collections.ConfigDict(
         {
-            "learning_rate": number(1e-5, above=0),
+            "learning_rate": number(1e-5, above=0, most=10),
             "schedule": one_of("cosine", "wsd", "constant"),
             # Steps in which the rate rises to its peak; 0: `warmup_share` of the phase's.
-            "warmup_steps": number(0, least=0),
+            "warmup_steps": number(0, least=0, most=10**8),
             "warmup_share": number(0.0, least=0, most=1),
             # Learning rate of the last step / peak (cosine, wsd).
-            "final_ratio": number(0.1, least=0),
+            "final_ratio": number(0.1, least=0, most=1),
             # Share of the steps that decay (wsd).
             "decay_fraction": number(0.2, above=0, most=1),
-            "weight_decay": number(0.1, least=0),
+            "weight_decay": number(0.1, least=0, most=100),
             "beta1": number(0.9, least=0, below=1),
             "beta2": number(0.95, least=0, below=1),
-            "epsilon": number(1e-8, above=0),
+            "epsilon": number(1e-8, above=0, most=1),
             # What Adam's moments are kept in; to bfloat16 they are rounded by chance too.
             "moments_dtype": one_of("float32", "bfloat16"),
-            "clip_norm": number(1.0, least=0),  # 0: no clipping
+            "clip_norm": number(1.0, least=0, most=1e6),  # 0: no clipping
             # A step whose gradient norm is above so many times the running mean of the
             # last hundred or so is skipped, within train.max_skipped; 0: none is.
-            "spike_factor": number(0.0, least=0),
-            "accumulation_steps": number(1, above=0),  # microbatches per step
+            "spike_factor": number(0.0, above=1, most=1e6, also=0),
+            "accumulation_steps": number(
+                1, least=1, most=2**20
+            ),  # microbatches per step
         }
     )
 
@@ -236,37 +241,38 @@ def bounded_config() -> ml_collections.ConfigDict:
         {
             # 0: until every source that has `epochs` or `max_tokens` has given them; the
             # others are read for as long as that takes.
-            "num_steps": number(1000, least=0),
-            "log_every": number(1, above=0),  # steps between lines of metrics.jsonl
-            "save_every": number(200, least=0),  # 0: only at the end
-            "eval_every": number(0, least=0),  # 0: only before and after
+            "num_steps": number(1000, least=0, most=10**8),
+            # Steps between lines of metrics.jsonl.
+            "log_every": number(1, least=1, most=10**8),
+            "save_every": number(200, least=0, most=10**8),  # 0: only at the end
+            "eval_every": number(0, least=0, most=10**8),  # 0: only before and after
             "eval_before": True,
             # Checkpoints that stay: should the newest be damaged on the disk, the one
             # before is used.
-            "keep_last": number(2, above=0),
+            "keep_last": number(2, least=1, most=10**8),
             # How many steps in a row may be skipped, because their gradient is not
             # finite or a spike: parameters and moments stay as they are, and the run
             # goes on with the next batch. More of them end the run. 0: the first loss
             # that is not finite does.
-            "max_skipped": number(0, least=0),
+            "max_skipped": number(0, least=0, most=10**8),
             # Seconds after which a run that shows no sign of life (a step, a batch
             # measured, a checkpoint saved) says where every thread is and ends; 0: never.
             # More than a compilation, `log_every` steps, a save or the answers to all
             # prompts take: 1800 on a slice.
-            "timeout": number(0.0, least=0),
+            "timeout": number(0.0, least=0, most=7 * 86_400),
         }
     )
 
     config.eval = ml_collections.ConfigDict(
         {
-            "batch_size": number(8, above=0),
+            "batch_size": number(8, least=0, most=2**20),
             # Tokens per row of what is measured; 0: data.row_length. Phases whose numbers
             # are compared want the same: longer rows give more context.
-            "row_length": number(0, least=0),
+            "row_length": number(0, least=0, most=2**20),
             # Tokens of each text, exam and pairs that are measured at most; 0: all. Long
             # texts are cut to one length, the rest is spread over the file: see
             # `mixture.within`.
-            "max_tokens": number(65536, least=0),
+            "max_tokens": number(65536, least=0, most=10**12),
             # Text that is measured and never trained on, in whichever source it
             # stands: name -> source(...). With a `holdout` so many records are
             # measured, the same as a source with this path and holdout has. Of format
@@ -278,7 +284,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             "pairs": ml_collections.ConfigDict(),
             # JSONL of {"prompt"} or {"messages"}: answered greedily before and after.
             "prompts": "",
-            "max_new_tokens": number(128, above=0),
+            "max_new_tokens": number(128, least=1, most=2**20),
         }
     )
 
@@ -322,14 +328,14 @@ def bounded_config() -> ml_collections.ConfigDict:
             # format_alignment, which scores it twice. In our study all three did alike.
             "method": one_of("random", "perplexity", "format_alignment"),
             # Samples of a source that are scored at most, picked by a hash of their text.
-            "max_candidates": number(2000, above=0),
+            "max_candidates": number(2000, least=1, most=10**8),
             # Source -> how many of its samples are wanted.
             "keep": ml_collections.ConfigDict(),
             # Length of a sample in its chat format, in tokens; others are left out.
-            "min_tokens": number(1, least=0),
-            "max_tokens": number(1024, above=0),
+            "min_tokens": number(1, least=0, most=2**20),
+            "max_tokens": number(1024, least=1, most=2**20),
             # Length of its response alone; the scores of shorter ones are mostly noise.
-            "min_response_tokens": number(8, least=0),
+            "min_response_tokens": number(8, least=0, most=2**20),
             # Samples at least so similar (Jaccard, of word 5-grams) to an earlier one
             # are left out; 0: only exact copies are.
             "near_duplicates": number(0.8, least=0, most=1),
@@ -417,17 +423,17 @@ def bounded_source() -> ml_collections.ConfigDict:
             ),
             "fields": ml_collections.ConfigDict(),
             "preference_side": one_of("chosen", "rejected", "both"),
-            "weight": number(1.0, least=0),
-            "final_weight": config_dict.placeholder(float),
-            "epochs": number(0.0, least=0),
-            "max_tokens": number(0, least=0),
-            "max_records": number(0, least=0),
+            "weight": number(1.0, least=0, most=1e6),
+            "final_weight": number(None, above=0, most=1e6),
+            "epochs": number(0.0, least=0, most=1e6),
+            "max_tokens": number(0, least=0, most=10**15),
+            "max_records": number(0, least=0, most=10**12),
             "on_bad_record": one_of("refuse", "skip"),
-            "holdout": number(0, least=0),
-            "ntp_weight": config_dict.placeholder(float),
-            "lssd_weight": config_dict.placeholder(float),
-            "kd_weight": config_dict.placeholder(float),
-            "selective_weight": config_dict.placeholder(float),
+            "holdout": number(0, least=0, most=10**9),
+            "ntp_weight": number(None, least=0, most=1000),
+            "lssd_weight": number(None, least=0, most=1000),
+            "kd_weight": number(None, least=0, most=1000),
+            "selective_weight": number(None, least=0, most=1000),
         }
     )
 
@@ -445,7 +451,7 @@ def exam(**settings: Any) -> ml_collections.ConfigDict:
 def bounded_exam() -> ml_collections.ConfigDict:
     """Every key of an exam, with its default and its bounds."""
     return ml_collections.ConfigDict(
-        {"path": "", "source": "", "num_questions": number(0, least=0)}
+        {"path": "", "source": "", "num_questions": number(0, least=0, most=10**9)}
     )
 
 

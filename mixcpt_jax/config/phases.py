@@ -8,8 +8,8 @@ from typing import Any
 import ml_collections
 
 from mixcpt_jax.config.defaults import default, exam, source
-from mixcpt_jax.config.settings import leaves
-from mixcpt_jax.config.validation import check_keys, check_names
+from mixcpt_jax.config.settings import check, leaves
+from mixcpt_jax.config.validation import check_names
 from mixcpt_jax.core.errors import InputError
 
 # Stands for the folder of an earlier phase of the same run, in any path of a phase.
@@ -70,8 +70,8 @@ def for_phase(
                 f"overrides.{name}: no such phase; config.phases has "
                 f"{', '.join(config.phases)}"
             )
-    overrides = config.overrides.get(phase, {})
-    check_keys(overrides, merged, f"overrides.{phase}.")
+    overrides = config.overrides.get(phase, ml_collections.ConfigDict())
+    check(overrides, merged, f"overrides.{phase}")
     merged.update(overrides)
     earlier = tuple(config.phases)[: list(config.phases).index(phase)]
     for key, value in leaves(merged.to_dict()):

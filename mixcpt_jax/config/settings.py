@@ -1,10 +1,15 @@
 """A default with its bounds, and the checks that every key shares."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
+
+from mixcpt_jax.core.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,8 +17,9 @@ class Setting:
     """A default, and what else its key may hold.
 
     Attributes:
-      default: the value unless the config says otherwise.
-      allowed: what the key must be, in words: "one of text, json", ">= 0".
+      default: the value unless the config sets another; None only for a number that may
+        be left out.
+      allowed: what the key must be, in words: "one of text, json", ">= 0 and <= 1".
       holds: whether a value of the right type is allowed.
     """
 
@@ -29,60 +35,168 @@ def one_of(default: str, *others: str) -> Setting:
 
 
 def number(
-    default: float,
+    default: float | None,
+    *,
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
     below: float | None = None,
+    also: float | None = None,
 ) -> Setting:
-    """A number within bounds; `least` and `most` may be reached, `above` and `below` not.
+    """A number between two bounds.
 
-    NaN is within no bounds.
+    Args:
+      default: its type is the key's: an int refuses floats; None is a float or None.
+      least, above: the lower bound, itself allowed or not.
+      most, below: the upper bound, itself allowed or not.
+      also: a value outside the bounds that is allowed, such as 0 for "off".
     """
-    words = {">=": least, ">": above, "<=": most, "<": below}
-    allowed = " and ".join(f"{sign} {x}" for sign, x in words.items() if x is not None)
+    bounds = {">=": least, ">": above, "<=": most, "<": below}
+    allowed = " and ".join(
+        f"{sign} {bound:g}" if isinstance(bound, float) else f"{sign} {bound:,}"
+        for sign, bound in bounds.items()
+        if bound is not None
+    )
+    if also is not None or default is None:
+        allowed = f"{also}, or {allowed}"
 
-    def holds(value: float) -> bool:
+    def holds(value: float | None) -> bool:
+        if value is None or value == also:
+            return value == also
         return (
             (least is None or value >= least)
             and (above is None or value > above)
             and (most is None or value <= most)
             and (below is None or value < below)
-            and value == value
         )
 
     return Setting(default, allowed, holds)
 
 
+def check_key(tree: ml_collections.ConfigDict, key: str, place: str) -> None:
+    """Checks that a config has a key.
+
+    Args:
+      tree: the config.
+      key: dotted, such as "train.num_steps".
+      place: what names the key in the message, such as a flag.
+
+    Raises:
+      InputError: names the first part that is unknown, and what is like it.
+    """
+    above = ""
+    for part in key.split("."):
+        if not isinstance(tree, ml_collections.ConfigDict) or part not in tree:
+            known = tree if isinstance(tree, ml_collections.ConfigDict) else ()
+            raise InputError(
+                f"{place}: unknown key {part!r}{f' in {above}' if above else ''}; "
+                f"{advice(part, known)}"
+            )
+        tree = tree[part]
+        above = f"{above}.{part}" if above else part
+
+
 def defaults_of(tree: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Replaces each `Setting` in a config by its default; returns the config."""
-    for key in tree:
-        value = tree[key]
-        if isinstance(value, Setting):
-            with tree.ignore_type():
-                tree[key] = value.default
-        elif isinstance(value, ml_collections.ConfigDict):
-            defaults_of(value)
+    with tree.ignore_type():
+        for key, value in tree.items():
+            if isinstance(value, Setting):
+                is_optional = value.default is None
+                tree[key] = (
+                    config_dict.placeholder(float) if is_optional else value.default
+                )
+            elif isinstance(value, ml_collections.ConfigDict):
+                defaults_of(value)
     return tree
 
 
-def bounds_of(tree: Any, prefix: str = "") -> Iterator[tuple[str, Setting]]:
-    """Dotted key -> what it may hold, of every key that has bounds."""
-    for key, value in tree.items():
-        if isinstance(value, Setting):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, ml_collections.ConfigDict):
-            yield from bounds_of(value, f"{prefix}{key}.")
+def check(value: Any, reference: Any, place: str) -> None:
+    """Checks the keys, types and bounds of a config, of a section or of one key.
+
+    Args:
+      value: a section, or what a key holds.
+      reference: a `Setting`, a value of the same type, or a section of these. An empty
+        section takes any keys, which are not checked.
+      place: the dotted key; empty: the whole config.
+
+    Raises:
+      InputError: names the key, what was found, and what it must be.
+    """
+    if isinstance(reference, ml_collections.ConfigDict):
+        if not isinstance(value, ml_collections.ConfigDict):
+            raise InputError(f"{place}={shown(value)}: must be a section of keys")
+        for key in value if len(reference) else ():
+            inner = f"{place}.{key}" if place else key
+            if key not in reference:
+                raise InputError(f"{inner}: unknown key; {advice(key, reference)}")
+            check(value[key], reference[key], inner)
+        return
+    default, remedy = reference, ""
+    if isinstance(reference, Setting):
+        default, remedy = reference.default, f"; the default is {reference.default!r}"
+    example = 0.0 if default is None else default
+    if not same_type(value, example) and not (value is default is None):
+        wanted, found = _TYPES[type(example)], type(value).__name__
+        raise InputError(
+            f"{place}={shown(value)}: must be {wanted}, not {found}{remedy}"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{place}={value!r}: must be a finite number{remedy}")
+    if isinstance(reference, Setting) and not reference.holds(value):
+        raise InputError(f"{place}={shown(value)}: must be {reference.allowed}{remedy}")
 
 
-def same_type(value: Any, wanted: Any) -> bool:
-    if isinstance(wanted, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(wanted, bool)
-    if isinstance(wanted, tuple):
+def check_complete(value: Any, reference: Any, place: str) -> None:
+    """Checks that a section has every key of the reference.
+
+    Raises:
+      InputError: names the first key that is missing.
+    """
+    for key in reference:
+        inner = f"{place}.{key}" if place else key
+        if key not in value:
+            raise InputError(
+                f"{inner}: is missing; begin the config with mixcpt_jax.config.default()"
+            )
+        if isinstance(reference[key], ml_collections.ConfigDict):
+            check_complete(value[key], reference[key], inner)
+
+
+_TYPES = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    tuple: "a list",
+}
+
+
+def advice(key: str, known: Iterable[str]) -> str:
+    """What to say of a key that is not among those known."""
+    known = list(known)
+    near = difflib.get_close_matches(key, known)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known here: {', '.join(known) or 'none'}"
+
+
+def shown(value: Any) -> str:
+    """A value as it is shown in a message, cut if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integers of more than 4,300 digits.
+        text = f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def same_type(value: Any, reference: Any) -> bool:
+    if isinstance(reference, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(reference, bool)
+    if isinstance(reference, tuple):
         return isinstance(value, (list, tuple))
-    if isinstance(wanted, float):
+    if isinstance(reference, float):
         return isinstance(value, (int, float))
-    return isinstance(value, type(wanted))
+    return isinstance(value, type(reference))
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,12 +5,12 @@ impossible in combination with others, and says what to do.
 """
 
 import importlib.util
-import math
 import os
 from collections.abc import Iterable
 
 import ml_collections
 
+from mixcpt_jax.config import settings
 from mixcpt_jax.config.budgets import check_budgets
 from mixcpt_jax.config.defaults import (
     all_sources,
@@ -18,14 +18,16 @@ from mixcpt_jax.config.defaults import (
     bounded_exam,
     bounded_source,
     default,
-    exam,
     objective_weights,
-    source,
     warmup_steps,
 )
-from mixcpt_jax.config.settings import bounds_of, same_type
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.core.text import is_name
+
+_CONFIG, _SOURCE, _EXAM = bounded_config(), bounded_source(), bounded_exam()
+# Tokens of a batch over all devices, which each host holds in memory several times.
+_MOST_TOKENS = 2**26
+_MOST_SAMPLES = 10**8
 
 
 def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) -> None:
@@ -38,25 +40,12 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     Raises:
       InputError: names the key, what was found and the remedy.
     """
-    check_keys(config, default(), "")
-    _check_bounds(config, bounded_config())
-    _check_names(config)
-    for place, entry in all_sources(config):
-        check_keys(entry, source(), f"{place}.")
-        _check_bounds(entry, bounded_source(), f"{place}.")
-    for name, entry in config.eval.exams.items():
-        check_keys(entry, exam(), f"eval.exams.{name}.")
-        _check_bounds(entry, bounded_exam(), f"eval.exams.{name}.")
+    check_values(config)
     if config.train.num_steps:
         check_schedule(config, config.train.num_steps)
     _check_paths(config)
+    _check_head(config.head)
     optimizer = config.optimizer
-    _check(
-        optimizer.spike_factor == 0 or optimizer.spike_factor > 1,
-        config,
-        "optimizer.spike_factor",
-        "0, or more than 1",
-    )
     if optimizer.spike_factor and not config.train.max_skipped:
         raise InputError(
             f"optimizer.spike_factor={optimizer.spike_factor}: spikes are skipped within "
@@ -72,19 +61,12 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         raise InputError(
             "preference.label_smoothing: preference.loss=ipo has none; set it to 0"
         )
-    unknown = sorted(set(lora.targets) - set(default().lora.targets))
+    unknown = set(map(str, lora.targets)) - set(default().lora.targets)
     if unknown or not lora.targets:
         raise InputError(
-            f"lora.targets={','.join(lora.targets)}: some of "
-            f"{', '.join(default().lora.targets)} are wanted"
+            f"lora.targets={','.join(map(str, lora.targets))}: must be some of "
+            f"{', '.join(default().lora.targets)}"
         )
-    temperature = config.data.temperature
-    _check(
-        temperature == 0 or temperature >= 1,
-        config,
-        "data.temperature",
-        "0, or 1 or more",
-    )
     _check(
         "://" not in config.data.prepared,
         config,
@@ -108,10 +90,25 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         _check_batch(config, num_devices)
 
 
-def _check_names(config) -> None:
+def check_values(config: ml_collections.ConfigDict) -> None:
+    """Checks every key, name, type and bound, and nothing that several keys make together.
+
+    Args:
+      config: a whole config, of a run or of a phase.
+
+    Raises:
+      InputError: names the key, what was found and what it must be.
+    """
+    settings.check(config, _CONFIG, "")
+    settings.check_complete(config, _CONFIG, "")
     check_names("sources", config.sources)
     for kind in ("texts", "pairs", "exams"):
         check_names(f"eval.{kind}", config.eval[kind])
+    exams = ((f"eval.exams.{name}", entry) for name, entry in config.eval.exams.items())
+    for entries, reference in ((all_sources(config), _SOURCE), (exams, _EXAM)):
+        for place, entry in entries:
+            settings.check(entry, reference, place)
+            settings.check_complete(entry, reference, place)
 
 
 def check_names(place: str, names: Iterable[str]) -> None:
@@ -125,6 +122,15 @@ def check_names(place: str, names: Iterable[str]) -> None:
             raise InputError(
                 f"{place}: {name!a:.80} must be a name: printable text without slashes"
             )
+
+
+def _check_head(head: ml_collections.ConfigDict) -> None:
+    size, block = head.chunk_size, head.block_size
+    if block and (not size or block % size):
+        raise InputError(
+            f"head.block_size={block}: must be a multiple of head.chunk_size, which is "
+            f"{size}; set head.chunk_size to a divisor of it, or head.block_size to 0"
+        )
 
 
 def frozen_dtype(model: ml_collections.ConfigDict) -> str:
@@ -189,12 +195,6 @@ def check_schedule(config: ml_collections.ConfigDict, num_steps: int) -> None:
         )
 
 
-def _check_bounds(config, bounded: ml_collections.ConfigDict, place: str = "") -> None:
-    for key, setting in bounds_of(bounded):
-        if not setting.holds(value := config[key]):
-            raise InputError(f"{place}{key}={value!r}: must be {setting.allowed}")
-
-
 def _check_paths(config) -> None:
     """Of what has no default, all that is missing is told at once."""
     wanted = [("model", config.model), *all_sources(config)]
@@ -211,12 +211,10 @@ def _check_sources(config) -> None:
             "sources: none has a weight above 0; give at least one something to learn"
         )
     for place, entry in all_sources(config):
-        if entry.final_weight is not None and not (
-            entry.weight > 0 and 0 < entry.final_weight < math.inf
-        ):
+        if entry.final_weight is not None and not entry.weight:
             raise InputError(
-                f"{place}.final_weight={entry.final_weight}: a number above 0 is wanted, "
-                f"and {place}.weight above 0 (as little as 1e-6 will do)"
+                f"{place}.final_weight={entry.final_weight}: {place}.weight is 0; set it "
+                "to a number above 0, such as 1e-6"
             )
     if (
         is_training
@@ -240,10 +238,10 @@ def _check_sources(config) -> None:
         weights = objective_weights(config, name)
         if config.objective.kind != "tokens":
             continue
-        if entry.weight and (min(weights.values()) < 0 or not any(weights.values())):
+        if entry.weight and not any(weights.values()):
             raise InputError(
-                f"sources.{name}: objective weights {weights}: one must be above 0 and "
-                f"none below; set objective.* or sources.{name}.*_weight"
+                f"sources.{name}: objective weights {weights}: one must be above 0; set "
+                f"objective.* or sources.{name}.*_weight"
             )
     for name, entry in config.eval.exams.items():
         place = f"eval.exams.{name}"
@@ -324,8 +322,11 @@ def _check_selection(config) -> None:
             raise InputError(
                 f"{place}: no such source; known: {', '.join(config.sources)}"
             )
-        if not same_type(count, 0) or count < 1:
-            raise InputError(f"{place}={count!r}: a number of samples is wanted")
+        if not settings.same_type(count, 0) or not 1 <= count <= _MOST_SAMPLES:
+            raise InputError(
+                f"{place}={settings.shown(count)}: must be an integer >= 1 and "
+                f"<= {_MOST_SAMPLES:,}"
+            )
         _check(
             config.sources[name].format in ("instruction", "preference", "chat"),
             config,
@@ -370,7 +371,7 @@ def _check_generate(config) -> None:
 def _check_merge(config) -> None:
     shares = config.merge.shares
     is_sound = shares and all(
-        same_type(share, 0.0) and 0 <= share <= 1 for share in shares
+        settings.same_type(share, 0.0) and 0 <= share <= 1 for share in shares
     )
     if not is_sound or len({*shares}) < len(shares):
         raise InputError(
@@ -387,6 +388,21 @@ def _check_merge(config) -> None:
 
 def _check_batch(config, num_devices: int | None) -> None:
     batch, parts = config.data.batch_size, config.optimizer.accumulation_steps
+    for key in ("data.batch_size", "data.row_length", "eval.batch_size"):
+        if not config[key]:
+            raise InputError(
+                f"{key}=0: it is chosen where data.batch_size=0 and a phase trains; set "
+                "it to a number above 0"
+            )
+    for section in ("data", "eval"):
+        rows = config[section].batch_size
+        length = config[section].row_length or config.data.row_length
+        if rows * length > _MOST_TOKENS:
+            raise InputError(
+                f"{section}.batch_size={rows}: with rows of {length:,} tokens these are "
+                f"{rows * length:,} at a time; must be <= {_MOST_TOKENS:,}; lower "
+                f"{section}.batch_size or {section}.row_length"
+            )
     if batch % parts:
         raise InputError(
             f"optimizer.accumulation_steps={parts} does not divide "
@@ -407,30 +423,6 @@ def _check_batch(config, num_devices: int | None) -> None:
                 f"{key} = {rows} rows do not divide over the mesh's "
                 f"data x fsdp = {data} x {fsdp}; use a multiple of {data * fsdp}"
             )
-
-
-def check_keys(config, reference, place: str) -> None:
-    """Unknown keys, changed types and what is no number; free-form sections end it."""
-    for key, value in config.items():
-        if key not in reference:
-            known = ", ".join(reference)
-            raise InputError(f"{place}{key}: unknown key; known here: {known}")
-        wanted = reference[key]
-        if isinstance(wanted, ml_collections.ConfigDict):
-            if not isinstance(value, ml_collections.ConfigDict):
-                raise InputError(f"{place}{key}={value!r}: a section is wanted")
-            if len(wanted):
-                check_keys(value, wanted, f"{place}{key}.")
-        elif wanted is None:
-            if value is not None and not same_type(value, 0.0):
-                raise InputError(f"{place}{key}={value!r}: a number or None is wanted")
-        elif not same_type(value, wanted):
-            raise InputError(
-                f"{place}{key}={value!r}: {type(wanted).__name__} is wanted, "
-                f"found {type(value).__name__}"
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{place}{key}={value!r}: must be a finite number")
 
 
 def _check(holds: bool, config, key: str, wanted: str) -> None:
