@@ -76,6 +76,10 @@ def _failure(error: BaseException, file: str) -> str:
     if str(error).startswith("Error whilst parsing config file"):
         error = error.__context__
     error = error.__cause__ or error
+    if str(error).endswith("has no attribute 'get_config'"):
+        return "the file defines no function get_config()"
+    if "get_config() takes 0 positional arguments" in str(error):
+        return "this config has no variants; leave out what follows the colon"
     name = file.partition(":")[0]
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == name]
@@ -115,16 +119,25 @@ _COORDINATOR = flags.DEFINE_string(
     "first. Implies --distributed.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "With --coordinator: how many hosts there are.", 1
+    "num_processes",
+    None,
+    "With --coordinator: how many hosts there are.",
+    lower_bound=1,
+    upper_bound=2**16,
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "With --coordinator: which host this is, from 0 on.", 0
+    "process_id",
+    None,
+    "With --coordinator: which host this is, from 0 on.",
+    lower_bound=0,
+    upper_bound=2**16 - 1,
 )
 _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "heartbeat_timeout",
     100,
-    "Seconds after which a host that says nothing is taken for dead, and all end.",
-    1,
+    "Seconds without a heartbeat after which a host counts as dead and the run ends.",
+    lower_bound=1,
+    upper_bound=7 * 86_400,
 )
 
 
@@ -317,9 +330,21 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         if not any(map(_NAMES_CONFIG.fullmatch, _given_flags())):
             raise InputError(f"--config is missing; name {shipped.known()}")
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
     except flags.Error as error:
-        command.explain(error)
+        text = str(error).removeprefix("flag ")
+        for problem, plain in _PLAIN.items():
+            text = re.sub(problem, plain, text)
+        raise InputError(text) from error
+
+
+# What absl says of a flag -> the same in plain words.
+_PLAIN = {
+    r"invalid literal for int\(\) with base 10: .*": "must be an integer",
+    "could not convert string to float: .*": "must be a number",
+    r"\('Non-boolean argument to boolean flag', .*\)": "must be true or false",
+    "ERROR:: Unable to open flagfile:": "--flagfile:",
+}
 
 
 def launch(main: Callable[[list[str]], None]) -> None:

@@ -643,7 +643,7 @@ def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
     assert run() == f"{answers[0]}\n"
     with pytest.raises(SystemExit):
         run("--max_new_tokens=0")
-    assert "--max_new_tokens: '0': an integer from 1" in capsys.readouterr().err
+    assert "--max_new_tokens: '0': must be an integer >= 1" in capsys.readouterr().err
     # The context is the limit, however many are asked for.
     run(f"--prompt={texts[0]}", f"--max_new_tokens={2**31 - 1}")
 

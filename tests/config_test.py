@@ -1,12 +1,16 @@
 """A bad config is named before anything is loaded."""
 
+import functools
 import importlib.util
+import itertools
 import json
+import re
 
 import ml_collections
 import pytest
 
 from mixcpt_jax import config as config_lib
+from mixcpt_jax.config import defaults
 from mixcpt_jax.core.errors import InputError
 
 
@@ -24,10 +28,14 @@ def test_a_good_config_passes():
 
 
 BAD = [
-    ("train.num_stepz", 3, "train.num_stepz: unknown key.*num_steps"),
-    ("data.batch_size", "eight", "data.batch_size='eight': int is wanted, found str"),
-    ("data.batch_size", True, "data.batch_size=True: int is wanted, found bool"),
-    ("data.batch_size", 0, "data.batch_size=0: must be > 0"),
+    ("train.num_stepz", 3, "train.num_stepz: unknown key; did you mean num_steps?"),
+    (
+        "data.batch_size",
+        "eight",
+        "data.batch_size='eight': must be an integer, not str",
+    ),
+    ("data.batch_size", True, "data.batch_size=True: must be an integer, not bool"),
+    ("data.batch_size", 0, "data.batch_size=0: it is chosen where data.batch_size=0"),
     ("optimizer.learning_rate", -1.0, "optimizer.learning_rate=-1.0: must be > 0"),
     ("optimizer.epsilon", 0.0, "optimizer.epsilon=0.0: must be > 0"),
     ("optimizer.decay_fraction", -0.5, "optimizer.decay_fraction=-0.5: must be > 0"),
@@ -56,18 +64,25 @@ BAD = [
         "poem",
         "sources.domain.format='poem': must be one of document",
     ),
-    ("sources.domain.lssd_weight", -0.2, "sources.domain: objective weights"),
+    ("sources.domain.lssd_weight", -0.2, "lssd_weight=-0.2: must be None, or >= 0"),
     ("sources.domain.lssd_weight", "1", "sources.domain.lssd_weight='1'.*number"),
-    ("sources.domain.selective_weight", -0.5, "sources.domain: objective weights"),
+    ("sources.domain.selective_weight", -0.5, "selective_weight=-0.5: must be None"),
     ("objective.selective_weight", -0.5, "selective_weight=-0.5: must be >= 0"),
     ("sources.domain.holdout", -1, "sources.domain.holdout=-1: must be >= 0"),
     ("optimizer.beta1", 1.5, "optimizer.beta1=1.5: must be >= 0 and < 1"),
-    ("optimizer.spike_factor", 0.5, "spike_factor=0.5: must be 0, or more than 1"),
+    ("optimizer.spike_factor", 0.5, "spike_factor=0.5: must be 0, or > 1 and <= 1e"),
     (
         "optimizer.spike_factor",
         5.0,
         "spike_factor=5.0: .*train.max_skipped, which is 0",
     ),
+    ("head.block_size", 48, "block_size=48: must be a multiple of.*chunk_size, .* 0;"),
+    (
+        "data.batch_size",
+        2**20,
+        r"data.batch_size=1048576: .* 2,048 tokens .* must be <= 67,108,864; lower",
+    ),
+    ("sources.domain", 3, "sources.domain=3: must be a section of keys"),
     ("train.timeout", -1.0, "train.timeout=-1.0: must be >= 0"),
     ("job", "learn", "job='learn': must be one of train, generate, merge, select, "),
     (
@@ -92,11 +107,15 @@ BAD = [
         0.5,
         "preference.label_smoothing=0.5: must be >= 0 and < 0.5",
     ),
-    ("lora.targets", ["query", "bias"], "lora.targets=query,bias: some of query, key"),
+    (
+        "lora.targets",
+        ["query", "bias"],
+        "lora.targets=query,bias: must be some of query",
+    ),
     ("select.origin_share", 0.0, "select.origin_share=0.0: must be > 0 and"),
     ("select.origin_share", 1.5, "select.origin_share=1.5: must be > 0 and <= 1"),
     ("select.keep", {"other": 3}, "select.keep.other: no such source; known: domain"),
-    ("select.keep", {"domain": 0}, "select.keep.domain=0: a number of samples"),
+    ("select.keep", {"domain": 0}, "select.keep.domain=0: must be an integer >= 1 and"),
     (
         "select.keep",
         {"domain": 3},
@@ -119,17 +138,64 @@ def test_the_key_the_value_and_the_remedy_are_named(key, value, message):
     assert "\n" not in str(caught.value)
 
 
-def test_no_key_takes_what_is_no_number():
-    """Neither NaN nor an infinity, whatever its bounds, of a source's keys either."""
-    keys = [k for k, v in flat(valid()) if isinstance(v, float) or v is None]
-    assert {"optimizer.epsilon", "sources.domain.kd_weight"} <= set(keys)
-    for key in keys:
-        for value in (float("nan"), float("inf"), -float("inf")):
-            config = valid()
-            with config.ignore_type():
-                config.update_from_flattened_dict({key: value})
-            with pytest.raises(InputError, match=f"{key}={value}: "):
-                config_lib.validate(config, 8)
+OF_NO_NUMBER = [float("nan"), float("inf"), -float("inf"), 2**63, -(2**63), "1", True]
+
+
+def test_every_number_has_bounds_and_a_default_within():
+    for key, setting in flat(defaults.bounded_config()):
+        value = getattr(setting, "default", setting)
+        assert isinstance(value, str | bool | tuple) or setting.holds(value), key
+        if not isinstance(value, str | bool | tuple):
+            assert {"<", ">"} <= set(setting.allowed), key
+
+
+def test_no_number_of_a_shipped_config_takes_another_value(project, monkeypatch):
+    """Not one out of bounds or of another type, in a section or in a phase's overrides."""
+    configs = shipped_configs(project, monkeypatch)
+    of_one_slice = [name for name in configs if ":v" not in name or "llama3_8b" in name]
+    assert len(of_one_slice) > 20
+    for config in map(configs.get, of_one_slice):
+        values = itertools.cycle([*OF_NO_NUMBER, None])
+        for phase in config.phases or [""]:
+            one = config_lib.for_phase(config, phase) if phase else config
+            config_lib.check_values(one)
+            for key, held in [*flat(one)]:
+                value = next(values)
+                if isinstance(held, str | bool | tuple) or (value is held is None):
+                    continue
+                refuses(one, key, value)
+
+
+def refuses(config, key, value):
+    """And the config is as before."""
+    *sections, last = key.split(".")
+    section = functools.reduce(ml_collections.ConfigDict.__getitem__, sections, config)
+    held = section[last]
+    with section.unlocked(), section.ignore_type():
+        del section[last]
+        section[last] = value
+        with pytest.raises(InputError, match=re.escape(f"{key}={value!r}: must be ")):
+            config_lib.check_values(config)
+        del section[last]
+        section[last] = held
+
+
+@pytest.mark.parametrize("value", OF_NO_NUMBER)
+def test_no_number_takes_it(value):
+    config = valid()
+    config.eval.texts.one = config_lib.source(path="b.jsonl")
+    config.eval.exams.two = config_lib.exam(path="c.jsonl")
+    numbers = [k for k, v in flat(config) if not isinstance(v, str | bool | tuple)]
+    assert {"sources.domain.kd_weight", "eval.texts.one.holdout", "mesh.data"} <= set(
+        numbers
+    )
+    for key in numbers:
+        refuses(config, key, value)
+
+
+def test_a_section_that_is_missing_is_named():
+    with pytest.raises(InputError, match="^clean: is missing; begin the config with"):
+        config_lib.validate(ml_collections.ConfigDict({"job": "train"}))
 
 
 def flat(config, prefix=""):
@@ -168,7 +234,9 @@ def test_a_phase_overrides_only_what_exists():
     assert merged.train.num_steps == 7
     assert config.train.num_steps == 1000
     config.overrides.later.train.steps = 3
-    with pytest.raises(InputError, match="overrides.later.train.steps: unknown key"):
+    with pytest.raises(
+        InputError, match="overrides.later.train.steps: unknown key; did"
+    ):
         config_lib.for_phase(config, "later")
 
 

@@ -330,7 +330,10 @@ def test_the_command_measures_and_compares(
         *((evaluate, flag) for flag in ("limit=-1", "seed=-1", f"limit={2**70}")),
         *((evaluate, flag) for flag in ("batch_size=0", "row_length=-5", "limit=1.5")),
         *((lm_eval, flag) for flag in ("limit=-1", "batch_size=0", "num_fewshot=-1")),
+        *((lm_eval, flag) for flag in ("batch_size=1000000000", "max_length=nan")),
         *((chat, flag) for flag in (f"seed={2**70}", "seed=-1", "max_new_tokens=-1")),
+        *((chat, flag) for flag in ("temperature=nan", "temperature=inf", "top_k=0")),
+        *((chat, flag) for flag in ("top_p=nan", "top_p=0", "temperature=1e9")),
     ],
 )
 def test_a_number_out_of_range_is_refused_by_its_flag(
@@ -341,7 +344,9 @@ def test_a_number_out_of_range_is_refused_by_its_flag(
     monkeypatch.setattr(sys, "argv", given)
     with pytest.raises(SystemExit):
         module._parse()
-    assert f"argument --{flag.split('=')[0]}: " in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: argument --{flag.split('=')[0]}: ")
+    assert ": must be a" in line
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_impossible_batch(run, write_config, tmp_path):
 @pytest.mark.parametrize("key", ["train.num_stepz", "sources.domain.epoch"])
 def test_unknown_override_on_the_command_line(run, write_config, key):
     process = run(write_config({}), f"--config.{key}=3")
-    assert_one_line(process, f"--config.{key}: nothing is called", "Did you mean")
+    assert_one_line(process, f"--config.{key}: unknown key", "; did you mean ")
     assert "\\" not in process.stderr
 
 
@@ -210,10 +210,10 @@ def test_a_path_by_flag_is_not_read_as_names_of_packages(project, name, monkeypa
 def test_a_name_without_a_path_is_a_slip(run, write_config, key):
     process = run(write_config({}), f"--config.{key}")
     name = key.split(".")[-2]
-    assert_one_line(process, f"nothing is called '{name}'")
+    assert_one_line(process, f"unknown key '{name}' in ")
 
 
-def test_a_key_that_is_like_no_other(project, write_config):
+def test_a_key_by_another_name(project, write_config):
     """A cold process; those of the other tests have the imports behind them."""
     process = subprocess.run(
         [sys.executable, "-m", "mixcpt_jax.main", write_config({}),
@@ -222,9 +222,55 @@ def test_a_key_that_is_like_no_other(project, write_config):
         capture_output=True,
         text=True,
     )  # fmt: skip
-    assert_one_line(
-        process, "nothing is called 'steps'", "defaults.py has all settings"
-    )
+    assert_one_line(process, "unknown key 'steps' in train; did you mean num_steps?")
+
+
+# How ml_collections loads a config file.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("flag", "problem"),
+    [
+        (
+            "config.train.steps=3",
+            "unknown key 'steps' in train; did you mean num_steps?",
+        ),
+        ("config.train.zzz=3", "unknown key 'zzz' in train; known here: num_steps, "),
+        ("config.seed.x=3", "unknown key 'x' in seed; known here: none"),
+        ("config.optimizer.learning_rate=fast", "learning_rate=fast: must be a number"),
+        ("config.train.num_steps=1e5", "--config.train.num_steps=1e5: must be an int"),
+        ("config.train.eval_before=maybe", "eval_before=maybe: must be true or false"),
+        (
+            "flagfile=gone.txt",
+            "--flagfile: [Errno 2] No such file or directory: 'gone.",
+        ),
+        ("num_processes=99999999", "--num_processes=99999999: 99999999 is not"),
+        ("heartbeat_timeout=inf", "--heartbeat_timeout=inf: must be an integer"),
+        ("nothing=1", "Unknown command line flag 'nothing'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flag, problem, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["main", "--config=quickstart", f"--{flag}"])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
+        main._parse(sys.argv)
+    [line] = capsys.readouterr().err.splitlines()
+    assert problem in line
+    assert stop.value.code == 1
+
+
+@pytest.mark.parametrize("phases", [(), ("cpt", "sft")])
+def test_a_number_out_of_bounds_is_refused_before_sizes_are_chosen(
+    tiny_config, tmp_path, phases
+):
+    tiny_config.data.batch_size = 0
+    tiny_config.model.path = "not there"
+    tiny_config.phases = phases
+    section = tiny_config.overrides.sft = tiny_config.copy_and_resolve_references()
+    section = section if phases else tiny_config
+    section.train.num_steps = 2**31
+    with pytest.raises(
+        InputError, match="train.num_steps=2147483648: must be >= 0 and"
+    ):
+        main.run(tiny_config, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -258,6 +304,11 @@ def test_a_config_that_is_not_there(given, problem, monkeypatch, capsys):
         ("open('gone.txt')", "No such file or directory: 'gone.txt'"),
         ("return {'phases': ()}", "get_config() returns dict"),
         ("return None", "get_config() returns NoneType"),
+        ("return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
+        (
+            "import mixcpt_jax.config as c; c.default().optimizer.beta1 = 'high'",
+            "line 2: TypeError: Could not override field 'beta1'",
+        ),
     ],
 )
 def test_a_config_file_that_makes_no_config(

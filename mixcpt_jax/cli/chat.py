@@ -65,11 +65,30 @@ def _parse() -> argparse.Namespace:
         "several --prompt. They come out as JSON lines",
     )
     add("--raw", action="store_true", help="complete texts, without a chat template")
-    add("--max_new_tokens", type=command.integer(1), default=512)
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    add("--top_k", type=int, default=None, help="draw from so many tokens only")
-    add("--top_p", type=float, default=1.0, help="draw from this share only")
-    add("--seed", type=command.integer(0), default=0, help="of the draws")
+    add(
+        "--max_new_tokens",
+        type=command.number(int, least=1, most=2**31 - 1),
+        default=512,
+    )
+    add(
+        "--temperature",
+        type=command.number(float, least=0, most=100),
+        default=0.0,
+        help="what logits are divided by; 0 takes the most likely token",
+    )
+    add(
+        "--top_k",
+        type=command.number(int, least=1, most=2**24),
+        default=None,
+        help="sample from this many most likely tokens only",
+    )
+    add(
+        "--top_p",
+        type=command.number(float, above=0, most=1),
+        default=1.0,
+        help="sample from the most likely tokens that have this share of probability",
+    )
+    add("--seed", type=command.seed, default=0, help="of sampling")
     add("--dtype", default="", help="float32 (default on CPUs) or bfloat16 (elsewhere)")
     return parser.parse_args()
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from mixcpt_jax.config import settings
 from mixcpt_jax.core import paths, system
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import preemption, terminal
@@ -21,25 +22,46 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
       name: of the command.
       doc: its docstring, which is what `--help` says.
     """
-    return argparse.ArgumentParser(
+    return _Parser(
         f"python -m mixcpt_jax {name}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
-def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """The type of a flag that takes the integers from `least` to `most`."""
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as any other user error: one line, exit status 1."""
 
-    def parse(text: str) -> int:
+    def error(self, message: str) -> NoReturn:
+        explain(InputError(f"{message}; `{self.prog} --help` explains the flags"))
+
+
+def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], float]:
+    """The type of a flag that takes numbers within bounds.
+
+    Args:
+      kind: int or float.
+      bounds: as for `settings.number`.
+    """
+    setting = settings.number(kind(0), **bounds)
+    noun = "an integer" if kind is int else "a number"
+
+    def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if least <= (value := int(text)) <= most:
+            if setting.holds(value := kind(text)):
                 return value
         raise argparse.ArgumentTypeError(
-            f"{text!r}: an integer from {least} to {most} is wanted"
+            f"{settings.shown(text)}: must be {noun} {setting.allowed}"
         )
 
     return parse
+
+
+# Of flags that several commands have.
+count = number(int, least=0, most=10**9)
+row_length = number(int, least=0, most=2**20)
+batch_size = number(int, least=1, most=4096)
+seed = number(int, least=0, most=2**31 - 1)
 
 
 def explained(command: Callable[..., Any], *args: Any) -> None:

@@ -65,19 +65,19 @@ def _parse() -> argparse.Namespace:
     )
     add(
         "--limit",
-        type=command.integer(0),
+        type=command.count,
         default=0,
         help="items of each task, the first; 0: all",
     )
     add(
         "--row_length",
-        type=command.integer(0),
+        type=command.row_length,
         default=0,
         help="what documents are cut to; default: 1024 tokens, or what the other was "
         "measured with",
     )
-    add("--batch_size", type=command.integer(1), default=8, help="rows at a time")
-    add("--seed", type=command.integer(0), default=0, help="of the bootstrap")
+    add("--batch_size", type=command.batch_size, default=8, help="rows at a time")
+    add("--seed", type=command.seed, default=0, help="of the bootstrap")
     add("--dtype", default="", help="float32 (default on CPUs) or bfloat16 (elsewhere)")
     add("--output", default="", help="a JSON file for what is printed, and each item")
     return parser.parse_args()

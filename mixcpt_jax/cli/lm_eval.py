@@ -64,21 +64,21 @@ def _parse() -> argparse.Namespace:
     add("--include_path", default="", help="a folder of YAML files with more tasks")
     add(
         "--limit",
-        type=command.integer(0),
+        type=command.count,
         default=0,
         help="items of each task, the first; 0: all",
     )
     add(
         "--num_fewshot",
-        type=command.integer(0),
+        type=command.number(int, least=0, most=1000),
         default=None,
         help="examples before each item",
     )
     add("--apply_chat_template", action="store_true", help="items as conversations")
-    add("--batch_size", type=command.integer(1), default=8, help="rows at a time")
+    add("--batch_size", type=command.batch_size, default=8, help="rows at a time")
     add(
         "--max_length",
-        type=command.integer(0),
+        type=command.row_length,
         default=0,
         help="of contexts; 0: as the model's",
     )

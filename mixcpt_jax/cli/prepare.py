@@ -22,7 +22,11 @@ from mixcpt_jax.core.errors import InputError
 flags.adopt_module_key_flags(command_line)
 _TEACHER = flags.DEFINE_bool("teacher", False, "Prepare the teacher too.")
 _WORKERS = flags.DEFINE_integer(
-    "workers", os.cpu_count(), "Processes that tokenise; 0: this one alone.", 0
+    "workers",
+    min(os.cpu_count() or 1, 256),
+    "Processes that tokenise; 0: this one alone.",
+    lower_bound=0,
+    upper_bound=256,
 )
 
 

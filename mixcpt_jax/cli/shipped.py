@@ -16,15 +16,15 @@ def find(name: str) -> str:
       name: "configs/mixcpt.py", "mixcpt" or a file, each with ":VARIANT" behind it or not.
 
     Returns:
-      The same with the path of our config, or unchanged where it is a file.
+      The same with the path of the file.
 
     Raises:
       InputError: it is neither.
     """
     given, colon, variant = name.partition(":")
-    file = pathlib.Path(given)
+    file = pathlib.Path(given).expanduser()
     if file.is_file():
-        return name
+        return f"{file}{colon}{variant}"
     is_ours = str(file.parent) in (".", "configs") and file.suffix in ("", ".py")
     ours = _folder() / f"{file.stem}.py"
     if is_ours and ours.is_file():

@@ -109,6 +109,12 @@ def check_values(config: ml_collections.ConfigDict) -> None:
         for place, entry in entries:
             settings.check(entry, reference, place)
             settings.check_complete(entry, reference, place)
+    for name, count in config.select.keep.items():
+        if not settings.same_type(count, 0) or not 1 <= count <= _MOST_SAMPLES:
+            raise InputError(
+                f"select.keep.{name}={settings.shown(count)}: must be an integer >= 1 "
+                f"and <= {_MOST_SAMPLES:,}"
+            )
 
 
 def check_names(place: str, names: Iterable[str]) -> None:
@@ -321,11 +327,6 @@ def _check_selection(config) -> None:
         if name not in config.sources:
             raise InputError(
                 f"{place}: no such source; known: {', '.join(config.sources)}"
-            )
-        if not settings.same_type(count, 0) or not 1 <= count <= _MOST_SAMPLES:
-            raise InputError(
-                f"{place}={settings.shown(count)}: must be an integer >= 1 and "
-                f"<= {_MOST_SAMPLES:,}"
             )
         _check(
             config.sources[name].format in ("instruction", "preference", "chat"),
