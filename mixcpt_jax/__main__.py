@@ -1,4 +1,4 @@
-"""`mixcpt COMMAND`, or `python -m mixcpt_jax COMMAND`: every command there is."""
+"""All commands: `mixcpt COMMAND`, or `python -m mixcpt_jax COMMAND`."""
 
 import importlib
 import sys
@@ -14,11 +14,11 @@ def main() -> None:
         print("usage: mixcpt COMMAND ...\n")
         for command, (_, summary) in COMMANDS.items():
             print(f"  {command:{width}}  {summary}")
-        print("\n`mixcpt COMMAND --help` explains one.")
+        print("\n`mixcpt COMMAND --help` explains a command.")
         return
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
-        sys.exit(f"mixcpt: {name!r} is no command; there are {known}")
+        sys.exit(f"mixcpt: {name!r} is not a command; use one of {known}")
     module, _ = COMMANDS[name]
     sys.argv = [f"mixcpt {name}", *sys.argv[2:]]
     importlib.import_module(module).start()

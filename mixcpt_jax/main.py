@@ -3,7 +3,7 @@
     python -m mixcpt_jax.main --config=configs/quickstart.py [--workdir=runs/mine]
         [--config.train.num_steps=100 ...]
 
-The same command run again resumes where the last one stopped.
+The same command, run again, resumes an interrupted run.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="The config file
 
 
 class _ConfigParser(flags.ArgumentParser):
-    """Reads a config file, and adds the sources, texts and exams that flags name anew."""
+    """Reads a config file, and adds the sources, texts and exams that flags add."""
 
     def __init__(self, files: flags.ArgumentParser):
         self._files = files
@@ -45,10 +45,10 @@ class _ConfigParser(flags.ArgumentParser):
 
 
 def _load(files: flags.ArgumentParser, path: str) -> ml_collections.ConfigDict:
-    """The config that a file makes.
+    """The config that a file returns.
 
     Raises:
-      InputError: there is no such file, it fails, or it makes something else.
+      InputError: there is no such file, it fails, or it returns something else.
     """
     file = shipped.find(path)
     try:
@@ -72,7 +72,7 @@ def _load(files: flags.ArgumentParser, path: str) -> ml_collections.ConfigDict:
 
 
 def _failure(error: BaseException, file: str) -> str:
-    """What a config file raised, and in which line."""
+    """The exception of a config file, and the line that raised it."""
     if str(error).startswith("Error whilst parsing config file"):
         error = error.__context__
     error = error.__cause__ or error
@@ -88,47 +88,47 @@ def _failure(error: BaseException, file: str) -> str:
 
 
 def _given_flags() -> list[str]:
-    """The command line, with what the files of `--flagfile` hold in their place."""
+    """The command line, with each `--flagfile` replaced by its flags."""
     return flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
 
 
 _NAMES_CONFIG = re.compile("--?config(=.*)?", re.DOTALL)
 _NAMES_KEY = re.compile(r"--?(?:no)?config\.([^=]*)")
-# A path makes an entry: any other key of a name that is not there is a slip of the pen.
+# A path adds an entry; any other key of a name that the config lacks is a mistake.
 _NEW_ENTRY = re.compile(r"(sources|eval\.texts|eval\.exams|eval\.pairs)\.(\w+)\.path")
 flags.FLAGS["config"].parser = _ConfigParser(flags.FLAGS["config"].parser)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Where the run is kept; empty: runs/<config's name>."
+    "workdir", "", "Folder of the run; empty: runs/<config's name>."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Set on every host of a run of several that jax finds by itself: TPU slices, "
-    "Kubernetes (GKE), Slurm, Open MPI.",
+    "For a run on several hosts that jax finds by itself: TPU slices, Kubernetes (GKE), "
+    "Slurm, Open MPI. Set it on every host.",
 )
 _PHASE = flags.DEFINE_string(
     "phase",
     "",
-    "Of a config with several, the one to plan or to prepare for; empty: the first that "
-    "trains. A run takes all of them.",
+    "For a config with phases: the one to plan or prepare; empty: the first that trains. "
+    "A run does all phases.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
-    "Where jax does not find the hosts by itself, on each of them: HOST:PORT of the "
-    "first. Implies --distributed.",
+    "For hosts that jax does not find by itself: HOST:PORT of the first host, set on "
+    "every host. Implies --distributed.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
     "num_processes",
     None,
-    "With --coordinator: how many hosts there are.",
+    "With --coordinator: the number of hosts.",
     lower_bound=1,
     upper_bound=2**16,
 )
 _PROCESS_ID = flags.DEFINE_integer(
     "process_id",
     None,
-    "With --coordinator: which host this is, from 0 on.",
+    "With --coordinator: the number of this host, from 0.",
     lower_bound=0,
     upper_bound=2**16 - 1,
 )
@@ -152,14 +152,14 @@ def main(argv: list[str]) -> None:
 
 
 def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
-    """The config and the workdir that the flags say.
+    """The config and the workdir of the flags.
 
     Raises:
-      InputError: there are arguments that are no flags.
+      InputError: there are arguments that are not flags.
     """
     if len(argv) > 1:
         raise InputError(f"unknown argument {argv[1]!r}; write flags as --NAME=VALUE")
-    # absl's own default tells of every backend that jax looks for.
+    # absl's default logs every backend that jax looks for.
     logging.set_verbosity(logging.WARNING)
     terminal.take_logs()
     config = _CONFIG.value
@@ -169,10 +169,10 @@ def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
 
 
 def join(config: ml_collections.ConfigDict) -> None:
-    """Joins the other hosts, if the flags say that there are some.
+    """Joins the other hosts, if the flags name several.
 
     Raises:
-      InputError: they are not to be found, or have another config.
+      InputError: they could not be discovered, or have another config.
     """
     if _is_distributed():
         from mixcpt_jax.runtime import hosts
@@ -187,7 +187,7 @@ def join(config: ml_collections.ConfigDict) -> None:
 
 
 def on_first_host(work: Callable[[], None]) -> None:
-    """Does it on the first host, while the others wait."""
+    """Calls `work` on the first host while the others wait."""
     if not _is_distributed():
         work()
         return
@@ -227,10 +227,10 @@ def phase_configs(
 def training_phase(
     config: ml_collections.ConfigDict, workdir: str
 ) -> tuple[str, ml_collections.ConfigDict]:
-    """The phase that the flags name, of those that train, and its config.
+    """The phase named by `--phase`, or the first one that trains, and its config.
 
     Raises:
-      InputError: there is none of this name.
+      InputError: no phase of this name trains.
     """
     configs = phase_configs(config, workdir)
     trained = [key for key, entry in configs.items() if entry.job == "train"]
@@ -244,14 +244,14 @@ def training_phase(
 
 
 def phase_folder(config: ml_collections.ConfigDict, workdir: str, phase: str) -> str:
-    """Where a phase is kept."""
+    """The folder of a phase."""
     return f"{workdir}/{phase}" if config.phases else workdir
 
 
 def run(
     config: ml_collections.ConfigDict, workdir: str
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Runs the phases of a config one after the other, but for those done already.
+    """Runs the unfinished phases of a config one after the other.
 
     Returns:
       Phase -> its folder, and phase -> its results, of all phases.
@@ -292,7 +292,7 @@ def run(
 
 @contextlib.contextmanager
 def _naming(phase: str, config: ml_collections.ConfigDict) -> Iterator[None]:
-    """Adds to a mistake in which phase it is, where that one has settings of its own."""
+    """Adds the phase to an error, if the phase has settings of its own."""
     try:
         yield
     except InputError as error:
@@ -326,7 +326,7 @@ def _default_workdir() -> str:
 
 @command.boundary()
 def _parse(argv: list[str]) -> list[str]:
-    """Parses flags; the config file is read here, so its mistakes show here."""
+    """Parses flags and reads the config file."""
     try:
         if not any(map(_NAMES_CONFIG.fullmatch, _given_flags())):
             raise InputError(f"--config is missing; name {shipped.known()}")
@@ -338,7 +338,7 @@ def _parse(argv: list[str]) -> list[str]:
         raise InputError(text) from error
 
 
-# What absl says of a flag -> the same in plain words.
+# absl's words about a flag -> plain words.
 _PLAIN = {
     r"invalid literal for int\(\) with base 10: .*": "must be an integer",
     "could not convert string to float: .*": "must be a number",
@@ -351,7 +351,7 @@ def launch(main: Callable[[list[str]], None]) -> None:
     """Runs a command with the flags of this module and its own.
 
     Args:
-      main: the command, given what is left of the command line. `--help` prints the
+      main: the command, called with the remaining arguments. `--help` prints the
         docstring of its module and its flags.
     """
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):

@@ -35,7 +35,7 @@ BAD = [
         "data.batch_size='eight': must be an integer, not str",
     ),
     ("data.batch_size", True, "data.batch_size=True: must be an integer, not bool"),
-    ("data.batch_size", 0, "data.batch_size=0: it is chosen where data.batch_size=0"),
+    ("data.batch_size", 0, "data.batch_size=0: must be > 0; only phases that train"),
     ("optimizer.learning_rate", -1.0, "optimizer.learning_rate=-1.0: must be > 0"),
     ("optimizer.epsilon", 0.0, "optimizer.epsilon=0.0: must be > 0"),
     ("optimizer.decay_fraction", -0.5, "optimizer.decay_fraction=-0.5: must be > 0"),
@@ -80,7 +80,7 @@ BAD = [
     (
         "data.batch_size",
         2**20,
-        r"data.batch_size=1048576: .* 2,048 tokens .* must be <= 67,108,864; lower",
+        r"data.batch_size=1048576: .* 2,048 tokens .* must be <= 67,108,864: lower",
     ),
     ("sources.domain", 3, "sources.domain=3: must be a section of keys"),
     ("train.timeout", -1.0, "train.timeout=-1.0: must be >= 0"),

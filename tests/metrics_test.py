@@ -231,12 +231,24 @@ def test_a_terminal_shows_steps_and_what_is_measured(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
     monkeypatch.setenv("COLUMNS", "120")
     with metrics.Progress("cpt", 0, 4, enabled=True) as progress:
+        progress.update(1, {"loss": 2.0}, math.nan)
+        time.sleep(0.3)  # ten frames a second
         progress.update(2, {"loss": 1.5}, 1000.0)
         with progress.measuring(7) as show:
             show(3)
             time.sleep(0.3)  # ten frames a second
         progress.update(3, {"loss": 1.25}, 1000.0)
+        time.sleep(0.3)
+        progress.update(4, {"loss": 1.0}, 1000.0)
     shown = re.sub(r"\x1b\[[\d;?]*\w", "", capsys.readouterr().err)
-    for text in ("2/4 loss 1.5000 1,000 tokens/s", "measuring", "3/7", "3/4 loss 1.25"):
+    for text in (
+        "1/4 loss 2.0000 ",
+        "2/4 loss 1.5000 1,000 tokens/s",
+        "measuring",
+        "3/7",
+    ):
         assert text in shown
+    assert "nan" not in shown
+    assert re.search(r"3/4 loss 1.2500 1,000 tokens/s, \d s left", shown)
+    assert "4/4 loss 1.0000 1,000 tokens/s " in shown
     assert shown.rindex("measuring") < shown.rindex("3/4 loss 1.25")

@@ -36,7 +36,7 @@ def test_a_command_ends_at_once_and_well(capsys):
     reached = []
     command_line.explained(command, reached)
     assert not reached
-    assert capsys.readouterr().err == "stopped by SIGTERM; the same command goes on\n"
+    assert capsys.readouterr().err == "stopped by SIGTERM; the same command resumes\n"
     sigterm()  # on the way out nothing is cut off
 
 
@@ -150,7 +150,7 @@ def test_lost_in_a_callback_it_comes_again(capsys):
     began = time.monotonic()
     command_line.explained(command)
     assert time.monotonic() - began < 30
-    assert capsys.readouterr().err == "stopped by SIGTERM; the same command goes on\n"
+    assert capsys.readouterr().err == "stopped by SIGTERM; the same command resumes\n"
 
 
 def test_what_comes_again_cuts_off_no_step():
@@ -201,7 +201,7 @@ def test_a_call_that_hears_of_no_signal_is_ended():
     program = "command.explained(long_call, 100)"
     status, _, errors, seconds = stop_in_the_call(program)
     assert status == 0
-    assert errors == "stopped by SIGTERM; the same command goes on\n"
+    assert errors == "stopped by SIGTERM; the same command resumes\n"
     assert seconds < 20
 
 

@@ -310,7 +310,9 @@ def test_the_command(config, launcher, write_config_file, tmp_path, capsys):
 
     failed = prepare()
     assert failed.wait() == 1
-    assert "error: data.prepared: name the folder to write to" in failed.output
+    assert (
+        "error: data.prepared: is empty; name the folder to write to" in failed.output
+    )
     flags.append(f"--config.data.prepared={config.data.prepared}")
     failed = prepare("--phase=sft")
     assert failed.wait() == 1

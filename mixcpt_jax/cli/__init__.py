@@ -1,6 +1,6 @@
-"""The commands, one file each: flags in, work done elsewhere."""
+"""The commands, one file each: flags only, the work is done elsewhere."""
 
-# Command -> its module, whose `start` runs it, and what it does.
+# Command -> its module, whose `start` runs it, and a summary.
 COMMANDS = {
     "train": ("mixcpt_jax.main", "runs the phases of a config"),
     "chat": (
@@ -17,14 +17,14 @@ COMMANDS = {
     ),
     "plan": (
         "mixcpt_jax.cli.plan",
-        "says what a step takes on a TPU slice, without the slice",
+        "computes memory and time of a step on a TPU slice, without the slice",
     ),
     "prepare": (
         "mixcpt_jax.cli.prepare",
-        "tokenizes once, and runs the teacher once, for many runs",
+        "tokenizes sources and runs the teacher once, for many runs",
     ),
     "report": (
         "mixcpt_jax.cli.report",
-        "writes one page of a run, or of several compared",
+        "writes one page about a run, or about several runs",
     ),
 }

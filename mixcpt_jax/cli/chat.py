@@ -3,9 +3,9 @@
     python -m mixcpt_jax chat --checkpoint=RUN [--prompt="..." | --prompts=FILE]
         [--raw] [--temperature=0.7 --top_p=0.9 ...]
 
-opens a chat, or answers what is given. RUN is the workdir of a run, a phase's folder, a
-Hugging Face folder or a GGUF file. Where the output is no terminal it is the answer and
-nothing else.
+opens a chat, or answers the given prompts. RUN is the workdir of a run, a phase's folder, a
+Hugging Face folder or a GGUF file. If the output is not a terminal, only answers are
+printed.
 """
 
 import argparse
@@ -56,15 +56,20 @@ def _parse() -> argparse.Namespace:
     parser = command.parser("chat", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="RUN", help="where the model is")
-    add("--prompt", action="append", default=[], help="answer it; may be repeated")
+    add(
+        "--prompt",
+        action="append",
+        default=[],
+        help="a prompt to answer; may be repeated",
+    )
     add(
         "--prompts",
         default="",
         metavar="FILE",
-        help='JSON lines of {"prompt"} or {"messages"} to answer together; so are '
-        "several --prompt. They come out as JSON lines",
+        help='JSON lines of {"prompt"} or {"messages"}. Like several --prompt they are '
+        "answered together, and the answers are JSON lines",
     )
-    add("--raw", action="store_true", help="complete texts, without a chat template")
+    add("--raw", action="store_true", help="complete the text, without a chat template")
     add(
         "--max_new_tokens",
         type=command.number(int, least=1, most=2**31 - 1),
@@ -94,13 +99,13 @@ def _parse() -> argparse.Namespace:
 
 
 def _check_utf8(text: str, where: str) -> None:
-    # Python keeps what is not UTF-8 as halves of surrogate pairs, which no text has.
+    # Python decodes bytes that are not UTF-8 as halves of surrogate pairs.
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where}: not UTF-8 (character {error.start + 1} of {text!a:.60}); write it "
-            "in UTF-8"
+            f"{where}: not UTF-8 (character {error.start + 1} of {text!a:.60}); encode "
+            "it as UTF-8"
         ) from None
 
 
@@ -116,7 +121,7 @@ def _read_prompts(path: str, is_raw: bool) -> list[Any]:
     for messages in conversations:
         if len(messages) > 1:
             raise InputError(
-                f"{path}: --raw completes texts; give prompt, not messages"
+                f"{path}: --raw completes texts; use prompt instead of messages"
             )
     return [messages[0]["content"] for messages in conversations]
 
@@ -162,7 +167,7 @@ def _speaker(
 
 
 def _read_line(invitation: str) -> str:
-    """A line of standard input; what is not UTF-8 in it as halves of surrogate pairs."""
+    """A line of standard input; bytes that are not UTF-8 become surrogates."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")
     return input(invitation)
@@ -174,11 +179,11 @@ _HELP = "/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer."
 def converse(
     speaker: "generation.Chat | generation.Completion", is_watched: bool = False
 ) -> None:
-    """Reads what is said on standard input, line by line, and answers, to its end.
+    """Reads standard input line by line and answers, to its end.
 
     Args:
-      speaker: who answers.
-      is_watched: by a person, to whom more than answers is shown.
+      speaker: generates the answers.
+      is_watched: whether a person reads the output, so a prompt and help are shown.
     """
     if is_watched:
         with contextlib.suppress(ImportError):
@@ -204,13 +209,13 @@ def converse(
                 _check_utf8(text, "standard input")
                 print_pieces(speaker.say(text))
             except InputError as error:
-                print(f"error: {error}; /reset begins anew", file=sys.stderr)
+                print(f"error: {error}; /reset starts a new chat", file=sys.stderr)
 
 
 def print_pieces(pieces: Iterator[str]) -> None:
-    """Prints a text as it is made; Ctrl-C stops it, and nothing else.
+    """Prints a text while it is generated; Ctrl-C stops only the text.
 
-    The second Ctrl-C, should the first take long, is as any.
+    A second Ctrl-C acts as usual.
     """
     has_come = []
 

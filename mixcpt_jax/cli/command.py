@@ -16,11 +16,11 @@ from mixcpt_jax.runtime import preemption, terminal
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
-    """A reader of flags, for commands without a config.
+    """A parser of flags, for commands without a config.
 
     Args:
       name: of the command.
-      doc: its docstring, which is what `--help` says.
+      doc: its docstring, which `--help` prints.
     """
     return _Parser(
         f"python -m mixcpt_jax {name}",
@@ -81,7 +81,7 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
 
 @contextlib.contextmanager
 def boundary() -> Iterator[None]:
-    """Ends the process with one line where an error is not a fault of the program."""
+    """Ends the process with one line if an error is not a fault of the program."""
     try:
         yield
     except (InputError, FloatingPointError) as error:
@@ -109,17 +109,17 @@ def boundary() -> Iterator[None]:
 
 
 def _leave() -> NoReturn:
-    """Ends the process, and well.
+    """Ends the process with status 0.
 
-    The interpreter would take apart what libraries' threads may still be at, as the
-    signal found them: that takes long, and can crash.
+    The interpreter's own exit would tear down threads of libraries at work, which takes
+    long and can crash.
     """
     atexit._run_exitfuncs()
     _exit()
 
 
 def _stop() -> NoReturn:
-    """Ends the process while its main thread is in a call, so without exit functions."""
+    """Ends the process while its main thread is in a call: without exit functions."""
     terminal.say(str(preemption.Preempted()))
     _exit()
 
@@ -131,10 +131,10 @@ def _exit() -> NoReturn:
 
 
 def _report_unraisable(entry: Any) -> None:
-    """Tells of an exception in a callback, but for two that are told otherwise.
+    """Prints an exception in a callback, except for two that are reported elsewhere.
 
-    SIGTERM comes again. Threads of a save or a read that failed, and was told, call
-    later into an event loop that is no more.
+    SIGTERM repeats. Threads of a save or read whose failure was reported may later call
+    into a closed event loop.
     """
     error = entry.exc_value
     if not isinstance(error, preemption.Preempted) and (
@@ -144,8 +144,8 @@ def _report_unraisable(entry: Any) -> None:
 
 
 def explain(error: Exception) -> NoReturn:
-    """What the user can mend is one line and exit status 1."""
-    # Grain adds what it did to the traceback.
+    """Reports a user error in one line and exits with status 1."""
+    # Grain appends its own trace.
     text = str(error).partition("\n-----")[0]
     terminal.say(" ".join(text.split("\n")), "ERROR")
     sys.exit(1)

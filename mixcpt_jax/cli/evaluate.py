@@ -3,9 +3,9 @@
     python -m mixcpt_jax evaluate --checkpoint=RUN --tasks NAME=PATH ...
         [--compare=OTHER] [--limit=N] [--output=results.json]
 
-measures a model outside of a run, with 95 % intervals, and holds it against a second one
-on the same items. RUN and OTHER are workdirs of runs, phases' folders, Hugging Face
-folders or GGUF files, or what `--output` wrote earlier. Tasks are as in `data/tasks.py`.
+measures a model outside a run, with 95 % intervals, and compares it with a second model on
+the same items. RUN and OTHER are workdirs of runs, phases' folders, Hugging Face folders,
+GGUF files or earlier files of `--output`. `data/tasks.py` describes tasks.
 """
 
 import argparse
@@ -36,7 +36,9 @@ def main() -> None:
     read = [tasks.read(setting, arguments.limit) for setting in arguments.tasks]
     names = [task.name for task in read]
     if len(set(names)) < len(names):
-        raise InputError(f"--tasks: two have one name in {names}; say NAME=PATH")
+        raise InputError(
+            f"--tasks: two tasks have the same name in {names}; name them as NAME=PATH"
+        )
     arguments.row_length = _row_length(places, arguments.row_length)
     sides = [_measure_place(place, read, arguments) for place in places]
     result = sides[0]
@@ -53,8 +55,10 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = command.parser("evaluate", __doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="RUN", help="or an earlier --output")
-    add("--compare", default="", metavar="OTHER", help="likewise")
+    add(
+        "--checkpoint", required=True, metavar="RUN", help="or an earlier --output file"
+    )
+    add("--compare", default="", metavar="OTHER", help="a second model")
     add(
         "--tasks",
         nargs="+",
@@ -73,18 +77,18 @@ def _parse() -> argparse.Namespace:
         "--row_length",
         type=command.row_length,
         default=0,
-        help="what documents are cut to; default: 1024 tokens, or what the other was "
-        "measured with",
+        help="tokens to which documents are cut; default: 1024, or that of an earlier "
+        "--output file",
     )
     add("--batch_size", type=command.batch_size, default=8, help="rows at a time")
     add("--seed", type=command.seed, default=0, help="of the bootstrap")
     add("--dtype", default="", help="float32 (default on CPUs) or bfloat16 (elsewhere)")
-    add("--output", default="", help="a JSON file for what is printed, and each item")
+    add("--output", default="", help="a JSON file for the results and each item")
     return parser.parse_args()
 
 
 def _row_length(places: Sequence[str], asked: int) -> int:
-    """What documents are cut to, one length for all models that are compared."""
+    """Tokens to which documents are cut: one length for all compared models."""
     from mixcpt_jax.evaluation import load_model
 
     earlier = [_read_results(p)["row_length"] for p in places if p.endswith(".json")]
@@ -102,11 +106,13 @@ def _measure_place(
     if place.endswith(".json"):
         return _read_results(place)
     if not read:
-        raise InputError("--tasks: name one or more, as in --tasks exam=exam.jsonl")
+        raise InputError(
+            "--tasks: is missing; name tasks, as in --tasks exam=exam.jsonl"
+        )
     names = ", ".join(task.name for task in read)
     from mixcpt_jax.evaluation import evaluator, load_model
 
-    terminal.say(f"reads {place}, then measures {names}")
+    terminal.say(f"reading {place}, then measuring {names}")
     trained = load_model.load(place, arguments.dtype)
     settings = arguments.row_length, arguments.batch_size, arguments.seed
     return evaluator.measure_tasks(trained, read, *settings)

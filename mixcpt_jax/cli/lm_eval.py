@@ -31,8 +31,8 @@ def main() -> None:
     for name in names:
         if not manager.match_tasks([name]):
             raise InputError(
-                f"--tasks: the harness knows no {name!r}; give the folder of its YAML "
-                "file as --include_path"
+                f"--tasks: the harness has no task {name!r}; name the folder of its YAML "
+                "file with --include_path"
             )
     model = lm_eval_adapter.Model(
         arguments.checkpoint,
@@ -60,7 +60,7 @@ def _parse() -> argparse.Namespace:
     parser = command.parser("lm-eval", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="RUN", help="where the model is")
-    add("--tasks", required=True, help="names, with commas between")
+    add("--tasks", required=True, help="names, separated by commas")
     add("--include_path", default="", help="a folder of YAML files with more tasks")
     add(
         "--limit",
@@ -80,7 +80,7 @@ def _parse() -> argparse.Namespace:
         "--max_length",
         type=command.row_length,
         default=0,
-        help="of contexts; 0: as the model's",
+        help="tokens of a context; 0: the model's",
     )
     add("--dtype", default="", help="float32 (default on CPUs) or bfloat16 (elsewhere)")
     add("--output", default="", help="a JSON file for results and samples")

@@ -1,4 +1,4 @@
-"""What a training step takes on a TPU slice, before the slice is paid for.
+"""Memory and time of a training step on a TPU slice, without the slice.
 
     python -m mixcpt_jax plan --config=configs/llama3_8b.py --topology=v5e:4x4 \\
         [--phase=cpt] [--search] [--output=plan.json] [--config.data.batch_size=32 ...]
@@ -7,17 +7,16 @@ Compiles the training step of a phase for the slice, from shapes alone: no TPU, 
 and no text are needed, only the package `libtpu`, which comes with `jax[tpu]`. Prints,
 and writes as JSON,
 
-- the memory of a chip: what the step's arguments take and what the compiler needs
-  besides, against what the chip has. That it fits is the compiler's own word;
-- FLOPs: the model's own (`count_flops`), what rematerialization adds, and what the
-  compiled program does;
-- what crosses between chips, in bytes, and whether other work goes on meanwhile;
-- modelled time: each instruction at the peak of what bounds it, products or memory, one
-  after another; collectives at the bandwidth of the links that their group spans. It is
-  a lower bound, and so tokens per second and MFU are upper ones.
+- the memory of a chip: the step's arguments, the compiler's temporary memory, and the
+  chip's capacity. The compiler itself decides whether the step fits;
+- FLOPs: of the model (`count_flops`), of rematerialization, and of the compiled program;
+- bytes between chips, and whether computation overlaps with the transfers;
+- modelled time: each instruction at the peak of matrix products or memory, whichever
+  bounds it, one after another; collectives at the bandwidth of their group's links. It is
+  a lower bound, so tokens per second and MFU are upper bounds.
 
-A step that does not fit says by how much, and what would make it fit. `--search` tries
-meshes, rematerialization and microbatches, and prints those that fit, fastest first.
+For a step that does not fit it prints by how much, and settings that would fit. `--search`
+tries meshes, rematerialization and microbatches, and prints those that fit, fastest first.
 """
 
 import os
@@ -31,15 +30,17 @@ from mixcpt_jax.core.errors import InputError
 
 flags.adopt_module_key_flags(command_line)
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "The slice, such as v5e:4x4; empty: the config's mesh.topology."
+    "topology", "", "The slice, such as v5e:4x4; empty: mesh.topology."
 )
-_SEARCH = flags.DEFINE_bool("search", False, "Look for the fastest settings that fit.")
-_OUTPUT = flags.DEFINE_string("output", "", "A JSON file for what is printed.")
+_SEARCH = flags.DEFINE_bool(
+    "search", False, "Search for the fastest settings that fit."
+)
+_OUTPUT = flags.DEFINE_string("output", "", "A JSON file for the results.")
 
 
 def main(argv: list[str]) -> None:
-    # Shapes need no device, and what is compiled for devices that are not there cannot be
-    # read back.
+    # Shapes need no device, and programs for absent devices cannot be read from the
+    # compilation cache.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     config, workdir = command_line.read(argv)
@@ -47,7 +48,9 @@ def main(argv: list[str]) -> None:
     name, config = command_line.training_phase(config, workdir)
     topology = _TOPOLOGY.value or config.mesh.topology
     if not topology:
-        raise InputError("--topology: name the slice, as in --topology=v5e:4x4")
+        raise InputError(
+            "--topology: is missing; name the slice, as in --topology=v5e:4x4"
+        )
     # Imported here so that --help does not wait for jax.
     from mixcpt_jax.planning import step_plan
 

@@ -1,13 +1,13 @@
-"""Makes once what every run reads: the tokens of the sources, and the teacher's view.
+"""Writes what many runs read: the sources' tokens, and the teacher's outputs.
 
     python -m mixcpt_jax prepare --config=configs/cpt.py \\
         --config.data.prepared=prepared [--teacher] [--phase=cpt] [--workers=8]
 
-With `data.prepared` set, training reads from that folder every source that is still what
-it was, and tokenises the others as before: the stream is the same either way. With
-`--teacher` the frozen model runs over the packed rows, for `objective.teacher='prepared'`.
+With `data.prepared` set, training reads every unchanged source from that folder and
+tokenises the others: the stream of rows is the same. With `--teacher` the frozen model also
+runs over the packed rows, for `objective.teacher='prepared'`.
 
-The same command run again keeps what is whole and right, and mends the rest.
+The same command, run again, keeps valid files and writes the others again.
 """
 
 import functools
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     folder = command_line.phase_folder(run_config, workdir, name)
     if not config.data.prepared:
         raise InputError(
-            "data.prepared: name the folder to write to, as in "
+            "data.prepared: is empty; name the folder to write to, as in "
             "--config.data.prepared=prepared"
         )
     # Imported here so that --help does not wait for them.

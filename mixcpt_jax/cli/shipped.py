@@ -1,4 +1,4 @@
-"""The configs that come with the package, found from any folder."""
+"""The configs of the package, found from any folder."""
 
 import importlib.util
 import pathlib
@@ -10,16 +10,16 @@ from mixcpt_jax.core.errors import InputError
 
 
 def find(name: str) -> str:
-    """The config that `--config` names: a file as it stands, else one of ours.
+    """The config file that `--config` names: an existing file, else one of the package.
 
     Args:
-      name: "configs/mixcpt.py", "mixcpt" or a file, each with ":VARIANT" behind it or not.
+      name: "configs/mixcpt.py", "mixcpt" or a file, each with or without ":VARIANT".
 
     Returns:
       The same with the path of the file.
 
     Raises:
-      InputError: it is neither.
+      InputError: there is no such file.
     """
     given, colon, variant = name.partition(":")
     file = pathlib.Path(given).expanduser()
@@ -35,14 +35,14 @@ def find(name: str) -> str:
 
 
 def known() -> str:
-    """What `--config` may name, in words."""
+    """The possible values of `--config`, as text."""
     files = sorted(_folder().glob("*.py"))
     names = (file.stem for file in files if file.stem not in ("__init__", "presets"))
     return f"a file, or a config of the package: {', '.join(names)}"
 
 
 def make_importable() -> None:
-    """Lets our configs, and copies of them elsewhere, import each other as `configs`."""
+    """Makes the package `configs` importable, for these configs and copies of them."""
     if _is_found("configs.mixcpt"):
         return
     package = types.ModuleType("configs")
@@ -54,7 +54,7 @@ def make_importable() -> None:
 
 def _folder() -> pathlib.Path:
     package = pathlib.Path(mixcpt_jax.__file__).parent
-    # Installed they lie in the package, in a clone beside it.
+    # In the installed package, or beside the package in a clone.
     inside = package / "configs"
     return inside if inside.exists() else package.parent / "configs"
 

@@ -1,7 +1,7 @@
 """Every key with its default, its meaning and its bounds.
 
-A config file calls `default()`, adds its sources with `source(...)` and changes what it
-needs.
+A config file calls `default()`, adds sources with `source(...)` and sets the keys that
+differ.
 """
 
 import functools
@@ -44,31 +44,31 @@ def bounded_config() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict(
         {
             "path": "",
-            # "random": not the weights at `path`, but new ones from `seed`; of an HF
-            # folder config.json is enough then.
+            # "random" initialises the weights from `seed`; of an HF folder at `path` only
+            # config.json is then read.
             "weights": one_of("pretrained", "random"),
-            # config.json of the architecture, for `plan` where `path` is not at hand.
+            # config.json of the architecture, for `plan` on machines without `path`.
             "architecture": "",
-            # Folder or file of the tokenizer; empty: where the model is.
+            # Folder or file of the tokenizer; empty: `path`.
             "tokenizer": "",
             # File of a Jinja chat template; empty: the tokenizer's own, or ChatML.
             "chat_template": "",
-            # Of what is trained. To bfloat16 each update is rounded up or down by chance,
-            # so that small ones are not lost. Norm scales and biases are always float32.
+            # Of the trained parameters. With bfloat16 updates are rounded stochastically,
+            # so small ones are not lost. Norm scales and biases are always float32.
             "param_dtype": one_of("float32", "bfloat16"),
             "compute_dtype": one_of("bfloat16", "float32"),
-            # Of the frozen model: teacher, reference, what adapters adapt. Empty: the
-            # coarser of the two above, with which it computes at the start what the
-            # trained model computes, so that margins and KL begin at 0.
+            # Of the frozen model: teacher, reference or base of the adapters. Empty: the
+            # coarser of the two above. Then both models compute the same at the start, so
+            # margins and KL begin at 0.
             "teacher_dtype": one_of("", "float32", "bfloat16"),
-            # What the backward pass recomputes: none, dots (all but matrix products)
-            # or full (each layer from its input).
+            # What the backward pass recomputes: none; dots: all but matrix products;
+            # full: each layer from its input.
             "remat": one_of("full", "none", "dots"),
         }
     )
 
-    # The device mesh; one size may be -1: all devices the others leave. `topology` is the
-    # TPU slice it is meant for, such as v5e:4x4; only `plan` reads it.
+    # The device mesh; one size may be -1: the remaining devices. `topology` is the TPU
+    # slice that the mesh is for, such as v5e:4x4; only `plan` reads it.
     config.mesh = ml_collections.ConfigDict(
         {
             "data": number(1, least=1, most=2**20, also=-1),
@@ -78,26 +78,25 @@ def bounded_config() -> ml_collections.ConfigDict:
         }
     )
 
-    # The unembedding and the losses, as in `streamed.head_loss`. A size of 0 is chosen from
-    # the device and the vocabulary.
+    # Sizes of the unembedding and the losses, see `streamed.head_loss`. 0: chosen from the
+    # device and the vocabulary.
     config.head = ml_collections.ConfigDict(
         {
-            # Tokens whose logits exist at a time on a device.
+            # Tokens whose logits are in a device's memory at a time.
             "chunk_size": number(0, least=8, most=2**20, also=0),
-            # Tokens whose logits' gradient is kept for one pair of products; a
-            # multiple of chunk_size.
+            # Tokens whose logit gradients share one pair of matrix products; a multiple
+            # of chunk_size.
             "block_size": number(0, least=8, most=2**22, also=0),
-            # Columns of the vocabulary at a time; 0: all of the device's.
+            # Columns of the vocabulary at a time; 0: all columns of the device.
             "vocab_tile": number(0, least=8, most=2**24, also=0),
-            # Splits the vocabulary over mesh.fsdp too and gathers hidden states; False
-            # gathers the unembedding instead, at several times the memory.
+            # True: splits the vocabulary over mesh.fsdp too and gathers hidden states.
+            # False: gathers the unembedding, which takes several times the memory.
             "vocab_parallel": True,
         }
     )
 
-    # Low-rank adapters (LoRA). With a rank above 0 only they are trained, kept in
-    # checkpoints and in the optimizer; the frozen model under them is the teacher, or the
-    # reference, and is held once.
+    # Low-rank adapters (LoRA). With a rank above 0 only adapters are trained, saved and in
+    # the optimizer. Their frozen base is also the teacher or reference, in one copy.
     config.lora = ml_collections.ConfigDict(
         {
             "rank": number(0, least=0, most=8192),
@@ -109,16 +108,15 @@ def bounded_config() -> ml_collections.ConfigDict:
 
     # The training objective. Kind "tokens": a weighted sum of the losses below on each
     # token; a source can set weights of its own. Kind "preference": pairs of answers, see
-    # `preference`. The default is Mix-CPT's objective: next-token prediction with logit
-    # swap self-distillation beside it. The paper does not publish the weight of the latter;
-    # 0.8 and 0.2 did best among the weights that experiments/README.md compares.
+    # `preference`. The default is Mix-CPT's objective: next-token prediction plus logit
+    # swap self-distillation. The paper does not publish the weight of the latter; 0.8 and
+    # 0.2 were the best of the weights compared in experiments/README.md.
     config.objective = ml_collections.ConfigDict(
         {
             "kind": one_of("tokens", "preference"),
             "ntp_weight": number(0.8, least=0, most=1000),  # next-token prediction
-            "lssd_weight": number(
-                0.2, least=0, most=1000
-            ),  # logit swap self-distillation
+            # Logit swap self-distillation.
+            "lssd_weight": number(0.2, least=0, most=1000),
             "kd_weight": number(0.0, least=0, most=1000),  # plain distillation
             # Next-token prediction where the teacher's top token is not the gold one,
             # plain distillation where it is. With weights m here and 1 - m for LSSD the
@@ -139,13 +137,14 @@ def bounded_config() -> ml_collections.ConfigDict:
         {
             "loss": one_of("sigmoid", "ipo"),  # sigmoid: DPO; ipo
             "beta": number(0.1, above=0, most=1000),
-            # Share of pairs that are taken to be the wrong way round.
+            # Assumed share of pairs whose chosen and rejected answers are swapped.
             "label_smoothing": number(0.0, least=0, below=0.5),
-            "length_normalised": False,  # means over tokens for sums; ipo always does
+            # Means over tokens instead of sums; ipo always uses means.
+            "length_normalised": False,
             # Of the chosen answer's NLL per token (RPO).
             "sft_weight": number(0.0, least=0, most=1000),
-            # Where the reference's log-probabilities come from: "step" runs it beside
-            # the policy, "precomputed" once over all pairs before the first step.
+            # When the reference runs: "step": in every step, beside the policy;
+            # "precomputed": once over all pairs, before the first step.
             "reference": one_of("step", "precomputed"),
         }
     )
@@ -154,9 +153,9 @@ def bounded_config() -> ml_collections.ConfigDict:
     config.sources = ml_collections.ConfigDict()
     config.data = ml_collections.ConfigDict(
         {
-            # Tokens per row, and rows per step over all devices. With a batch_size of 0 it,
-            # optimizer.accumulation_steps and eval.batch_size, and a row_length of 0, are
-            # chosen from the corpus and the memory of a device, see `sizing`.
+            # Tokens per row, and rows per step over all devices. With batch_size=0 the
+            # batch sizes, optimizer.accumulation_steps and a row_length of 0 are chosen
+            # from the corpus and the memory of a device, see `sizing`.
             "row_length": number(2048, least=0, most=2**20),
             "batch_size": number(8, least=0, most=2**20),
             # split: all of a source end to end, cut into full rows; best_fit and first_fit
@@ -164,48 +163,47 @@ def bounded_config() -> ml_collections.ConfigDict:
             # documents, best_fit for all others, whose answers mean little without their
             # questions.
             "packing": one_of("by_format", "split", "best_fit", "first_fit"),
-            # 0: shares are the weights alone. From 1 on: weight x size^(1 / temperature),
-            # size being the tokens to learn: at 1 in proportion to size, the higher the
-            # more alike.
+            # 0: a source's share of the mixture is its weight. >= 1: its share is
+            # weight x size^(1 / temperature), where size is its number of loss tokens: at 1
+            # proportional to size; higher values make the shares more alike.
             "temperature": number(0.0, least=1, most=1000, also=0),
-            # Examples longer than a row, or pairs that do not fit one together: split
-            # (documents go on in the next row), truncate (cut at their end; of a pair
-            # each side to half of a row), drop, or refuse. All but refuse are counted.
+            # Examples longer than a row, and pairs that do not fit in one: split (documents
+            # continue in the next row), truncate (at the end; of a pair each answer to half
+            # a row), drop or refuse. How many were split, cut or dropped is counted.
             "overlong": one_of("split", "truncate", "drop", "refuse"),
-            # Epochs of one source above which a run warns, and above which it does not
-            # start; 0: never. Up to four, repeated text is nearly as good as new, and
-            # from about forty on worth nothing (Muennighoff et al. 2023).
+            # Epochs of one source above which a run warns, and above which it is refused;
+            # 0: no limit. Up to 4 epochs, repeated text is nearly as good as new text; from
+            # about 40 epochs on it is worth nothing (Muennighoff et al. 2023).
             "warn_epochs": number(4.0, least=0, most=1e6),
             "max_epochs": number(40.0, least=0, most=1e6),
             # Processes that build batches; 0: threads.
             "num_workers": number(0, least=0, most=256),
-            # Folder of tokens that `python -m mixcpt_jax prepare` made; a source
-            # that it has, unchanged, is read from there. Empty: none.
+            # Folder of tokens that `python -m mixcpt_jax prepare` wrote; sources that
+            # have not changed since are read from it. Empty: none.
             "prepared": "",
         }
     )
 
-    # Which texts of the sources are not learnt; all rules are off unless set. They are
-    # applied after the holdout, so what is measured stays the same.
+    # Filters: which texts of the sources are left out of training. All are off by default.
+    # They apply after the holdout is chosen, so measured records stay the same.
     config.clean = ml_collections.ConfigDict(
         {
-            # Texts that say the same as an earlier one of their source, but for case and
-            # blanks.
+            # Texts that equal an earlier one of their source, except for case and blanks.
             "exact_duplicates": False,
-            # Texts at least so similar (Jaccard, of word 5-grams) to an earlier one of
-            # their source; 0: off.
+            # Texts whose similarity to an earlier one of their source (Jaccard, word
+            # 5-grams) is at least this; 0: off.
             "near_duplicates": number(0.0, least=0, most=1),
-            # Documents by their length in characters; 0: no limit. This rule and the
-            # next two are for format "document" only.
+            # Documents shorter or longer than this, in characters; 0: no limit. These and
+            # the next two rules are for format "document" only.
             "min_characters": number(0, least=0, most=10**9),
             "max_characters": number(0, least=0, most=10**9),
-            # Least share of letters, of any script, in a document's characters that are
-            # not blank.
+            # Documents with a smaller share of letters (any script) in their non-blank
+            # characters.
             "min_letters": number(0.0, least=0, most=1),
-            # Greatest share of a document that repeats what stands before it there.
+            # Documents of which a larger share repeats an earlier part of them.
             "max_repetition": number(1.0, least=0, most=1),
-            # Texts with so many words in a row that are also in an exam of `eval.exams`;
-            # 13 is usual, 0: off.
+            # Texts that share this many words in a row with an exam of `eval.exams`; 13 is
+            # usual; 0: off.
             "decontaminate": number(0, least=0, most=1000),
         }
     )
@@ -214,22 +212,22 @@ def bounded_config() -> ml_collections.ConfigDict:
         {
             "learning_rate": number(1e-5, above=0, most=10),
             "schedule": one_of("cosine", "wsd", "constant"),
-            # Steps in which the rate rises to its peak; 0: `warmup_share` of the phase's.
+            # Steps in which the rate rises to its peak; 0: `warmup_share` of all steps.
             "warmup_steps": number(0, least=0, most=10**8),
             "warmup_share": number(0.0, least=0, most=1),
             # Learning rate of the last step / peak (cosine, wsd).
             "final_ratio": number(0.1, least=0, most=1),
-            # Share of the steps that decay (wsd).
+            # Share of the steps in which the rate decays (wsd).
             "decay_fraction": number(0.2, above=0, most=1),
             "weight_decay": number(0.1, least=0, most=100),
             "beta1": number(0.9, least=0, below=1),
             "beta2": number(0.95, least=0, below=1),
             "epsilon": number(1e-8, above=0, most=1),
-            # What Adam's moments are kept in; to bfloat16 they are rounded by chance too.
+            # Of Adam's moments; with bfloat16 they are rounded stochastically too.
             "moments_dtype": one_of("float32", "bfloat16"),
             "clip_norm": number(1.0, least=0, most=1e6),  # 0: no clipping
-            # A step whose gradient norm is above so many times the running mean of the
-            # last hundred or so is skipped, within train.max_skipped; 0: none is.
+            # A step is skipped (see train.max_skipped) if its gradient norm is above this
+            # multiple of the running mean over about 100 steps; 0: off.
             "spike_factor": number(0.0, above=1, most=1e6, also=0),
             "accumulation_steps": number(
                 1, least=1, most=2**20
@@ -239,26 +237,25 @@ def bounded_config() -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict(
         {
-            # 0: until every source that has `epochs` or `max_tokens` has given them; the
-            # others are read for as long as that takes.
+            # 0: until every source with `epochs` or `max_tokens` has reached that limit;
+            # the other sources are read until then.
             "num_steps": number(1000, least=0, most=10**8),
             # Steps between lines of metrics.jsonl.
             "log_every": number(1, least=1, most=10**8),
             "save_every": number(200, least=0, most=10**8),  # 0: only at the end
-            "eval_every": number(0, least=0, most=10**8),  # 0: only before and after
+            # 0: only before the first step and after the last.
+            "eval_every": number(0, least=0, most=10**8),
             "eval_before": True,
-            # Checkpoints that stay: should the newest be damaged on the disk, the one
-            # before is used.
+            # Checkpoints to keep. If the newest is damaged on disk, the one before is used.
             "keep_last": number(2, least=1, most=10**8),
-            # How many steps in a row may be skipped, because their gradient is not
-            # finite or a spike: parameters and moments stay as they are, and the run
-            # goes on with the next batch. More of them end the run. 0: the first loss
-            # that is not finite does.
+            # How many steps in a row may be skipped because their gradient is not finite
+            # or a spike. A skipped step leaves parameters and moments unchanged. One more
+            # ends the run. 0: the first loss that is not finite ends the run.
             "max_skipped": number(0, least=0, most=10**8),
-            # Seconds after which a run that shows no sign of life (a step, a batch
-            # measured, a checkpoint saved) says where every thread is and ends; 0: never.
-            # More than a compilation, `log_every` steps, a save or the answers to all
-            # prompts take: 1800 on a slice.
+            # Seconds without progress (a step, a measured batch, a checkpoint) after which
+            # the run prints the stacks of all threads and ends; 0: never. Set it to more
+            # than a compilation, `log_every` steps, a save or the answers to all prompts
+            # take, such as 1800 on a slice.
             "timeout": number(0.0, least=0, most=7 * 86_400),
         }
     )
@@ -266,23 +263,23 @@ def bounded_config() -> ml_collections.ConfigDict:
     config.eval = ml_collections.ConfigDict(
         {
             "batch_size": number(8, least=0, most=2**20),
-            # Tokens per row of what is measured; 0: data.row_length. Phases whose numbers
-            # are compared want the same: longer rows give more context.
+            # Tokens per measured row; 0: data.row_length. Phases whose numbers are
+            # compared need the same length, since longer rows give more context.
             "row_length": number(0, least=0, most=2**20),
-            # Tokens of each text, exam and pairs that are measured at most; 0: all. Long
-            # texts are cut to one length, the rest is spread over the file: see
-            # `mixture.within`.
+            # Most tokens that are measured of each text, exam and set of pairs; 0: all.
+            # Which examples these are, see `mixture.within`.
             "max_tokens": number(65536, least=0, most=10**12),
-            # Text that is measured and never trained on, in whichever source it
-            # stands: name -> source(...). With a `holdout` so many records are
-            # measured, the same as a source with this path and holdout has. Of format
-            # "cloze" also counts how often all of the target is right.
+            # Measured texts: name -> source(...). No source trains on them. With a
+            # `holdout`, that many records are measured: the same records as the holdout of
+            # a source with the same path. For format "cloze" the share of targets that
+            # are predicted entirely is measured too.
             "texts": ml_collections.ConfigDict(),
             # Multiple choice: name -> exam(...).
             "exams": ml_collections.ConfigDict(),
             # Preference pairs: name -> source(format="chat_preference", ...).
             "pairs": ml_collections.ConfigDict(),
-            # JSONL of {"prompt"} or {"messages"}: answered greedily before and after.
+            # JSONL of {"prompt"} or {"messages"}, answered greedily before the first step
+            # and after the last.
             "prompts": "",
             "max_new_tokens": number(128, least=1, most=2**20),
         }
@@ -324,23 +321,24 @@ def bounded_config() -> ml_collections.ConfigDict:
     # Which samples of the mixture go to format alignment (job "select").
     config.select = ml_collections.ConfigDict(
         {
-            # random, which runs no model; perplexity, which scores every sample once; or
-            # format_alignment, which scores it twice. In our study all three did alike.
+            # random: runs no model; perplexity: scores each sample once;
+            # format_alignment: scores each sample twice. In our study all three gave the
+            # same quality.
             "method": one_of("random", "perplexity", "format_alignment"),
-            # Samples of a source that are scored at most, picked by a hash of their text.
+            # Most samples of a source that are scored, chosen by a hash of their text.
             "max_candidates": number(2000, least=1, most=10**8),
-            # Source -> how many of its samples are wanted.
+            # Source -> how many of its samples to select.
             "keep": ml_collections.ConfigDict(),
             # Length of a sample in its chat format, in tokens; others are left out.
             "min_tokens": number(1, least=0, most=2**20),
             "max_tokens": number(1024, least=1, most=2**20),
-            # Length of its response alone; the scores of shorter ones are mostly noise.
+            # Length of its response; scores of shorter responses are mostly noise.
             "min_response_tokens": number(8, least=0, most=2**20),
-            # Samples at least so similar (Jaccard, of word 5-grams) to an earlier one
-            # are left out; 0: only exact copies are.
+            # Samples whose similarity to an earlier one (Jaccard, word 5-grams) is at least
+            # this are left out; 0: only exact copies are.
             "near_duplicates": number(0.8, least=0, most=1),
-            # Field that says where a sample comes from, and the largest share of the
-            # kept samples that may come from one place; 1: no limit.
+            # Field with a sample's origin, and the largest share of the selected samples
+            # that may have the same origin; 1: no limit.
             "origin_field": "origin",
             "origin_share": number(1.0, above=0, most=1),
         }
@@ -354,8 +352,8 @@ def bounded_config() -> ml_collections.ConfigDict:
             "tensorboard": True,
             "wandb_project": "",  # empty: none
             "progress": True,
-            # What the terminal shows: "text", or "json", one object a line with time,
-            # severity, message and a step's scalars, as GKE and Cloud Logging read it.
+            # Terminal output: "text"; or "json": one object per line with time, severity,
+            # message and a step's scalars, as GKE and Cloud Logging expect.
             "log": one_of("text", "json"),
         }
     )
@@ -363,9 +361,9 @@ def bounded_config() -> ml_collections.ConfigDict:
 
 
 def measure_general(config: ml_collections.ConfigDict) -> None:
-    """Adds general text and a general exam that nothing trains on, of this package.
+    """Adds this package's general text and general exam, which no phase trains on.
 
-    They say what is kept. Others: `--config.eval.texts.general.path=FILE` and
+    They measure what the model keeps. Others: `--config.eval.texts.general.path=FILE` and
     `--config.eval.exams.general.path=FILE`.
     """
     assets = "package:mixcpt_jax/assets"
@@ -377,31 +375,32 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     """One source of text.
 
     path: a file, a folder, a glob or a comma-separated list of them; for reader
-      "docstrings" names of installed packages. A folder is read by what lies in it.
-      A name that exists as it stands is meant, whatever commas or wildcards it has.
+      "docstrings" names of installed packages. The files in a folder decide how it is
+      read. A path that exists is taken literally, with its commas and wildcards.
     reader: "jsonl", "text", "parquet", "arrow" (of Hugging Face datasets), "tfds",
       "array_record" or "docstrings"; empty: from the file names, see `sources.read`.
       The flag `--config.sources.NAME.path` replaces "docstrings" by empty.
-    split: of a dataset that has several, a folder with the Hub's names of files
-      among them; empty: "train", or the only one; "all": every file.
+    split: of a dataset with several splits, such as a folder whose files have the Hub's
+      names; empty: "train", or the only split; "all": every file.
     format: "document", "instruction" or "preference", as plain text; "chat";
       "chat_preference" for pairs; or "cloze", a context and the target it is to be
-      continued with, which alone is learnt or measured.
+      continued with; only the target is trained on or measured.
     fields: names of the record's fields where they are not the format's own.
-    preference_side: "chosen", "rejected" or "both" go into the plain text.
+    preference_side: the answer that goes into the plain text: "chosen", "rejected" or
+      "both".
     weight: share of the mixture's tokens, relative to the other sources.
-    final_weight: the same at the end of the phase, reached linearly; None: it stays.
-    epochs: how often the source is read at most; 0: as often as its share asks.
-    max_tokens: how many of its tokens are learnt at most, to a row; 0: no limit. What
-      a source at its limit leaves free, the others take up.
-    max_records: only the first so many are read; 0: all.
-    on_bad_record: "refuse", or "skip" for a warning and going on without a record that
-      cannot be read, lacks a field, has a blank one or is no conversation, and without
-      the rest of a damaged file.
-    holdout: records that are measured, chosen by a hash of their text. In `eval.texts`
-      and `eval.pairs` 0 stands for all. What is measured is left out of every source.
-    ntp_weight, lssd_weight, kd_weight, selective_weight: objectives on this source;
-      None: the config's.
+    final_weight: the weight at the end of the phase, reached linearly; None: constant.
+    epochs: how often the source is read at most; 0: as often as its share needs.
+    max_tokens: its loss tokens at most, to within a row; 0: no limit. The other sources
+      fill the share of a source at its limit.
+    max_records: how many records are read, the first ones; 0: all.
+    on_bad_record: "refuse"; or "skip": leaves out, with a warning, records that cannot be
+      read, lack a field, have a blank field or are no conversation, and the rest of a
+      damaged file.
+    holdout: how many records are measured, chosen by a hash of their text. In
+      `eval.texts` and `eval.pairs` 0 means all. No source trains on measured records.
+    ntp_weight, lssd_weight, kd_weight, selective_weight: weights of the losses on this
+      source; None: those of `config.objective`.
     """
     return _fill(defaults_of(bounded_source()), settings, "source")
 
@@ -442,7 +441,7 @@ def exam(**settings: Any) -> ml_collections.ConfigDict:
     """One multiple-choice exam.
 
     path: JSONL of {question, choices, answer}; empty when built from a source.
-    source: the source with reader "docstrings" whose held-in documents are asked about.
+    source: the source with reader "docstrings" whose train split the questions are about.
     num_questions: how many questions; 0: all of the file.
     """
     return _fill(defaults_of(bounded_exam()), settings, "exam")
@@ -456,11 +455,11 @@ def bounded_exam() -> ml_collections.ConfigDict:
 
 
 def add_entry(config: ml_collections.ConfigDict, section: str, name: str) -> None:
-    """Readies an entry for a path: a source, or a text, exam or pairs to measure.
+    """Prepares an entry for a path: a source, or a text, exam or pairs to measure.
 
-    An entry that the config does not have is added; phases that choose among the sources,
-    such as SFT, do not train on it. One whose reader is "docstrings" has names of packages
-    where a path will stand, so it is then read by the names of its files.
+    A missing entry is added; phases that choose among the sources, such as SFT, do not
+    train on it. An entry with reader "docstrings" holds names of packages instead of a
+    path; its reader is set to "", so that file names decide how the path is read.
 
     Args:
       config: of a run; may be locked.
@@ -487,10 +486,10 @@ def _section(config: ml_collections.ConfigDict, key: str) -> ml_collections.Conf
 
 
 def check_variant(variant: str, known: tuple[str, ...]) -> None:
-    """Refuses a variant (`--config=FILE:VARIANT`) that the config file does not have.
+    """Checks that the config file has a variant (`--config=FILE:VARIANT`).
 
     Raises:
-      InputError: names those it has.
+      InputError: names the variants that it has.
     """
     if variant and variant not in known:
         raise InputError(
@@ -515,7 +514,7 @@ def objective_weights(config: ml_collections.ConfigDict, name: str) -> dict[str,
 
 
 def all_sources(config) -> Iterator[tuple[str, ml_collections.ConfigDict]]:
-    """Place in the config -> all that `source` made: what is learnt, and measured."""
+    """Dotted key -> every entry that `source` made, trained on or measured."""
     for section in ("sources", "eval.texts", "eval.pairs"):
         for name, entry in config[section].items():
             yield f"{section}.{name}", entry

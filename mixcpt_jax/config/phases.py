@@ -12,14 +12,14 @@ from mixcpt_jax.config.settings import check, leaves
 from mixcpt_jax.config.validation import check_names
 from mixcpt_jax.core.errors import InputError
 
-# Stands for the folder of an earlier phase of the same run, in any path of a phase.
+# In a path: the folder of an earlier phase of the same run.
 _PHASE = re.compile(r"(?:^|(?<=,)|(?<=, ))phase:")
 
-# What may change between two runs of one workdir without changing what is computed.
+# Keys that may change between runs of one workdir, since results do not depend on them.
 FREE_ON_RESUME = (
     "mesh",
     "metrics",
-    # Where the weights lie; what they are is in the provenance.
+    # The weights may move; their identity is in the provenance.
     "model.path",
     "model.remat",
     "model.architecture",
@@ -34,11 +34,11 @@ FREE_ON_RESUME = (
     "train.keep_best",  # in the configs of earlier versions
 )
 
-# Settings of earlier versions, with the value at which they changed nothing.
+# Settings of earlier versions, with the value at which they had no effect.
 _REMOVED = {"objective.anneal": "none", "objective.teacher_temperature": 1.0}
 
-# Sections that a job does not read, so that a mistake in a later phase can be mended
-# without making the earlier ones anew.
+# Job -> sections that it does not read. They may change too, so a mistake in a later phase
+# can be fixed without running the earlier phases again.
 _OF_TRAINING = ("optimizer", "train", "objective", "preference", "lora")
 _UNREAD = {
     "train": ("generate", "merge", "select", "export"),
@@ -91,7 +91,7 @@ def for_phase(
 def resolve_phases(
     config: ml_collections.ConfigDict, run_folder: str
 ) -> ml_collections.ConfigDict:
-    """The same config with every path "phase:NAME/..." one under the run's folder."""
+    """The config with every path "phase:NAME/..." replaced by one in the run's folder."""
 
     def resolve(value):
         if isinstance(value, dict):
@@ -104,10 +104,10 @@ def resolve_phases(
 
 
 def changed(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a config that are not at their defaults, by dotted key.
+    """The settings of a config that differ from their defaults, by dotted key.
 
-    What a stored config is too old to have is at its default, so two configs say the
-    same if this does.
+    Keys that a stored config is too old to have count as defaults, so two configs are the
+    same if this is.
     """
     return {key: value for key, value in leaves(config) if _default_of(key) != value}
 
@@ -138,13 +138,13 @@ def first_difference(
     stored: dict[str, Any],
     is_finished: bool = False,
 ) -> tuple[str, Any, Any] | None:
-    """The first setting in which a stored config computes something else, or None.
+    """The first setting by which a stored config computes something else, or None.
 
     Args:
       config: the config now.
-      stored: the one that a folder was begun with.
-      is_finished: whether the folder's phase is at its end. Before it, the batch size
-        may change, where the rows of the stream do not depend on it.
+      stored: the config with which the folder's phase started.
+      is_finished: whether that phase is finished. Before, the batch size may change if
+        the order of rows does not depend on it.
 
     Returns:
       (key, stored value, value now).
@@ -164,13 +164,13 @@ def first_difference(
 
 
 def _unread(config) -> Iterator[str]:
-    """What the config's job does not read."""
+    """Keys and sections that the config's job does not read."""
     yield from _UNREAD.get(config.job, ())
     if config.job != "train":
         return
     if config.objective.kind != "preference":
         yield "preference"
-    asked = {exam.source for exam in config.eval.exams.values()}
+    of_exams = {exam.source for exam in config.eval.exams.values()}
     for name, entry in config.sources.items():
-        if not (entry.weight or entry.holdout or name in asked):
+        if not (entry.weight or entry.holdout or name in of_exams):
             yield f"sources.{name}"

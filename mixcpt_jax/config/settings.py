@@ -136,9 +136,9 @@ def check(value: Any, reference: Any, place: str) -> None:
         default, remedy = reference.default, f"; the default is {reference.default!r}"
     example = 0.0 if default is None else default
     if not same_type(value, example) and not (value is default is None):
-        wanted, found = _TYPES[type(example)], type(value).__name__
+        allowed, found = _TYPES[type(example)], type(value).__name__
         raise InputError(
-            f"{place}={shown(value)}: must be {wanted}, not {found}{remedy}"
+            f"{place}={shown(value)}: must be {allowed}, not {found}{remedy}"
         )
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{place}={value!r}: must be a finite number{remedy}")
@@ -172,7 +172,7 @@ _TYPES = {
 
 
 def advice(key: str, known: Iterable[str]) -> str:
-    """What to say of a key that is not among those known."""
+    """The remedy for an unknown key."""
     known = list(known)
     near = difflib.get_close_matches(key, known)
     if near:
@@ -181,7 +181,7 @@ def advice(key: str, known: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it is shown in a message, cut if it is long."""
+    """A value as text for a message, cut after 100 characters."""
     try:
         text = repr(value)
     except ValueError:  # Python prints no integers of more than 4,300 digits.

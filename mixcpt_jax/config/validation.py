@@ -1,7 +1,7 @@
 """Checks a config before anything is loaded.
 
-`validate` names the first key that is unknown, of the wrong type, out of bounds or
-impossible in combination with others, and says what to do.
+`validate` names the first key that is unknown, of the wrong type, out of bounds or in
+conflict with others, and the remedy.
 """
 
 import importlib.util
@@ -48,8 +48,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     optimizer = config.optimizer
     if optimizer.spike_factor and not config.train.max_skipped:
         raise InputError(
-            f"optimizer.spike_factor={optimizer.spike_factor}: spikes are skipped within "
-            "train.max_skipped, which is 0; set it to how many may follow each other"
+            f"optimizer.spike_factor={optimizer.spike_factor}: needs train.max_skipped, "
+            "which is 0; set it to how many steps in a row may be skipped"
         )
     if config.metrics.wandb_project and importlib.util.find_spec("wandb") is None:
         raise InputError(
@@ -59,7 +59,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     preference, lora = config.preference, config.lora
     if preference.loss == "ipo" and preference.label_smoothing:
         raise InputError(
-            "preference.label_smoothing: preference.loss=ipo has none; set it to 0"
+            f"preference.label_smoothing={preference.label_smoothing}: "
+            "preference.loss=ipo has none; set it to 0"
         )
     unknown = set(map(str, lora.targets)) - set(default().lora.targets)
     if unknown or not lora.targets:
@@ -77,8 +78,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         exam.path for exam in config.eval.exams.values()
     ):
         raise InputError(
-            f"clean.decontaminate={config.clean.decontaminate}: looks for the exams of "
-            "eval.exams, of which none has a path; add one, or set it to 0"
+            f"clean.decontaminate={config.clean.decontaminate}: no exam of eval.exams has "
+            "a path; add an exam, or set it to 0"
         )
     _check_teacher(config)
     _check_sources(config)
@@ -91,7 +92,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
 
 
 def check_values(config: ml_collections.ConfigDict) -> None:
-    """Checks every key, name, type and bound, and nothing that several keys make together.
+    """Checks every key by itself: its name, type and bounds.
 
     Args:
       config: a whole config, of a run or of a phase.
@@ -118,10 +119,10 @@ def check_values(config: ml_collections.ConfigDict) -> None:
 
 
 def check_names(place: str, names: Iterable[str]) -> None:
-    """Checks that files and folders can be called by these names.
+    """Checks that files and folders can have these names.
 
     Raises:
-      InputError: the first that would lie elsewhere or cannot be shown.
+      InputError: the first name that is a path or cannot be printed.
     """
     for name in names:
         if not is_name(name):
@@ -140,7 +141,7 @@ def _check_head(head: ml_collections.ConfigDict) -> None:
 
 
 def frozen_dtype(model: ml_collections.ConfigDict) -> str:
-    """What a phase keeps its frozen model in, from `config.model`."""
+    """The dtype of a phase's frozen model, from `config.model`."""
     return model.teacher_dtype or _coarser(model.param_dtype, model.compute_dtype)
 
 
@@ -149,23 +150,23 @@ def _coarser(*dtypes: str) -> str:
 
 
 def _check_teacher(config) -> None:
-    """Raises InputError if the teacher, or what is prepared of it, does not suit."""
+    """Raises InputError if the teacher's dtype or its source does not fit the rest."""
     model = config.model
     student = _coarser(model.param_dtype, model.compute_dtype)
     frozen = _coarser(frozen_dtype(model), model.compute_dtype)
     # Adapters are trained on the frozen model itself.
     if config.job == "train" and not config.lora.rank and frozen != student:
         raise InputError(
-            f"model.teacher_dtype={model.teacher_dtype}: rounds the start otherwise than "
+            f"model.teacher_dtype={model.teacher_dtype}: rounds otherwise than "
             f"model.param_dtype={model.param_dtype} and "
-            f"model.compute_dtype={model.compute_dtype} do, so that margins and KL would "
-            "not begin at 0; leave it empty"
+            f"model.compute_dtype={model.compute_dtype}, so margins and KL would not begin "
+            "at 0; leave it empty"
         )
     objective = config.objective
     if objective.teacher == "step":
         if objective.teacher_top_k:
             raise InputError(
-                f"objective.teacher_top_k={objective.teacher_top_k}: goes with "
+                f"objective.teacher_top_k={objective.teacher_top_k}: needs "
                 "objective.teacher='prepared'"
             )
     elif config.job == "train" and not config.data.prepared:
@@ -183,7 +184,7 @@ def check_schedule(config: ml_collections.ConfigDict, num_steps: int) -> None:
     optimizer = config.optimizer
     steps = f"train.num_steps={num_steps}"
     if not config.train.num_steps:
-        steps = f"the {num_steps} steps that the limits of the sources make"
+        steps = f"the {num_steps} steps to the limits of the sources"
     _check(
         optimizer.warmup_steps < num_steps,
         config,
@@ -197,14 +198,14 @@ def check_schedule(config: ml_collections.ConfigDict, num_steps: int) -> None:
             0 < decay_steps <= num_steps - warmup,
             config,
             "optimizer.decay_fraction",
-            f"a share of the steps that leaves room for {warmup} of warm-up",
+            f"a share of the steps that leaves {warmup} of them to warm-up",
         )
 
 
 def _check_paths(config) -> None:
-    """Of what has no default, all that is missing is told at once."""
-    wanted = [("model", config.model), *all_sources(config)]
-    missing = [f"{place}.path" for place, entry in wanted if not entry.path]
+    """Paths have no default; all missing ones are named at once."""
+    entries = [("model", config.model), *all_sources(config)]
+    missing = [f"{place}.path" for place, entry in entries if not entry.path]
     if missing:
         flags = " ".join(f"--config.{key}=..." for key in missing)
         raise InputError(f"{', '.join(missing)}: no path is given; add {flags}")
@@ -214,7 +215,7 @@ def _check_sources(config) -> None:
     is_training = config.job == "train"
     if is_training and not any(entry.weight > 0 for entry in config.sources.values()):
         raise InputError(
-            "sources: none has a weight above 0; give at least one something to learn"
+            "sources: none has a weight above 0; set a weight, as in sources.NAME.weight=1"
         )
     for place, entry in all_sources(config):
         if entry.final_weight is not None and not entry.weight:
@@ -231,23 +232,23 @@ def _check_sources(config) -> None:
         )
     ):
         raise InputError(
-            "train.num_steps=0: reads to the limits of the sources, and none has one; set "
-            "epochs or max_tokens of the source that decides, or train.num_steps"
+            "train.num_steps=0: trains to the limits of the sources, and none has one; set "
+            "epochs or max_tokens of a source, or train.num_steps"
         )
     for name, entry in config.sources.items():
         is_pair = entry.format == "chat_preference"
         measured = config.eval.pairs if is_pair else config.eval.texts
         if name == "eval" or (entry.holdout and name in measured):
             raise InputError(
-                f"sources.{name}: this name is taken by eval; choose another"
+                f"sources.{name}: eval already uses this name; choose another"
             )
         weights = objective_weights(config, name)
         if config.objective.kind != "tokens":
             continue
         if entry.weight and not any(weights.values()):
             raise InputError(
-                f"sources.{name}: objective weights {weights}: one must be above 0; set "
-                f"objective.* or sources.{name}.*_weight"
+                f"sources.{name}: objective weights {weights}: one must be > 0; set "
+                f"objective.*_weight or sources.{name}.*_weight"
             )
     for name, entry in config.eval.exams.items():
         place = f"eval.exams.{name}"
@@ -265,24 +266,24 @@ def _check_sources(config) -> None:
 
 
 def _check_formats(config) -> None:
-    """Pairs are for preference objectives alone, and these for pairs alone."""
+    """Preference objectives need pairs, and only they can use pairs."""
     kind = config.objective.kind
     for name, entry in config.sources.items():
         is_pair = entry.format == "chat_preference"
         if config.job == "train" and entry.weight and is_pair != (kind == "preference"):
             raise InputError(
                 f"sources.{name}.format={entry.format!r} does not go with "
-                f"objective.kind={kind!r}: pairs ('chat_preference') are learnt with "
-                "'preference', all other formats with 'tokens'"
+                f"objective.kind={kind!r}: format 'chat_preference' needs kind "
+                "'preference', all other formats need kind 'tokens'"
             )
     for section, is_pair in (("texts", False), ("pairs", True)):
         for name, entry in config.eval[section].items():
             for trained, source_entry in config.sources.items():
                 if config.job == "train" and _is_all_measured(source_entry, entry):
                     raise InputError(
-                        f"eval.{section}.{name}: sources.{trained} trains on the same "
-                        "files, of which nothing is left once all of them are measured; "
-                        f"set eval.{section}.{name}.holdout to a number above 0, or name "
+                        f"eval.{section}.{name}: measures all records of the files that "
+                        f"sources.{trained} trains on, so none is left to train on; set "
+                        f"eval.{section}.{name}.holdout to a number above 0, or name "
                         "other files"
                     )
             _check(
@@ -298,7 +299,7 @@ def _check_formats(config) -> None:
 
 
 def _is_all_measured(trained, measured) -> bool:
-    """Whether all that a source would train on is measured, as far as settings tell."""
+    """Whether every record that a source would train on is measured, by the settings."""
     is_read_whole = not measured.max_records or (
         0 < trained.max_records <= measured.max_records
     )
@@ -310,12 +311,12 @@ def _is_all_measured(trained, measured) -> bool:
         and (
             trained.reader == measured.reader or "" in (trained.reader, measured.reader)
         )
-        and _spelt_out(trained.path) == _spelt_out(measured.path)
+        and _real_path(trained.path) == _real_path(measured.path)
     )
 
 
-def _spelt_out(path: str) -> str:
-    """A path on a local disk without links and dots; another one as it stands."""
+def _real_path(path: str) -> str:
+    """A local path without links and dots; any other path unchanged."""
     if "://" in path or path.startswith(("package:", "phase:")):
         return path
     return os.path.realpath(os.path.expanduser(path))
@@ -337,10 +338,13 @@ def _check_selection(config) -> None:
         most = config.select.max_candidates
         if config.job == "select" and count > most:
             raise InputError(
-                f"{place}={count}: more than select.max_candidates={most}; raise that"
+                f"{place}={count}: more than select.max_candidates={most}; raise "
+                "select.max_candidates"
             )
     if config.job == "select" and not config.select.keep:
-        raise InputError("select.keep: names no source; say how many samples of which")
+        raise InputError(
+            "select.keep: names no source; set select.keep.NAME to a number of samples"
+        )
 
 
 def _check_generate(config) -> None:
@@ -349,8 +353,8 @@ def _check_generate(config) -> None:
     settings = config.generate
     if settings.prompts and (settings.source or settings.kind != "replay"):
         raise InputError(
-            f"generate.prompts={settings.prompts}: goes with generate.kind=replay and "
-            "without generate.source"
+            f"generate.prompts={settings.prompts}: needs generate.kind=replay and an empty "
+            "generate.source"
         )
     if settings.kind != "replay" or settings.source:
         if settings.source not in config.sources:
@@ -392,16 +396,16 @@ def _check_batch(config, num_devices: int | None) -> None:
     for key in ("data.batch_size", "data.row_length", "eval.batch_size"):
         if not config[key]:
             raise InputError(
-                f"{key}=0: it is chosen where data.batch_size=0 and a phase trains; set "
-                "it to a number above 0"
+                f"{key}=0: must be > 0; only phases that train choose it, with "
+                "data.batch_size=0"
             )
     for section in ("data", "eval"):
         rows = config[section].batch_size
         length = config[section].row_length or config.data.row_length
         if rows * length > _MOST_TOKENS:
             raise InputError(
-                f"{section}.batch_size={rows}: with rows of {length:,} tokens these are "
-                f"{rows * length:,} at a time; must be <= {_MOST_TOKENS:,}; lower "
+                f"{section}.batch_size={rows}: with rows of {length:,} tokens a batch has "
+                f"{rows * length:,} tokens; must be <= {_MOST_TOKENS:,}: lower "
                 f"{section}.batch_size or {section}.row_length"
             )
     if batch % parts:
@@ -426,6 +430,6 @@ def _check_batch(config, num_devices: int | None) -> None:
             )
 
 
-def _check(holds: bool, config, key: str, wanted: str) -> None:
+def _check(holds: bool, config, key: str, allowed: str) -> None:
     if not holds:
-        raise InputError(f"{key}={config[key]!r}: must be {wanted}")
+        raise InputError(f"{key}={config[key]!r}: must be {allowed}")

@@ -1,10 +1,9 @@
-"""The one exception for what a user can mend."""
+"""The exception for user errors."""
 
 
 class InputError(Exception):
     """A config, a file or a folder given by the user is wrong.
 
-    The message is one line. It names the place (key, file, line), says what was
-    found there and what to do about it. `main` prints it without a traceback and
-    exits with status 1.
+    The message is one line: the place (key, file, line), the problem and the remedy.
+    Commands print it without a traceback and exit with status 1.
     """

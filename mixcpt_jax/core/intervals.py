@@ -1,7 +1,6 @@
-"""How sure a measure is, and whether two models differ on the same items.
+"""Intervals of measures, and of the difference of two models on the same items.
 
-An interval says how much other texts or questions of the same kind might change a number;
-it does not say what another seed would.
+An interval covers the choice of texts or questions; it does not cover the seed of training.
 
 Shape suffixes: N items, C columns, R resamples.
 """
@@ -17,7 +16,7 @@ Interval = tuple[float, float]
 
 _Z = special.ndtri(0.975)
 _RESAMPLES = 10_000
-_MAX_PICKS = 2**22  # that are in memory at a time
+_MAX_PICKS = 2**22  # in memory at a time
 
 
 class Estimate(NamedTuple):
@@ -36,15 +35,14 @@ def bootstrap(
 ) -> Estimate:
     """A statistic of sums over items, with its percentile bootstrap interval.
 
-    Items are drawn anew with replacement, as many as there are, 10,000 times; the
-    interval is what lies between the quantiles of the statistic (Efron and Tibshirani,
-    An Introduction to the Bootstrap, 1993, section 13.3). What two models made of one
-    item are columns of one row, so their difference is paired.
+    N items are drawn with replacement, 10,000 times; the interval lies between two
+    quantiles of the statistic (Efron and Tibshirani, An Introduction to the Bootstrap,
+    1993, section 13.3). Columns of two models in one row make their difference paired.
 
     Args:
       columns_NxC: what each item adds to each sum.
-      statistic: `[..., C]` sums -> `[...]`; not a number where a resample has none.
-      seed: of the draws; the same items and seed are resampled alike.
+      statistic: `[..., C]` sums -> `[...]`; NaN where a resample has no value.
+      seed: of the resampling.
       level: the share of resamples within the interval.
     """
     rng = np.random.default_rng(seed)
@@ -64,7 +62,7 @@ def bootstrap(
 
 
 class McNemar(NamedTuple):
-    """Items that one model alone has right, and how likely such a split is by chance."""
+    """Items that only one of two models answers correctly, and the test's p-value."""
 
     first_alone: int
     second_alone: int
@@ -72,11 +70,10 @@ class McNemar(NamedTuple):
 
 
 def mcnemar(first_is_right_N: np.ndarray, second_is_right_N: np.ndarray) -> McNemar:
-    """The exact test that two models are right equally often (McNemar 1947).
+    """The exact test that two models are correct equally often (McNemar 1947).
 
-    Only items that one of them alone has right tell; if none of the models were better,
-    each of these would be a fair coin. The p-value is two-sided, from the binomial
-    distribution.
+    Only items that exactly one model answers correctly count; under the null hypothesis
+    each of them is a fair coin. The p-value is two-sided, from the binomial distribution.
     """
     first, second = (np.asarray(x, bool) for x in (first_is_right_N, second_is_right_N))
     first_alone = int(np.sum(first & ~second))
@@ -89,10 +86,10 @@ def mcnemar(first_is_right_N: np.ndarray, second_is_right_N: np.ndarray) -> McNe
 def change_of_ratio(
     before: np.ndarray, after: np.ndarray, count: np.ndarray
 ) -> Interval | None:
-    """Of the change of `sum(values) / sum(count)`, such as accuracy per token.
+    """The interval of the change of `sum(values) / sum(count)`, such as token accuracy.
 
-    Tokens of one text go together, so texts are what is counted: the ratio's
-    linearisation over them, and Student's t with one degree of freedom less.
+    Tokens of one text depend on each other, so texts are the units: the ratio is
+    linearised over them, with Student's t of one degree of freedom less.
 
     Args:
       before, after: the sum over each text, [texts].
@@ -112,14 +109,14 @@ def change_of_ratio(
 
 
 def change_of_share(before: np.ndarray, after: np.ndarray) -> Interval | None:
-    """Of the change of a share of questions answered rightly, question by question.
+    """The interval of the change of a share of correct answers, question by question.
 
     Agresti and Min (2005): Wald's interval for matched pairs after half a question is
-    added to each of the four outcomes. Unlike Wald's own it stays honest for a few dozen
-    questions, and where no answer changed.
+    added to each of the four outcomes. Unlike Wald's own interval it has its coverage
+    with few questions and where no answer changed.
 
     Args:
-      before, after: right or not, [questions].
+      before, after: correct or not, [questions].
 
     Returns:
       Lowest and highest change; None if there are no questions.

@@ -18,7 +18,7 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, int, in
     shape = [sizes[axis] for axis in MESH_AXES]
     if shape.count(-1) > 1 or any(s < 1 and s != -1 for s in shape):
         raise InputError(
-            f"mesh: {_sizes(sizes)}: sizes are 1 or more, and one may be -1 (the rest)"
+            f"mesh: {_sizes(sizes)}: sizes must be >= 1, and one may be -1 (the rest)"
         )
     known = int(np.prod([s for s in shape if s != -1]))
     if -1 in shape and num_devices % known == 0:
@@ -26,7 +26,7 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, int, in
     if int(np.prod(shape)) != num_devices:
         raise InputError(
             f"mesh: {_sizes(sizes)} does not lay out {num_devices} devices; "
-            "make the product of the sizes equal to it, or give one axis -1"
+            "make the product of the sizes equal to that, or set one axis to -1"
         )
     return tuple(shape)
 

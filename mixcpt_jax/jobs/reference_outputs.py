@@ -1,8 +1,8 @@
-"""What the reference of a preference phase says about answers, once, ahead of training.
+"""The reference's log-probabilities of answers, computed once before preference training.
 
-The reference does not change, so the log-probability of an answer under it is a number:
-of held-out pairs always, for rewards, and of training pairs where the config asks for
-it, which then need no second model in the step. They are kept in the phase's folder.
+They do not change while the policy trains. Rewards of holdout pairs always need them. For
+training pairs `preference.reference="precomputed"` computes them too, and then the step
+needs no second model. They are stored in the phase's folder.
 """
 
 import io
@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 from etils import epath
@@ -18,12 +17,13 @@ from etils import epath
 from mixcpt_jax.core import paths
 from mixcpt_jax.data import pipeline
 from mixcpt_jax.evaluation import evaluator
+from mixcpt_jax.runtime import hosts
 
 FILE = "reference.npz"
 _KEY = "__key__"
 
-# "sources/NAME" or "pairs/NAME" -> summed log-probability of each example's learnt
-# tokens, nats, float32 [examples].
+# "sources/NAME" or "pairs/NAME" -> summed log-probability of each example's loss tokens,
+# nats, float32 [examples].
 References = dict[str, np.ndarray]
 
 
@@ -33,13 +33,13 @@ def compute(
     config: ml_collections.ConfigDict,
     data: pipeline.Data,
 ) -> References:
-    """Runs the reference over all pairs that are asked for.
+    """Runs the reference over the pairs that need it.
 
     Args:
       score: `Phase.eval_step()`.
       params: the reference's.
       config: the phase's.
-      data: what the phase reads.
+      data: of the phase.
     """
     rows = {f"pairs/{name}": rows for name, rows in data.pairs.items()}
     if config.preference.reference == "precomputed":
@@ -57,14 +57,14 @@ def compute(
 
 
 def save(folder: epath.Path, key: dict[str, Any], references: References) -> None:
-    """Writes them whole or not at all; the first host does.
+    """Writes the file, on the first host, whole or not at all.
 
     Args:
       folder: the phase's.
-      key: what they belong to: hashes of the pairs, and the start of the phase.
+      key: of the file: hashes of the pairs, and the start of the phase.
       references: from `compute`.
     """
-    if jax.process_index() != 0:
+    if not hosts.is_first():
         return
     buffer = io.BytesIO()
     np.savez(buffer, **references, **{_KEY: json.dumps(key, sort_keys=True)})
@@ -72,7 +72,7 @@ def save(folder: epath.Path, key: dict[str, Any], references: References) -> Non
 
 
 def load(folder: epath.Path, key: dict[str, Any]) -> References | None:
-    """What `save` wrote, or None if there is nothing of this key."""
+    """The content of the file, or None if there is none with this key."""
     path = folder / FILE
     if not path.exists():
         return None

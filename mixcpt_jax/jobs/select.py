@@ -1,9 +1,9 @@
-"""The job "select": which few general samples of the mixture go to format alignment.
+"""The job "select": chooses the few general samples for format alignment.
 
-The general samples that the model was trained on are filtered, and ranked by chance or by
-what that model makes of each: as plain text alone, or in its chat template too. The method
-says which forms are scored (`data.selection.FORMS`); "random", the default, needs none.
-Each source's ranking is a JSONL file, best first, that SFT and DPO read the first lines of.
+The general samples of the mixture are filtered, and ranked at random or by the trained
+model's scores: as plain text, and in its chat template too. `data.selection.FORMS` lists
+the scored forms of each method; "random", the default, scores none. Each source's ranking
+is a JSONL file, best first; SFT and DPO read its first lines.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from mixcpt_jax.data import mixture, selection, sources
 from mixcpt_jax.data.corpus import Corpus, measure
 from mixcpt_jax.data.formats import Examples
 from mixcpt_jax.evaluation import evaluator
-from mixcpt_jax.runtime import metrics
+from mixcpt_jax.runtime import hosts, metrics
 from mixcpt_jax.training import phase as phase_lib
 
 _SECONDS_BETWEEN_SAVES = 30.0
@@ -33,11 +33,11 @@ _SECONDS_BETWEEN_SAVES = 30.0
 def run(phase: phase_lib.Phase) -> dict[str, Any]:
     """Ranks the samples of every source in `select.keep`.
 
-    Writes `SOURCE.jsonl` (see `selection.write`). A run that was killed goes on with the
-    batches it has not scored.
+    Writes `SOURCE.jsonl` (see `selection.write`). An interrupted run resumes with the
+    batches that are not scored yet.
 
     Returns:
-      What `results.json` holds: source -> `selection.summary`, and the seconds it took.
+      The content of `results.json`: source -> `selection.summary`.
 
     Raises:
       InputError: config, data, weights or workdir are wrong.
@@ -49,7 +49,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
             f"of {phase.model_config.max_positions}; use at most that"
         )
     phase.announce("selects samples")
-    wanted = {source: config.sources[source] for source in settings.keep}
+    entries = {source: config.sources[source] for source in settings.keep}
     measured = measure(config)
     found = {
         source: selection.candidates(
@@ -65,10 +65,10 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
             max_candidates=settings.max_candidates,
             seed=config.seed,
         )
-        for source, entry in wanted.items()
+        for source, entry in entries.items()
     }
     phase.claim(
-        {s: sources.hashes(e.path, e.reader, e.split) for s, e in wanted.items()}
+        {s: sources.hashes(e.path, e.reader, e.split) for s, e in entries.items()}
     )
     with jax.set_mesh(phase.mesh):
         forms = selection.FORMS[settings.method]
@@ -109,7 +109,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
                     f"only {ranking.num_selected} of {ranking.keep} samples of {source} "
                     "are left to select"
                 )
-            if jax.process_index() == 0:
+            if hosts.is_first():
                 selection.write(phase.folder / f"{source}.jsonl", ranking)
     return phase.finish({"selection": results})
 
@@ -122,11 +122,11 @@ def _measure(
     start: str,
     shown_as: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """NLL summed over each example's response, and its tokens; kept in `file`."""
+    """The summed NLL and number of tokens of each example's response, saved in `file`."""
     row_length = max(config.data.row_length, int(examples.lengths.max()) - 1)
     rows = mixture.pack_text("samples", examples, row_length)
     batch_size = config.eval.batch_size
-    # What is stored belongs to these tokens in these batches and to this model.
+    # The stored sums are those of these tokens, these batches and this model.
     key = hashlib.blake2b(
         examples.tokens.tobytes() + f"{start} {row_length} {batch_size}".encode()
     ).hexdigest()
@@ -148,7 +148,7 @@ def _measure(
 
 
 def _save(file: epath.Path, key: str, sums: np.ndarray, done: int) -> None:
-    if jax.process_index() != 0:
+    if not hosts.is_first():
         return
     buffer = io.BytesIO()
     np.savez(buffer, sums=sums, done=done, key=key)

@@ -1,8 +1,7 @@
-"""What TPU chips can do at most: the figures of their makers, per chip.
+"""Peak figures of TPU chips.
 
 Peaks and bandwidths are those of Google's system architecture pages and of "How to Scale
-Your Model" (jax-ml.github.io/scaling-book); usable memory is what the compiler says it
-has.
+Your Model" (jax-ml.github.io/scaling-book); usable memory is the compiler's figure.
 """
 
 import dataclasses
@@ -21,10 +20,10 @@ class Chip:
       device_kind: as in `jax.Device.device_kind`.
       flops: bfloat16, per second.
       hbm_bandwidth: bytes per second.
-      hbm_bytes: what a program may use.
+      hbm_bytes: memory that a program may use.
       link_bandwidth: bytes per second from one neighbour in the torus.
-      wraps_from: a side of a slice of so many chips or more is a ring, a shorter one a
-        line.
+      wraps_from: a side of a slice with at least this many chips is a ring, a shorter
+        one a line.
       cycles: of a core, per second.
     """
 
@@ -54,7 +53,7 @@ def of_topology(topology: str) -> Chip:
     """The chip of a slice such as "v5e:4x4".
 
     Raises:
-      InputError: nothing is known of it.
+      InputError: the chip is not supported.
     """
     name = topology.partition(":")[0]
     for chip in CHIPS:
@@ -62,7 +61,7 @@ def of_topology(topology: str) -> Chip:
             return chip
     known = ", ".join(chip.name for chip in CHIPS)
     raise InputError(
-        f"{topology}: no such TPU slice; wanted is one of {known} and a shape, as in "
+        f"{topology}: no such TPU slice; must be one of {known} and a shape, as in "
         "v5e:4x4 or v5p:2x2x1"
     )
 

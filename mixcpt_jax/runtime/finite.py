@@ -1,7 +1,8 @@
-"""Whether parameters hold numbers, asked on the devices.
+"""A check on the devices that parameters are finite.
 
-A model with a NaN in it still answers every question, one of them always first, so its
-accuracy looks like a measurement. So whoever reads parameters stops at what is not finite.
+A model with a NaN still answers every question, always with the first choice, so its
+accuracy looks like a measurement. So all code that reads parameters refuses values that are
+not finite.
 """
 
 import functools
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 
 class Broken(NamedTuple):
-    """A parameter that holds values which are not finite.
+    """A parameter with values that are not finite.
 
     Attributes:
       key: such as "layers/query".
@@ -35,15 +36,15 @@ class Broken(NamedTuple):
 def find_broken(params: Any, dtype: str | None = None) -> Broken | None:
     """The first parameter with a NaN, an infinity or a value beyond a dtype's range.
 
-    Every device reduces what it has of the parameters, once, in one program.
+    Every device reduces its shards of all parameters in one program.
 
     Args:
       params: nested dict of arrays, sharded in any way. Those under "layers" have one
         tensor for each layer, on the first axis.
-      dtype: whose range counts; None: that of each parameter's own.
+      dtype: whose range is the limit; None: each parameter's own dtype.
 
     Returns:
-      None if there is none.
+      None if all are finite.
     """
     keys, leaves = [], []
     for path, leaf in jax.tree.leaves_with_path(params):
@@ -66,9 +67,9 @@ def find_broken(params: Any, dtype: str | None = None) -> Broken | None:
 
 @functools.cache
 def _make_survey(stacked: tuple[bool, ...], everywhere: NamedSharding | None):
-    """Of each tensor the largest magnitude, infinite if it holds a NaN.
+    """The largest magnitude of each tensor, infinite if it holds a NaN.
 
-    NaNs are replaced before the maximum is taken: XLA's on CPUs loses them.
+    NaNs are replaced first: XLA's maximum on CPUs loses them.
     """
 
     def survey(leaves):

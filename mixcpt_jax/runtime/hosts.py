@@ -1,8 +1,8 @@
 """Several hosts as one run: how they find each other, and how they end together.
 
-Every host runs the same program on its own devices. What they compute together ends only
-if all of them come to it, so one that fails must not wait, and the others must learn of
-it: from a connection that breaks, or from heartbeats that stop.
+Every host runs the same program on its own devices. A collective operation ends only if all
+hosts reach it, so a host that fails must not wait, and the others must notice: by a
+connection that breaks, or by heartbeats that stop.
 """
 
 import contextlib
@@ -25,20 +25,20 @@ def join(
     process_id: int | None = None,
     heartbeat_timeout: int = 100,
 ) -> None:
-    """Waits for the other hosts; from now on all their devices are one.
+    """Waits for the other hosts; from then on jax sees the devices of all of them.
 
-    To be called before anything else of jax. What is None is found by jax itself on TPU
-    slices, on Kubernetes (GKE), and under Slurm and Open MPI.
+    Call it before anything else of jax. jax finds arguments that are None by itself on
+    TPU slices, on Kubernetes (GKE), and under Slurm and Open MPI.
 
     Args:
-      coordinator: HOST:PORT of the process 0, free there and reached by all.
-      num_processes: how many there are.
-      process_id: which one this is.
-      heartbeat_timeout: seconds after which a process that says nothing is taken for
-        dead, and the others end.
+      coordinator: HOST:PORT of process 0, a free port there that all hosts can reach.
+      num_processes: how many processes there are.
+      process_id: the number of this one.
+      heartbeat_timeout: seconds without a heartbeat after which a process counts as
+        dead and the others end.
 
     Raises:
-      InputError: something is neither given nor found, or out of range.
+      InputError: an argument is neither given nor found, or is out of range.
     """
     try:
         jax.distributed.initialize(
@@ -50,19 +50,18 @@ def join(
     except (ValueError, IndexError) as error:
         flag = "--distributed" if coordinator is None else "--coordinator"
         raise InputError(
-            f"{flag}: the hosts cannot be told ({error}); on a TPU slice, "
+            f"{flag}: could not discover the hosts ({error}); on a TPU slice, "
             "Kubernetes, Slurm and Open MPI jax finds them with --distributed alone, "
-            "elsewhere give --coordinator=HOST:PORT --num_processes=N --process_id=0 "
+            "elsewhere set --coordinator=HOST:PORT --num_processes=N --process_id=0 "
             "(to N - 1)"
         ) from error
 
 
 def require_same(settings: str) -> None:
-    """Checks that all hosts were given the same.
+    """Checks that all hosts have the same settings.
 
     Raises:
-      InputError: they were not; what they would compute together would not end, or would
-        mean nothing.
+      InputError: they differ, so a collective operation would hang or compute nonsense.
     """
     if jax.process_count() == 1:
         return
@@ -71,27 +70,27 @@ def require_same(settings: str) -> None:
     for host in range(1, len(digests)):
         if (digests[host] != digests[0]).any():
             raise InputError(
-                f"--config: host {host} was given other settings than host 0; give all "
-                "hosts the same file and flags"
+                f"--config: the settings of host {host} differ from those of host 0; "
+                "start all hosts with the same file and flags"
             )
 
 
 def is_first() -> bool:
-    """Whether this is the host that writes what one alone can write."""
+    """Whether this is the host that writes the files of the run."""
     return jax.process_index() == 0
 
 
 def wait_for_all(place: str) -> None:
-    """Returns when every host has come to `place`."""
+    """Returns when every host has reached `place`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(place)
 
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """A host that fails inside ends at once, and with it the run.
+    """A host that fails inside exits at once, and ends the run.
 
-    Python's way out would have it wait for the others, which wait for it.
+    At a normal exit of Python, jax would wait for the other hosts, which wait for it.
     """
     try:
         yield
@@ -104,9 +103,9 @@ def ending_together() -> Iterator[None]:
         else:
             traceback.print_exception(error)
             print(
-                f"error: host {jax.process_index()} ends, and with it the run. If what "
-                "is above tells of a connection, another host has ended before: see what "
-                "that one says. The same command on all hosts goes on from the last "
+                f"error: host {jax.process_index()} ends, and with it the run. If the "
+                "error above is about a connection, another host has ended before: see "
+                "its output. The same command on all hosts resumes from the last "
                 "checkpoint",
                 file=sys.stderr,
             )

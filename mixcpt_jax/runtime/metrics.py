@@ -1,8 +1,8 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, W&B and the terminal.
 
 `metrics.jsonl` is the record: one object per line, with its step. The others are copies
-of it, and made by threads of their own, so that no step waits for them and none fails with
-them. Only the first host writes.
+that threads of their own write, so no step waits for them or fails with them: TensorBoard's
+queue blocks while a disk hangs, and W&B waits for its server. Only the first host writes.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _PATIENCE = 60.0
 
 
 def means(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
-    """(sum, count) pairs, already on the host, to means; an empty count is left out."""
+    """The means of (sum, count) pairs on the host; those with a count of 0 are left out."""
     return {
         name: float(total) / float(count)
         for name, (total, count) in metrics.items()
@@ -64,8 +64,7 @@ class Writer:
         Args:
           workdir: the phase's folder.
           config: `config.metrics`.
-          resume_step: lines after this step belong to work that was lost with the
-            process that did it, and are dropped.
+          resume_step: lines after this step are dropped; their steps are trained again.
           run_config: the whole config, for W&B.
           is_first_host: the other hosts write nothing.
         """
@@ -108,7 +107,7 @@ class Writer:
             self._to_upload.cleanup()
 
     def save(self) -> None:
-        """What was written is in its place when this returns, in a bucket too."""
+        """Returns when all is written to its place, in a bucket too."""
         if self._file:
             self._file.flush()
         for copy in self._copies.values():
@@ -120,7 +119,7 @@ class Writer:
                 paths.copy_file(file, self._workdir / "tensorboard" / file.name)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes one row; what is not a finite number, which JSON lacks, is left out."""
+        """Writes one row; values that are not finite, which JSON lacks, are left out."""
         if not self._file:
             return
         scalars = {k: float(v) for k, v in scalars.items() if math.isfinite(v)}
@@ -129,14 +128,14 @@ class Writer:
             copy.put(lambda place: place.write(step, scalars))
 
     def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
-        """Adds to `items.jsonl` what the measures of a step are means of.
+        """Adds to `items.jsonl` the values per item whose means are the step's measures.
 
-        With it a change has an interval: the same questions were asked before and after.
+        The report's intervals of changes need them: items before and after are the same.
 
         Args:
-          step: whose measures they are.
+          step: the measured step.
           items: `{text}/loss` (nats), `{text}/correct` and `{text}/tokens`, sums over
-            each example; `{exam}/exam` and `{pairs}/pair_accuracy`, right or not.
+            each example; `{exam}/exam` and `{pairs}/pair_accuracy`, correct or not.
         """
         if not self._file or not items:
             return
@@ -153,7 +152,7 @@ class Writer:
     def write_samples(
         self, step: int, conversations: list[list[dict[str, str]]], answers: list[str]
     ) -> None:
-        """Adds answers to `samples.jsonl`, and to `samples.md` beside earlier ones."""
+        """Adds answers to `samples.jsonl`, and to `samples.md` below earlier answers."""
         if not self._file or not answers:
             return
         rows = read(self._workdir, SAMPLES_FILE)
@@ -172,23 +171,23 @@ class Writer:
 
 
 class _Copy:
-    """A place that a thread of its own writes to, in the order that it is given.
+    """A copy of the record that a thread writes, in order.
 
-    A place that fails, or does nothing for a minute while it is waited for, is told of
-    in one warning and left alone from then on.
+    If the copy fails, or makes no progress for a minute while `wait` waits for it, one
+    warning says so, and nothing more is written to it.
     """
 
     def __init__(self, name: str, open_place: Callable[[], Any]):
         self._name = name
         self._tasks: queue.Queue = queue.Queue(_MOST_WAITING)
         self._is_given_up = False
-        # A daemon: a place that hangs does not keep the process from its end.
+        # A daemon: the process can end while the copy hangs.
         threading.Thread(
             target=self._work, args=(open_place,), name=name, daemon=True
         ).start()
 
     def put(self, task: Callable[[Any], None]) -> None:
-        """Has `task` done on the place when its turn comes, and returns at once."""
+        """Queues `task`, which is called with the copy, and returns at once."""
         if self._is_given_up:
             return
         try:
@@ -197,7 +196,7 @@ class _Copy:
             self._give_up("is too slow")
 
     def wait(self) -> None:
-        """Returns when all is done, or the place is given up."""
+        """Returns when all tasks are done, or the copy is given up."""
         done = self._tasks.all_tasks_done
         with done:
             while left := self._tasks.unfinished_tasks:
@@ -218,7 +217,7 @@ class _Copy:
         if not self._is_given_up:
             self._is_given_up = True
             logging.warning(
-                "%s %s; the run goes on without it, and %s has everything",
+                "%s %s; the run continues without it, and %s has all metrics",
                 self._name,
                 why,
                 FILE,
@@ -270,7 +269,7 @@ class _Wandb:
     """Scalars, samples as a table, and the config; one run there for each folder."""
 
     def __init__(self, project: str, workdir: epath.Path, run_config: dict[str, Any]):
-        import wandb  # optional: only those who ask for it need it
+        import wandb  # an optional package
 
         if not (workdir / _WANDB_ID_FILE).exists():
             (workdir / _WANDB_ID_FILE).write_text(uuid.uuid4().hex)
@@ -307,9 +306,9 @@ def _append_to(path: epath.Path) -> IO[str]:
 
 
 class _Upload(io.StringIO):
-    """What an object, to which nothing can be appended, shall hold.
+    """The content of an object, which cannot be appended to.
 
-    It is written anew when asked to, and after a while by itself.
+    `flush` overwrites the object, and so does `write` once a minute.
     """
 
     def __init__(self, path: epath.Path):
@@ -344,7 +343,7 @@ def read(workdir: epath.Path, name: str = FILE) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A progress bar in a terminal, a line now and then elsewhere, each step as JSON."""
+    """A progress bar in a terminal; elsewhere a line every 20 s, or each step as JSON."""
 
     def __init__(self, name: str, first_step: int, num_steps: int, enabled: bool):
         self._console = rich_console.Console(stderr=True)
@@ -366,24 +365,23 @@ class Progress:
     def update(
         self, step: int, scalars: Mapping[str, float], tokens_per_second: float
     ) -> None:
-        """Shows a step that is done; its scalars are fields of a cluster's log."""
+        """Shows a finished step; its scalars are fields of a cluster's log."""
         # A step to whose loss nothing contributes has none.
-        loss = f"loss {scalars['loss']:.4f}" if "loss" in scalars else "no loss"
-        reached = f"{loss} {tokens_per_second:,.0f} tokens/s"
+        reached = f"loss {scalars['loss']:.4f}" if "loss" in scalars else "no loss"
+        if math.isfinite(tokens_per_second):  # unknown after the first step
+            reached += f" {tokens_per_second:,.0f} tokens/s"
+        reached += self._pace.left(step)
         self._bar.update(self._task, completed=step, reached=reached)
         if self._console.is_terminal or not self._enabled:
             return
-        left = self._pace.left(step)
         if self._pace.is_due() or step == self._num_steps or terminal.is_json():
-            text = f"{self._name} {step}/{self._num_steps} {loss}"
-            if left:
-                text += f" {tokens_per_second:,.0f} tokens/s{left}"
+            text = f"{self._name} {step}/{self._num_steps} {reached}"
             rate = {"tokens_per_second": tokens_per_second}
             self.say(text, step=step, **scalars, **rate)
 
     @contextlib.contextmanager
     def measuring(self, num_batches: int) -> Iterator[Callable[[int], None]]:
-        """A second bar; what it gives is told how many batches are done."""
+        """A second bar; yields a function to call with the number of finished batches."""
         task = self._bar.add_task("measuring", total=num_batches, reached="")
         name = f"{self._name}: measuring"
         try:
@@ -403,9 +401,9 @@ class Progress:
 
 @contextlib.contextmanager
 def bar(name: str, total: int, enabled: bool = True) -> Iterator[Callable[[int], None]]:
-    """Shows work that goes on; what it gives is told how many of `total` are done.
+    """Shows the progress of work; yields a function to call with how much is done.
 
-    In a terminal it is a bar, elsewhere a line now and then.
+    In a terminal it is a bar, elsewhere a line every 20 s.
     """
     console = rich_console.Console(stderr=True)
     say = terminal.say if enabled else None
@@ -415,21 +413,21 @@ def bar(name: str, total: int, enabled: bool = True) -> Iterator[Callable[[int],
 
 
 class _Pace:
-    """Where there is no bar: when a line is due, and how long the rest will take."""
+    """How long the rest of some work takes, and when the next line about it is due."""
 
     def __init__(self, total: int, seconds_to_first: float = 0.0):
         self._total = total
         self._next_line = time.monotonic() + seconds_to_first
-        self._first = None  # (done, time): what comes before it is compilation
+        self._first = None  # (done, time); before it there was compilation
 
     def left(self, done: int) -> str:
-        """Such as ", 12 s left"; nothing at first."""
+        """Such as ", 12 s left"; empty at first and at the end."""
         now = time.monotonic()
         first_done, first_time = self._first = self._first or (done, now)
-        if done == first_done:
+        if done in (first_done, self._total):
             return ""
         pace = (now - first_time) / (done - first_done)
-        return f", {pace * (self._total - done):.0f} s left"
+        return f", {_duration(pace * (self._total - done))} left"
 
     def is_due(self) -> bool:
         now = time.monotonic()
@@ -437,6 +435,13 @@ class _Pace:
             return False
         self._next_line = now + _SECONDS_BETWEEN_LINES
         return True
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _rich_bar(
@@ -448,7 +453,6 @@ def _rich_bar(
         rich_progress.BarColumn(),
         rich_progress.MofNCompleteColumn(),
         rich_progress.TextColumn("{task.fields[reached]}"),
-        rich_progress.TimeRemainingColumn(),
         console=console,
         transient=transient,
         disable=not (enabled and console.is_terminal),
@@ -462,12 +466,12 @@ def _update_of(
     total: int,
     say: Callable[[str], None] | None,
 ) -> Callable[[int], None]:
-    """Tells a bar's task how much is done, or says so where there is no bar."""
+    """A function that updates a task of a bar, or prints lines where there is no bar."""
     pace = _Pace(total, seconds_to_first=_SECONDS_BETWEEN_LINES)
 
     def update(done: int) -> None:
-        shown.update(task, completed=done)
         left = pace.left(done)
+        shown.update(task, completed=done, reached=left.removeprefix(", "))
         if say and not shown.console.is_terminal and pace.is_due():
             say(f"{name} {done}/{total}{left}")
 
@@ -475,7 +479,7 @@ def _update_of(
 
 
 def track(done: Iterable[int], name: str, total: int) -> Iterator[int]:
-    """Gives on how many batches of `total` are done, after each, and shows them."""
+    """Yields from `done`, how many of `total` batches are done, and shows it."""
     with bar(name, total) as show:
         for number in done:
             show(number)
@@ -485,7 +489,7 @@ def track(done: Iterable[int], name: str, total: int) -> Iterator[int]:
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table; the first column is text, the rest are numbers."""
     cells = [list(header), *(list(row) for row in rows)]
-    # Two at least, for a rule that ends with a colon.
+    # At least two, for a rule that ends with a colon.
     widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row):

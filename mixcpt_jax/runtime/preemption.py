@@ -1,11 +1,11 @@
-"""SIGTERM, with which a scheduler takes a machine back: the run saves, and goes on later.
+"""SIGTERM, with which a scheduler takes a machine back: the run saves, and resumes later.
 
-Whatever a run does may be cut off at any moment, since its files are written whole or
-not at all. Only what training has learnt since its last checkpoint would be lost. So
-SIGTERM raises `Preempted` at once, wherever the run is, but for the training loop: there a
-`Guard` takes it down, the loop ends its step and saves, and raises `Preempted` itself.
-Python raises only between two of its own instructions, and a compilation is one, which can
-take minutes: a command that does not end `in_time` is ended.
+A run may be interrupted at any moment, since its files are written whole or not at all;
+only the training steps since the last checkpoint would be lost. So SIGTERM raises
+`Preempted` at once, except in the training loop: there a `Guard` notes the signal, the loop
+ends its step, saves, and raises `Preempted` itself. Python handles signals only between two
+of its instructions, and a compilation is one that can take minutes: `in_time` ends a
+command that does not end by itself.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from typing import Any
 
 
 class Preempted(BaseException):
-    """SIGTERM has come; like KeyboardInterrupt it is not for `except Exception`."""
+    """SIGTERM has arrived; like KeyboardInterrupt it is no `Exception`."""
 
     def __init__(self, done: str = ""):
-        super().__init__(f"stopped by SIGTERM{done}; the same command goes on")
+        super().__init__(f"stopped by SIGTERM{done}; the same command resumes")
 
 
 # SIGTERM, and the alarm that repeats it.
 _SIGNALS = signal.SIGTERM, signal.SIGALRM
 _SECONDS_BETWEEN_REPEATS = 0.5
-# From SIGTERM to the end of a process that has nothing to save.
+# Seconds from SIGTERM to the end of a process that has nothing to save.
 _PATIENCE = 5.0
 
-# Whether a `Guard` has put SIGTERM off, so that what was learnt is saved first.
+# Whether a `Guard` defers SIGTERM until the training state is saved.
 _is_deferred = False
 
 
@@ -44,7 +44,7 @@ def interrupt() -> None:
 
 
 def ignore() -> None:
-    """From now on, as all is done but to exit, SIGTERM changes nothing."""
+    """From now on SIGTERM has no effect, since the process is about to exit."""
     _handle_by(signal.SIG_IGN)
 
 
@@ -54,24 +54,23 @@ def _handle_by(handler: Callable[..., None] | signal.Handlers) -> None:
 
 
 def _raise(*_) -> None:
-    # Where it is raised in a callback nobody can catch it, so it comes again.
+    # An exception in a callback reaches nobody, so the signal repeats.
     signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_REPEATS)
     raise Preempted
 
 
 @contextlib.contextmanager
 def in_time(end: Callable[[], Any]) -> Iterator[None]:
-    """Seconds after SIGTERM came inside `end` is called, whatever the main thread is in.
+    """Calls `end` seconds after a SIGTERM inside the block, whatever the main thread does.
 
-    Not where a `Guard` has put it off. Of a child that is forked inside nothing is
-    heard.
+    It does not while a `Guard` defers the signal, and not in forked children.
 
     Args:
       end: ends the process, from any thread.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    # Written to as the signal comes, before Python can do anything about it.
+    # The signal's number is written here before any Python code runs.
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     threading.Thread(target=_end_if_late, args=(reading, end), daemon=True).start()
@@ -83,7 +82,7 @@ def in_time(end: Callable[[], Any]) -> Iterator[None]:
 
 
 def _end_if_late(reading: int, end: Callable[[], Any]) -> None:
-    """Reads numbers of signals until there is no more to come."""
+    """Reads numbers of signals until the pipe is closed."""
     deadline = None
     while True:
         left = None if deadline is None else max(0, deadline - time.monotonic())
@@ -102,17 +101,17 @@ def _end_if_late(reading: int, end: Callable[[], Any]) -> None:
 
 
 class Guard:
-    """From `defer` on SIGTERM is noted and nothing more; use it as a context manager.
+    """A preemption guard: from `defer` on SIGTERM is only noted; a context manager.
 
-    With several processes jax notes the signal (`jax.distributed.initialize` takes it
-    over, everywhere), tells the other hosts, and agrees with them on a step.
+    With several processes `jax.distributed.initialize` handles the signal on each of
+    them, and all hosts agree on a step.
 
     Raises:
-      Preempted: on leaving, if SIGTERM came and the block ended as if it had not.
+      Preempted: at the end of the block, if SIGTERM has arrived.
     """
 
     def __enter__(self) -> "Guard":
-        import jax  # here, as the command line has this module before it has jax
+        import jax  # here, since the command line imports this module before jax
 
         self._is_requested = False
         self._is_alone = jax.process_count() == 1
@@ -128,7 +127,7 @@ class Guard:
             raise Preempted
 
     def defer(self) -> None:
-        """To be called as soon as there is something to save; again it does nothing."""
+        """Call it once there is state to save; further calls do nothing."""
         global _is_deferred
         if self._is_alone and not _is_deferred:
             _is_deferred = True
@@ -136,7 +135,7 @@ class Guard:
             _handle_by(self._note)
 
     def is_requested(self, step: int) -> bool:
-        """Whether to stop after this step; asked after every step, on every host."""
+        """Whether to stop after this step; every host must call it after every step."""
         if self._is_alone:
             return self._is_requested
         from jax.experimental import multihost_utils
@@ -144,10 +143,10 @@ class Guard:
         return multihost_utils.reached_preemption_sync_point(step)
 
     def interruptible(self, function: Callable[..., Any], *args: Any) -> Any | None:
-        """Calls a function that leaves nothing half done; None if SIGTERM cut it off.
+        """Calls a function that SIGTERM may interrupt; returns None if it does.
 
-        Once SIGTERM is noted nothing is called. With several processes the function is
-        not cut off, as it would not be at the same place on all of them.
+        Once SIGTERM is noted nothing is called. With several processes the function runs
+        to its end, since hosts would not be interrupted at the same place.
         """
         if not _is_deferred:
             return function(*args)
@@ -163,7 +162,7 @@ class Guard:
         self._is_requested = True
 
     def _note_and_raise(self, *_) -> None:
-        # Once only: what cleans up behind the exception is not to be cut off.
+        # Once only: the cleanup after the exception must not be interrupted.
         _handle_by(self._note)
         self._is_requested = True
         raise Preempted

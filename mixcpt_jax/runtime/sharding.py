@@ -1,10 +1,10 @@
-"""The device mesh, and the one table from logical axes to mesh axes.
+"""The device mesh, and the table from logical axes to mesh axes.
 
-A batch is split over `data` and `fsdp`. Parameters and their optimizer moments are
-split over `fsdp` (along the hidden size) and `tensor` (along heads, MLP columns and
-the vocabulary); `data` holds copies of them. All axes are Auto: the compiler places
-the collectives, `constrain` only tells it where activations live, and
-`scatter_gradient` by which way a gradient gets to its place.
+A batch is split over `data` and `fsdp`. Parameters and their optimizer moments are split
+over `fsdp` (along the hidden size) and `tensor` (along heads, MLP columns and the
+vocabulary); `data` holds copies of them. All axes are Auto: the compiler places the
+collectives, `constrain` fixes the sharding of activations, and `scatter_gradient` how
+gradients are reduced.
 """
 
 import functools
@@ -33,24 +33,23 @@ RULES: Mapping[str, Any] = {
     "kv_heads": TENSOR,
     "mlp": TENSOR,
     "vocab": TENSOR,
-    # Activations, unlike parameters, keep their hidden size whole: their rows already
-    # use the fsdp axis.
+    # The hidden size of activations is not split: their rows already use the fsdp axis.
     "activation": None,
 }
 
 
 def device_kind() -> str:
-    """What computations are traced for: the mesh's devices, else the default ones.
+    """The kind of device that computations are traced for, as `jax.Device.device_kind`.
 
-    As `jax.Device.device_kind`: "cpu", "TPU v5 lite" and so on. A mesh may be of
-    devices that are not there, to compile for them.
+    That is the mesh's, else the default one: "cpu", "TPU v5 lite" and so on. A mesh may
+    be of abstract devices, to compile for them.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else jax.devices()[0].device_kind
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu", for the same devices."""
+    """The platform of the same devices: "cpu", "gpu" or "tpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
@@ -61,15 +60,17 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     An axis may take a part of a side of the torus, such as data=4 and fsdp=64 of 16x16.
 
     Raises:
-      InputError: the sizes do not lay out the devices, or these are of several slices.
+      InputError: the sizes do not lay out the devices, or the devices are of several
+        slices.
     """
     devices = jax.devices() if devices is None else devices
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) > 1:
         raise InputError(
-            f"the devices are of {len(slices)} slices; one run takes one slice"
+            f"mesh: the devices are of {len(slices)} slices, which is not supported; "
+            "start the run on one slice"
         )
-    # `jax.make_mesh` does the same and splits a side on v5e alone.
+    # `jax.make_mesh` splits a side of the torus on v5e only.
     laid_out = mesh_utils.create_device_mesh(
         mesh_shape(sizes, len(devices)), devices, allow_split_physical_axes=True
     )
@@ -77,21 +78,21 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
 
 
 def make_topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over the chips of a TPU slice that is not there, to compile for it.
+    """A mesh over the abstract chips of a TPU slice, to compile for it.
 
     Needs the `libtpu` package and no TPU. `jit(f).lower(...)` takes
     `jax.ShapeDtypeStruct`s with shardings of this mesh.
 
     Args:
       topology: such as "v5e:4x4" or "v5p:2x2x1".
-      sizes: as for `make_mesh`, for as many of the slice's chips as their product says;
-        one may be -1.
+      sizes: as for `make_mesh`; their product is how many of the slice's chips the mesh
+        has. One may be -1.
 
     Raises:
       InputError: no slice has that shape, or the sizes do not lay it out.
     """
-    # The library asks a metadata server that only cloud machines have, and locks
-    # itself against a second process as if there were a chip to share.
+    # Otherwise libtpu waits for a metadata server that only cloud machines have, and
+    # locks itself against a second process as if there were a chip to share.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     try:
@@ -102,16 +103,16 @@ def make_topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
         if "not installed" in str(error):
             raise InputError(
                 f"{topology}: the compiler for TPUs is not installed; run "
-                "`pip install 'jax[tpu]'`, it wants no TPU"
+                "`pip install 'jax[tpu]'`, which needs no TPU"
             ) from error
         if "INVALID_ARGUMENT" not in str(error):
             raise
         raise InputError(
-            f"{topology}: no slice has this shape ({error}); the usual ones are v5e:4x4, "
-            "v5e:16x16, v5p:2x2x1, v5p:4x4x4 and v6e:4x4"
+            f"{topology}: no slice has this shape ({error}); use one such as v5e:4x4, "
+            "v5e:16x16, v5p:2x2x1, v5p:4x4x4 or v6e:4x4"
         ) from error
-    wanted = int(np.prod([sizes[axis] for axis in MESH_AXES]))
-    return make_mesh(sizes, devices[:wanted] if wanted > 0 else devices)
+    size = int(np.prod([sizes[axis] for axis in MESH_AXES]))
+    return make_mesh(sizes, devices[:size] if size > 0 else devices)
 
 
 def spec(logical_axes: tuple[str | None, ...]) -> P:
@@ -150,7 +151,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Pins an activation to its place; does nothing outside of a mesh."""
+    """Fixes the sharding of an activation; does nothing outside a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(logical_axes))
@@ -158,12 +159,11 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def scatter_gradient(kernel: jax.Array, logical_axes: tuple[str, ...]) -> jax.Array:
-    """The kernel itself, whose gradient is reduce-scattered wherever it is shared.
+    """The kernel unchanged; its gradient is reduce-scattered on every slice.
 
-    XLA all-reduces the gradient of an array that all chips of a slice share if the slice
-    is square or has three sides, and reduce-scatters it otherwise. So it is first asked
-    for in half as many parts, of which each is then on two chips; that comes apart
-    without a further exchange.
+    XLA reduce-scatters the gradient of an array that is sharded over all chips of a slice,
+    but all-reduces it if the slice is square or has three sides. So the gradient is first
+    constrained to half as many parts, each on two chips; the rest needs no communication.
 
     Args:
       kernel: an array, or one layer of a stack.

@@ -1,7 +1,7 @@
-"""What is said on the terminal: text for people, or JSON objects for a cluster's log.
+"""Output to the terminal: text for people, or JSON objects for a cluster's log.
 
-An object has `time` (RFC 3339), `severity` and `message`, which Cloud Logging (GKE) takes
-for its own, and what else there is to know as fields, such as the loss of a step.
+An object has `time` (RFC 3339), `severity` and `message`, which Cloud Logging (GKE)
+understands, and further fields, such as the loss of a step.
 """
 
 import datetime
@@ -17,10 +17,10 @@ from absl import logging as absl_logging
 
 
 def say(message: str, severity: str = "INFO", **fields: Any) -> None:
-    """Says something on stderr.
+    """Prints a message on stderr.
 
     Args:
-      message: what.
+      message: one or more lines.
       severity: INFO, WARNING, ERROR or CRITICAL.
       fields: for the log of a cluster; people see the message alone.
     """
@@ -37,7 +37,7 @@ def is_json() -> bool:
 
 
 def use_json() -> None:
-    """Turns all that Python writes to the terminal from now on into JSON objects."""
+    """From now on all output of Python to the terminal is JSON objects."""
     if is_json():
         return
     sys.stdout = _JsonLines(sys.stdout, "INFO")
@@ -46,7 +46,7 @@ def use_json() -> None:
 
 
 def take_logs() -> None:
-    """Has libraries' warnings said like our own, without place, thread and date."""
+    """Prints libraries' logs like our own messages, without place, thread and date."""
     root = logging.getLogger()
     others = (absl_logging.ABSLHandler, _Handler)
     root.handlers = [h for h in root.handlers if not isinstance(h, others)]
@@ -54,7 +54,7 @@ def take_logs() -> None:
 
 
 class _Handler(logging.Handler):
-    """Says what was logged; a warning once, for phases read the same text again."""
+    """Prints log records; a warning only once, since phases read the same text again."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +82,7 @@ class _JsonLines(io.TextIOBase):
         self._begun = ""
 
     def say(self, message: str, severity: str, fields: dict[str, Any]) -> None:
-        # JSON has no word for what is not finite.
+        # JSON has no numbers that are not finite.
         fields = {
             key: value
             for key, value in fields.items()

@@ -1,18 +1,18 @@
-"""A run that hangs says where, and ends, so that whoever started it can start it anew."""
+"""A run that hangs prints where, and ends, so that a scheduler can restart it."""
 
 import faulthandler
 import sys
 
 
 class Watchdog:
-    """Ends the process some time after the last sign of life; use it as a context manager.
+    """Ends the process some time after the last sign of progress; a context manager.
 
-    All threads' stacks go to standard error and the exit status is 1. Nothing of the
-    program has to run for that, so a call that never returns is no hindrance.
+    The stacks of all threads go to standard error and the exit status is 1. A thread of
+    its own does that, so it works while a call never returns.
     """
 
     def __init__(self, seconds: float):
-        """Sets the time; 0: never."""
+        """Sets the time in seconds; 0: never."""
         self._seconds = seconds
 
     def __enter__(self) -> "Watchdog":
@@ -24,9 +24,9 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def alive(self) -> None:
-        """The time begins anew."""
+        """Restarts the time."""
         if self._seconds:
-            # Not sys.stderr, which may be replaced by what has no file of its own.
+            # Not sys.stderr, which may be replaced by an object without a file.
             faulthandler.dump_traceback_later(
                 self._seconds, exit=True, file=sys.__stderr__
             )
