@@ -18,6 +18,11 @@ OBJECTIVES = ("ntp", "lssd", "kd", "selective")
 REMAT = ("none", "dots", "full")
 
 
+# What a value of `select.keep` and of `merge.keep` may be.
+SAMPLES = number(200, least=1, most=10**8)
+BUDGET = number(0.02, least=0, most=1e6)
+
+
 def default() -> ml_collections.ConfigDict:
     """Every key at its default."""
     return defaults_of(bounded_config())

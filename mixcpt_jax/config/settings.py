@@ -31,7 +31,7 @@ class Setting:
 def one_of(default: str, *others: str) -> Setting:
     """A choice by name."""
     choices = (default, *others)
-    return Setting(default, f"one of {', '.join(choices)}", lambda v: v in choices)
+    return Setting(default, f"one of {', '.join(choices)}", choices.__contains__)
 
 
 def number(
@@ -131,19 +131,19 @@ def check(value: Any, reference: Any, place: str) -> None:
                 raise InputError(f"{inner}: unknown key; {advice(key, reference)}")
             check(value[key], reference[key], inner)
         return
-    default, remedy = reference, ""
-    if isinstance(reference, Setting):
-        default, remedy = reference.default, f"; the default is {reference.default!r}"
+    setting = reference if isinstance(reference, Setting) else None
+    default = setting.default if setting else reference
     example = 0.0 if default is None else default
+    such_as = f" such as {default!r}" if setting and default is not None else ""
     if not same_type(value, example) and not (value is default is None):
-        allowed, found = _TYPES[type(example)], type(value).__name__
-        raise InputError(
-            f"{place}={shown(value)}: must be {allowed}, not {found}{remedy}"
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{place}={value!r}: must be a finite number{remedy}")
-    if isinstance(reference, Setting) and not reference.holds(value):
-        raise InputError(f"{place}={shown(value)}: must be {reference.allowed}{remedy}")
+        allowed = f"{_TYPES[type(example)]}{such_as}, not {type(value).__name__}"
+    elif isinstance(value, float) and not math.isfinite(value):
+        allowed = f"a finite number{such_as}"
+    elif setting and not setting.holds(value):
+        allowed = f"{setting.allowed},{such_as}" if such_as else setting.allowed
+    else:
+        return
+    raise InputError(f"{place}={shown(value)}: must be {allowed}")
 
 
 def check_complete(value: Any, reference: Any, place: str) -> None:

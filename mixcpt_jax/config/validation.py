@@ -13,6 +13,8 @@ import ml_collections
 from mixcpt_jax.config import settings
 from mixcpt_jax.config.budgets import check_budgets
 from mixcpt_jax.config.defaults import (
+    BUDGET,
+    SAMPLES,
     all_sources,
     bounded_config,
     bounded_exam,
@@ -27,7 +29,6 @@ from mixcpt_jax.core.text import is_name
 _CONFIG, _SOURCE, _EXAM = bounded_config(), bounded_source(), bounded_exam()
 # Tokens of a batch over all devices, which each host holds in memory several times.
 _MOST_TOKENS = 2**26
-_MOST_SAMPLES = 10**8
 
 
 def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) -> None:
@@ -110,12 +111,9 @@ def check_values(config: ml_collections.ConfigDict) -> None:
         for place, entry in entries:
             settings.check(entry, reference, place)
             settings.check_complete(entry, reference, place)
-    for name, count in config.select.keep.items():
-        if not settings.same_type(count, 0) or not 1 <= count <= _MOST_SAMPLES:
-            raise InputError(
-                f"select.keep.{name}={settings.shown(count)}: must be an integer >= 1 "
-                f"and <= {_MOST_SAMPLES:,}"
-            )
+    for place, reference in (("select.keep", SAMPLES), ("merge.keep", BUDGET)):
+        for name, value in config[place].items():
+            settings.check(value, reference, f"{place}.{name}")
 
 
 def check_names(place: str, names: Iterable[str]) -> None:
