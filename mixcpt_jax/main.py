@@ -55,7 +55,8 @@ def _load(files: flags.ArgumentParser, path: str) -> ml_collections.ConfigDict:
         config = files.parse(file)
         if isinstance(config, ml_collections.ConfigDict):
             return config
-        config.phases  # noqa: B018  (an OSError is raised here, see ml_collections)
+        # ml_collections keeps an OSError until an attribute is read.
+        getattr(config, "phases", None)
     except InputError:
         raise
     except ModuleNotFoundError as error:

@@ -363,6 +363,8 @@ def mixtures(configs):
         for phase in config.phases or [""]:
             one = config_lib.for_phase(config, phase) if phase else config
             trained = [n for n, entry in one.sources.items() if entry.weight]
+            # Replay has an objective of its own.
+            trained = [n for n in trained if n != "replay"]
             if one.job == "train" and len(trained) > 1:
                 yield (
                     (name, phase),

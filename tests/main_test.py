@@ -234,7 +234,7 @@ def test_a_key_by_another_name(project, write_config):
             "config.train.steps=3",
             "unknown key 'steps' in train; did you mean num_steps?",
         ),
-        ("config.train.zzz=3", "unknown key 'zzz' in train; known here: num_steps, "),
+        ("config.train.zzz=3", "unknown key 'zzz' in train; known here: eval_before, "),
         ("config.seed.x=3", "unknown key 'x' in seed; known here: none"),
         ("config.optimizer.learning_rate=fast", "learning_rate=fast: must be a number"),
         ("config.train.num_steps=1e5", "--config.train.num_steps=1e5: must be an int"),
