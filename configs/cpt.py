@@ -17,7 +17,7 @@ mapped with `sources.NAME.fields`. Weights are shares of tokens. The defaults of
 other key, with their meaning, are in `mixcpt_jax/config/defaults.py`.
 
 `python -m mixcpt_jax prepare` with the same flags and
-`--config.data.prepared=FOLDER` tokenises the sources once, for every run that names the
+`--config.data.prepared=FOLDER` tokenizes the sources once, for every run that names the
 folder.
 
 `--config=configs/cpt.py:tiny` is a variant for a look at the machinery: SmolLM2-135M from

@@ -4,7 +4,7 @@
         --config.data.prepared=prepared [--teacher] [--phase=cpt] [--workers=8]
 
 With `data.prepared` set, training reads every unchanged source from that folder and
-tokenises the others: the stream of rows is the same. With `--teacher` the frozen model also
+tokenizes the others: the stream of rows is the same. With `--teacher` the frozen model also
 runs over the packed rows, for `objective.teacher='prepared'`.
 
 The same command, run again, keeps valid files and writes the others again.
@@ -24,7 +24,7 @@ _TEACHER = flags.DEFINE_bool("teacher", False, "Prepare the teacher too.")
 _WORKERS = flags.DEFINE_integer(
     "workers",
     min(os.cpu_count() or 1, 256),
-    "Processes that tokenise; 0: this one alone.",
+    "Processes that tokenize; 0: this one alone.",
     lower_bound=0,
     upper_bound=256,
 )

@@ -49,7 +49,7 @@ def bounded_config() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict(
         {
             "path": "",
-            # "random" initialises the weights from `seed`; of an HF folder at `path` only
+            # "random" initializes the weights from `seed`; of an HF folder at `path` only
             # config.json is then read.
             "weights": one_of("pretrained", "random"),
             # config.json of the architecture, for `plan` on machines without `path`.

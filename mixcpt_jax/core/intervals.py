@@ -89,7 +89,7 @@ def change_of_ratio(
     """The interval of the change of `sum(values) / sum(count)`, such as token accuracy.
 
     Tokens of one text depend on each other, so texts are the units: the ratio is
-    linearised over them, with Student's t of one degree of freedom less.
+    linearized over them, with Student's t of one degree of freedom less.
 
     Args:
       before, after: the sum over each text, [texts].
