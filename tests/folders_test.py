@@ -330,7 +330,7 @@ def test_gguf_loads_the_same_or_names_the_key(tmp_path_factory, data):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"general.type": "imatrix"}, "general.type is 'imatrix'.*quantise"),
+        ({"general.type": "imatrix"}, "general.type is 'imatrix'.*quantize"),
         ({"general.type": "adapter"}, "general.type is 'adapter'.*merge"),
         ({"general.type": "mmproj"}, "general.type is 'mmproj'.*text model"),
         ({"split.count": 3}, "one of 3 parts.*llama-gguf-split --merge"),

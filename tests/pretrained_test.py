@@ -719,7 +719,7 @@ def test_gguf_holds_the_same_params(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1", "Q5_0"])
-def test_quantised_gguf_loads_alike_however_it_is_sharded(kind, tmp_path):
+def test_quantized_gguf_loads_alike_however_it_is_sharded(kind, tmp_path):
     # Half of a row of 64 is one block of 32; half of 96 cuts through one.
     file = str(tmp_path / "model.gguf")
     params = random_params(BASE)

@@ -252,7 +252,7 @@ def test_accumulation_changes_nothing(parts):
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_nothing(remat):
+def test_rematerialization_changes_nothing(remat):
     batch = make_batch()
     assert_close(take_step(batch, remat=remat)[1], take_step(batch)[1], rtol=1e-6)
 

@@ -1,4 +1,4 @@
-"""GGUF files: the architecture in the header, and tensors, dequantised part by part."""
+"""GGUF files: the architecture in the header, and tensors, dequantized part by part."""
 
 import dataclasses
 import functools
@@ -113,7 +113,7 @@ def _read_gguf(
     interleaved_heads: int | None,
     index: Index,
 ) -> np.ndarray:
-    """Dequantises only the rows of `index`, and of these only the blocks needed.
+    """Dequantizes only the rows of `index`, and of these only the blocks needed.
 
     llama.cpp interleaves the two halves of each head that RoPE rotates into each other;
     this restores Hugging Face's order of the rows.
@@ -125,14 +125,14 @@ def _read_gguf(
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
     start, stop, _ = columns.indices(int(tensor.shape[0]))
     first, last = start // block_size, -(-stop // block_size)
-    # Items are elements of float types, bytes of quantised types.
+    # Items are elements of float types, bytes of quantized types.
     items = block_bytes // tensor.data.dtype.itemsize
     blocks = tensor.data[(*rows, slice(first * items, last * items))]
     try:
         values = gguf.dequantize(np.ascontiguousarray(blocks), tensor.tensor_type)
     except NotImplementedError as error:
         raise InputError(
-            f"{file}: tensor {tensor.name} is quantised as "
+            f"{file}: tensor {tensor.name} is quantized as "
             f"{tensor.tensor_type.name}, which is not supported; use another file"
         ) from error
     offset = first * block_size

@@ -53,7 +53,7 @@ def _parse_gguf(path: epath.Path, stamp: tuple[int, ...]) -> gguf.GGUFReader:
 # The remedy for a GGUF file of another type.
 _NO_MODEL = {
     "adapter": "merge it into its base by `llama-export-lora` and name the new file",
-    "imatrix": "it was measured to quantise a model; name the file of the model",
+    "imatrix": "it was measured to quantize a model; name the file of the model",
     "mmproj": "it projects images into a model; name the file of the text model",
 }
 

@@ -145,7 +145,7 @@ def open_tensors(folder: epath.Path, family: str) -> dict[str, Tensor]:
             view = handle.get_slice(name)
             if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                 raise InputError(
-                    f"{file}: tensor {name} is {view.get_dtype()}; quantised weights "
+                    f"{file}: tensor {name} is {view.get_dtype()}; quantized weights "
                     "are read from GGUF files only"
                 )
             read = functools.partial(

@@ -65,7 +65,7 @@ def save_pretrained(
       stop_ids: the tokens that end generation, for `generation_config.json`.
       max_shard_bytes: weights are split into files of at most this size (or of one
         tensor). The host holds one such file at a time.
-      start: the checkpoint that the parameters were trained from. Its licence files are
+      start: the checkpoint that the parameters were trained from. Its license files are
         copied, and its `generation_config.json` except for special tokens.
 
     Raises:
@@ -97,7 +97,7 @@ def save_pretrained(
         if generation:
             _write_json(new / _GENERATION, generation)
         for name, file in started_from.items():
-            if _LICENCE.fullmatch(name):
+            if _LICENSE.fullmatch(name):
                 paths.copy_file(file, new / name)
         raw = _config_to_hf(config, tokenizer, dtype)
         names = sorted({MARKER, *(file.name for file in new.iterdir())})
@@ -287,7 +287,7 @@ def _write_json(file: epath.Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n")
 
 
-_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy)[\w.-]*", re.IGNORECASE)
+_LICENSE = re.compile(r"(licen[cs]e|notice|copying|use_policy)[\w.-]*", re.IGNORECASE)
 
 
 def check_target(folder: epath.Path, *models: str) -> None:

@@ -1,4 +1,4 @@
-"""Low-rank adapters of frozen kernels: shapes, initialisation and merge.
+"""Low-rank adapters of frozen kernels: shapes, initialization and merge.
 
 `transformer.Layer` applies them. Adapters are a tree of their own,
 `{"layers": {"query_lora_a": ...}}`, so that they alone are trained and saved.

@@ -109,7 +109,7 @@ def identity(path: str) -> str:
     A hash of each file's size and header, and of each tensor: of all its bytes if the
     files have at most 512 MiB together, else of samples, 64 KiB at its beginning, at its
     end and after every 16 MiB in between. That reads some 100 MB of 16 GB. Training,
-    merging and quantising change every sample; an edit of single rows of a large tensor
+    merging and quantizing change every sample; an edit of single rows of a large tensor
     may lie between two. Names of files and folders do not count, so a copy is the same.
 
     Args:

@@ -184,7 +184,7 @@ def preference_loss(
         nothing is divided here.
 
     For `sigmoid` sums over an answer's tokens are the DPO paper's loss. Means give its
-    length-normalised variant (TRL's `sigmoid_norm`), and means with references of 0 are
+    length-normalized variant (TRL's `sigmoid_norm`), and means with references of 0 are
     SimPO's loss (Meng et al., arXiv 2405.14734) without its target margin gamma.
 
     `sft_weight` adds `sft_weight * NLL(chosen)`, in nats per token of that answer:

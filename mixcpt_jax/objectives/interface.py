@@ -28,7 +28,7 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Objective(NamedTuple):
-    """The loss that a phase minimises.
+    """The loss that a phase minimizes.
 
     Attributes:
       count: `batch -> (number, metrics)`: the denominator of the loss, a float32 scalar,

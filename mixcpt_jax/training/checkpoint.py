@@ -438,7 +438,7 @@ def _read(function: Callable[..., Any], *args: Any) -> Any:
                 raise other from None
             damage = f"cannot be read ({_cause(error)})"
         if damage:
-            # Reads that the exception's frames hold are finalised while logs are off.
+            # Reads that the exception's frames hold are finalized while logs are off.
             gc.collect()
     if jax.process_count() > 1:
         is_whole = multihost_utils.process_allgather(np.array(not damage))
