@@ -1,6 +1,7 @@
-"""Intervals of measures, and of the difference of two models on the same items.
+"""95 % intervals of measures and of their changes, and a test of two models.
 
-An interval covers the choice of texts or questions; it does not cover the seed of training.
+An interval covers the choice of texts or questions: how much others of the same kind might
+change the number. It does not cover what another training seed would change.
 
 Shape suffixes: N items, C columns, R resamples.
 """
@@ -31,19 +32,18 @@ def bootstrap(
     columns_NxC: np.ndarray,
     statistic: Callable[[np.ndarray], np.ndarray],
     seed: int = 0,
-    level: float = 0.95,
 ) -> Estimate:
     """A statistic of sums over items, with its percentile bootstrap interval.
 
-    N items are drawn with replacement, 10,000 times; the interval lies between two
-    quantiles of the statistic (Efron and Tibshirani, An Introduction to the Bootstrap,
-    1993, section 13.3). Columns of two models in one row make their difference paired.
+    All N items are resampled with replacement 10,000 times; the interval lies between the
+    2.5 % and 97.5 % quantiles of the statistic (Efron and Tibshirani, An Introduction to
+    the Bootstrap, 1993, section 13.3). The values of two models for one item are columns
+    of one row, so their difference is paired.
 
     Args:
-      columns_NxC: what each item adds to each sum.
-      statistic: `[..., C]` sums -> `[...]`; NaN where a resample has no value.
+      columns_NxC: the terms of each item in the C sums.
+      statistic: `[..., C]` sums -> `[...]`; NaN if it is not defined.
       seed: of the resampling.
-      level: the share of resamples within the interval.
     """
     rng = np.random.default_rng(seed)
     num_items = len(columns_NxC)
@@ -56,13 +56,12 @@ def bootstrap(
         sums.append(np.stack([column[picks_RxN].sum(1) for column in columns_NxC.T], 1))
         left -= part
     values_R = statistic(np.concatenate(sums))
-    tail = (1 - level) / 2
-    low, high = np.nanquantile(values_R, [tail, 1 - tail])
+    low, high = np.nanquantile(values_R, [0.025, 0.975])
     return Estimate(float(statistic(columns_NxC.sum(0))), float(low), float(high))
 
 
 class McNemar(NamedTuple):
-    """Items that only one of two models answers correctly, and the test's p-value."""
+    """Numbers of items that only one model has correct, and the p-value of the split."""
 
     first_alone: int
     second_alone: int
@@ -72,8 +71,8 @@ class McNemar(NamedTuple):
 def mcnemar(first_is_right_N: np.ndarray, second_is_right_N: np.ndarray) -> McNemar:
     """The exact test that two models are correct equally often (McNemar 1947).
 
-    Only items that exactly one model answers correctly count; under the null hypothesis
-    each of them is a fair coin. The p-value is two-sided, from the binomial distribution.
+    Only items that exactly one model has correct count. If the models are equally good,
+    each of these is a fair coin. The p-value is two-sided, from the binomial distribution.
     """
     first, second = (np.asarray(x, bool) for x in (first_is_right_N, second_is_right_N))
     first_alone = int(np.sum(first & ~second))
@@ -88,12 +87,13 @@ def change_of_ratio(
 ) -> Interval | None:
     """The interval of the change of `sum(values) / sum(count)`, such as token accuracy.
 
-    Tokens of one text depend on each other, so texts are the units: the ratio is
-    linearized over them, with Student's t of one degree of freedom less.
+    The tokens of one text are not independent, so texts are the independent items: the
+    ratio is linearized over texts, and Student's t has one degree of freedom less than
+    there are texts.
 
     Args:
       before, after: the sum over each text, [texts].
-      count: tokens of each text, [texts].
+      count: number of tokens of each text, [texts].
 
     Returns:
       Lowest and highest change; None for fewer than two texts.
@@ -109,11 +109,11 @@ def change_of_ratio(
 
 
 def change_of_share(before: np.ndarray, after: np.ndarray) -> Interval | None:
-    """The interval of the change of a share of correct answers, question by question.
+    """The interval of the change of a share of correct answers to the same questions.
 
-    Agresti and Min (2005): Wald's interval for matched pairs after half a question is
-    added to each of the four outcomes. Unlike Wald's own interval it has its coverage
-    with few questions and where no answer changed.
+    Agresti and Min (2005): Wald's interval for matched pairs, after adding half a question
+    to each of the four outcomes. Unlike Wald's interval, it has the stated coverage for a
+    few dozen questions, and if no answer changed.
 
     Args:
       before, after: correct or not, [questions].

@@ -58,7 +58,7 @@ def label(name: str, role: str) -> str:
 
 
 def role(name: str, arms: Sequence[Arm], domain: set[str]) -> str:
-    """One of `ROLES`; "rehearsed" is trained on besides the domain, "untouched" is not.
+    """One of `ROLES`: "rehearsed" is other text that is trained on, "untouched" is not.
 
     Args:
       name: of a text, an exam or pairs.
