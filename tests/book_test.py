@@ -1,4 +1,4 @@
-"""The study of a real book: its cells are valid, and its data are cut as they should be."""
+"""The study of a real book: its cells are valid, and its data are split correctly."""
 
 import json
 import pathlib
@@ -27,13 +27,13 @@ def test_arms_read_the_same_tokens_of_the_book():
     assert len(tokens) == 1
 
 
-def test_cells_have_names_of_their_own():
+def test_cells_have_unique_names():
     planned = [cell for part in run.PARTS for cell in run.plan(part, "data")]
     assert len({cells.name(cell, run.STUDY) for cell in planned}) == len(planned)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the book is not in ../shared/data")
-def test_unread_modules_and_their_questions_are_apart(tmp_path):
+def test_unread_modules_and_their_questions_are_separate(tmp_path):
     data.write(SHARED, tmp_path)
 
     def read(name):
@@ -81,7 +81,7 @@ def test_the_table_has_a_row_for_every_arm_and_phase():
     assert all("50.0" in row and "1.65" in row for row in rows)
 
 
-def test_changes_are_of_the_same_questions():
+def test_changes_compare_the_same_questions():
     def record(arm, answers, phase="cpt", **settings):
         questions = dict.fromkeys(run.QUESTIONS, answers)
         return {
@@ -101,6 +101,6 @@ def test_changes_are_of_the_same_questions():
     assert plain.count(" +0.0 (") == lssd.count(" +25.0 (") == len(run.QUESTIONS)
 
 
-def test_an_answer_is_right_if_its_question_is_or_all_its_tokens_are():
+def test_an_answer_is_correct_if_its_question_or_all_tokens_are():
     items = {"exam/exam": [1, 0], "cloze/correct": [2, 2], "cloze/tokens": [2, 3]}
     assert cells._answered(items, "exam") == cells._answered(items, "cloze") == [1, 0]

@@ -1,4 +1,4 @@
-"""The studies' records stay those of their cells, whatever the defaults become."""
+"""Records stay valid for their cells when defaults change."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ FILES = [
 
 
 def cell_of(cell_type, record):
-    """The cell that a record is of."""
+    """The cell of a record."""
     given = {f.name: record[f.name] for f in dataclasses.fields(cell_type)}
     if isinstance(given.get("data"), dict):
         given["data"] = "data"  # a record has the hashes of the data there
@@ -59,7 +59,7 @@ def test_a_recorded_config_has_the_objective_of_its_arm(name, file):
             assert {o: w for o, w in found.items() if w} == objectives
 
 
-def test_a_cell_has_another_name_with_another_objective():
+def test_the_objective_changes_the_name_of_a_cell():
     cell = book_config.Cell("data", "start")
 
     def make(ntp, lssd):

@@ -1,4 +1,4 @@
-"""Roles of measures, and the sentence that a run ends with."""
+"""Roles of measures, and the verdict at the end of a run."""
 
 import hypothesis
 import numpy as np
@@ -28,7 +28,7 @@ _GENERAL_TEXT = "--config.eval.texts.general.path=FILE."
 
 
 def arm(name="cpt", init_from="", seed=0, **settings):
-    """Ten texts of ten tokens each; `settings` are changes of their correct tokens."""
+    """An arm with ten texts of ten tokens; `settings` change their correct tokens."""
     rng = np.random.default_rng(seed)
     was = {key: rng.integers(3, 7, 10) for key in settings}
     now = {key: was[key] + change for key, change in settings.items()}
@@ -61,7 +61,7 @@ def test_each_measure_has_its_role():
 
 
 @hypothesis.given(st.integers(-3, 3), st.integers(-3, 3), st.integers(-3, 3))
-def test_what_is_rehearsed_says_nothing_of_what_is_kept(domain, general, rehearsed):
+def test_rehearsed_measures_do_not_enter_the_verdict(domain, general, rehearsed):
     arms = [arm(domain=domain, general=general, instructions=rehearsed)]
     [sentence] = changes.verdict(arms)
     assert ("loss in general token accuracy" in sentence) == (general < 0)
@@ -84,7 +84,7 @@ def test_what_is_rehearsed_says_nothing_of_what_is_kept(domain, general, rehears
     )
 
 
-def test_without_anything_untouched_nothing_is_said_to_be_kept():
+def test_without_untouched_measures_forgetting_is_unknown():
     arms = [arm(domain=1, instructions=2)]
     [sentence] = changes.verdict(arms)
     assert "forgetting is unknown" in sentence
@@ -93,7 +93,7 @@ def test_without_anything_untouched_nothing_is_said_to_be_kept():
     assert not list(page._planes(arms, {"domain"}))
 
 
-def test_a_chain_of_phases_is_judged_at_its_end():
+def test_the_verdict_is_on_the_last_phase_of_a_chain():
     first = arm(domain=1, general=0)
     last = arm("sft", "phase:cpt", domain=2, general=-1)
     assert [a.name for a in changes.ends([first, last])] == ["sft"]
@@ -102,7 +102,7 @@ def test_a_chain_of_phases_is_judged_at_its_end():
 
 
 @pytest.mark.parametrize("suffix", ["perplexity", "accuracy", "exam"])
-def test_the_table_has_the_domain_first_and_what_is_rehearsed_last(suffix):
+def test_the_table_is_sorted_domain_untouched_rehearsed(suffix):
     evaluation = {f"{name}/{suffix}": 0.5 for name in ROLES}
     results = {"cpt": {"before": evaluation, "after": evaluation}}
     lines = report_lib.comparison(results, ROLES).splitlines()[2:]

@@ -1,4 +1,4 @@
-"""Decoding: against full forward passes, softmax, transformers; alone and on meshes."""
+"""Decoding against full forward passes, softmax and transformers, on several meshes."""
 
 import builtins
 import dataclasses
@@ -96,7 +96,7 @@ def draw_params(config, lora=None):
 
 
 def bigrams(vocab_size, following):
-    """A model whose next token depends on the last one alone."""
+    """A model whose next token depends only on the last token."""
     config = dataclasses.replace(
         LLAMA, vocab_size=vocab_size, hidden_size=vocab_size, num_layers=1
     )
@@ -151,7 +151,7 @@ def test_a_row_does_not_depend_on_the_others(tokenizer, sampling):
     in_pairs = generation.Sampler(LLAMA, tokenizer, batch_size=2)
     assert in_pairs.generate(params, PROMPTS, 12, set(), sampling) == expected
     assert sampler.generate(params, [], 12, set(), sampling) == []
-    # Another neighbour, and with it another length of padding.
+    # Other rows, and with them another length of padding.
     others = [PROMPTS[0], [9] * 90, *PROMPTS[2:4]]
     changed = sampler.generate(params, others, 12, set(), sampling)
     assert changed[0] == expected[0]
@@ -194,7 +194,7 @@ def test_tokens_are_whole_on_every_device():
 
 
 def assert_drawn_from(probabilities, drawn):
-    """Bernstein's bound on each share, missed by chance once in a million tests."""
+    """Checks each share by Bernstein's bound, missed by chance once in a million."""
     n = len(drawn)
     shares = np.bincount(drawn, minlength=len(probabilities)) / n
     t = math.log(2 * len(probabilities) / 1e-6)
@@ -205,7 +205,7 @@ def assert_drawn_from(probabilities, drawn):
 
 
 def nucleus(probabilities, top_k, top_p):
-    """What is left of a distribution, by the definition."""
+    """A truncated distribution, by the definition."""
     order = np.argsort(-probabilities, kind="stable")[:top_k]
     kept = probabilities[order] / probabilities[order].sum()
     size = 1 + np.flatnonzero(np.cumsum(kept) >= top_p - 1e-9)[0]
@@ -226,7 +226,7 @@ def nucleus(probabilities, top_k, top_p):
     ],
     ids=str,
 )
-def test_draws_follow_the_softmax_of_what_is_left(sampling):
+def test_draws_follow_the_truncated_softmax(sampling):
     logits = 0.6 * np.random.default_rng(3).standard_normal(12)
     exact = np.exp(logits / sampling.temperature)
     expected = nucleus(exact / exact.sum(), sampling.top_k or 12, sampling.top_p)
@@ -252,7 +252,7 @@ def test_draws_follow_the_models_probabilities(tokenizer):
     assert_drawn_from(probabilities / probabilities.sum(), np.concatenate(new))
 
 
-def test_every_row_and_step_has_its_own_draw(tokenizer):
+def test_every_row_and_step_has_its_own_random_key(tokenizer):
     config, params = bigrams(264, {})
     sampler = generation.Sampler(config, tokenizer, batch_size=64)
 
@@ -302,7 +302,7 @@ def test_decoding_ends_with_the_last_row():
         max_new_tokens=8,
         sampling=GREEDY,
     )
-    # The third row is none, so nobody waits for it.
+    # The third row is padding, so decoding does not wait for it.
     np.testing.assert_array_equal(tokens[0], [2, 3, 9, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(tokens[1, 3:], 0)
 
@@ -310,7 +310,7 @@ def test_decoding_ends_with_the_last_row():
 @pytest.mark.parametrize(
     "sampling", [GREEDY, generation.SamplingParams(5.0), NUCLEUS], ids=str
 )
-def test_padding_of_the_vocabulary_is_never_chosen(tokenizer, sampling):
+def test_padding_of_the_vocabulary_is_never_sampled(tokenizer, sampling):
     params = draw_params(QWEN2)
     # Rows of tied embeddings so large that their logits are the extremes.
     params["embedding"] = params["embedding"].at[259:].multiply(100.0)
@@ -321,7 +321,7 @@ def test_padding_of_the_vocabulary_is_never_chosen(tokenizer, sampling):
 
 @pytest.mark.parametrize("sampling", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
 @pytest.mark.parametrize("factor", [3e38, math.nan])
-def test_logits_that_are_no_numbers_are_no_answer(tokenizer, sampling, factor):
+def test_logits_that_are_not_finite_end_generation(tokenizer, sampling, factor):
     params = draw_params(QWEN2)
     params["final_norm"] = params["final_norm"] * factor
     stops = {0, tokenizer.end_of_document_id}
@@ -373,12 +373,12 @@ def test_an_answer_ends_with_its_turn_or_document(tokenizer, stop):
     assert drawn == ["Hey", "Hey"]
 
 
-def test_text_goes_on_to_the_end_of_its_document(tokenizer):
+def test_a_completion_ends_with_its_document(tokenizer):
     a, b, c, d = tokenizer.encode("abcd")
     turn, document = map(tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>"))
     config, params = bigrams(264, chain(a, b, turn, c, d, document, a))
     sampler = generation.Sampler(config, tokenizer)
-    # The end of a turn is no end of plain text.
+    # The end of a turn does not end plain text.
     assert sampler.complete(params, ["za", "zc"], 20) == ["bcd", "d"]
 
 
@@ -398,7 +398,7 @@ def test_a_continuation_keeps_its_space_and_has_a_bos(tmp_path):
 
 
 def transformers_tokens(folder, prompt, new_tokens):
-    """Greedy tokens from an exported folder, by an implementation of others."""
+    """transformers' greedy tokens, from an exported folder."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     hf_model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -453,7 +453,7 @@ def test_smollm2_answers_like_transformers(tmp_path):
 
 
 def streamed(stream, prompts, max_new_tokens, stop_ids, sampling):
-    """All tokens of each row, and how many calls they came in."""
+    """All tokens of each row, and the number of calls."""
     made = [[] for _ in prompts]
     calls = 0
     for news in stream(prompts, max_new_tokens, stop_ids, sampling):
@@ -468,7 +468,7 @@ def streamed(stream, prompts, max_new_tokens, stop_ids, sampling):
     [(GREEDY, 4), (NUCLEUS, 1)],
     ids=["greedy", "nucleus"],
 )
-def test_a_stream_is_what_a_batch_is(tokenizer, sampling, tokens_per_call):
+def test_a_stream_equals_a_batch(tokenizer, sampling, tokens_per_call):
     params = draw_params(WINDOWED)
     sampler = generation.Sampler(WINDOWED, tokenizer)
     whole = sampler.generate(params, PROMPTS, 12, set(), sampling)
@@ -486,7 +486,7 @@ def test_a_stream_is_what_a_batch_is(tokenizer, sampling, tokens_per_call):
     assert calls <= 1 + math.ceil(11 / tokens_per_call)
 
 
-def test_what_is_in_the_cache_is_not_read_again(tokenizer, monkeypatch):
+def test_cached_prefixes_are_not_read_again(tokenizer, monkeypatch):
     monkeypatch.setattr(generation, "_MIN_ROOM", 16)  # so the cache grows on the way
     params = draw_params(LLAMA)
     stream, fresh = (generation.Stream(params, LLAMA, tokenizer) for _ in range(2))
@@ -506,7 +506,7 @@ def test_what_is_in_the_cache_is_not_read_again(tokenizer, monkeypatch):
         assert made == expected
         # The last turn changes what was said before.
         prompt = [*prompt, *made[0], *range(20, 25)] if turn < 2 else [9, *prompt[1:]]
-    # The last token of an answer was chosen, not read.
+    # The last token of an answer was sampled, not read.
     assert read == [len(PROMPTS[1]), 6, 6, len(prompt)]
 
 
@@ -518,13 +518,13 @@ def test_a_stream_ends_with_the_context(tokenizer):
         streamed(stream, [[5] * 128], 9, set(), GREEDY)
 
 
-def test_a_character_is_never_printed_in_halves(tokenizer):
+def test_a_character_is_never_printed_in_parts(tokenizer):
     text = "né 😀€\N{ZERO WIDTH JOINER}x"
     ids = tokenizer.encode(text)
     assert len(ids) == len(text.encode())  # a token a byte
     pieces = list(generation.detokenize(tokenizer, ([i] for i in ids)))
     assert pieces == list(text)
-    # What ends in the middle of one is shown as it would be in whole.
+    # An incomplete character at the end is shown as in the whole text.
     cut = list(generation.detokenize(tokenizer, ([i] for i in ids[:-4])))
     assert "".join(cut) == tokenizer.decode(ids[:-4])
     before = tokenizer.encode("n")
@@ -536,7 +536,7 @@ def test_a_character_is_never_printed_in_halves(tokenizer):
 
 @pytest.fixture
 def chat(tokenizer):
-    """What it says next depends on all that was said."""
+    """A chat whose next answer depends on the whole conversation."""
     stream = generation.Stream(draw_params(LLAMA), LLAMA, tokenizer)
     # Without template, so that 128 tokens last for some turns.
     short = dataclasses.replace(
@@ -548,7 +548,7 @@ def chat(tokenizer):
     return generation.Chat(stream, short, 8, generation.SamplingParams(1.0))
 
 
-def test_an_interrupted_chat_goes_on(chat, tokenizer):
+def test_an_interrupted_chat_continues(chat, tokenizer):
     whole = "".join(chat.say("Hi"))
     said = chat.messages
     assert [m["content"] for m in said] == ["Hi", whole]
@@ -560,7 +560,7 @@ def test_an_interrupted_chat_goes_on(chat, tokenizer):
         {"role": "user", "content": "And?"},
         {"role": "assistant", "content": heard},
     ]
-    # As one that heard the same.
+    # Equal to a chat with the same messages.
     other = generation.Chat(
         generation.Stream(draw_params(LLAMA), LLAMA, tokenizer),
         chat._tokenizer,
@@ -637,18 +637,18 @@ def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     lines = run("--raw", f"--prompts={file}").splitlines()
     assert [json.loads(line)["answer"] for line in lines] == goes_on
-    # Without a terminal nothing but answers is said.
+    # Without a terminal, only answers are printed.
     typed = iter(texts[:1])
     monkeypatch.setattr(builtins, "input", lambda prompt: next(typed, "/quit"))
     assert run() == f"{answers[0]}\n"
     with pytest.raises(SystemExit):
         run("--max_new_tokens=0")
     assert "--max_new_tokens: '0': must be an integer >= 1" in capsys.readouterr().err
-    # The context is the limit, however many are asked for.
+    # The context limits the number of new tokens.
     run(f"--prompt={texts[0]}", f"--max_new_tokens={2**31 - 1}")
 
 
-def test_decoding_costs_no_other_imports():
+def test_decoding_imports_nothing_else():
     code = "import sys, mixcpt_jax.evaluation.generation; print(*sys.modules)"
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -661,7 +661,7 @@ def test_decoding_costs_no_other_imports():
 def test_a_prompt_that_is_not_utf8_is_named_before_anything_is_read(
     monkeypatch, prompt, capsys
 ):
-    # Python gives bytes of the command line that are no text as halves of surrogates.
+    # Python decodes invalid UTF-8 of the command line as surrogates.
     arguments = ["sample", "--checkpoint=nowhere", f"--prompt={prompt}"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(InputError, match="--prompt: not UTF-8 .character [12] of '"):

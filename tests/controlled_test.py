@@ -1,4 +1,4 @@
-"""The controlled study: its world, its records, its summaries and a tiny run of it."""
+"""The controlled study: its world, its records, its tables and a tiny run."""
 
 import dataclasses
 import itertools
@@ -49,7 +49,7 @@ def test_a_world_is_a_function_of_its_seed(folder, tmp_path):
     assert read(folder, "prompts") != read(tmp_path / "other", "prompts")
 
 
-def test_domain_people_are_told_of_in_their_documents_alone(folder):
+def test_domain_people_appear_in_domain_documents_alone(folder):
     text = {f.stem: f.read_text() for f in folder.glob("*.jsonl")}
     people = {question["context"] for question in read(folder, "domain_use")}
     assert len(people) == world.TINY.domain * len(world.ATTRIBUTES)
@@ -70,7 +70,7 @@ def test_the_mixture_never_names_the_untold(folder):
 
 
 @pytest.mark.parametrize("group", ["domain", "untold", "rehearsed"])
-def test_what_is_asked_can_be_known_and_is_true(folder, group):
+def test_questions_have_true_known_answers(folder, group):
     documents = " ".join(r["text"] for r in read(folder, "general_documents"))
     documents += " ".join(r["text"] for r in read(folder, "domain_documents"))
     for probe in read(folder, f"{group}_memory"):
@@ -88,7 +88,7 @@ def test_pairs_differ_in_form_only(folder):
         assert not pair["rejected"].startswith("Answer")
 
 
-def test_the_vocabulary_knows_everything_and_fits_the_model(folder):
+def test_the_vocabulary_covers_the_world_and_fits_the_model(folder):
     loaded = tokenizer.load(str(folder))
     texts = [record["text"] for record in read(folder, "domain_documents")]
     for ids, text in zip(loaded.encode_batch(texts), texts):
@@ -119,7 +119,7 @@ def test_arms_read_the_same_tokens_of_the_domain(folder):
     assert len(tokens) == 1
 
 
-def test_cells_have_names_of_their_own():
+def test_cells_have_unique_names():
     planned = {
         dataclasses.replace(cell, world="w", start="s")
         for part in run.PARTS
@@ -137,7 +137,7 @@ def test_cells_have_names_of_their_own():
         assert len({cell.rate for cell in sweep}) >= 4
 
 
-def test_records_replace_their_cells_and_ask_for_changed_ones(tmp_path):
+def test_a_record_is_replaced_when_its_cell_changes(tmp_path):
     records = cells.Records(tmp_path, run.STUDY)
     cell = Cell("here/world-0", "plain", start="here/base")
     other = dataclasses.replace(cell, rate=2e-3)
@@ -169,7 +169,7 @@ def test_grade_finds_the_value_in_any_form(form):
     assert marks["value"] == 0
 
 
-def test_grade_tells_form_from_value():
+def test_grade_separates_form_and_value():
     prompts = [{"group": "domain", "value": "owl"}] * 4
     answers = ["Answer: owl.", "Answer: cat.", "It is owl.", "Answer: owl. owl."]
     assert run.grade(prompts, answers) == {"domain": {"form": 0.5, "value": 0.75}}
@@ -207,20 +207,20 @@ def test_kept_at_a_use_is_on_the_curve_and_at_least_that_of_its_points(points, l
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.parent.name)
-def test_a_page_holds_what_the_results_say(page):
+def test_a_page_equals_the_results(page):
     text = page.read_text()
     assert tables.fill(text, cells.load(run.RESULTS)) == text
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.parent.name)
-def test_a_table_of_measurements_is_written_from_results(page):
+def test_a_table_is_written_from_the_results(page):
     by_hand = re.sub(
         r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", "", page.read_text(), flags=re.DOTALL
     )
     assert not re.findall(r"^\|.*\d\.\d.*$", by_hand, flags=re.MULTILINE)
 
 
-def test_every_page_with_results_is_held_to_them(project):
+def test_every_page_with_results_is_checked(project):
     folders = project / "experiments", project
     pages = {page for folder in folders for page in folder.glob("*.md")}
     pages |= set((project / "experiments").glob("*/README.md"))
@@ -288,7 +288,7 @@ def test_bars_of_a_plot_stay_within_shares():
             assert mean + high <= 100 + 1e-9
 
 
-def test_the_arms_of_a_plot_are_told_apart():
+def test_the_arms_of_a_plot_look_different():
     for key in ("color", "marker"):
         assert len({getattr(s, key) for s in tables.STYLES.values()}) == len(
             tables.STYLES
@@ -299,7 +299,7 @@ def test_the_arms_of_a_plot_are_told_apart():
         assert set(labels) == shown
 
 
-def test_what_is_run_again_is_told_under_the_same_of_the_record():
+def test_repeated_cells_are_shown_below_their_records():
     records = cells.load(run.RESULTS)
     again = [
         record
@@ -345,8 +345,8 @@ def test_a_tiny_study_runs_and_runs_nothing_twice(project, tmp_path):
             assert record["phases"]["cpt"]["after"]["domain_use/loss"] > 0
 
 
-def test_selection_takes_what_fits_a_row(folder):
-    """And so the model's context, which is checked when a selection starts."""
+def test_selection_takes_samples_that_fit_a_row(folder):
+    """So they also fit the model's context, which a selection checks at its start."""
     cell = Cell(
         str(folder), "mixture_ntp", start="runs/base", align="dpo", rule="random"
     )

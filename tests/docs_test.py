@@ -1,9 +1,9 @@
-"""What the pages say to type is typed.
+"""The commands of the pages run.
 
-Blocks marked `sh` run, each page in a folder of its own, with a tiny model in the place of
-the one that the page names. All other commands, which want models, buckets and slices of
-the reader's own, run with stand-ins for these, and shortened. Of commands in docstrings of
-`configs/` the flags are read.
+Blocks marked `sh` run, each page in its own folder, with a tiny model instead of the one
+that the page names. All other commands, which need models, buckets and slices of the
+reader, run shortened and with substitutes for these. Commands in docstrings of `configs/`
+are checked for their flags.
 """
 
 import ast
@@ -65,7 +65,7 @@ def scripts():
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("script", list(scripts()))
-def test_what_a_page_says_runs(script, tmp_path, longer_model):
+def test_commands_of_a_page_run(script, tmp_path, longer_model):
     script = re.sub(r"(?m)^export MODEL=.*$", f"export MODEL={longer_model}", script)
     run(script, tmp_path, pathlib.Path(sys.executable).parent)
 
@@ -93,7 +93,7 @@ def run(script, folder, *programs, **environment):
 
 
 def blocks():
-    """What is not marked `sh`, each as a script."""
+    """The blocks that are not marked `sh`, each as a script."""
     for page in (PROJECT / "README.md", *PAGES):
         text = page.read_text()
         found = _INDENTED.findall(_FENCED.sub("", text))
@@ -145,7 +145,7 @@ done
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_quickly")
-def test_what_wants_models_buckets_and_slices_runs(tmp_path, longer_model):
+def test_commands_with_models_buckets_and_slices_run(tmp_path, longer_model):
     pytest.importorskip("libtpu")
     pytest.importorskip("lm_eval")
     assets = PROJECT / "mixcpt_jax" / "assets"
@@ -192,7 +192,7 @@ def test_what_wants_models_buckets_and_slices_runs(tmp_path, longer_model):
             tmp_path,
             programs,
             HOME=str(tmp_path),
-            # A cluster of one host, as Open MPI would tell of it.
+            # A cluster of one host, in the variables of Open MPI.
             OMPI_MCA_orte_hnp_uri=f"{port}.0;tcp://127.0.0.1:{port}",
             OMPI_COMM_WORLD_SIZE="1",
             OMPI_COMM_WORLD_RANK="0",
@@ -202,7 +202,7 @@ def test_what_wants_models_buckets_and_slices_runs(tmp_path, longer_model):
 
 
 def commands(text):
-    """Module and arguments of each command, but of those that leave something out."""
+    """Module and arguments of each command, except commands with an ellipsis."""
     for name, rest in _COMMAND.findall(text):
         module, _ = cli.COMMANDS["train" if name == ".main" else name.strip()]
         arguments = shlex.split(re.sub(r"\\\n", " ", rest.rstrip("'`").split("&&")[0]))
@@ -237,7 +237,7 @@ def test_flags_of_all_commands_exist():
     assert done.returncode == 0, done.stderr
 
 
-# Stops each benchmark once it has read its flags.
+# Stops each benchmark after it has read its flags.
 _READ_BENCHMARKS_FLAGS = """
 import argparse, json, runpy, sys
 
@@ -266,7 +266,7 @@ def benchmarks():
         yield line.split()
 
 
-# What makes a benchmark short.
+# Flags that make a benchmark short.
 _SHORT = {
     "benchmarks.train_step": "--rows 1 --length 64 --rounds 1",
     "benchmarks.overhead": "--layers 1 --length 64 --steps 2 --rounds 1",
@@ -333,7 +333,7 @@ def test_a_cluster_runs_what_a_slice_runs():
     assert container["command"][3:] in [arguments for _, arguments in commands(text)]
 
 
-def test_links_lead_somewhere():
+def test_links_have_targets():
     for page in [PROJECT / "README.md", PROJECT / "WORKSPACE.md", *PAGES]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
@@ -364,7 +364,7 @@ def test_pages_state_the_default_objective():
 _UNFOUNDED = re.compile(r"papers?'s?[ ]own|equations?[ ]8\b", re.IGNORECASE)
 
 
-def test_nothing_unfounded_is_said_of_the_paper():
+def test_pages_claim_nothing_unfounded_about_the_paper():
     for suffix in ("md", "py", "ipynb", "html", "toml"):
         for file in PROJECT.rglob(f"*.{suffix}"):
             parts = file.relative_to(PROJECT).parts
@@ -375,11 +375,11 @@ def test_nothing_unfounded_is_said_of_the_paper():
 
 
 def test_troubleshooting_has_every_message(messages):
-    """Written anew by `python docs/messages.py`."""
+    """`python docs/messages.py` writes the list."""
     assert messages.PAGE.read_text() == messages.page()
 
 
-def test_troubleshooting_explains_messages_that_there_are(messages):
+def test_explained_messages_exist(messages):
     written, _, all_messages = messages.PAGE.read_text().partition(messages.MARK)
     explained = re.findall(r"\*\*`([^`]+)`\*\*", written)
     assert len(explained) > 10

@@ -1,4 +1,4 @@
-"""Measures against their definitions, with a scorer whose answers are known."""
+"""Measures against their definitions, with a scorer of known values."""
 
 import functools
 import itertools
@@ -33,7 +33,7 @@ class Letters:
 
 
 def score(batch):
-    """Nats that depend on the target alone, so packing cannot matter."""
+    """Nats depend on the target alone, so packing does not change them."""
     targets = batch["targets"]
     return {"ntp": (targets % 7) / 3.0, "correct": (targets % 2 == 0) * 1.0}
 
@@ -43,7 +43,7 @@ def score(batch):
 def test_measures_of_a_text_count_every_loss_token_once(row_length, batch_size):
     rng = np.random.default_rng(0)
     texts = [rng.integers(2, 90, n) for n in (30, 5, 2, 17, 9)]
-    texts[0] *= 2  # right throughout, and the only one: longer than a row
+    texts[0] *= 2  # the only one that is correct throughout; longer than a row
     masks = [rng.random(len(text)) < 0.7 for text in texts]
     rows = mixture.pack_text("t", Examples.collect(zip(texts, masks)), row_length)
     results = evaluator.measure(score, {"t": rows}, {}, batch_size)
@@ -67,13 +67,13 @@ def test_blanks_around_a_choice_change_nothing():
         np.testing.assert_array_equal(found.num_bytes, expected.num_bytes)
 
 
-def test_exact_is_what_greedy_decoding_finds(tiny_model):
+def test_exact_equals_greedy_decoding(tiny_model):
     vocabulary = tokenizer.load(tiny_model)
     model_config = pretrained.read_model_config(tiny_model)
     params = transformer.init_params(model_config, jax.random.key(0))
     contexts = [f"{a} {b}" for a in ("The sum", "To write", "Use") for b in "abcd"]
     sampler = generation.Sampler(model_config, vocabulary)
-    # Every second target is as the model goes on, others are what it says elsewhere.
+    # Every second target is the model's continuation; the others are other continuations.
     found = sampler.complete(params, contexts, 2)
     targets = [found[i - i % 2] for i in range(len(found))]
     records = [
@@ -129,7 +129,7 @@ def test_an_exam_is_graded_by_log_likelihood_per_byte():
 
 
 @pytest.mark.parametrize("budget", [0, 1, 60, 200, 10**6])
-def test_an_exam_keeps_to_its_tokens(budget):
+def test_an_exam_scores_only_its_tokens(budget):
     questions = [
         q | {"question": f"{i} {q['question']}"} for i in range(9) for q in QUESTIONS
     ]
@@ -177,7 +177,7 @@ def test_a_question_must_fit_the_context():
 
 
 @pytest.mark.parametrize("kind", vocabularies.TYPES)
-def test_a_choice_has_the_tokens_that_it_has_in_text(kind, tmp_path):
+def test_a_choice_is_tokenized_as_in_text(kind, tmp_path):
     vocabularies.write(kind, tmp_path)
     vocabulary = tokenizer.load(str(tmp_path))
     question = {"question": "Of which?", "choices": ["the heart", "It is", "ünd  so"]}
@@ -276,7 +276,7 @@ def test_the_command_measures_and_compares(
     assert "only B" in out
     both = json.loads(paths.resolve(files[0]).read_text())
 
-    # Each side is what a run measures of the same.
+    # Each side equals the measures of a run.
     for side, place in ((both, tiny_model), (both["compared_with"], tiny_run)):
         trained = load_model.load(place)
         examples = formats.encode(
@@ -380,7 +380,7 @@ def test_earlier_results_hold_a_number_for_each_item(bad, column, tmp_path):
         evaluate._read_results(str(file))
 
 
-def test_a_difference_of_dtypes_is_told():
+def test_a_difference_of_dtypes_is_reported():
     items = {"exact": [1, 0], "nats": [1.0, 2.0], "tokens": [1, 2], "bytes": [3, 4]}
     task = {"kind": "cloze", "fingerprint": "f", "tokens": "x", "items": items}
     sides = [
@@ -394,7 +394,7 @@ def test_a_difference_of_dtypes_is_told():
         assert (words in evaluator.describe_comparison(result)) == is_told
 
 
-def test_a_setting_that_is_a_file_is_no_name(tmp_path, monkeypatch):
+def test_a_task_setting_that_is_a_file_has_no_name_part(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "seed=1.jsonl", [{"text": "one"}])
     write_lines(tmp_path / "1.jsonl", [{"text": "other"}])

@@ -1,4 +1,4 @@
-"""The German study: its cells are valid, and its data are cut as they should be."""
+"""The German study: its cells are valid, and its data are split correctly."""
 
 import pytest
 
@@ -25,12 +25,12 @@ def test_arms_read_the_same_tokens_of_the_domain():
     assert len({c.train.num_steps * c.sources.domain.weight for c in configs}) == 1
 
 
-def test_cells_have_names_of_their_own():
+def test_cells_have_unique_names():
     names = {cells.name(cell, run.STUDY) for cell in PLANNED}
     assert len(names) == len(PLANNED)
 
 
-def test_paragraphs_left_in_english_are_told_from_german():
+def test_english_paragraphs_are_distinguished_from_german():
     assert data.is_german("Der Server ist ein Programm, das auf Anfragen wartet.")
     assert not data.is_german("The server is a program that waits for requests.")
 

@@ -1,4 +1,4 @@
-"""Reading compiled modules: against programs whose work is known."""
+"""Reading compiled modules, against programs of known FLOPs and traffic."""
 
 import importlib.util
 
@@ -48,7 +48,7 @@ def test_loops_count_in_full(mesh):
 
 
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (0.25, 0.75)])
-def test_branches_count_for_how_often_they_are_taken(mesh, shares):
+def test_branches_count_by_their_shares(mesh, shares):
     def mixed(x, w):
         def once(x):
             return jnp.tanh(x @ w)
@@ -83,7 +83,7 @@ def test_every_product_is_two_flops_per_multiply_add(mesh, equation, shapes, flo
     assert module.flops == flops
 
 
-def test_the_roofline_is_that_of_the_slower_of_work_and_traffic(mesh):
+def test_the_roofline_is_the_longer_of_flops_and_traffic(mesh):
     module = compile_on(mesh, jnp.matmul, (2048, 2048), (2048, 2048))
     flops, traffic = 2 * 2048**3, 3 * 2 * 2048**2
     assert module.roofline_seconds(flops, 1e30) == pytest.approx(1.0)
@@ -105,8 +105,8 @@ def test_collectives_are_listed_with_their_bytes(mesh):
     assert collective.received(4) == 3 / 4 * 1024 * 256 * 2
 
 
-def test_a_scatter_is_told_from_a_sum_for_all(mesh):
-    """The TPU compiler writes it as a fusion of an all-reduce and a slice."""
+def test_a_reduce_scatter_is_not_an_all_reduce(mesh):
+    """The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice."""
 
     def summed(kind):
         @jax.shard_map(

@@ -1,4 +1,4 @@
-"""Intervals that cover as often as they say, and the exact test."""
+"""Coverage of intervals, and the exact test."""
 
 import numpy as np
 import pytest
@@ -12,28 +12,28 @@ def ratio(sums):
 
 
 def test_intervals_cover_the_truth():
-    """Of a ratio of sums whose terms depend on each other, as nats and tokens do."""
+    """For a ratio of sums with dependent terms, such as nats and tokens."""
     rng = np.random.default_rng(0)
     trials, covered, widths = 200, 0, []
     for trial in range(trials):
         lengths = rng.integers(5, 50, 100)
-        nats = lengths * rng.gamma(4, 0.5, 100)  # a mean of 2 a token
+        nats = lengths * rng.gamma(4, 0.5, 100)  # a mean of 2 per token
         columns = np.stack([nats, lengths], axis=1)
         estimate = intervals.bootstrap(columns, ratio, seed=trial)
         assert estimate.value == pytest.approx(nats.sum() / lengths.sum())
         assert estimate.low < estimate.value < estimate.high
         covered += estimate.low <= 2.0 <= estimate.high
         widths.append(estimate.high - estimate.low)
-    # 95 % less what the percentile method lacks at 100 items, about 1 %, and within what
-    # 200 trials miss by chance once in a million.
+    # 95 % minus about 1 %, the bias of the percentile method at 100 items; 200 trials miss
+    # this by chance once in a million.
     assert scipy.stats.binomtest(covered, trials, 0.94).pvalue > 1e-6
-    # As wide as the delta method has it.
+    # The width of the delta method.
     lengths = np.arange(5, 50)
     deviation = np.sqrt(np.mean(lengths**2) / np.mean(lengths) ** 2 / 100)
     assert np.mean(widths) == pytest.approx(2 * 1.96 * deviation, rel=0.05)
 
 
-def test_the_mean_of_right_and_wrong_has_the_binomials_interval():
+def test_a_share_has_the_binomial_interval():
     right = np.arange(400) < 240
     columns = np.stack([right, np.ones(400)], axis=1)
     estimate = intervals.bootstrap(columns, ratio)
@@ -45,7 +45,7 @@ def test_the_mean_of_right_and_wrong_has_the_binomials_interval():
     assert intervals.bootstrap(columns, ratio) == estimate
 
 
-def test_a_paired_difference_knows_what_is_common():
+def test_a_paired_difference_cancels_the_common_part():
     rng = np.random.default_rng(1)
     common = rng.normal(0, 10, 50)
     ones = np.ones(50)
@@ -83,8 +83,8 @@ def test_longer_texts_weigh_more():
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.9, 1.0])
-def test_a_share_is_covered_as_often_as_it_should(kept):
-    """Of many exams of 40 questions, at least 19 in 20, less chance, hold the truth."""
+def test_the_interval_of_a_share_has_its_coverage(kept):
+    """For exams of 40 questions: at least 95 %, minus noise, contain the truth."""
     rng = np.random.default_rng(1)
     before = rng.random((1000, 40)) < 0.3
     after = np.where(
@@ -98,7 +98,7 @@ def test_a_share_is_covered_as_often_as_it_should(kept):
     assert covered.mean() > 0.95 - 3 * np.sqrt(0.95 * 0.05 / 1000)
 
 
-def test_without_data_there_is_none():
+def test_without_data_there_is_no_interval():
     none = np.array([])
     assert intervals.change_of_ratio(np.ones(1), np.ones(1), np.ones(1)) is None
     assert intervals.change_of_share(none, none) is None

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: our model's answers are those of its own `hf` model."""
+"""Our model's answers equal those of the harness's own `hf` model."""
 
 import copy
 import functools
@@ -38,7 +38,7 @@ MAX_LENGTH = 96
 
 @pytest.fixture(scope="module", params=["plain", "bos"])
 def folder(request, tiny_run, tmp_path_factory):
-    """An export; the second's tokenizer puts BOS before texts."""
+    """An export; the tokenizer of the second puts BOS before texts."""
     if request.param == "plain":
         return f"{tiny_run}/export/hf"
     target = tmp_path_factory.mktemp("bos")
@@ -67,7 +67,7 @@ def folder(request, tiny_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(folder):
-    """Ours and theirs, with a context so short that all has to be cut."""
+    """Our model and `hf`, with a context that truncates every request."""
     theirs = lm_eval_agreement.hf_model(folder, 4)
     theirs._max_length = MAX_LENGTH
     return lm_eval_adapter.Model(folder, batch_size=4, max_length=MAX_LENGTH), theirs
@@ -75,7 +75,7 @@ def models(folder):
 
 @pytest.fixture
 def tasks(tmp_path):
-    """The benchmark's, on a few texts."""
+    """The tasks of the benchmark, on a few texts."""
     passages = [
         {"context": context, "continuation": word}
         for context in CONTEXTS
@@ -135,7 +135,7 @@ def test_tokens_and_chats_are_those_of_hf(models):
     assert ours.chat_template(False) is None
 
 
-def test_what_cannot_be_had_is_named(models):
+def test_unsupported_settings_are_named(models):
     class Request:
         args = "x", {"until": ["."], "num_beams": 4}
 
@@ -150,7 +150,7 @@ def test_the_command(tiny_run, tasks, tmp_path, monkeypatch, capsys):
     (tmp_path / "yaml").mkdir()
     (tmp_path / "yaml/mine.yaml").write_text(json.dumps(tasks[0]))
     output = tmp_path / "results.json"
-    # Finding all tasks of the harness takes its time.
+    # Finding all tasks of the harness takes long.
     alone = functools.partial(lm_eval_tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval_tasks, "TaskManager", alone)
     command = [
@@ -182,7 +182,7 @@ def test_files_of_the_benchmark_are_read():
         }
 
 
-def test_nobody_else_needs_the_harness():
+def test_only_lm_eval_imports_the_harness():
     code = (
         "import sys, mixcpt_jax.evaluation.evaluator, mixcpt_jax.main;"
         "import mixcpt_jax.jobs.train;"

@@ -1,4 +1,4 @@
-"""A model is found wherever it is, and is the same everywhere."""
+"""Models load from every kind of place, with the same weights."""
 
 import pathlib
 
@@ -59,7 +59,7 @@ def test_a_folder_and_an_export(tiny_model, tiny_run):
         ("", "no checkpoints and no finished training phase"),
     ],
 )
-def test_where_nothing_is(tmp_path, path, message):
+def test_a_path_without_a_model_is_an_input_error(tmp_path, path, message):
     with pytest.raises(InputError, match=message):
         load_model.load(str(pathlib.Path(tmp_path, path)))
     with pytest.raises(InputError, match="dtype 'int4': not supported; use"):

@@ -1,7 +1,7 @@
-"""The page, in a headless Chromium where there is one, with the network off.
+"""The page in a headless Chromium, if there is one, without network.
 
 `REPORT_RUN=RUN REPORT_PICTURE=FILE python -m pytest tests/page_test.py -k picture` makes
-a picture of the page of a run; `experiments/README.md` says of which one it has one.
+a picture of the page of a run, such as that of `experiments/README.md`.
 """
 
 import io
@@ -39,7 +39,7 @@ def evaluation(step, shift):
 
 
 def write_phase(folder, name, shift, overrides):
-    """What a phase leaves behind."""
+    """Writes the files of a phase."""
     config = config_lib.default()
     config.model.path = "/models/small"
     config.sources.domain = config_lib.source(path="a.jsonl", weight=0.6)
@@ -130,7 +130,7 @@ def browser():
 
 
 def open_page(browser, file, width, scheme="light"):
-    """The page in a window of its own, and what went wrong on the way."""
+    """The page in a new window, and the list of its errors and requests."""
     context = browser.new_context(
         viewport={"width": width, "height": 800},
         color_scheme=scheme,
@@ -163,7 +163,7 @@ def test_the_page_is_whole_and_fits(browser, run, width):
         box = plot.bounding_box()
         assert box["width"] > 250
         assert box["height"] > 50
-    # Colours come from the style sheet, so it was let through.
+    # The colors come from the style sheet, so the policy allows it.
     assert window.evaluate(
         "getComputedStyle(document.querySelector('.plot polyline')).fill"
     ) == "none"  # fmt: skip
@@ -174,7 +174,7 @@ def test_the_page_is_whole_and_fits(browser, run, width):
     assert not wrong
 
 
-def test_what_others_wrote_is_text(browser, run):
+def test_content_from_files_is_escaped(browser, run):
     folder, _ = run
     report.main([str(folder)])
     window, wrong = open_page(browser, folder / "report.html", 390)
@@ -185,7 +185,7 @@ def test_what_others_wrote_is_text(browser, run):
     assert not wrong
 
 
-def test_every_number_is_that_of_the_results(browser, run):
+def test_every_number_equals_that_of_the_results(browser, run):
     folder, results = run
     report.main([str(folder)])
     window, _ = open_page(browser, folder / "report.html", 1280)
@@ -216,8 +216,8 @@ def test_every_number_is_that_of_the_results(browser, run):
             assert delivered == f"{100 * source['share_delivered']:.1f}"
 
 
-def test_without_files_sections_say_why(browser, run, tmp_path):
-    """A run of before there were such files, and one that has only begun."""
+def test_sections_without_files_say_why(browser, run, tmp_path):
+    """For an old run without these files, and for a run in progress."""
     _, results = run
     old = tmp_path / "old.json"
     for result in results.values():
@@ -248,7 +248,7 @@ def test_runs_are_compared_in_one_page(run, tmp_path, monkeypatch):
         assert name in text
 
 
-def test_a_change_has_the_interval_of_what_is_on_record(run):
+def test_a_change_has_the_interval_of_its_recorded_items(run):
     arms = run_records.load([str(run[0])])
     changes = page._changes(arms, {"domain"})
     assert [method.split(":")[0] for method in changes["methods"]] == (
@@ -257,7 +257,7 @@ def test_a_change_has_the_interval_of_what_is_on_record(run):
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])
-def test_what_is_no_run_is_told_in_one_line(tmp_path, content):
+def test_a_folder_without_a_run_is_an_input_error(tmp_path, content):
     if content is not None:
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(InputError, match=str(tmp_path)):

@@ -1,4 +1,4 @@
-"""A plan says what the compiler and the formula say, and what to do if it does not fit."""
+"""Plans agree with the compiler and the formula, and advise if a step does not fit."""
 
 import dataclasses
 import importlib.util
@@ -88,7 +88,7 @@ def test_the_formula_counts_the_products_that_are_compiled(config):
         assert counted.attention <= more <= 2 * counted.attention + 0.01 * compiled
 
 
-def test_the_formula_knows_what_runs_of_the_frozen_model():
+def test_the_formula_counts_the_frozen_model():
     shape = pretrained.read_model_config(
         "package:mixcpt_jax/assets/architectures/llama3_8b.json"
     )
@@ -103,11 +103,11 @@ def test_the_formula_knows_what_runs_of_the_frozen_model():
     assert with_teacher.attention / alone.attention == pytest.approx(4 / 3)
     adapted = step_plan.count_flops(shape, 4096, has_adapters=True)
     assert adapted.student == 4 * weights_of_layers
-    # A token sees (L + 1) / 2 of its row on average; with a window less.
+    # A token sees (L + 1) / 2 of its row on average; less with a window.
     assert alone.attention == 3 * 2 * 32 * 4096 * 4097
     windowed = dataclasses.replace(shape, sliding_window=1)
     assert step_plan.count_flops(windowed, 4096).attention == 3 * 4 * 32 * 4096
-    # With a norm behind it, a layer's last product is done again, too.
+    # If a norm follows it, the last product of a layer is repeated too.
     again = [
         step_plan.count_flops(s, 4096, "full").rematerialization
         for s in (shape, dataclasses.replace(shape, post_norms=True))
@@ -148,7 +148,7 @@ def test_a_plan_of_a_small_step(config):
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.usefixtures("compiled_quickly")
-def test_what_does_not_fit_says_by_how_much_and_what_would(config):
+def test_a_plan_that_does_not_fit_gives_the_excess_and_advice(config):
     config.data.row_length = 256
     config.data.batch_size = config.eval.batch_size = 4096
     config.model.remat = "none"
@@ -165,7 +165,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(config):
 @needs_libtpu
 @pytest.mark.usefixtures("compiled_quickly")
 def test_the_search_prints_the_fastest_that_fit(tmp_path, capsys):
-    # One head for keys, so that none is split and few meshes are left.
+    # One head for keys cannot be split, so few meshes remain.
     config = small(tmp_path, num_key_value_heads=1)
     config.data.row_length = 256
     config.data.batch_size = config.eval.batch_size = 8
@@ -180,7 +180,7 @@ def test_the_search_prints_the_fastest_that_fit(tmp_path, capsys):
 
 @pytest.mark.slow
 @needs_libtpu
-def test_what_is_compiled_quickly_does_the_same(config):
+def test_a_quick_compilation_has_the_same_products(config):
     quick, whole = (step_plan.make(config, "v5e:2x2", quick) for quick in (True, False))
     done = "products, compiled"
     assert quick["flops"][done] == pytest.approx(whole["flops"][done], rel=1e-3)
@@ -188,7 +188,7 @@ def test_what_is_compiled_quickly_does_the_same(config):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_suit_their_slices(name):
+def test_presets_divide_over_their_slices(name):
     for part in presets.SLICES:
         config = preset(name, part)
         config.model.path = "weights"
@@ -226,7 +226,7 @@ def check_that_it_fits(name, part, quick):
 def test_presets_fit_small_slices(name, part):
     made = check_that_it_fits(name, part, quick=True)
     if made["mesh"]["fsdp"] > 1:
-        # An all-reduce brings each byte of a gradient twice.
+        # An all-reduce moves each byte of a gradient twice.
         assert 2 * received(made, "reduce-scatter") > received(made, "all-reduce")
 
 
@@ -237,11 +237,11 @@ def test_presets_fit(name, part):
     made = check_that_it_fits(name, part, quick=False)
     flops = made["flops"]
     if name == "llama3_8b":
-        # All that is done, also again, the attention kernels' share among it.
+        # All FLOPs, rematerialization and attention kernels included.
         done = flops["products, compiled"] + flops["attention kernels"]
         assert done <= 1.35 * flops["model"]
     if name == "llama32_1b" and part == "v5p-8":
-        # Of itself the compiler lets that chip wait for all that it gathers.
+        # Without options the compiler overlaps no gather on that chip.
         overlapped, waited_for = (
             received(made, "all-gather", overlapped=is_so) for is_so in (True, False)
         )
@@ -253,7 +253,7 @@ def test_an_unknown_slice_is_named(config):
         step_plan.make(config, "v9x:2x2")
 
 
-def test_what_a_plan_needs_is_named(config, monkeypatch):
+def test_a_missing_compiler_is_named(config, monkeypatch):
     def describe(**_):
         raise RuntimeError("JAX TPU support not installed; cannot generate topology")
 
@@ -272,7 +272,7 @@ def test_an_impossible_shape_is_named(config):
 @needs_libtpu
 @pytest.mark.usefixtures("compiled_quickly")
 def test_the_command(config, tmp_path):
-    """From the command line, with a file of what it printed."""
+    """From the command line, with an output file."""
     settings = [
         f"--config.model.architecture={config.model.architecture}",
         "--config.data.row_length=1024",

@@ -1,6 +1,6 @@
-"""One scorer: a run, `evaluate` and lm-eval give the log-likelihoods of transformers.
+"""Runs, `evaluate` and lm-eval give the log-likelihoods of transformers.
 
-And numbers that are no measurement: what is not finite stops whoever reads it.
+Numbers that are not finite end whatever reads them.
 """
 
 import json
@@ -105,11 +105,9 @@ def nats_of(theirs, ids: list[int], first: int) -> float:
         ("gemma3_text", "sentencepiece"),
     ],
 )
-def test_every_way_gives_the_log_likelihoods_of_transformers(
-    family, kind, tmp_path, monkeypatch
-):
+def test_all_scorers_agree_with_transformers(family, kind, tmp_path, monkeypatch):
     lm_eval_model = pytest.importorskip("mixcpt_jax.evaluation.lm_eval_adapter")
-    # Rows of one length on one mesh: what the first way compiles serves the others.
+    # Rows of one length on one mesh, so that all share compiled programs.
     monkeypatch.setattr(lm_eval_model, "_ROW_LENGTH", ROW_LENGTH)
     theirs = make_model(family, kind, tmp_path)
     vocabulary = tokenizer.load(str(tmp_path))
@@ -182,7 +180,7 @@ def test_a_nan_in_any_tensor_is_found_at_load(tensors, tmp_path):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_value_that_is_not_finite_is_found_wherever_it_is(dtype, bad):
+def test_a_value_that_is_not_finite_is_found_anywhere(dtype, bad):
     for shape in [(3,), (2, 32, 64), (512, 32)]:
         whole = np.random.default_rng(0).normal(size=shape)
         assert finite.find_broken({"a": jnp.asarray(whole, dtype)}) is None
@@ -262,7 +260,7 @@ def results(row_length=64, tokens="x", nats=(1.0, 2.0), counts=(1, 2)):
     return {"checkpoint": "m", "row_length": row_length, "tasks": {"t": task}}
 
 
-def test_what_differs_by_more_than_the_model_is_not_compared():
+def test_results_that_differ_in_more_than_the_model_are_not_compared():
     same = evaluator.compare(results(), results())["t"]
     assert {entry["difference"] for entry in same.values()} == {0.0}
     with pytest.raises(InputError, match="cut to 64 tokens for one model and to 32"):

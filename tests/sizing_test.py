@@ -1,4 +1,4 @@
-"""A run that is sized by its corpus and its devices."""
+"""Runs sized by their corpus and devices."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ def choose(name, num_tokens, mesh, gib, **settings):
     st.tuples(*[st.sampled_from([1, 2, 8])] * 3),
     st.floats(1, 200),
 )
-def test_what_is_chosen_fits_and_divides(name, num_tokens, mesh, gib):
+def test_chosen_sizes_fit_and_divide(name, num_tokens, mesh, gib):
     config, architecture = (
         config_lib.default(),
         pretrained.read_model_config(MODELS[name]),
@@ -63,7 +63,7 @@ def test_what_is_chosen_fits_and_divides(name, num_tokens, mesh, gib):
     )
 
 
-def test_a_corpus_of_ten_times_the_size_takes_some_three_times_the_steps():
+def test_ten_times_the_corpus_takes_three_times_the_steps():
     sizes = [
         choose("smollm2_135m", n, (1, 1, 1), 1000) for n in 10.0 ** np.arange(5, 9)
     ]
@@ -75,7 +75,7 @@ def test_a_corpus_of_ten_times_the_size_takes_some_three_times_the_steps():
     assert all(1.5 < b / a < 6.4 for a, b in itertools.pairwise(steps))
 
 
-def test_a_row_length_of_the_user_stays():
+def test_a_given_row_length_is_kept():
     found = choose("smollm2_135m", 1e7, (1, 1, 1), 100, **{"data.row_length": 768})
     assert found.row_length == 768
     with pytest.raises(InputError, match="one row of 768 .*set lora.rank=16"):

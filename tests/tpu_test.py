@@ -1,4 +1,4 @@
-"""What XLA makes of the head and the step for TPU slices that are not there."""
+"""The head and the step, compiled by XLA for TPU slices that do not exist."""
 
 import functools
 import importlib.util
