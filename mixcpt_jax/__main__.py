@@ -4,6 +4,7 @@ import importlib
 import sys
 
 from mixcpt_jax.cli import COMMANDS
+from mixcpt_jax.runtime import terminal
 
 
 def main() -> None:
@@ -11,10 +12,10 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
-        print("usage: mixcpt COMMAND ...\n")
+        terminal.show("usage: mixcpt COMMAND ...\n")
         for command, (_, summary) in COMMANDS.items():
-            print(f"  {command:{width}}  {summary}")
-        print("\n`mixcpt COMMAND --help` explains a command.")
+            terminal.show(f"  {command:{width}}  {summary}")
+        terminal.show("\n`mixcpt COMMAND --help` explains a command.")
         return
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)

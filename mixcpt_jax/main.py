@@ -357,7 +357,7 @@ def launch(main: Callable[[list[str]], None]) -> None:
     """
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
         module = sys.modules[main.__module__]
-        print(f"{module.__doc__}\nflags:\n{flags.FLAGS.module_help(module)}")
+        terminal.show(f"{module.__doc__}\nflags:\n{flags.FLAGS.module_help(module)}")
         return
     shipped.make_importable()
 

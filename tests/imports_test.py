@@ -88,6 +88,17 @@ def test_configs_import_the_config_module_only(project):
         assert ours <= {"mixcpt_jax", "mixcpt_jax.config"}, file.name
 
 
+def test_small_files_are_read_in_one_place(project):
+    """It has bounds. Memory that a process itself has written to a file is mapped."""
+    found = set()
+    for file, tree in files(project):
+        for node in ast.walk(tree):
+            called = ast.unparse(node) if isinstance(node, ast.Call) else ""
+            if re.match(r"(json|pickle|np|yaml)\.load\(|json\.loads\(.*\.read", called):
+                found.add(file.name)
+    assert found == {"formats.py"}
+
+
 def test_losses_stand_alone(project):
     tree = ast.parse((project / "mixcpt_jax" / "objectives" / "dense.py").read_text())
     assert {name.split(".")[0] for name in imported(tree)} == {"jax"}

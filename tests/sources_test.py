@@ -4,7 +4,9 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
+import sys
 import tracemalloc
 
 import bucket as bucket_lib
@@ -465,10 +467,10 @@ def test_a_saved_dataset_names_no_file_outside_of_its_folder(tmp_path, name):
     state = json.loads((saved / "state.json").read_text())
     state["_data_files"][0]["filename"] = name
     (saved / "state.json").write_text(json.dumps(state))
-    with pytest.raises(InputError, match=r"state.json: filename: .* must be the name"):
+    with pytest.raises(InputError, match=r"state.json: .*filename.*: .* must be "):
         sources.read(str(saved))
     (saved / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
-    with pytest.raises(InputError, match=r"dataset_dict.json: splits: .* must be the"):
+    with pytest.raises(InputError, match=r"dataset_dict.json: .*splits.*: .* must be "):
         sources.read(str(saved))
 
 
@@ -581,6 +583,30 @@ def test_a_damaged_tfds_folder(tfds_copy, damage):
     fields, (problem,) = _read_on(tfds_copy, split="train")
     assert fields == []
     assert problem.startswith(f"{tfds_copy}: cannot be read as tfds")
+
+
+@pytest.mark.parametrize("name", ["hostile.Text", "hostile", "os.path.Text", "", 3])
+def test_tfds_imports_no_module_that_a_file_names(tfds_copy, monkeypatch, name):
+    (tfds_copy.parent / "hostile.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tfds_copy.parent)
+    file = tfds_copy / "features.json"
+    found = re.search(
+        r'"tensorflow_datasets[.]core[.]features[.][\w.]*Text"', file.read_text()
+    )
+    file.write_text(file.read_text().replace(found[0], json.dumps(name)))
+    with pytest.raises(InputError, match=r"features.json: pythonClassName is"):
+        list(sources.read(str(tfds_copy), split="train"))
+    assert "hostile" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["../toy", "/toy", "a/b"])
+def test_tfds_reads_no_file_outside_of_its_folder(tfds_copy, name):
+    file = tfds_copy / "dataset_info.json"
+    file.write_text(file.read_text().replace('"name": "toy"', f'"name": "{name}"'))
+    with pytest.raises(
+        InputError, match=r"dataset_info.json: its split .* must lie in"
+    ):
+        list(sources.read(str(tfds_copy), split="train"))
 
 
 def test_a_shard_of_tfds_is_no_text(tfds_folder):

@@ -1,8 +1,22 @@
+import ast
+import contextlib
+import io
 import json
+import os
 import subprocess
 import sys
+import unicodedata
+import warnings
 
+import hypothesis
 import pytest
+from absl import logging
+from hypothesis import strategies as st
+
+from mixcpt_jax.cli import chat, command
+from mixcpt_jax.core import text
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import metrics, terminal
 
 SCRIPT = """
 import logging, sys
@@ -54,3 +68,152 @@ def test_people_read_text_without_place_thread_and_date(run):
         "cpt 1/2",
         "error: no such file",
     ]
+
+
+HOSTILE = st.text(
+    st.sampled_from(
+        "ab é日😀\u200d\t\n\r\0\x1b[2J\x07\x08\x7f\x9b\u202e\u2066\ud800\ufeff"
+    )
+)
+
+
+def is_safe(shown):
+    """Whether a terminal shows it, and does nothing else."""
+    kinds = {unicodedata.category(c) for c in shown if c not in "\n\t\u200d"}
+    return not kinds & {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+@hypothesis.given(content=HOSTILE)
+def test_what_is_shown_is_printable_and_says_what_was_there(content):
+    for shown in (text.value(content), text.lines(content), text.escaped(content)):
+        assert is_safe(shown)
+    assert "\n" not in text.value(content)
+    assert text.escaped(content).count("\n") == content.count("\n")
+    harmless = content.translate(
+        dict.fromkeys(map(ord, "\t\n\r\0\x1b\x07\x08\x7f\x9b"))
+    )
+    if is_safe(harmless):
+        assert text.value(harmless) == text.lines(harmless) == harmless
+    back = text.value(content).encode("latin-1", "backslashreplace")
+    assert back.decode("unicode_escape") == content
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(content=st.text(st.sampled_from("ab \n\x1b"), max_size=50))
+def test_long_values_keep_their_ends(content):
+    long = f"begin{content * 1000}{'x' * 5000} and the end"
+    assert len(text.value("x" * 4_000_000)) == 300
+    for line in text.lines(long).split("\n"):
+        assert len(line) <= 2000
+        assert max(map(len, line.split()), default=0) <= 300
+    assert text.lines(long).startswith("begin")
+    assert text.lines(long).endswith("and the end")
+
+
+PATHS = {
+    "error": lambda bad: command.explain(InputError(bad)),
+    "say": lambda bad: terminal.say(f"{bad}: is damaged"),
+    "field": lambda bad: terminal.say("a step", **{bad: bad}),
+    "log": lambda bad: logging.warning("%s: %s", bad, bad),
+    "exception": lambda bad: logging.exception("it fails", exc_info=ValueError(bad)),
+    "warning": lambda bad: warnings.warn(bad, stacklevel=1),
+    "traceback": lambda bad: sys.excepthook(ValueError, ValueError(bad), None),
+    "table": lambda bad: terminal.show(metrics.table([bad, "b"], [[bad, "1"]])),
+    "progress": lambda bad: metrics.Progress(bad, 0, 9, True).say(bad),
+    "steps": lambda bad: metrics.Progress(bad, 0, 1, True).update(1, {bad: 1.0}, 1.0),
+    "library": lambda bad: print(bad),
+}
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """`encoding -> (stdout, stderr)` that the terminal writes to from now on."""
+
+    def streams(encoding, is_terminal=False):
+        made = []
+        for name in ("stdout", "stderr"):
+            stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
+            stream.isatty = lambda: is_terminal
+            monkeypatch.setattr(sys, name, stream)
+            made.append(stream)
+        return made
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        before = logging.logging.getLogger().handlers
+        yield streams
+        logging.logging.getLogger().handlers = before
+
+
+def written(stream):
+    stream.flush()
+    return stream.buffer.getvalue().decode(stream.encoding)
+
+
+BAD = "a\x1b[2J\rerror: fake\x00\u202e\ud800é" + "x" * 10_000
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("is_json", [False, True])
+def test_every_path_to_the_terminal_escapes_and_cuts(streams, path, encoding, is_json):
+    if path is PATHS["library"] and not is_json:
+        return
+    out, err = streams(encoding)
+    terminal.take_logs()
+    if is_json:
+        terminal.use_json()
+    with contextlib.suppress(SystemExit):
+        path(BAD)
+    texts = [written(stream) for stream in (out, err)]
+    assert any(texts)
+    if is_json:
+        rows = [json.loads(line) for t in texts for line in t.splitlines()]
+        texts = [str(part) for row in rows for pair in row.items() for part in pair]
+    for shown in texts:
+        assert is_safe(shown)
+        assert len(shown) < 5000
+        assert not any(line.startswith("error: fake") for line in shown.splitlines())
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_generated_text_is_raw_in_a_pipe_alone(streams, encoding, is_terminal):
+    answer = "one\n\ttwo \x1b[31mred\r\x9b é"
+    out, _ = streams(encoding, is_terminal)
+    chat.print_pieces(iter(answer))
+    expected = text.escaped(answer) if is_terminal else answer
+    if encoding == "ascii":
+        expected = expected.encode("ascii", "backslashreplace").decode()
+    assert written(out) == expected + "\n"
+    out, _ = streams(encoding, is_terminal)
+    terminal.show_json({"answer": answer})
+    line = written(out)
+    assert json.loads(line) == {"answer": answer}
+    assert is_safe(line) or not is_terminal
+
+
+def test_an_ascii_terminal_takes_what_others_print(project):
+    code = "from mixcpt_jax.cli import command; command.explained(print, 'é日\\ud800')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=project,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        check=True,
+    )
+    assert done.stdout == b"\\xe9\\u65e5\\ud800\n"
+
+
+def test_nothing_else_writes_to_the_terminal(project):
+    """Neither by print nor by a stream's own methods."""
+    found = []
+    for file in (project / "mixcpt_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            if called in ("print", "sys.stdout.write", "sys.stderr.write"):
+                found.append(f"{file.name}: {ast.unparse(node)}")
+    assert not found

@@ -10,7 +10,6 @@ printed.
 
 import argparse
 import contextlib
-import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixcpt_jax.cli import command
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import terminal
 
 if TYPE_CHECKING:
     from mixcpt_jax.evaluation import generation, load_model
@@ -40,7 +40,7 @@ def main() -> None:
     trained = load_model.load(arguments.checkpoint, arguments.dtype)
     is_watched = sys.stdout.isatty()
     if is_watched:
-        print(f"{trained.place} ({trained.dtype})", file=sys.stderr)
+        terminal.say(f"{trained.place} ({trained.dtype})")
     with jax.set_mesh(trained.mesh):
         if len(arguments.prompt) > 1 or arguments.prompts:
             _answer_all(arguments, trained, sampling)
@@ -147,7 +147,7 @@ def _answer_all(
     )
     for prompt, answer in zip(arguments.prompt, answers, strict=True):
         key = "prompt" if isinstance(prompt, str) else "messages"
-        print(json.dumps({key: prompt, "answer": answer}, ensure_ascii=False))
+        terminal.show_json({key: prompt, "answer": answer})
 
 
 def _speaker(
@@ -188,28 +188,28 @@ def converse(
     if is_watched:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (lines can be edited from now on)
-        print(_HELP, file=sys.stderr)
+        terminal.say(_HELP)
     while True:
         try:
             text = _read_line("> " if is_watched else "").strip()
         except EOFError:
-            print(end="\n" if is_watched else "")
+            terminal.show(end="\n" if is_watched else "")
             return
         except KeyboardInterrupt:
-            print()  # what was typed is dropped
+            terminal.show()  # what was typed is dropped
             continue
         if text == "/quit":
             return
         if text == "/reset":
             speaker.reset()
         elif is_watched and text.startswith("/"):
-            print(_HELP, file=sys.stderr)
+            terminal.say(_HELP)
         elif text:
             try:
                 _check_utf8(text, "standard input")
                 print_pieces(speaker.say(text))
             except InputError as error:
-                print(f"error: {error}; /reset starts a new chat", file=sys.stderr)
+                terminal.say(f"{error}; /reset starts a new chat", "ERROR")
 
 
 def print_pieces(pieces: Iterator[str]) -> None:
@@ -226,11 +226,11 @@ def print_pieces(pieces: Iterator[str]) -> None:
     before = signal.signal(signal.SIGINT, note)
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            terminal.show_generated(piece)
             if has_come:
                 pieces.close()
                 break
-        print(flush=True)
+        terminal.show()
     finally:
         signal.signal(signal.SIGINT, before)
 

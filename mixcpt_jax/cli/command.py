@@ -70,6 +70,8 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
     SIGTERM, SIGHUP and a closed pipe end it with exit status 0, user errors and what the
     system refuses with 1, Ctrl-C with 130.
     """
+    terminal.take_any_text()
+    terminal.take_logs()
     sys.unraisablehook = _report_unraisable
     preemption.interrupt()
     with preemption.in_time(_stop), boundary():

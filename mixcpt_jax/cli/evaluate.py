@@ -9,20 +9,34 @@ GGUF files or earlier files of `--output`. `data/tasks.py` describes tasks.
 """
 
 import argparse
-import json
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mixcpt_jax.cli import command
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.core.small_files import MOST_BYTES_OF_ROWS
 from mixcpt_jax.runtime import terminal
 
 if TYPE_CHECKING:
     from mixcpt_jax.data import tasks
 
 _ROW_LENGTH = 1024
+# What `--output` writes, as far as it is read again.
+_RESULTS = {
+    "checkpoint": str,
+    "dtype": str,
+    "row_length": int,
+    "tasks": {
+        str: {
+            "kind": str,
+            "fingerprint": str,
+            "tokens?": str,
+            "measures": {str: {"value": float, "low": float, "high": float}},
+            "items": {"log_likelihoods?": [[float]], str: [float]},
+        }
+    },
+}
 
 
 def main() -> None:
@@ -42,12 +56,12 @@ def main() -> None:
     arguments.row_length = _row_length(places, arguments.row_length)
     sides = [_measure_place(place, read, arguments) for place in places]
     result = sides[0]
-    print(evaluator.describe(result))
+    terminal.show(evaluator.describe(result))
     if arguments.compare:
-        print(f"\n{evaluator.describe(sides[1])}")
+        terminal.show(f"\n{evaluator.describe(sides[1])}")
         result["compared_with"] = sides[1]
         result["comparison"] = evaluator.compare(*sides, arguments.seed)
-        print(f"\n{evaluator.describe_comparison(result)}")
+        terminal.show(f"\n{evaluator.describe_comparison(result)}")
     if output:
         paths.replace(output, paths.to_json(result, indent=1))
 
@@ -119,47 +133,24 @@ def _measure_place(
 
 
 def _read_results(path: str) -> dict[str, Any]:
-    try:
-        result = json.loads(paths.require_file(path).read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    match result:
-        case {
-            "checkpoint": str(),
-            "dtype": str(),
-            "row_length": int(),
-            "tasks": dict(tasks),
-        }:
-            for name, task in tasks.items():
-                _check_items(path, name, task)
-            return result
-    raise InputError(f"{path}: not what --output wrote; name one of these, or a RUN")
+    file = paths.require_file(path)
+    remedy = "name what --output wrote, or a RUN"
+    result = small_files.read_json(file, _RESULTS, remedy, MOST_BYTES_OF_ROWS)
+    from mixcpt_jax.data import tasks
 
-
-def _check_items(path: str, name: str, task: Any) -> None:
-    """Checks that every item of a task has a finite number in each column."""
-    items = task.get("items") if isinstance(task, dict) else None
-    columns = items.items() if isinstance(items, dict) else [("items", None)]
-    lengths = set()
-    for key, column in columns:
-        values = column if isinstance(column, list) else [None]
-        lengths.add(len(values))
-        for number, value in enumerate(values, 1):
-            scores = value if key == "log_likelihoods" else [value]
-            if not isinstance(scores, list) or not all(map(_is_finite, scores)):
-                raise InputError(
-                    f"{path}: task {name}: {key} of item {number} is {value!a:.40}, a "
-                    "finite number is wanted; measure it anew"
-                )
-    if len(lengths) > 1:
-        raise InputError(
-            f"{path}: task {name}: its columns have {min(lengths)} to {max(lengths)} "
-            "items; measure it anew"
-        )
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    for name, task in result["tasks"].items():
+        if task["kind"] not in tasks.MEASURES:
+            raise InputError(
+                f"{path}: task {name!a}: its kind {task['kind']!a:.80} must be one of "
+                f"{', '.join(tasks.MEASURES)}; measure it anew"
+            )
+        lengths = sorted(map(len, task["items"].values()))
+        if not lengths or not 0 < lengths[0] == lengths[-1]:
+            raise InputError(
+                f"{path}: task {name!a}: its columns must have a number for each item, "
+                f"they have {lengths!s:.80}; measure it anew"
+            )
+    return result
 
 
 def start() -> None:

@@ -13,6 +13,7 @@ import argparse
 from mixcpt_jax.cli import command
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import terminal
 
 
 def main() -> None:
@@ -48,9 +49,9 @@ def main() -> None:
         apply_chat_template=arguments.apply_chat_template,
         task_manager=manager,
     )
-    print(utils.make_table(results))
+    terminal.show(utils.make_table(results))
     if results.get("groups"):
-        print(utils.make_table(results, "groups"))
+        terminal.show(utils.make_table(results, "groups"))
     if output:
         text = paths.to_json(results, indent=1, default=utils.handle_non_serializable)
         paths.replace(output, text)

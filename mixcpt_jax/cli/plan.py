@@ -27,6 +27,7 @@ from absl import flags
 from mixcpt_jax import main as command_line
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import terminal
 
 flags.adopt_module_key_flags(command_line)
 _TOPOLOGY = flags.DEFINE_string(
@@ -56,13 +57,13 @@ def main(argv: list[str]) -> None:
 
     if _SEARCH.value:
         plans = step_plan.search(config, topology)
-        print(step_plan.search_table(plans))
+        terminal.show(step_plan.search_table(plans))
         result: Any = plans
     else:
         result = step_plan.make(config, topology)
-        print(f"{name}: {step_plan.describe(result)}")
+        terminal.show(f"{name}: {step_plan.describe(result)}")
         if not result["fits"]:
-            print(step_plan.advise(config, topology))
+            terminal.show(step_plan.advise(config, topology))
     if output:
         paths.replace(output, paths.to_json(result, indent=1))
 

@@ -10,6 +10,7 @@ from mixcpt_jax.cli import command
 from mixcpt_jax.core import paths
 from mixcpt_jax.reporting import page, run_records
 from mixcpt_jax.reporting.report import PAGE_FILE
+from mixcpt_jax.runtime import terminal
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     arms = run_records.load(given.runs)
     text = page.render(arms, [name for name in given.domain.split(",") if name])
     paths.replace(file, text)
-    print(f"Written to {output}")
+    terminal.show(f"Written to {output}")
 
 
 def start() -> None:

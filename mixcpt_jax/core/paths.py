@@ -58,7 +58,6 @@ def resolve(path: str) -> epath.Path:
     if not path.startswith(_PACKAGE):
         return _expanded(path)
     name, _, file = path.removeprefix(_PACKAGE).partition("/")
-    # Python imports the parents of a dotted name to find it.
     if not name.isidentifier():
         raise InputError(
             f"{path}: must be package:NAME/FILE, where NAME is a package as `import NAME` "
@@ -66,14 +65,30 @@ def resolve(path: str) -> epath.Path:
         )
     if file.startswith("/") or ".." in file.split("/"):
         raise InputError(f"{path}: the file must lie inside package {name}")
+    folders = package_folders(name)
+    if not folders:
+        remedy = _INSTALL.get(name, f"pip install {name}")
+        raise InputError(f"{path}: package {name} is not installed; run `{remedy}`")
+    return _Path(folders[0]) / file
+
+
+def package_folders(name: str) -> list[str]:
+    """Where an installed package lies; none of its code runs.
+
+    Args:
+      name: of a top-level package, as `import` spells it.
+
+    Returns:
+      Its folders; none where no such package is installed.
+    """
+    # Python imports the parents of a dotted name to find it.
+    if not name.isidentifier():
+        return []
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):  # such as of __main__
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        remedy = _INSTALL.get(name, f"pip install {name}")
-        raise InputError(f"{path}: package {name} is not installed; run `{remedy}`")
-    return _Path(next(iter(spec.submodule_search_locations))) / file
+        return []
+    return list(spec.submodule_search_locations or []) if spec else []
 
 
 def child(folder: epath.Path, name: Any, place: str) -> epath.Path:

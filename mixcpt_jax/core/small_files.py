@@ -221,18 +221,28 @@ def _loads(content: str | bytes, is_ours: bool) -> Any:
     if is_ours:
         numbers = {"parse_float": _finite, "parse_int": _int64, "parse_constant": _none}
     value = json.loads(text, object_pairs_hook=_without_twins, **numbers)
-    depth, level = 0, [value]
-    while level := [entry for container in level for entry in _containers(container)]:
-        depth += 1
-        if depth >= MOST_DEPTH:
-            raise RecursionError
+    require_shallow(value)
     # Names of files that are no UTF-8 are written so by us.
     if not is_ours and _HALF_OF_A_PAIR.search(text):
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
-def _containers(value: Any) -> list[Any]:
+def require_shallow(value: Any) -> None:
+    """Checks how deep lists and objects are nested.
+
+    Raises:
+      RecursionError: deeper than `MOST_DEPTH`.
+    """
+    depth, level = 0, [value]
+    while level := [entry for container in level for entry in containers(container)]:
+        depth += 1
+        if depth >= MOST_DEPTH:
+            raise RecursionError
+
+
+def containers(value: Any) -> list[Any]:
+    """The lists and objects directly within a value of JSON."""
     match value:
         case dict():
             value = value.values()
@@ -352,7 +362,7 @@ def _shown(value: Any) -> str:
 
 def read_npz(
     file: epath.Path,
-    arrays: Mapping[str, tuple[str, int]],
+    arrays: Mapping[str | type[str], tuple[str, int]],
     remedy: str = RESTORE,
     most_bytes: int = MOST_BYTES_OF_ROWS,
 ) -> dict[str, np.ndarray]:
@@ -360,8 +370,8 @@ def read_npz(
 
     Args:
       file: local or in a bucket.
-      arrays: name -> kinds of the dtype, such as "iu", and number of dimensions; others
-        are not read.
+      arrays: name -> kinds of the dtype, such as "iu", and number of dimensions; with
+        `str` for a name those of all others, which are else not read.
       remedy: what to do about a damaged file.
       most_bytes: that a file may have.
 
@@ -372,12 +382,15 @@ def read_npz(
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             found = {info.filename: info for info in archive.infolist()}
+            names = {name for name in arrays if name is not str}
+            if str in arrays:
+                names |= {name.removesuffix(".npy") for name in found}
             parts = {}
-            for name in arrays:
+            for name in sorted(names):
                 info = found[f"{name}.npy"]
                 # A compressed one could be of any size.
                 if info.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(f"array {name} is compressed")
+                    raise ValueError(f"array {name!a} is compressed")
                 parts[name] = archive.read(info)
     # The library raises of many kinds where an archive is damaged.
     except (
@@ -389,7 +402,9 @@ def read_npz(
     ) as error:
         raise InputError(f"{file}: is damaged ({error!r:.200}); {remedy}") from error
     return {
-        name: _array(part, f"{file}: array {name}", *arrays[name], remedy)
+        name: _array(
+            part, f"{file}: array {name!a}", *arrays.get(name, arrays.get(str)), remedy
+        )
         for name, part in parts.items()
     }
 

@@ -7,13 +7,13 @@ imported or run.
 import ast
 import difflib
 import importlib.metadata
-import importlib.util
 import pathlib
 import random
 import re
 import warnings
 from collections.abc import Sequence
 
+from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
 
 # Parts of a package that are not its documentation: tests, generated or foreign code.
@@ -84,15 +84,14 @@ def version(package: str) -> str:
 
 def _parse_package(package: str) -> dict[str, tuple[ast.Module, bool]]:
     """Dotted module name -> (syntax tree, whether it is an `__init__`)."""
-    # A dotted name would import its parents to find it.
-    spec = None if "." in package else importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    folders = paths.package_folders(package)
+    if not folders:
         raise InputError(
             f"{package}: is not an installed top-level package; "
             f"run `pip install {package.partition('.')[0]}` or correct the name"
         )
     modules = {}
-    for root in spec.submodule_search_locations:
+    for root in folders:
         for file in sorted(pathlib.Path(root).rglob("*.py")):
             parts = [package, *file.relative_to(root).with_suffix("").parts]
             is_init = parts[-1] == "__init__"

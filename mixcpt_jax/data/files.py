@@ -7,16 +7,15 @@ of data sets, and for other splits than the one that is wanted. What is not read
 
 import collections
 import dataclasses
-import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import readers
 
@@ -279,13 +278,13 @@ class _Search:
         names = {child.name for child in children}
         reader = self._reader
         if reader in ("", "arrow") and "dataset_dict.json" in names:
-            splits = _load(folder / "dataset_dict.json", lambda found: found["splits"])
+            marker = folder / "dataset_dict.json"
+            splits = _load(marker, {"splits": [str]})["splits"]
             split = self._choose(folder, splits)
             if split not in splits:
                 raise InputError(
                     f"{folder}: split={split!r}; of these only one can be named"
                 )
-            marker = folder / "dataset_dict.json"
             yield from _shards(paths.child(folder, split, f"{marker}: splits"), split)
         elif reader in ("", "arrow") and {"state.json", "dataset_info.json"} <= names:
             yield from _shards(folder)
@@ -499,39 +498,28 @@ def _nothing(
 
 
 def _shards(folder: epath.Path, split: str = "") -> Iterator[Part]:
-    names = _load(
-        folder / "state.json",
-        lambda content: [shard["filename"] for shard in content["_data_files"]],
-    )
-    place = f"{folder / 'state.json'}: filename"
-    for name in names:
-        yield Part(paths.child(folder, name, place), "arrow", split)
+    file = folder / "state.json"
+    for shard in _load(file, {"_data_files": [{"filename": str}]})["_data_files"]:
+        place = f"{file}: filename"
+        yield Part(paths.child(folder, shard["filename"], place), "arrow", split)
 
 
 def _tfds_splits(folder: epath.Path) -> list[str]:
-    file_format, splits = _load(
-        folder / "dataset_info.json",
-        lambda content: (
-            content.get("fileFormat", "tfrecord"),
-            [split["name"] for split in content["splits"]],
-        ),
-    )
+    file = folder / "dataset_info.json"
+    content = _load(file, {"fileFormat?": str, "splits": [{"name": str}]})
+    file_format = content.get("fileFormat", "tfrecord")
     if file_format != "array_record":
         raise InputError(
             f"{folder}: a TFDS dataset as {file_format}; build it with "
             "file_format='array_record', which is read without TensorFlow"
         )
+    splits = [split["name"] for split in content["splits"]]
     for name in splits:
-        paths.child(folder, name, f"{folder / 'dataset_info.json'}: name of a split")
+        paths.child(folder, name, f"{file}: name of a split")
     return splits
 
 
-def _load(file: epath.Path, get: Callable[[dict], Any]) -> Any:
-    """What `get` takes out of a JSON file of a saved dataset."""
-    try:
-        return get(json.loads(file.read_text()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{file}: not what a saved dataset has there ({type(error).__name__}: "
-            f"{error}); save it anew"
-        ) from error
+def _load(file: epath.Path, shape: small_files.Shape) -> Any:
+    """A JSON file of a saved dataset."""
+    remedy = "save the dataset anew"
+    return small_files.read_json(file, shape, remedy, is_ours=False)

@@ -20,6 +20,7 @@ from array_record.python import array_record_module
 from etils import epath
 from pyarrow import parquet as pq
 
+from mixcpt_jax.core import small_files
 from mixcpt_jax.core.errors import InputError
 
 OnBad = Callable[[InputError], None]
@@ -38,6 +39,7 @@ MAX_LINE_BYTES = 64 << 20
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _SHARD = re.compile(r"-\d+-of-\d+$")  # NAME.jsonl-00000-of-00008
 _BUFFER_BYTES = 1 << 20
+_FEATURES = "tensorflow_datasets.core.features."
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 
@@ -95,11 +97,16 @@ def parse_line(line: bytes, place: str) -> dict:
         )
     try:
         fields = json.loads(line.decode("utf-8-sig"))
+        small_files.require_shallow(fields)
     except UnicodeDecodeError as error:
         raise InputError(
             f"{place}: not UTF-8 (byte {error.start} of the line); convert the file"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise InputError(
+            f"{place}: is nested deeper than {small_files.MOST_DEPTH} levels; flatten it"
+        ) from error
+    except ValueError as error:
         raise InputError(
             f"{place}: not JSON ({error}); one object a line is wanted"
         ) from error
@@ -262,6 +269,7 @@ def _parse_record(content: bytes, place: str) -> dict:
         ) from error
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(fields := json.loads(document), dict):
+            small_files.require_shallow(fields)
             return fields
     # A tf.Example of ASCII text is UTF-8, with the lengths of its parts in between.
     if control := _CONTROL.search(document):
@@ -312,6 +320,7 @@ def tfds_files(folder: epath.Path, split: str) -> list[epath.Path]:
 def _tfds_builder(folder: epath.Path):
     import tensorflow_datasets  # takes half a second, and few sources need it
 
+    _check_features(folder / "features.json")
     builder = tensorflow_datasets.builder_from_directory(folder)
     for split in builder.info.splits.values():
         for file in map(epath.Path, split.filepaths):
@@ -321,6 +330,20 @@ def _tfds_builder(folder: epath.Path):
                     f"{file}, which must lie in {folder}"
                 )
     return builder
+
+
+def _check_features(file: epath.Path) -> None:
+    """Checks the classes that are named; TFDS imports whatever module is."""
+    level = [small_files.read_json(file, remedy="build it anew", is_ours=False)]
+    while level:
+        for entry in level:
+            name = entry.get("pythonClassName") if isinstance(entry, dict) else None
+            if name is not None and not str(name).startswith(_FEATURES):
+                raise InputError(
+                    f"{file}: pythonClassName is {name!a:.80}; supported are the features "
+                    f"of {_FEATURES}"
+                )
+        level = [part for entry in level for part in small_files.containers(entry)]
 
 
 def _sequences(features) -> list[str]:

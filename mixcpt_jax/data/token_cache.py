@@ -21,8 +21,9 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.core.small_files import MOST_BYTES_OF_ROWS, OBJECT
 from mixcpt_jax.data import readers
 from mixcpt_jax.data.formats import Examples
 
@@ -33,6 +34,24 @@ REMEDY = "run `python -m mixcpt_jax prepare` again, which mends it"
 BLOCK_TOKENS = 4096
 
 _OPEN_READERS = 128
+
+# Of what is read again of a shard's entry and of a manifest.
+_SHARD = {
+    "file": str,
+    "hash": str,
+    "records": int,
+    "examples?": int,
+    "tokens?": int,
+    "loss_tokens?": int,
+    "learnt_tokens?": int,
+    "found?": {str: {str: int}},
+}
+_MANIFEST = {"key": OBJECT, "shards": [_SHARD], "index?": str}
+_OF_EXAMPLES = {
+    "fingerprint": str,
+    "found": {str: {str: int}},
+    "shards": [{"tokens": int}],
+}
 
 Entry = dict[str, Any]
 
@@ -82,11 +101,12 @@ def finished_shard(folder: epath.Path, number: int, facts: Entry) -> Entry | Non
     """The entry of a shard that is there, undamaged and has these facts."""
     file = folder / f"{number:05d}.array_record"
     try:
-        entry = json.loads(file.with_suffix(".json").read_text())
-        if facts.items() <= entry.items() and paths.hash_of(file) == entry["hash"]:
-            return entry
-    except (OSError, ValueError, KeyError, AttributeError):
-        pass
+        entry = small_files.read_json(file.with_suffix(".json"), _SHARD)
+    except InputError:
+        return None
+    is_same = facts.items() <= entry.items() and entry["file"] == file.name
+    if is_same and file.exists() and paths.hash_of(file) == entry["hash"]:
+        return entry
     return None
 
 
@@ -110,18 +130,13 @@ def read_manifest(folder: epath.Path) -> Entry | None:
     file = folder / MANIFEST
     if not file.exists():
         return None
-    try:
-        manifest = json.loads(file.read_text())
-        shards = [
-            (paths.child(folder, s["file"], str(file)), s["records"])
-            for s in manifest["shards"]
-        ]
-        manifest["key"].items()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: damaged ({error}); {REMEDY}") from error
-    for shard, _ in shards:
-        if not shard.exists():
-            raise InputError(f"{shard}: is missing; {REMEDY}")
+    manifest = small_files.read_json(file, _MANIFEST, REMEDY, MOST_BYTES_OF_ROWS)
+    for shard in manifest["shards"]:
+        if not paths.child(folder, shard["file"], str(file)).exists():
+            raise InputError(f"{folder / shard['file']}: is missing; {REMEDY}")
+        counts = [count for count in shard.values() if isinstance(count, int)]
+        if not all(0 <= count < 2**53 for count in counts):
+            raise InputError(f"{file}: a shard counts {counts!s:.80}; {REMEDY}")
     return manifest
 
 
@@ -205,18 +220,16 @@ class PreparedExamples:
         Raises:
           InputError: the index is damaged.
         """
+        small_files.check(manifest, _OF_EXAMPLES, str(folder / MANIFEST), REMEDY)
         self._folder, self._manifest = folder, manifest
         shards = manifest["shards"]
         self._records = Records(folder, shards)
         self._token_starts = np.cumsum([0, *(s["tokens"] for s in shards)])
-        try:
-            self.lengths = np.load(folder / INDEX).astype(np.int64)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(
-                f"{folder / INDEX}: damaged ({error}); {REMEDY}"
-            ) from error
+        self.lengths = small_files.read_npy(folder / INDEX, "i", 1, REMEDY).astype(
+            np.int64
+        )
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        if self.offsets[-1] != self.num_tokens:
+        if self.offsets[-1] != self.num_tokens or (self.lengths < 0).any():
             raise InputError(
                 f"{folder / INDEX}: tells of {self.offsets[-1]} tokens, the shards hold "
                 f"{self.num_tokens}; {REMEDY}"
@@ -323,7 +336,7 @@ def finish_examples(
 
 def _num_loss_tokens(shards: list[Entry]) -> int:
     # Folders prepared before call them "learnt_tokens".
-    return sum(s.get("loss_tokens", s.get("learnt_tokens")) for s in shards)
+    return sum(s.get("loss_tokens", s.get("learnt_tokens", 0)) for s in shards)
 
 
 def _encode(tokens: np.ndarray, loss_mask: np.ndarray) -> bytes:

@@ -22,6 +22,7 @@ from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import corpus as corpus_lib
 from mixcpt_jax.data import formats, sources, token_cache
 from mixcpt_jax.data.tally import Tally
+from mixcpt_jax.runtime import terminal
 
 # Of text in a shard, in characters; as many shards as there are processes are in memory.
 _SHARD_SIZE = 2**25
@@ -70,7 +71,7 @@ def _prepare_source(
             and not token_cache.difference(manifest, key)
             and token_cache.is_undamaged(folder, manifest)
         ):
-            print(f"{name}: is prepared, and whole", flush=True)
+            terminal.show(f"{name}: is prepared, and whole")
             return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / token_cache.MANIFEST).unlink(missing_ok=True)
@@ -87,20 +88,18 @@ def _prepare_source(
         tally.add(entry["found"])
         num_kept += not is_new
         if is_new:
-            print(
+            terminal.show(
                 f"{name}: {entry['file']}, {entry['tokens']} tokens of "
                 f"{entry['examples']} examples",
-                flush=True,
             )
     tally.left_out.update(corpus.left_out)
     examples = token_cache.finish_examples(folder, key, shards, tally.counts())
-    print(
+    terminal.show(
         f"{name}: {examples.num_tokens} tokens of {len(examples)} examples in "
         f"{len(shards)} shards, {num_kept} of them from before",
-        flush=True,
     )
     for line in tally.lines():
-        print(f"{name}: {line}", flush=True)
+        terminal.show(f"{name}: {line}")
 
 
 def _make_shard(

@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 
 from mixcpt_jax.core import intervals
+from mixcpt_jax.core import text as text_lib
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import mixture, pipeline, tasks
 from mixcpt_jax.data.exams import Exam
@@ -383,7 +384,11 @@ def compare(
     comparison = {}
     for name in shared:
         sides = [side["tasks"][name] for side in (first, second)]
-        if sides[0]["fingerprint"] != sides[1]["fingerprint"]:
+        facts = [
+            (side["fingerprint"], side["kind"], len(next(iter(side["items"].values()))))
+            for side in sides
+        ]
+        if facts[0] != facts[1]:
             raise InputError(
                 f"--compare: the items of task {name} differ; measure both on the same "
                 "file with the same --limit"
@@ -437,7 +442,8 @@ def describe(result: Mapping[str, Any]) -> str:
                 [name, key, str(num_items), form.format(entry["value"]), interval]
             )
     return (
-        f"{result['checkpoint']} ({result['dtype']})\n\n{metrics.table(header, rows)}"
+        f"{text_lib.value(result['checkpoint'])} ({text_lib.value(result['dtype'])})\n\n"
+        f"{metrics.table(header, rows)}"
     )
 
 
@@ -455,8 +461,9 @@ def describe_comparison(result: Mapping[str, Any]) -> str:
                 row.append(f"{entry['p_value']:.2g}")
             rows.append(row + [""] * (len(header) - len(row)))
     second = result["compared_with"]
-    legend = f"A - B; A: {result['checkpoint']}, B: {second['checkpoint']}"
-    dtypes = [side.get("dtype") for side in (result, second)]
+    places = [text_lib.value(side["checkpoint"]) for side in (result, second)]
+    legend = f"A - B; A: {places[0]}, B: {places[1]}"
+    dtypes = [text_lib.value(side["dtype"]) for side in (result, second)]
     if dtypes[0] != dtypes[1]:
         legend += (
             f"\nA was measured in {dtypes[0]}, B in {dtypes[1]}: part of the difference is "

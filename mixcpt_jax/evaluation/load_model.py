@@ -1,6 +1,5 @@
 """Loads a model from a run, a phase of it, a Hugging Face folder or a GGUF file."""
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import ml_collections
 from etils import epath
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.models import huggingface, pretrained, tokenizer, transformer
 from mixcpt_jax.models.huggingface_export import FOLDER as EXPORT_FOLDER
@@ -138,10 +137,7 @@ def _is_trained(folder: epath.Path) -> bool:
 def _read_json(file: epath.Path) -> dict[str, Any]:
     if not file.exists():
         return {}
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON ({error}); restore it") from error
+    return small_files.read_json(file, is_ours=False)
 
 
 def _make_mesh(config: transformer.ModelConfig) -> jax.sharding.Mesh:

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.data import pipeline
 from mixcpt_jax.evaluation import evaluator
 from mixcpt_jax.runtime import hosts
@@ -76,7 +76,8 @@ def load(folder: epath.Path, key: dict[str, Any]) -> References | None:
     path = folder / FILE
     if not path.exists():
         return None
-    stored = dict(np.load(io.BytesIO(path.read_bytes())))
+    remedy = "delete it, and it is computed again"
+    stored = small_files.read_npz(path, {_KEY: ("U", 0), str: ("f", 1)}, remedy)
     if str(stored.pop(_KEY)) != json.dumps(key, sort_keys=True):
         return None
     return stored

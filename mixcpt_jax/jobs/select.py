@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import mixture, selection, sources
 from mixcpt_jax.data.corpus import Corpus, measure
@@ -132,7 +132,9 @@ def _measure(
     ).hexdigest()
     sums, first_batch = np.zeros((3, len(examples))), 0
     if file.exists():
-        stored = np.load(io.BytesIO(file.read_bytes()))
+        arrays = {"key": ("U", 0), "sums": ("f", 2), "done": ("iu", 0)}
+        remedy = "delete it, and the scores are computed again"
+        stored = small_files.read_npz(file, arrays, remedy)
         if str(stored["key"]) == key:
             sums, first_batch = stored["sums"], int(stored["done"])
     saved = time.monotonic()

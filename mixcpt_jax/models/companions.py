@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from mixcpt_jax.core import small_files
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.core.small_files import MOST_BYTES_OF_VOCABULARY
 from mixcpt_jax.models import headers
 from mixcpt_jax.models.headers import Header
 
@@ -177,9 +179,11 @@ def read(file: epath.Path) -> Companions:
         ends=_ends(folder),
         special_map=None if special_map is None else special_map.values,
         files={
-            name: (folder / name).read_bytes()
+            name: small_files.read_bytes(
+                folder / name, headers.AGAIN, MOST_BYTES_OF_VOCABULARY
+            )
             for name in _COPIED
-            if (folder / name).is_file() and name != file.name
+            if (folder / name).exists() and name != file.name
         },
         template_files=template_files,
     )
@@ -280,12 +284,8 @@ def _named(header: Header) -> dict[str, str]:
 
 def read_template(file: epath.Path) -> str:
     """A template file's text; Jinja itself reads all line ends as line feeds."""
-    try:
-        return file.read_bytes().decode().removeprefix(_BYTE_ORDER_MARK)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file}: byte {error.start} is not UTF-8; save the template as UTF-8"
-        ) from error
+    text = small_files.read_text(file, "save the template as UTF-8")
+    return text.removeprefix(_BYTE_ORDER_MARK)
 
 
 def ends_file(folder: epath.Path) -> epath.Path:

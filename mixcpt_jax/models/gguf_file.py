@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gguf
+import numpy as np
 from etils import epath
 
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.models import headers
 from mixcpt_jax.models.headers import Header
 
 
@@ -21,14 +23,25 @@ def open_gguf(path: epath.Path) -> gguf.GGUFReader:
     Raises:
       InputError: the file is not a whole GGUF file, or not of a whole model.
     """
+    small_files.require_regular(path, headers.AGAIN)
     return _parse_gguf(path, paths.stamp(path))
+
+
+class _Reader(gguf.GGUFReader):
+    """The library's reader, which does not notice where a file ends."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        end = int(offset) + int(count) * np.dtype(dtype).itemsize
+        if not 0 <= int(offset) <= end <= len(self.data):
+            raise EOFError(f"the file ends at byte {len(self.data):,}, before {end:,}")
+        return super()._get(offset, dtype, count, override_order)
 
 
 @functools.lru_cache(maxsize=1)
 def _parse_gguf(path: epath.Path, stamp: tuple[int, ...]) -> gguf.GGUFReader:
     try:
         with paths.on_local_disk(path) as local:
-            reader = gguf.GGUFReader(local)
+            reader = _Reader(local)
     except Exception as error:  # A damaged file can raise anything.
         reason = " ".join(str(error).split())
         raise InputError(

@@ -5,15 +5,15 @@ type and the range that it must have. Null counts as absent, as in transformers.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from mixcpt_jax.core import small_files
 from mixcpt_jax.core.errors import InputError
 
-_MOST_BYTES = 2**26
+AGAIN = "download it again"
 # An error shows so many characters of the value found.
 _SHOWN = 80
 # RoPE's base is the largest of all, up to 4.5e10 in models for long contexts.
@@ -148,25 +148,9 @@ def read(file: epath.Path) -> Header:
     """Reads a JSON file that holds an object.
 
     Raises:
-      InputError: it is no regular file, too long, or something else than that.
+      InputError: see `small_files.read_json`.
     """
-    if not file.is_file():
-        raise InputError(f"{file}: is no regular file")
-    size = file.stat().length
-    if size > _MOST_BYTES:
-        raise InputError(
-            f"{file}: has {size} bytes, at most {_MOST_BYTES} are read of a header; "
-            "download it again"
-        )
-    try:
-        values = json.loads(file.read_text())
-        # Half of a surrogate pair, which JSON can spell, is no text.
-        json.dumps(values, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: must hold a JSON object; download it again")
-    return Header(file, values)
+    return Header(file, small_files.read_json(file, remedy=AGAIN, is_ours=False))
 
 
 def read_if_there(file: epath.Path) -> Header:

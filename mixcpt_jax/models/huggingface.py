@@ -1,7 +1,6 @@
 """Hugging Face folders: the architecture in `config.json`, and safetensors; no pickle."""
 
 import functools
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ from absl import logging
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.models import families, headers
 from mixcpt_jax.models.families import Index, Tensor
@@ -84,34 +83,30 @@ def refuse_adapter(path: str) -> None:
 
 def read_safetensors_header(file: epath.Path) -> tuple[bytes, int]:
     """The JSON header, and the offset at which the tensors begin."""
-    if not file.exists():
-        raise InputError(f"{file}: no such file; download it again")
+    small_files.require_regular(file, headers.AGAIN)
     (size,) = paths.read_ranges(file, [(0, 8)])
     end = 8 + int.from_bytes(size, "little")
-    if len(size) < 8 or end > file.stat().length:
-        raise InputError(f"{file}: not a whole safetensors file; download it again")
+    if len(size) < 8 or end > min(file.stat().length, small_files.MOST_BYTES):
+        raise InputError(f"{file}: not a whole safetensors file; {headers.AGAIN}")
     (header,) = paths.read_ranges(file, [(8, end)])
     return header, end
 
 
 def tensor_bounds(file: epath.Path, header: bytes) -> Iterator[tuple[int, int]]:
     """(begin, end) of each tensor, in bytes after the header."""
-    try:
-        entries = json.loads(header)
-        for name, entry in entries.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                yield int(begin), int(end)
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
-        raise InputError(
-            f"{file}: not a whole safetensors file ({error!r}); download it again"
-        ) from error
+    shape = {"__metadata__?": object, str: {"data_offsets": [int]}}
+    entries = small_files.parse(header, str(file), shape, headers.AGAIN, is_ours=False)
+    size = file.stat().length - 8 - len(header)
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            match entry["data_offsets"]:
+                case [begin, end] if 0 <= begin <= end <= size:
+                    yield begin, end
+                case offsets:
+                    raise InputError(
+                        f"{file}: not a whole safetensors file (tensor {name!a:.80} lies "
+                        f"at {offsets!s:.80}); {headers.AGAIN}"
+                    )
 
 
 def open_tensors(folder: epath.Path, family: str) -> dict[str, Tensor]:
@@ -125,11 +120,10 @@ def open_tensors(folder: epath.Path, family: str) -> dict[str, Tensor]:
     _warn_of_others(folder, files)
     tensors = {}
     for file in (folder / name for name in files):
+        small_files.require_regular(file, headers.AGAIN)
         try:
             with paths.on_local_disk(file) as local:
                 handle = safe_open(local, framework="numpy")
-        except FileNotFoundError as error:
-            raise InputError(f"{file}: no such file; download it again") from error
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{file}: not a whole safetensors file ({error}); download it again"

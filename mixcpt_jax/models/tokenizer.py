@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -24,9 +23,11 @@ from etils import epath
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
+from mixcpt_jax.core import text as text_lib
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.models import companions, gguf_vocabulary, template_sandbox
+from mixcpt_jax.core.small_files import MOST_BYTES_OF_VOCABULARY
+from mixcpt_jax.models import companions, gguf_vocabulary, headers, template_sandbox
 from mixcpt_jax.models.companions import Added, Companions
 from mixcpt_jax.models.gguf_file import gguf_header, open_gguf
 from mixcpt_jax.models.vocabulary import JsonModel, SentencePieceModel
@@ -54,6 +55,8 @@ CHATML = (
 # For vocabularies without that token.
 CHATML_WITH_EOS = CHATML.replace("'<|im_end|>\n'", "eos_token + '\n'")
 _BOS = "{{ bos_token }}"
+# The largest vocabularies have a quarter of a million.
+_MOST_IDS = 2**24
 
 
 class _Turn(NamedTuple):
@@ -550,7 +553,12 @@ def _load(path: str) -> Tokenizer:
 
 
 def _require_vocabulary(tokenizer: Tokenizer, file: epath.Path) -> Tokenizer:
-    """Checks that the ids that end generation are tokens; returns the tokenizer."""
+    """Checks that ids are below a bound and those that end generation are tokens."""
+    if tokenizer.vocab_size > _MOST_IDS:
+        raise InputError(
+            f"{file}: has ids up to {tokenizer.vocab_size - 1:,}, supported are ids below "
+            f"{_MOST_IDS:,}; {headers.AGAIN}"
+        )
     for token_id in tokenizer.companions.ends:
         if token_id >= tokenizer.vocab_size:
             raise InputError(
@@ -582,11 +590,13 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, where: str) ->
 
 def _load_json(file: epath.Path) -> Tokenizer:
     beside = companions.read(file)
+    source = small_files.read_text(file, headers.AGAIN, MOST_BYTES_OF_VOCABULARY)
     try:
-        source = file.read_text()
         model = JsonModel(source)
     except Exception as error:  # The library raises nothing more specific.
-        raise InputError(f"{file}: not a tokenizer.json ({error})") from error
+        raise InputError(
+            f"{file}: not a tokenizer.json ({text_lib.value(str(error))}); {headers.AGAIN}"
+        ) from error
     if beside.added:
         model = JsonModel(_with_added_json(source, beside, file))
     own = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
@@ -595,7 +605,7 @@ def _load_json(file: epath.Path) -> Tokenizer:
 
 def _load_sentencepiece(file: epath.Path) -> Tokenizer:
     beside = companions.read(file)
-    published = file.read_bytes()
+    published = small_files.read_bytes(file, headers.AGAIN, MOST_BYTES_OF_VOCABULARY)
     legacy = beside.config.get("legacy") is True
     try:
         model = SentencePieceModel(published, legacy)
@@ -654,7 +664,9 @@ def _with_companions(
 
 def _with_added_json(source: str, beside: Companions, file: epath.Path) -> str:
     """A `tokenizer.json` with the tokens that the files beside it add or flag."""
-    known = {token["id"]: token for token in json.loads(source)["added_tokens"]}
+    shape = {"added_tokens": [{"id": int}]}
+    raw = small_files.parse(source, str(file), shape, headers.AGAIN, is_ours=False)
+    known = {token["id"]: token for token in raw["added_tokens"]}
     is_whole = "added_tokens_decoder" in beside.config
     given = {
         token_id: token

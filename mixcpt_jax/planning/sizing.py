@@ -13,7 +13,6 @@ loaded:
   `step_plan.step_memory`. If one row does not fit, rows are halved until it does.
 """
 
-import json
 import os
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ import jax
 import ml_collections
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.core import mesh_shape, paths
+from mixcpt_jax.core import mesh_shape, paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import formats as format_lib
 from mixcpt_jax.data.corpus import Corpus
@@ -162,7 +161,12 @@ def _stored(folder: str) -> Sizes | None:
     path = paths.absolute(folder) / "config.json"
     if not path.exists():
         return None
-    stored = json.loads(path.read_text())
+    shape = {
+        "data": {"row_length": int, "batch_size": int},
+        "optimizer": {"accumulation_steps": int},
+        "eval": {"batch_size": int},
+    }
+    stored = small_files.read_json(path, shape)
     return Sizes(
         stored["data"]["row_length"],
         stored["data"]["batch_size"],

@@ -24,7 +24,7 @@ from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import pipeline
 from mixcpt_jax.models import attention, pretrained, transformer
 from mixcpt_jax.planning import hlo
-from mixcpt_jax.runtime import chips, metrics, sharding
+from mixcpt_jax.runtime import chips, metrics, sharding, terminal
 from mixcpt_jax.runtime.chips import GIB
 from mixcpt_jax.training import phase, teacher_outputs
 from mixcpt_jax.training import program as program_lib
@@ -487,11 +487,11 @@ def search(
         for remat in remats:
             fitting += itertools.islice(_that_fit(config, topology, mesh, remat), 2)
     fitting.sort(key=lambda candidate: candidate[1]["time"]["step"])
-    print("\nThe fastest candidates, compiled as they would run:", flush=True)
+    terminal.show("\nThe fastest candidates, compiled as they would run:")
     plans = []
     for candidate, _ in fitting[:finalists]:
         plans.append(make(candidate, topology))
-        print(_one_line(plans[-1]), flush=True)
+        terminal.show(_one_line(plans[-1]))
     fit = [plan for plan in plans if plan["fits"]]
     return sorted(fit, key=lambda plan: plan["time"]["step"])
 
@@ -504,7 +504,7 @@ def _that_fit(
         settings = {"model.remat": remat, "optimizer.accumulation_steps": parts}
         candidate = _with(config, mesh=mesh, **settings)
         plan = make(candidate, topology, quick=True)
-        print(_one_line(plan), flush=True)
+        terminal.show(_one_line(plan))
         if plan["fits"]:
             yield candidate, plan
 
@@ -653,7 +653,5 @@ def advise(config: ml_collections.ConfigDict, topology: str) -> str:
         if plan["fits"]:
             peak = plan["memory"]["peak"] / GIB
             return f"The step fits, with {peak:.2f} GiB, with {words}"
-        print(
-            f"needs {plan['memory']['needed'] / GIB:.2f} GiB with {words}", flush=True
-        )
+        terminal.show(f"needs {plan['memory']['needed'] / GIB:.2f} GiB with {words}")
     return "None of these changes makes the step fit; use a larger slice"

@@ -73,11 +73,11 @@ def role(name: str, arms: Sequence[Arm], domain: set[str]) -> str:
                 if s.get("weight")}  # fmt: skip
     trained |= weighted.keys()
     # Holdout text from the files of a source has the role of that source.
-    files = {s["path"]: n for n, s in weighted.items()}
+    files = {s["path"]: n for n, s in weighted.items() if s.get("path")}
     for arm in arms:
         for section in ("eval.texts", "eval.pairs"):
             entry = (arm.setting(section) or {}).get(name)
-            if entry and entry["path"] in files:
+            if entry and entry.get("path") in files:
                 return "domain" if files[entry["path"]] in domain else "rehearsed"
     return "rehearsed" if name in trained else "untouched"
 
@@ -101,6 +101,8 @@ def interval(key: str, start: Arm, arm: Arm) -> tuple[intervals.Interval | None,
     if column is None or not all(are_alike(before, after, k) for k in needed):
         return None, ""
     (was, tokens), (now, _) = ([x[k] for k in needed] for x in (before, after))
+    if len(was) != len(tokens):
+        return None, ""
     if suffix == "exact":
         return intervals.change_of_share(was == tokens, now == tokens), MATCHED
     return intervals.change_of_ratio(was, now, tokens), (

@@ -14,6 +14,7 @@ _WIDTH, _HEIGHT = 360, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 38
 _COLORS = 6
 _LABEL_GAP = 13
+_MOST = 1e100
 
 
 class Series(NamedTuple):
@@ -68,8 +69,10 @@ class _Scale:
           least: smallest width of the range.
           least_step: smallest distance of two ticks; 1 for whole numbers.
         """
-        values = list(values) or [0.0]
+        values = [_bounded(value) for value in values] or [0.0]
         low, high = min(values), max(values)
+        # Floats nearer to each other cannot be told apart.
+        least = max(least, 1e-6 * max(abs(low), abs(high)))
         pad = max(0.0, least - (high - low)) / 2
         low, high = low - pad, high + pad
         raw = max((high - low) / 5, least_step)
@@ -88,13 +91,18 @@ class _Scale:
         self._start, self._end = start, end
 
     def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
+        share = (_bounded(value) - self.low) / (self.high - self.low)
         return self._start + share * (self._end - self._start)
 
     def name(self, tick: float, signed: bool = False) -> str:
         digits = max(0, -math.floor(math.log10(self.step) + 1e-9))
         digits += round(self.step * 10**digits, 6) % 1 > 0
         return f"{tick:{'+' if signed and tick else ''},.{digits}f}".replace("-", "−")
+
+
+def _bounded(value: float) -> float:
+    """What a scale can show; a diverged run has perplexities near the largest float."""
+    return 0.0 if math.isnan(value) else min(max(value, -_MOST), _MOST)
 
 
 def style(number: int) -> str:

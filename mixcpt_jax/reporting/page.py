@@ -69,10 +69,19 @@ def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
     environment.filters["markup"] = jinja2.filters.do_mark_safe
     source = paths.require_file(_TEMPLATE).read_text()
     style, script = (_between(source, tag) for tag in ("style", "script"))
-    domain_names = changes.domain_names(arms, domain)
+    with np.errstate(all="ignore"):  # sums of what has diverged
+        content = _content(arms, domain)
     return environment.from_string(source).render(
         policy="default-src 'none'; base-uri 'none'; form-action 'none'; "
         f"style-src {_hash(style)}; script-src {_hash(script)}",
+        **content,
+    )
+
+
+def _content(arms: Sequence[Arm], domain: Sequence[str]) -> dict[str, Any]:
+    """What the template shows."""
+    domain_names = changes.domain_names(arms, domain)
+    return dict(
         title=", ".join(dict.fromkeys(run_records.name_of(arm.run) for arm in arms)),
         arms=arms,
         style=figures.style,
@@ -119,7 +128,7 @@ def _facts(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     yield (
         "Text",
         joined(
-            f"{name}: {source['path'].split('/')[-1]}"
+            f"{name}: {source.get('path', '').split('/')[-1]}"
             for entry in sources
             for name, source in entry.items()
             if source.get("weight")
@@ -161,11 +170,11 @@ def _objective(arm: Arm) -> str:
         return ""
     if job != "train":
         return {"select": "selection", "evaluate": "evaluation"}.get(job, job)
-    objective = arm.config["objective"]
-    if objective["kind"] == "preference":
-        preference = arm.config["preference"]
-        name = "DPO" if preference["loss"] == "sigmoid" else preference["loss"].upper()
-        return f"{name}, beta {preference['beta']:g}"
+    objective = arm.setting("objective") or {}
+    if objective.get("kind") == "preference":
+        loss = arm.setting("preference.loss") or ""
+        name = "DPO" if loss == "sigmoid" else loss.upper()
+        return f"{name}, beta {arm.setting('preference.beta') or 0:g}"
     names = {"ntp": "next token", "lssd": "LSSD", "kd": "distillation",
              "selective": "selective"}  # fmt: skip
     weights = {n: objective.get(f"{key}_weight", 0) for key, n in names.items()}
@@ -362,7 +371,7 @@ def _mixtures(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
                     "requested": f"{row['share_asked']:.1%}".replace("%", ""),
                     "delivered": f"{row['share_delivered']:.1%}".replace("%", ""),
                     "samples": f"{row['documents']:,}",
-                    "tokens": f"{row.get('loss_tokens', row.get('learnt_tokens')):,}",
+                    "tokens": f"{row.get('loss_tokens', row.get('learnt_tokens', 0)):,}",
                     "epochs": f"{row['epochs']:.2f}" if "epochs" in row else "",
                 }
                 for row in sources

@@ -5,7 +5,7 @@ from typing import Any
 
 from mixcpt_jax.core import paths
 from mixcpt_jax.reporting import changes, page, run_records
-from mixcpt_jax.runtime import metrics
+from mixcpt_jax.runtime import metrics, terminal
 
 TABLE_FILE = "report.md"
 
@@ -28,13 +28,13 @@ def write(workdir: str, results: dict[str, dict[str, Any]]) -> None:
         roles = changes.roles(arms, changes.domain_names(arms, ()))
         parts = comparison(results, roles), wall_times(results)
         text = "\n\n".join([*parts, "\n".join(changes.verdict(arms))]).rstrip()
-        print(f"\n{text}\n")
+        terminal.show(f"\n{text}\n")
         paths.replace(folder / TABLE_FILE, text + "\n")
     if any(arm.steps or arm.after for arm in arms):
         paths.replace(folder / PAGE_FILE, page.render(arms))
-        print(f"Report: {workdir}/{PAGE_FILE}")
-        print(f"Chat: python -m mixcpt_jax chat --checkpoint={workdir}")
-    print(f"Done. All files are in {workdir}")
+        terminal.show(f"Report: {workdir}/{PAGE_FILE}")
+        terminal.show(f"Chat: python -m mixcpt_jax chat --checkpoint={workdir}")
+    terminal.show(f"Done. All files are in {workdir}")
 
 
 def comparison(

@@ -4,16 +4,78 @@ A run may be in progress or old: what a phase has not written is empty.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.core.small_files import OBJECT
 from mixcpt_jax.runtime import metrics
+
+_REMEDY = "restore it from a copy, or move it away"
+
+# Of what is read of a run's files; older versions wrote less.
+_MEASURES = {"step?": int, str: float}
+_START = {"init_from?": str}
+RESULTS = {
+    "before?": (_MEASURES, None),
+    "after?": (_MEASURES, None),
+    "seconds?": float,
+    "tokens_per_second?": (float, None),
+    "start?": _START,
+    "files?": OBJECT,
+    "mixture?": [
+        {
+            "name": str,
+            "documents": int,
+            "loss_tokens?": int,
+            "learnt_tokens?": int,  # its name in older versions
+            "epochs?": float,
+            "share_asked": float,
+            "share_delivered": float,
+        }
+    ],
+}
+_PROVENANCE = {
+    "start?": _START,
+    "files?": OBJECT,
+    "environment?": {"devices?": str, "parameters?": int, "started?": str},
+}
+_WEIGHT = (float, None)
+_SOURCE = {
+    "path?": str,
+    "format?": str,
+    "weight?": float,
+    "ntp_weight?": _WEIGHT,
+    "lssd_weight?": _WEIGHT,
+    "kd_weight?": _WEIGHT,
+    "selective_weight?": _WEIGHT,
+}
+CONFIG = {
+    "job?": str,
+    "init_from?": str,
+    "model?": {"path?": str},
+    "data?": {"row_length?": int, "batch_size?": int},
+    "train?": {"num_steps?": int},
+    "optimizer?": {"learning_rate?": float},
+    "objective?": {
+        "kind?": str,
+        "ntp_weight?": float,
+        "lssd_weight?": float,
+        "kd_weight?": float,
+        "selective_weight?": float,
+    },
+    "preference?": {"loss?": str, "beta?": float},
+    "sources?": {str: _SOURCE},
+    "eval?": {
+        "texts?": {str: _SOURCE},
+        "pairs?": {str: _SOURCE},
+        "exams?": {str: {"source?": str, "num_questions?": int}},
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +124,7 @@ class Arm:
     def after(self) -> dict[str, Any]:
         """The last measures."""
         if "after" in self.results:
-            return self.results["after"]
+            return self.results["after"] or {}
         return next((e for e in self._evaluations[::-1] if e["step"]), {})
 
     @property
@@ -115,7 +177,7 @@ def load(runs: Sequence[str]) -> list[Arm]:
         recorded = _recorded(folder)
         name = name_of(run)
         for phase, place in folders.items():
-            results = _read(place, "results.json") or recorded.get(phase, {})
+            results = _read(place / "results.json", RESULTS) or recorded.get(phase, {})
             is_alone = len(folders) == 1 and len(runs) > 1
             long_name = name if is_alone else f"{name}/{phase}"
             arms.append(
@@ -124,15 +186,17 @@ def load(runs: Sequence[str]) -> list[Arm]:
                     name=long_name if len(runs) > 1 else phase,
                     run=run,
                     phase=phase,
-                    config=_read(place, "config.json"),
+                    config=_read(place / "config.json", CONFIG),
                     results=results,
                     # The records of the studies have it in their results.
-                    provenance=_read(place, "provenance.json")
+                    provenance=_read(place / "provenance.json", _PROVENANCE)
                     or {k: results[k] for k in ("start", "files") if k in results},
                     rows=metrics.read(place, metrics.FILE),
                     samples=metrics.read(place, metrics.SAMPLES_FILE),
                     items={
-                        row["step"]: {k: np.array(v) for k, v in row["items"].items()}
+                        row["step"]: {
+                            k: np.array(v, float) for k, v in row["items"].items()
+                        }
                         for row in metrics.read(place, metrics.ITEMS_FILE)
                     },
                 )
@@ -146,9 +210,13 @@ def name_of(run: str) -> str:
     return path.parent.name if path.suffix == ".json" else path.name
 
 
+def _is_file(path: epath.Path) -> bool:
+    return path.suffix == ".json" and not path.is_dir()
+
+
 def _phase_folders(folder: epath.Path) -> dict[str, epath.Path]:
     recorded = _recorded(folder)
-    if folder.suffix == ".json":
+    if _is_file(folder):
         return dict.fromkeys(recorded, folder / "none")
     if (folder / "config.json").exists():
         return {next(iter(recorded), folder.name): folder}
@@ -162,21 +230,11 @@ def _phase_folders(folder: epath.Path) -> dict[str, epath.Path]:
 
 
 def _recorded(folder: epath.Path) -> dict[str, dict[str, Any]]:
-    if folder.suffix == ".json":
-        return _read(folder.parent, folder.name)
-    return _read(folder, "report.json")
+    file = folder if _is_file(folder) else folder / "report.json"
+    return _read(file, {str: RESULTS})
 
 
-def _read(folder: epath.Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    if not path.exists():
+def _read(file: epath.Path, shape: small_files.Shape) -> dict[str, Any]:
+    if not file.exists():
         return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(
-            f"{path}: not valid JSON ({error}); restore or delete it"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must hold a JSON object; restore or delete it")
-    return content
+    return small_files.read_json(file, shape, _REMEDY)

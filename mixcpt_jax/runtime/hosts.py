@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import terminal
 
 
 def join(
@@ -102,12 +103,12 @@ def ending_together() -> Iterator[None]:
                 raise
         else:
             traceback.print_exception(error)
-            print(
-                f"error: host {jax.process_index()} ends, and with it the run. If the "
+            terminal.say(
+                f"host {jax.process_index()} ends, and with it the run. If the "
                 "error above is about a connection, another host has ended before: see "
                 "its output. The same command on all hosts resumes from the last "
                 "checkpoint",
-                file=sys.stderr,
+                "ERROR",
             )
         sys.stdout.flush()
         sys.stderr.flush()

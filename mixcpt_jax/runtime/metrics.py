@@ -25,13 +25,24 @@ from etils import epath
 from rich import console as rich_console
 from rich import progress as rich_progress
 
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
+from mixcpt_jax.core import text as text_lib
 from mixcpt_jax.runtime import terminal
 
 FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES_PAGE = "samples.md"
 ITEMS_FILE = "items.jsonl"
+_ROWS = {
+    FILE: {"step": int, str: float},
+    SAMPLES_FILE: {
+        "step": int,
+        "messages": [{"role": str, "content": str}],
+        "answer": str,
+    },
+    ITEMS_FILE: {"step": int, "items": {str: [float]}},
+}
+_REMEDY = "restore it from a copy, or take the line out"
 _WANDB_ID_FILE = "wandb_id"
 _SECONDS_BETWEEN_LINES = 20.0
 _SECONDS_BETWEEN_UPLOADS = 60.0
@@ -276,7 +287,7 @@ class _Wandb:
         self._wandb = wandb
         self._run = wandb.init(
             project=project,
-            id=(workdir / _WANDB_ID_FILE).read_text(),
+            id=small_files.read_text(workdir / _WANDB_ID_FILE),
             name="/".join(workdir.parts[-2:]),
             config=run_config,
             resume="allow",
@@ -329,17 +340,12 @@ class _Upload(io.StringIO):
 
 
 def read(workdir: epath.Path, name: str = FILE) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; a last line cut short by a kill is left out."""
-    path = workdir / name
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """The rows of a run's JSONL file; a last line cut short by a kill is left out.
+
+    Raises:
+      InputError: another line is damaged; names the file and the line.
+    """
+    return small_files.read_lines(workdir / name, _ROWS[name], _REMEDY)
 
 
 class Progress:
@@ -352,7 +358,7 @@ class Progress:
         self._pace = _Pace(num_steps)
         self._bar = _rich_bar(self._console, enabled)
         self._task = self._bar.add_task(
-            name, total=num_steps, completed=first_step, reached=""
+            text_lib.value(name), total=num_steps, completed=first_step, reached=""
         )
 
     def __enter__(self) -> "Progress":
@@ -393,9 +399,10 @@ class Progress:
         """Prints a line above the bar; the fields are for a cluster's log."""
         if not self._enabled:
             return
-        if terminal.is_json():
+        if terminal.is_json() or not self._console.is_terminal:
             terminal.say(text, **fields)
         else:
+            text = text_lib.lines(text)
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -408,7 +415,7 @@ def bar(name: str, total: int, enabled: bool = True) -> Iterator[Callable[[int],
     console = rich_console.Console(stderr=True)
     say = terminal.say if enabled else None
     with _rich_bar(console, enabled, transient=True) as shown:
-        task = shown.add_task(name, total=total, reached="")
+        task = shown.add_task(text_lib.value(name), total=total, reached="")
         yield _update_of(shown, task, name, total, say)
 
 
@@ -449,7 +456,7 @@ def _rich_bar(
 ) -> rich_progress.Progress:
     """Its tasks have a field `reached`, a text."""
     return rich_progress.Progress(
-        rich_progress.TextColumn("{task.description}"),
+        rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(),
         rich_progress.MofNCompleteColumn(),
         rich_progress.TextColumn("{task.fields[reached]}"),
@@ -488,7 +495,7 @@ def track(done: Iterable[int], name: str, total: int) -> Iterator[int]:
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table; the first column is text, the rest are numbers."""
-    cells = [list(header), *(list(row) for row in rows)]
+    cells = [list(map(text_lib.value, row)) for row in (header, *rows)]
     # At least two, for a rule that ends with a colon.
     widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
 

@@ -1,9 +1,14 @@
 """Output to the terminal: text for people, or JSON objects for a cluster's log.
 
+All output passes through here. It is escaped and cut, so that no name, document or
+message of a library can move the cursor, fake a line or fill the screen. Characters that
+the terminal's encoding lacks are written as escapes.
+
 An object has `time` (RFC 3339), `severity` and `message`, which Cloud Logging (GKE)
 understands, and further fields, such as the loss of a step.
 """
 
+import codecs
 import datetime
 import io
 import json
@@ -11,16 +16,19 @@ import logging
 import math
 import sys
 import traceback
+import warnings
 from typing import Any, TextIO
 
 from absl import logging as absl_logging
+
+from mixcpt_jax.core import text as text_lib
 
 
 def say(message: str, severity: str = "INFO", **fields: Any) -> None:
     """Prints a message on stderr.
 
     Args:
-      message: one or more lines.
+      message: one or more lines; words of more than 300 characters are cut.
       severity: INFO, WARNING, ERROR or CRITICAL.
       fields: for the log of a cluster; people see the message alone.
     """
@@ -28,7 +36,42 @@ def say(message: str, severity: str = "INFO", **fields: Any) -> None:
         sys.stderr.say(message, severity, fields)
         return
     kind = "" if severity == "INFO" else f"{severity.lower()}: "
-    print(f"{kind}{message}", file=sys.stderr)
+    _write(sys.stderr, f"{kind}{text_lib.lines(message)}\n")
+
+
+def show(text: str = "", end: str = "\n") -> None:
+    """Writes what was asked for, such as a table, to stdout."""
+    _write(sys.stdout, text_lib.lines(text) + end)
+
+
+def show_generated(text: str, end: str = "") -> None:
+    """Writes what a model has written to stdout: to a pipe as it is."""
+    text = text_lib.escaped(text) if sys.stdout.isatty() else text
+    _write(sys.stdout, text + end)
+
+
+def show_json(value: Any) -> None:
+    """Writes JSON on one line to stdout; in ASCII unless to a pipe that takes UTF-8."""
+    is_utf8 = codecs.lookup(_encoding(sys.stdout)).name == "utf-8"
+    text = json.dumps(value, ensure_ascii=sys.stdout.isatty() or not is_utf8)
+    _write(sys.stdout, text.replace("\x7f", r"\u007f") + "\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    encoding = _encoding(stream)
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
+
+
+def _encoding(stream: TextIO) -> str:
+    return getattr(stream, "encoding", None) or "utf-8"
+
+
+def take_any_text() -> None:
+    """Has what others print, such as a parser of flags, fail at no character either."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def is_json() -> bool:
@@ -42,15 +85,16 @@ def use_json() -> None:
         return
     sys.stdout = _JsonLines(sys.stdout, "INFO")
     sys.stderr = _JsonLines(sys.stderr, "WARNING")
-    sys.excepthook = _tell_end
 
 
 def take_logs() -> None:
-    """Prints libraries' logs like our own messages, without place, thread and date."""
+    """Prints libraries' logs, warnings and a last traceback like our own messages."""
     root = logging.getLogger()
     others = (absl_logging.ABSLHandler, _Handler)
     root.handlers = [h for h in root.handlers if not isinstance(h, others)]
     root.addHandler(_Handler())
+    warnings.showwarning = _say_warning
+    sys.excepthook = _say_end
 
 
 class _Handler(logging.Handler):
@@ -71,7 +115,18 @@ class _Handler(logging.Handler):
         severity = {"WARN": "WARNING", "FATAL": "CRITICAL"}.get(
             record.levelname, record.levelname
         )
-        say(text.rstrip("\n"), severity)
+        # Only what begins a line is a message.
+        say(text.rstrip("\n").replace("\n", "\n  "), severity)
+
+
+def _say_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    text = f"{filename}:{lineno}: {category.__name__}: {message}"
+    say(text.replace("\n", "\n  "), "WARNING")
+
+
+def _say_end(*error: Any) -> None:
+    severity = "CRITICAL" if is_json() else "INFO"
+    say("".join(traceback.format_exception(*error)).rstrip("\n"), severity)
 
 
 class _JsonLines(io.TextIOBase):
@@ -84,13 +139,19 @@ class _JsonLines(io.TextIOBase):
     def say(self, message: str, severity: str, fields: dict[str, Any]) -> None:
         # JSON has no numbers that are not finite.
         fields = {
-            key: value
+            text_lib.value(key): text_lib.value(value)
+            if isinstance(value, str)
+            else value
             for key, value in fields.items()
             if not isinstance(value, float) or math.isfinite(value)
         }
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        entry = {"time": now, "severity": severity, "message": message}
-        self._stream.write(json.dumps(entry | fields, default=str) + "\n")
+        entry = {
+            "time": now,
+            "severity": severity,
+            "message": text_lib.lines(message),
+        }
+        self._stream.write(json.dumps(entry | fields, default=_shown) + "\n")
         self._stream.flush()
 
     def write(self, text: str) -> int:
@@ -115,5 +176,5 @@ class _JsonLines(io.TextIOBase):
         return self._stream.encoding
 
 
-def _tell_end(*error: Any) -> None:
-    say("".join(traceback.format_exception(*error)).rstrip("\n"), "CRITICAL")
+def _shown(value: Any) -> str:
+    return text_lib.value(str(value))

@@ -35,7 +35,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import path as orbax_path
 from orbax.checkpoint.experimental import v1 as ocp
 
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import finite, hosts
 from mixcpt_jax.training.steps import TrainState
@@ -471,7 +471,7 @@ def _read_record(entry: orbax_path.step.Metadata) -> dict[str, Any]:
     # Orbax reads it from all checkpoints when it opens the folder, and may raise.
     _ = entry.commit_timestamp
     # Orbax's own reader skips what it cannot read.
-    stored = json.loads((path / "_CHECKPOINT_METADATA").read_text())
+    stored = small_files.read_json(path / "_CHECKPOINT_METADATA")
     record = dict(stored["custom_metadata"])
     if record.keys() & {"digest", "leaves"}:
         if record.pop("digest", None) != _digest(record):

@@ -24,8 +24,9 @@ from etils import epath
 
 from mixcpt_jax import __version__
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.core import mesh_shape, paths
+from mixcpt_jax.core import mesh_shape, paths, small_files
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.core.small_files import OBJECT
 from mixcpt_jax.data import corpus, pipeline
 from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import pretrained, tokenizer, transformer
@@ -355,7 +356,10 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
     path = folder / RESULTS_FILE
     if not path.exists():
         return None
-    provenance = json.loads((folder / PROVENANCE_FILE).read_text())
+    remedy = f"restore it from a copy, or delete {folder} to run the phase again"
+    provenance = small_files.read_json(
+        folder / PROVENANCE_FILE, {"start": OBJECT}, remedy
+    )
     resolved = config_lib.resolve_phases(config, str(folder.parent))
     # The start of a finished phase may have been deleted.
     model_path, start = resolved.model.path, resolved.init_from
@@ -364,7 +368,7 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
         architecture = pretrained.read_model_config(model_path) if has_model else None
         now = _start_identity(config, resolved, architecture)
         _check_start(folder, provenance, now)
-    return json.loads(path.read_text())
+    return small_files.read_json(path, OBJECT, remedy)
 
 
 def _shows_progress(config: ml_collections.ConfigDict) -> bool:
@@ -423,12 +427,8 @@ def check_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> Non
         raise InputError(f"{workdir}: is a file; give another --workdir")
     if not path.exists():
         return
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(
-            f"{path}: damaged ({error}); delete it if the run in {workdir} had this config"
-        ) from error
+    remedy = f"delete it if the run in {workdir} had this config"
+    stored = small_files.read_json(path, OBJECT, remedy)
     is_finished = (workdir / RESULTS_FILE).exists()
     difference = config_lib.first_difference(config, stored, is_finished)
     if difference is not None:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import mixture, pipeline, teacher_cache, token_cache
 from mixcpt_jax.objectives import teachers
-from mixcpt_jax.runtime import hosts, sharding
+from mixcpt_jax.runtime import hosts, sharding, terminal
 from mixcpt_jax.training import phase as phase_lib
 
 _BYTES_PER_SHARD = 2**28
@@ -144,7 +144,7 @@ def _records(phase, rows, numbers: range, form, step) -> Iterator[bytes]:
 
 def _say(text: str) -> None:
     if hosts.is_first():
-        print(text, flush=True)
+        terminal.show(text)
 
 
 def _on_all_hosts(value: bool) -> bool:
