@@ -159,6 +159,22 @@ def _write_tiny_model(folder: pathlib.Path, max_positions: int = 256) -> None:
 @pytest.fixture
 def tiny_config(tiny_model):
     """A config of one short LSSD phase over eight devices; tests change it freely."""
+    return _tiny_config(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_model, once) -> pathlib.Path:
+    """The folder of phase `cpt` of `tiny_config`, run to its end; tests leave it so."""
+
+    def make(folder):
+        from mixcpt_jax.jobs import train  # only some tests need its imports
+
+        train.run(_tiny_config(tiny_model), f"{folder}/run", "cpt")
+
+    return once("finished", make) / "run"
+
+
+def _tiny_config(tiny_model):
     config = config_lib.default()
     config.objective.ntp_weight, config.objective.lssd_weight = 0.0, 1.0
     config.model.path = tiny_model

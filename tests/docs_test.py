@@ -302,6 +302,7 @@ def test_a_benchmark_runs(command):
     assert done.stdout
 
 
+@pytest.mark.slow
 def test_flags_of_all_benchmarks_exist():
     pytest.importorskip("transformers")
     pytest.importorskip("lm_eval")

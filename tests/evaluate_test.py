@@ -249,6 +249,7 @@ def run_command(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_compares(
     tiny_run, tiny_model, tmp_path, monkeypatch, capsys
 ):

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import pickle
 import re
@@ -304,15 +305,20 @@ def base(tmp_path_factory):
     return tokenizer.load(str(folder))
 
 
+@functools.cache
+def _smollm2():
+    try:
+        paths.require_file(SMOLLM2)
+    except InputError as error:
+        pytest.skip(str(error))
+    return tokenizer.load(SMOLLM2)
+
+
 @pytest.fixture(params=[*TEMPLATES, "smollm2"])
 def chat(request):
     """(tokenizer, what ends the assistant's turn) for several templates."""
     if request.param == "smollm2":
-        try:
-            paths.require_file(SMOLLM2)
-        except InputError as error:
-            pytest.skip(str(error))
-        return tokenizer.load(SMOLLM2), "<|im_end|>"
+        return _smollm2(), "<|im_end|>"
     template, end = TEMPLATES[request.param]
     base = request.getfixturevalue("base")
     return dataclasses.replace(base, chat_template=template), end

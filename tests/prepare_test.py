@@ -369,6 +369,7 @@ def test_a_prepared_teacher_gives_the_losses_of_a_running_one(config, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_records")
 def test_in_bfloat16_a_prepared_teacher_is_exact(config, tmp_path):
     config.model.compute_dtype = "bfloat16"
@@ -378,6 +379,7 @@ def test_in_bfloat16_a_prepared_teacher_is_exact(config, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_records")
 def test_a_compact_teacher_that_keeps_all_is_exact(config, tmp_path):
     train.run(config, str(tmp_path / "step"), "cpt")
@@ -389,6 +391,7 @@ def test_a_compact_teacher_that_keeps_all_is_exact(config, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_records")
 def test_a_compact_teacher_underestimates_the_divergence(config, tmp_path):
     config.objective.kd_weight = 1.0
@@ -419,6 +422,7 @@ def test_training_holds_no_more_of_the_teacher_than_it_reads(
     assert len(frozen or {}) == leaves
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_records")
 def test_adapters_read_a_prepared_teacher(config, tmp_path):
     config.lora.rank = 4
@@ -428,6 +432,7 @@ def test_adapters_read_a_prepared_teacher(config, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_records")
 def test_a_source_without_a_teacher_is_not_asked(config, tmp_path):
     config.sources.domain.update(ntp_weight=1.0, lssd_weight=0.0)

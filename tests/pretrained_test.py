@@ -251,6 +251,7 @@ def test_logits_through_transformers_and_back(config, tmp_path):
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -838,6 +839,7 @@ def smollm2():
     return file, config, params, tokens, logits_of(config, params, tokens)
 
 
+@pytest.mark.slow
 def test_smollm2_reads_english(smollm2):
     *_, tokens, logits = smollm2
     log_probs = jax.nn.log_softmax(logits[:, :-1])
@@ -846,6 +848,7 @@ def test_smollm2_reads_english(smollm2):
     assert jnp.exp(-picked.mean()) < 40
 
 
+@pytest.mark.slow
 def test_smollm2_like_transformers(smollm2):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")  # Their GGUF loader needs it.

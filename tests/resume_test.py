@@ -285,6 +285,7 @@ def _wait_for_the_end_of_its_workers(group):
     pytest.fail("workers outlive the process that they work for")
 
 
+@pytest.mark.slow
 def test_a_reader_with_workers_is_killed_while_it_writes(files, tmp_path, project):
     output = tmp_path / "rows"
     output.touch()

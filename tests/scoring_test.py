@@ -97,12 +97,17 @@ def nats_of(theirs, ids: list[int], first: int) -> float:
     ("family", "kind"),
     [
         ("llama", "sentencepiece"),
-        ("llama", "prepend"),
-        ("mistral", "metaspace"),
-        ("qwen2", "byte-level"),
-        ("qwen3", "byte-level"),
-        ("gemma2", "sentencepiece"),
-        ("gemma3_text", "sentencepiece"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("llama", "prepend"),
+                ("mistral", "metaspace"),
+                ("qwen2", "byte-level"),
+                ("qwen3", "byte-level"),
+                ("gemma2", "sentencepiece"),
+                ("gemma3_text", "sentencepiece"),
+            ]
+        ),
     ],
 )
 def test_all_scorers_agree_with_transformers(family, kind, tmp_path, monkeypatch):

@@ -155,6 +155,7 @@ def test_what_has_begun_resumes_on_devices_with_less_memory(
         assert changed() == expected
 
 
+@pytest.mark.slow
 def test_the_formula_is_not_far_below_the_compiler(tiny_config, tiny_model):
     config = tiny_config
     config.mesh.fsdp = config.mesh.data = config.mesh.tensor = 1

@@ -16,6 +16,10 @@ from mixcpt_jax.runtime import sharding
 
 T, D, E, V = 48, 16, 24, 64
 
+# Each example is compiled, so few are tried; `EXAMPLES` of conftest.py moves these, too.
+FEW = settings(max_examples=settings().max_examples // 4)
+FEWER = settings(max_examples=max(2, settings().max_examples // 20))
+
 
 @functools.cache
 def problem(dtype=jnp.float32, vocab=V):
@@ -104,7 +108,7 @@ def value_and_gradients(function, *operands, **options):
     return jax.jit(jax.value_and_grad(first, (0, 1)))(*operands[:2])
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 16, 48, 1000])
+@pytest.mark.parametrize("chunk_size", [7, 48, 1000])
 def test_value_and_gradients_equal_the_dense_ones_for_any_chunk(chunk_size):
     actual = value_and_gradients(fused.head_loss, *problem(), chunk_size=chunk_size)
     assert_same(actual, value_and_gradients(dense, *problem()))
@@ -250,11 +254,18 @@ def test_vocabularies_must_match():
         fused.head_loss(hidden, kernel[:, :60], teacher_hidden, teacher_kernel, *rest)
 
 
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
+# What a mesh does to the head: shards of tokens, of the vocabulary, of both.
+MESHES = [
+    ((2, 2, 2), False),
+    ((2, 2, 2), True),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [((8, 1, 1), False), ((1, 8, 1), True), ((1, 1, 8), False)]
+    ),
+]
 
 
-@pytest.mark.parametrize("vocab_parallel", [False, True])
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize(("shape", "vocab_parallel"), MESHES)
 def test_any_mesh_gives_the_same(shape, vocab_parallel):
     """The swap crosses shards: argmax and gold lie on different devices."""
     mesh = sharding.make_mesh(dict(zip(mesh_shape.MESH_AXES, shape)))
@@ -423,7 +434,7 @@ def check_against_oracle(problem, dtype, compact=None, **options):
     assert np.all(np.abs(np.asarray(d_hidden, np.float64) - expected) <= limit)
 
 
-@settings(max_examples=40, deadline=None)
+@FEW
 @given(
     problem=logit_problems(),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
@@ -453,9 +464,9 @@ def test_any_chunks_and_tiles_equal_the_literal_swap(
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_shards", [2, 8])
 @pytest.mark.parametrize("over", ["tensor", "fsdp"])
-@settings(max_examples=4, deadline=None)
+@FEWER
 @given(problem=logit_problems(), vocab_tile=st.sampled_from([3, 100]))
 def test_any_vocabulary_sharding_equals_the_literal_swap(
     over, num_shards, problem, vocab_tile
@@ -566,7 +577,7 @@ def test_without_a_gradient_for_the_unembedding_none_is_accumulated():
     assert flops(0) <= flops((0, 1)) - 2 * 16 * D * V
 
 
-TOP_KS = [1, 2, 8, V - 2, V - 1, V]
+TOP_KS = [1, 8, V - 1]
 
 
 @pytest.mark.parametrize("top_k", TOP_KS)
@@ -632,8 +643,7 @@ def test_a_compact_teacher_with_a_padded_vocabulary(soft_cap, vocab_tile):
     np.testing.assert_array_equal(d_kernel[:, V:], 0.0)
 
 
-@pytest.mark.parametrize("vocab_parallel", [False, True])
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize(("shape", "vocab_parallel"), MESHES)
 def test_any_mesh_gives_the_same_with_a_compact_teacher(shape, vocab_parallel):
     mesh = sharding.make_mesh(dict(zip(mesh_shape.MESH_AXES, shape)))
     options = {"top_k": 5, "chunk_size": 5, "vocab_parallel": vocab_parallel}
@@ -653,7 +663,7 @@ def test_any_mesh_gives_the_same_with_a_compact_teacher(shape, vocab_parallel):
 DTYPES = [np.float32, np.float16, jnp.bfloat16]
 
 
-@settings(max_examples=30, deadline=None)
+@FEW
 @given(
     problem=logit_problems(),
     top_k=st.integers(1, 61),
@@ -671,9 +681,9 @@ def test_any_chunks_and_tiles_equal_what_is_stored_of_the_teacher(
     check_against_oracle(problem, dtype, compact, **options)
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_shards", [2, 8])
 @pytest.mark.parametrize("over", ["tensor", "fsdp"])
-@settings(max_examples=3, deadline=None)
+@FEWER
 @given(
     problem=logit_problems(),
     top_k=st.sampled_from([1, 4, 30]),
@@ -754,7 +764,7 @@ def test_no_gradient_reaches_a_compact_teacher():
 
 
 @pytest.mark.parametrize("top_k", TOP_KS)
-@pytest.mark.parametrize("chunk_size", [7, 1000, None])
+@pytest.mark.parametrize("chunk_size", [7, None])
 def test_compact_teacher_equals_its_definition(top_k, chunk_size):
     _, _, hidden, kernel, targets, _ = problem()
     expected = stored_teacher(np.asarray(hidden @ kernel), np.asarray(targets), top_k)

@@ -29,72 +29,64 @@ def losses(folder):
     }
 
 
-def test_a_phase_learns_and_leaves_its_record(tiny_config, tmp_path):
-    tiny_config.train.num_steps = 12
-    results = train.run(tiny_config, str(tmp_path / "run"), "cpt")
-    rows = losses(tmp_path / "run")
-    assert list(rows) == list(range(1, 13))
+def test_a_phase_learns_and_leaves_its_record(finished):
+    results = json.loads((finished / phase.RESULTS_FILE).read_text())
+    rows = losses(finished)
+    assert list(rows) == list(range(1, 7))
     for name in ("ntp", "lssd", "kd", "agree", "swapped", "grad_norm", "learning_rate"):
-        assert name in rows[12]
-    assert "domain/lssd" in rows[12]
-    assert rows[12]["ntp"] < rows[1]["ntp"]
+        assert name in rows[6]
+    assert "domain/lssd" in rows[6]
+    assert rows[6]["ntp"] < rows[1]["ntp"]
     assert rows[1]["agree"] == 1.0  # the student starts as the teacher
     for name in ("domain", "instructions"):
         for measure in ("loss", "perplexity", "accuracy"):
             assert f"{name}/{measure}" in results["before"]
             assert f"{name}/{measure}" in results["after"]
     assert results["after"]["domain/loss"] < results["before"]["domain/loss"]
-    stored = json.loads((tmp_path / "run" / phase.RESULTS_FILE).read_text())
-    assert stored["after"] == results["after"]
     asked = {row["name"]: row["share_asked"] for row in results["mixture"]}
     assert asked == pytest.approx({"domain": 0.6, "instructions": 0.4})
 
 
-def test_every_mesh_gives_the_same_run(tiny_config, tmp_path):
-    runs = {}
-    for shape in [(1, 8, 1), (2, 2, 2), (4, 1, 2)]:
-        tiny_config.mesh.data, tiny_config.mesh.fsdp, tiny_config.mesh.tensor = shape
-        folder = tmp_path / "x".join(map(str, shape))
-        train.run(tiny_config, str(folder), "cpt")
-        runs[shape] = losses(folder)
-    first, *others = runs.values()
-    for other in others:
-        for step, row in first.items():
-            for name, value in row.items():
-                assert other[step][name] == pytest.approx(value, rel=2e-4, abs=2e-5)
+def test_every_mesh_gives_the_same_run(tiny_config, finished, tmp_path):
+    """`finished` is on a mesh of (1, 8, 1)."""
+    config = tiny_config
+    config.mesh.data = config.mesh.fsdp = config.mesh.tensor = 2
+    train.run(config, str(tmp_path / "run"), "cpt")
+    other = losses(tmp_path / "run")
+    for step, row in losses(finished).items():
+        for name, value in row.items():
+            assert other[step][name] == pytest.approx(value, rel=2e-4, abs=2e-5)
 
 
-def test_a_finished_run_is_not_run_again(tiny_config, tmp_path):
-    first = train.run(tiny_config, str(tmp_path / "run"), "cpt")
-    before = (tmp_path / "run" / metrics.FILE).read_text()
-    assert train.run(tiny_config, str(tmp_path / "run"), "cpt") == first
-    assert (tmp_path / "run" / metrics.FILE).read_text() == before
+def test_a_finished_run_is_not_run_again(tiny_config, finished):
+    files = [finished / name for name in (metrics.FILE, phase.RESULTS_FILE)]
+    before = [file.read_text() for file in files]
+    assert train.run(tiny_config, str(finished), "cpt") == json.loads(before[1])
+    assert [file.read_text() for file in files] == before
 
 
-def test_resuming_on_another_mesh_goes_on_with_the_same_losses(tiny_config, tmp_path):
-    whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
-    train.run(tiny_config, whole, "cpt")
+def test_resuming_on_another_mesh_goes_on_with_the_same_losses(
+    tiny_config, finished, tmp_path
+):
+    halves = str(tmp_path / "halves")
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             train.run(tiny_config, halves, "cpt")
     tiny_config.mesh.fsdp, tiny_config.mesh.tensor = 4, 2
     train.run(tiny_config, halves, "cpt")
-    expected, actual = losses(whole), losses(halves)
+    expected, actual = losses(finished), losses(halves)
     assert list(actual) == list(expected)
     for step, row in expected.items():
         assert actual[step]["loss"] == pytest.approx(row["loss"], rel=2e-4)
 
 
-def test_ever_fewer_devices_go_on_with_the_same_losses(tiny_config, tmp_path):
+@pytest.mark.slow
+def test_ever_fewer_devices_go_on_with_the_same_losses(tiny_config, finished, tmp_path):
     """Eight, then four, then one: parameters and moments are read into place."""
     config = tiny_config
-    for source in config.sources.values():
-        source.holdout = 0
-    config.train.num_steps, config.train.save_every = 3, 1
-    config.train.eval_before = False
-    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
-    train.run(config, whole, "cpt")
+    config.train.save_every = 1
+    parts = str(tmp_path / "parts")
     make_mesh = sharding.make_mesh
     for num_devices, shape in [(8, (1, 4, 2)), (4, (2, 2, 1)), (1, (1, 1, 1))]:
         config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
@@ -107,15 +99,17 @@ def test_ever_fewer_devices_go_on_with_the_same_losses(tiny_config, tmp_path):
             # Not what is being tested, and it counts the devices of the process.
             patch.setattr(phase, "check_model", lambda *_: None)
             ends = num_devices == 1
-            stop_after(patch, 1)
+            if not ends:
+                stop_after(patch, 1)
             with nullcontext() if ends else pytest.raises(KeyboardInterrupt):
                 train.run(config, parts, "cpt")
-    expected, actual = losses(whole), losses(parts)
+    expected, actual = losses(finished), losses(parts)
     assert list(actual) == list(expected)
     for step, row in expected.items():
         assert actual[step]["loss"] == pytest.approx(row["loss"], rel=2e-4)
 
 
+@pytest.mark.slow
 def test_a_phase_reads_its_sources_to_the_end(tiny_config, tmp_path):
     config = tiny_config
     config.train.num_steps = 0
@@ -173,6 +167,7 @@ def test_text_that_is_read_very_often_is_warned_of_and_then_refused(
         train.pipeline.load(config, tokens)
 
 
+@pytest.mark.slow
 def test_the_batch_size_may_change_on_the_way(tiny_config, tmp_path):
     """The rows go on where they stopped: none is lost, none read twice."""
     config = tiny_config
@@ -217,12 +212,11 @@ def stop_after(patch, num_batches):
 
 
 def test_hand_over_starts_the_next_phase_where_the_last_one_ended(
-    tiny_config, tmp_path
+    tiny_config, finished, tmp_path
 ):
-    train.run(tiny_config, str(tmp_path / "first"), "cpt")
-    tiny_config.init_from = str(tmp_path / "first")
+    tiny_config.init_from = str(finished)
     results = train.run(tiny_config, str(tmp_path / "second"), "cpt")
-    end = json.loads((tmp_path / "first" / phase.RESULTS_FILE).read_text())["after"]
+    end = json.loads((finished / phase.RESULTS_FILE).read_text())["after"]
     for name, value in results["before"].items():
         if name != "step":
             assert value == pytest.approx(end[name], rel=1e-5)
@@ -260,6 +254,7 @@ def test_random_weights_are_the_seeds_on_any_mesh(tiny_config, tiny_model, tmp_p
         assert np.all(before == 1) or np.mean(before == now) < 0.01
 
 
+@pytest.mark.slow
 def test_from_random_weights_a_phase_is_its_own_teacher(tiny_config, tmp_path):
     tiny_config.model.weights = "random"
     tiny_config.objective.lssd_weight = tiny_config.objective.selective_weight = 0.5
@@ -326,11 +321,10 @@ def test_a_few_bad_steps_are_skipped_and_counted_and_more_end_the_run(
             train.run(config, str(tmp_path / "more"), "cpt")
 
 
-def test_a_workdir_of_another_config_is_refused(tiny_config, tmp_path):
-    train.run(tiny_config, str(tmp_path / "run"), "cpt")
+def test_a_workdir_of_another_config_is_refused(tiny_config, finished):
     tiny_config.optimizer.learning_rate = 0.5
     with pytest.raises(InputError, match=r"belongs to a run with optimizer.learning_"):
-        train.run(tiny_config, str(tmp_path / "run"), "cpt")
+        train.run(tiny_config, str(finished), "cpt")
 
 
 def test_settings_that_do_not_suit_the_model(tiny_config, tmp_path):
@@ -343,28 +337,25 @@ def test_settings_that_do_not_suit_the_model(tiny_config, tmp_path):
         train.run(tiny_config, str(tmp_path / "b"), "cpt")
 
 
-def test_the_teacher_is_in_no_checkpoint(tiny_config, tmp_path):
-    train.run(tiny_config, str(tmp_path / "run"), "cpt")
-    folder = tmp_path / "run" / checkpoint.FOLDER / "6"
+def test_the_teacher_is_in_no_checkpoint(finished):
+    folder = finished / checkpoint.FOLDER / "6"
     items = {path.name for path in folder.iterdir() if path.is_dir()}
     assert items == {"params", "optimizer"}
 
 
-def test_the_last_two_checkpoints_stay_by_default(tiny_config, tmp_path):
-    train.run(tiny_config, str(tmp_path / "run"), "cpt")
-    kept = {path.name for path in (tmp_path / "run" / checkpoint.FOLDER).iterdir()}
+def test_the_last_two_checkpoints_stay_by_default(finished):
+    kept = {path.name for path in (finished / checkpoint.FOLDER).iterdir()}
     assert kept == {"4", "6"}
 
 
-def test_the_end_equals_what_the_checkpoint_exports(tiny_config, tmp_path):
-    train.run(tiny_config, str(tmp_path / "run"), "cpt")
-    model_config = pretrained.read_model_config(tiny_config.model.path)
+def test_the_end_equals_what_the_checkpoint_exports(finished, tiny_model, tmp_path):
+    model_config = pretrained.read_model_config(tiny_model)
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         transformer.abstract_params(model_config),
     )
-    params = checkpoint.load_params(str(tmp_path / "run"), abstract)
+    params = checkpoint.load_params(str(finished), abstract)
     pretrained.save_pretrained(
         str(tmp_path / "hf"), params, model_config, dtype="float32"
     )
@@ -372,6 +363,7 @@ def test_the_end_equals_what_the_checkpoint_exports(tiny_config, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, reloaded, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_kill_at_a_random_moment_changes_nothing(
     tiny_config, tmp_path, launcher, write_config_file, accumulation_steps
@@ -454,6 +446,7 @@ def test_a_preference_phase_learns_and_its_reference_may_run_ahead(
     assert_same_losses(losses(tmp_path / "ahead"), rows, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["step", "precomputed"])
 def test_a_preference_phase_resumes_exactly(where, dpo_config, tmp_path):
     dpo_config.preference.reference = where
@@ -467,6 +460,7 @@ def test_a_preference_phase_resumes_exactly(where, dpo_config, tmp_path):
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained_kept_and_handed_over_merged(tiny_config, tmp_path):
     config = tiny_config
     config.lora.rank = 2
@@ -506,28 +500,26 @@ def test_adapters_alone_are_trained_kept_and_handed_over_merged(tiny_config, tmp
                 assert after[name] == pytest.approx(value, rel=1e-4), name
 
 
-def test_a_start_that_has_changed_is_refused(tiny_config, tmp_path):
-    train.run(tiny_config, str(tmp_path / "first"), "cpt")
+def test_a_start_that_has_changed_is_refused(tiny_config, finished, tiny_run, tmp_path):
+    shutil.copytree(finished, tmp_path / "first")
     tiny_config.init_from = str(tmp_path / "first")
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             train.run(tiny_config, str(tmp_path / "second"), "cpt")
     # Trained again, the same folder holds another model.
-    tiny_config.init_from = ""
-    tiny_config.seed = 1
     (tmp_path / "first").rename(tmp_path / "elsewhere")
-    train.run(tiny_config, str(tmp_path / "first"), "cpt")
-    tiny_config.init_from = str(tmp_path / "first")
-    tiny_config.seed = 0
+    shutil.copytree(f"{tiny_run}/whole", tmp_path / "first")
     with pytest.raises(InputError, match="init_from: .*was trained from.*'step': 6"):
         train.run(tiny_config, str(tmp_path / "second"), "cpt")
 
 
-def test_a_finished_phase_is_not_taken_for_one_of_another_start(tiny_config, tmp_path):
+def test_a_finished_phase_is_not_taken_for_one_of_another_start(
+    tiny_config, finished, tiny_run, tmp_path
+):
     tiny_config.train.num_steps = 1
     tiny_config.train.eval_before = False
-    train.run(tiny_config, str(tmp_path / "first"), "cpt")
+    shutil.copytree(finished, tmp_path / "first")
     tiny_config.init_from = "phase:first"
     results = train.run(tiny_config, str(tmp_path / "second"), "sft")
     assert train.run(tiny_config, str(tmp_path / "second"), "sft") == results
@@ -539,9 +531,7 @@ def test_a_finished_phase_is_not_taken_for_one_of_another_start(tiny_config, tmp
     assert train.run(tiny_config, second, "sft") == results
     # The first phase, made anew, is another start.
     shutil.rmtree(tmp_path / "moved" / "first")
-    tiny_config.init_from = ""
-    train.run(tiny_config, str(tmp_path / "moved" / "first"), "cpt")
-    tiny_config.init_from = "phase:first"
+    shutil.copytree(f"{tiny_run}/whole", tmp_path / "moved" / "first")
     with pytest.raises(InputError, match="second: was made from .*delete .*second"):
         train.run(tiny_config, second, "sft")
 
