@@ -523,7 +523,7 @@ LAST_ONLY = (
         (LLAMA3.replace("end_header_id|>\n\n' }}", "end_header_id|>THINK' }}"),
          "the prompt of messages[1] is not how the whole conversation begins: 'THINK'"),
         (LLAMA3.replace("| trim", "| upper"), "it changes the content of"),
-        (LLAMA3.replace("message['content']", "message['content'][-1:]"), "depends on"),
+        (LLAMA3.replace("message['content']", "message['content'][-1:]"), "changes the content"),
         (LLAMA3.replace("message['content']", "'constant'"), "exactly once"),
         (LLAMA3.replace("message['content']", "(message['content'] * 2)"), "exactly once"),
     ],
