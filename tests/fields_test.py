@@ -189,7 +189,7 @@ def test_the_prompt_of_a_pair_is_written_once(
         ({"prompt": "Why?", "chosen": "Why? So.", "rejected": "Why? No."}, "begin with"),
         ({"prompt": "Who?", "chosen": [{"role": "user", "content": "Why?"},
           {"role": "assistant", "content": "So."}], "rejected": "No."},
-         "a prompt of its own"),
+         "a prompt that differs"),
         ({"prompt": [{"role": "system", "content": "A"}, {"role": "user", "content": "Q"}],
           "system": "B", "chosen": "So.", "rejected": "No."}, "is not the system message"),
         ({"chosen": "So.", "rejected": "No."}, "no field 'prompt'"),
@@ -414,14 +414,14 @@ def test_what_is_longer_than_a_row_is_reported_with_a_count(format, rule, tmp_pa
     config.data.overlong, config.train.num_steps = rule, 1
     [row] = pipeline_lib.load(config, Letters()).report
     name = {"split": "split", "truncate": "truncated", "drop": "dropped"}[rule]
-    is_told = (format, rule) != ("document", "split")
-    told = [f"samples longer than a row: {name} (2)"] if is_told else []
-    assert [line for line in tally.lines(row) if "longer" in line] == told
+    is_reported = (format, rule) != ("document", "split")
+    lines = [f"samples longer than a row: {name} (2)"] if is_reported else []
+    assert [line for line in tally.lines(row) if "longer" in line] == lines
     assert row[name] == 2
 
 
 def test_of_many_characters_that_are_lost_each_is_counted():
-    """Those that are not told apart, too, however the texts are cut into records."""
+    """Also those counted as others, however the texts are cut into records."""
 
     class Latin(Letters):
         def loses(self, character):

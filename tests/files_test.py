@@ -14,7 +14,7 @@ from mixcpt_jax.data import files, sources
 
 
 @pytest.fixture
-def told(monkeypatch):
+def warned(monkeypatch):
     """What is logged."""
     lines = []
     monkeypatch.setattr(sources.logging, "warning", lambda f, *a: lines.append(f % a))
@@ -117,16 +117,16 @@ HUB = {
 
 
 @pytest.mark.parametrize("layout", HUB)
-def test_train_is_read_and_other_splits_are_named(tmp_path, layout, told):
+def test_train_is_read_and_other_splits_are_named(tmp_path, layout, warned):
     make(tmp_path, *HUB[layout])
     (tmp_path / "README.md").write_text("# Card\n")
     expected = sorted(name for name in HUB[layout] if "train" in name)
     for split in ("", "train", "training"):
         assert texts(tmp_path, split=split) == expected
-        assert "other splits are not read: test" in told[-1]
+        assert "other splits are not read: test" in warned[-1]
         assert (
             f"cards, licences and their like are not read: {tmp_path}/README.md"
-            in told[-1]
+            in warned[-1]
         )
     for split in ("test", "eval"):
         assert not set(texts(tmp_path, split=split)) & set(expected)
@@ -163,7 +163,7 @@ def test_splits_are_those_of_datasets(tmp_path, layout):
 @pytest.mark.parametrize(
     ("names", "read"),
     [
-        # No split is told apart.
+        # The names tell no splits.
         (("a.jsonl", "b.jsonl"), 2),
         (("train.jsonl", "more.jsonl"), 2),
         (("test.txt", "dev.txt", "a.txt"), 3),
@@ -224,37 +224,39 @@ def test_cards_of_data_sets(tmp_path, names, header, is_card):
         ("LICENSE.txt", (), True),
     ],
 )
-def test_texts_that_tell_of_others_are_named(tmp_path, told, name, beside, is_read):
+def test_texts_about_others_are_named(tmp_path, warned, name, beside, is_read):
     make(tmp_path, name, *beside)
     assert (name in texts(tmp_path)) == is_read
-    assert any(f"not read: {tmp_path}/{name}" in line for line in told) != is_read
+    assert any(f"not read: {tmp_path}/{name}" in line for line in warned) != is_read
     assert texts(tmp_path / name) == [name]
 
 
 @pytest.mark.parametrize(
     ("names", "path", "line"),
     [
-        (("test.jsonl",), "", "there is only the split test"),
-        (("data/validation-00000-of-00001.jsonl",), "", "only the split validation"),
+        (("test.jsonl",), "", "there is only the split: test"),
+        (("data/validation-00000-of-00001.jsonl",), "", "only the split: validation"),
         (
             ("a.jsonl", "a.txt"),
             "",
-            "1 files have the name of another in another format",
+            "files with the name of another in another format are read too: .*a.txt",
         ),
         (
             ("train.jsonl", "test.jsonl"),
             "*.jsonl",
-            r"several splits are read, as they are named: test \(1\), train \(1\)",
+            r"several splits are read, as they are named: test \(1 files\), train",
         ),
         (("train-1.jsonl", "train-2.jsonl"), "*.jsonl", None),
         (("a.jsonl", "b.txt"), "", None),
     ],
 )
-def test_what_may_not_be_meant_is_told(tmp_path, told, names, path, line):
+def test_what_may_not_be_meant_is_reported(tmp_path, warned, names, path, line):
     make(tmp_path, *names)
     assert len(texts(tmp_path / path)) == len(names)
     assert (
-        [bool(re.search(line, text)) for text in told] == [True] if line else not told
+        [bool(re.search(line, text)) for text in warned] == [True]
+        if line
+        else not warned
     )
 
 

@@ -129,7 +129,7 @@ def test_a_bad_record_is_named(name, fields, words):
         formats.plain_text(Record(fields, "f.jsonl:2"), name)
 
 
-# The tokens' text of what is learnt; spaces at the context's end belong to it.
+# The loss tokens as text; spaces at the end of the context belong to them.
 CLOZES = [
     ({"context": "What is\n2 +", "target": " 2?"}, " 2?"),
     ({"context": "What is  ", "target": "four: two"}, "  four: two"),
@@ -330,7 +330,7 @@ def _chat(tok, *records, **settings):
 
 
 def _loss_parts(tok, ids, mask):
-    """The runs of learnt tokens, in text, and the last token of each."""
+    """The runs of loss tokens, as text, and the last token of each."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
     runs = [ids[a:b] for a, b in edges.reshape(-1, 2)]
     return [(tok.decode(run[:-1]), tok.model.id_to_token(int(run[-1]))) for run in runs]
@@ -422,7 +422,7 @@ def test_what_messages_say_is_plain_text(chat):
 
 
 def test_an_end_of_turn_that_is_not_marked_special(base):
-    """The library would find it in a message too: that is refused, not learnt."""
+    """The library would find it in a message too, so it is refused."""
     raw = json.loads(base.model.source)
     for token in raw["added_tokens"]:
         token["special"] = False
@@ -477,9 +477,9 @@ USER, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content":
     ("fields", "words"),
     [
         ({"text": "x"}, "no field 'messages', 'instruction' or 'prompt' (found: text)"),
-        ({"messages": "x"}, "field 'messages' is of type str, a list of"),
-        ({"messages": []}, "field 'messages' is empty, a list of"),
-        ({"messages": [USER, "A"]}, "messages[1] is of type str, an object"),
+        ({"messages": "x"}, "field 'messages' is of type str, must be a list of"),
+        ({"messages": []}, "field 'messages' is empty, must be a list of"),
+        ({"messages": [USER, "A"]}, "messages[1] is of type str, must be an object"),
         ({"messages": [{"from": "human", "value": "Q"}]}, "keys ['from', 'value']"),
         ({"messages": [USER, REPLY | {"role": "bot"}]}, "messages[1].role is 'bot'"),
         ({"messages": [USER, REPLY | {"role": ["x"]}]}, "messages[1].role is ['x']"),
@@ -523,7 +523,8 @@ LAST_ONLY = (
         (LLAMA3.replace("end_header_id|>\n\n' }}", "end_header_id|>THINK' }}"),
          "the prompt of messages[1] is not how the whole conversation begins: 'THINK'"),
         (LLAMA3.replace("| trim", "| upper"), "it changes the content of"),
-        (LLAMA3.replace("message['content']", "message['content'][-1:]"), "changes the content"),
+        (LLAMA3.replace("message['content']", "message['content'][-1:]"),
+         "changes the content"),
         (LLAMA3.replace("message['content']", "'constant'"), "exactly once"),
         (LLAMA3.replace("message['content']", "(message['content'] * 2)"), "exactly once"),
     ],
@@ -595,7 +596,10 @@ def test_in_a_pair_the_turns_of_the_prompt_are_given(base):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prompt": None}, "field 'prompt' is of type NoneType, a list or a string"),
+        (
+            {"prompt": None},
+            "field 'prompt' is of type NoneType, must be a list or a string",
+        ),
         ({"prompt": [USER, REPLY]}, "'prompt' ends with the assistant's message"),
         ({"chosen": ""}, "field 'chosen' is blank"),
         ({"chosen": [USER]}, "'chosen' ends with a message of role 'user'"),

@@ -163,7 +163,7 @@ def messages(*contents):
             {"instruction": "B?", "output": "Yes."},
             False,
         ),
-        # A conversation that goes on, and its beginning.
+        # A conversation that continues another, and that one.
         (
             ({"messages": messages("A?", "1", "B?", "2")}, "chat"),
             {"instruction": "A?", "output": "1"},

@@ -44,7 +44,7 @@ def lines(folder):
 
 def files(folder):
     """Name -> content of what a run leaves that does not tell of time or chance."""
-    changing = ("checkpoints", "tensorboard", "metrics.jsonl", "reference.npz")
+    changing = ("checkpoints", "tensorboard", "metrics.jsonl")
     changing += ("results.json", "provenance.json", "report.md", "report.json")
     changing += ("report.html",)
     return {
@@ -53,7 +53,7 @@ def files(folder):
         if file.is_file()
         and not set(changing) & set(file.parts)
         # Which model scored them is in the key of these.
-        and not (file.parent.name == "select" and file.suffix == ".npz")
+        and file.suffix != ".npz"
     }
 
 

@@ -189,23 +189,8 @@ def test_a_path_adds_a_name_on_the_command_line(project, name, monkeypatch):
         assert merged.sources.more.weight == (0.0 if chooses else 0.2)
 
 
-# How ml_collections loads a config file.
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-@pytest.mark.parametrize("name", ["mixcpt.py:tiny", "cpt.py:tiny", "quickstart.py"])
-def test_a_path_by_flag_is_not_read_as_names_of_packages(project, name, monkeypatch):
-    """Unless a flag says that it is."""
-    for settings, reader in (
-        ("seed=1", "docstrings"),
-        ("sources.domain.path=corpus", ""),
-        ("sources.domain.path=jax sources.domain.reader=docstrings", "docstrings"),
-        ("sources.domain.reader=text sources.domain.path=corpus", "text"),
-    ):
-        config = parsed(project, name, settings, monkeypatch)
-        assert config.sources.domain.reader == reader
-
-
 @pytest.mark.parametrize(
-    "key", ["sources.domian.weight=1", "eval.exams.x.source=domain"]
+    "key", ["sources.domian.weight=1", "eval.exams.x.num_questions=9"]
 )
 def test_a_name_without_a_path_is_a_slip(run, write_config, key):
     process = run(write_config({}), f"--config.{key}")

@@ -176,7 +176,7 @@ def _damage(draw, content):
 @pytest.mark.parametrize("name", WRITERS)
 @FUZZ
 @hypothesis.given(data=st.data())
-def test_damage_is_told(folder, good, name, data):
+def test_damage_is_reported(folder, good, name, data):
     file = folder / name
     content = data.draw(_damage(good[name]))
     file.write_bytes(content)
@@ -189,18 +189,18 @@ def test_damage_is_told(folder, good, name, data):
         assert notes or len(found) >= len(RECORDS)
 
 
-def _assert_told(file, content, words):
+def _assert_reported(file, content, words):
     """All records or a note; at least one note has the words."""
-    told = []
+    reported = []
     for damaged in content:
         file.write_bytes(damaged)
         found, notes = _read(file)
         assert notes or len(found) == len(RECORDS)
-        told += notes
-    assert any(words in note for note in told)
+        reported += notes
+    assert any(words in note for note in reported)
 
 
-def test_a_page_that_parquet_misses_is_told(folder, good):
+def test_a_page_that_parquet_misses_is_reported(folder, good):
     """The header of the first page, bit by bit."""
     content = good["plain.parquet"]
     header = range(len(b"PAR1"), 30)
@@ -209,11 +209,11 @@ def test_a_page_that_parquet_misses_is_told(folder, good):
         for at in header
         for bit in range(8)
     )
-    _assert_told(folder / "flipped.parquet", flipped, "2 rows of this row group")
+    _assert_reported(folder / "flipped.parquet", flipped, "2 rows of this row group")
 
 
 @pytest.mark.parametrize("name", ["stream.arrow", "zstd.arrow"])
-def test_a_stream_with_a_mark_before_its_end_is_told(folder, good, name):
+def test_a_stream_with_a_mark_before_its_end_is_reported(folder, good, name):
     messages = good[name].split(b"\xff" * 4)
     ended = (
         (b"\xff" * 4).join(
@@ -221,10 +221,12 @@ def test_a_stream_with_a_mark_before_its_end_is_told(folder, good, name):
         )
         for n in range(2, len(messages) - 1)
     )
-    _assert_told(folder / "ended.arrow", ended, "the mark at the end of the batches")
+    _assert_reported(
+        folder / "ended.arrow", ended, "the mark at the end of the batches"
+    )
 
 
-def test_an_arrow_file_with_a_shortened_list_of_batches_is_told(folder, good):
+def test_an_arrow_file_with_a_shortened_list_of_batches_is_reported(folder, good):
     content = good["file.arrow"]
     footer = content.rindex(b"\xff\xff\xff\xff\0\0\0\0")
     count = (len(RECORDS) // GROUP).to_bytes(4, "little")
@@ -233,14 +235,14 @@ def test_an_arrow_file_with_a_shortened_list_of_batches_is_told(folder, good):
         for at in range(footer, len(content))
         if content[at:].startswith(count)
     )
-    _assert_told(
+    _assert_reported(
         folder / "short.arrow", shortened, "the mark at the end of the batches"
     )
 
 
 @FUZZ
 @hypothesis.given(data=st.data())
-def test_damage_to_a_text_is_told(folder, data):
+def test_damage_to_a_text_is_reported(folder, data):
     file = folder / "a.txt"
     content = data.draw(_damage("größer\n".encode() * 9))
     file.write_bytes(content)
@@ -289,7 +291,7 @@ def tfds_files(folder):
 
 @FUZZ
 @hypothesis.given(data=st.data())
-def test_damage_to_a_tfds_folder_is_told(folder, tfds_files, data):
+def test_damage_to_a_tfds_folder_is_reported(folder, tfds_files, data):
     where = folder / "damaged"
     where.mkdir(exist_ok=True)
     name = data.draw(st.sampled_from(list(tfds_files)))
@@ -300,7 +302,7 @@ def test_damage_to_a_tfds_folder_is_told(folder, tfds_files, data):
     try:
         sources.read(str(where))
     except InputError:
-        # Without a marker there is no dataset to go on with.
+        # Without a marker there is no dataset to read on.
         assert name == "dataset_info.json"
         return
     found, notes = _read(where)
@@ -309,7 +311,7 @@ def test_damage_to_a_tfds_folder_is_told(folder, tfds_files, data):
         sources.hashes(str(where))
 
 
-def test_a_tfds_shard_with_more_records_than_its_dataset_knows_is_told(
+def test_a_tfds_shard_with_more_records_than_its_dataset_knows_is_reported(
     tmp_path, tfds_files
 ):
     for name, content in tfds_files.items():

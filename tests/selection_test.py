@@ -289,7 +289,11 @@ def test_near_duplicates_among_many(bpe):
             "of type bool",
         ),
         ("chat", {"messages": CHAT[:2]}, "no message of the assistant"),
-        ("chat", {"messages": CHAT[2:4]}, "nothing comes before the assistant's last"),
+        (
+            "chat",
+            {"messages": CHAT[2:4]},
+            "no message comes before the assistant's last",
+        ),
         ("chat", {"messages": "Q"}, "field 'messages' is of type str"),
     ],
 )
@@ -546,7 +550,7 @@ def test_a_score_that_is_not_finite_is_named(method, measured):
         ({"origin_share": 1.5}, "origin_share=1.5"),
         (
             {"origin_share": 0.5, "origin_field": "from"},
-            r"f\.jsonl:1: no field 'from' to tell origins by",
+            r"f\.jsonl:1: no field 'from' that names its origin",
         ),
     ],
 )

@@ -286,12 +286,12 @@ def test_a_folder_is_read_by_what_lies_in_it(tmp_path, monkeypatch):
     in_a = ["a one", "a two", "a zero"]
     in_b = ["first", "second", "b one", "b two", "b zero"]
     assert _texts(tmp_path) == in_a + in_b
-    ((_, place, told),) = warnings
+    ((_, place, message),) = warnings
     assert place == str(tmp_path)
     words = (
         "passed over 3 files that no reader goes with (2 .csv, 1 no suffix), such as "
     )
-    assert told == f"{words}{tmp_path}/LICENSE"
+    assert message == f"{words}{tmp_path}/LICENSE"
     assert _texts(tmp_path / "*") == in_a + in_b
     assert _texts(tmp_path, "jsonl") == ["a one", "b one"]
     assert _texts(tmp_path, "arrow") == ["first", "second"]
@@ -614,7 +614,7 @@ def test_a_shard_of_tfds_is_no_text(tfds_folder):
     fields, problems = _read_on(shard)
     assert fields == []
     assert len(problems) == 9
-    assert all("of serialized tf.Examples name the TFDS folder" in p for p in problems)
+    assert all("for serialized tf.Examples name the TFDS folder" in p for p in problems)
 
 
 def test_reading_goes_on_after_a_bad_line(tmp_path):
@@ -739,8 +739,8 @@ def test_skipping_counts_files_lines_and_records_together(tmp_path, monkeypatch)
     assert source_corpus.left_out == {"bad_record": 4}
     words = "skipped 4 bad records or ends of damaged files, such as"
     assert warnings == [
-        f"{tmp_path}: {words} {tmp_path}/a.jsonl:2: a JSON int, an object such as "
-        '{"text": "..."} is wanted'
+        f"{tmp_path}: {words} {tmp_path}/a.jsonl:2: a JSON int, must be an object "
+        'such as {"text": "..."}'
     ]
     source.on_bad_record = "refuse"
     with pytest.raises(InputError, match="a.jsonl:2"):
@@ -753,7 +753,7 @@ def test_skipping_counts_files_lines_and_records_together(tmp_path, monkeypatch)
         list(corpus.Corpus(config, source).train_split())
 
 
-def test_a_field_that_is_not_there_is_told_before_too_few_to_hold_out(tmp_path):
+def test_a_missing_field_is_reported_before_too_few_records_to_hold_out(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
     source = config_lib.source(path=f"{tmp_path}/a.jsonl", holdout=16)
     read = corpus.Corpus(config_lib.default(), source)

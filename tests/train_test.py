@@ -13,7 +13,7 @@ from processes import finish, kill
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.jobs import reference_outputs, train
+from mixcpt_jax.jobs import train
 from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import pretrained, transformer
 from mixcpt_jax.runtime import metrics, sharding
@@ -442,7 +442,7 @@ def test_a_preference_phase_learns_and_its_reference_may_run_ahead(
 
     dpo_config.preference.reference = "precomputed"
     train.run(dpo_config, str(tmp_path / "ahead"), "dpo")
-    assert (tmp_path / "ahead" / reference_outputs.FILE).exists()
+    assert (tmp_path / "ahead" / "reference.sources.dpo.npz").exists()
     assert_same_losses(losses(tmp_path / "ahead"), rows, rtol=1e-4)
 
 

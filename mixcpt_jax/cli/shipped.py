@@ -8,6 +8,9 @@ import types
 import mixcpt_jax
 from mixcpt_jax.core.errors import InputError
 
+# Files of the folder that are imported by configs, and are none.
+_HELPERS = ("__init__", "docstrings", "presets")
+
 
 def find(name: str) -> str:
     """The config file that `--config` names: an existing file, else one of the package.
@@ -37,7 +40,7 @@ def find(name: str) -> str:
 def known() -> str:
     """The possible values of `--config`, as text."""
     files = sorted(_folder().glob("*.py"))
-    names = (file.stem for file in files if file.stem not in ("__init__", "presets"))
+    names = (file.stem for file in files if file.stem not in _HELPERS)
     return f"a file, or a config of the package: {', '.join(names)}"
 
 

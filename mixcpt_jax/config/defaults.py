@@ -163,11 +163,10 @@ def bounded_config() -> ml_collections.ConfigDict:
             # from the corpus and the memory of a device, see `sizing`.
             "row_length": number(2048, least=0, most=2**20),
             "batch_size": number(8, least=0, most=2**20),
-            # split: all of a source end to end, cut into full rows; best_fit and first_fit
-            # keep whole what fits a row, and leave a little padding. by_format: split for
-            # documents, best_fit for all others, whose answers mean little without their
-            # questions.
-            "packing": one_of("by_format", "split", "best_fit", "first_fit"),
+            # split: all of a source end to end, cut into full rows. best_fit keeps whole
+            # what fits a row and leaves a little padding. by_format: split for documents,
+            # best_fit for all others, whose answers mean little without their questions.
+            "packing": one_of("by_format", "split", "best_fit"),
             # 0: a source's share of the mixture is its weight. >= 1: its share is
             # weight x size^(1 / temperature), where size is its number of loss tokens: at 1
             # proportional to size; higher values make the shares more alike.
@@ -379,12 +378,11 @@ def measure_general(config: ml_collections.ConfigDict) -> None:
 def source(**settings: Any) -> ml_collections.ConfigDict:
     """One source of text.
 
-    path: a file, a folder, a glob or a comma-separated list of them; for reader
-      "docstrings" names of installed packages. The files in a folder decide how it is
-      read. A path that exists is taken literally, with its commas and wildcards.
-    reader: "jsonl", "text", "parquet", "arrow" (of Hugging Face datasets), "tfds",
-      "array_record" or "docstrings"; empty: from the file names, see `sources.read`.
-      The flag `--config.sources.NAME.path` replaces "docstrings" by empty.
+    path: a file, a folder, a glob or a comma-separated list of them. The files in a folder
+      decide how it is read. A path that exists is taken literally, with its commas and
+      wildcards.
+    reader: "jsonl", "text", "parquet", "arrow" (of Hugging Face datasets), "tfds" or
+      "array_record"; empty: from the file names, see `sources.read`.
     split: of a dataset with several splits, such as a folder whose files have the Hub's
       names; empty: "train", or the only split; "all": every file.
     format: "document", "instruction" or "preference", as plain text; "chat";
@@ -445,8 +443,7 @@ def bounded_source() -> ml_collections.ConfigDict:
 def exam(**settings: Any) -> ml_collections.ConfigDict:
     """One multiple-choice exam.
 
-    path: JSONL of {question, choices, answer}; empty when built from a source.
-    source: the source with reader "docstrings" whose train split the questions are about.
+    path: JSONL of {question, choices, answer}.
     num_questions: how many questions; 0: all of the file.
     """
     return _fill(defaults_of(bounded_exam()), settings, "exam")
@@ -455,7 +452,7 @@ def exam(**settings: Any) -> ml_collections.ConfigDict:
 def bounded_exam() -> ml_collections.ConfigDict:
     """Every key of an exam, with its default and its bounds."""
     return ml_collections.ConfigDict(
-        {"path": "", "source": "", "num_questions": number(0, least=0, most=10**9)}
+        {"path": "", "num_questions": number(0, least=0, most=10**9)}
     )
 
 
@@ -463,8 +460,7 @@ def add_entry(config: ml_collections.ConfigDict, section: str, name: str) -> Non
     """Prepares an entry for a path: a source, or a text, exam or pairs to measure.
 
     A missing entry is added; phases that choose among the sources, such as SFT, do not
-    train on it. An entry with reader "docstrings" holds names of packages instead of a
-    path; its reader is set to "", so that file names decide how the path is read.
+    train on it.
 
     Args:
       config: of a run; may be locked.
@@ -472,9 +468,6 @@ def add_entry(config: ml_collections.ConfigDict, section: str, name: str) -> Non
       name: of the entry.
     """
     if name in _section(config, section):
-        entry = _section(config, section)[name]
-        if entry.get("reader") == "docstrings":
-            entry.reader = ""
         return
     entry = exam() if section == "eval.exams" else source()
     if section == "eval.pairs":

@@ -35,7 +35,11 @@ FREE_ON_RESUME = (
 )
 
 # Settings of earlier versions, with the value at which they had no effect.
-_REMOVED = {"objective.anneal": "none", "objective.teacher_temperature": 1.0}
+_REMOVED = {
+    "objective.anneal": "none",
+    "objective.teacher_temperature": 1.0,
+    "source": "",  # of an exam
+}
 
 # Job -> sections that it does not read. They may change too, so a mistake in a later phase
 # can be fixed without running the earlier phases again.
@@ -170,7 +174,6 @@ def _unread(config) -> Iterator[str]:
         return
     if config.objective.kind != "preference":
         yield "preference"
-    of_exams = {exam.source for exam in config.eval.exams.values()}
     for name, entry in config.sources.items():
-        if not (entry.weight or entry.holdout or name in of_exams):
+        if not (entry.weight or entry.holdout):
             yield f"sources.{name}"

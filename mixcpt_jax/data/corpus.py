@@ -1,6 +1,5 @@
-"""Which records of a source are learnt: its limit, its holdout, damage and cleaning."""
+"""Splits a source into train split and holdout, and leaves out bad and filtered records."""
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -15,14 +14,15 @@ from absl import logging
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import exams, filters, formats, sources
+from mixcpt_jax.data.tally import Tally
 
 # `(function, items) -> (item, function(item))` in order.
 InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[tuple[Any, Any]]]
 
 _RECORDS_PER_BLOCK = 256
-# Raised whenever the same records and settings make other tokens than before.
+# Increased whenever the same records and settings give other tokens than before.
 _VERSION = 3
-# Raised whenever other records of the same source are held out than before.
+# Increased whenever other records of the same source are held out than before.
 SPLIT_VERSION = 3
 
 
@@ -32,13 +32,13 @@ def one_by_one(function, items):
 
 
 class Holdout:
-    """The texts that a phase measures, by their hashes, and what measures them.
+    """Hashes of the texts that a phase measures, and which setting measures each.
 
-    Texts are the same that differ in case, blanks and forms of characters alone, see
-    `filters.digest`. A record is held out if one
-    of its whole texts is held out, whole or as a part of what is, or if one of its parts
-    is a whole text that is. That two records have a part in common, as an answer to
-    different questions, is no reason. See `formats.passages`.
+    Texts that differ only in case, blanks and forms of characters are the same, see
+    `filters.digest`. A record is held out if one of its whole texts is a held-out text or
+    part of one, or if one of its parts is a whole held-out text. Records that only have a
+    part in common, such as one answer to different questions, are not. See
+    `formats.passages`.
     """
 
     def __init__(self):
@@ -53,14 +53,14 @@ class Holdout:
 
         Args:
           passages: of the record.
-          holder: which setting measures it, such as "eval.texts.NAME".
+          holder: the setting that measures it, such as "eval.texts.NAME".
         """
         for keys, texts in zip((self._wholes, self._parts), passages, strict=True):
             for text in texts:
                 keys.setdefault(filters.digest(text), holder)
 
     def holder(self, passages: formats.Passages) -> str:
-        """Which setting measures a record of these passages, or ''."""
+        """The setting that measures a record with these passages, or ''."""
         for text in passages.wholes:
             key = filters.digest(text)
             if found := self._wholes.get(key) or self._parts.get(key):
@@ -72,7 +72,7 @@ class Holdout:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits: a hash of the texts; '' if there are none."""
+        """A hash of the texts, 16 hex digits; '' if there are none."""
         if not self:
             return ""
         digest = hashlib.blake2b(digest_size=8)
@@ -83,10 +83,10 @@ class Holdout:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a phase measures of its sources and of its `eval` entries.
+    """The records that a phase measures.
 
     Attributes:
-      records: place in the config, such as "sources.NAME" -> what is measured of it.
+      records: place in the config, such as "sources.NAME" -> its measured records.
       holdout: their texts, which no source trains on.
     """
 
@@ -95,10 +95,10 @@ class Measured:
 
 
 def measure(config: ml_collections.ConfigDict) -> Measured:
-    """Reads what a phase measures.
+    """Reads the records that a phase measures.
 
-    That is the `holdout` of each source, and of each of `eval.texts` and `eval.pairs` the
-    same, or all of it if it has none.
+    These are the `holdout` of each source and of each entry of `eval.texts` and
+    `eval.pairs`; of entries without one, all records.
 
     Raises:
       InputError: see `Corpus.measured`.
@@ -113,30 +113,17 @@ def measure(config: ml_collections.ConfigDict) -> Measured:
     return measured
 
 
-@dataclasses.dataclass
-class _Pass:
-    """What one pass over a source left out, and examples of it."""
-
-    left_out: collections.Counter
-    bad_record: InputError | None = None
-    holder: str = ""
-
-    def note(self, error: InputError) -> None:
-        self.left_out["bad_record"] += 1
-        self.bad_record = self.bad_record or error
-
-
 class Corpus:
-    """The records of a source; each pass reads its files anew and keeps none of them.
+    """The records of a source. Each pass reads its files again and keeps no records.
 
-    The holdout is chosen among all records, so it is the same whatever the format; then
-    those that the format cannot use are left out, where the source says so, as are those
-    that cannot be read; then those whose text the phase measures, whichever source or
-    `eval` entry holds it out; then those that `config.clean` is against.
+    The holdout is chosen among all records, so it is the same whatever the format. Then
+    these are left out, in this order: if the source says so, records that cannot be read
+    or that the format cannot use; records whose text the phase measures, whichever source
+    or `eval` entry holds it out; and records that `config.clean` filters.
 
     Attributes:
-      left_out: why -> how many records, of the last pass of `train_split` that came to its
-        end; "bad_record", "held_out" or one of `filters.REASONS`.
+      left_out: reason -> number of records, of the last complete pass of `train_split`;
+        "bad_record", "held_out" or one of `filters.REASONS`.
     """
 
     def __init__(
@@ -150,8 +137,8 @@ class Corpus:
         Args:
           config: a validated config.
           source: one of its sources or measured texts.
-          measured: what the phase measures; None: what `measure` makes of the config,
-            and the source's own holdout, are read when they are asked for.
+          measured: what the phase measures; None: `measure(config)` and the source's own
+            holdout, once they are needed.
         """
         self._config, self._source = config, source
         self._measured = measured
@@ -177,8 +164,8 @@ class Corpus:
         return list(chosen.values())
 
     def _to_choose_from(self) -> Iterator[sources.Record]:
-        # Whatever is wrong with the first, such as a field's name, is told before what
-        # all together are too few for.
+        # An error of the first record, such as a wrong field name, is reported before an
+        # error of their number.
         is_first = self._refuses
         for record in self._read(None if self._refuses else lambda error: None):
             if is_first:
@@ -196,7 +183,7 @@ class Corpus:
         return holdout
 
     def passages(self, record: sources.Record) -> formats.Passages:
-        """The texts of one of its records, see `formats.passages`."""
+        """The texts of a record of this source, see `formats.passages`."""
         return formats.passages(record, *self._settings)
 
     @property
@@ -211,42 +198,42 @@ class Corpus:
         return [r for r in self._chosen if self._complaint(r) is None]
 
     def measured(self) -> list[sources.Record]:
-        """What is measured of it: its holdout, or all of it if it has none.
+        """Its holdout, or all of its records if it has none.
 
         Raises:
           InputError: see `holdout`; or no record is left.
         """
         if self._source.holdout:
             return self.holdout
-        this_pass = _Pass(collections.Counter())
-        return list(self._told(self._usable(this_pass), this_pass))
+        tally = Tally()
+        return list(self._reported(self._usable(tally), tally))
 
     def train_split(self, in_order: InOrder = one_by_one) -> Iterator[sources.Record]:
-        """One pass over those that are learnt.
+        """One pass over the records to train on.
 
         Args:
-          in_order: what maps blocks of records to findings about them.
+          in_order: maps blocks of records to findings about them.
 
         Raises:
           InputError: see `sources.read`, `sources.choose_holdout`, `formats.plain_text`; or
             no record is left.
         """
-        this_pass = _Pass(collections.Counter())
-        records = self._without_holdout(this_pass)
+        tally = Tally()
+        records = self._without_holdout(tally)
         if filters.is_active(self._clean):
-            records = self._cleaned(records, in_order, this_pass.left_out)
-        yield from self._told(records, this_pass)
-        self.left_out = dict(this_pass.left_out)
+            records = self._cleaned(records, in_order, tally)
+        yield from self._reported(records, tally)
+        self.left_out = dict(tally.left_out)
 
-    def _told(
-        self, records: Iterator[sources.Record], this_pass: _Pass
+    def _reported(
+        self, records: Iterator[sources.Record], tally: Tally
     ) -> Iterator[sources.Record]:
-        """The same, at whose end it is told what was left out."""
+        """The records; after the last one, reports what was left out."""
         is_empty = True
         for record in records:
             is_empty = False
             yield record
-        left_out, bad = this_pass.left_out, this_pass.bad_record
+        left_out, bad = tally.left_out, tally.such.get("bad_record")
         if bad:
             logging.warning(
                 "%s: skipped %d bad records or ends of damaged files, such as %s",
@@ -257,8 +244,8 @@ class Corpus:
         if is_empty and left_out:
             reasons = ", ".join(f"{n} {why}" for why, n in left_out.items())
             such = f", such as {bad}" if bad else ""
-            if this_pass.holder:
-                such += f"; {this_pass.holder} measures the same texts"
+            if "held_out" in left_out:
+                such += f"; {tally.such['held_out']} measures the same texts"
             raise InputError(
                 f"{self._source.path}: no record is left; left out are {reasons}{such}"
             )
@@ -272,23 +259,22 @@ class Corpus:
         records = sources.read(source.path, source.reader, source.split, on_bad)
         return itertools.islice(records, source.max_records or None)
 
-    def _usable(self, this_pass: _Pass) -> Iterator[sources.Record]:
+    def _usable(self, tally: Tally) -> Iterator[sources.Record]:
         if self._refuses:
             yield from self._read(None)
             return
-        for record in self._read(this_pass.note):
+        for record in self._read(tally.skip):
             complaint = self._complaint(record)
             if complaint is None:
                 yield record
             else:
-                this_pass.note(complaint)
+                tally.skip(complaint)
 
-    def _without_holdout(self, this_pass: _Pass) -> Iterator[sources.Record]:
+    def _without_holdout(self, tally: Tally) -> Iterator[sources.Record]:
         holdout = self._phase_holdout
-        for record in self._usable(this_pass):
+        for record in self._usable(tally):
             if holdout and (holder := holdout.holder(self.passages(record))):
-                this_pass.left_out["held_out"] += 1
-                this_pass.holder = holder
+                tally.leave_out("held_out", holder)
             else:
                 yield record
 
@@ -299,14 +285,14 @@ class Corpus:
             return error
         return None
 
-    def _cleaned(self, records, in_order, left_out) -> Iterator[sources.Record]:
+    def _cleaned(self, records, in_order, tally: Tally) -> Iterator[sources.Record]:
         seen = filters.Seen(self._clean.near_duplicates)
         inspect = functools.partial(_inspect, self._settings, self._clean, self._exams)
         for block, findings in in_order(inspect, _blocks(records)):
             for record, found in zip(block, findings, strict=True):
                 reason = found.reason or seen.reason(found)
                 if reason:
-                    left_out[reason] += 1
+                    tally.leave_out(reason, record.place)
                 else:
                     yield record
 
@@ -318,7 +304,7 @@ def identity(
     files: dict[str, str],
     holdout: Holdout,
 ) -> dict[str, Any]:
-    """All that the tokens of a source come from, plain enough for JSON.
+    """Everything that determines the tokens of a source, ready for JSON.
 
     Args:
       config, source: as for `Corpus`.
@@ -355,11 +341,11 @@ def _blocks(records: Iterator[sources.Record]) -> Iterator[list[sources.Record]]
 
 
 def _exam_files(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    return tuple(exam.path for exam in config.eval.exams.values() if exam.path)
+    return tuple(exam.path for exam in config.eval.exams.values())
 
 
 def _inspect(settings, rules, exam_files, records) -> list[filters.Findings]:
-    # A function of the module, so that worker processes can be told of it.
+    # At module level, because worker processes unpickle it by name.
     ngrams = None
     if rules.decontaminate:
         ngrams = _exam_ngrams(exam_files, rules.decontaminate)

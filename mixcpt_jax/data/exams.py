@@ -1,4 +1,4 @@
-"""Multiple-choice exams as rows whose choices are scored."""
+"""Multiple-choice exams, as packed rows whose choices are scored."""
 
 import collections
 import dataclasses
@@ -20,14 +20,14 @@ _FIELDS = ("question", "choices", "answer")
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
-    """Questions with every choice spelt out: "Question: ...", "Answer: choice".
+    r"""Questions with each of their choices written as text.
 
     Attributes:
-      rows: one example per choice, in the order of questions and their choices; only
-        the choice's own tokens count.
+      rows: one example per choice ("Question: ...\nAnswer: choice"), in the order of
+        questions and their choices; the choice's tokens are the loss tokens.
       num_bytes: UTF-8 length of each choice without blanks around it, int [choices].
       first_choice: where each question's choices start, int [questions + 1].
-      answers: place of the right one among the question's choices, int [questions].
+      answers: index of the right choice of each question, int [questions].
     """
 
     rows: mixture.PackedRows
@@ -36,10 +36,10 @@ class Exam:
     answers: np.ndarray
 
     def grade(self, log_likelihoods: np.ndarray) -> np.ndarray:
-        """Whether each question is answered rightly, bool [questions].
+        """Whether each question is answered correctly, bool [questions].
 
-        The answer is the choice of the greatest log-likelihood per byte, so that long
-        choices are not at a disadvantage; the first of equals.
+        The answer is the choice with the greatest log-likelihood per byte, so that long
+        choices have no disadvantage; of equal ones the first.
 
         Args:
           log_likelihoods: summed over each choice's tokens, nats, float [choices].
@@ -47,11 +47,11 @@ class Exam:
         return self.choose(log_likelihoods / self.num_bytes) == self.answers
 
     def choose(self, scores: np.ndarray) -> np.ndarray:
-        """The place of each question's choice of the greatest score, int [questions]."""
+        """The index of the choice with the greatest score, int [questions]."""
         return np.array([question.argmax() for question in self.split(scores)])
 
     def split(self, scores: np.ndarray) -> list[np.ndarray]:
-        """Scores of choices, [choices], by question."""
+        """Scores of choices, [choices], split by question."""
         return np.split(scores, self.first_choice[1:-1])
 
 
@@ -70,7 +70,7 @@ def read(path: str) -> list[dict[str, Any]]:
 
 
 def check_all(records: Sequence[Record], path: str) -> None:
-    """Checks each record, and logs which fields of them are not read.
+    """Checks each record, and logs the fields that are not read.
 
     Raises:
       InputError: see `check`.
@@ -85,7 +85,7 @@ def check_all(records: Sequence[Record], path: str) -> None:
 
 
 def reader(path: str) -> str:
-    """The reader of a file that is measured on: JSON lines where no suffix says else."""
+    """The reader of a measured file: JSON lines unless its suffix names another."""
     is_known = readers.suffix(path) in readers.READER_OF_SUFFIX
     return "jsonl" if not is_known and paths.resolve(path).is_file() else ""
 
@@ -106,14 +106,14 @@ def check(question: dict[str, Any], place: str) -> None:
     check_text(question["question"], "question", place)
     choices, answer = question["choices"], question["answer"]
     if not isinstance(choices, list) or len(choices) < 2:
-        raise InputError(f"{place}: choices is no list of two or more; {wanted}")
+        raise InputError(f"{place}: choices is not a list of two or more; {wanted}")
     for number, choice in enumerate(choices):
         check_text(choice, f"choices[{number}]", place)
     # True is an int to Python, and 1.0 may be what a table made of a missing value.
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise InputError(
-            f"{place}: answer is {answer!a:.40}, a whole number from 0 to "
-            f"{len(choices) - 1} is wanted, the index of the right choice"
+            f"{place}: answer is {answer!a:.40}, must be the index of the right choice, a "
+            f"whole number from 0 to {len(choices) - 1}"
         )
     # Two wrong choices alike, as ARC has some, change no grade.
     if sum(choice.strip() == choices[answer].strip() for choice in choices) > 1:
@@ -130,20 +130,20 @@ def encode(
     name: str = "exam",
     places: Sequence[str] = (),
 ) -> Exam:
-    """Encodes questions the way few-shot benchmarks print them.
+    """Encodes questions in the usual form of benchmarks.
 
     Args:
       questions: at least one.
       tokenizer: see `formats.encode_continuations`.
       row_length, max_positions, name: see `mixture.pack_text`.
-      places: where each question is from; empty: they are counted.
+      places: where each question is from; empty: its number.
 
     Raises:
       InputError: there are no questions, one does not fit the context, or a choice has
         no token of its own.
     """
     if not questions:
-        raise InputError("an exam has no questions; give its source more documents")
+        raise InputError(f"{name}: has no questions; name another file")
     places = places or [f"{name}: question {i + 1}" for i in range(len(questions))]
     counts = [len(question["choices"]) for question in questions]
     choice_places = np.repeat(places, counts).tolist()
@@ -160,12 +160,12 @@ def encode(
 def within(
     questions: list[dict[str, Any]], tokenizer: Any, max_tokens: int
 ) -> list[int]:
-    """Places of the questions that are asked: with their choices so many tokens at most.
+    """Numbers of the questions to ask, so that with their choices they keep to a limit.
 
     Args:
       questions: see `check`.
       tokenizer: has `encode_batch`.
-      max_tokens: 0: no limit; see `mixture.spread`.
+      max_tokens: of all questions and choices; 0: no limit; see `mixture.spread`.
     """
     if not questions:
         return []
@@ -182,9 +182,9 @@ def within(
 def spell_out(
     questions: list[dict[str, Any]], tokenizer: Any, places: Sequence[str] = ()
 ) -> Examples:
-    """One example per choice: the question, and the choice, which alone is learnt.
+    """One example per choice: the question, and the choice, which has the loss.
 
-    One blank stands before a choice, whatever blanks are around it in the file.
+    One blank precedes a choice, whatever blanks are around it in the file.
 
     Args:
       questions: the questions.

@@ -1,9 +1,9 @@
-"""What a record says in its format, and what else stands in it.
+"""Reads the fields of a record in its format, and notes what else it holds.
 
 Each function takes a `Reading` of one record and returns the texts or messages of one
-format. A reading keeps the names of the fields that were asked for. The others are
-`REFUSED` where the text would mean something else without them, and `unread` where it
-would not: whoever reads a source reports those with a count.
+format. A reading remembers which fields were read. Of the others, those in `REFUSED` are
+errors, because the text would have another meaning without them; the rest are `unread`,
+which a source reports with a count.
 """
 
 import itertools
@@ -18,7 +18,7 @@ _INSTRUCTION = (
     "instruction", "input", "output", "prompt", "response", "system", "history",
 )  # fmt: skip
 _PREFERENCE = ("prompt", "chosen", "rejected", "system", "history")
-# Format -> the fields that it reads, under these names or those that `fields` maps them to.
+# Format -> the fields that it reads, by these names or those that `fields` maps them to.
 FIELDS = {
     "document": ("text",),
     "instruction": _INSTRUCTION,
@@ -29,16 +29,16 @@ FIELDS = {
 }
 ROLES = ("system", "user", "assistant")
 PREFERENCE_SIDES = ("chosen", "rejected", "both")
-# What stands between a question and its answer, as between two paragraphs.
+# Between a question and its answer, as between two paragraphs.
 SEPARATOR = "\n\n"
 
-_NO_TEXT = "text alone is trained on; drop the record"
+_NO_TEXT = "only text is trained on; drop the record"
 _NO_TOOLS = "write it into the content as text, or drop the record"
 _NO_THOUGHTS = (
-    "write it into the content as the model is to write it, or drop the field"
+    "write it into the content as the model should write it, or drop the field"
 )
-# Field of a record or key of a message -> the remedy where it is not empty. A text
-# without it would say something else.
+# Field of a record or key of a message -> the remedy if it is not empty. Without it the
+# text would have another meaning.
 REFUSED = {
     "tools": _NO_TOOLS,
     "functions": _NO_TOOLS,
@@ -59,20 +59,20 @@ REFUSED = {
     "train_detail": "give whole turns a `weight` of 0 or 1",
     "training_detail": "give whole turns a `weight` of 0 or 1",
 }
-# Formats in which these fields have that meaning; in others they are unread.
+# Formats in which these fields are refused; in others they are unread.
 _DIALOGUES = ("instruction", "preference", "chat", "chat_preference")
-# Keys of a message that say whether its tokens are loss tokens: 0 or false, they are not.
+# Keys of a message that say whether its tokens are loss tokens: not with 0 or false.
 _WEIGHTS = (
     "weight", "train", "training", "trainable", "loss", "loss_weight",
 )  # fmt: skip
-# An id says where a record is from; `selection` is what the job "select" wrote about it.
+# An id is no content; `selection` is what the job "select" wrote about the record.
 _SILENT = ("id", "selection")
 
 Message = dict[str, Any]
 
 
 class Reading:
-    """The fields of a record by our names, and which of them were asked for.
+    """The fields of a record by our names, and which of them were read.
 
     Attributes:
       place: where the record is from.
@@ -99,7 +99,7 @@ class Reading:
         return self._values.get(self.name(field))
 
     def text(self, field: str, also: str = "") -> str:
-        """A field that must be a text, and not blank.
+        """A field that must be a text and not blank.
 
         Raises:
           InputError: it is not there, no text or blank.
@@ -115,7 +115,7 @@ class Reading:
         return value
 
     def optional_text(self, field: str) -> str:
-        """A field that may be missing, null or blank: then it is ''."""
+        """A field that may be missing, null or blank; then ''."""
         if not self.has(field):
             return ""
         value = self.get(field)
@@ -133,8 +133,8 @@ class Reading:
         """A field that is a list of messages.
 
         Returns:
-          One dict a message: `role` and `content`; `weight` 0 where the message is not
-          trained on; `parts`, where that is what `content` is joined of.
+          One dict per message: `role` and `content`; `weight` 0 if the message has no
+          loss; `parts` if `content` is joined from parts.
 
         Raises:
           InputError: it is no list of messages, or one has a key that is `REFUSED`.
@@ -143,8 +143,8 @@ class Reading:
         if not isinstance(value, list) or not value:
             found = "empty" if value == [] else f"of type {type(value).__name__}"
             raise self.fail(
-                f"field {name!r} is {found}, a list of "
-                '{"role": ..., "content": ...} is wanted'
+                f"field {name!r} is {found}, must be a list of "
+                '{"role": ..., "content": ...}'
             )
         return [self._message(m, f"{name}[{i}]") for i, m in enumerate(value)]
 
@@ -155,9 +155,7 @@ class Reading:
                 if isinstance(message, dict)
                 else f"is of type {type(message).__name__}"
             )
-            raise self.fail(
-                f"{where} {found}, an object with role and content is wanted"
-            )
+            raise self.fail(f"{where} {found}, must be an object with role and content")
         self._refuse(message, f"{where}.")
         role = message["role"]
         if role not in ROLES:
@@ -180,8 +178,8 @@ class Reading:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             if kind != "text":
                 raise self.fail(
-                    f"{where}[{number}] is a part of type {kind!r}, parts of type 'text' "
-                    f"are read; {_NO_TEXT}"
+                    f"{where}[{number}] is a part of type {kind!r}, must be 'text'; "
+                    f"{_NO_TEXT}"
                 )
             text = part.get("text")
             check_text(text, f"{where}[{number}].text", self.place, may_be_blank=True)
@@ -194,8 +192,8 @@ class Reading:
         for value in given:
             if not isinstance(value, (bool, int, float)) or value not in (0, 1):
                 raise self.fail(
-                    f"{where}: a weight of {value!r}, 0 or 1 is wanted (parts of a "
-                    "weight are a source's, sources.NAME.weight)"
+                    f"{where}: a weight of {value!r}, must be 0 or 1 (for other weights "
+                    "make a source of its own, with sources.NAME.weight)"
                 )
         return all(given)
 
@@ -205,7 +203,7 @@ class Reading:
         }
 
     def _refuse(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        """Raises InputError if one of the values, not yet asked for, is `REFUSED`."""
+        """Raises InputError if one of the unread values is `REFUSED`."""
         for key, remedy in REFUSED.items():
             is_read = not prefix and key in self._read
             value = values.get(key)
@@ -213,28 +211,28 @@ class Reading:
                 raise self.fail(f"{prefix}{key} is not written into the text; {remedy}")
 
     def unread(self, format: str, texts: list[str]) -> list[str]:
-        """The names of what was not asked for, to be called when all else was.
+        """The names of the fields that were not read; to be called last.
 
-        What is empty, an id, or stands in the texts all the same is not among them.
+        Fields that are empty, an id, or part of the texts anyway are not among them.
 
         Args:
-          format: that was read.
-          texts: what it gave.
+          format: of the record.
+          texts: what was read.
 
         Raises:
           InputError: one of them is `REFUSED`.
         """
         if format in _DIALOGUES:
             self._refuse(self._values)
-            if not self._is_wanted():
+            if not self._is_desired():
                 raise self.fail(
-                    "label is false: the answer is a bad one; drop the record"
+                    "label is false: the answer is undesired; drop the record"
                 )
             weight = self._values.get("weight")
             if "weight" not in self._read and weight is not None and weight != 1:
                 raise self.fail(
-                    f"weight is {weight!r}: records of one source count alike; drop the "
-                    "field, or make a source of records of this weight"
+                    f"weight is {weight!r}: records of one source have equal weight; drop "
+                    "the field, or make a source of the records of this weight"
                 )
         said = {text.strip() for text in texts}
         others = self._values.keys() - self._read - set(_SILENT)
@@ -246,8 +244,8 @@ class Reading:
         ]
         return sorted(names) + sorted(self._in_messages)
 
-    def _is_wanted(self) -> bool:
-        """TRL marks answers that are to be unlearnt by a label of false."""
+    def _is_desired(self) -> bool:
+        """TRL marks undesired answers by a label of false."""
         return "label" in self._read or self._values.get("label") is not False
 
 
@@ -267,7 +265,7 @@ def instruction(reading: Reading) -> tuple[list[Message], str]:
     if reading.has("prompt") and not reading.has("instruction"):
         question, answer, other = "prompt", "response", "output"
     parts = [reading.text(question)]
-    # Many instruction sets have the field in every record and leave it blank.
+    # Many instruction sets have a blank `input` in every record.
     if extra := reading.optional_text("input"):
         parts.append(extra)
     is_other = reading.has(other) and not reading.has(answer)
@@ -281,25 +279,25 @@ def preference(reading: Reading, side: str) -> tuple[list[Message], list[str]]:
     prompt = reading.text("prompt")
     sides = ("chosen", "rejected") if side == "both" else (side,)
     answers = [reading.text(name) for name in sides]
-    # The side that is not asked for is left out on purpose.
+    # The other side is left out on purpose, so it is not unread.
     others = [reading.get(name) for name in ("chosen", "rejected")]
     _check_apart(reading, prompt, others)
     return _before(reading, [{"role": "user", "content": prompt}]), answers
 
 
 def conversation(reading: Reading) -> list[Message]:
-    """The messages of a conversation, of which the assistant's are trained on."""
+    """The messages of a conversation; the loss is on the assistant's."""
     name = reading.name("messages")
     if reading.has("messages"):
         messages = reading.messages("messages")
         if not any(is_loss_turn(message) for message in messages):
             raise reading.fail(
-                f"field {name!r} has no message of the assistant, so "
-                "there is nothing to learn; drop the record"
+                f"field {name!r} has no message of the assistant, so it has no loss "
+                "tokens; drop the record"
             )
         if not _is_empty(reading.get("history")):
             raise reading.fail(
-                f"has both {name!r} and {reading.name('history')!r}; make one of them"
+                f"has both {name!r} and {reading.name('history')!r}; join them into one"
             )
         return _before(reading, messages)
     if not reading.has("instruction") and not reading.has("prompt"):
@@ -312,7 +310,7 @@ def conversation(reading: Reading) -> list[Message]:
 
 
 def prompt(reading: Reading) -> list[Message]:
-    """The messages of a conversation to answer, of `messages` or of `prompt`."""
+    """The messages of a conversation to continue, from `messages` or `prompt`."""
     if reading.has("messages"):
         messages = reading.messages("messages")
     else:
@@ -325,7 +323,7 @@ def prompt(reading: Reading) -> list[Message]:
 
 
 def is_loss_turn(message: Mapping[str, Any]) -> bool:
-    """Whether the message is the assistant's, and trained on."""
+    """Whether the message is the assistant's and has a loss."""
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
@@ -333,13 +331,14 @@ def pair(reading: Reading) -> tuple[list[Message], list[Message], list[Message]]
     """The messages of a prompt, and those that the chosen and rejected answers add.
 
     An answer that begins with a message of the user or the system is a whole
-    conversation: the prompt in it is written once. So is one that begins with the
-    prompt's own messages. Where `prompt` is missing, or only the last question of two
-    whole conversations, the prompt is what both begin with, to the user's last message.
+    conversation, and the prompt in it is written once. So is one that begins with the
+    prompt's own messages. If `prompt` is missing, or is only the last question of two
+    whole conversations, the prompt is their common beginning, up to the user's last
+    message in it.
 
     Raises:
-      InputError: where the prompt ends in an answer is not clear, system messages
-        differ, or an answer ends with another role than the assistant's.
+      InputError: the end of the prompt in an answer is not clear, system messages differ,
+        or an answer does not end with an assistant's message.
     """
     given = None
     if reading.has("prompt"):
@@ -368,13 +367,13 @@ def pair(reading: Reading) -> tuple[list[Message], list[Message], list[Message]]
             rest = rest[len(prompt) :]
         elif is_whole or _repeats(rest, prompt):
             raise reading.fail(
-                f"field {reading.name(name)!r} has a prompt of its own that is not how "
-                f"{reading.name('prompt')!r} reads; let it begin with the same messages, "
-                "or give the answer alone"
+                f"field {reading.name(name)!r} has a prompt that differs from "
+                f"{reading.name('prompt')!r}; let it begin with the same messages, or give "
+                "the answer alone"
             )
         if not any(map(is_loss_turn, rest)):
             raise reading.fail(
-                f"field {reading.name(name)!r} has no answer of weight 1 behind the "
+                f"field {reading.name(name)!r} has no answer of weight 1 after the "
                 "prompt; drop the record"
             )
         answers.append(rest)
@@ -388,7 +387,7 @@ def pair(reading: Reading) -> tuple[list[Message], list[Message], list[Message]]
 
 
 def prefers(chosen: list[Message], rejected: list[Message]) -> bool:
-    """Whether two answers differ in more than blanks around their messages."""
+    """Whether two answers differ in more than blanks."""
     return [_key(m) for m in chosen] != [_key(m) for m in rejected]
 
 
@@ -409,7 +408,7 @@ def _messages_or_text(reading: Reading, field: str, role: str) -> list[Message]:
 
 
 def _shared_prompt(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    """What two conversations begin with, to the user's last message in it."""
+    """The common beginning of two conversations, up to the user's last message in it."""
     same = [a for a, b in zip(chosen, rejected, strict=False) if _key(a) == _key(b)]
     while same and not (
         same[-1]["role"] == "user"
@@ -429,7 +428,7 @@ def _ends_with(messages: list[Message], end: list[Message]) -> bool:
 
 
 def _repeats(answer: list[Message], prompt: list[Message]) -> bool:
-    """Whether the last question of the prompt is asked in the answer again."""
+    """Whether the answer repeats the last question of the prompt."""
     return _key(prompt[-1]) in map(_key, answer)
 
 
@@ -443,7 +442,7 @@ def _content(system: list[Message]) -> str:
 
 
 def _split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """A system message at the beginning, in a list of one or none, and the others."""
+    """The system message at the beginning, as a list of one or none, and the rest."""
     has_system = messages[0]["role"] == "system"
     return messages[:has_system], messages[has_system:]
 
@@ -458,20 +457,20 @@ def _check_apart(reading: Reading, prompt: str, answers: list[Any]) -> None:
         for answer in answers
     ):
         raise reading.fail(
-            "both answers begin with the prompt, which would be written twice; take it "
-            "out of them"
+            "both answers begin with the prompt, which would be written twice; remove it "
+            "from them"
         )
 
 
 def _before(reading: Reading, messages: list[Message]) -> list[Message]:
-    """The messages, behind the record's `system` and `history`."""
+    """The record's `system` and `history`, then the messages."""
     value = reading.get("history")
     if not _is_empty(value):
         name = reading.name("history")
         if not isinstance(value, list):
             raise reading.fail(
-                f"field {name!r} is of type {type(value).__name__}, a list of "
-                "[question, answer] is wanted"
+                f"field {name!r} is of type {type(value).__name__}, must be a list of "
+                "[question, answer]"
             )
         turns = [_exchange(reading, e, f"{name}[{i}]") for i, e in enumerate(value)]
         messages = [*itertools.chain(*turns), *messages]
@@ -490,7 +489,7 @@ def _before(reading: Reading, messages: list[Message]) -> list[Message]:
 
 def _exchange(reading: Reading, value: Any, where: str) -> list[Message]:
     if not isinstance(value, list) or len(value) != 2:
-        raise reading.fail(f"{where} is not of the form [question, answer]; mend it")
+        raise reading.fail(f"{where} is not of the form [question, answer]; correct it")
     for number, text in enumerate(value):
         check_text(text, f"{where}[{number}]", reading.place)
     return [
@@ -500,7 +499,7 @@ def _exchange(reading: Reading, value: Any, where: str) -> list[Message]:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a value says nothing, as null in every row of a table does."""
+    """Whether a value has no content, such as null in every row of a table."""
     if isinstance(value, str):
         return not value.strip()
     if isinstance(value, (list, dict)):
@@ -515,19 +514,18 @@ def check_text(
     """Checks that a value is text that can be encoded.
 
     Raises:
-      InputError: it is no text, has half of a surrogate pair, or is blank and may not be.
+      InputError: it is not a text, has half of a surrogate pair, or is wrongly blank.
     """
     if not isinstance(value, str):
         raise InputError(
-            f"{place}: {what} is of type {type(value).__name__}, "
-            f"{also}a string is wanted"
+            f"{place}: {what} is of type {type(value).__name__}, must be {also}a string"
         )
     try:
         value.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{place}: {what} has half of a surrogate pair, which is no "
-            "text; drop the record"
+            f"{place}: {what} has half of a surrogate pair, which is not text; drop the "
+            "record"
         ) from None
     if not value.strip() and not may_be_blank:
         raise InputError(f"{place}: {what} is blank; drop the record")

@@ -1,8 +1,9 @@
-"""Which files the path of a source stands for, and how each is read.
+"""Finds the files that the path of a source names, and the reader of each.
 
-A path that exists as it stands is that file or folder, whatever its name; only else is it
-a list or a glob. Of a folder all is read by what it is, but for what is hidden, for cards
-of data sets, and for other splits than the one that is wanted. What is not read is named.
+A path that exists as it stands is that file or folder, whatever its name; otherwise it is a
+list or a glob. A folder is searched at any depth, by the suffix of each file. Hidden files,
+cards of data sets and splits other than the wanted one are not read. The log names what is
+not read.
 """
 
 import collections
@@ -10,7 +11,7 @@ import dataclasses
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -19,12 +20,12 @@ from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import readers
 
-READERS = ("jsonl", "text", "parquet", "arrow", "array_record", "tfds", "docstrings")
+READERS = ("jsonl", "text", "parquet", "arrow", "array_record", "tfds")
 # Stands for the files of all splits.
 ALL = "all"
 
 _WILDCARD = re.compile(r"[*?\[]")
-# Words between these characters tell the split of a file or folder, as on the Hub.
+# Words between these characters name the split of a file or folder, as on the Hub.
 _BETWEEN_WORDS = re.compile(r"[-._ 0-9]")
 _SPLIT_OF_WORD = {
     "train": "train",
@@ -40,7 +41,7 @@ _SPLIT_OF_WORD = {
     "holdout": "test",
     "heldout": "test",
 }
-# In a folder `data` of a data set, shards may have splits of any name.
+# In a folder `data` of a data set, the shards may name any split.
 _SHARD_OF_SPLIT = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _CARD_KEYS = re.compile(
     r"^(?:annotations_creators|configs|dataset_info|language|license|pretty_name|"
@@ -48,8 +49,8 @@ _CARD_KEYS = re.compile(
     re.MULTILINE,
 )
 _CARD_BYTES = 1 << 16
-# Text files that tell of the others, in any language: README.md, README_zh.md, LICENSE.txt.
-_TELLS_OF_OTHERS = re.compile(
+# Text files about the others, in any language: README.md, README_zh.md, LICENSE.txt.
+_ABOUT_OTHERS = re.compile(
     r"(readme|licen[cs]e|notice|copying|changelog|contributing|citation|authors|"
     r"code_of_conduct|security|requirements)([-_.][a-z]{2,7}([-_][a-z]{2,4})?)?\.\w+$",
     re.IGNORECASE,
@@ -64,89 +65,58 @@ class Part(NamedTuple):
     split: str = ""
 
 
+# What is reported of a path: messages, each followed by names.
+_OTHER_SPLITS = "other splits are not read"
+_SOLE_SPLIT = "there is only the split"
+_NAMED_SPLITS = "files of several splits are read, as they are named"
+_TWINS = "files with the name of another in another format are read too"
+_CARDS = "dataset cards, licences and their like are not read"
+_BESIDE = "text files of no split are not read"
+_HIDDEN = "hidden files or folders are not read"
+_AGAIN = "files or folders that are found twice are read once"
+_MOST_NAMES = 8
+
+
 @dataclasses.dataclass
 class Found:
-    """What a path stands for.
+    """What a path names.
 
     Attributes:
       parts: what is read, in order.
-      passed_over: files that no reader goes with.
-      cards: `README.md` of data sets, licences and their like.
-      beside: text files of no split in a folder whose data has splits.
-      twins: files that have the name of another but for the format.
-      sole_splits: splits that are read because there are no others.
-      named_splits: of files that a glob names, split -> how many, if there are several.
-      other_splits: split that is not read -> how many files it has; 0: not known.
-      num_hidden: files and folders whose names begin with a dot or two underscores.
-      num_again: files and folders that were found before, by another name.
+      passed_over: files without a reader.
+      notes: message -> what it is about.
     """
 
     parts: list[Part] = dataclasses.field(default_factory=list)
     passed_over: list[epath.Path] = dataclasses.field(default_factory=list)
-    cards: list[epath.Path] = dataclasses.field(default_factory=list)
-    beside: list[epath.Path] = dataclasses.field(default_factory=list)
-    twins: list[epath.Path] = dataclasses.field(default_factory=list)
-    sole_splits: set[str] = dataclasses.field(default_factory=set)
-    named_splits: collections.Counter = dataclasses.field(
-        default_factory=collections.Counter
+    notes: dict[str, list[str]] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(list)
     )
-    other_splits: collections.Counter = dataclasses.field(
-        default_factory=collections.Counter
-    )
-    num_hidden: int = 0
-    num_again: int = 0
 
     def lines(self) -> list[str]:
-        """What is not read, in words."""
-        told = []
+        """The notes, and what is passed over, in words."""
+        lines = []
         if self.passed_over:
-            told.append(
+            lines.append(
                 f"passed over {len(self.passed_over)} files that no reader goes with "
                 f"({suffixes(self.passed_over)}), such as {self.passed_over[0]}"
             )
-        if self.other_splits:
-            splits = (
-                f"{name} ({n} files)" if n else name
-                for name, n in sorted(self.other_splits.items())
-            )
-            told.append(f"other splits are not read: {', '.join(splits)}")
-        if self.sole_splits:
-            told.append(
-                f"there is only the split {', '.join(sorted(self.sole_splits))}"
-            )
-        if self.named_splits:
-            told.append(
-                "files of several splits are read, as they are named: "
-                + ", ".join(f"{k} ({n})" for k, n in sorted(self.named_splits.items()))
-            )
-        if self.twins:
-            told.append(
-                f"{len(self.twins)} files have the name of another in another format and "
-                f"are read too, such as {self.twins[0]}"
-            )
-        if self.cards:
-            told.append(
-                "dataset cards, licences and their like are not read: "
-                + ", ".join(map(str, self.cards))
-            )
-        if self.beside:
-            told.append(
-                f"{len(self.beside)} text files of no split are not read, such as "
-                f"{self.beside[0]}"
-            )
-        if self.num_hidden:
-            told.append(f"{self.num_hidden} hidden files or folders are not read")
-        if self.num_again:
-            told.append(f"{self.num_again} files or folders are there twice, read once")
-        return told
+        for message, names in self.notes.items():
+            if not names:
+                continue
+            names = list(dict.fromkeys(names))
+            more = len(names) - _MOST_NAMES
+            shown = ", ".join(names[:_MOST_NAMES]) + (f", {more} more" * (more > 0))
+            lines.append(f"{message}: {shown}")
+        return lines
 
 
 def find(path: str, reader: str, split: str) -> Found:
-    """Looks up a path setting; see `sources.read` for the arguments.
+    """Finds what a path setting names; see `sources.read` for the arguments.
 
     Raises:
-      InputError: the reader or the split is unknown, nothing is found, or which split is
-        meant is not clear.
+      InputError: the reader or the split is unknown, nothing is found, or the path has
+        several splits and `split` names none of them.
     """
     if reader and reader not in READERS:
         raise InputError(
@@ -165,13 +135,13 @@ def find(path: str, reader: str, split: str) -> Found:
 
 
 def suffixes(files: list[epath.Path]) -> str:
-    """How many files there are of each suffix, in words."""
+    """The number of files of each suffix, in words."""
     counts = collections.Counter(readers.suffix(f.name) or "no suffix" for f in files)
     return ", ".join(f"{count} {name}" for name, count in counts.most_common(8))
 
 
 def _pieces(path: str) -> Iterator[str]:
-    """The paths of a list; a name with commas is one path if it exists."""
+    """The paths in a list; a name with commas is one path if it exists."""
     if _exists(path):
         yield path
         return
@@ -194,7 +164,7 @@ class _Entry(NamedTuple):
     Attributes:
       path: of the file.
       folders: names of the folders between.
-      reader: that its suffix tells, '' if none.
+      reader: of its suffix, '' if it has none.
     """
 
     path: epath.Path
@@ -203,7 +173,7 @@ class _Entry(NamedTuple):
 
 
 class _Search:
-    """One search, in which every file and folder is found once."""
+    """One search, which finds every file and folder once."""
 
     def __init__(self, reader: str, split: str):
         self.found = Found()
@@ -211,9 +181,9 @@ class _Search:
         self._seen: set[str] = set()
 
     def add(self, piece: str) -> None:
-        """Adds what one path of the list stands for."""
+        """Adds what one path of the list names."""
         found = self.found
-        first, num_hidden = len(found.passed_over), found.num_hidden
+        first, num_hidden = len(found.passed_over), len(found.notes[_HIDDEN])
         is_read, named = False, []
         for path in _matches(piece):
             if path.is_dir():
@@ -228,7 +198,7 @@ class _Search:
                 found.passed_over.append(path)
         counts = collections.Counter(filter(None, _splits(named).values()))
         if len(counts) > 1:
-            found.named_splits += counts
+            found.notes[_NAMED_SPLITS] += _counted(counts)
         if not is_read:
             passed = found.passed_over[first:]
             raise InputError(_nothing(piece, self._reader, passed, found, num_hidden))
@@ -236,18 +206,18 @@ class _Search:
     def _is_new(self, path: epath.Path) -> bool:
         real = str(path) if paths.is_remote(path) else os.path.realpath(path)
         if real in self._seen:
-            self.found.num_again += 1
+            self.found.notes[_AGAIN].append(str(path))
             return False
         self._seen.add(real)
         return True
 
     def _add_part(self, part: Part) -> None:
-        # A folder was found before its dataset.
+        # The folder of a TFDS dataset was found before.
         if part.reader == "tfds" or self._is_new(part.path):
             self.found.parts.append(part)
 
     def _add_folder(self, root: epath.Path) -> bool:
-        """Adds what is read of a folder, and says whether there is any of it."""
+        """Adds the parts of a folder; returns whether there are any."""
         entries = list(self._below(root, ()))
         below = [entry for entry in entries if isinstance(entry, _Entry)]
         kept = self._of_split(root, [e for e in below if not self._is_card(e, below)])
@@ -272,7 +242,7 @@ class _Search:
             children = sorted(folder.iterdir())
         except OSError as error:
             raise InputError(
-                f"{folder}: cannot be listed ({error.strerror}); mend its permissions, "
+                f"{folder}: cannot be listed ({error.strerror}); change its permissions, "
                 "or name other folders"
             ) from error
         names = {child.name for child in children}
@@ -293,7 +263,7 @@ class _Search:
         else:
             for child in children:
                 if child.name.startswith((".", "__")):
-                    self.found.num_hidden += 1
+                    self.found.notes[_HIDDEN].append(str(child))
                 elif child.is_dir():
                     if self._is_new(child):
                         yield from self._below(child, (*folders, child.name))
@@ -305,19 +275,19 @@ class _Search:
                     yield _Entry(child, folders, known)
 
     def _is_card(self, entry: _Entry, files: list[_Entry]) -> bool:
-        """Whether it tells of a data set: by its header, or since data lies beside it."""
-        if entry.reader != "text" or not _TELLS_OF_OTHERS.match(entry.path.name):
+        """Whether a text is about a data set: by its header or the data beside it."""
+        if entry.reader != "text" or not _ABOUT_OTHERS.match(entry.path.name):
             return False
         depth = len(entry.folders)
         is_card = any(
             other.folders[:depth] == entry.folders
             and readers.suffix(other.path.name) in readers.READER_OF_SUFFIX
             and readers.suffix(other.path.name) != ".md"
-            and not _TELLS_OF_OTHERS.match(other.path.name)
+            and not _ABOUT_OTHERS.match(other.path.name)
             for other in files
         ) or _has_card_header(entry.path)
         if is_card:
-            self.found.cards.append(entry.path)
+            self.found.notes[_CARDS].append(str(entry.path))
         return is_card
 
     def _find_twins(self, files: Iterable[epath.Path]) -> None:
@@ -325,11 +295,11 @@ class _Search:
         for file in files:
             stem = file.parent / file.name.removesuffix(readers.suffix(file.name))
             if stem in seen:
-                self.found.twins.append(file)
+                self.found.notes[_TWINS].append(str(file))
             seen.add(stem)
 
     def _of_split(self, root: epath.Path, files: list[_Entry]) -> dict[epath.Path, str]:
-        """Those of the wanted split: file -> the split, '' where none are told apart."""
+        """Files of the wanted split -> the split, '' if the files name none."""
         files = [entry for entry in files if entry.reader]
         split_of = _splits(files)
         counts = collections.Counter(filter(None, split_of.values()))
@@ -341,7 +311,7 @@ class _Search:
         unnamed = [entry for entry in files if not split_of[entry.path]]
         if any(split_of[e.path] and e.reader != "text" for e in files):
             beside = [entry.path for entry in unnamed if entry.reader == "text"]
-            self.found.beside += beside
+            self._note(_BESIDE, beside)
             unnamed = [entry for entry in unnamed if entry.reader != "text"]
             for path in beside:
                 del split_of[path]
@@ -350,22 +320,22 @@ class _Search:
         wanted = {_canonical(name) for name in self._split.split("+") if name}
         if not wanted and not unnamed and (len(counts) == 1 or "train" in counts):
             wanted = {"train"} if "train" in counts else set(counts)
-            self.found.sole_splits |= wanted - {"train"}
+            self._note(_SOLE_SPLIT, wanted - {"train"})
         if not wanted or not wanted <= counts.keys():
             raise InputError(_unclear(root, counts, unnamed, self._split))
-        self.found.other_splits += collections.Counter(
-            {name: n for name, n in counts.items() if name not in wanted}
-        )
+        others = {name: n for name, n in counts.items() if name not in wanted}
+        self._note(_OTHER_SPLITS, _counted(others))
         return {path: split for path, split in split_of.items() if split in wanted}
+
+    def _note(self, message: str, names: Iterable[Any]) -> None:
+        self.found.notes[message] += map(str, names)
 
     def _choose(self, folder: epath.Path, splits: list[str]) -> str:
         """The wanted split of a dataset that names its own."""
         if not self._split and (len(splits) == 1 or "train" in splits):
             split = "train" if "train" in splits else splits[0]
-            for other in splits:
-                if other != split:
-                    self.found.other_splits[other] += 0
-            self.found.sole_splits |= {split} - {"train"}
+            self._note(_OTHER_SPLITS, [other for other in splits if other != split])
+            self._note(_SOLE_SPLIT, {split} - {"train"})
             return split
         # 'train[:50%]+test' names two.
         named = [part.partition("[")[0].strip() for part in self._split.split("+")]
@@ -377,8 +347,12 @@ class _Search:
         return self._split
 
 
+def _counted(splits: Mapping[str, int]) -> list[str]:
+    return [f"{name} ({n} files)" for name, n in sorted(splits.items())]
+
+
 def _splits(files: list[_Entry]) -> dict[epath.Path, str]:
-    """File -> the split that its name or a folder above it tells, or ''."""
+    """File -> the split that its name or a folder above it names, or ''."""
     shards = {
         entry.path: found[1]
         for entry in files
@@ -393,7 +367,7 @@ def _splits(files: list[_Entry]) -> dict[epath.Path, str]:
         else _named(entry.path.name)
         for entry in files
     }
-    # A text of any title may be called test; beside one that is called train, it is one.
+    # A text may be called test by chance; beside one called train, it is a split.
     if not any(by_name[e.path] == "train" for e in files if e.reader == "text"):
         by_name |= {entry.path: "" for entry in files if entry.reader == "text"}
     return {
@@ -405,7 +379,7 @@ def _splits(files: list[_Entry]) -> dict[epath.Path, str]:
 
 
 def _named(name: str) -> str:
-    """The split that a word of a name tells; '' if none or several do."""
+    """The split that the words of a name name; '' if none or several."""
     words = _BETWEEN_WORDS.split(name.casefold())
     found = {_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD}
     return found.pop() if len(found) == 1 else ""
@@ -418,7 +392,7 @@ def _canonical(split: str) -> str:
 def _unclear(
     root: epath.Path, counts: dict[str, int], unnamed: list[_Entry], split: str
 ) -> str:
-    found = ", ".join(f"{name} ({n} files)" for name, n in sorted(counts.items()))
+    found = ", ".join(_counted(counts))
     others = ""
     if unnamed:
         others = f" and {len(unnamed)} files of none, such as {unnamed[0].path.name}"
@@ -432,7 +406,7 @@ def _has_card_header(file: epath.Path) -> bool:
     try:
         with file.open("rb") as content:
             begin = content.read(_CARD_BYTES).decode("utf-8-sig", "replace")
-    except OSError:  # whoever reads it says so
+    except OSError:  # reading it will say so
         return False
     if not re.match(r"---\r?\n", begin):
         return False
@@ -459,7 +433,7 @@ def _matches(piece: str) -> Iterator[epath.Path]:
 
 
 def _is_regular(path: epath.Path) -> bool:
-    """Whether it is a file that can be read twice; a dangling link is told later."""
+    """Whether a file can be read twice; reading reports a dangling link."""
     if paths.is_remote(path):
         return True
     try:
@@ -480,13 +454,15 @@ def _nothing(
     num_hidden: int,
 ) -> str:
     is_folder = paths.resolve(piece).is_dir()
-    if not passed_over and (found.cards or found.num_hidden > num_hidden):
+    if not passed_over and (
+        found.notes[_CARDS] or len(found.notes[_HIDDEN]) > num_hidden
+    ):
         return (
             f"{piece}: nothing is there but hidden files and dataset cards; put the "
             "texts there, or name such a file itself"
         )
     if not passed_over and is_folder:
-        return f"{piece}: an empty folder; put the texts there, or name another path"
+        return f"{piece}: is an empty folder; put the texts there, or name another path"
     if not passed_over:
         return f"{piece}: no file matches; check the path"
     known = [s for s, r in readers.READER_OF_SUFFIX.items() if reader in ("", r)]
@@ -521,5 +497,4 @@ def _tfds_splits(folder: epath.Path) -> list[str]:
 
 def _load(file: epath.Path, shape: small_files.Shape) -> Any:
     """A JSON file of a saved dataset."""
-    remedy = "save the dataset anew"
-    return small_files.read_json(file, shape, remedy, is_ours=False)
+    return small_files.read_json(file, shape, "save the dataset again", is_ours=False)

@@ -1,8 +1,8 @@
-"""Which texts of a source are not to be learnt: rubbish, leaked exams, duplicates.
+"""Filters texts: quality, decontamination of exams, exact and near duplicates.
 
-What can be said of one text alone is `inspect`'s, in any process; what depends on the
-texts before it is `Seen`'s, in one. A word is a run of letters and digits, whatever its
-case; each letter of a script that is written without blanks is one by itself.
+`inspect` judges one text by itself, in any process; `Seen` compares it with the texts
+before it, in one process. A word is a run of letters and digits, whatever its case; in
+scripts without blanks between words, each letter is a word.
 """
 
 import collections
@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-if typing.TYPE_CHECKING:  # It imports SciPy, and is asked for by few runs.
+if typing.TYPE_CHECKING:  # imports SciPy; few runs need it
     import datasketch
 
 REASONS = (
@@ -28,7 +28,7 @@ REASONS = (
 )
 
 WORDS_PER_SHINGLE = 5
-# An exam's text of fewer words than an n-gram has is looked for as a whole from here on.
+# An exam text shorter than an n-gram is looked for as a whole if it has so many words.
 LEAST_WORDS = 8
 
 # The standard error of an estimated Jaccard similarity is 0.03 at most.
@@ -41,10 +41,10 @@ _ALONE = (
     "\u3040-\u30ff"  # kana
     "\u3400-\u9fff\U00020000-\U0003ffff"  # Han
 )
-# Marks, as the vowels of Indian scripts, part words here; they do so wherever they stand.
+# Combining marks, such as vowels of Indian scripts, separate words here, consistently.
 _WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
-# Controls that are no blanks, hyphens and joiners that are not seen, marks of direction,
-# a byte order mark, the choice of a glyph.
+# Controls that are not blanks, soft hyphens, joiners, marks of direction, a byte order
+# mark, variation selectors.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069"
     "\ufe00-\ufe0f\ufeff]"
@@ -52,12 +52,12 @@ _INVISIBLE = re.compile(
 
 
 class Findings(NamedTuple):
-    """What `inspect` found.
+    """What `inspect` finds out about a text.
 
     Attributes:
       reason: one of `REASONS`, or empty.
-      digest: of the text, 16 bytes; empty if it is not asked for.
-      min_hash: see `min_hash`; None if it is not asked for.
+      digest: of the text, 16 bytes; empty if the rule is off.
+      min_hash: see `min_hash`; None if the rule is off.
     """
 
     reason: str
@@ -69,7 +69,7 @@ class Ngrams(NamedTuple):
     """Word n-grams to look for.
 
     Attributes:
-      sizes: how many words they have; not only n, see `ngrams_of`.
+      sizes: their numbers of words; n and some below, see `ngrams_of`.
       texts: the n-grams, with single blanks.
     """
 
@@ -96,15 +96,15 @@ def inspect(
     is_document: bool,
     exam_ngrams: Ngrams | None = None,
 ) -> Findings:
-    """Finds what is to be said of a text without knowledge of others.
+    """Judges a text without knowledge of others.
 
-    The reason is that of the first rule that the text breaks, in the order of `REASONS`.
+    The reason is the first rule that the text breaks, in the order of `REASONS`.
 
     Args:
       text: any.
       settings: the config's section `clean`, or anything with the same attributes.
       is_document: whether the rules of length, letters and repetition apply.
-      exam_ngrams: a text that has one is contaminated; None: none is.
+      exam_ngrams: a text that contains one is contaminated; None: the rule is off.
     """
     if is_document:
         if len(text) < settings.min_characters:
@@ -130,18 +130,18 @@ def inspect(
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, case folded."""
+    """The words of a text, case-folded."""
     return _WORD.findall(_fold(text))
 
 
 def digest(text: str) -> bytes:
-    """A hash of a text but for case, blanks and forms of characters, 16 bytes."""
+    """A hash of a text up to case, blanks and forms of characters, 16 bytes."""
     content = " ".join(_fold(text).split()).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def letter_share(text: str) -> float:
-    """Letters and marks of any script among the characters that are not blank."""
+    """Share of letters and marks, of any script, in the characters that are not blank."""
     counts = collections.Counter()
     for character, count in collections.Counter(text).items():
         if not character.isspace():
@@ -150,9 +150,9 @@ def letter_share(text: str) -> float:
 
 
 def repetition(words: list[str]) -> float:
-    """The share of the words' characters in 5-grams of words that occurred before.
+    """Share of the words' characters in 5-grams of words that occurred before.
 
-    Each character counts once. The measure is that of Gopher's rule on duplicate 5-grams
+    Each character counts once. This is the measure of Gopher's rule on duplicate 5-grams
     (Rae et al. 2021, table A1), which allows 0.15.
     """
     seen, covered = set(), set()
@@ -187,12 +187,12 @@ def _no_words() -> "datasketch.MinHash":
 def ngrams_of(texts: Iterable[str], n: int) -> Ngrams:
     """The word n-grams of exams.
 
-    A text of fewer than n words counts as a whole if it has 8 or more, and else not at
-    all: what is so short is said by chance.
+    A text of fewer than n words counts as a whole if it has 8 or more, otherwise not at
+    all: such short texts match by chance.
 
     Args:
-      texts: a question's text, or that and an answer.
-      n: 13 is usual (GPT-3, Brown et al. 2020, appendix C).
+      texts: questions, and questions with an answer.
+      n: usually 13 (GPT-3, Brown et al. 2020, appendix C).
     """
     by_size = collections.defaultdict(set)
     for text in texts:
@@ -204,24 +204,24 @@ def ngrams_of(texts: Iterable[str], n: int) -> Ngrams:
 
 
 def shares(words: list[str], ngrams: Ngrams) -> bool:
-    """Whether one of the n-grams is in a text of these words."""
+    """Whether a text of these words contains one of the n-grams."""
     return any(
         not ngrams.texts.isdisjoint(_ngrams(words, size)) for size in ngrams.sizes
     )
 
 
 class Seen:
-    """The texts so far, against which the next one is held.
+    """The texts so far, to find duplicates of them.
 
-    A text costs about 100 bytes for its digest, and 12 kB for its MinHash.
+    A text takes about 100 bytes for its digest and 12 kB for its MinHash.
     """
 
     def __init__(self, threshold: float = 0.0):
         """Near duplicates have at least this Jaccard similarity of their word 5-grams.
 
-        It is MinHash's estimate, whose standard error for a similarity J is
-        sqrt(J (1 - J) / 256), 0.025 at a threshold of 0.8. Two texts are compared if all
-        values of a band agree, as 99% of the pairs at the threshold do.
+        MinHash estimates it, with a standard error of sqrt(J (1 - J) / 256) at a
+        similarity J: 0.025 at 0.8. Two texts are compared if all values of a band agree,
+        as 99% of the pairs at the threshold do.
         """
         self._threshold = threshold
         self._digests = set()
@@ -231,7 +231,7 @@ class Seen:
     def _index(self) -> "datasketch.MinHashLSH":
         import datasketch
 
-        # The longest bands that let almost no pair at the threshold slip spare the most
+        # The longest bands that miss almost no pair at the threshold need the fewest
         # comparisons.
         sizes = range(1, _NUM_HASHES // 2 + 1)
         slips = [(1 - self._threshold**size) ** (_NUM_HASHES // size) for size in sizes]
@@ -241,11 +241,10 @@ class Seen:
         )
 
     def reason(self, findings: Findings) -> str:
-        """Says why a text is not to be learnt, and remembers one that is.
+        """Why to leave out a text, or ''; remembers a text that stays.
 
-        Returns:
-          The findings' own reason; else 'duplicate' or 'near_duplicate' of an earlier
-          text; else nothing.
+        The reason is the findings' own, or else 'duplicate' or 'near_duplicate' of an
+        earlier text.
         """
         if findings.reason:
             return findings.reason
@@ -264,9 +263,9 @@ class Seen:
 
 
 def _fold(text: str) -> str:
-    """A text without case, compatible forms and characters that are not seen.
+    """A text without case, compatible forms and invisible characters.
 
-    Texts that match by Unicode's compatibility caseless matching (D146) are the same.
+    Texts that match by Unicode's compatibility caseless matching (D146) become the same.
     """
     text = _INVISIBLE.sub("", text)
     if text.isascii():

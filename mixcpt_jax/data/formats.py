@@ -1,8 +1,8 @@
-"""Records to examples: the tokens of a text and which of them are learnt.
+"""Records to examples: the tokens of a text and which of them are loss tokens.
 
-Continual pre-training reads everything as plain text: no chat template, no role
-names, a loss on every token. Format alignment comes after it and reads conversations,
-which the tokenizer's chat template writes and of which the assistant's turns are learnt.
+Continual pre-training reads everything as plain text: no chat template, no role names, a
+loss on every token. Format alignment follows it and reads conversations: the tokenizer's
+chat template writes them, and the loss is on the assistant's turns.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ class Examples:
 
     Attributes:
       tokens: int32 [total].
-      loss_mask: bool [total]; whether `tokens[i]` is learnt when it is the target.
+      loss_mask: bool [total]; whether `tokens[i]` is a loss token when it is the target.
       offsets: int64 [examples + 1]; example `i` is `tokens[offsets[i]:offsets[i + 1]]`.
 
-    When pickled, the arrays go to a temporary file that lives as long as this object,
-    and the copy maps it: worker processes share one corpus in memory.
+    Pickling writes the arrays to temporary files that live as long as this object, and
+    copies map them: worker processes share one corpus in memory.
     """
 
     tokens: np.ndarray
@@ -48,7 +48,7 @@ class Examples:
     def collect(
         cls, pairs: Iterable[tuple[Sequence[int], Sequence[bool]]]
     ) -> "Examples":
-        """Gathers (tokens, loss mask) pairs, one pair an example."""
+        """Joins (tokens, loss mask) pairs, one pair per example."""
         tokens, masks, lengths = [], [], [0]
         for ids, mask in pairs:
             tokens.append(np.asarray(ids, np.int32))
@@ -74,22 +74,33 @@ class Examples:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits: a hash of the tokens."""
+        """A hash of the tokens, 16 hex digits."""
         return hashlib.blake2b(self.tokens.tobytes(), digest_size=8).hexdigest()
 
     def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """`tokens[begin:end]` and `loss_mask[begin:end]`."""
         return self.tokens[begin:end], self.loss_mask[begin:end]
 
+    def take(
+        self, numbers: np.ndarray, lengths: np.ndarray | None = None
+    ) -> "Examples":
+        """Examples by their numbers, cut at their ends to these lengths if given."""
+        lengths = self.lengths[numbers] if lengths is None else lengths
+        parts = [
+            slice(start, start + length)
+            for start, length in zip(self.offsets[numbers], lengths, strict=True)
+        ]
+        return Examples.collect((self.tokens[p], self.loss_mask[p]) for p in parts)
+
     @functools.cached_property
     def num_loss_tokens(self) -> int:
-        """Targets that are learnt: masked-in tokens, save the first of each example."""
+        """Targets in the loss mask: the first token of an example is no target."""
         first = self.offsets[:-1][self.lengths > 0]
         return int(self.loss_mask.sum()) - int(self.loss_mask[first].sum())
 
     @property
     def is_continuation(self) -> bool:
-        """Whether some targets are given and others are to be found."""
+        """Whether some targets are only context, without a loss."""
         return self.num_loss_tokens < int(np.maximum(self.lengths - 1, 0).sum())
 
     @functools.cached_property
@@ -137,43 +148,42 @@ def encode(
     tally: Tally | None = None,
     on_bad_record: str = "refuse",
 ) -> Examples:
-    """Turns records into examples.
+    """Encodes records.
 
-    Plain texts become [BOS if the tokenizer adds it] + text + [end], all learnt but BOS.
-    Conversations become what the tokenizer's chat template makes of them and no more;
-    learnt is what the assistant writes, the token that ends its turn with it, save in
-    turns whose `weight` is 0.
+    Plain texts become [BOS if the tokenizer adds it] + text + [end]; all but BOS are loss
+    tokens. Conversations become what the tokenizer's chat template writes and nothing
+    more; loss tokens are what the assistant writes and the token that ends its turn,
+    except in turns whose `weight` is 0.
 
     Args:
       records: see `sources.read`; they are read once and not kept.
-      format: what a record is written as, of the fields in `fields.FIELDS`:
+      format: how to write a record, from the fields in `fields.FIELDS`:
         'document': its `text`;
         'instruction': `system`, the questions and answers of `history`, `instruction`
-        and `input`, those there are, and `output`, or `prompt` and `response`, with a
-        blank line between;
+        and `input`, where present, and `output`, or `prompt` and `response`, separated by
+        blank lines;
         'preference': `prompt` and the answer of `preference_side`, likewise;
-        'cloze': `context` and `target` with nothing between, of which the target is
-        learnt and no token ends it, see `encode_continuations`;
+        'cloze': `context` and `target` with nothing between; only the target's tokens are
+        loss tokens and no end follows, see `encode_continuations`;
         'chat': `messages`, a list of `{role, content}` whose role is system, user or
-        assistant and whose content is a text or a list of text parts, behind the
-        `system` message if there is one, or else the fields of 'instruction' as
-        messages;
-        'chat_preference': two examples a record, see `chat_pair`. Pairs of equal
+        assistant and whose content is a text or a list of text parts, after the `system`
+        message if there is one; or else the fields of 'instruction' as messages;
+        'chat_preference': two examples per record, see `chat_pair`. Pairs of equal
         answers are left out and counted.
       tokenizer: has `encode_batch`, `add_bos`, `bos_id` and `end_of_document_id`; for
         'chat' `encode_chat`.
       fields: our field name -> the source's name for it, where they differ.
-      preference_side: 'chosen', 'rejected', or 'both' for two examples a record.
-      tally: counts what is found; without it, what is left out or lost is logged.
-      on_bad_record: 'refuse', or 'skip' to leave out and count what cannot be encoded.
+      preference_side: 'chosen', 'rejected', or 'both' for two examples per record.
+      tally: counts findings; without it, records left out and characters lost are logged.
+      on_bad_record: 'refuse', or 'skip' to leave out and count bad records.
 
     Raises:
-      InputError: an unknown format, side or field name; a record that lacks a field,
-        or whose field is not a string or is blank (`input` and a system message may
-        be), or that has one of `fields.REFUSED`; a conversation without an assistant's
-        turn, or which the chat template cannot write.
+      InputError: an unknown format, side or field name; a record that lacks a field, or
+        whose field is not a string or is blank (`input` and a system message may be), or
+        that has one of `fields.REFUSED`; a conversation without an assistant's turn, or
+        one that the chat template cannot write.
     """
-    settings = format, dict(fields or {}), preference_side
+    settings = format, fields or {}, preference_side
     _check_settings(*settings)
     ours = tally or Tally()
     on_bad = ours.skip if on_bad_record == "skip" else _raise
@@ -193,21 +203,19 @@ def encode(
 def chat_pair(
     record: Record, tokenizer, fields: Mapping[str, str] | None = None
 ) -> Pair:
-    """Encodes a preference between two ways on from one prompt.
+    """Encodes a preference between two answers to one prompt.
 
     Args:
       record: `prompt` is a user's message or a list of messages; `chosen` and
         `rejected` are the assistant's message or lists of messages that end with one,
-        with or without the prompt's messages before them, see `fields.pair`. Every turn
-        of the assistant after the prompt counts.
+        with or without the prompt's messages before them, see `fields.pair`. The loss is
+        on every turn of the assistant after the prompt.
       tokenizer: has `encode_chat`.
       fields: our field name -> the source's name for it, where they differ.
 
     Raises:
       InputError: see `encode`, format 'chat', and `fields.pair`.
     """
-    fields = dict(fields or {})
-    _check_settings("chat_preference", fields, "both")
     said = _read(record, "chat_preference", fields, "both")
     arrays = []
     for example in _pair(said, tokenizer, record.place):
@@ -216,13 +224,13 @@ def chat_pair(
 
 
 class Said(NamedTuple):
-    """What a record says in its format.
+    """The content of a record, read in its format.
 
     Attributes:
-      texts: all of it, in order: one a field or message.
+      texts: all texts, in order, one per field or message.
       parts: as `fields` reads the format.
-      unread: names of the fields that are not in it.
-      left_out: why the record is no example though nothing is wrong with it, or ''.
+      unread: names of the fields that are not in the texts.
+      left_out: why a good record gives no example, or ''.
     """
 
     texts: list[str]
@@ -231,7 +239,10 @@ class Said(NamedTuple):
     left_out: str = ""
 
 
-def _read(record: Record, format: str, fields: dict, side: str) -> Said:
+def _read(
+    record: Record, format: str, fields: Mapping[str, str] | None, side: str
+) -> Said:
+    _check_settings(format, fields or {}, side)
     reading = fields_lib.Reading(record, fields)
     left_out = ""
     match format:
@@ -263,7 +274,7 @@ def _contents(messages: Iterable[Mapping[str, Any]]) -> list[str]:
 def _checked(
     records: Iterable[Record], settings: tuple, tally: Tally, on_bad: OnBad
 ) -> Iterator[tuple[Said, str]]:
-    """What each record says, and its place; those that are left out are counted."""
+    """Content and place of each record; records that are left out are counted."""
     for record in records:
         try:
             said = _read(record, *settings)
@@ -278,7 +289,7 @@ def _checked(
 
 
 def _one_by_one(checked, encode_one, tokenizer, tally: Tally, on_bad: OnBad):
-    """The examples of records that are encoded alone, each of one or two."""
+    """The examples of records that are encoded one by one, one or two of each."""
     for said, place in checked:
         try:
             examples = encode_one(said, tokenizer, place)
@@ -293,7 +304,7 @@ def _one_by_one(checked, encode_one, tokenizer, tally: Tally, on_bad: OnBad):
 
 
 def _num_without_loss(said: Said, examples) -> int:
-    """How many of the turns that are meant to contribute to the loss do not."""
+    """How many turns have no loss tokens although they should."""
     match said.parts:
         case [str(), *_]:
             return 0
@@ -307,7 +318,7 @@ def _num_without_loss(said: Said, examples) -> int:
 
 
 def _tokenize(checked, tokenizer, tally: Tally) -> Iterator[tuple[list, np.ndarray]]:
-    """The examples of plain texts, many at once."""
+    """The examples of plain texts, encoded in blocks."""
     start = [tokenizer.bos_id] if tokenizer.add_bos else []
     end = [tokenizer.end_of_document_id]
 
@@ -351,12 +362,12 @@ def _cloze(said: Said, tokenizer, place: str):
 def encode_continuations(
     continuations: Sequence[tuple[str, str, str]], tokenizer
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Encodes contexts together with what they are continued with.
+    """Encodes contexts with their continuations.
 
-    As lm-evaluation-harness does it, but for line ends, which stay in the context: spaces
-    at its end go to the target, context and target are tokenised as one text, and the
-    target's tokens are those after as many as the context alone has. So a target has the
-    tokens that it has in text.
+    As lm-evaluation-harness does it, except that line ends stay in the context: spaces at
+    the end of the context move to the target, context and target are tokenized as one
+    text, and the target's tokens are those after as many as the context alone has. So a
+    target has the tokens that it has in running text.
 
     Args:
       continuations: (context, target, place of the record) of each.
@@ -376,7 +387,7 @@ def encode_continuations(
     ):
         if len(ids) <= len(opening):
             raise InputError(
-                f"{place}: the target {target!r} has no token of its own behind its "
+                f"{place}: the target {target!r} has no token of its own after its "
                 "context; let it begin with a space or a new word"
             )
         given = len(start) + len(opening)
@@ -389,29 +400,25 @@ def plain_text(
     fields: Mapping[str, str] | None = None,
     preference_side: str = "chosen",
 ) -> str:
-    """All that is written in a record, in one text; arguments as for `encode`.
+    """The whole content of a record as one text; arguments as for `encode`.
 
     Raises:
       InputError: see `encode`.
     """
-    fields = dict(fields or {})
-    _check_settings(format, fields, preference_side)
     said = _read(record, format, fields, preference_side)
     if format == "cloze":
         return "".join(said.texts)
-    if format == "preference":
-        return SEPARATOR.join(_plain(said))
-    return SEPARATOR.join(said.texts)
+    return SEPARATOR.join(_plain(said) if format == "preference" else said.texts)
 
 
 class Passages(NamedTuple):
-    """The texts that a record is or has, to tell whether another record has them too.
+    """The texts of a record, to find other records with the same texts.
 
     Attributes:
-      wholes: what is written in it, the system's message apart and not: a document, a
-        cloze with its target, a question with its answer, a conversation; of a pair the
-        prompt with each answer.
-      parts: what the loss is on by itself: each answer alone, and a conversation up to
+      wholes: its whole text, with and without the system message: a document, a cloze
+        with its target, a question with its answer, a conversation; of a pair the prompt
+        with each answer.
+      parts: texts within it that have a loss: each answer alone, and a conversation up to
         each answer but the last.
     """
 
@@ -425,15 +432,13 @@ def passages(
     fields: Mapping[str, str] | None = None,
     preference_side: str = "chosen",
 ) -> Passages:
-    """The texts of a record, in which its format leaves no trace.
+    """The texts of a record, the same in every format that can hold them.
 
-    So an instruction has the same as a conversation or a preference that says the same.
+    An instruction has the passages of a conversation or preference of the same content.
 
     Raises:
       InputError: see `encode`.
     """
-    fields = dict(fields or {})
-    _check_settings(format, fields, preference_side)
     parts = _read(record, format, fields, preference_side).parts
     match format:
         case "document" | "cloze":
@@ -454,7 +459,7 @@ def passages(
 
 
 def _passages_of(messages: list[dict[str, Any]], first: int) -> Passages:
-    """The passages of a conversation that is trained on from message `first` on."""
+    """The passages of a conversation whose loss begins at message `first`."""
     wholes, parts = [], []
     for spoken in (messages, [m for m in messages if m["role"] != "system"]):
         contents = _contents(spoken)
@@ -470,10 +475,10 @@ def _passages_of(messages: list[dict[str, Any]], first: int) -> Passages:
 def said_in(
     record: Record, format: str, fields: Mapping[str, str] | None = None
 ) -> str:
-    """What stands in the fields that a format and its kin read, whatever its shape.
+    """The content of the fields that a format reads, whatever their types.
 
     It is the same for 'instruction' and 'chat', and for 'preference' and
-    'chat_preference', and empty where none of the fields is there.
+    'chat_preference', and empty if no field is there.
     """
     kin = {"instruction": "chat", "preference": "chat_preference"}
     texts = []
@@ -490,17 +495,17 @@ def said_in(
 def encode_answer(
     prompt: list[dict[str, str]], answer: list[dict[str, str]], tokenizer, place: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes a conversation of which `answer` alone is learnt.
+    """Encodes a conversation whose loss is on `answer` alone.
 
     Returns:
-      Tokens of both, int32 [tokens], and the mask, bool [tokens]: the assistant's
-      tokens in `answer`, the one that ends each turn with them.
+      Tokens of both, int32 [tokens], and the loss mask, bool [tokens]: the assistant's
+      tokens in `answer`, with the one that ends each turn.
 
     Raises:
       InputError: the chat template cannot write it; begins with `place`.
     """
     ids, mask = _encode_chat([*prompt, *answer], tokenizer, place)
-    # The assistant's turns within the prompt are given, as all of the prompt is.
+    # The assistant's turns within the prompt are context, without a loss.
     opening, _ = _encode_chat(prompt, tokenizer, place, True)
     mask[: len(opening)] = [False] * len(opening)
     return np.array(ids, np.int32), np.array(mask, bool)
@@ -529,21 +534,20 @@ def prompt_and_response(
 ) -> tuple[list[dict[str, Any]], str]:
     """A record as the messages of a prompt and the assistant's response to it.
 
-    The contents of the messages and the response, joined by `SEPARATOR`, are the plain
-    text that `encode` makes of an instruction or a preference.
+    Joined by `SEPARATOR`, the contents of the messages and the response are the plain text
+    that `encode` writes for an instruction or a preference.
 
     Args:
       record: see `encode`.
       format: 'instruction'; 'preference', whose response is the chosen one; or 'chat',
-        whose response is the assistant's last message that is trained on.
+        whose response is the assistant's last message with a loss.
       fields: our field name -> the source's name for it, where they differ.
 
     Raises:
       InputError: see `encode`; also if no message with a content comes before the
         response.
     """
-    fields = dict(fields or {})
-    _check_settings(format, fields, "chosen")
+    _check_settings(format, fields or {}, "chosen")
     if format not in ("instruction", "preference", "chat"):
         raise InputError(
             f"format {format!r} has no prompt with a response; use 'instruction', "
@@ -561,20 +565,20 @@ def prompt_and_response(
     *prompt, response = messages
     if not any(message["content"].strip() for message in prompt):
         raise InputError(
-            f"{record.place}: nothing comes before the assistant's last message; drop "
-            "the record"
+            f"{record.place}: no message comes before the assistant's last one; drop the "
+            "record"
         )
     return prompt, response["content"]
 
 
 def read_prompt(record: Record, tally: Tally | None = None) -> list[dict[str, Any]]:
-    """The conversation to answer: `messages`, or `prompt` as a user's message.
+    """The conversation to continue: `messages`, or `prompt` as a user's message.
 
     A `system` message and a `history` come before it.
 
     Args:
       record: what is read.
-      tally: counts fields that are not read.
+      tally: counts unread fields.
 
     Raises:
       InputError: neither is there, or it is malformed or ends with the assistant.
@@ -607,7 +611,7 @@ def _raise(error: InputError) -> None:
     raise error
 
 
-def _check_settings(format: str, fields: dict, preference_side: str) -> None:
+def _check_settings(format: str, fields: Mapping, preference_side: str) -> None:
     if format not in FIELDS:
         raise InputError(f"format {format!r} is unknown; use one of {sorted(FIELDS)}")
     if unknown := sorted(set(fields) - set(FIELDS[format])):

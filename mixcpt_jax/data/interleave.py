@@ -1,10 +1,10 @@
 """Which source each row of a mixture comes from, in closed form.
 
-Let `C_s(t)` be how many of the first `t` rows source `s` should have given, a real number:
-the integral of its share. Its row `k` is due when `C_s` passes `k + 1/2`, and rows are
-read in the order in which they are due. So every source is always within a row of its due,
-and row `i` of the stream is found without those before it: time is cut into blocks, and
-the rows that are due in a block are counted and sorted on their own.
+Let `C_s(t)` be the number of rows, a real number, that source `s` should have given among
+the first `t`: the integral of its share. Its row `k` is due when `C_s` passes `k + 1/2`,
+and rows are read in the order in which they are due. So every source is always within one
+row of its share. Row `i` of the stream is found without those before it: time is cut into
+blocks, and the rows due in a block are counted and sorted on their own.
 
 Shape suffixes: M sources, K rows of a block, N times in it.
 """
@@ -22,7 +22,7 @@ _TIMES = 65  # at which C_s is evaluated in a block
 
 
 class _Piece(NamedTuple):
-    """A stretch of time in which the same sources give rows."""
+    """An interval of time in which the same sources give rows."""
 
     start: float
     given_M: np.ndarray  # C_s(start)
@@ -42,11 +42,11 @@ class Interleaving:
         """
         Args:
           shares: of the rows, for each source, in any scale; at the beginning.
-          final_shares: from row `num_rows` on; before it, shares move linearly. None:
-            they stay.
+          final_shares: from row `num_rows`; before it, shares move linearly. None: they
+            stay.
           num_rows: when the final shares are reached.
-          limits: rows that each source gives at most, whole numbers or inf. What a
-            source that has given all leaves free, the others take up in proportion.
+          limits: the most rows that each source gives, whole numbers or inf. The share of
+            a source that has reached its limit goes to the others in proportion.
         """
         self._arguments = shares, final_shares, num_rows, limits
         self._shares_M = np.array(shares, float) / math.fsum(shares)
@@ -60,23 +60,23 @@ class Interleaving:
         self._first_row = functools.lru_cache(maxsize=16)(self._rows_before)
 
     def __reduce__(self):
-        # What is cached is not worth sending to other processes.
+        # Without the caches, which other processes do not need.
         return Interleaving, self._arguments
 
     @property
     def num_rows(self) -> float:
-        """Of the whole stream: the sum of the limits."""
+        """Rows of the whole stream: the sum of the limits."""
         return float(self._limits_M.sum())
 
     def rows_to_limits(self) -> float:
-        """The first rows in which every source with a limit gives all; inf: none has one.
+        """Rows until every source with a limit has reached it; inf: none has one.
 
-        Sources without a limit are read on meanwhile, so this is less than `num_rows`.
+        Sources without a limit give rows meanwhile, so `num_rows` is larger.
         """
         is_limited_M = np.isfinite(self._limits_M)
         if is_limited_M.all() or not is_limited_M.any():
             return self.num_rows
-        # The last of them has given all before the last piece begins, but for rounding.
+        # Up to rounding, the last limit is reached before the last piece begins.
         rows = range(math.ceil(self._pieces[-1].start) + len(self._limits_M) + 1)
 
         def gives_all(num_rows: int) -> bool:
@@ -85,13 +85,13 @@ class Interleaving:
         return bisect.bisect_left(rows, True, key=gives_all)
 
     def __getitem__(self, row: int) -> tuple[int, int]:
-        """The source of a row of the stream, and which of that source's rows it is."""
+        """The source of a row of the stream, and the number of that row in its source."""
         number, at = self._find(row)
         sources_K, rows_K = self._block(number)
         return int(sources_K[at]), int(rows_K[at])
 
     def given(self, num_rows: int) -> np.ndarray:
-        """How many of the first `num_rows` rows each source gives, int64 [M]."""
+        """How many of the first `num_rows` rows come from each source, int64 [M]."""
         if num_rows >= self.num_rows:
             return self._limits_M.astype(np.int64)
         number, at = self._find(num_rows)
@@ -100,7 +100,7 @@ class Interleaving:
         return self._due(number * _BLOCK) + here_M
 
     def _find(self, row: int) -> tuple[int, int]:
-        """The block that a row is in, and its place there."""
+        """The block of a row, and its index there."""
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} of {self.num_rows}")
         number = row // _BLOCK
@@ -115,7 +115,7 @@ class Interleaving:
         return int(self._due(number * _BLOCK).sum())
 
     def _make_block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and their rows, int64 [K] each, in the order in which they are due."""
+        """Sources and their rows, int64 [K] each, in the order of their due times."""
         first_M, last_M = (self._due(t * _BLOCK) for t in (number, number + 1))
         sources_K = np.repeat(np.arange(len(first_M)), last_M - first_M)
         rows_K = np.concatenate(
@@ -124,7 +124,7 @@ class Interleaving:
                 for first, last in zip(first_M, last_M, strict=True)
             ]
         )
-        # Between these times shares are taken to be constant.
+        # Between these times C_s is interpolated linearly.
         begin, end = number * _BLOCK, (number + 1) * _BLOCK
         knots = [p.start for p in self._pieces if begin < p.start < end]
         times = np.union1d(np.linspace(begin, end, _TIMES), knots)
@@ -141,7 +141,7 @@ class Interleaving:
         return sources_K[order_K], rows_K[order_K]
 
     def _due(self, time: float) -> np.ndarray:
-        """Rows that each source has given by then, int64 [M]."""
+        """Rows that each source has given by a time, int64 [M]."""
         return np.floor(self._should(time) + 0.5).astype(np.int64)
 
     def _should(self, time: float) -> np.ndarray:
@@ -150,7 +150,7 @@ class Interleaving:
         return np.minimum(self._follow(piece, time), self._limits_M)
 
     def _follow(self, piece: _Piece, time: float) -> np.ndarray:
-        """C_s(time) if nothing changed after the start of the piece."""
+        """C_s(time) if nothing changes after the start of the piece."""
         slope_M = np.zeros_like(self._shares_M)
         value_M = self._final_M
         if piece.start < self._anneal_end:
@@ -170,7 +170,7 @@ class Interleaving:
         return piece.given_M + given_M
 
     def _cut(self) -> list[_Piece]:
-        """Time cut where a source has given all, or shares stop moving."""
+        """Cuts time where a source reaches its limit, or shares stop moving."""
         active_M = (self._shares_M > 0) | (self._final_M > 0)
         pieces = [_Piece(0.0, np.zeros_like(self._shares_M), active_M)]
         while pieces[-1].active_M.any():
@@ -195,7 +195,7 @@ class Interleaving:
         return pieces
 
     def _exhausted(self, piece: _Piece, source: int) -> float:
-        """When a source has given all, if nothing else changes before."""
+        """When a source reaches its limit, if nothing else changes before."""
         limit = self._limits_M[source]
         if limit == math.inf:
             return math.inf

@@ -1,14 +1,15 @@
 """Examples to batches: packing, a weighted mixture, hosts and workers, exact resume.
 
-The whole stream is planned from the lengths of the examples. Packing is computed
-once; from then on row `i` of the stream is a function of (sources, seed, i) alone, so
-it is the same for any number of hosts and worker processes and any size of batches, and
-reading can start again anywhere. `interleave` says which source row `i` is from.
+The whole stream is planned from the lengths of the examples. Packing is computed once.
+After that, row `i` of the stream is a function of (sources, seed, i) alone, so it is the
+same for any number of hosts and worker processes and any batch size, and reading can start
+at any row. `interleave` says which source gives row `i`, `token_weights` what each of its
+tokens weighs.
 
 Terms: an example of `n` tokens has `n - 1` targets. A piece is a run of one example's
 targets together with their inputs. A row is one or more pieces, then padding. A pair is
 two examples, `2 i` and `2 i + 1` of its source: the chosen and the rejected answer to one
-prompt; it lies whole in one row, as two pieces that follow each other.
+prompt. It lies in one row, as two consecutive pieces.
 """
 
 import bisect
@@ -24,17 +25,14 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from mixcpt_jax.config import OBJECTIVES
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import token_weights
 from mixcpt_jax.data.formats import Examples
 from mixcpt_jax.data.interleave import Interleaving
 from mixcpt_jax.data.teacher_cache import TeacherRows
 from mixcpt_jax.data.token_cache import PreparedExamples
 
-STRATEGIES = ("best_fit", "first_fit", "split")
-
-# Rows that `first_fit` has in hand.
-_OPEN_ROWS = 64
+STRATEGIES = ("best_fit", "split")
 
 # Rows of the stream. Grain computes lengths in floating point, which overflows at the
 # greatest integer, the length of a dataset repeated without end.
@@ -43,24 +41,23 @@ _ENDLESS = 2**62
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Examples and how they are to be learnt.
+    """Examples and their part in the mixture.
 
     Attributes:
       name: for logs and errors.
       examples: what it holds.
-      share: its share of the loss tokens relative to the other sources' (any
-        positive scale); 0 leaves it out and keeps its name and number.
-      final_share: the same at the end of the stream; between, shares move linearly in
+      share: its share of the loss tokens relative to the other sources' (any positive
+        scale); 0 leaves it out and keeps its name and number.
+      final_share: its share at the end of the stream; between, shares move linearly in
         rows. None: it stays.
-      epochs: how often each of its rows occurs in the stream, at most; 0: no limit.
-      max_tokens: how many of its loss tokens do, at most, to a row; 0: no limit.
-      objectives: weight of each objective on its tokens, such as {"lssd": 1.0}; its
-        rows have an array of weights for each of `OBJECTIVES`.
+      epochs: how often each of its rows occurs in the stream at most; 0: no limit.
+      max_tokens: how many of its loss tokens occur at most, to a row; 0: no limit.
+      objectives: objective -> weight on its tokens, see `token_weights`.
       has_pairs: its examples are pairs.
       is_cut: packing 'by_format' may cut its examples anywhere.
-      reference_logps: log-probability of each example's loss tokens under the
-        reference, nats, float32 [examples]; None where it is not known ahead.
-      teacher_rows: what the teacher says about its rows; None where it is not known ahead.
+      reference_logps: log-probability of each example's loss tokens under the reference,
+        nats, float32 [examples]; None: the step computes it.
+      teacher_rows: teacher outputs of its rows; None: the step computes them.
     """
 
     name: str
@@ -87,7 +84,7 @@ class PackingPlan:
     `row_splits[r]:row_splits[r + 1]`.
 
     Attributes:
-      row_length: targets a row has room for.
+      row_length: targets that fit a row.
       example, start, length: int64 [pieces].
       row_splits: int64 [rows + 1].
     """
@@ -103,12 +100,12 @@ class PackingPlan:
 
     @property
     def max_pieces(self) -> int:
-        """Pieces of the row that has most."""
+        """The largest number of pieces in a row."""
         return int(np.diff(self.row_splits).max(initial=0))
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits: a hash of all of it."""
+        """A hash of the plan, 16 hex digits."""
         digest = hashlib.blake2b(f"{self.row_length}".encode(), digest_size=8)
         for array in (self.example, self.start, self.length, self.row_splits):
             digest.update(np.ascontiguousarray(array, np.int64))
@@ -116,21 +113,21 @@ class PackingPlan:
 
 
 def fit(
-    examples: Examples,
+    examples: Examples | PreparedExamples,
     row_length: int,
     rule: str,
     places: Sequence[str] = (),
     group: int = 1,
-) -> tuple[Examples, dict[str, int]]:
-    """Applies a rule to what is too long for a row.
+) -> tuple[Examples | PreparedExamples, dict[str, int]]:
+    """Applies a rule to groups of examples that are longer than a row.
 
     Args:
-      examples: in groups of `group` that have to lie in one row together.
+      examples: in groups of `group` that must lie in one row together.
       row_length: targets in a row.
-      rule: 'split' changes nothing: `pack` lets examples go on in the next row.
+      rule: 'split' changes nothing: `pack` continues examples in the next row.
         'truncate' cuts each example of an over-long group at its end, to
-        `row_length / group` targets, and drops the group if nothing is left to learn in
-        one of them. 'drop' drops the group, 'refuse' raises.
+        `row_length / group` targets, and drops the group if one of them has no loss token
+        left. 'drop' drops the group, 'refuse' raises.
       places: where each group comes from, for the error.
       group: 1, or 2 for pairs.
 
@@ -142,52 +139,51 @@ def fit(
     """
     counts = {"split": 0, "truncated": 0, "dropped": 0}
     targets = np.maximum(examples.lengths - 1, 0).reshape(-1, group).sum(1)
-    if rule == "split":
-        return examples, counts | {"split": int((targets > row_length).sum())}
+    is_long = targets > row_length
+    if rule == "split" or not is_long.any():
+        return examples, counts | {"split": int(is_long.sum())}
+    if rule == "refuse":
+        number = int(is_long.argmax())
+        place = f"{places[number]}: " if places else ""
+        raise InputError(
+            f"{place}{targets[number]} tokens, data.row_length is {row_length}; make it "
+            "larger or set data.overlong to truncate or drop"
+        )
     if isinstance(examples, PreparedExamples):
         examples = examples.load()
-    kept = []
-    for number, total in enumerate(targets.tolist()):
-        members = range(number * group, (number + 1) * group)
-        parts = [slice(*examples.offsets[i : i + 2]) for i in members]
-        if total > row_length:
-            if rule == "refuse":
-                place = f"{places[number]}: " if places else ""
-                raise InputError(
-                    f"{place}{total} tokens, data.row_length is {row_length}; make it "
-                    "larger or set data.overlong to truncate or drop"
-                )
-            size = row_length // group + 1
-            parts = [slice(p.start, min(p.stop, p.start + size)) for p in parts]
-            has_loss = [examples.loss_mask[p.start + 1 : p.stop].any() for p in parts]
-            if rule == "drop" or not all(has_loss):
-                counts["dropped"] += 1
-                continue
-            counts["truncated"] += 1
-        kept += parts
-    if not any(counts.values()):
-        return examples, counts
-    pairs = ((examples.tokens[part], examples.loss_mask[part]) for part in kept)
-    return Examples.collect(pairs), counts
+    lengths = examples.lengths.reshape(-1, group)
+    is_kept = ~is_long
+    if rule == "truncate":
+        lengths[is_long] = np.minimum(lengths[is_long], row_length // group + 1)
+        starts = examples.offsets[:-1].reshape(-1, group)
+        for number in np.flatnonzero(is_long):
+            is_kept[number] = all(
+                examples.loss_mask[start + 1 : start + length].any()
+                for start, length in zip(starts[number], lengths[number], strict=True)
+            )
+    members = np.flatnonzero(np.repeat(is_kept, group))
+    counts["truncated"] = int((is_long & is_kept).sum())
+    counts["dropped"] = int((~is_kept).sum())
+    return examples.take(members, lengths.ravel()[members]), counts
 
 
-# Tokens that a text is not cut below, so that what is measured still has a context.
+# Texts are not cut below this many tokens, so that what is measured still has context.
 _LEAST_TEXT = 128
 
 
 def within(
     examples: Examples, max_tokens: int, group: int = 1
 ) -> tuple[Examples, np.ndarray]:
-    """At most so many tokens of what is measured: the same ones in every run.
+    """Limits the tokens that are measured, to the same ones in every run.
 
-    Plain texts are cut at their ends to one length, the greatest that leaves them all
-    and makes none of them shorter than 128 tokens. Where that is not enough, and of
-    groups and of examples that begin with what is given, which are not cut, some are left
-    out: those that stay are spread evenly over the file.
+    Plain texts are cut at their ends to one length: the greatest with which all of them
+    stay within the limit, but at least 128 tokens. If that is not enough, some texts are
+    left out. Groups, and examples that begin with given tokens, are never cut, only left
+    out. Those that stay are spread evenly over the file.
 
     Args:
       examples: in groups of `group` that stay or go together.
-      max_tokens: 0: no limit. One group stays in any case.
+      max_tokens: 0: no limit. At least one group stays.
       group: 1, or 2 for pairs.
 
     Returns:
@@ -207,22 +203,17 @@ def within(
         lengths = np.minimum(lengths, max(length, _LEAST_TEXT))
     kept = spread(lengths.reshape(-1, group).sum(1), max_tokens)
     members = (kept[:, None] * group + np.arange(group)).ravel()
-    parts = [
-        slice(s, s + n)
-        for s, n in zip(examples.offsets[members], lengths[members], strict=True)
-    ]
-    pairs = ((examples.tokens[part], examples.loss_mask[part]) for part in parts)
-    return Examples.collect(pairs), kept
+    return examples.take(members, lengths[members]), kept
 
 
 def of_context(
     examples: Examples, max_positions: int | None, group: int = 1
 ) -> tuple[Examples, np.ndarray]:
-    """What is measured and fits the model's context, where it cannot be cut.
+    """Leaves out examples that must not be cut and are longer than the model's context.
 
     Args:
-      examples: in groups of `group` that stay or go together. Plain texts all stay, and
-        so do all where none fits, which `pack_text` refuses.
+      examples: in groups of `group` that stay or go together. Plain texts all stay. If
+        none fits, all stay, and `pack_text` refuses them.
       max_positions: targets that fit the context; None: any number.
       group: 1, or 2 for pairs.
 
@@ -237,22 +228,23 @@ def of_context(
     if len(fitting) in (0, len(kept)):
         return examples, kept
     members = (fitting[:, None] * group + np.arange(group)).ravel()
-    parts = [slice(*examples.offsets[i : i + 2]) for i in members]
-    pairs = ((examples.tokens[part], examples.loss_mask[part]) for part in parts)
-    return Examples.collect(pairs), fitting
+    return examples.take(members), fitting
 
 
 def spread(sizes: np.ndarray, budget: int) -> np.ndarray:
-    """Places of items whose sizes add up to at most a budget, evenly over all; ascending.
+    """Numbers of items spread evenly over all whose sizes add up to at most a budget.
 
     Args:
       sizes: [items].
-      budget: 0: no limit. One item is there in any case.
+      budget: 0: no limit. At least one item stays.
+
+    Returns:
+      The numbers, ascending.
     """
-    # Multiples of the golden ratio, modulo 1, lie evenly however many there are.
-    order = np.argsort(np.arange(len(sizes)) * ((math.sqrt(5) - 1) / 2) % 1)
     if not budget:
         return np.arange(len(sizes))
+    # Multiples of the golden ratio, modulo 1, lie evenly however many there are.
+    order = np.argsort(np.arange(len(sizes)) * ((math.sqrt(5) - 1) / 2) % 1)
     count = np.searchsorted(np.cumsum(np.asarray(sizes)[order]), budget, side="right")
     return np.sort(order[: max(count, 1)])
 
@@ -262,20 +254,17 @@ def pack(
 ) -> PackingPlan:
     """Plans rows in which every target of every example occurs exactly once.
 
-    Examples are put in a random order first, so that neighbours in the source, such as
-    the chapters of a book, share a row by chance only.
+    Examples are shuffled first, so that neighbours in the source, such as the chapters of
+    a book, share a row by chance only.
 
     Args:
       lengths: tokens of each example, int [examples]; fewer than 2 give no target.
       row_length: targets in a row.
-      strategy: 'split' joins all examples and cuts at row boundaries: no padding but
-        in the last row. 'best_fit' cuts only what is longer than a row, and puts the
-        pieces, longest first, each into the fullest row that has room for it
-        (Ding et al. 2024, arXiv 2404.10830): no needless cut, a little padding.
-        'first_fit' cuts the same, and puts the pieces, in their random order, each into
-        the first of the last `_OPEN_ROWS` rows that has room: what a stream allows that
-        is not known to its end, with more padding.
-      seed: of the random order.
+      strategy: 'split' joins all examples and cuts at row boundaries: only the last row
+        has padding. 'best_fit' cuts only what is longer than a row. It places the pieces,
+        longest first, each into the fullest row that has room for it (Ding et al. 2024,
+        arXiv 2404.10830): no needless cut, a little padding.
+      seed: of the order.
 
     Raises:
       InputError: unknown strategy or a row length below 1.
@@ -285,7 +274,7 @@ def pack(
             f"packing {strategy!r} is unknown; use one of {list(STRATEGIES)}"
         )
     if row_length < 1:
-        raise InputError(f"row_length is {row_length}, at least 1 is wanted")
+        raise InputError(f"row_length is {row_length}, must be >= 1")
     order = np.random.default_rng(seed).permutation(len(lengths))
     targets = np.maximum(np.asarray(lengths, np.int64)[order] - 1, 0)
     ends = np.cumsum(targets)
@@ -302,16 +291,9 @@ def pack(
         cuts = np.repeat(begins, per_example) + nth * row_length
     cuts = np.union1d(cuts, begins[targets > 0])
     length = np.diff(cuts, append=total)
-    # Examples without targets share their beginning with the next one; `ends` tells
-    # them apart.
+    # Examples without targets begin where the next one does; `ends` differ.
     owner = np.searchsorted(ends, cuts, side="right")
-    match strategy:
-        case "split":
-            row = cuts // row_length
-        case "best_fit":
-            row = _best_fit(length, row_length)
-        case "first_fit":
-            row = _first_fit(length, row_length)
+    row = cuts // row_length if strategy == "split" else _best_fit(length, row_length)
     by_row = np.argsort(row, kind="stable")
     return PackingPlan(
         row_length=row_length,
@@ -345,7 +327,7 @@ def pack_pairs(lengths: np.ndarray, row_length: int, seed: int = 0) -> PackingPl
 def _best_fit(sizes: np.ndarray, row_length: int) -> np.ndarray:
     """The row of each piece, int64 [pieces]; sizes are 1 to `row_length`.
 
-    Sizes are whole numbers, so rows are kept by the room they have left, and the best
+    Sizes are whole numbers, so rows are listed by the room they have left, and the best
     fit is one bisection in the sorted list of rooms that occur.
     """
     row_of = np.empty(len(sizes), np.int64)
@@ -374,25 +356,7 @@ def _best_fit(sizes: np.ndarray, row_length: int) -> np.ndarray:
     return row_of
 
 
-def _first_fit(sizes: np.ndarray, row_length: int) -> np.ndarray:
-    """As `_best_fit`, a piece after the other into one of the last rows opened."""
-    row_of = np.empty(len(sizes), np.int64)
-    open_rows: list[tuple[int, int]] = []  # (row, its room), the oldest first
-    num_rows = 0
-    for piece, size in enumerate(sizes.tolist()):
-        for at, (row, room) in enumerate(open_rows):
-            if room >= size:
-                open_rows[at] = row, room - size
-                break
-        else:
-            row = num_rows
-            num_rows += 1
-            del open_rows[: len(open_rows) - _OPEN_ROWS + 1]
-            open_rows.append((row, row_length - size))
-        row_of[piece] = row
-    return row_of
-
-
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PackedRows:
     """The rows of one source, by index; a grain random access data source.
 
@@ -401,43 +365,41 @@ class PackedRows:
       positions: int32, from 0 in each piece, so they stay within the model's context.
       segment_ids: int32, 1, 2, ... for the pieces of the row, 0 for padding.
       source_ids: int32, the number of the source throughout, padding too.
-      loss_mask: float32, 1 where the target contributes to the loss.
-      ntp_weights, ..., one for each objective: float32, the mask times the source's
-        weight for it.
-    Rows of pairs whose reference is known have one more, [num_segments]:
+      loss_mask: float32, 1 where the target is a loss token.
+      ntp_weights, ..., one for each objective: float32, see `token_weights`.
+    Rows of pairs with known `reference_logps` have one more, [num_segments]:
       reference_logps: float32, that of segment `i + 1` at `i`, 0 behind the last.
-    Their segments `2 i + 1` and `2 i + 2` are a pair. Where what the teacher says is
-    known, there are the arrays of `teacher_cache.Form`.
+    Their segments `2 i + 1` and `2 i + 2` are a pair. Rows of a source with
+    `teacher_rows` have the arrays of its `teacher_cache.Form`.
+
+    Attributes:
+      source: what is packed.
+      source_id: its number in the mixture.
+      plan: which pieces make up which row.
+      pad_id: the token of padding.
+      num_segments: the largest number of pieces in a row, of all sources.
+      places: where examples are from, for errors; see `pack_text`.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        source_id: int,
-        plan: PackingPlan,
-        pad_id: int,
-        num_segments: int = 0,
-        places: Sequence[str] = (),
-    ):
-        self.source = source
-        self.source_id = source_id
-        self.plan = plan
-        self.pad_id = pad_id
-        self.num_segments = num_segments
-        self._places = places
+    source: Source
+    source_id: int
+    plan: PackingPlan
+    pad_id: int
+    num_segments: int = 0
+    places: Sequence[str] = ()
 
     def place(self, example: int) -> str:
         """Where an example is from, for errors."""
-        group, rest = divmod(len(self.source.examples), len(self._places) or 1)
-        if not self._places or rest:
+        group, rest = divmod(len(self.source.examples), len(self.places) or 1)
+        if not self.places or rest:
             return f"{self.source.name}: example {example + 1}"
-        return self._places[example // group]
+        return self.places[example // group]
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def num_batches(self, batch_size: int) -> int:
-        """How many `evaluation_batches` makes of them."""
+        """How many batches `evaluation_batches` yields."""
         return -(-len(self) // batch_size)
 
     def __repr__(self) -> str:
@@ -462,8 +424,7 @@ class PackedRows:
             arrays["segment_ids"][here] = number
             mask[here] = loss_mask[1:]
             begin += size
-        for name, weight in self.source.objectives.items():
-            arrays[f"{name}_weights"] = mask * np.float32(weight)
+        arrays |= token_weights.of_row(mask, self.source.objectives)
         if self.source.reference_logps is not None:
             logps = self.source.reference_logps[plan.example[pieces]]
             arrays["reference_logps"][: len(logps)] = logps
@@ -481,7 +442,7 @@ class PackedRows:
         return ids
 
     def empty_row(self) -> dict[str, np.ndarray]:
-        """A row of padding: it has no weight in any sum."""
+        """A row of padding: it has weight 0 in every sum."""
         shape = (self.plan.row_length,)
         arrays = {
             "tokens": np.full(shape, self.pad_id, np.int32),
@@ -490,7 +451,8 @@ class PackedRows:
             "segment_ids": np.zeros(shape, np.int32),
             "source_ids": np.full(shape, self.source_id, np.int32),
             "loss_mask": np.zeros(shape, np.float32),
-        } | {f"{name}_weights": np.zeros(shape, np.float32) for name in OBJECTIVES}
+        }
+        arrays |= token_weights.of_row(arrays["loss_mask"], {})
         if self.source.reference_logps is not None:
             arrays["reference_logps"] = np.zeros(self.num_segments, np.float32)
         if self.source.teacher_rows is not None:
@@ -505,7 +467,7 @@ def pack_sources(
     seed: int = 0,
     pad_id: int | None = None,
 ) -> list[PackedRows]:
-    """Packs each source by itself, so that a row has one source; numbered in order.
+    """Packs each source separately, so that a row has one source; numbered in order.
 
     Args:
       sources: what to pack.
@@ -515,49 +477,40 @@ def pack_sources(
       pad_id: the token of padding; None: 0.
 
     Raises:
-      InputError: a share is negative or not finite, all are 0, or a source that has a
-        share has nothing to learn.
+      InputError: a share is negative or not finite, all are 0, or a source with a share
+        has no loss tokens.
     """
     for source in sources:
-        if not 0 <= source.share < float("inf"):
-            raise InputError(
-                f"source {source.name}: share is {source.share}, a number from 0 up "
-                "is wanted"
-            )
         final = source.final_share
-        if final is not None and not 0 < final < float("inf"):
+        if not 0 <= source.share < math.inf:
             raise InputError(
-                f"source {source.name}: final share is {final}, a number above 0 is wanted"
+                f"source {source.name}: share is {source.share}, must be >= 0"
+            )
+        if final is not None and not 0 < final < math.inf:
+            raise InputError(
+                f"source {source.name}: final share is {final}, must be > 0"
             )
         if source.share and not source.examples.num_loss_tokens:
             raise InputError(
-                f"source {source.name}: has no token to learn; set its share to 0 or "
-                "give it documents"
+                f"source {source.name}: has no loss tokens; set its share to 0 or give it "
+                "documents"
             )
     if not any(source.share for source in sources):
         raise InputError("the share of every source is 0; give one a share")
-    plans = [
-        pack_pairs(source.examples.lengths, row_length, _seed(seed, number))
-        if source.has_pairs
-        else pack(
-            source.examples.lengths,
-            row_length,
-            _strategy(source, strategy),
-            _seed(seed, number),
-        )
-        for number, source in enumerate(sources)
-    ]
+    plans = []
+    for number, source in enumerate(sources):
+        lengths, own_seed = source.examples.lengths, _seed(seed, number)
+        by_format = "split" if source.is_cut else "best_fit"
+        if source.has_pairs:
+            plans.append(pack_pairs(lengths, row_length, own_seed))
+        else:
+            chosen = by_format if strategy == "by_format" else strategy
+            plans.append(pack(lengths, row_length, chosen, own_seed))
     num_segments = max(plan.max_pieces for plan in plans)
     return [
         PackedRows(source, number, plan, pad_id or 0, num_segments)
         for number, (source, plan) in enumerate(zip(sources, plans, strict=True))
     ]
-
-
-def _strategy(source: Source, strategy: str) -> str:
-    if strategy != "by_format":
-        return strategy
-    return "split" if source.is_cut else "best_fit"
 
 
 def pack_text(
@@ -569,20 +522,20 @@ def pack_text(
 ) -> PackedRows:
     """Packs text that is only measured.
 
-    Documents that are longer than a row are continued in the next one, where nothing
-    before is seen. What is judged in its context (a cloze, a conversation, an exam's
-    choice, an answer of a pair) is never cut: rows are as long as the longest.
+    Documents longer than a row continue in the next one, without the context before. What
+    is judged in its context (a cloze, a conversation, an exam's choice, an answer of a
+    pair) is never cut: rows are then as long as the longest.
 
     Args:
       name: for logs and errors.
       examples: what is measured.
       row_length: targets in a row, at least.
       max_positions: targets that fit the model's context; None: any number.
-      places: where examples are from, one for each or for as many that follow each
-        other, such as the two of a pair.
+      places: where examples are from, one for each or for as many consecutive ones, such
+        as the two of a pair.
 
     Raises:
-      InputError: an example that is not to be cut does not fit the context; names it.
+      InputError: an example that must not be cut does not fit the context; names it.
     """
     targets = examples.lengths - 1
     longest = int(targets.max(initial=0))
@@ -617,35 +570,35 @@ def mixture(
     first_row: int = 0,
     num_rows: int = 0,
 ) -> grain.IterDataset:
-    """A stream of batches in which tokens have the shares asked for.
+    """A stream of batches in which the loss tokens of the sources have their shares.
 
-    Rows of the sources are interleaved evenly; each source is read in a new random
-    order every epoch. Each global batch is cut into as many equal parts as there are
-    hosts, and host `h` takes part `h`: where its rows lie in the batch is where its
-    devices do in the mesh, so no number depends on how many hosts share the devices. The
-    stream has no end unless every source has a limit; then empty rows fill up the last
-    batch.
+    Rows of the sources are interleaved evenly; each source is read in a new random order
+    every epoch. Each global batch is cut into as many equal parts as there are hosts, and
+    host `h` takes part `h`: the place of rows in the batch is that of its devices in the
+    mesh, so no number depends on how many hosts share the devices. The stream is endless
+    unless every source has a limit; then empty rows fill up the last batch.
 
     Args:
       sources: see `pack_sources`.
       batch_size: rows of the global batch, over all hosts.
       seed: of the order of rows.
+      num_hosts, host: how many hosts there are, and which one this is.
       num_workers: worker processes; 0 prefetches in a thread of this one.
       first_row: where in the stream to begin.
       num_rows: when final shares are reached; not needed where there are none.
 
     Returns:
       A dataset of batches: the arrays of `PackedRows`, [batch_size / num_hosts,
-      row_length]. To go on after `k` batches, restore the iterator's `get_state`, or
-      make the dataset anew with `first_row`; only the second way lets the numbers of
-      hosts and workers and the batch size change.
+      row_length]. To resume after `k` batches, restore the iterator's `get_state`, or call
+      this again with `first_row`; only the second way allows other numbers of hosts and
+      workers and another batch size.
 
     Raises:
-      InputError: the hosts cannot share the batch evenly.
+      InputError: the batch does not divide evenly among the hosts.
     """
     if batch_size < 1 or batch_size % num_hosts:
         raise InputError(
-            f"batch_size is {batch_size}, a multiple of the {num_hosts} hosts is wanted"
+            f"batch_size is {batch_size}, must be a multiple of the {num_hosts} hosts"
         )
     stream = _Stream(sources, seed, num_rows)
     part = _Part(stream, first_row, batch_size // num_hosts, num_hosts, host)
@@ -670,7 +623,7 @@ def mixture(
 
 
 def _end_with_parent(worker: int, num_workers: int) -> None:
-    """Grain's workers outlive a process that is killed, and wait for it for ever."""
+    """Ends a worker with its parent: grain's outlive a parent that is killed."""
     del worker, num_workers
 
     def wait() -> None:
@@ -683,7 +636,7 @@ def _end_with_parent(worker: int, num_workers: int) -> None:
 class _Stream:
     """The rows of all sources in the order of the stream; a grain data source.
 
-    Behind its end come rows of padding, without end.
+    After the last row come rows of padding, endlessly.
     """
 
     def __init__(self, sources, seed: int, num_rows: int):
@@ -716,7 +669,7 @@ class _Stream:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The rows of a host, from a row of the stream on; a grain data source.
+    """The rows of one host, from a given row of the stream; a grain data source.
 
     Attributes:
       stream: all rows.
@@ -749,14 +702,9 @@ def interleaving(sources: Sequence[PackedRows], num_rows: int) -> Interleaving:
     """
     density_M = np.array([_density(rows) for rows in sources])
     shares_M = np.array([rows.source.share for rows in sources], float)
+    finals = (rows.source.final_share for rows in sources)
     final_M = np.array(
-        [
-            rows.source.share
-            if rows.source.final_share is None
-            else rows.source.final_share
-            for rows in sources
-        ],
-        float,
+        [s if f is None else f for s, f in zip(shares_M, finals, strict=True)], float
     )
     moves = bool((final_M != shares_M).any())
     return Interleaving(
@@ -768,7 +716,7 @@ def interleaving(sources: Sequence[PackedRows], num_rows: int) -> Interleaving:
 
 
 def _limit(rows: PackedRows) -> float:
-    """Rows that a source gives at most."""
+    """The most rows that a source gives."""
     source = rows.source
     epochs = round(source.epochs * len(rows)) if source.epochs else math.inf
     budget = math.inf
@@ -780,7 +728,7 @@ def _limit(rows: PackedRows) -> float:
 def evaluation_batches(
     rows: PackedRows, batch_size: int, first_batch: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every row once, in order, in whole batches; empty rows fill up the last one."""
+    """Every row once, in order, in full batches; empty rows fill up the last one."""
     for first in range(first_batch * batch_size, len(rows), batch_size):
         batch = [
             rows[row] if row < len(rows) else rows.empty_row()
@@ -790,57 +738,46 @@ def evaluation_batches(
 
 
 def describe(sources: Sequence[PackedRows], num_rows: int) -> list[dict]:
-    """What each source holds and what the first rows of the stream give of it.
+    """What each source holds and how much of it the first rows of the stream read.
 
     Args:
       sources: see `pack_sources`.
       num_rows: how many rows of the stream are read.
 
     Returns:
-      One dict a source: name, documents, tokens, loss_tokens (an epoch's targets with
-      a loss), rows, pieces, padding (share of an epoch's row positions), share_asked (of
-      the loss tokens, at the beginning), share_delivered (of those in the `num_rows`)
-      and epochs (how often the source is read in them).
+      One dict per source: name, documents, tokens, loss_tokens (of one epoch), rows,
+      pieces, padding (share of an epoch's row positions), share_asked (of the loss tokens,
+      at the beginning), share_delivered (of those in the `num_rows`) and epochs (how often
+      the source is read in them).
     """
     used = [rows for rows in sources if rows.source.share]
-    given = dict(
-        zip(
-            (rows.source.name for rows in used),
-            interleaving(used, num_rows).given(num_rows).tolist(),
-            strict=True,
-        )
-    )
-    given_tokens = {
-        rows.source.name: given.get(rows.source.name, 0) * _density(rows)
+    given = interleaving(used, num_rows).given(num_rows).tolist()
+    rows_of = dict(zip((rows.source_id for rows in used), given, strict=True))
+    tokens_of = {
+        rows.source_id: rows_of.get(rows.source_id, 0) * _density(rows)
         for rows in sources
     }
-    total, asked = (
-        sum(given_tokens.values()),
-        sum(rows.source.share for rows in sources),
-    )
-    table = []
-    for rows in sources:
-        source, plan = rows.source, rows.plan
-        positions = max(1, len(plan) * plan.row_length)
-        table.append(
-            {
-                "name": source.name,
-                "documents": len(source.examples),
-                "tokens": source.examples.num_tokens,
-                "loss_tokens": source.examples.num_loss_tokens,
-                "rows": len(plan),
-                "pieces": len(plan.length),
-                "padding": 1 - int(plan.length.sum()) / positions,
-                "share_asked": source.share / asked,
-                "share_delivered": given_tokens[source.name] / total,
-                "epochs": given.get(source.name, 0) / max(1, len(plan)),
-            }
-        )
-    return table
+    total, asked = sum(tokens_of.values()), sum(rows.source.share for rows in sources)
+    return [
+        {
+            "name": rows.source.name,
+            "documents": len(rows.source.examples),
+            "tokens": rows.source.examples.num_tokens,
+            "loss_tokens": rows.source.examples.num_loss_tokens,
+            "rows": len(rows),
+            "pieces": len(rows.plan.length),
+            "padding": 1
+            - int(rows.plan.length.sum()) / max(1, len(rows) * rows.plan.row_length),
+            "share_asked": rows.source.share / asked,
+            "share_delivered": tokens_of[rows.source_id] / total,
+            "epochs": rows_of.get(rows.source_id, 0) / max(1, len(rows)),
+        }
+        for rows in sources
+    ]
 
 
 def _density(rows: PackedRows) -> float:
-    """Learnt tokens in a mean row."""
+    """Mean number of loss tokens in a row."""
     return rows.source.examples.num_loss_tokens / max(1, len(rows))
 
 

@@ -1,4 +1,4 @@
-"""From a config to everything a phase reads: training batches, held-out text, exams."""
+"""From a config to everything that a phase reads: training batches, holdouts, exams."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from absl import logging
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import corpus as corpus_lib
-from mixcpt_jax.data import docstrings, exams, formats, mixture, sources, token_cache
+from mixcpt_jax.data import exams, formats, mixture, sources, token_cache
 from mixcpt_jax.data.corpus import Corpus
 from mixcpt_jax.data.tally import Tally
 from mixcpt_jax.data.teacher_cache import Form, TeacherRows
@@ -25,27 +25,25 @@ class Data:
 
     Attributes:
       packed: the sources of the training stream, in the order of `source_ids`.
-      objectives: source name -> weight of each objective, same order.
+      num_steps: of the phase.
       texts: name -> rows that are measured and never trained on.
       pairs: name -> the same of preference pairs.
       exams: name -> multiple choice.
-      prompts: conversations to answer before and after.
+      prompts: conversations to answer before and after training.
       files: what was read, name -> {file: hash}.
-      report: one dict per source: what it holds and what the mixture gives of it.
-      num_steps: how many the phase takes.
-      limited: of which texts, pairs and exams `eval.max_tokens` leaves how much, in words.
+      report: one dict per source: what it holds and how much of it the phase reads.
+      limited: in words, of which texts, pairs and exams `eval.max_tokens` measures a part.
     """
 
     packed: list[mixture.PackedRows]
-    objectives: dict[str, dict[str, float]]
+    num_steps: int
     texts: dict[str, mixture.PackedRows]
     pairs: dict[str, mixture.PackedRows]
     exams: dict[str, exams.Exam]
     prompts: list[list[dict[str, str]]]
     files: dict[str, dict[str, str]]
     report: list[dict[str, Any]]
-    num_steps: int
-    limited: list[str] = dataclasses.field(default_factory=list)
+    limited: list[str]
 
 
 def load(
@@ -53,130 +51,95 @@ def load(
     tokenizer: Any,
     max_positions: int | None = None,
 ) -> Data:
-    """Reads, encodes and packs what the phase reads of the config.
+    """Reads, encodes and packs what the phase reads.
 
-    Sources without weight or holdout are not read: a phase may name files that only a
-    later one has.
+    Sources without weight or holdout are not read, so a config may name files that only a
+    later phase has.
 
     Args:
       config: a validated config.
       tokenizer: the model's.
-      max_positions: its context, which what is measured has to fit; None: any.
+      max_positions: its context, which measured items must fit; None: any.
 
     Raises:
       InputError: names the file, line or setting that is wrong.
     """
     row_length = config.eval.row_length or config.data.row_length
     max_tokens, limited = config.eval.max_tokens, []
-
-    def measured(name, records, source) -> mixture.PackedRows:
-        tally = Tally(keeps_places=True)
-        examples = _encode(records, source, tokenizer, tally)
-        tally.warn(name, ["lost", "spelt"])
-        for line in tally.lines(["unread"]):
-            logging.info("%s: %s", name, line)
-        group = len(examples) // max(len(tally.places), 1)
-        whole, fitting = mixture.of_context(examples, max_positions, group)
-        places = [tally.places[number] for number in fitting]
-        if len(places) < len(tally.places):
-            left_out = set(tally.places) - set(places)
-            logging.warning(
-                "%s: %d of %d items are longer than the model's context of %d tokens and "
-                "are not measured, such as %s",
-                name,
-                len(tally.places) - len(places),
-                len(tally.places),
-                max_positions,
-                next(place for place in tally.places if place in left_out),
-            )
-        examples, kept = mixture.within(whole, max_tokens, group)
-        if examples is not whole:
-            what = f"pairs {name}" if source.format == "chat_preference" else name
-            limited.append(
-                f"{what} {examples.num_tokens:,} of {whole.num_tokens:,} tokens"
-            )
-        places = [places[number] for number in kept]
-        return mixture.pack_text(name, examples, row_length, max_positions, places)
-
     is_training = config.job == "train"
-    asked = {exam.source for exam in config.eval.exams.values()}
+    measured = corpus_lib.measure(config)
     corpora, texts, pairs, files = {}, {}, {}, {}
-    measured_records = corpus_lib.measure(config)
     for name, source in config.sources.items():
-        if (is_training and source.weight) or source.holdout or name in asked:
-            corpora[name] = Corpus(config, source, measured_records)
+        if (is_training and source.weight) or source.holdout:
+            corpora[name] = Corpus(config, source, measured)
             files[name] = sources.hashes(source.path, source.reader, source.split)
     for place, source in config_lib.all_sources(config):
-        if place not in measured_records.records:
+        if place not in measured.records:
             continue
         name = place.rpartition(".")[2]
+        examples, places = _measured(
+            name, measured.records[place], source, tokenizer, max_positions
+        )
+        group = len(examples) // max(len(places), 1)
+        part, kept = mixture.within(examples, max_tokens, group)
         is_pair = source.format == "chat_preference"
-        rows = measured(name, measured_records.records[place], source)
+        if part is not examples:
+            limited.append(
+                f"{'pairs ' if is_pair else ''}{name} {part.num_tokens:,} of "
+                f"{examples.num_tokens:,} tokens"
+            )
+        places = [places[number] for number in kept]
+        rows = mixture.pack_text(name, part, row_length, max_positions, places)
         (pairs if is_pair else texts)[name] = rows
         if place.startswith("eval."):
             files[place] = sources.hashes(source.path, source.reader, source.split)
-    for name, exam in config.eval.exams.items():
-        if exam.path:
-            files[f"eval.exams.{name}"] = sources.hashes(
-                exam.path, exams.reader(exam.path)
-            )
     if config.eval.prompts:
         files["eval.prompts"] = sources.hashes(config.eval.prompts, "jsonl")
     loaded_exams = {}
     for name, exam in config.eval.exams.items():
-        place = exam.path or f"eval.exams.{name}"
-        questions = _questions(config, exam, corpora)
+        files[f"eval.exams.{name}"] = sources.hashes(exam.path, exams.reader(exam.path))
+        questions = exams.read(exam.path)[: exam.num_questions or None]
         asked_of = exams.within(questions, tokenizer, max_tokens)
         if len(asked_of) < len(questions):
-            of = f"{len(asked_of)} of {len(questions)} questions"
-            limited.append(f"exam {name} {of}")
+            limited.append(f"exam {name} {len(asked_of)} of {len(questions)} questions")
         loaded_exams[name] = exams.encode(
             [questions[number] for number in asked_of],
             tokenizer,
             row_length,
             max_positions,
-            place,
-            [f"{place}: question {number + 1}" for number in asked_of],
+            exam.path,
+            [f"{exam.path}: question {number + 1}" for number in asked_of],
         )
     packed, report, num_steps = [], [], 0
-    objectives = {
-        name: config_lib.objective_weights(config, name) for name in config.sources
-    }
     if is_training:
-        packed, notes = _pack(
-            config, corpora, measured_records.holdout, files, objectives, tokenizer
-        )
+        packed, notes = _pack(config, corpora, measured.holdout, files, tokenizer)
         num_steps = _num_steps(config, packed)
         rows = mixture.describe(packed, num_steps * config.data.batch_size)
         report = [row | note for row, note in zip(rows, notes, strict=True)]
         _check_epochs(config, report)
     return Data(
         packed=packed,
-        objectives=objectives,
+        num_steps=num_steps,
         texts=texts,
         pairs=pairs,
         exams=loaded_exams,
         prompts=_load_prompts(config.eval.prompts),
         files=files,
         report=report,
-        num_steps=num_steps,
         limited=limited,
     )
 
 
 def synthetic(config: ml_collections.ConfigDict, form: Form | None = None) -> Data:
-    """What training would read as far as its step can tell, without any text.
+    """Stand-in for the training data of a step that is only compiled: no text.
 
     Each source is one row, of one document or of one pair.
 
     Args:
       config: of a phase that trains.
-      form: what is stored of the teacher, where that is read.
+      form: of the teacher cache, if the step reads one.
     """
     length = config.data.row_length
-    objectives = {
-        name: config_lib.objective_weights(config, name) for name in config.sources
-    }
     used = []
     for name, source in config.sources.items():
         has_pairs = source.format == "chat_preference"
@@ -191,17 +154,43 @@ def synthetic(config: ml_collections.ConfigDict, form: Form | None = None) -> Da
                 examples,
                 share=source.weight,
                 has_pairs=has_pairs,
-                objectives=objectives[name],
+                objectives=config_lib.objective_weights(config, name),
                 reference_logps=np.zeros(2, np.float32) if references else None,
                 teacher_rows=TeacherRows(form) if form else None,
             )
         )
     packed = mixture.pack_sources(used, length)
-    return Data(packed, objectives, {}, {}, {}, [], {}, [], config.train.num_steps or 1)
+    return Data(packed, config.train.num_steps or 1, {}, {}, {}, [], {}, [], [])
 
 
-def _pack(config, corpora, holdout, files, objectives, tokenizer):
-    """The training stream's sources, and of each what the report says besides."""
+def _measured(
+    name: str, records, source, tokenizer, max_positions: int | None
+) -> tuple[formats.Examples, list[str]]:
+    """What is measured of a source, and where each item is from."""
+    tally = Tally(keeps_places=True)
+    examples = _encode(records, source, tokenizer, tally)
+    tally.warn(name, ["lost", "spelt"])
+    for line in tally.lines(["unread"]):
+        logging.info("%s: %s", name, line)
+    group = len(examples) // max(len(tally.places), 1)
+    examples, kept = mixture.of_context(examples, max_positions, group)
+    places = [tally.places[number] for number in kept]
+    if len(places) < len(tally.places):
+        left_out = set(tally.places) - set(places)
+        logging.warning(
+            "%s: %d of %d items are longer than the model's context of %d tokens and are "
+            "not measured, such as %s",
+            name,
+            len(tally.places) - len(places),
+            len(tally.places),
+            max_positions,
+            next(place for place in tally.places if place in left_out),
+        )
+    return examples, places
+
+
+def _pack(config, corpora, holdout, files, tokenizer):
+    """The sources of the training stream, and more of each for the report."""
     used, notes = [], []
     for name, source in config.sources.items():
         has_pairs = source.format == "chat_preference"
@@ -222,7 +211,7 @@ def _pack(config, corpora, holdout, files, objectives, tokenizer):
                 f"sources.{name}: all of its {cut['dropped']} samples are longer than "
                 f"data.row_length={config.data.row_length} and dropped; make it larger"
             )
-        # Documents are made to be split.
+        # To split documents is normal, so it is not reported.
         usual = ("split",) if source.format == "document" else ()
         overlong = {rule: n for rule, n in cut.items() if n and rule not in usual}
         note |= {"overlong": overlong}
@@ -242,7 +231,7 @@ def _pack(config, corpora, holdout, files, objectives, tokenizer):
                 max_tokens=source.max_tokens,
                 has_pairs=has_pairs,
                 is_cut=source.format == "document",
-                objectives=objectives[name],
+                objectives=config_lib.objective_weights(config, name),
             )
         )
     packed = mixture.pack_sources(
@@ -263,19 +252,19 @@ def _examples(
     files: dict[str, str],
     tokenizer: Any,
 ) -> tuple[formats.Examples | token_cache.PreparedExamples, list[str], dict[str, Any]]:
-    """What a source has to learn: prepared where it can be, else encoded here.
+    """The examples of a source: prepared if they match the config, else encoded here.
 
     Returns:
-      The examples; where each sample is from, if that will be asked for; and for the
-      report whether they were `prepared` and what `Tally.counts` tells.
+      The examples; where each sample is from, if `fit` will ask; and for the report
+      whether they were `prepared`, with `Tally.counts`.
     """
     source = config.sources[name]
     if config.data.prepared:
         folder = token_cache.folder_of(config.data.prepared, name)
         if not folder.parent.exists():
             raise InputError(
-                f"data.prepared={config.data.prepared}: no such folder; make it by "
-                "`python -m mixcpt_jax prepare` with this config, or mend the path"
+                f"data.prepared={config.data.prepared}: no such folder; run "
+                "`python -m mixcpt_jax prepare` with this config, or correct the path"
             )
         manifest = token_cache.read_manifest(folder)
         part = None
@@ -286,8 +275,8 @@ def _examples(
             examples = token_cache.PreparedExamples(folder, manifest)
             return examples, [], {"prepared": True} | examples.found
         logging.warning(
-            "sources.%s: %s, so it is tokenised here; `python -m mixcpt_jax prepare` "
-            "with this config would prepare it",
+            "sources.%s: %s, so it is tokenized here; `python -m mixcpt_jax prepare` with "
+            "this config prepares it",
             name,
             f"{folder} was prepared with other {part}"
             if part
@@ -300,7 +289,7 @@ def _examples(
 
 
 def _num_steps(config, packed: list[mixture.PackedRows]) -> int:
-    """How many steps the phase takes, from the config or from the data."""
+    """The number of steps, from the config or from the limits of the sources."""
     batch_size, asked = config.data.batch_size, config.train.num_steps
     used = [rows for rows in packed if rows.source.share]
     order = mixture.interleaving(used, asked * batch_size)
@@ -313,17 +302,17 @@ def _num_steps(config, packed: list[mixture.PackedRows]) -> int:
     most = math.ceil(order.num_rows / batch_size)
     if asked > most:
         raise InputError(
-            f"train.num_steps={asked}: the epochs and max_tokens of the sources end after "
-            f"{most} steps; set it to at most that (0: all of them), or raise a limit"
+            f"train.num_steps={asked}: the sources reach their epochs and max_tokens "
+            f"after {most} steps; set it to at most that (0: all of them), or raise a limit"
         )
     return asked
 
 
 def _check_epochs(config, report: list[dict[str, Any]]) -> None:
-    """Warns of sources that are read very often, and refuses them above the limit.
+    """Warns of sources that are read too often, and refuses them above the limit.
 
     Raises:
-      InputError: names the source, its epochs and what makes them fewer.
+      InputError: names the source, its epochs and the remedy.
     """
     warned, most = config.data.warn_epochs, config.data.max_epochs
     for source in report:
@@ -339,7 +328,7 @@ def _check_epochs(config, report: list[dict[str, Any]]) -> None:
             )
         if warned and epochs > warned:
             logging.warning(
-                "%s; text that is repeated so often teaches little: %s", found, remedy
+                "%s; text repeated that often teaches little: %s", found, remedy
             )
 
 
@@ -350,10 +339,10 @@ def batches(
     num_hosts: int = 1,
     host: int = 0,
 ) -> grain.IterDataset:
-    """This host's share of the training stream from row `first_row` on.
+    """This host's part of the training stream, from row `first_row`.
 
     The stream is a function of the sources and the seed, so the number of rows taken is
-    all there is to its position.
+    its whole position.
     """
     return mixture.mixture(
         data.packed,
@@ -368,7 +357,7 @@ def batches(
 
 
 def with_references(data: Data, references: Mapping[str, np.ndarray]) -> Data:
-    """The same, whose training rows of pairs have the reference's log-probabilities.
+    """The data, with the reference's log-probabilities in the rows of pairs.
 
     Args:
       data: what a phase reads.
@@ -376,28 +365,23 @@ def with_references(data: Data, references: Mapping[str, np.ndarray]) -> Data:
     """
     return _with(
         data,
-        {
-            name.removeprefix("sources/"): {"reference_logps": logps}
-            for name, logps in references.items()
-        },
+        "reference_logps",
+        {name.removeprefix("sources/"): logps for name, logps in references.items()},
     )
 
 
 def with_teacher(data: Data, teacher_rows: Mapping[str, TeacherRows]) -> Data:
-    """The same, whose training rows have what the teacher says, by source."""
-    return _with(
-        data, {name: {"teacher_rows": rows} for name, rows in teacher_rows.items()}
-    )
+    """The data, with teacher outputs in the training rows, by source."""
+    return _with(data, "teacher_rows", teacher_rows)
 
 
-def _with(data: Data, changes: Mapping[str, dict[str, Any]]) -> Data:
+def _with(data: Data, field: str, values: Mapping[str, Any]) -> Data:
     packed = [
-        mixture.PackedRows(
-            dataclasses.replace(rows.source, **changes.get(rows.source.name, {})),
-            rows.source_id,
-            rows.plan,
-            rows.pad_id,
-            rows.num_segments,
+        dataclasses.replace(
+            rows,
+            source=dataclasses.replace(
+                rows.source, **{field: values.get(rows.source.name)}
+            ),
         )
         for rows in data.packed
     ]
@@ -405,19 +389,12 @@ def _with(data: Data, changes: Mapping[str, dict[str, Any]]) -> Data:
 
 
 def fingerprint(data: Data) -> dict[str, str]:
-    """Source name -> a hash of its tokens: tells whether the stream is still the same."""
-    return hashes({rows.source.name: rows for rows in data.packed})
-
-
-def hashes(rows_by_name: Mapping[str, mixture.PackedRows]) -> dict[str, str]:
-    """A hash of each one's tokens, by name."""
-    return {
-        name: rows.source.examples.fingerprint for name, rows in rows_by_name.items()
-    }
+    """Source name -> hash of its tokens, by which resume recognizes the stream."""
+    return {rows.source.name: rows.source.examples.fingerprint for rows in data.packed}
 
 
 def _encode(records, source, tokenizer, tally: Tally) -> formats.Examples:
-    """The examples of a source's records; what is left out of them is logged.
+    """The examples of a source's records; records left out are counted and logged.
 
     Raises:
       InputError: see `formats.encode`; or nothing is left.
@@ -445,10 +422,3 @@ def _load_prompts(path: str) -> list[list[dict[str, str]]]:
     prompts = [formats.read_prompt(r, tally) for r in sources.read(path, "jsonl")]
     tally.warn(path)
     return prompts
-
-
-def _questions(config, exam, corpora) -> list[dict[str, Any]]:
-    if exam.path:
-        return exams.read(exam.path)[: exam.num_questions or None]
-    documents = [record.fields for record in corpora[exam.source].train_split()]
-    return docstrings.exam(documents, exam.num_questions, config.seed)

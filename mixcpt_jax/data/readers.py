@@ -1,8 +1,8 @@
-"""Records out of one file or dataset folder, one function for each format.
+"""Reads the records of one file or dataset folder; one generator per format.
 
-Each is a generator `(file, on_bad)`. What is wrong with one record goes to `on_bad`, which
-raises it or notes it, and reading goes on. A library's exception at damage to the file
-ends it; `sources.read` says where. Nothing but a text file is held in memory whole.
+Each is a function `(file, on_bad)`. The error of one record goes to `on_bad`, which raises
+or counts it, and reading continues. A library's exception at a damaged file ends the
+generator; `sources.read` adds the place. Only text files are held in memory whole.
 """
 
 import codecs
@@ -46,12 +46,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One document or sample as it stands in its source.
+    """One document or sample of a source.
 
     Attributes:
-      fields: field name -> value, of the types that JSON has.
-      place: where it was found: `file:line`, `file:row group 0, row 5`, `file#record`,
-        a file or a dotted name; error messages begin with it.
+      fields: field name -> value, of JSON's types.
+      place: where it is: `file:line`, `file:row group 0, row 5`, `file#record` or a file;
+        error messages begin with it.
     """
 
     fields: dict
@@ -59,14 +59,14 @@ class Record:
 
 
 def suffix(name: str) -> str:
-    """What a file's name says of its format, in lower case, or ''."""
+    """The part of a file's name that tells its format, in lower case, or ''."""
     endings = re.findall(r"\.[^.]*", _SHARD.sub("", name).lower())
     last_two = "".join(endings[-2:])
     return last_two if last_two in READER_OF_SUFFIX else "".join(endings[-1:])
 
 
 def jsonl(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
-    """One object a line, perhaps in a .gz or .zst; blank lines are passed over."""
+    """One object per line, also in .gz and .zst; skips blank lines."""
     found = 0
     with _open(file) as content:
         for number, line in enumerate(_lines(content), 1):
@@ -92,8 +92,8 @@ def parse_line(line: bytes, place: str) -> dict:
     """
     if len(line) > MAX_LINE_BYTES:
         raise InputError(
-            f"{place}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; one JSON object "
-            "a line is wanted, split the document"
+            f"{place}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; write one JSON "
+            "object per line, and split the document"
         )
     try:
         fields = json.loads(line.decode("utf-8-sig"))
@@ -108,12 +108,12 @@ def parse_line(line: bytes, place: str) -> dict:
         ) from error
     except ValueError as error:
         raise InputError(
-            f"{place}: not JSON ({error}); one object a line is wanted"
+            f"{place}: not JSON ({error}); write one object per line"
         ) from error
     if not isinstance(fields, dict):
         raise InputError(
-            f"{place}: a JSON {type(fields).__name__}, an object such as "
-            '{"text": "..."} is wanted'
+            f"{place}: a JSON {type(fields).__name__}, must be an object such as "
+            '{"text": "..."}'
         )
     return fields
 
@@ -123,16 +123,16 @@ def _open(file: epath.Path) -> Iterator[io.BufferedReader]:
     codec = _CODECS.get(epath.Path(_SHARD.sub("", file.name)).suffix.lower())
     with file.open("rb") as stream:
         if codec:
-            # Unlike the zstandard package, pyarrow refuses what ends too early.
+            # Unlike the zstandard package, pyarrow refuses truncated streams.
             stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), codec)
-        # Files of gs:// lack a `readline` with a limit. The buffer is small because what
-        # is in it when damage is met is lost.
+        # Files on gs:// have no `readline` with a limit. The buffer is small because its
+        # content is lost at damage.
         with io.BufferedReader(stream) as content:
             yield content
 
 
 def _lines(content: io.BufferedIOBase) -> Iterator[bytes]:
-    """The lines; of one that is longer than `MAX_LINE_BYTES` only the beginning."""
+    """The lines; of those longer than `MAX_LINE_BYTES` only the beginning."""
     while line := content.readline(MAX_LINE_BYTES + 1):
         rest = line
         while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
@@ -159,7 +159,7 @@ def text(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
 
 def parquet(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     """The rows, row group by row group."""
-    # A buffer, because without one a whole column of a row group is read at once.
+    # Without a buffer a whole column of a row group is read at once.
     with (
         file.open("rb") as content,
         pq.ParquetFile(
@@ -176,12 +176,12 @@ def parquet(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
                 found += 1
                 place = f"{file}:row group {group}, row {number}"
                 yield from _record(_read_row, row, place, on_bad)
-            # Where a page is missed, pyarrow ends the group without a word.
+            # If a page is missing, pyarrow ends the group silently.
             expected += table.metadata.row_group(group).num_rows
             if found != expected:
                 raise EOFError(f"{expected - found} rows of this row group are missing")
         if found != table.metadata.num_rows:
-            raise EOFError(f"{found} rows, {table.metadata.num_rows} are wanted")
+            raise EOFError(f"{found} rows, the footer says {table.metadata.num_rows}")
         _require(found, file, on_bad)
 
 
@@ -204,13 +204,12 @@ def _arrow_batches(content) -> Iterator[pa.RecordBatch]:
         batches = pa.ipc.open_stream(content)
     batch = None
     for batch in batches:
-        batch.validate(full=True)  # offsets that point anywhere would be followed
+        batch.validate(full=True)  # else wrong offsets would be followed
         yield batch
     if is_file and batch is None:
         return
-    # The format lets a stream just end, as one does that was cut between two batches;
-    # writers that are closed leave a mark. In a file it stands before the list of the
-    # batches, and tells of one that is not in the list.
+    # A stream that was cut between two batches is valid, but writers that are closed leave
+    # a mark. In a file it stands before the list of batches, which may miss one.
     size = len(_END_OF_STREAM)
     if not is_file:
         content.seek(-size, io.SEEK_CUR)
@@ -219,7 +218,7 @@ def _arrow_batches(content) -> Iterator[pa.RecordBatch]:
 
 
 def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Batches of one row, so that text that is not UTF-8 takes no other row along."""
+    """Batches of one row, so that text that is not UTF-8 spoils no other row."""
     for batch in batches:
         for row in range(batch.num_rows):
             yield batch.slice(row, 1)
@@ -233,11 +232,11 @@ def array_record(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     """The records: JSON objects, or else texts `{'text'}`."""
     reader = array_record_reader(file)
     num_records = reader.num_records()
-    # A file without its index would pass for one without records.
+    # A file without its index looks like one without records.
     if not reader.ok():
         raise EOFError(
-            "there is no ArrayRecord index at its end: it was not closed by its writer, or "
-            "is another format"
+            "has no ArrayRecord index at its end: its writer did not close it, or it has "
+            "another format"
         )
     for number in range(num_records):
         content, place = reader.read(), f"{file}#{number}"
@@ -251,9 +250,9 @@ def array_record(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
 def array_record_reader(
     file: epath.Path | str,
 ) -> array_record_module.ArrayRecordReader:
-    """Opens a file; one without an index is as one without records, and not `ok()`."""
-    # With the default options a reader holds 100 MB and more, and is no faster. It is not
-    # closed, since of a damaged file that raises again, without a word.
+    """Opens a file; one without an index has no records and is not `ok()`."""
+    # With the default options a reader takes 100 MB or more and is no faster. It is not
+    # closed, because closing a damaged file raises again, without a message.
     return array_record_module.ArrayRecordReader(
         str(file), "readahead_buffer_size:0,max_parallelism:0"
     )
@@ -265,17 +264,17 @@ def _parse_record(content: bytes, place: str) -> dict:
     except UnicodeDecodeError as error:
         raise InputError(
             f"{place}: neither JSON nor UTF-8 text (byte {error.start} of the record); "
-            "of serialized tf.Examples name the TFDS folder"
+            "for serialized tf.Examples name the TFDS folder"
         ) from error
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(fields := json.loads(document), dict):
             small_files.require_shallow(fields)
             return fields
-    # A tf.Example of ASCII text is UTF-8, with the lengths of its parts in between.
+    # A tf.Example of ASCII text is UTF-8 too, with control characters between its parts.
     if control := _CONTROL.search(document):
         raise InputError(
             f"{place}: neither JSON nor text (byte {control[0].encode()[0]:#04x} in it); "
-            "of serialized tf.Examples name the TFDS folder"
+            "for serialized tf.Examples name the TFDS folder"
         )
     return {"text": document}
 
@@ -299,7 +298,7 @@ def tfds(folder: epath.Path, split: str, on_bad: OnBad) -> Iterator[Record]:
     for number in range(len(source)):
         place = f"{folder}:{split}#{number}"
         yield from _record(read_example, number, place, on_bad)
-    # How many there are is what dataset_info.json says, not the shards.
+    # len(source) is what dataset_info.json says, not what the shards hold.
     for shard in builder.info.splits[split].file_instructions:
         found = array_record_reader(shard.filename).num_records()
         if found != shard.examples_in_shard:
@@ -311,14 +310,14 @@ def tfds(folder: epath.Path, split: str, on_bad: OnBad) -> Iterator[Record]:
 
 
 def tfds_files(folder: epath.Path, split: str) -> list[epath.Path]:
-    """The files that `tfds` reads."""
+    """The files that the reader `tfds` reads."""
     shards = _tfds_builder(folder).info.splits[split].filepaths
     markers = [folder / "dataset_info.json", folder / "features.json"]
     return [*markers, *map(epath.Path, shards)]
 
 
 def _tfds_builder(folder: epath.Path):
-    import tensorflow_datasets  # takes half a second, and few sources need it
+    import tensorflow_datasets  # takes half a second; few sources need it
 
     _check_features(folder / "features.json")
     builder = tensorflow_datasets.builder_from_directory(folder)
@@ -347,7 +346,7 @@ def _check_features(file: epath.Path) -> None:
 
 
 def _sequences(features) -> list[str]:
-    """Fields that are lists of objects, which TFDS gives as objects of lists."""
+    """Fields that are lists of objects; TFDS returns them as objects of lists."""
     from tensorflow_datasets import features as kinds
 
     return [
@@ -361,7 +360,7 @@ def _sequences(features) -> list[str]:
 def _record(
     read: Callable[[Any], dict], key: Any, place: str, on_bad: OnBad
 ) -> Iterator[Record]:
-    """The record that `read(key)` gives, or none if it is not UTF-8."""
+    """The record that `read(key)` returns, or none if it is not UTF-8."""
     try:
         fields = _json_value(read(key))
     except UnicodeDecodeError as error:
@@ -369,7 +368,7 @@ def _record(
         on_bad(
             InputError(
                 f"{place}: a value is not UTF-8 (byte {found[0]:#04x} at {error.start}); "
-                "convert it, or leave the column out if it holds no text"
+                "convert it, or leave out the column if it holds no text"
             )
         )
     else:
@@ -377,7 +376,7 @@ def _record(
 
 
 def _json_value(value: Any) -> Any:
-    """Bytes as text, arrays as lists, and dates and the like as they are written."""
+    """A value in JSON's types: bytes as text, arrays as lists, dates as strings."""
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, bytes):
@@ -393,4 +392,4 @@ def _json_value(value: Any) -> Any:
 
 def _require(found: int, file: epath.Path | str, on_bad: OnBad) -> None:
     if not found:
-        on_bad(InputError(f"{file}: has no records; remove it, or write it anew"))
+        on_bad(InputError(f"{file}: has no records; remove it, or write it again"))

@@ -1,8 +1,7 @@
-"""Which few general samples go to format alignment: all of it that needs no model.
+"""Selects a few general samples for format alignment; runs no model itself.
 
-Samples are filtered (`candidates`), ranked by what the model after continual
-pre-training makes of each response, once after the plain prompt and once in the chat
-template (`rank`), and written in that order (`write`).
+`candidates` filters the samples. `rank` orders them by the model's loss on each response,
+after the plain prompt and in the chat template. `write` writes them in that order.
 
 Shapes: C candidates.
 """
@@ -26,7 +25,7 @@ from mixcpt_jax.data import formats as format_lib
 from mixcpt_jax.data.formats import Examples
 from mixcpt_jax.data.sources import Record
 
-# Method -> the forms in which the model has to score a sample.
+# Method -> the forms of a sample that the model must score.
 FORMS = {
     "random": (),
     "perplexity": ("plain",),
@@ -43,10 +42,10 @@ REASONS = (
     "near_duplicate",
     "beyond_limit",
 )
-# What is found about a record stands under this key of its line.
+# Key of a line that holds the numbers of its `Row`.
 FIELD = "selection"
 
-# Nats per token: nearer to 0, half precision no longer tells a probability from 1.
+# Nats per token: below, half precision cannot distinguish a probability from 1.
 _LEAST_NLL = 1e-3
 
 
@@ -57,13 +56,13 @@ class Candidates:
     Attributes:
       records: [C].
       plain: C examples: [BOS if the tokenizer adds it and the chat form begins with it]
-        + the plain prompt + the response, as the chat template writes it. Its tokens
-        alone count, and of them those that the chat form has too.
-      chat: C examples: the same in the chat template. The same tokens count: not the
-        template's, such as an empty `<think>` block or the end of the turn, nor a first
-        word that blanks of the template make other tokens of.
-      digests: a hash of each one's normalised text, [C], all different.
-      filtered: reason why records were left out -> how many.
+        + the plain prompt + the response, as the chat template writes it. Loss tokens are
+        those of the response that the chat form has too.
+      chat: C examples: the same in the chat template, with the same loss tokens: not the
+        template's own, such as an empty `<think>` block or the end of the turn, nor a
+        first word that the template's blanks tokenize differently.
+      digests: a hash of each one's normalized text, [C], all different.
+      filtered: reason -> number of records left out.
     """
 
     records: list[Record]
@@ -74,12 +73,12 @@ class Candidates:
 
 
 class Measured(NamedTuple):
-    """A model's view of the responses; None for a form that was not scored.
+    """A model's scores of the responses; None for a form that was not scored.
 
     Attributes:
-      plain_nll_C, chat_nll_C: negative log-likelihood summed over a response's tokens,
-        nats.
-      plain_count_C, chat_count_C: how many tokens those are.
+      plain_nll_C, chat_nll_C: negative log-likelihood summed over the response's loss
+        tokens, nats.
+      plain_count_C, chat_count_C: the number of those tokens.
     """
 
     plain_nll_C: np.ndarray | None = None
@@ -89,17 +88,16 @@ class Measured(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One candidate's place.
+    """One candidate's rank.
 
     Attributes:
       candidate: its number among the candidates.
-      origin: where the record says it comes from; empty if it does not.
+      origin: its source as the record names it; empty if it does not.
       rank: 1 is the best.
       score: see `scores`.
       perplexity: of the response after the plain prompt, per token.
       plain_nll, chat_nll: of the response, nats per token.
-      response_tokens: of the plain form. These four are None where the form was not
-        scored.
+      response_tokens: of the plain form. These four are None if not scored.
       selected: the rank is within `keep`, and its origin within the quota.
     """
 
@@ -107,21 +105,21 @@ class Row(NamedTuple):
     origin: str
     rank: int
     score: float
-    perplexity: float | None
-    plain_nll: float | None
-    chat_nll: float | None
-    response_tokens: int | None
-    selected: bool
+    perplexity: float | None = None
+    plain_nll: float | None = None
+    chat_nll: float | None = None
+    response_tokens: int | None = None
+    selected: bool = False
 
 
 class Ranking(NamedTuple):
     """Candidates by rank.
 
     Attributes:
-      candidates, method, keep: what was ranked, how, and how many are wanted.
+      candidates, method, keep: what was ranked, how, and how many to select.
       rows: [C], by rank.
-      num_selected: less than `keep` if there are no more or the quota admits no more.
-      num_held_back: candidates that the quota kept out of the first `keep`.
+      num_selected: less than `keep` if there are no more or the quota allows no more.
+      num_held_back: candidates that the quota excluded from the first `keep`.
     """
 
     candidates: Candidates
@@ -148,30 +146,28 @@ def candidates(
 ) -> Candidates:
     """Reads, filters and encodes the samples to choose from.
 
-    Left out are, in this order, with `on_bad_record='skip'` records that are `unusable`,
-    because they lack what they need or the chat template refuses them; preferences with
-    `no_preference`, whose rejected answer is blank or the chosen one; those with a
-    `short_response`; records that are `too_short` or `too_long`; `duplicate`, whose
-    prompt and response are an earlier one's but for case and white space;
-    `near_duplicate`; and, of what remains, those `beyond_limit`. The earliest of several
-    duplicates stays.
+    Left out are, in this order: with `on_bad_record='skip'` `unusable` records, which lack
+    a field or which the chat template refuses; preferences with `no_preference`, whose
+    rejected answer is blank or equal to the chosen one; those with a `short_response`;
+    records that are `too_short` or `too_long`; `duplicate` and `near_duplicate` ones of an
+    earlier record; and, of the rest, those `beyond_limit`.
 
     Args:
       records: see `sources.read`; they are read once.
-      format: what they are in continual pre-training: 'instruction', 'preference' or
-        'chat'; see `formats.prompt_and_response`.
+      format: theirs in continual pre-training: 'instruction', 'preference' or 'chat'; see
+        `formats.prompt_and_response`.
       tokenizer: has `encode_batch`, `encode_chat`, `encode_response`,
         `model.encode_next`, `add_bos` and `bos_id`.
       fields: our field name -> the source's name for it, where they differ.
-      max_tokens, min_tokens: bounds of the chat form's length, inclusive; of a
-        preference, of the longer side's.
-      min_response_tokens: of the response, those that count. Ratios of one or two tokens'
-        NLLs are mostly noise, and extreme ones.
+      max_tokens, min_tokens: bounds of the chat form's length, inclusive; of a preference,
+        of the longer side's.
+      min_response_tokens: least number of the response's loss tokens. Ratios of one or two
+        tokens' NLLs are mostly noise, and extreme.
+      near_duplicates: least Jaccard similarity of a near duplicate's word 5-grams, as
+        MinHash estimates it (see `filters.Seen`); 0: none is.
       on_bad_record: 'refuse' or 'skip'.
-      max_candidates: how many remain at most, those that 'random' with this `seed` would
-        select first; 0: no limit.
-      near_duplicates: from this Jaccard similarity of the sets of word 5-grams on, as
-        MinHash estimates it (see `filters.Seen`), a record is a near duplicate; 0: none is.
+      max_candidates: the most records that remain, those that 'random' with this `seed`
+        would select first; 0: no limit.
 
     Raises:
       InputError: see `formats.prompt_and_response` and `formats.chat_pair`; a field
@@ -233,14 +229,14 @@ def candidates(
             kept.append(record)
             begins_with_bos = tokenizer.add_bos and opening[0] == tokenizer.bos_id
             texts.append((question, written, answer_ids, count, begins_with_bos))
-            # A template's blanks behind the response may be one token with its end.
+            # A template's blanks after the response may form one token with its end.
             is_prefix = list(ids[: len(opening)]) == opening
             chats.append(_ending(ids if is_prefix else opening, len(opening), count))
     if not kept:
         raise InputError(
             f"no sample is left to select from; left out are {filtered}; widen the bounds"
         )
-    # What "random" would select first, in the order of the source.
+    # Those that "random" would select first, in the order of the source.
     keys = _keys(digests, seed)
     first = sorted(range(len(kept)), key=keys.__getitem__)[: max_candidates or None]
     filtered["beyond_limit"] = len(kept) - len(first)
@@ -258,16 +254,16 @@ def scores(
 
     'perplexity': of the response after the plain prompt, per token; the lowest are
     selected. 'format_alignment': NLL per token of the response in the chat template,
-    divided by its NLL per token after the plain prompt; the highest are selected: the
-    model knows the content and not the format. This ratio is our own choice, after a
-    proposal in the public reviews of the Mix-CPT paper; the paper has a score of this
-    name, whose form we do not know. NLLs below 0.001 nats count as 0.001, so that the
-    ratio of two certainties is 1. 'random': a hash of seed and content, uniform in
-    [0, 1); the lowest are selected.
+    divided by its NLL per token after the plain prompt; the highest are selected, because
+    there the model knows the content and not the format. This ratio is our choice, after a
+    proposal in the public reviews of the Mix-CPT paper; the paper has a score of this name
+    whose form we do not know. NLLs below 0.001 nats count as 0.001, so that the ratio of
+    two certainties is 1. 'random': a hash of seed and content, uniform in [0, 1); the
+    lowest are selected.
 
     Raises:
-      InputError: an unknown method, or scores that it needs are missing; a perplexity
-        or a ratio that is not finite.
+      InputError: an unknown method, missing scores, or a perplexity or ratio that is not
+        finite.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is unknown; use one of {list(METHODS)}")
@@ -292,27 +288,26 @@ def rank(
     origin_field: str = "",
     origin_share: float = 1.0,
 ) -> Ranking:
-    """Orders the candidates by score, equals by a hash of seed and content.
+    """Orders the candidates by score, and equal scores by a hash of seed and content.
 
-    At most `ceil(origin_share * keep)` of the selected are of one origin. Those held
-    back for that come behind the selected, with all others, in the order of scores.
-    Where the quota leaves fewer than `keep`, so few are selected.
+    At most `ceil(origin_share * keep)` of the selected have one origin. Those beyond that
+    come after the selected, with all others, in the order of scores. If the quota leaves
+    fewer than `keep`, fewer are selected.
 
     Args:
-      candidates, measured: what to rank, and the model's view of it.
+      candidates, measured: what to rank, and the model's scores.
       method, seed: see `scores`.
       keep: how many to select.
-      origin_field: field of a record that says where it comes from.
+      origin_field: field of a record that names its origin.
       origin_share: greatest share of one origin; 1: no quota.
 
     Raises:
-      InputError: see `scores`; `keep` or `origin_share` is not above 0; there is a
-        quota and a record without `origin_field`.
+      InputError: see `scores`; `keep` or `origin_share` is not above 0; there is a quota
+        and a record without `origin_field`.
     """
     if keep < 1 or not 0 < origin_share <= 1:
         raise InputError(
-            f"keep={keep}, origin_share={origin_share}: 1 or more, and a share above 0 "
-            "and at most 1 are wanted"
+            f"keep={keep}, origin_share={origin_share}: must be >= 1, and > 0 and <= 1"
         )
     score_C = scores(candidates, measured, method, seed)
     cost_C = -score_C if method == "format_alignment" else score_C
@@ -329,23 +324,18 @@ def rank(
         else:
             num_held_back += len(selected) < keep
             others.append(number)
-    nll = _per_token(candidates, measured)
-    plain_C, chat_C = (
-        nll[form].tolist() if form in nll else [None] * len(keys)
-        for form in ("plain", "chat")
-    )
-    is_scored = "plain" in nll
+    scored = {f"{form}_nll": x for form, x in _per_token(candidates, measured).items()}
+    if "plain_nll" in scored:
+        scored["perplexity"] = np.exp(scored["plain_nll"])
+        scored["response_tokens"] = measured.plain_count_C.astype(int)
     rows = [
         Row(
             candidate=number,
             origin=origins[number],
             rank=place,
             score=float(score_C[number]),
-            perplexity=math.exp(plain_C[number]) if is_scored else None,
-            plain_nll=plain_C[number],
-            chat_nll=chat_C[number],
-            response_tokens=int(measured.plain_count_C[number]) if is_scored else None,
             selected=place <= len(selected),
+            **{name: values_C[number].item() for name, values_C in scored.items()},
         )
         for place, number in enumerate(selected + others, 1)
     ]
@@ -355,11 +345,10 @@ def rank(
 def write(path: epath.PathLike, ranking: Ranking) -> None:
     """Writes the records by rank as JSON lines, the file whole or not at all.
 
-    A line is the record's own fields behind `selection`, the numbers of its `Row` to six
-    digits; what was not scored is left out. So the source's `fields` fit this file too,
-    read as format 'chat' or, from preferences, 'chat_preference'. Its first `keep` lines
-    are what to train on: where fewer are selected, the file ends with them, lest others
-    make up for them.
+    A line is `selection`, with the numbers of the record's `Row` to six digits, followed by
+    the record's own fields, so the source's `fields` fit this file too, read as format
+    'chat' or, from preferences, 'chat_preference'. The first `keep` lines are the samples
+    to train on; if fewer are selected, the file ends after them.
     """
     is_short = ranking.num_selected < ranking.keep
     lines = []
@@ -372,7 +361,7 @@ def write(path: epath.PathLike, ranking: Ranking) -> None:
         fields = ranking.candidates.records[row.candidate].fields
         line = {FIELD: ours} | {k: v for k, v in fields.items() if k != FIELD}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    # Half of a surrogate pair is no UTF-8; JSON spells it as Python's escapes do.
+    # Half of a surrogate pair is not UTF-8; JSON escapes it as Python does.
     content = "".join(lines).encode("utf-8", "backslashreplace")
     paths.replace(epath.Path(path), content)
 
@@ -380,8 +369,8 @@ def write(path: epath.PathLike, ranking: Ranking) -> None:
 def summary(ranking: Ranking) -> dict[str, Any]:
     """Counts and quantiles of the scores, ready for JSON.
 
-    `read` is `candidates` plus the counts in `filtered`; `missing` is what `selected`
-    falls short of `keep`; origins come in the order of their size.
+    `read` is `candidates` plus the counts in `filtered`; `missing` is `keep` minus
+    `selected`; origins are ordered by size.
     """
     filtered = ranking.candidates.filtered
     selected = ranking.rows[: ranking.num_selected]
@@ -408,21 +397,21 @@ def summary(ranking: Ranking) -> dict[str, Any]:
 
 
 def _prefers(record: Record, chosen: str, fields: Mapping[str, str]) -> bool:
-    # Continual pre-training on the chosen side takes such records as they are.
+    # Continual pre-training on the chosen side reads such records as well.
     rejected = record.fields.get(fields.get("rejected", "rejected"))
     return not isinstance(rejected, str) or rejected.strip() not in ("", chosen.strip())
 
 
 def _encode_plain(texts: list[tuple[str, str, list[int], int, bool]], tokenizer):
-    """Tokens and mask of each (prompt, response, its tokens, how many count, BOS)."""
+    """Tokens and mask of each (prompt, response, its tokens, loss tokens, BOS)."""
     wholes = tokenizer.encode_batch(
         [prompt + response for prompt, response, *_ in texts]
     )
     for (prompt, _, answer, count, bos), whole in zip(texts, wholes, strict=True):
         given = whole[: -len(answer)]
-        # Continual pre-training cuts up the text as a whole, in which a blank line may
-        # be other tokens than at the end of a prompt. Only where a token would reach
-        # over the border is the prompt encoded by itself.
+        # Continual pre-training tokenizes the text as a whole, in which a blank line may be
+        # other tokens than at the end of a prompt. The prompt is encoded by itself only if
+        # a token would cross the border.
         if given + answer != whole:
             [given] = tokenizer.encode_batch([prompt])
         tokens = [tokenizer.bos_id] * bos + given + answer
@@ -437,7 +426,7 @@ def _ending(ids: Sequence[int], stop: int, count: int) -> tuple[np.ndarray, np.n
 
 
 def _num_shared(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """The number of equal tokens at the beginning of two sequences."""
     pairs = zip(ids, others, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -457,8 +446,8 @@ def _per_token(candidates: Candidates, measured: Measured) -> dict[str, np.ndarr
         for number in np.flatnonzero(~is_finite_C.reshape(size))[:1]:
             raise InputError(
                 f"{candidates.records[number].place}: the response has an NLL of "
-                f"{nll_C[number]} nats per token in its {form} form, which makes no "
-                "finite score; check the model"
+                f"{nll_C[number]} nats per token in its {form} form, so its score is not "
+                "finite; check the model"
             )
         nll[form] = nll_C
     return nll
@@ -472,7 +461,7 @@ def _keys(digests: list[bytes], seed: int) -> list[bytes]:
 def _origin(record: Record, name: str, is_needed: bool) -> str:
     if is_needed and name not in record.fields:
         raise InputError(
-            f"{record.place}: no field {name!r} to tell origins by; set origin_field, "
+            f"{record.place}: no field {name!r} that names its origin; set origin_field, "
             "or origin_share to 1"
         )
     return str(record.fields.get(name, ""))

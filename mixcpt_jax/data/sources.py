@@ -1,7 +1,6 @@
-"""From the path of a source to its records, their hashes and the held-out split."""
+"""Reads the records of a source from its path, hashes its files, chooses its holdout."""
 
 import dataclasses
-import functools
 import hashlib
 import heapq
 import json
@@ -13,7 +12,7 @@ from etils import epath
 
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import docstrings, files, filters, readers
+from mixcpt_jax.data import files, filters, readers
 from mixcpt_jax.data.files import Part
 from mixcpt_jax.data.readers import OnBad, Record
 
@@ -25,7 +24,7 @@ _READ_FILE = {
     "arrow": readers.arrow,
     "array_record": readers.array_record,
 }
-# Their libraries read local disks alone, by names that are UTF-8.
+# Their libraries read local disks only, by names in UTF-8.
 _LOCAL_ONLY = ("array_record", "tfds")
 _KEY_BYTES = 64
 
@@ -35,53 +34,45 @@ def read(
 ) -> Iterator[Record]:
     """Reads the records of `path`, in a fixed order.
 
-    That is: the parts of the list as they stand; of a folder or a glob the files, and
-    the folders in it, by name; lines, rows and records as they lie in the file; of a
-    saved dataset the shards in its own order.
+    The order: the parts of a list as they stand; of a folder or a glob the files, and the
+    folders in it, by name; lines, rows and records as they lie in the file; of a saved
+    dataset the shards in its own order.
 
     Args:
-      path: a file, a folder, a glob, or several of these separated by commas, each
-        local, `gs://` or `package:NAME/FILE`; of ArrayRecord and TFDS on `gs://` a copy
-        is made while they are read. What exists under the name as it stands is meant,
-        whatever commas and wildcards are in it. A folder is read by what lies in it, at
-        any depth, each file once: files by their suffix; folders that
-        `datasets.save_to_disk` or TFDS (as ArrayRecord) wrote as the datasets they are.
-        What is passed over is logged, see `files.Found`. For 'docstrings' the names of
-        installed packages.
-      reader: 'jsonl' (an object a line; .jsonl, .jsonl.gz, .jsonl.zst), 'text' (one
-        record `{'id', 'text'}` a file; .txt, .md), 'parquet', 'arrow' (IPC streams and
+      path: a file, a folder, a glob, or several of these separated by commas, each local,
+        `gs://` or `package:NAME/FILE`; ArrayRecord and TFDS on `gs://` are copied while
+        they are read. A path that exists as it stands is taken as one name, whatever
+        commas and wildcards it has. A folder is read at any depth, each file once: files
+        by their suffix; folders that `datasets.save_to_disk` or TFDS (as ArrayRecord)
+        wrote as the datasets they are. What is not read is logged, see `files.Found`.
+      reader: 'jsonl' (one object per line; .jsonl, .jsonl.gz, .jsonl.zst), 'text' (one
+        record `{'id', 'text'}` per file; .txt, .md), 'parquet', 'arrow' (IPC streams and
         files, and saved datasets), 'array_record' (JSON objects or else texts
-        `{'text'}`), 'tfds', 'docstrings' (see `docstrings.records`), or '' to go by the
-        suffixes. With a reader, a file that is named may have any suffix, and of a
-        folder only the files of that reader are read.
+        `{'text'}`), 'tfds', or '' to go by the suffixes. With a reader, a named file may
+        have any suffix, and of a folder only the files of that reader are read.
       split: of a folder whose files are named by the Hub's conventions, of a saved
         DatasetDict, or of a TFDS dataset, as TFDS writes it ('train', 'train[:10%]');
-        'all' for every file; '' for 'train' where there are several, or for the only
-        one.
-      on_bad: is told of each record that cannot be read, after which reading goes on,
-        and of each damaged file, after what stands before the damage. None raises.
+        'all' for every file; '' for 'train' if there are several, or for the only one.
+      on_bad: called with the error of each record that cannot be read, and of each
+        damaged file after the records before the damage; reading then continues. None
+        raises the error.
 
     Raises:
       InputError: at once if the reader or the split is unknown or nothing is found;
-        while reading, unless there is `on_bad`, for a line or record that is not what
-        its reader wants, for a damaged file, and for one without records (of 'text'
-        for a source without).
+        while reading, unless there is `on_bad`, for a line or record that its reader
+        cannot read, for a damaged file, and for one without records (of 'text' for a
+        source without).
     """
-    if reader == "docstrings":
-        return _read_docstrings(path)
     found = files.find(path, reader, split)
-    if reader:  # of a folder the others are not asked for
+    if reader:  # other files of a folder are not meant
         found.passed_over.clear()
-    if told := found.lines():
-        logging.warning("%s: %s", path, "; ".join(told))
+    if lines := found.lines():
+        logging.warning("%s: %s", path, "; ".join(lines))
     return _read_parts(found.parts, path, on_bad or _raise)
 
 
 def hashes(path: str, reader: str = "", split: str = "") -> dict[str, str]:
-    """What `read` reads: file -> 16 hex digits of its hash, or package -> version."""
-    if reader == "docstrings":
-        names = [name.strip() for name in path.split(",")]
-        return {name: docstrings.version(name) for name in names}
+    """The files that `read` reads -> their hashes, 16 hex digits each."""
     read = []
     for part in files.find(path, reader, split).parts:
         if part.reader == "tfds":
@@ -98,12 +89,12 @@ def hashes(path: str, reader: str = "", split: str = "") -> dict[str, str]:
 
 def _file_hash(file: epath.Path) -> str:
     if not file.exists():
-        return "missing"  # a shard of a dataset, which `read` complains of
+        return "missing"  # a shard of a dataset; `read` raises the error
     return paths.hash_of(file)
 
 
 def said(record: Record) -> str:
-    """A record's `text`, or else all of its fields but `id`."""
+    """A record's `text`, or else all of its fields except `id`."""
     if isinstance(text := record.fields.get("text"), str):
         return text
     fields = {name: value for name, value in record.fields.items() if name != "id"}
@@ -117,18 +108,18 @@ def choose_holdout(
     where: str = "source",
     text_of: Callable[[Record], str] = said,
 ) -> dict[bytes, Record]:
-    """Chooses the records that are kept for evaluation; `content_key` -> record.
+    """Chooses the records that are only measured; `content_key` -> record.
 
-    The choice goes by a hash of the text, so it does not depend on the order of the
-    records and hardly on what else is in the source. A record without text is not
-    chosen, and of records with one text one is.
+    The choice depends on a hash of the text, so it does not depend on the order of the
+    records and hardly on what else is in the source. Records without text are not chosen,
+    and of records with the same text only one is.
 
     Args:
-      records: read once; no more than `num_records` are kept in memory.
+      records: read once; at most `num_records` are kept in memory.
       num_records: how many; 0: none.
       seed: of the choice.
       where: the records are from, for the error.
-      text_of: what a record says; where it is from is no part of it.
+      text_of: the text of a record.
 
     Raises:
       InputError: there are not more than `num_records` distinct records.
@@ -154,14 +145,14 @@ def choose_holdout(
     if not are_more:
         raise InputError(
             f"{where}: cannot hold out {num_records} of the {len(chosen)} distinct "
-            "records there are; give more of them (a text file is one record, a line of "
-            "JSON lines too), or hold out fewer by --config.sources.NAME.holdout"
+            "records there are; give more of them (one text file, or one line of JSON "
+            "lines, is one record), or hold out fewer by --config.sources.NAME.holdout"
         )
     return chosen
 
 
 def content_key(record: Record, seed: int, text: str | None = None) -> bytes:
-    """A hash of a record's text, see `filters.digest`; None: what it `said`."""
+    """A hash of a record's text, see `filters.digest`; None: of `said(record)`."""
     digest = hashlib.blake2b(f"{seed} ".encode(), digest_size=_KEY_BYTES)
     digest.update(filters.digest(said(record) if text is None else text))
     return digest.digest()
@@ -188,9 +179,9 @@ def _read_parts(parts: list[Part], path: str, on_bad: OnBad) -> Iterator[Record]
                 yield record
         except InputError:
             raise
-        except Exception as error:  # the libraries raise all sorts at damaged files
+        except Exception as error:  # the libraries have no common class for damage
             note(_damaged(part, place, error))
-    if not num_records and not num_problems:  # other files without records say so
+    if not num_records and not num_problems:  # readers report files without records
         on_bad(InputError(f"{path}: has no text; every file found is empty"))
 
 
@@ -204,7 +195,7 @@ def _read_part(part: Part, on_bad: OnBad) -> Iterator[Record]:
 
 
 def _read_copy(part: Part, on_bad: OnBad) -> Iterator[Record]:
-    """Reads by a copy on the local disk, which is there as long as the reading lasts."""
+    """Reads a copy on the local disk, which is deleted after reading."""
     with tempfile.TemporaryDirectory(prefix="mixcpt-source-") as folder:
         copy = epath.Path(folder) / paths.shown(part.path.name)
 
@@ -231,24 +222,14 @@ def _damaged(part: Part, place: str | None, error: Exception) -> InputError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(":")
     if place:
         return InputError(
-            f"{place}: after this record the file is damaged ({reason}); write or fetch "
-            "it anew"
+            f"{place}: after this record the file is damaged ({reason}); write or download "
+            "it again"
         )
     return InputError(
-        f"{part.path}: cannot be read as {part.reader} ({reason}); write or fetch it anew"
+        f"{part.path}: cannot be read as {part.reader} ({reason}); write or download it "
+        "again"
     )
 
 
 def _raise(error: InputError) -> None:
     raise error
-
-
-def _read_docstrings(packages: str) -> Iterator[Record]:
-    for fields in _docstrings(tuple(name.strip() for name in packages.split(","))):
-        yield Record(fields, fields["id"])
-
-
-@functools.lru_cache(maxsize=1)
-def _docstrings(packages: tuple[str, ...]) -> list[dict]:
-    # Parsing takes seconds, and every phase of a run asks for the same.
-    return docstrings.records(packages)

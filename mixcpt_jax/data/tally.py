@@ -1,6 +1,7 @@
-"""What is found while a source is encoded: what is left out, not read, or lost.
+"""Counts what is left out, not read or lost while a source is encoded.
 
-A run's report shows it beside each source; prepared sources keep it in their manifest.
+The table before the first step and the report show the counts of each source; prepared
+sources keep them in their manifest.
 """
 
 import collections
@@ -14,17 +15,17 @@ from absl import logging
 from mixcpt_jax.core.errors import InputError
 
 KINDS = ("left_out", "unread", "lost", "spelt", "without_loss")
-# Special tokens that texts spell out whether or not the vocabulary has them: ends of
-# documents in files put together, tags of chats that were written as text.
+# Special tokens that texts often contain, whether or not the vocabulary has them: ends of
+# documents in concatenated files, tags of chats that were saved as text.
 _USUAL = (
     "<|endoftext|>", "<|end_of_text|>", "<eos>", "<s>", "</s>", "<|im_start|>",
     "<|im_end|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>",
 )  # fmt: skip
-# The form of nearly all special tokens. One search for it is faster than one for each
-# of the thousands that some vocabularies have.
+# The form of nearly all special tokens. One search for it is faster than one for each of
+# thousands of tokens.
 _FORM = r"<[^<>\s]{1,64}>"
 _BRACKETS = r"\[[^\[\]\s]{1,64}\]"
-# Names of fields and tokens that are told apart; data could have any number of them.
+# Names that are counted separately; data could have any number of them.
 _MOST_NAMES = 100
 _OTHERS = "others"
 _MOST_SHOWN = 8
@@ -34,14 +35,14 @@ class Tally:
     """Counts of one source.
 
     Attributes:
-      left_out: why -> how many records.
-      unread: field -> how many records have it, and what it says is not in the text.
-      lost: character -> how often it occurs, and the vocabulary drops it.
-      spelt: special token -> how often a text spells it, which makes it plain text.
-      without_loss: why -> how many of the assistant's turns contribute nothing to the
-        loss, though they are meant to.
+      left_out: reason -> number of records.
+      unread: field -> number of records that have it and whose text lacks its value.
+      lost: character that the vocabulary drops -> number of occurrences.
+      spelt: special token that occurs in texts, as plain text -> number of occurrences.
+      without_loss: reason -> number of the assistant's turns that have no loss tokens
+        although they should.
       places: where the record of each example is from, if `keeps_places`.
-      such: kind of finding -> where the first of it is.
+      such: name of a finding -> place or error of the first one.
     """
 
     def __init__(self, keeps_places: bool = False):
@@ -57,7 +58,7 @@ class Tally:
         self._lost: set[str] = set()
 
     def leave_out(self, why: str, such: str) -> None:
-        """Counts a record that is left out, at a place or for an error."""
+        """Counts a record that is left out; `such` is its place or error."""
         self.left_out[why] += 1
         self.such.setdefault(why, such)
 
@@ -66,7 +67,7 @@ class Tally:
         self.leave_out("bad_record", str(error))
 
     def keep(self, place: str, num_examples: int = 1) -> None:
-        """Notes where examples are from."""
+        """Keeps the place of examples."""
         if self._keeps_places:
             self.places += [place] * num_examples
 
@@ -76,14 +77,14 @@ class Tally:
             self._count(self.unread, name, place)
 
     def leave_without_loss(self, number: int, place: str) -> None:
-        """Counts turns that the chat template rewrites once others follow."""
+        """Counts turns that the chat template rewrites once other turns follow."""
         if number > 0:
             self._count(self.without_loss, "rewritten", place, number)
 
     def see(self, text: str, place: str, tokenizer: Any) -> None:
-        """Looks for what the vocabulary makes of a text other than it says.
+        """Counts characters that the vocabulary drops, and special tokens as plain text.
 
-        Each character is tried once, whichever text it occurs in first.
+        Each distinct character is tested once.
 
         Args:
           text: as it will be encoded.
@@ -111,7 +112,7 @@ class Tally:
         self.such.setdefault(name[:64], place)
 
     def add(self, counts: Mapping[str, Mapping[str, int]]) -> None:
-        """Adds what `counts` of another tally gave."""
+        """Adds the `counts` of another tally."""
         for kind, numbers in counts.items():
             getattr(self, kind).update(numbers)
 
@@ -120,18 +121,18 @@ class Tally:
         return {kind: dict(getattr(self, kind)) for kind in KINDS}
 
     def lines(self, kinds: Sequence[str] = KINDS) -> list[str]:
-        """A line for each kind of finding; see `lines`."""
+        """One line per kind of finding; see the function `lines`."""
         return lines({kind: getattr(self, kind) for kind in kinds}, self.such)
 
     def warn(self, where: str, kinds: Sequence[str] = KINDS) -> None:
-        """Logs the lines, each behind the place that they are about."""
+        """Logs each line after `where`."""
         for line in self.lines(kinds):
             logging.warning("%s: %s", where, line)
 
 
 @functools.lru_cache(maxsize=8)
 def _spelling_of(special: frozenset[str]) -> re.Pattern:
-    """Finds what may spell one of these tokens, and all that have another form."""
+    """Matches these tokens, and all text of the usual form of special tokens."""
     has_brackets = any(re.fullmatch(_BRACKETS, token) for token in special)
     forms = [_FORM] + [_BRACKETS] * has_brackets
     others = [t for t in special if t.strip() and not re.fullmatch("|".join(forms), t)]
@@ -145,8 +146,8 @@ def lines(
     """Findings in words.
 
     Args:
-      counts: what `Tally.counts` gave, and `overlong`, see `mixture.fit`.
-      such: what `Tally.such` holds, for an example of each.
+      counts: from `Tally.counts`, and `overlong`, see `mixture.fit`.
+      such: `Tally.such`, for an example of each.
     """
 
     def listed(kind: str, form: Callable[[str], str] = str) -> str:
@@ -162,9 +163,9 @@ def lines(
         "left_out": "left out: {}",
         "unread": "fields that are not read: {}",
         "lost": "characters that the vocabulary lacks and drops: {}",
-        "spelt": "special tokens that texts spell, read as plain text: {}",
+        "spelt": "special tokens in texts, read as plain text: {}",
         "overlong": "samples longer than a row: {}",
-        "without_loss": "turns without loss, as the chat template rewrites them once "
+        "without_loss": "turns without loss, because the chat template rewrites them once "
         "others follow: {}",
     }
     forms = {"lost": ascii}

@@ -1,14 +1,13 @@
-"""What a model is measured on outside of a run: texts, multiple choice, cloze.
+"""Tasks that `evaluate` measures: texts, multiple choice, cloze.
 
-A task is a file of records, of one kind, which their fields tell:
+A task is a file of records of one kind, which their fields tell:
 
 - "text" `{"text"}`: how well each document is predicted, its end included;
 - "choice" `{"question", "choices", "answer"}`: see `exams`;
-- "cloze" `{"context", "target"}`: whether the context is continued with the target. With
-  `continuation` instead of `target`, a space is put between if there is none.
+- "cloze" `{"context", "target"}`: whether the model continues the context with the target.
+  With `continuation` instead of `target`, a space is put between if there is none.
 
-What a model made of each item is kept as columns, one number an item; a measure is a
-ratio of sums of columns.
+Results are columns with one number per item; a measure is a ratio of sums of columns.
 """
 
 import dataclasses
@@ -33,9 +32,9 @@ _NAMED = re.compile(r"([\w.-]+)(?::(\w+))?=(.+)")
 
 
 class Measure(NamedTuple):
-    """`of(sum of numerator / sum of denominator)`; without a denominator, of the mean.
+    """`of(sum of numerator / sum of denominator)`.
 
-    The mean is of items that are right, 1, or wrong, 0.
+    Without a denominator, the mean over items, each 1 if right and 0 if wrong.
     """
 
     numerator: str
@@ -44,7 +43,7 @@ class Measure(NamedTuple):
 
     @property
     def is_per_token(self) -> bool:
-        """Whether models with different tokenizers cannot be compared by it."""
+        """Whether it cannot compare models with different tokenizers."""
         return self.denominator == "tokens"
 
 
@@ -69,9 +68,9 @@ class Task:
 
     Attributes:
       name: of the task.
-      path: as it was given.
-      kind: of `MEASURES`.
-      records: what it holds.
+      path: as given.
+      kind: a key of `MEASURES`.
+      records: its items.
     """
 
     name: str
@@ -81,21 +80,22 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits: a hash of the records."""
+        """A hash of the records, 16 hex digits."""
         fields = [record.fields for record in self.records]
         text = json.dumps(fields, sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def encode(self, tokenizer: Any, row_length: int, max_positions: int) -> "Encoded":
-        """In rows, see `mixture.pack_text`.
+        """Packs the task in rows, see `mixture.pack_text`.
 
         Args:
           tokenizer: the model's.
-          row_length: of rows, but for items that are not cut; the context's at most.
+          row_length: targets in a row, at most the context's; items that must not be cut
+            may need longer rows.
           max_positions: the model's context.
 
         Raises:
-          InputError: an item does not fit the context, or is not as its kind should be.
+          InputError: an item does not fit the context or its kind.
         """
         row_length = min(row_length, max_positions)
         places, tally = [record.place for record in self.records], Tally()
@@ -137,14 +137,14 @@ class Encoded:
         return self.rows.source.examples
 
     def columns(self, sums: np.ndarray) -> dict[str, list[Any]]:
-        """What a model made of each item.
+        """The results per item.
 
         Args:
-          sums: of nats, correct and count of each example's targets, [3, examples].
+          sums: of nats, correct and count over each example's targets, [3, examples].
 
         Returns:
-          Column -> a number for each item; of "choice" also `log_likelihoods`, nats, a
-          list for each.
+          Column -> one number per item; for "choice" also `log_likelihoods`, nats, one
+          list per item.
         """
         nats, correct, count = sums
         if self.exam is not None:
@@ -173,10 +173,10 @@ def read(setting: str, limit: int = 0) -> Task:
     """Reads a task.
 
     Args:
-      setting: PATH, NAME=PATH or NAME:KIND=PATH; PATH is as for `sources.read`, and
-        what exists under the setting as it stands is meant by it. Without a name the
-        file's is taken, without a kind the first record tells.
-      limit: how many records, from the first on; 0: all.
+      setting: PATH, NAME=PATH or NAME:KIND=PATH, with PATH as for `sources.read`. A
+        setting that exists as it stands is a path. The default name is the file's, the
+        default kind that of the first record.
+      limit: the number of records from the beginning; 0: all.
 
     Raises:
       InputError: the setting, the file or a record in it is wrong.

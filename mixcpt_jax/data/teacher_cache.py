@@ -1,10 +1,10 @@
-"""What the frozen teacher says about packed rows, made once; see `prepared`.
+"""The teacher cache: outputs of the frozen teacher on packed rows; see `token_cache`.
 
-There are two forms. Hidden states, in bfloat16, of which the teacher's unembedding makes
-its logits: exact but for that rounding. Or what `streamed.CompactTeacher` has: the most
-likely tokens and the gold one, with their log-probabilities, in float16.
+It has two forms. Hidden states in bfloat16, from which the teacher's unembedding computes
+its logits: exact up to that rounding. Or the input of `streamed.CompactTeacher`: the most
+likely tokens and the gold one with their log-probabilities, in float16.
 
-A record is a row: of each array of the form what belongs to the row's tokens, without
+A record is a row: for each array of the form, its values at the row's tokens, without
 padding, one array after the other.
 """
 
@@ -23,17 +23,17 @@ from mixcpt_jax.data import token_cache
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What is stored of a teacher at each token.
+    """What the cache holds at each token.
 
     Attributes:
-      arrays: name in the batch -> (size, numpy dtype); size 0: one number a token.
+      arrays: name in the batch -> (size, numpy dtype); size 0: one number per token.
     """
 
     arrays: Mapping[str, tuple[int, str]]
 
     @classmethod
     def of_hidden_states(cls, hidden_size: int) -> "Form":
-        # NumPy has no bfloat16; these are its bits.
+        # NumPy has no bfloat16, so its bits are stored.
         return cls({"teacher_hidden": (hidden_size, "<u2")})
 
     @classmethod
@@ -59,14 +59,14 @@ class Form:
         }
 
     def is_broken(self, arrays: Mapping[str, np.ndarray], num_tokens: int) -> bool:
-        """Whether what is stored of a row's tokens has a NaN or an infinity.
+        """Whether the arrays have a NaN or an infinity at a row's tokens.
 
         A probability may be 0, so a log-probability may be minus infinity.
         """
         for name, values in arrays.items():
             values = np.asarray(values[:num_tokens])
             if name == "teacher_hidden":
-                # All bits of a bfloat16's exponent are set.
+                # All bits of the bfloat16's exponent are set.
                 is_broken = values & 0x7F80 == 0x7F80
             else:
                 is_broken = ~(values < np.inf)
@@ -75,7 +75,7 @@ class Form:
         return False
 
     def encode(self, arrays: Mapping[str, np.ndarray], num_tokens: int) -> bytes:
-        """The record of a row, [row_length, size] each."""
+        """The record of a row, from arrays [row_length, size]."""
         return b"".join(
             np.ascontiguousarray(arrays[name][:num_tokens], dtype).tobytes()
             for name, (_, dtype) in self.arrays.items()
@@ -96,11 +96,11 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherRows:
-    """The teacher's arrays of the rows of one source.
+    """The teacher outputs of the rows of one source.
 
     Attributes:
-      form: what they are.
-      records: by row; None for a source that learns nothing from the teacher.
+      form: which arrays they are.
+      records: by row; None for a source without a loss that needs the teacher.
     """
 
     form: Form
@@ -118,27 +118,27 @@ class TeacherRows:
 
 
 def folder_of(root: str, source: str, top_k: int) -> epath.Path:
-    """Where the teacher's rows of a source lie; both forms may."""
+    """The folder of a source's teacher outputs; each form has its own."""
     name = f"teacher-top{top_k}" if top_k else "teacher"
     return token_cache.folder_of(root, source) / name
 
 
 def shard_facts(key: dict[str, Any], first_row: int, num_rows: int) -> dict[str, Any]:
-    """What tells a shard from one of another teacher, or of other rows."""
+    """What identifies a shard: the teacher and the rows."""
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8)
     return {"input": digest.hexdigest(), "first_row": first_row, "rows": num_rows}
 
 
 def open_rows(folder: epath.Path, form: Form, key: dict[str, Any]) -> TeacherRows:
-    """What the teacher said about the rows of a source.
+    """Opens the teacher outputs of a source.
 
     Args:
       folder: see `folder_of`.
-      form: as it was stored.
-      key: what the rows and the teacher are.
+      form: of the outputs.
+      key: identifies the rows and the teacher.
 
     Raises:
-      InputError: it is not there, damaged, or of other rows or another teacher.
+      InputError: they are missing, damaged, or of other rows or another teacher.
     """
     remedy = (
         "run `python -m mixcpt_jax prepare --teacher` with this config, or set "
@@ -146,11 +146,11 @@ def open_rows(folder: epath.Path, form: Form, key: dict[str, Any]) -> TeacherRow
     )
     manifest = token_cache.read_manifest(folder)
     if manifest is None:
-        raise InputError(f"{folder}: holds no teacher, or part of one; {remedy}")
+        raise InputError(f"{folder}: holds no complete teacher cache; {remedy}")
     part = token_cache.difference(manifest, key)
     if part is not None:
         raise InputError(
-            f"{folder}: its teacher was made with {part} {manifest['key'].get(part)!r}, "
-            f"here it is {key[part]!r}; {remedy}"
+            f"{folder}: the teacher cache has {part}={manifest['key'].get(part)!r}, this "
+            f"run {key[part]!r}; {remedy}"
         )
     return TeacherRows(form, token_cache.Records(folder, manifest["shards"]))

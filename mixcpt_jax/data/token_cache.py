@@ -1,12 +1,12 @@
-"""What is made once and read in every run: ArrayRecord shards, with a manifest each.
+"""Prepared data on disk: ArrayRecord shards in folders, with a manifest each.
 
 A folder holds shards `00000.array_record` and so on and, written last, `manifest.json`:
-the key of all that the shards come from, and of each shard its hash and what its maker
-wrote about it. Beside each shard lies its entry of the manifest as a file of its own, by
-which a maker that was stopped goes on.
+the key of everything that the shards depend on, and of each shard its hash and other facts.
+Each shard's entry in the manifest also lies beside it as a file of its own, by which an
+interrupted preparation resumes.
 
-There are folders of two kinds: the tokens of a source (`PreparedExamples`), cut into
-blocks, and what a teacher says about its packed rows (`mixcpt_jax.data.teacher_cache`).
+There are two kinds of folders: the tokens of a source (`PreparedExamples`), cut into
+blocks, and teacher outputs on packed rows (`mixcpt_jax.data.teacher_cache`).
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from mixcpt_jax.data.formats import Examples
 
 MANIFEST = "manifest.json"
 INDEX = "lengths.npy"
-REMEDY = "run `python -m mixcpt_jax prepare` again, which mends it"
-# A row takes a few pieces out of a block or two each; long blocks would be read in vain.
+REMEDY = "run `python -m mixcpt_jax prepare` again, which repairs it"
+# A row reads a few pieces, from a block or two each; long blocks would waste reading.
 BLOCK_TOKENS = 4096
 
 _OPEN_READERS = 128
@@ -57,7 +57,7 @@ Entry = dict[str, Any]
 
 
 def folder_of(root: str, source: str) -> epath.Path:
-    """Where the tokens of a source lie."""
+    """The folder of a source's tokens."""
     return paths.absolute(root) / source
 
 
@@ -92,13 +92,13 @@ def write_shard(
             temporary.unlink(missing_ok=True)
         raise InputError(
             f"{file}: cannot be written ({type(error).__name__}: {error}); free some "
-            "space and run the same command again, which goes on from here"
+            "space and run the same command again, which resumes here"
         ) from error
     return entry
 
 
 def finished_shard(folder: epath.Path, number: int, facts: Entry) -> Entry | None:
-    """The entry of a shard that is there, undamaged and has these facts."""
+    """The entry of a shard, if it exists, is undamaged and has these facts."""
     file = folder / f"{number:05d}.array_record"
     try:
         entry = small_files.read_json(file.with_suffix(".json"), _SHARD)
@@ -113,7 +113,7 @@ def finished_shard(folder: epath.Path, number: int, facts: Entry) -> Entry | Non
 def write_manifest(
     folder: epath.Path, key: Entry, shards: list[Entry], facts: Entry
 ) -> None:
-    """Marks a folder as whole, and removes shards that an earlier maker left in it."""
+    """Marks a folder as complete, and removes shards that an earlier preparation left."""
     for file in folder.glob("[0-9]*"):
         if int(file.name[:5]) >= len(shards):
             file.unlink()
@@ -122,7 +122,7 @@ def write_manifest(
 
 
 def read_manifest(folder: epath.Path) -> Entry | None:
-    """The manifest, or None if the folder is not there or not whole.
+    """The manifest, or None if the folder is missing or incomplete.
 
     Raises:
       InputError: it is damaged, or a shard is missing.
@@ -141,7 +141,7 @@ def read_manifest(folder: epath.Path) -> Entry | None:
 
 
 def is_undamaged(folder: epath.Path, manifest: Entry) -> bool:
-    """Whether every file has the hash it had; reads all of them."""
+    """Whether every file has the hash in the manifest; reads all of them."""
     files = {shard["file"]: shard["hash"] for shard in manifest["shards"]}
     files |= {INDEX: manifest["index"]} if "index" in manifest else {}
     return all(
@@ -151,16 +151,16 @@ def is_undamaged(folder: epath.Path, manifest: Entry) -> bool:
 
 
 def difference(manifest: Entry, key: Entry) -> str | None:
-    """The first part of the key that is not as in the manifest, or None."""
+    """The first part of the key that differs from the manifest, or None."""
     then = manifest["key"]
     return next((name for name in key if then.get(name) != key[name]), None)
 
 
 class Records:
-    """The records of shards that follow each other, by number; can be pickled.
+    """The records of consecutive shards, by number; can be pickled.
 
     Attributes:
-      starts: the number of each shard's first record, and how many there are.
+      starts: the number of each shard's first record, and the number of records.
     """
 
     def __init__(self, folder: epath.Path, shards: list[Entry]):
@@ -183,7 +183,7 @@ class Records:
         try:
             reader = self._reader(shard)
             record = reader.read([int(number - self.starts[shard])])[0]
-        except Exception as error:  # the library raises all sorts at damaged files
+        except Exception as error:  # the library has no common class for damage
             raise InputError(self._complaint(shard, str(error))) from error
         return record
 
@@ -205,7 +205,7 @@ class Records:
 
 
 class PreparedExamples:
-    """As `formats.Examples`, of which only what is asked for is read from the disk.
+    """As `formats.Examples`, but reads from disk only what is needed.
 
     Attributes:
       offsets, lengths, num_tokens, num_loss_tokens, fingerprint: as there.
@@ -231,7 +231,7 @@ class PreparedExamples:
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         if self.offsets[-1] != self.num_tokens or (self.lengths < 0).any():
             raise InputError(
-                f"{folder / INDEX}: tells of {self.offsets[-1]} tokens, the shards hold "
+                f"{folder / INDEX}: has {self.offsets[-1]} tokens, the shards hold "
                 f"{self.num_tokens}; {REMEDY}"
             )
 
@@ -255,7 +255,7 @@ class PreparedExamples:
 
     @property
     def found(self) -> dict[str, dict[str, int]]:
-        """What `tally.Tally.counts` told of the source."""
+        """The `tally.Tally.counts` of the source."""
         return self._manifest["found"]
 
     def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -289,7 +289,7 @@ class PreparedExamples:
 def write_examples(
     folder: epath.Path, number: int, examples: Examples, facts: Entry
 ) -> Entry:
-    """Writes a shard of examples, their lengths as its last record; see `write_shard`."""
+    """Writes a shard of examples, with their lengths as its last record."""
     starts = range(0, examples.num_tokens, BLOCK_TOKENS)
     blocks = (_encode(*examples.read(s, s + BLOCK_TOKENS)) for s in starts)
     lengths = examples.lengths.astype("<i4").tobytes()
@@ -307,7 +307,7 @@ def finish_examples(
     shards: list[Entry],
     found: dict[str, dict[str, int]],
 ) -> PreparedExamples:
-    """Writes the index and the manifest of a source whose shards are all there."""
+    """Writes the index and the manifest of a source whose shards are complete."""
     digest = hashlib.blake2b(digest_size=8)
     records = Records(folder, shards)
     lengths = [np.empty(0, np.int32)]
@@ -335,12 +335,12 @@ def finish_examples(
 
 
 def _num_loss_tokens(shards: list[Entry]) -> int:
-    # Folders prepared before call them "learnt_tokens".
+    # Folders of earlier versions call them "learnt_tokens".
     return sum(s.get("loss_tokens", s.get("learnt_tokens", 0)) for s in shards)
 
 
 def _encode(tokens: np.ndarray, loss_mask: np.ndarray) -> bytes:
-    """A block: its tokens, int32, little endian, then its mask, a bit each."""
+    """A block: its tokens, little-endian int32, then its mask, one bit per token."""
     return tokens.astype("<i4").tobytes() + np.packbits(loss_mask).tobytes()
 
 

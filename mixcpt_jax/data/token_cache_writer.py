@@ -1,7 +1,4 @@
-"""The tokens of sources, made once: shards of tokens and a manifest of what they are of.
-
-What is whole and still right is kept, and the rest is made.
-"""
+"""Prepares the tokens of sources, in shards, and keeps shards that are already right."""
 
 import collections
 import contextlib
@@ -24,7 +21,7 @@ from mixcpt_jax.data import formats, sources, token_cache
 from mixcpt_jax.data.tally import Tally
 from mixcpt_jax.runtime import terminal
 
-# Of text in a shard, in characters; as many shards as there are processes are in memory.
+# Characters of text in a shard; one shard per process is in memory.
 _SHARD_SIZE = 2**25
 
 
@@ -34,13 +31,13 @@ def prepare(
     num_workers: int = 0,
     shard_size: int = _SHARD_SIZE,
 ) -> None:
-    """Prepares every source of a phase that has a weight.
+    """Prepares the sources of a phase that have a weight.
 
     Args:
       config: a validated config of one phase, paths resolved.
       tokenizer: the model's.
       num_workers: processes; 0: this one alone.
-      shard_size: characters of text in a shard, about.
+      shard_size: approximate number of characters in a shard.
 
     Raises:
       InputError: see `sources.read` and `formats.encode`; or nothing can be written.
@@ -64,21 +61,21 @@ def _prepare_source(
     folder = token_cache.folder_of(config.data.prepared, name)
     hashes = sources.hashes(source.path, source.reader, source.split)
     key = corpus_lib.identity(config, source, tokenizer, hashes, measured.holdout)
-    with contextlib.suppress(InputError):  # a damaged manifest is as good as none
+    with contextlib.suppress(InputError):  # a damaged manifest counts as none
         manifest = token_cache.read_manifest(folder)
         if (
             manifest
             and not token_cache.difference(manifest, key)
             and token_cache.is_undamaged(folder, manifest)
         ):
-            terminal.show(f"{name}: is prepared, and whole")
+            terminal.show(f"{name}: is already prepared")
             return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / token_cache.MANIFEST).unlink(missing_ok=True)
     corpus = corpus_lib.Corpus(config, source, measured)
     settings = source.format, source.fields.to_dict(), source.preference_side
     settings = *settings, source.on_bad_record
-    # What is held out tells which records there are, and of a shard the records are known.
+    # The holdout determines only which records there are, and a shard's hash covers those.
     same = {name: value for name, value in key.items() if name != "holdout"}
     make = functools.partial(_make_shard, folder, same, settings, tokenizer)
     groups = _groups(corpus.train_split(in_order), shard_size)
@@ -96,7 +93,7 @@ def _prepare_source(
     examples = token_cache.finish_examples(folder, key, shards, tally.counts())
     terminal.show(
         f"{name}: {examples.num_tokens} tokens of {len(examples)} examples in "
-        f"{len(shards)} shards, {num_kept} of them from before",
+        f"{len(shards)} shards, {num_kept} of them kept",
     )
     for line in tally.lines():
         terminal.show(f"{name}: {line}")
@@ -105,7 +102,7 @@ def _prepare_source(
 def _make_shard(
     folder: epath.Path, key: dict, settings: tuple, tokenizer: Any, numbered: tuple
 ) -> tuple[token_cache.Entry, bool]:
-    """The entry of a shard, and whether it had to be made."""
+    """The entry of a shard, and whether it was written now."""
     number, records = numbered
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16)
     for record in records:
@@ -126,7 +123,7 @@ def _make_shard(
 def _groups(
     records: Iterable[sources.Record], most: int
 ) -> Iterator[list[sources.Record]]:
-    """Records that follow each other, each group just above `most` in size."""
+    """Groups of consecutive records, each just above `most` in size."""
     group, size = [], 0
     for record in records:
         group.append(record)
@@ -144,11 +141,11 @@ def _size(record: sources.Record) -> int:
 
 @contextlib.contextmanager
 def _pool(num_workers: int) -> Iterator[corpus_lib.InOrder]:
-    """A map over processes, with results in order and little in memory."""
+    """A map over processes that keeps order and holds few results in memory."""
     if not num_workers:
         yield corpus_lib.one_by_one
         return
-    # One process a core is enough; threads within them would be in each other's way.
+    # There is one process per core, so threads within them would only compete.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context) as executor:
@@ -167,8 +164,8 @@ def _pool(num_workers: int) -> Iterator[corpus_lib.InOrder]:
             yield in_order
         except BrokenProcessPool as error:
             raise InputError(
-                "a process that tokenises was killed, perhaps for want of memory; run "
-                "the same command again with fewer --workers"
+                "a process that tokenizes was killed, perhaps for lack of memory; run the "
+                "same command again with fewer --workers"
             ) from error
         finally:
             executor.shutdown(cancel_futures=True)

@@ -5,27 +5,32 @@ gold token is the top token, but only as probable as the teacher's top token. So
 is measured by accuracy too.
 """
 
+import hashlib
+import io
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
-from mixcpt_jax.core import intervals
+from mixcpt_jax.core import intervals, paths, small_files
 from mixcpt_jax.core import text as text_lib
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import mixture, pipeline, tasks
 from mixcpt_jax.data.exams import Exam
 from mixcpt_jax.evaluation import generation, load_model
 from mixcpt_jax.models import lora as lora_lib
-from mixcpt_jax.runtime import metrics
+from mixcpt_jax.runtime import hosts, metrics
 from mixcpt_jax.training import phase as phase_lib
 
 # The largest loss whose perplexity is a float.
 _MAX_NATS = math.log(np.finfo(float).max)
+_SECONDS_BETWEEN_SAVES = 30.0
 
 HostBatch = dict[str, np.ndarray]
 Score = Callable[[HostBatch], Mapping[str, Any]]
@@ -223,6 +228,47 @@ def sums_per_example(
         done = metrics.track(done, shown_as, rows.num_batches(batch_size))
     for _ in done:
         pass
+    return sums
+
+
+def kept_sums(
+    file: epath.Path,
+    model: Any,
+    score: Score,
+    rows: mixture.PackedRows,
+    batch_size: int,
+    shown_as: str = "",
+) -> np.ndarray:
+    """As `sums_per_example`, by a frozen model, whose sums are kept in a file.
+
+    A run that is killed resumes after the batches that it saved last.
+
+    Args:
+      file: ends in .npz; the first host writes it.
+      model: what tells this model from others; its `repr` counts.
+      score, rows, batch_size, shown_as: as for `sums_per_example`.
+    """
+    examples = rows.source.examples
+    parts = model, examples.fingerprint, rows.plan.fingerprint, batch_size
+    key = hashlib.blake2b(repr(parts).encode()).hexdigest()
+    sums, first_batch = np.zeros((3, len(examples))), 0
+    if file.exists():
+        arrays = {"key": ("U", 0), "sums": ("f", 2), "done": ("iu", 0)}
+        remedy = "delete it, and the model scores the examples again"
+        stored = small_files.read_npz(file, arrays, remedy)
+        if str(stored["key"]) == key:
+            sums, first_batch = stored["sums"], int(stored["done"])
+    saved, num_batches = time.monotonic(), rows.num_batches(batch_size)
+    steps = add_sums(sums, score, rows, batch_size, first_batch)
+    if shown_as:
+        steps = metrics.track(steps, shown_as, num_batches)
+    for done in steps:
+        is_due = time.monotonic() - saved > _SECONDS_BETWEEN_SAVES
+        if hosts.is_first() and (is_due or done == num_batches):
+            buffer = io.BytesIO()
+            np.savez(buffer, sums=sums, done=done, key=key)
+            paths.replace(file, buffer.getvalue())
+            saved = time.monotonic()
     return sums
 
 

@@ -6,27 +6,17 @@ the scored forms of each method; "random", the default, scores none. Each source
 is a JSONL file, best first; SFT and DPO read its first lines.
 """
 
-import hashlib
-import io
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
-from etils import epath
 
-from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import mixture, selection, sources
 from mixcpt_jax.data.corpus import Corpus, measure
-from mixcpt_jax.data.formats import Examples
 from mixcpt_jax.evaluation import evaluator
-from mixcpt_jax.runtime import hosts, metrics
+from mixcpt_jax.runtime import hosts
 from mixcpt_jax.training import phase as phase_lib
-
-_SECONDS_BETWEEN_SAVES = 30.0
 
 
 @phase_lib.job
@@ -75,7 +65,6 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
         if forms:
             params = phase.starting_params(config.model.param_dtype)
             eval_step = phase.eval_step()
-        start = repr(phase.start_key)
         results = {}
         for source, candidates in found.items():
             reasons = [f"{n} {why}" for why, n in candidates.filtered.items() if n]
@@ -86,14 +75,17 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
             )
             scored: dict[str, np.ndarray] = {}
             for form in forms:
-                scored[f"{form}_nll_C"], scored[f"{form}_count_C"] = _measure(
-                    lambda batch: eval_step(params, batch),
-                    getattr(candidates, form),
-                    config,
+                examples = getattr(candidates, form)
+                row_length = max(config.data.row_length, examples.lengths.max() - 1)
+                nll_C, _, count_C = evaluator.kept_sums(
                     phase.folder / f"{source}.{form}.npz",
-                    start,
+                    phase.start_key,
+                    lambda batch: eval_step(params, batch),
+                    mixture.pack_text("samples", examples, int(row_length)),
+                    config.eval.batch_size,
                     f"{phase.name}: {source}, {form}" if phase.shows_progress else "",
                 )
+                scored |= {f"{form}_nll_C": nll_C, f"{form}_count_C": count_C}
             ranking = selection.rank(
                 candidates,
                 selection.Measured(**scored),
@@ -112,46 +104,3 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
             if hosts.is_first():
                 selection.write(phase.folder / f"{source}.jsonl", ranking)
     return phase.finish({"selection": results})
-
-
-def _measure(
-    score: Callable[..., Any],
-    examples: Examples,
-    config: ml_collections.ConfigDict,
-    file: epath.Path,
-    start: str,
-    shown_as: str,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The summed NLL and number of tokens of each example's response, saved in `file`."""
-    row_length = max(config.data.row_length, int(examples.lengths.max()) - 1)
-    rows = mixture.pack_text("samples", examples, row_length)
-    batch_size = config.eval.batch_size
-    # The stored sums are those of these tokens, these batches and this model.
-    key = hashlib.blake2b(
-        examples.tokens.tobytes() + f"{start} {row_length} {batch_size}".encode()
-    ).hexdigest()
-    sums, first_batch = np.zeros((3, len(examples))), 0
-    if file.exists():
-        arrays = {"key": ("U", 0), "sums": ("f", 2), "done": ("iu", 0)}
-        remedy = "delete it, and the scores are computed again"
-        stored = small_files.read_npz(file, arrays, remedy)
-        if str(stored["key"]) == key:
-            sums, first_batch = stored["sums"], int(stored["done"])
-    saved = time.monotonic()
-    num_batches = rows.num_batches(batch_size)
-    steps = evaluator.add_sums(sums, score, rows, batch_size, first_batch)
-    if shown_as:
-        steps = metrics.track(steps, shown_as, num_batches)
-    for done in steps:
-        if done == num_batches or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
-            _save(file, key, sums, done)
-            saved = time.monotonic()
-    return sums[0], sums[2]
-
-
-def _save(file: epath.Path, key: str, sums: np.ndarray, done: int) -> None:
-    if not hosts.is_first():
-        return
-    buffer = io.BytesIO()
-    np.savez(buffer, sums=sums, done=done, key=key)
-    paths.replace(file, buffer.getvalue())

@@ -16,7 +16,6 @@ from jax.experimental import multihost_utils
 
 from mixcpt_jax.data import pipeline, tally
 from mixcpt_jax.evaluation import evaluator
-from mixcpt_jax.jobs import reference_outputs
 from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives.interface import Batch, Metrics
@@ -147,7 +146,7 @@ class _Start(NamedTuple):
     is_resumed: bool
     state: TrainState
     frozen: transformer.Params | None
-    references: reference_outputs.References
+    references: dict[str, np.ndarray]
     data: pipeline.Data
     recorded: tuple[bool, bool]
     fingerprint: dict[str, str]
@@ -165,9 +164,7 @@ def _start(phase: phase_lib.Phase, data: pipeline.Data, program: Program) -> _St
         recorded = _recorded(phase, data, step)
     frozen, references = None, {}
     if step < data.num_steps or not all(recorded):
-        frozen, references = _load_frozen(
-            phase, data, program, fingerprint | phase.start_key
-        )
+        frozen, references = _load_frozen(phase, data, program)
     if phase.config.preference.reference == "precomputed":
         data = pipeline.with_references(data, references)
     if restored is None:
@@ -329,9 +326,13 @@ def _say_what_is_read(config, data: pipeline.Data, progress: metrics.Progress) -
 
 
 def _load_frozen(
-    phase: phase_lib.Phase, data: pipeline.Data, program: Program, key: dict[str, Any]
-) -> tuple[transformer.Params | None, reference_outputs.References]:
-    """What the steps need of the frozen model, and what it says about pairs ahead."""
+    phase: phase_lib.Phase, data: pipeline.Data, program: Program
+) -> tuple[transformer.Params | None, dict[str, np.ndarray]]:
+    """What the steps need of the frozen model, and its log-probabilities of pairs.
+
+    Those are of the answers that are measured and, where the config asks for it, of those
+    that are trained on: "pairs/NAME" or "sources/NAME" -> nats, float32 [examples].
+    """
     config = phase.config
 
     def load() -> transformer.Params:
@@ -341,13 +342,21 @@ def _load_frozen(
     frozen = frozen_part(phase, data)(load()) if needed else None
     references = {}
     if config.objective.kind == "preference":
-        key = key | {f"pairs/{k}": v for k, v in pipeline.hashes(data.pairs).items()}
-        references = reference_outputs.load(phase.folder, key)
-        if references is None:
-            references = reference_outputs.compute(
-                phase.eval_step(), load() if frozen is None else frozen, config, data
+        params = functools.cache(lambda: load() if frozen is None else frozen)
+        eval_step = phase.eval_step()
+        pairs = {f"pairs/{name}": rows for name, rows in data.pairs.items()}
+        if config.preference.reference == "precomputed":
+            used = (rows for rows in data.packed if rows.source.share)
+            pairs |= {f"sources/{rows.source.name}": rows for rows in used}
+        for name, rows in pairs.items():
+            nats, _, _ = evaluator.kept_sums(
+                phase.folder / f"reference.{name.replace('/', '.')}.npz",
+                phase.start_key,
+                lambda batch: eval_step(params(), batch),
+                rows,
+                config.eval.batch_size,
             )
-            reference_outputs.save(phase.folder, key, references)
+            references[name] = -nats.astype(np.float32)
     return frozen, references
 
 

@@ -75,7 +75,7 @@ def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> interface.Objecti
     """The objective that the config describes."""
     config = phase.config
     student = phase.forward(config.model.remat, phase.lora)
-    names = tuple(data.objectives)
+    names = tuple(rows.source.name for rows in data.packed)
     if config.objective.kind == "tokens":
         return over_tokens.token_objective(
             student,
