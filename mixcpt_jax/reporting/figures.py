@@ -71,7 +71,7 @@ class _Scale:
         """
         values = [_bounded(value) for value in values] or [0.0]
         low, high = min(values), max(values)
-        # Floats nearer to each other cannot be told apart.
+        # Below this distance, float rounding would be visible.
         least = max(least, 1e-6 * max(abs(low), abs(high)))
         pad = max(0.0, least - (high - low)) / 2
         low, high = low - pad, high + pad
@@ -101,7 +101,7 @@ class _Scale:
 
 
 def _bounded(value: float) -> float:
-    """What a scale can show; a diverged run has perplexities near the largest float."""
+    """A value within the range of a scale; perplexities of diverged runs may overflow it."""
     return 0.0 if math.isnan(value) else min(max(value, -_MOST), _MOST)
 
 

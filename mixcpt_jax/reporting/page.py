@@ -69,7 +69,7 @@ def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
     environment.filters["markup"] = jinja2.filters.do_mark_safe
     source = paths.require_file(_TEMPLATE).read_text()
     style, script = (_between(source, tag) for tag in ("style", "script"))
-    with np.errstate(all="ignore"):  # sums of what has diverged
+    with np.errstate(all="ignore"):  # measures of a diverged run overflow
         content = _content(arms, domain)
     return environment.from_string(source).render(
         policy="default-src 'none'; base-uri 'none'; form-action 'none'; "
@@ -79,7 +79,7 @@ def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
 
 
 def _content(arms: Sequence[Arm], domain: Sequence[str]) -> dict[str, Any]:
-    """What the template shows."""
+    """The values of the template."""
     domain_names = changes.domain_names(arms, domain)
     return dict(
         title=", ".join(dict.fromkeys(run_records.name_of(arm.run) for arm in arms)),
@@ -159,7 +159,7 @@ def _work(arm: Arm) -> dict[str, Any]:
             arm.trains and arm.setting("optimizer.learning_rate"), "{:g}"
         ),
         "rate": shown(arm.results.get("tokens_per_second"), "{:,.0f}"),
-        "seconds": _duration(arm.results.get("seconds")),
+        "seconds": _duration(arm.results.get("seconds", 0)),
         "state": "done" if arm.results else "not finished",
     }
 
@@ -188,9 +188,10 @@ def _objective(arm: Arm) -> str:
     return text.removeprefix("1 ") if text.count("+") == 0 else text
 
 
-def _duration(seconds: float | None) -> str:
-    """Hours, minutes and seconds, such as "1:23:45"; empty without a duration."""
-    return str(datetime.timedelta(seconds=round(seconds))) if seconds else ""
+def _duration(seconds: float) -> str:
+    """Such as "1:23:45"; empty for no duration or one of more than 30 years."""
+    is_shown = 0 < seconds < 1e9
+    return str(datetime.timedelta(seconds=round(seconds))) if is_shown else ""
 
 
 def _table(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mixcpt_jax.runtime import metrics
 
 _REMEDY = "restore it from a copy, or move it away"
 
-# Of what is read of a run's files; older versions wrote less.
+# Shapes of the parts of a run's files that are read; older versions wrote less.
 _MEASURES = {"step?": int, str: float}
 _START = {"init_from?": str}
 RESULTS = {
@@ -73,7 +73,7 @@ CONFIG = {
     "eval?": {
         "texts?": {str: _SOURCE},
         "pairs?": {str: _SOURCE},
-        "exams?": {str: {"source?": str, "num_questions?": int}},
+        "exams?": {str: {"source?": str}},
     },
 }
 
