@@ -101,7 +101,7 @@ class _Scale:
 
 
 def _bounded(value: float) -> float:
-    """A value within the range of a scale; perplexities of diverged runs may overflow it."""
+    """A value within the range of a scale; a diverged run has perplexities beyond it."""
     return 0.0 if math.isnan(value) else min(max(value, -_MOST), _MOST)
 
 
