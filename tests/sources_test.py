@@ -821,9 +821,14 @@ def _records(count):
     return [sources.Record({"text": f"document {i}"}, f"f:{i}") for i in range(count)]
 
 
+def _text(record):
+    return record.fields["text"]
+
+
 def _holdout(records, num_records=10, seed=0):
-    chosen = sources.choose_holdout(records, num_records, seed).values()
-    return {record.fields["text"] for record in chosen}
+    return set(
+        map(_text, sources.choose_holdout(records, _text, num_records, seed).values())
+    )
 
 
 def test_holdout_is_seeded_and_knows_no_order():
@@ -836,8 +841,9 @@ def test_holdout_is_seeded_and_knows_no_order():
 
 def test_holdout_is_the_records_of_the_least_keys():
     records = _records(100)
-    keys = sorted(sources.content_key(record, 0) for record in records)
-    assert sources.choose_holdout(iter(records * 2), 10, 0).keys() == set(keys[:10])
+    keys = sorted(sources.content_key(_text(record), 0) for record in records)
+    chosen = sources.choose_holdout(iter(records * 2), _text, 10, 0)
+    assert chosen.keys() == set(keys[:10])
 
 
 def test_holdout_grows_with_the_source_only_a_little():
@@ -847,4 +853,4 @@ def test_holdout_grows_with_the_source_only_a_little():
 
 def test_holding_out_everything_is_an_error():
     with pytest.raises(InputError, match="cannot hold out 5 of the 5 distinct records"):
-        sources.choose_holdout(_records(5), 5, seed=0)
+        sources.choose_holdout(_records(5), _text, 5, seed=0)

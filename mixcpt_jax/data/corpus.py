@@ -156,10 +156,10 @@ class Corpus:
         source = self._source
         chosen = sources.choose_holdout(
             self._to_choose_from(),
+            lambda record: formats.said_in(record, *self._settings[:2]),
             source.holdout,
             self._config.seed,
             source.path,
-            lambda record: formats.said_in(record, *self._settings[:2]),
         )
         return list(chosen.values())
 

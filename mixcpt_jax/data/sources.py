@@ -93,20 +93,12 @@ def _file_hash(file: epath.Path) -> str:
     return paths.hash_of(file)
 
 
-def said(record: Record) -> str:
-    """A record's `text`, or else all of its fields except `id`."""
-    if isinstance(text := record.fields.get("text"), str):
-        return text
-    fields = {name: value for name, value in record.fields.items() if name != "id"}
-    return json.dumps(fields, sort_keys=True, default=str)
-
-
 def choose_holdout(
     records: Iterable[Record],
+    text_of: Callable[[Record], str],
     num_records: int,
     seed: int,
     where: str = "source",
-    text_of: Callable[[Record], str] = said,
 ) -> dict[bytes, Record]:
     """Chooses the records that are only measured; `content_key` -> record.
 
@@ -116,10 +108,10 @@ def choose_holdout(
 
     Args:
       records: read once; at most `num_records` are kept in memory.
+      text_of: the text of a record.
       num_records: how many; 0: none.
       seed: of the choice.
       where: the records are from, for the error.
-      text_of: the text of a record.
 
     Raises:
       InputError: there are not more than `num_records` distinct records.
@@ -133,7 +125,7 @@ def choose_holdout(
         text = text_of(record)
         if not text:
             continue
-        key = content_key(record, seed, text)
+        key = content_key(text, seed)
         if key in chosen:
             chosen[key] = min(chosen[key], record, key=_spelling)
             continue
@@ -151,11 +143,10 @@ def choose_holdout(
     return chosen
 
 
-def content_key(record: Record, seed: int, text: str | None = None) -> bytes:
-    """A hash of a record's text, see `filters.digest`; None: of `said(record)`."""
-    digest = hashlib.blake2b(f"{seed} ".encode(), digest_size=_KEY_BYTES)
-    digest.update(filters.digest(said(record) if text is None else text))
-    return digest.digest()
+def content_key(text: str, seed: int) -> bytes:
+    """A hash of a text, the same for texts with the same `filters.digest`."""
+    content = f"{seed} ".encode() + filters.digest(text)
+    return hashlib.blake2b(content, digest_size=_KEY_BYTES).digest()
 
 
 def _spelling(record: Record) -> str:
