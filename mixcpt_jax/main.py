@@ -148,8 +148,9 @@ def main(argv: list[str]) -> None:
     from mixcpt_jax.reporting import report as report_lib
 
     join(config)
-    _, results = run(config, workdir)
-    on_first_host(functools.partial(report_lib.write, workdir, results))
+    with owning(workdir):
+        _, results = run(config, workdir)
+        on_first_host(functools.partial(report_lib.write, workdir, results))
 
 
 def read(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
@@ -197,6 +198,23 @@ def on_first_host(work: Callable[[], None]) -> None:
     if hosts.is_first():
         work()
     hosts.wait_for_all("work of the first host")
+
+
+def owning(folder: str) -> contextlib.AbstractContextManager:
+    """While it is open, no other run or command writes to a folder.
+
+    Raises:
+      InputError: on entering, if another process owns it.
+    """
+    from mixcpt_jax.core import paths
+    from mixcpt_jax.runtime import lease
+
+    path = paths.absolute(folder)
+    if not _is_distributed():
+        return lease.hold(path)
+    from mixcpt_jax.runtime import hosts
+
+    return hosts.owning(path)
 
 
 def phase_configs(
@@ -258,13 +276,16 @@ def run(
       Phase -> its folder, and phase -> its results, of all phases.
 
     Raises:
-      InputError: config, data, weights or workdir are wrong.
+      InputError: config, data, weights or workdir are wrong, or another process owns the
+        workdir.
       FloatingPointError: a loss is no longer finite.
     """
     import jax
 
     from mixcpt_jax import config as config_lib
+    from mixcpt_jax.core import paths
     from mixcpt_jax.jobs import evaluate, export, generate, merge, select, train
+    from mixcpt_jax.runtime import hosts
     from mixcpt_jax.training import phase
 
     jobs = {
@@ -280,14 +301,15 @@ def run(
         with _naming(name, config):
             config_lib.validate(phase_config, jax.device_count())
     folders = {name: phase_folder(config, workdir, name) for name in configs}
-    # All before the first: hours of training must not end in a refusal.
-    for name, phase_config in configs.items():
-        phase.finished(phase_config, folders[name])
     results = {}
-    for name, phase_config in configs.items():
-        with _naming(name, config):
-            run_job = jobs[phase_config.job]
-            results[name] = run_job(phase_config, folders[name], name)
+    with hosts.owning(paths.absolute(workdir)):
+        # All before the first: hours of training must not end in a refusal.
+        for name, phase_config in configs.items():
+            phase.finished(phase_config, folders[name])
+        for name, phase_config in configs.items():
+            with _naming(name, config):
+                run_job = jobs[phase_config.job]
+                results[name] = run_job(phase_config, folders[name], name)
     return folders, results
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import http
 import http.client
 import http.server
 import random
@@ -16,18 +17,53 @@ from processes import free_port
 
 
 @contextlib.contextmanager
-def serve() -> Iterator[int]:
-    """A server with an empty bucket called "bucket"; gives its port."""
+def serve(knows_conditions: bool = True) -> Iterator[int]:
+    """A server with an empty bucket called "bucket"; gives its port.
+
+    Args:
+      knows_conditions: whether it regards `ifGenerationMatch`, as Google Cloud does, and
+        as this server by itself does not.
+    """
     server_lib = pytest.importorskip("gcp_storage_emulator.server")
     port = free_port()
     server = server_lib.create_server(
         "localhost", port, in_memory=True, default_bucket="bucket"
     )
-    server.start()
-    try:
-        yield port
-    finally:
-        server.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        if knows_conditions:
+            for _, handlers in server_lib.HANDLERS:
+                for method, name in (("POST", "insert"), ("DELETE", "delete")):
+                    handler = handlers.get(method)
+                    if getattr(handler, "__name__", "") == name:
+                        patch.setitem(handlers, method, _with_conditions(handler))
+        server.start()
+        try:
+            yield port
+        finally:
+            server.stop()
+
+
+def _with_conditions(handler):
+    """Of an operation on an object, which the server does one after the other."""
+    from gcp_storage_emulator import exceptions
+
+    def handle(request, response, storage, *args):
+        (wanted,) = request.query.get("ifGenerationMatch", [None])
+        if wanted is not None and request.path.endswith("/o") == (
+            "name" in request.query
+        ):
+            name = request.params.get("object_id") or request.query["name"][0]
+            try:
+                found = storage.get_file_obj(request.params["bucket_name"], name)
+                generation = found["generation"]
+            except exceptions.NotFound:
+                generation = "0"
+            if generation != wanted:
+                response.status = http.HTTPStatus.PRECONDITION_FAILED
+                return
+        handler(request, response, storage, *args)
+
+    return handle
 
 
 def environment(port: int) -> dict[str, str]:

@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import bucket
 import ml_collections
@@ -431,9 +432,30 @@ def full_disk(this: Round) -> None:
     this.start(limit=int(this.stage.largest_file ** this.rng.uniform(0.6, 1)))
 
 
+def second_process(this: Round) -> None:
+    """Two processes on the workdir: each ends, or says in one line that the other has it.
+
+    They may take turns, but one of them ends.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(this.stage.start, this._workdir)
+        time.sleep(this.rng.uniform(0, this.stage.seconds))
+        second = pool.submit(this.stage.start, this._workdir)
+    both = first.result(), second.result()
+    for ended in both:
+        *_, last = ended.output.splitlines()
+        refused = ended.status == 1 and "has owned this folder since" in last
+        if "Traceback" in ended.output or not (ended.parameters or refused):
+            raise Failure(f"of two processes, one ends with {ended}")
+        this.outcomes.append("refused" if refused else "at its end")
+    if not any(ended.parameters for ended in both):
+        raise Failure(f"of two processes, none ends well: {both}")
+
+
 _SIGNALS: dict[str, Callable[[Round], None]] = {
     "kill": lambda this: this.start(signal.SIGKILL),
     "SIGTERM": lambda this: this.start(signal.SIGTERM),
+    "second process": second_process,
 }
 FAULTS_IN_A_BUCKET = _SIGNALS | {
     "bucket fails": lambda this: this.start(bucket_faults=_BUCKET_FAULTS)

@@ -1,3 +1,4 @@
+import json
 import random
 import shutil
 
@@ -8,6 +9,7 @@ import optax
 import pytest
 from etils import epath
 
+from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import mesh_shape
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import sharding
@@ -400,3 +402,113 @@ def test_a_version_with_another_holdout_is_named(tmp_path):
     restore(tmp_path, make_state(1), provenance=now)
     with pytest.raises(InputError, match="written by a version with another holdout"):
         restore(tmp_path, make_state(1), {"domain": "1234"}, provenance=now)
+
+
+def change(tree, rng):
+    """Changes, renames or deletes one value somewhere in a tree, or in JSON within it."""
+    keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+    key = rng.choice(keys)
+    if isinstance(tree[key], dict | list) and tree[key] and rng.random() < 0.75:
+        change(tree[key], rng)
+    elif isinstance(tree[key], str) and tree[key][:1] == "{" and rng.random() < 0.8:
+        inner = json.loads(tree[key])
+        change(inner, rng)
+        tree[key] = json.dumps(inner)
+    elif (what := rng.random()) < 0.25:
+        del tree[key]
+    elif what < 0.35 and isinstance(tree, dict):
+        tree[rng.choice(("", "x", "['params']", "files"))] = tree.pop(key)
+    else:
+        values = (None, 0, -1, 10**30, "", "x", "../x", [], {}, True, 1.5, [[]], "\0")
+        tree[key] = rng.choice(values)
+
+
+def forge(folder, rng):
+    """Changes the metadata of the newest checkpoint, and lets its digest be of that."""
+    file = folder / checkpoint.FOLDER / "2" / "_CHECKPOINT_METADATA"
+    stored = json.loads(file.read_text())
+    record = stored["custom_metadata"]
+    change(record, rng)
+    record.pop("digest", None)
+    record["digest"] = checkpoint._digest(record)
+    file.write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_forged_checkpoint_is_refused_in_a_line_or_its_state_is_one_that_was_saved(
+    two_saved, tmp_path, seed
+):
+    states = {step: make_state(step) for step in (1, 2)}
+    shutil.copytree(two_saved, tmp_path / "run")
+    forge(tmp_path / "run", random.Random(seed))
+    folder = str(tmp_path / "run")
+    for read in (
+        checkpoint.identity,
+        checkpoint.read_config,
+        checkpoint.read_provenance,
+        lambda folder: checkpoint.load_params(folder, abstract(states[2].params)),
+        lambda folder: checkpoint.newest_readable(epath.Path(folder)),
+        lambda folder: assert_one_of(restore(folder, states[2]), states),
+    ):
+        try:
+            read(folder)
+        except InputError as error:
+            message = str(error)
+            assert "\n" not in message
+
+
+def assert_one_of(restored, states):
+    assert_equal(restored.state, states[restored.step])
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory):
+    """A run with checkpoints 1 and 2 that have a config and a record."""
+    folder = tmp_path_factory.mktemp("two_saved")
+    config = {"model": {"path": "x", "param_dtype": "float32"}, "lora": {"rank": 2}}
+    with checkpoint.Checkpoints(epath.Path(folder)) as checkpoints:
+        for step in (1, 2):
+            files = {"metrics.jsonl": f'{{"step": {step}}}\n', "items.jsonl": ""}
+            state = make_state(step)
+            checkpoints.save(state, step, 8 * step, config, SOURCES, PROVENANCE, files)
+    return folder
+
+
+def test_a_checkpoint_holds_the_record_up_to_its_step(two_saved):
+    files = {"metrics.jsonl": '{"step": 2}\n', "items.jsonl": ""}
+    assert checkpoint.read_files(epath.Path(two_saved), 2) == files
+    kept = checkpoint.newest_readable(epath.Path(two_saved))
+    assert (kept.step, kept.files) == (2, files)
+
+
+def test_a_checkpoint_under_the_number_of_another_is_damaged(tmp_path):
+    save(tmp_path, [1, 2])
+    folder = tmp_path / checkpoint.FOLDER
+    (folder / "2").rename(folder / "7")
+    assert restore(tmp_path, make_state(1)).step == 1
+    assert {path.name for path in folder.iterdir()} == {"1", "damaged-7"}
+    (folder / "1").rename(folder / "3")
+    with pytest.raises(InputError, match=r"3 \(it is the checkpoint of step 1\)"):
+        restore(tmp_path, make_state(1))
+    with pytest.raises(
+        InputError, match=r"3 is damaged: it is the checkpoint of step 1"
+    ):
+        checkpoint.identity(str(tmp_path))
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path):
+    save(tmp_path, [1])
+    config = config_lib.default()
+    config.seed = 1
+    state = make_state(1)
+    with pytest.raises(
+        InputError, match="was saved by a run with seed=0, this one has 1"
+    ):
+        checkpoint.restore(
+            epath.Path(tmp_path), abstract(state), SOURCES, PROVENANCE, config
+        )
+    config.seed = 0
+    restored = checkpoint.restore(
+        epath.Path(tmp_path), abstract(state), SOURCES, PROVENANCE, config
+    )
+    assert restored.step == 1

@@ -52,15 +52,16 @@ def main(argv: list[str]) -> None:
     vocabulary = tokenizer.load(
         resolved.model.tokenizer or resolved.model.path, resolved.model.chat_template
     )
-    command_line.on_first_host(
-        functools.partial(
-            token_cache_writer.prepare, resolved, vocabulary, _WORKERS.value
+    with command_line.owning(config.data.prepared):
+        command_line.on_first_host(
+            functools.partial(
+                token_cache_writer.prepare, resolved, vocabulary, _WORKERS.value
+            )
         )
-    )
-    if _TEACHER.value:
-        from mixcpt_jax.training import teacher_outputs
+        if _TEACHER.value:
+            from mixcpt_jax.training import teacher_outputs
 
-        teacher_outputs.prepare(config, folder, name)
+            teacher_outputs.prepare(config, folder, name)
 
 
 def start() -> None:

@@ -13,6 +13,7 @@ from mixcpt_jax.config.defaults import objective_weights as objective_weights
 from mixcpt_jax.config.defaults import source as source
 from mixcpt_jax.config.defaults import warmup_steps as warmup_steps
 from mixcpt_jax.config.phases import changed as changed
+from mixcpt_jax.config.phases import check_stored as check_stored
 from mixcpt_jax.config.phases import first_difference as first_difference
 from mixcpt_jax.config.phases import for_phase as for_phase
 from mixcpt_jax.config.phases import resolve_phases as resolve_phases

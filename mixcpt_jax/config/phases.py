@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from mixcpt_jax.config.defaults import default, exam, source
+from mixcpt_jax.config.defaults import bounded_config, default, exam, source
 from mixcpt_jax.config.settings import check, leaves
 from mixcpt_jax.config.validation import check_names
 from mixcpt_jax.core.errors import InputError
@@ -165,6 +165,27 @@ def first_difference(
             default = _default_of(key)
             return key, then.get(key, default), now.get(key, default)
     return None
+
+
+def check_stored(stored: dict[str, Any]) -> None:
+    """Checks the keys of a stored config that others read: model, adapters and start.
+
+    Keys that it lacks or that no longer exist are from another version.
+
+    Raises:
+      InputError: names the first key whose value is not allowed.
+    """
+    check(stored.get("init_from", ""), "", "init_from")
+    for section in ("model", "lora"):
+        values = stored.get(section, {})
+        if not isinstance(values, dict):
+            raise InputError(f"{section}: must be a section of keys")
+        reference = bounded_config()[section]
+        for key in values.keys() & reference.keys():
+            check(values[key], reference[key], f"{section}.{key}")
+    targets = stored.get("lora", {}).get("targets", ())
+    if not all(target in default().lora.targets for target in targets):
+        raise InputError(f"lora.targets={targets!r}: names an unknown projection")
 
 
 def _unread(config) -> Iterator[str]:

@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -360,7 +359,7 @@ def write(path: epath.PathLike, ranking: Ranking) -> None:
         }
         fields = ranking.candidates.records[row.candidate].fields
         line = {FIELD: ours} | {k: v for k, v in fields.items() if k != FIELD}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        lines.append(paths.to_json(line, ensure_ascii=False) + "\n")
     # Half of a surrogate pair is not UTF-8; JSON escapes it as Python does.
     content = "".join(lines).encode("utf-8", "backslashreplace")
     paths.replace(epath.Path(path), content)

@@ -25,7 +25,7 @@ from mixcpt_jax.data import mixture, pipeline, tasks
 from mixcpt_jax.data.exams import Exam
 from mixcpt_jax.evaluation import generation, load_model
 from mixcpt_jax.models import lora as lora_lib
-from mixcpt_jax.runtime import hosts, metrics
+from mixcpt_jax.runtime import hosts, lease, metrics
 from mixcpt_jax.training import phase as phase_lib
 
 # The largest loss whose perplexity is a float.
@@ -265,6 +265,7 @@ def kept_sums(
     for done in steps:
         is_due = time.monotonic() - saved > _SECONDS_BETWEEN_SAVES
         if hosts.is_first() and (is_due or done == num_batches):
+            lease.check(file.parent)
             buffer = io.BytesIO()
             np.savez(buffer, sums=sums, done=done, key=key)
             paths.replace(file, buffer.getvalue())

@@ -7,6 +7,7 @@ import jax
 
 from mixcpt_jax.models import huggingface_export
 from mixcpt_jax.models.huggingface_export import FOLDER
+from mixcpt_jax.runtime import lease
 from mixcpt_jax.training import phase as phase_lib
 
 
@@ -36,6 +37,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     dtype = phase.config.export.dtype
     with jax.set_mesh(phase.mesh):
         params = phase.starting_params(phase.config.model.param_dtype)
+        lease.check(phase.folder, must_ask=True)
         huggingface_export.save_pretrained(
             str(folder),
             params,

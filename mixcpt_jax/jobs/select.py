@@ -15,7 +15,7 @@ from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import mixture, selection, sources
 from mixcpt_jax.data.corpus import Corpus, measure
 from mixcpt_jax.evaluation import evaluator
-from mixcpt_jax.runtime import hosts
+from mixcpt_jax.runtime import hosts, lease
 from mixcpt_jax.training import phase as phase_lib
 
 
@@ -101,6 +101,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
                     f"only {ranking.num_selected} of {ranking.keep} samples of {source} "
                     "are left to select"
                 )
+            lease.check(phase.folder)
             if hosts.is_first():
                 selection.write(phase.folder / f"{source}.jsonl", ranking)
     return phase.finish({"selection": results})

@@ -19,7 +19,15 @@ from mixcpt_jax.evaluation import evaluator
 from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives.interface import Batch, Metrics
-from mixcpt_jax.runtime import hosts, metrics, preemption, sharding, watchdog
+from mixcpt_jax.runtime import (
+    hosts,
+    lease,
+    metrics,
+    preemption,
+    record,
+    sharding,
+    watchdog,
+)
 from mixcpt_jax.training import checkpoint
 from mixcpt_jax.training import phase as phase_lib
 from mixcpt_jax.training.program import (
@@ -115,6 +123,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
                     phase.given.to_dict(),
                     start.fingerprint,
                     start.provenance,
+                    writer.texts(),
                 )
                 guard.alive()
                 log.restart_clock(step)
@@ -157,10 +166,16 @@ def _start(phase: phase_lib.Phase, data: pipeline.Data, program: Program) -> _St
     """Restores the phase, or starts it from its weights."""
     fingerprint = pipeline.fingerprint(data)
     provenance = phase.provenance(data.files)
-    restored = checkpoint.restore(phase.folder, program.state, fingerprint, provenance)
+    restored = checkpoint.restore(
+        phase.folder, program.state, fingerprint, provenance, phase.given
+    )
     step, row, recorded = 0, 0, (False, False)
     if restored is not None:
         step, row, state = restored
+        files = checkpoint.read_files(phase.folder, step)
+        if hosts.is_first():
+            lease.check(phase.folder, must_ask=True)
+            record.restore(phase.folder, step, files)
         recorded = _recorded(phase, data, step)
     frozen, references = None, {}
     if step < data.num_steps or not all(recorded):

@@ -5,7 +5,7 @@ from typing import Any
 
 from mixcpt_jax.core import paths
 from mixcpt_jax.reporting import changes, page, run_records
-from mixcpt_jax.runtime import metrics, terminal
+from mixcpt_jax.runtime import lease, metrics, terminal
 
 TABLE_FILE = "report.md"
 
@@ -22,6 +22,7 @@ def write(workdir: str, results: dict[str, dict[str, Any]]) -> None:
       results: phase -> its results.
     """
     folder = paths.absolute(workdir)
+    lease.check(folder, must_ask=True)
     paths.replace(folder / "report.json", paths.to_json(results, indent=2))
     arms = run_records.load([workdir])
     if any("after" in result for result in results.values()):

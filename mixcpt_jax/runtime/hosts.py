@@ -14,10 +14,14 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.runtime import terminal
+from mixcpt_jax.runtime import lease, terminal
+
+# Bytes of what one host says to the others.
+_MESSAGE = 2048
 
 
 def join(
@@ -79,6 +83,29 @@ def require_same(settings: str) -> None:
 def is_first() -> bool:
     """Whether this is the host that writes the files of the run."""
     return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def owning(folder: epath.Path) -> Iterator[None]:
+    """The hosts own a folder as one, by a lease that the first one holds.
+
+    Raises:
+      InputError: see `lease.hold`; on every host.
+    """
+    with contextlib.ExitStack() as held:
+        problem = ""
+        if is_first():
+            try:
+                held.enter_context(lease.hold(folder))
+            except InputError as error:
+                problem = str(error)
+        if jax.process_count() > 1:
+            text = np.frombuffer(problem.encode().ljust(_MESSAGE)[:_MESSAGE], np.uint8)
+            text = np.asarray(multihost_utils.broadcast_one_to_all(text))
+            problem = text.tobytes().decode(errors="replace").rstrip()
+        if problem:
+            raise InputError(problem)
+        yield
 
 
 def wait_for_all(place: str) -> None:

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import IO, Any
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -27,22 +27,14 @@ from rich import progress as rich_progress
 
 from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core import text as text_lib
-from mixcpt_jax.runtime import terminal
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import lease, record, terminal
 
-FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
+FILE = record.METRICS
+SAMPLES_FILE = record.SAMPLES
 SAMPLES_PAGE = "samples.md"
-ITEMS_FILE = "items.jsonl"
-_ROWS = {
-    FILE: {"step": int, str: float},
-    SAMPLES_FILE: {
-        "step": int,
-        "messages": [{"role": str, "content": str}],
-        "answer": str,
-    },
-    ITEMS_FILE: {"step": int, "items": {str: [float]}},
-}
-_REMEDY = "restore it from a copy, or take the line out"
+ITEMS_FILE = record.ITEMS
+read = record.read
 _WANDB_ID_FILE = "wandb_id"
 _SECONDS_BETWEEN_LINES = 20.0
 _SECONDS_BETWEEN_UPLOADS = 60.0
@@ -84,12 +76,10 @@ class Writer:
         if not is_first_host:
             return
         self._workdir = workdir
-        for name in (FILE, SAMPLES_FILE, ITEMS_FILE):
-            if (workdir / name).exists():
-                rows = read(workdir, name)
-                kept = [row for row in rows if row["step"] <= resume_step]
-                _write_lines(workdir / name, kept)
-        self._file = _append_to(workdir / FILE)
+        # The files are copies of this, so nothing that happens to one is read back.
+        self._rows = record.restore(workdir, resume_step, {})
+        file = workdir / FILE
+        self._file = _Upload(file) if paths.is_remote(file) else _Lines(file)
         if config.tensorboard:
             folder = workdir / "tensorboard"
             if paths.is_remote(folder):
@@ -108,9 +98,12 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *exception) -> None:
-        if self._file:
+    def __exit__(self, kind, *exception) -> None:
+        # What has gone wrong first is told.
+        untold = () if kind is None else (InputError,)
+        with contextlib.suppress(*untold):
             self.save()
+        if self._file:
             self._file.close()
         for copy in self._copies.values():
             copy.close()
@@ -118,8 +111,13 @@ class Writer:
             self._to_upload.cleanup()
 
     def save(self) -> None:
-        """Returns when all is written to its place, in a bucket too."""
+        """Returns when all is written to its place, in a bucket too.
+
+        Raises:
+          InputError: see `write`.
+        """
         if self._file:
+            self._check(must_ask=True)
             self._file.flush()
         for copy in self._copies.values():
             copy.put(lambda place: place.flush())
@@ -130,11 +128,18 @@ class Writer:
                 paths.copy_file(file, self._workdir / "tensorboard" / file.name)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes one row; values that are not finite, which JSON lacks, are left out."""
+        """Writes one row; values that are not finite, which JSON lacks, are left out.
+
+        Raises:
+          InputError: another process owns the folder, or something else deleted or
+            changed the file; then nothing is written.
+        """
         if not self._file:
             return
+        self._check()
         scalars = {k: float(v) for k, v in scalars.items() if math.isfinite(v)}
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._rows[FILE].append({"step": step, **scalars})
+        self._file.write(record.text_of(self._rows[FILE][-1]))
         for copy in self._copies.values():
             copy.put(lambda place: place.write(step, scalars))
 
@@ -150,15 +155,15 @@ class Writer:
         """
         if not self._file or not items:
             return
+        self._check()
         row = {
             name: np.round(values, 4).tolist()
             if name.endswith("/loss")
             else np.asarray(values, int).tolist()
             for name, values in items.items()
         }
-        rows = read(self._workdir, ITEMS_FILE)
-        rows = [r for r in rows if r["step"] != step] + [{"step": step, "items": row}]
-        _write_lines(self._workdir / ITEMS_FILE, rows)
+        rows = [r for r in self._rows[ITEMS_FILE] if r["step"] != step]
+        self._replace(ITEMS_FILE, [*rows, {"step": step, "items": row}])
 
     def write_samples(
         self, step: int, conversations: list[list[dict[str, str]]], answers: list[str]
@@ -166,12 +171,12 @@ class Writer:
         """Adds answers to `samples.jsonl`, and to `samples.md` below earlier answers."""
         if not self._file or not answers:
             return
-        rows = read(self._workdir, SAMPLES_FILE)
-        rows += [
+        self._check()
+        rows = self._rows[SAMPLES_FILE] + [
             {"step": step, "messages": messages, "answer": answer}
             for messages, answer in zip(conversations, answers, strict=True)
         ]
-        _write_lines(self._workdir / SAMPLES_FILE, rows)
+        self._replace(SAMPLES_FILE, rows)
         paths.replace(self._workdir / SAMPLES_PAGE, _samples_page(rows))
         texts = [
             (row["messages"][-1]["content"], row["answer"])
@@ -179,6 +184,24 @@ class Writer:
         ]
         for copy in self._copies.values():
             copy.put(lambda place: place.write_samples(step, texts))
+
+    def texts(self) -> dict[str, str]:
+        """Name of a file -> what it holds, for `record.restore`; {} on other hosts."""
+        if not self._file:
+            return {}
+        return {
+            name: "".join(map(record.text_of, rows))
+            for name, rows in self._rows.items()
+        }
+
+    def _replace(self, name: str, rows: list[record.Row]) -> None:
+        self._rows[name] = rows
+        text = "".join(map(record.text_of, rows))
+        paths.replace(self._workdir / name, text)
+
+    def _check(self, must_ask: bool = False) -> None:
+        lease.check(self._workdir, must_ask)
+        self._file.check()
 
 
 class _Copy:
@@ -309,11 +332,27 @@ class _Wandb:
         self._run.finish()
 
 
-def _append_to(path: epath.Path) -> IO[str]:
-    """A file to append lines to."""
-    if paths.is_remote(path):
-        return _Upload(path)
-    return open(path, "a", buffering=1)  # each line at once
+class _Lines:
+    """A file on a disk that lines are appended to, each at once."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115
+        self._size = path.stat().length
+
+    def check(self) -> None:
+        """Raises InputError if the file is not as this process has left it."""
+        _check_size(self._path, self._size)
+
+    def write(self, text: str) -> None:
+        self._file.write(text)
+        self._size += len(text.encode())
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _Upload(io.StringIO):
@@ -323,10 +362,14 @@ class _Upload(io.StringIO):
     """
 
     def __init__(self, path: epath.Path):
-        super().__init__(path.read_text() if path.exists() else "")
+        self._size = path.stat().length if path.exists() else None
+        super().__init__("" if self._size is None else path.read_text())
         self.seek(0, io.SEEK_END)
         self._path = path
         self._uploaded = time.monotonic()
+
+    def check(self) -> None:
+        """Does nothing before `flush`: to ask a bucket costs more than to write a line."""
 
     def write(self, text: str) -> int:
         size = super().write(text)
@@ -335,17 +378,25 @@ class _Upload(io.StringIO):
         return size
 
     def flush(self) -> None:
-        self._path.write_text(self.getvalue())
+        if self._size is not None:
+            _check_size(self._path, self._size)
+        content = self.getvalue().encode()
+        self._path.write_bytes(content)
+        self._size = len(content)
         self._uploaded = time.monotonic()
 
 
-def read(workdir: epath.Path, name: str = FILE) -> list[dict[str, Any]]:
-    """The rows of a run's JSONL file; a last line cut short by a kill is left out.
-
-    Raises:
-      InputError: another line is damaged; names the file and the line.
-    """
-    return small_files.read_lines(workdir / name, _ROWS[name], _REMEDY)
+def _check_size(path: epath.Path, size: int) -> None:
+    try:
+        found = path.stat().length
+    except FileNotFoundError:
+        found = None
+    if found != size:
+        is_now = "is gone" if found is None else f"has {found} bytes instead of {size}"
+        raise InputError(
+            f"{path}: {is_now}, without this run, which stops; let nothing else change "
+            "it, and the same command resumes"
+        )
 
 
 class Progress:
@@ -518,7 +569,3 @@ def _samples_page(rows: list[dict[str, Any]]) -> str:
         answers.setdefault(prompt, []).append(f"*step {row['step']}*\n\n> {quoted}")
     pages = ("\n\n".join([prompt, *texts]) for prompt, texts in answers.items())
     return "\n\n---\n\n".join(pages) + "\n"
-
-
-def _write_lines(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
-    paths.replace(path, "".join(paths.to_json(row) + "\n" for row in rows))

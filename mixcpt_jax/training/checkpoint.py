@@ -15,19 +15,23 @@ and a digest of itself. Resume renames a damaged checkpoint, never deletes it, a
 one before it. Hand-over to the next phase uses the newest checkpoint or none.
 """
 
+import base64
 import contextlib
 import gc
 import hashlib
 import json
 import logging as std_logging
+import re
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from absl import logging
 from etils import epath
@@ -35,13 +39,29 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import path as orbax_path
 from orbax.checkpoint.experimental import v1 as ocp
 
+from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.runtime import finite, hosts
+from mixcpt_jax.runtime import finite, hosts, lease
+from mixcpt_jax.runtime import record as record_lib
 from mixcpt_jax.training.steps import TrainState
 
 FOLDER = "checkpoints"
 _DAMAGED = "damaged"
+_RECORD = {
+    "id": str,
+    "step?": int,  # earlier versions had neither of these two
+    "rows?": int,
+    "config": str,
+    "sources": {str: str},
+    "provenance": str,
+    "leaves": {str: [object]},
+    "files?": {str: str},
+}
+# Bytes of the copy of a file.
+_MOST = 2**31
+# The name of an array; the first key in it is its item.
+_LEAF = re.compile(r"\['(params|optimizer)'\].*", re.DOTALL)
 
 
 class Checkpoints:
@@ -84,6 +104,7 @@ class Checkpoints:
         config: dict[str, Any],
         sources: dict[str, str],
         provenance: dict[str, Any],
+        files: Mapping[str, str] | None = None,
     ) -> None:
         """Starts a save and returns once the device's arrays are copied.
 
@@ -94,18 +115,23 @@ class Checkpoints:
           config: written beside the arrays.
           sources: source name -> hash of its tokens, checked by `restore`.
           provenance: `start`, also checked, and other facts to record.
+          files: the phase's record up to this step, for `read_files`.
 
         Raises:
-          InputError: this checkpoint or the one before it cannot be written.
+          InputError: this checkpoint or the one before it cannot be written, or another
+            process owns the folder.
         """
+        lease.check(self._folder, must_ask=True)
         items = _items(state)
         record = {
             "id": uuid.uuid4().hex,
+            "step": step,
             "rows": rows,
-            "config": json.dumps(config),
+            "config": paths.to_json(config),
             "sources": sources,
-            "provenance": json.dumps(provenance),
+            "provenance": paths.to_json(provenance),
             "leaves": _describe(items),
+            "files": {name: _packed(text) for name, text in (files or {}).items()},
         }
         with self._writing():
             self._checkpointer.save_checkpointables_async(
@@ -201,11 +227,20 @@ class Restored(NamedTuple):
     state: TrainState
 
 
+class Kept(NamedTuple):
+    """What a checkpoint keeps of its phase: its step, the config, the record's files."""
+
+    step: int
+    config: dict[str, Any]
+    files: dict[str, str]
+
+
 def restore(
     workdir: epath.Path,
     abstract_state: TrainState,
     sources: dict[str, str],
     provenance: dict[str, Any],
+    config: ml_collections.ConfigDict | None = None,
 ) -> Restored | None:
     """Loads the newest whole checkpoint; None if none was ever saved.
 
@@ -217,10 +252,11 @@ def restore(
       abstract_state: the shapes, dtypes and shardings to load.
       sources: as given to `save`.
       provenance: as given to `save`.
+      config: the phase's, if the one that was saved must be the same.
 
     Raises:
-      InputError: the state has other shapes or dtypes, a source or `init_from` has
-        changed since the run began, or a parameter is not finite; or there are
+      InputError: the state has other shapes or dtypes; a source, `init_from` or the
+        config has changed since the run began; or a parameter is not finite; or there are
         checkpoints, but none is whole, and then none is renamed.
     """
     folder = workdir / FOLDER
@@ -232,9 +268,14 @@ def restore(
             record = _read(_read_record, entry)
             # Of checkpoints before the newest whole one, Orbax reads the metadata alone.
             if restored is None:
+                _check_config(path, record, config)
                 _check_resumable(folder, record, abstract_state, sources, provenance)
                 items = _load(path, record, _items(abstract_state))
-                restored = Restored(entry.step, record["rows"], _state(items))
+                state = _state(items)
+                # Earlier versions did not note which step it is.
+                if "step" not in record and int(state.step) != entry.step:
+                    raise _Damaged(f"it is the state after step {int(state.step)}")
+                restored = Restored(entry.step, record["rows"], state)
         except _Damaged as damage:
             damaged[path] = str(damage)
     if restored is None:
@@ -286,6 +327,33 @@ def exists(folder: str) -> bool:
 def read_provenance(folder: str) -> dict[str, Any]:
     """The provenance in the newest checkpoint: its phase's start and the files it read."""
     return json.loads(_newest(folder).record["provenance"])
+
+
+def read_files(workdir: epath.Path, step: int) -> dict[str, str]:
+    """The phase's record as a checkpoint that was restored holds it.
+
+    Returns:
+      Name of a file -> its text; nothing of a version that kept no copies.
+    """
+    entry = next(e for e in _steps(workdir / FOLDER) if e.step == step)
+    return _unpacked(_read(_read_record, entry))
+
+
+def newest_readable(workdir: epath.Path) -> Kept | None:
+    """What the newest checkpoint whose metadata can be read says; None if none can.
+
+    It is asked on any host alone, and reads no arrays.
+    """
+    for entry in _steps(workdir / FOLDER):
+        try:
+            with _without_logs():
+                record = _read_record(entry)
+        except Exception as error:  # Orbax raises of every kind.
+            if _is_not_damage(error):
+                raise
+            continue
+        return Kept(entry.step, json.loads(record["config"]), _unpacked(record))
+    return None
 
 
 def read_config(folder: str) -> dict[str, Any]:
@@ -428,7 +496,7 @@ def _read(function: Callable[..., Any], *args: Any) -> Any:
             result = function(*args)
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except _Damaged as error:
+        except (_Damaged, InputError) as error:
             damage = str(error)
         except Exception as error:  # Orbax and TensorStore raise of every kind.
             # Orbax reports an interruption as a failed read. And a checkpoint in a bucket
@@ -471,16 +539,60 @@ def _read_record(entry: orbax_path.step.Metadata) -> dict[str, Any]:
     # Orbax reads it from all checkpoints when it opens the folder, and may raise.
     _ = entry.commit_timestamp
     # Orbax's own reader skips what it cannot read.
-    stored = small_files.read_json(path / "_CHECKPOINT_METADATA")
-    record = dict(stored["custom_metadata"])
+    stored = small_files.read_json(
+        path / "_CHECKPOINT_METADATA",
+        {"custom_metadata": small_files.OBJECT},
+        most_bytes=small_files.MOST_BYTES_OF_ROWS,
+    )
+    record = stored["custom_metadata"]
     if record.keys() & {"digest", "leaves"}:
         if record.pop("digest", None) != _digest(record):
             raise _Damaged("its metadata is not what was saved")
-        return record
-    # Written by a version without checksums.
-    leaves = {"params": ocp.checkpointables_metadata(path).metadata["params"]}
-    described = {name: [str(x.dtype), x.shape, None] for name, x in _named(leaves)}
-    return record | {"leaves": described}
+    else:  # Written by a version without checksums.
+        leaves = {"params": ocp.checkpointables_metadata(path).metadata["params"]}
+        described = {name: [str(x.dtype), x.shape, None] for name, x in _named(leaves)}
+        record["leaves"] = described
+    _check_record(record)
+    if record.get("step", entry.step) != entry.step:
+        raise _Damaged(f"it is the checkpoint of step {record['step']}")
+    return record
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Checks the shape of metadata, which a digest does not prove.
+
+    Raises:
+      InputError: names the first part of another shape.
+      _Damaged: a copy or the description of an array is none.
+    """
+    place = "its metadata"
+    small_files.check(record, _RECORD, place)
+    config = small_files.parse(record["config"], f"{place}: config", small_files.OBJECT)
+    config_lib.check_stored(config)
+    start = {"start": small_files.OBJECT}
+    small_files.parse(record["provenance"], f"{place}: provenance", start)
+    for name, text in _unpacked(record).items():
+        if not record_lib.is_copy(name, text):
+            raise _Damaged(f"its copy of {name} is not one")
+    for name, leaf in record["leaves"].items():
+        match leaf:
+            case [str(dtype), [*shape], None | int()] if _LEAF.fullmatch(name):
+                jnp.dtype(dtype)
+                if all(type(size) is int and size >= 0 for size in shape):
+                    continue
+        raise _Damaged(f"its metadata has no valid description of array {name}")
+
+
+def _packed(text: str) -> str:
+    return base64.b64encode(zlib.compress(text.encode())).decode()
+
+
+def _unpacked(record: dict[str, Any]) -> dict[str, str]:
+    """The files in a checkpoint's metadata."""
+    return {
+        name: zlib.decompressobj().decompress(base64.b64decode(text), _MOST).decode()
+        for name, text in record.get("files", {}).items()
+    }
 
 
 def _load(path: epath.Path, record: dict[str, Any], abstract_items: Any) -> Any:
@@ -494,6 +606,21 @@ def _load(path: epath.Path, record: dict[str, Any], abstract_items: Any) -> Any:
         if record["leaves"].get(name, found)[-1] not in (None, found[-1]):
             raise _Damaged(f"array {name} has other bits than were saved")
     return items
+
+
+def _check_config(
+    path: epath.Path, record: dict[str, Any], config: ml_collections.ConfigDict | None
+) -> None:
+    """Raises InputError if a checkpoint is of a run with another config."""
+    if config is None:
+        return
+    difference = config_lib.first_difference(config, json.loads(record["config"]))
+    if difference is not None:
+        key, then, now = difference
+        raise InputError(
+            f"{path}: was saved by a run with {key}={then!r}, this one has {now!r}; move "
+            "it away if it is of another run, else give the config that it was saved with"
+        )
 
 
 def _check_resumable(

@@ -9,7 +9,6 @@ adapters.
 import dataclasses
 import datetime
 import functools
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 from etils import epath
 
 from mixcpt_jax import __version__
@@ -31,12 +31,28 @@ from mixcpt_jax.data import corpus, pipeline
 from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import pretrained, tokenizer, transformer
 from mixcpt_jax.objectives import interface, streamed
-from mixcpt_jax.runtime import hosts, sharding, terminal
+from mixcpt_jax.runtime import hosts, lease, record, sharding, terminal
 from mixcpt_jax.training import checkpoint, steps
 
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
 PROVENANCE_FILE = "provenance.json"
+_MEASURES = {str: float}
+_MEASURED = {
+    "before": (_MEASURES, None),
+    "after": _MEASURES,
+    "seconds?": float,
+    "tokens_per_second?": (float, None),
+}
+# What `results.json` of a job holds, see the jobs.
+_RESULTS: dict[str, small_files.Shape] = {
+    "train": _MEASURED,
+    "evaluate": _MEASURED,
+    "merge": _MEASURED | {"share": float, "curve": [_MEASURES]},
+    "select": {"selection": {str: {str: object}}, "seconds?": float},
+    "generate": {"generated": {str: int}, "folder": str, "seconds?": float},
+    "export": {"folder": str, "dtype": str, "seconds?": float},
+}
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 # NFS caches the absence of a file for half a minute by default.
@@ -162,12 +178,15 @@ class Phase:
         """
         # On every host, because opening a checkpoint waits for the others.
         provenance = self.provenance(files or {})
+        lease.check(self.folder, must_ask=True)
         if hosts.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / CONFIG_FILE).exists():
-                text = self.given.to_json(indent=2)
+            if _read_object(self.folder / CONFIG_FILE, OBJECT) is None:
+                kept = checkpoint.newest_readable(self.folder)
+                config = kept.config if kept else self.given.to_dict()
+                text = paths.to_json(config, indent=2)
                 paths.replace(self.folder / CONFIG_FILE, text)
-            text = json.dumps(
+            text = paths.to_json(
                 provenance | {"environment": self._environment()}, indent=2
             )
             paths.replace(self.folder / PROVENANCE_FILE, text)
@@ -258,6 +277,7 @@ class Phase:
         and waits until the first has written.
         """
         results = results | {"seconds": time.monotonic() - self.started}
+        lease.check(self.folder, must_ask=True)
         if hosts.is_first():
             text = paths.to_json(results, indent=2)
             paths.replace(self.folder / RESULTS_FILE, text)
@@ -347,19 +367,30 @@ def job(work: Callable[[Phase], dict[str, Any]]) -> Callable[..., dict[str, Any]
 def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] | None:
     """The results of a finished phase, or None.
 
+    A phase of which a file is damaged has not: it is finished again, from its last
+    checkpoint if it trains.
+
     Raises:
-      InputError: the folder belongs to another config, or the checkpoint or weights that
-        the phase started from have changed since.
+      InputError: the folder belongs to another config; or the checkpoint or weights that
+        the phase started from have changed since; or a file of a training phase is damaged
+        and no checkpoint is left.
     """
     folder = paths.absolute(workdir)
     check_workdir(folder, config)
     path = folder / RESULTS_FILE
     if not path.exists():
         return None
-    remedy = f"restore it from a copy, or delete {folder} to run the phase again"
-    provenance = small_files.read_json(
-        folder / PROVENANCE_FILE, {"start": OBJECT}, remedy
-    )
+    results = _read_object(path, _RESULTS[config.job])
+    provenance = _read_object(folder / PROVENANCE_FILE, {"start": {str: object}})
+    kept = checkpoint.newest_readable(folder)
+    if damage := _damage(folder, results, provenance, kept):
+        if config.job == "train" and kept is None:
+            raise InputError(
+                f"{damage}, and the phase has no checkpoint to finish it from again; put "
+                f"back a copy of the file, or delete {folder} to train again"
+            )
+        logging.warning("%s; the phase is finished again", damage)
+        return None
     resolved = config_lib.resolve_phases(config, str(folder.parent))
     # The start of a finished phase may have been deleted.
     model_path, start = resolved.model.path, resolved.init_from
@@ -368,7 +399,36 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
         architecture = pretrained.read_model_config(model_path) if has_model else None
         now = _start_identity(config, resolved, architecture)
         _check_start(folder, provenance, now)
-    return small_files.read_json(path, OBJECT, remedy)
+    return results
+
+
+def _damage(
+    folder: epath.Path,
+    results: dict[str, Any] | None,
+    provenance: dict[str, Any] | None,
+    kept: checkpoint.Kept | None,
+) -> str:
+    """Which file of a finished phase is not what it was, or nothing."""
+    if results is None:
+        return f"{folder / RESULTS_FILE}: is not what a phase writes"
+    if provenance is None:
+        return f"{folder / PROVENANCE_FILE}: is not what a phase writes, or is gone"
+    if "after" in results and not (folder / record.METRICS).exists():
+        return f"{folder / record.METRICS}: is gone"
+    if not record.is_whole(folder, kept.files if kept else {}):
+        return (
+            f"{folder / record.METRICS}: it, {record.ITEMS} or {record.SAMPLES} does not "
+            "hold the rows that were written"
+        )
+    return ""
+
+
+def _read_object(path: epath.Path, shape: small_files.Shape) -> dict[str, Any] | None:
+    """A JSON object; None if it is damaged or not there."""
+    try:
+        return small_files.read_json(path, shape)
+    except InputError:
+        return None
 
 
 def _shows_progress(config: ml_collections.ConfigDict) -> bool:
@@ -425,10 +485,16 @@ def check_workdir(workdir: epath.Path, config: ml_collections.ConfigDict) -> Non
     path = workdir / CONFIG_FILE
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"{workdir}: is a file; give another --workdir")
-    if not path.exists():
+    stored = _read_object(path, OBJECT)
+    if stored is None and (kept := checkpoint.newest_readable(workdir)):
+        logging.warning("%s: is damaged or gone; checkpoint %d has it", path, kept.step)
+        stored = kept.config
+    if stored is None and path.exists():
+        raise InputError(
+            f"{path}: damaged; delete it if the run in {workdir} had this config"
+        )
+    if stored is None:
         return
-    remedy = f"delete it if the run in {workdir} had this config"
-    stored = small_files.read_json(path, OBJECT, remedy)
     is_finished = (workdir / RESULTS_FILE).exists()
     difference = config_lib.first_difference(config, stored, is_finished)
     if difference is not None:

@@ -1,0 +1,501 @@
+"""One owner of a folder: a lease, for as long as a process writes there.
+
+The owner's entry is a file `lease-N.json` in the folder. The one operation that has to be
+atomic is to create the entry of the next number: a disk and NFS refuse to create a file
+that is there (`O_EXCL`), a bucket refuses an object that has a generation. Whoever creates
+an entry lists the folder afterwards and withdraws if it finds another one, but for that
+of an owner which is dead; so of two that begin at the same moment at most one stays.
+
+The owner rewrites its entry every few seconds and never creates it again. An owner whose
+process is known to be gone, on this machine, is dead at once; any other is dead if its
+entry stays as it is for a minute of the observer's own time, so no clock of another
+machine is read. A new owner removes the entries of dead ones before it goes on, and an
+owner looks for its own before it writes. So one that was taken for dead, or whose folder
+was renamed, finds that out at its next write.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from etils import epath
+from fsspec.core import url_to_fs
+
+from mixcpt_jax.core import paths, small_files
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import terminal
+
+SECONDS_BETWEEN_BEATS = 10.0
+SECONDS_TO_DEATH = 60.0
+_SECONDS_BETWEEN_LOOKS = 1.0
+_NAME = re.compile(r"lease-([0-9]{1,18})\.json")
+# Rewritten in place, so all versions of an entry are of one size.
+_BYTES = 1024
+
+_FACTS = {"pid": int} | dict.fromkeys(("host", "place", "start", "since"), str)
+
+_held: dict[str, "_Lease"] = {}
+
+
+class _Entry(NamedTuple):
+    """What lies in the folder under one number.
+
+    Attributes:
+      number: of the entry; the highest is the owner's.
+      version: changes with each rewrite: on a disk the content, else the generation.
+    """
+
+    number: int
+    version: str
+
+
+class _Disk:
+    """Entries in a folder of a local disk or of NFS."""
+
+    def __init__(self, folder: epath.Path):
+        self._folder = os.fspath(folder)
+
+    def list(self) -> list[_Entry]:
+        """All entries, the lowest number first."""
+        numbers = sorted(filter(None, map(_number, os.listdir(self._folder))))
+        found = ((number, self.read(number)) for number in numbers)
+        return [_Entry(number, text) for number, text in found if text is not None]
+
+    def read(self, number: int) -> str | None:
+        """Its content; None: there is none."""
+        try:
+            with open(self._path(number), "rb") as file:
+                return file.read(_BYTES).decode(errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def create(self, number: int, text: str) -> _Entry | None:
+        """Creates an entry; None: it is there."""
+        try:
+            self._write(number, text, os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            return None
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path(number))
+            raise
+        return _Entry(number, text)
+
+    def renew(self, entry: _Entry, text: str) -> _Entry:
+        """Rewrites an entry that is there."""
+        self._write(entry.number, text, 0)
+        return entry._replace(version=text)
+
+    def remove(self, entry: _Entry) -> None:
+        """Does nothing if it is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(entry.number))
+
+    def _path(self, number: int) -> str:
+        return os.path.join(self._folder, _name(number))
+
+    def _write(self, number: int, text: str, flags: int) -> None:
+        descriptor = os.open(self._path(number), os.O_WRONLY | flags, 0o666)
+        try:
+            content = text.encode()
+            while content:
+                content = content[os.write(descriptor, content) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class _Bucket:
+    """Entries in a bucket, each write under the condition of a generation."""
+
+    def __init__(self, folder: epath.Path):
+        self._system, path = url_to_fs(str(folder))
+        self._bucket, _, self._prefix = path.partition("/")
+
+    def list(self) -> list[_Entry]:
+        """All entries, the lowest number first."""
+        answer = self._system.call(
+            "GET",
+            "b/{}/o",
+            self._bucket,
+            prefix=self._key("lease-"),
+            delimiter="/",
+            json_out=True,
+        )
+        found = []
+        for item in answer.get("items", ()):
+            number = _number(item["name"].rpartition("/")[2])
+            if number:
+                found.append(_Entry(number, str(item["generation"])))
+        return sorted(found)
+
+    def read(self, number: int) -> str | None:
+        """Its content; None: there is none."""
+        try:
+            path = f"{self._bucket}/{self._key(_name(number))}"
+            return self._system.cat_file(path)[:_BYTES].decode(errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def create(self, number: int, text: str) -> _Entry | None:
+        """Creates an entry; None: it is there."""
+        try:
+            return self._put(number, text, "0")
+        except FileExistsError:
+            # Of a request whose answer was lost, and which was sent again.
+            if self.read(number) != text:
+                return None
+            return next((e for e in self.list() if e.number == number), None)
+
+    def renew(self, entry: _Entry, text: str) -> _Entry:
+        """Rewrites an entry that is there."""
+        try:
+            return self._put(entry.number, text, entry.version)
+        except FileExistsError as error:
+            found = next((e for e in self.list() if e.number == entry.number), None)
+            if found is None or self.read(entry.number) != text:
+                raise FileNotFoundError(_name(entry.number)) from error
+            return found
+
+    def remove(self, entry: _Entry) -> None:
+        """Does nothing if it is not there, or is another's by now."""
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            self._system.call(
+                "DELETE",
+                "b/{}/o/{}",
+                self._bucket,
+                self._key(_name(entry.number)),
+                ifGenerationMatch=entry.version,
+            )
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}" if self._prefix else name
+
+    def _put(self, number: int, text: str, generation: str) -> _Entry:
+        """Raises FileExistsError if the object has another generation than this one."""
+        url = self._system.base.replace("/storage/v1/", "/upload/storage/v1/")
+        answer = self._system.call(
+            "POST",
+            f"{url}b/{quote(self._bucket, safe='')}/o",
+            uploadType="media",
+            name=self._key(_name(number)),
+            ifGenerationMatch=generation,
+            headers={"Content-Type": "application/octet-stream"},
+            data=text.encode(),
+            json_out=True,
+        )
+        return _Entry(number, str(answer["generation"]))
+
+
+class _Lease:
+    """This process's lease on a folder."""
+
+    def __init__(self, folder: epath.Path):
+        """Takes it.
+
+        Raises:
+          InputError: another process has it, or nothing can be written there.
+        """
+        self._folder = folder
+        self.process = os.getpid()
+        self._place = _Bucket(folder) if paths.is_remote(folder) else _Disk(folder)
+        self._facts = _facts()
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._beats = 0
+        self._made = _make_folders(folder)
+        try:
+            self._entry = self._take()
+        except BaseException:
+            _remove_empty(self._made)
+            raise
+        self._confirmed = time.monotonic()
+        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+
+    def release(self) -> None:
+        """Gives it back; folders that were made for it are removed if they are empty."""
+        self._ended.set()
+        with self._lock, contextlib.suppress(OSError):
+            if self._is_mine(self._place.list()):
+                self._place.remove(self._entry)
+        _remove_empty(self._made)
+
+    def check(self) -> None:
+        """Returns if it is still held.
+
+        Raises:
+          InputError: it is not: another process has taken it, the folder was renamed or
+            the entry deleted.
+        """
+        with self._lock:
+            # To ask a bucket costs more than what is written to it at a time.
+            is_recent = time.monotonic() - self._confirmed < 2 * SECONDS_BETWEEN_BEATS
+            if paths.is_remote(self._folder) and is_recent:
+                return
+            self._confirm()
+
+    def confirm(self) -> None:
+        """As `check`, and asks a bucket in any case."""
+        with self._lock:
+            self._confirm()
+
+    def _confirm(self) -> None:
+        confirmed, self._confirmed = time.monotonic(), -math.inf
+        try:
+            entries = self._place.list()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(
+                f"{self._folder}: was renamed or deleted while this run wrote to it, so "
+                "the run stops; give the folder its name back, and the same command "
+                "resumes"
+            ) from error
+        if self._is_mine(entries):
+            self._confirmed = confirmed
+            return
+        last = entries[-1] if entries else None
+        if last is None or last.number < self._entry.number:
+            raise InputError(
+                f"{self._file(self._entry)}: was deleted while this run wrote to that "
+                "folder, so the run no longer owns it and stops; the same command resumes"
+            )
+        raise InputError(
+            f"{self._file(last)}: {_described(self._facts_of(last))} has taken over this "
+            f"folder, for this run gave no sign of life for {SECONDS_TO_DEATH:.0f} s; "
+            "this run stops: let the other one end"
+        )
+
+    def _file(self, entry: _Entry) -> str:
+        return f"{self._folder}/{_name(entry.number)}"
+
+    def _is_mine(self, entries: list[_Entry]) -> bool:
+        return bool(entries) and entries[-1] == self._entry
+
+    def _beat(self) -> None:
+        while not self._ended.wait(SECONDS_BETWEEN_BEATS):
+            with self._lock, contextlib.suppress(Exception):  # `check` tells
+                if not self._ended.is_set():
+                    self._confirm()
+                    self._entry = self._place.renew(self._entry, self._text())
+
+    def _text(self) -> str:
+        self._beats += 1
+        facts = self._facts | {"beat": self._beats}
+        return json.dumps(facts, indent=1).ljust(_BYTES - 1) + "\n"
+
+    def _take(self) -> _Entry:
+        while True:
+            try:
+                before = self._place.list()
+                if before:
+                    self._wait_for_death(before[-1])
+                number = before[-1].number + 1 if before else 1
+                entry = self._place.create(number, self._text())
+            except FileNotFoundError as error:
+                if paths.is_remote(self._folder):
+                    raise InputError(
+                        f"{self._folder}: there is no such bucket; create it, or name "
+                        "another one"
+                    ) from error
+                # Who made the folder has just removed it.
+                self._made = _make_folders(self._folder)
+                continue
+            if entry is None:
+                continue
+            if paths.is_remote(self._folder):
+                # For servers that know of no conditions, where the last one has it.
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+            now = self._place.list()
+            if {e for e in now if e != entry} <= set(before) and entry in now:
+                for dead in before:
+                    self._place.remove(dead)
+                return entry
+            if entry in now:
+                self._place.remove(entry)
+            time.sleep(random.uniform(0, _SECONDS_BETWEEN_LOOKS))
+
+    def _wait_for_death(self, entry: _Entry) -> None:
+        """Returns once an entry's owner is dead, or the entry is gone.
+
+        Raises:
+          InputError: it lives.
+        """
+        facts = self._facts_of(entry)
+        deadline = time.monotonic() + SECONDS_TO_DEATH
+        is_told = False
+        while not _is_gone(facts):
+            if _is_alive(facts):
+                raise self._taken(entry, facts)
+            if time.monotonic() > deadline:
+                return
+            if facts and not is_told:
+                is_told = True
+                terminal.say(
+                    f"{self._file(entry)}: waits up to {SECONDS_TO_DEATH:.0f} s for a "
+                    f"sign of life of its owner, {_described(facts)}"
+                )
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            now = next(
+                (e for e in self._place.list() if e.number == entry.number), None
+            )
+            if now is None:
+                return
+            if now != entry and facts:
+                raise self._taken(entry, facts)
+            if now != entry:
+                entry, facts = now, self._facts_of(now)
+
+    def _taken(self, entry: _Entry, facts: dict[str, Any]) -> InputError:
+        return InputError(
+            f"{self._file(entry)}: {_described(facts)} has owned this folder since "
+            f"{facts['since']}; wait for its end, or stop it, and run the same command "
+            "again; or give another folder"
+        )
+
+    def _facts_of(self, entry: _Entry) -> dict[str, Any]:
+        """What an entry says of its owner; nothing if it is damaged or gone."""
+        text = self._place.read(entry.number) or ""
+        with contextlib.suppress(InputError):
+            return small_files.parse(text, _name(entry.number), _FACTS)
+        return {}
+
+
+@contextlib.contextmanager
+def hold(folder: epath.Path) -> Iterator[None]:
+    """This process owns the folder, which need not exist, while the block runs.
+
+    Where the process owns it already, nothing changes.
+
+    Raises:
+      InputError: another process owns it; or nothing can be written there.
+    """
+    key = str(folder)
+    if key in _held and _held[key].process == os.getpid():
+        yield
+        return
+    _held[key] = lease = _Lease(folder)
+    try:
+        yield
+    finally:
+        del _held[key]
+        lease.release()
+
+
+def check(folder: epath.Path, must_ask: bool = False) -> None:
+    """To be called before something is written to a folder.
+
+    Where this process holds no lease on the folder or on one that it lies in, as on other
+    hosts than the first, there is nothing to check.
+
+    Args:
+      folder: to write to.
+      must_ask: of a bucket the answer may be a few seconds old otherwise.
+
+    Raises:
+      InputError: the lease was lost, see `_Lease.check`.
+    """
+    for key, lease in list(_held.items()):
+        if f"{folder}/".startswith(f"{key}/") and lease.process == os.getpid():
+            lease.confirm() if must_ask else lease.check()
+
+
+def _name(number: int) -> str:
+    return f"lease-{number}.json"
+
+
+def _number(name: str) -> int | None:
+    found = _NAME.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def _described(facts: dict[str, Any]) -> str:
+    if not facts:
+        return "a process that does not say which it is"
+    return f"process {facts['pid']} on {facts['host']}"
+
+
+def _make_folders(folder: epath.Path) -> list[epath.Path]:
+    """Makes a folder and those it lies in; gives those made, the innermost first."""
+    if paths.is_remote(folder):
+        return []  # a bucket has no folders
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: list[epath.Path]) -> None:
+    with contextlib.suppress(OSError):  # something lies in one of them
+        for folder in folders:
+            os.rmdir(folder)
+
+
+def _facts() -> dict[str, Any]:
+    """What an entry says of this process."""
+    return {
+        "token": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "place": _where(),
+        "start": _start_of(os.getpid()),
+        # For people alone: clocks of different machines are not compared.
+        "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+@functools.cache
+def _where() -> str:
+    """The same for two processes only if a process number means the same to both."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {uuid.getnode()}"
+
+
+def _start_of(process: int) -> str:
+    """When a process of this machine began, in ticks since boot; "" where not known."""
+    fields = _stat(process)
+    return fields[19] if fields else ""
+
+
+def _stat(process: int) -> list[str]:
+    """The state of a process and what follows it in /proc; nothing where not known."""
+    try:
+        text = pathlib.Path(f"/proc/{process}/stat").read_text(errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()
+
+
+def _is_gone(facts: dict[str, Any]) -> bool:
+    """Whether the process of an entry is known to have ended."""
+    if not facts or facts["place"] != _where():
+        return False
+    try:
+        os.kill(facts["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass  # another user's
+    fields = _stat(facts["pid"])
+    # A process that ended and was not waited for is still listed.
+    return bool(fields) and (fields[0] in "ZX" or fields[19] != facts["start"])
+
+
+def _is_alive(facts: dict[str, Any]) -> bool:
+    """Whether the process of an entry is known to run."""
+    return bool(facts) and facts["place"] == _where() and not _is_gone(facts)

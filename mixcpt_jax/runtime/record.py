@@ -1,0 +1,163 @@
+"""A phase's record: the files of rows that it writes and reads back when it resumes.
+
+A row is a JSON object on a line of its own, with the step that it belongs to. A checkpoint
+holds a copy of the rows up to its step, so what happened to the files since is found, and
+undone, before a run resumes.
+"""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from mixcpt_jax.core import paths, small_files
+from mixcpt_jax.core.errors import InputError
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+ITEMS = "items.jsonl"
+
+Row = dict[str, Any]
+
+_SHAPES: dict[str, small_files.Shape] = {
+    METRICS: {"step": int, str: float},
+    SAMPLES: {
+        "step": int,
+        "messages": [{"role": str, "content": str}],
+        "answer": str,
+    },
+    ITEMS: {"step": int, "items": {str: [(float, None)]}},
+}
+_REMEDY = (
+    "run the command that wrote it, which restores it from a checkpoint, or put back a "
+    "copy of it, or delete the line"
+)
+
+
+def read(workdir: epath.Path, name: str = METRICS) -> list[Row]:
+    """The rows of a file; a last line that was cut short by a kill is left out.
+
+    Raises:
+      InputError: names the first line that is no row.
+    """
+    rows, damage = _read(workdir / name)
+    if damage:
+        raise InputError(damage)
+    return rows
+
+
+def text_of(row: Row) -> str:
+    """A row as its line."""
+    return paths.to_json(row) + "\n"
+
+
+def restore(
+    workdir: epath.Path, step: int, copies: Mapping[str, str]
+) -> dict[str, list[Row]]:
+    """Makes a record what it was when a run was at a step.
+
+    Rows after the step, of work that was lost with the process that did it, are dropped.
+
+    Args:
+      workdir: the phase's folder.
+      step: of the checkpoint that the run resumes from; -1: none.
+      copies: name of a file -> its rows as that checkpoint holds them. For a file that is
+        not among them its own rows count.
+
+    Returns:
+      Name of a file -> its rows.
+
+    Raises:
+      InputError: a row is damaged, and no copy is there to restore it from.
+    """
+    return {
+        name: _restore(workdir / name, step, copies.get(name))
+        for name in (METRICS, SAMPLES, ITEMS)
+    }
+
+
+def is_copy(name: str, text: str) -> bool:
+    """Whether a text holds rows of a file of this name."""
+    if name not in _SHAPES:
+        return False
+    rows, damage = _rows_in(text.encode(), name, name)
+    return not damage and len(rows) == text.count("\n")
+
+
+def is_whole(workdir: epath.Path, copies: Mapping[str, str]) -> bool:
+    """Whether the files can be read and begin with the rows of the copies."""
+    for name in (METRICS, SAMPLES, ITEMS):
+        rows, damage = _read(workdir / name)
+        if damage or _first_difference(rows, _rows_of(copies.get(name, ""))):
+            return False
+    return True
+
+
+def _restore(path: epath.Path, step: int, copy: str | None) -> list[Row]:
+    existed = path.exists()
+    rows, damage = _read(path)
+    kept = [row for row in rows if row["step"] <= step]
+    if copy is not None:
+        copied = _rows_of(copy)
+        if number := _first_difference(rows, copied):
+            found = (
+                "is gone" if not existed else f"line {number} is not what was written"
+            )
+            logging.warning(
+                "%s: %s; restored from the copy in checkpoint %d", path, found, step
+            )
+            kept = copied
+        else:
+            # What was measured at this step may have been written after the checkpoint.
+            later = rows[len(copied) :]
+            kept = copied + [
+                row for row in later if row["step"] == step and row not in copied
+            ]
+    elif damage and step >= 0 and len(kept) == len(rows):
+        raise InputError(damage)
+    elif step < 0 and rows:
+        logging.warning(
+            "%s: its %d rows belong to work of which there is no checkpoint; begins anew",
+            path,
+            len(rows),
+        )
+    if existed or kept:
+        paths.replace(path, "".join(map(text_of, kept)))
+    return kept
+
+
+def _first_difference(rows: list[Row], copied: list[Row]) -> int:
+    """The first line, from 1, that a file has not as in its copy; 0: it has all."""
+    for number, row in enumerate(copied, 1):
+        if number > len(rows) or rows[number - 1] != row:
+            return number
+    return 0
+
+
+def _read(path: epath.Path) -> tuple[list[Row], str]:
+    """The rows before the first damaged line, and what is wrong with that one."""
+    if not path.exists():
+        return [], ""
+    content = small_files.read_bytes(path, _REMEDY, small_files.MOST_BYTES_OF_ROWS)
+    return _rows_in(content, path.name, str(path))
+
+
+def _rows_in(content: bytes, name: str, place: str) -> tuple[list[Row], str]:
+    *lines, rest = content.split(b"\n")
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = small_files.parse(line, f"{place}:{number}", _SHAPES[name], _REMEDY)
+        except InputError as error:
+            return rows, str(error)
+        rows.append(row)
+    with contextlib.suppress(InputError):  # a kill may have cut it
+        rows.append(small_files.parse(rest, place, _SHAPES[name]))
+    return rows, ""
+
+
+def _rows_of(text: str) -> list[Row]:
+    return [json.loads(line) for line in text.splitlines()]
