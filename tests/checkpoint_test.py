@@ -1,6 +1,8 @@
+import itertools
 import json
 import random
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -512,3 +514,12 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
         epath.Path(tmp_path), abstract(state), SOURCES, PROVENANCE, config
     )
     assert restored.step == 1
+
+
+@pytest.mark.parametrize("seconds", [-(10**9), -3600, 10**9])
+def test_a_clock_that_jumps_ends_no_save(tmp_path, monkeypatch, seconds):
+    original, calls = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: original() + seconds * (next(calls) % 2))
+    checkpoint.check_folder(epath.Path(tmp_path))
+    save(tmp_path, [1, 2])
+    assert restore(tmp_path, make_state(2)).step == 2

@@ -23,6 +23,8 @@ import json
 import logging as std_logging
 import re
 import sys
+import time
+import types
 import uuid
 import warnings
 import zlib
@@ -62,6 +64,22 @@ _RECORD = {
 _MOST = 2**31
 # The name of an array; the first key in it is its item.
 _LEAF = re.compile(r"\['(params|optimizer)'\].*", re.DOTALL)
+
+
+def _steady_clock() -> types.SimpleNamespace:
+    """The module `time`, except that its `time()` does not jump when the clock is set."""
+    offset = time.time() - time.monotonic()
+    return types.SimpleNamespace(
+        **vars(time) | {"time": lambda: offset + time.monotonic()}
+    )
+
+
+# Orbax computes deadlines from `time.time()`, so a clock that is set during a save would
+# end the run.
+_CLOCK = _steady_clock()
+for _name, _module in list(sys.modules.items()):
+    if _name.startswith("orbax.checkpoint.") and getattr(_module, "time", 0) is time:
+        _module.time = _CLOCK
 
 
 class Checkpoints:
