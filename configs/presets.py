@@ -1,8 +1,8 @@
 """Continual pre-training on TPU slices: what the configs of single models share.
 
-A preset is the first phase of Mix-CPT, `configs/cpt.py`, on the mesh and with the batch
-that suit a model on a slice; `python -m mixcpt_jax plan` says what each takes. Everything
-else is set as there: `model.path`, the paths of the sources, the steps.
+A preset is the first phase of Mix-CPT, `configs/cpt.py`, with the mesh and the batch for a
+model on a slice; `python -m mixcpt_jax plan` computes its memory and time. Everything else
+is set as there: `model.path`, the paths of the sources, the steps.
 """
 
 import math
@@ -15,10 +15,10 @@ from mixcpt_jax import config as config_lib
 
 
 class Slice(NamedTuple):
-    """A TPU slice, and how many of its chips share the weights; the rest hold copies.
+    """A TPU slice, and over how many of its chips the weights are sharded.
 
-    More have to wait for each other, fewer reduce larger pieces over the copies; see
-    `docs/speed.md`.
+    The other chips hold copies. More shards mean more waiting, fewer mean larger
+    reductions over the copies; see `docs/speed.md`.
     """
 
     topology: str
@@ -36,7 +36,7 @@ SLICES = {
 }
 
 
-# Chip -> its memory beside a v5e's.
+# Chip -> its memory relative to a v5e's.
 MEMORY = {"v5e": 1, "v6e": 2, "v5p": 4}
 
 
@@ -51,10 +51,10 @@ def get_config(
     Args:
       architecture: a file of `mixcpt_jax/assets/architectures`.
       slice_name: of `SLICES`; empty: the first.
-      rows_per_chip: sequences of 4,096 tokens that a v5e takes at a time, the others in
-        proportion to their memory; as many microbatches as the batch then needs.
-      fsdp: of a v5e the fewest chips that can hold the weights together, of the others
-        fewer in proportion to their memory; and the most that are to share them.
+      rows_per_chip: rows of 4,096 tokens per v5e chip and microbatch; other chips take
+        rows in proportion to their memory.
+      fsdp: the fewest v5e chips that can hold the weights together (other chips in
+        proportion to their memory), and the most over which to shard them.
     """
     config_lib.check_variant(slice_name, tuple(SLICES))
     slice_name = slice_name or next(iter(SLICES))

@@ -7,9 +7,9 @@
 
 `init_from` is the folder of a phase; without it training starts from `model.path`.
 Records are `{"messages": [{"role", "content"}, ...]}`, `{"instruction", "input",
-"output"}` or `{"prompt", "response"}`; the tokenizer's chat template writes them (ChatML
-if it has none, or `model.chat_template`), and the loss is on the assistant's turns, the
-token that ends them included. The whole of Mix-CPT is `configs/mixcpt.py`.
+"output"}` or `{"prompt", "response"}`. The chat template of the tokenizer renders them (or
+`model.chat_template`, or ChatML if there is none). Loss tokens are the assistant's turns
+with the token that ends them. `configs/mixcpt.py` runs all phases of Mix-CPT.
 """
 
 from mixcpt_jax import config as config_lib
