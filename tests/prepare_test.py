@@ -323,7 +323,7 @@ def test_the_command(config, launcher, write_config_file, tmp_path, capsys):
     config.metrics.progress = True
     train.run(config, str(tmp_path / "run"), "run")
     said = capsys.readouterr().err
-    assert "domain: read from what was prepared" in said
+    assert "domain: read from data.prepared" in said
     assert "teacher: its hidden states are read, it is not run" in said
 
 

@@ -113,7 +113,7 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
                 log.restart_clock(step)
             is_stopped = preemption_guard.is_requested(step)
             if is_saved or is_stopped:
-                # What is saved is read first, so that no checkpoint holds a NaN.
+                # Metrics are read before the save, so no checkpoint holds a NaN.
                 log.require(step, step_metrics)
                 writer.save()
                 checkpoints.save(
@@ -139,15 +139,15 @@ class _Start(NamedTuple):
     """Where the loop begins: at the phase's newest checkpoint, or at step 0.
 
     Attributes:
-      step, row: steps done, and rows of the stream taken by them.
+      step, row: steps done, and rows of the stream that they read.
       is_resumed: whether a checkpoint was restored.
       state: of the step.
-      frozen: what the step needs of the frozen model; None where it needs nothing.
-      references: log-probabilities of pairs, where they are computed ahead.
+      frozen: the frozen parameters that the step needs; None if it needs none.
+      references: the reference's log-probabilities of pairs, if computed ahead.
       data: with these references in its rows.
-      recorded: of an interrupted run, what the record has of `step`: its measures, its
-        answers.
-      fingerprint, provenance: what a checkpoint is of, see `Checkpoints.save`.
+      recorded: whether the record of an interrupted run has the measures and the answers
+        of `step`.
+      fingerprint, provenance: what a checkpoint belongs to, see `Checkpoints.save`.
     """
 
     step: int
@@ -215,7 +215,7 @@ class _StepLog:
         self._pending = step, device_metrics
 
     def read(self) -> None:
-        """Reads, checks, writes and shows what was put.
+        """Reads, checks, writes and shows the metrics of the last `put`.
 
         Raises:
           FloatingPointError: training has broken down.
@@ -236,7 +236,7 @@ class _StepLog:
             )
 
     def require(self, step: int, device_metrics: Metrics) -> None:
-        """Checks a step that is about to be saved, logged or not.
+        """Checks the metrics of a step before it is saved, logged or not.
 
         Raises:
           FloatingPointError: training has broken down.
@@ -246,7 +246,7 @@ class _StepLog:
             self._fetch(step, device_metrics)
 
     def restart_clock(self, step: int) -> None:
-        """The time since the last step was not training."""
+        """Leaves out the time since the last step, which was not training."""
         self._clock.restart(step)
 
     def _fetch(self, step: int, device_metrics: Metrics) -> dict[str, float]:
@@ -264,7 +264,7 @@ class _StepLog:
 
 
 class _Evaluation:
-    """Measures texts and answers prompts, when that is due."""
+    """Measures texts and answers prompts at the steps where that is due."""
 
     def __init__(self, phase, start: _Start, writer, progress, guard, preemption_guard):
         self._phase, self._start = phase, start
@@ -280,7 +280,7 @@ class _Evaluation:
     def run(
         self, step: int, state: TrainState, skip: tuple[bool, bool] = (False, False)
     ) -> None:
-        """Does what is due at a step, unless SIGTERM comes.
+        """Does what is due at a step; SIGTERM interrupts it.
 
         Args:
           step: steps done.
@@ -343,10 +343,10 @@ def _say_what_is_read(config, data: pipeline.Data, progress: metrics.Progress) -
 def _load_frozen(
     phase: phase_lib.Phase, data: pipeline.Data, program: Program
 ) -> tuple[transformer.Params | None, dict[str, np.ndarray]]:
-    """What the steps need of the frozen model, and its log-probabilities of pairs.
+    """The frozen parameters that the steps need, and the reference's log-probabilities.
 
-    Those are of the answers that are measured and, where the config asks for it, of those
-    that are trained on: "pairs/NAME" or "sources/NAME" -> nats, float32 [examples].
+    Those are of measured pairs and, with `preference.reference="precomputed"`, of training
+    pairs: "pairs/NAME" or "sources/NAME" -> nats, float32 [examples].
     """
     config = phase.config
 
@@ -376,7 +376,7 @@ def _load_frozen(
 
 
 def _put_rows(batch: dict[str, np.ndarray], config, mesh) -> Batch:
-    """This host's rows of a global batch, to its devices."""
+    """Puts this host's rows of a global batch on its devices."""
     where = sharding.batch_sharding(mesh)
     return {
         key: jax.make_array_from_process_local_data(
@@ -393,7 +393,7 @@ class _Clock:
         self._last = None
 
     def restart(self, step: int) -> None:
-        """What passed since the last read was not training."""
+        """Leaves out the time since the last read."""
         self._last = step, time.monotonic()
 
     def rate(self, step: int, tokens_per_step: float) -> float:
@@ -409,8 +409,8 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _recorded(phase: phase_lib.Phase, data, step: int) -> tuple[bool, bool]:
-    """Whether the run's record has the measures, and the answers, of a step."""
-    # A row of measures has no learning rate, and may have nothing but its step.
+    """Whether the run's record has the measures and the answers of a step."""
+    # A row of measures has no learning rate; it may hold its step only.
     measured = any(
         row["step"] == step and "learning_rate" not in row
         for row in metrics.read(phase.folder)
@@ -419,7 +419,7 @@ def _recorded(phase: phase_lib.Phase, data, step: int) -> tuple[bool, bool]:
         row["step"] == step for row in metrics.read(phase.folder, metrics.SAMPLES_FILE)
     )
     if jax.process_count() > 1:
-        # The first host's word: another may see the folder later.
+        # The first host decides: others may see the folder later.
         return tuple(
             multihost_utils.broadcast_one_to_all(np.array([measured, answered]))
         )
@@ -457,7 +457,7 @@ def _check_step(
 
 
 def _announce(phase: phase_lib.Phase) -> None:
-    """Says how much is trained, and from which step."""
+    """Prints how much is trained, and from which step."""
     config, adapters = phase.config, ""
     if phase.lora:
         trained = lora_lib.abstract_adapters(
@@ -476,7 +476,7 @@ def _announce(phase: phase_lib.Phase) -> None:
 
 
 def _mixture_table(report: list[dict[str, Any]]) -> str:
-    """What is about to be read of each source."""
+    """A table of what the phase reads of each source."""
     columns = {
         "held out": "{held_out:,}",
         "samples": "{documents:,}",
@@ -497,7 +497,7 @@ def _mixture_table(report: list[dict[str, Any]]) -> str:
     notes = []
     for source in used:
         if source["prepared"]:
-            notes.append(f"{source['name']}: read from what was prepared")
+            notes.append(f"{source['name']}: read from data.prepared")
         notes += [f"{source['name']}: {line}" for line in tally.lines(source)]
     return "\n".join([table, *notes])
 
@@ -508,7 +508,7 @@ def _limits(data: pipeline.Data) -> list[str]:
 
 
 def _results(folder: epath.Path, data: pipeline.Data) -> dict[str, Any]:
-    """Collects the run's record, which also holds what an interrupted run wrote."""
+    """Collects results from the run's record, which survives interruptions."""
     rows = metrics.read(folder)
     evaluations = [
         {"step": row["step"]}
