@@ -109,6 +109,7 @@ def get_config(size: str = ""):
             "lssd_weight": 0.0,
             "kd_weight": 0.0,
             "selective_weight": 0.0,
+            "token_weighting": "none",
         },
     }
     config.overrides.dpo = alignment | {

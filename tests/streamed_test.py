@@ -114,6 +114,57 @@ def test_value_and_gradients_equal_the_dense_ones_for_any_chunk(chunk_size):
     assert_same(actual, value_and_gradients(dense, *problem()))
 
 
+def dense_weighted(
+    hidden, kernel, teacher_hidden, teacher_kernel, targets, weights, kind
+):
+    """`dense` whose next-token prediction is multiplied by `token_factor`."""
+    student, teacher = hidden @ kernel, teacher_hidden @ teacher_kernel
+    factor = losses.token_factor(
+        kind,
+        losses.cross_entropy(student, targets),
+        losses.cross_entropy(teacher, targets),
+    )
+    operands = hidden, kernel, teacher_hidden, teacher_kernel, targets
+    return dense(*operands, weights._replace(ntp=weights.ntp * factor))
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 7}, {"vocab_tile": 24}])
+@pytest.mark.parametrize("kind", ["none", "teacher_probability", "excess_loss"])
+def test_token_weighting_equals_the_dense_one(kind, options):
+    actual = value_and_gradients(
+        fused.head_loss, *problem(), token_weighting=kind, **options
+    )
+    expected = value_and_gradients(dense_weighted, *problem(), kind=kind)
+    assert_same(actual, expected)
+
+
+def test_token_factors_are_their_formulas():
+    student, teacher = np.array([0.5, 2.0, 3.0]), np.array([0.5, 1.0, 4.0])
+    probability = losses.token_factor("teacher_probability", student, teacher)
+    np.testing.assert_allclose(probability, np.exp(-teacher), rtol=1e-6)
+    excess = losses.token_factor("excess_loss", student, teacher)
+    np.testing.assert_allclose(excess, 2 / (1 + np.exp(teacher - student)), rtol=1e-6)
+    assert excess[0] == 1
+    with pytest.raises(ValueError, match="unknown kind"):
+        losses.token_factor("probability", student, teacher)
+
+
+def test_token_weighting_needs_a_teacher():
+    hidden, kernel, _, _, targets, weights = problem()
+    with pytest.raises(ValueError, match="needs a teacher"):
+        fused.head_loss(
+            hidden, kernel, None, None, targets, weights, token_weighting="excess_loss"
+        )
+
+
+@pytest.mark.parametrize("kind", ["teacher_probability", "excess_loss"])
+def test_token_weighting_by_a_compact_teacher_that_lists_all(kind):
+    actual = value_and_gradients(
+        compact_head, *problem(), top_k=V, token_weighting=kind
+    )
+    assert_same(actual, value_and_gradients(dense_weighted, *problem(), kind=kind))
+
+
 def test_value_without_gradient_is_the_same():
     value, _ = jax.jit(functools.partial(fused.head_loss, chunk_size=10))(*problem())
     assert_same(value, dense(*problem()))

@@ -127,6 +127,11 @@ def bounded_config() -> ml_collections.ConfigDict:
             # plain distillation where it is. With weights m here and 1 - m for LSSD the
             # gold token's target is m + (1 - m) p_a wherever the teacher is wrong.
             "selective_weight": number(0.0, least=0, most=1000),
+            # What multiplies the weight of next-token prediction at each token: none;
+            # teacher_probability, the teacher's probability of the gold token; or
+            # excess_loss, twice the sigmoid of the model's loss less the teacher's. See
+            # `dense.token_factor`.
+            "token_weighting": one_of("none", "teacher_probability", "excess_loss"),
             # "step" runs the teacher in every step; "prepared" reads what it said from
             # `data.prepared`, where `python -m mixcpt_jax prepare --teacher` puts it.
             "teacher": one_of("step", "prepared"),

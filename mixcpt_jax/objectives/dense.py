@@ -158,6 +158,37 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return -_pick(jax.nn.log_softmax(_at_least_float32(logits)), targets)
 
 
+def token_factor(
+    kind: str, student_nll: jax.Array, teacher_nll: jax.Array
+) -> jax.Array:
+    """What multiplies the weight of next-token prediction at each token.
+
+    - "none": 1.
+    - "teacher_probability": the teacher's probability of the gold token (arXiv
+      2509.23753), so that tokens which the start finds impossible change little.
+    - "excess_loss": `2 sigmoid(student_nll - teacher_nll)`, from 0 to 2 and 1 at the
+      start. Tokens that the student already predicts better than the teacher fade out. It
+      is a smooth form of the selection by excess loss in Rho-1 (arXiv 2404.07965).
+
+    Args:
+      kind: one of these.
+      student_nll, teacher_nll: `[...]`, `cross_entropy` of each, nats.
+
+    Returns:
+      `[...]`, without gradient.
+    """
+    match kind:
+        case "none":
+            factor = jnp.ones_like(student_nll)
+        case "teacher_probability":
+            factor = jnp.exp(-teacher_nll)
+        case "excess_loss":
+            factor = 2 * jax.nn.sigmoid(student_nll - teacher_nll)
+        case _:
+            raise ValueError(f"token_factor: unknown kind {kind!r}")
+    return jax.lax.stop_gradient(factor)
+
+
 def preference_loss(
     chosen_logps_P: jax.Array,
     rejected_logps_P: jax.Array,

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from mixcpt_jax.objectives import dense
 from mixcpt_jax.objectives.sharded_swap import (
     MASKED,
     VocabSlice,
@@ -75,11 +76,16 @@ class TokenWeights(NamedTuple):
         zeros_T = jnp.zeros(num_tokens, jnp.float32)
         return cls(**dict.fromkeys(cls._fields, zeros_T) | weights_T)
 
-    def resolve(self, swapped_T: jax.Array) -> "TokenWeights":
-        """The same sum without `selective`; `swapped_T`: 1 where the teacher is wrong."""
+    def resolve(self, swapped_T: jax.Array, factor_T: jax.Array) -> "TokenWeights":
+        """The same sum without `selective`.
+
+        Args:
+          swapped_T: 1 where the teacher is wrong.
+          factor_T: of `ntp`, see `dense.token_factor`.
+        """
         wrong_T = self.selective * swapped_T
         return TokenWeights(
-            self.ntp + wrong_T,
+            self.ntp * factor_T + wrong_T,
             self.lssd,
             self.kd + (self.selective - wrong_T),
             jnp.zeros_like(wrong_T),
@@ -152,6 +158,7 @@ class _Options(NamedTuple):
     vocab_first: bool
     soft_cap: float | None
     layout: Layout
+    token_weighting: str = "none"
 
 
 def head_loss(
@@ -170,6 +177,7 @@ def head_loss(
     vocab_first: bool = False,
     soft_cap: float | None = None,
     vocab_parallel: bool = True,
+    token_weighting: str = "none",
 ) -> tuple[jax.Array, TokenStatistics]:
     """Weighted sum of all objectives over all tokens, in one sweep.
 
@@ -200,14 +208,23 @@ def head_loss(
       soft_cap: both models' logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2).
       vocab_parallel: splits the vocabulary over `fsdp` and `tensor` and gathers hidden
         states; if False, splits it over `tensor` alone and gathers the unembedding.
+      token_weighting: what multiplies `weights.ntp`, see `dense.token_factor`; all but
+        "none" needs a teacher.
 
     Returns:
       The weighted sum, a float32 scalar, and the statistics of every token.
 
     Raises:
-      ValueError: the two vocabularies differ, there are two teachers, or `block_size`
-        is not a multiple of `chunk_size`.
+      ValueError: the two vocabularies differ, there are two teachers or the one that
+        `token_weighting` needs is missing, or `block_size` is not a multiple of
+        `chunk_size`.
     """
+    if (
+        token_weighting != "none"
+        and teacher_unembedding_ExV is None
+        and compact is None
+    ):
+        raise ValueError(f"token_weighting: {token_weighting!r} needs a teacher")
     if compact is not None and teacher_unembedding_ExV is not None:
         raise ValueError(
             "a compact teacher replaces the teacher's hidden states and unembedding; "
@@ -241,6 +258,7 @@ def head_loss(
         vocab_first,
         soft_cap,
         layout,
+        token_weighting,
     )
     return _weighted_sum(
         options,
@@ -653,7 +671,13 @@ def _chunk(
         seen = seen.with_tail(compact.tail)
 
     statistics = _statistics(seen, targets_C)
-    weights_C = weights_C.resolve(statistics.swapped)
+    factor_C = jnp.ones_like(statistics.ntp)
+    if options.token_weighting != "none":
+        teacher_nll_C = seen.teacher_top - seen.teacher_gold + jnp.log(seen.teacher_sum)
+        factor_C = dense.token_factor(
+            options.token_weighting, statistics.ntp, teacher_nll_C
+        )
+    weights_C = weights_C.resolve(statistics.swapped, factor_C)
     value = sum(
         jnp.sum(jnp.where(w != 0, w * getattr(statistics, name), 0.0))
         for name, w in weights_C._asdict().items()

@@ -81,7 +81,11 @@ def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> interface.Objecti
             student,
             _teacher(phase, data),
             names,
-            functools.partial(streamed.head_loss, **phase.head_options),
+            functools.partial(
+                streamed.head_loss,
+                token_weighting=config.objective.token_weighting,
+                **phase.head_options,
+            ),
             _without_teacher(config, data),
         )
     preference = config.preference
@@ -104,7 +108,7 @@ def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> interface.Objecti
 
 def _needs_teacher(config, data: pipeline.Data) -> bool:
     return config.objective.kind == "tokens" and any(
-        map(teacher_outputs.needs_teacher, data.packed)
+        teacher_outputs.needs_teacher(config, rows) for rows in data.packed
     )
 
 
@@ -135,7 +139,9 @@ def _without_teacher(config, data: pipeline.Data) -> list[str]:
         return []
     used = (rows for rows in data.packed if rows.source.share > 0)
     return [
-        rows.source.name for rows in used if not teacher_outputs.needs_teacher(rows)
+        rows.source.name
+        for rows in used
+        if not teacher_outputs.needs_teacher(config, rows)
     ]
 
 

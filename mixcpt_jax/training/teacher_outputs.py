@@ -23,10 +23,11 @@ from mixcpt_jax.training import phase as phase_lib
 _BYTES_PER_SHARD = 2**28
 
 
-def needs_teacher(rows: mixture.PackedRows) -> bool:
+def needs_teacher(config: ml_collections.ConfigDict, rows: mixture.PackedRows) -> bool:
     """Whether a source is in the stream and has an objective with the teacher."""
+    alone = ("ntp",) if config.objective.token_weighting == "none" else ()
     objectives = rows.source.objectives.items()
-    return rows.source.share > 0 and any(w for name, w in objectives if name != "ntp")
+    return rows.source.share > 0 and any(w for n, w in objectives if n not in alone)
 
 
 def open_rows(
@@ -41,7 +42,7 @@ def open_rows(
         rows.source.name: teacher_cache.open_rows(
             _folder(phase, rows), form_of(phase), _key(phase, rows)
         )
-        if needs_teacher(rows)
+        if needs_teacher(phase.config, rows)
         else teacher_cache.TeacherRows(form_of(phase))
         for rows in data.packed
     }
@@ -64,7 +65,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
     phase = phase_lib.start(config, workdir, name)
     config = phase.config
     data = pipeline.load(config, phase.tokenizer)
-    needed = [rows for rows in data.packed if needs_teacher(rows)]
+    needed = [rows for rows in data.packed if needs_teacher(phase.config, rows)]
     form = form_of(phase)
     _say(f"{name}: the teacher cache takes {form.bytes_per_token} bytes per token")
     for rows in needed:
