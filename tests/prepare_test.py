@@ -504,6 +504,7 @@ def test_a_teacher_that_says_no_numbers_is_not_stored(config, tmp_path, monkeypa
         teacher_lib.prepare(config, str(tmp_path), "cpt")
 
 
+@pytest.mark.slow
 def test_a_teacher_that_was_stopped_goes_on(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(teacher_lib, "_BYTES_PER_SHARD", 2**16)
     config.objective.teacher = "prepared"

@@ -17,7 +17,7 @@ from mixcpt_jax.runtime import sharding
 T, D, E, V = 48, 16, 24, 64
 
 # Each example is compiled, so few are tried; `EXAMPLES` of conftest.py moves these, too.
-FEW = settings(max_examples=settings().max_examples // 4)
+FEW = settings(max_examples=max(5, settings().max_examples // 8))
 FEWER = settings(max_examples=max(2, settings().max_examples // 20))
 
 
@@ -515,7 +515,7 @@ def test_any_chunks_and_tiles_equal_the_literal_swap(
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("num_shards", [2, 8])
+@pytest.mark.parametrize("num_shards", [8, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("over", ["tensor", "fsdp"])
 @FEWER
 @given(problem=logit_problems(), vocab_tile=st.sampled_from([3, 100]))
@@ -628,7 +628,7 @@ def test_without_a_gradient_for_the_unembedding_none_is_accumulated():
     assert flops(0) <= flops((0, 1)) - 2 * 16 * D * V
 
 
-TOP_KS = [1, 8, V - 1]
+TOP_KS = [8, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, V - 1))]
 
 
 @pytest.mark.parametrize("top_k", TOP_KS)
@@ -732,7 +732,7 @@ def test_any_chunks_and_tiles_equal_what_is_stored_of_the_teacher(
     check_against_oracle(problem, dtype, compact, **options)
 
 
-@pytest.mark.parametrize("num_shards", [2, 8])
+@pytest.mark.parametrize("num_shards", [8, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("over", ["tensor", "fsdp"])
 @FEWER
 @given(
