@@ -20,6 +20,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mixcpt_jax.cli import command, shipped
+from mixcpt_jax.core import system
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import terminal
 
@@ -85,7 +86,8 @@ def _failure(error: BaseException, file: str) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == name]
     place = f"line {lines[-1]}: " if lines else ""
-    return f"{place}{type(error).__name__}: {' '.join(str(error).split())}"
+    told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return place + (system.problem(error) or told)
 
 
 def _given_flags() -> list[str]:

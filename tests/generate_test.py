@@ -142,7 +142,7 @@ def test_a_later_phase_reads_what_was_written(config, tmp_path):
         ),
         ({"source": "domain"}, "must be one of instruction, preference, chat"),
         ({"source": "absent"}, "generate.source='absent'"),
-        ({"prompts": "p.jsonl", "source": "instructions"}, "without generate.source"),
+        ({"prompts": "p.jsonl", "source": "instructions"}, "an empty generate.source"),
         ({"prompts": "absent.jsonl"}, "absent.jsonl"),
         ({"num_tokens": 0}, "generate.num_tokens"),
         ({"temperature": -1.0}, "generate.temperature"),
