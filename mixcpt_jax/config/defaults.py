@@ -338,10 +338,10 @@ def bounded_config() -> ml_collections.ConfigDict:
             "max_candidates": number(2000, least=1, most=10**8),
             # Source -> how many of its samples to select.
             "keep": ml_collections.ConfigDict(),
-            # Length of a sample in its chat format, in tokens; others are left out.
-            "min_tokens": number(1, least=0, most=2**20),
+            # Length of a sample in its chat format, in tokens; longer ones are left out.
             "max_tokens": number(1024, least=1, most=2**20),
-            # Length of its response; scores of shorter responses are mostly noise.
+            # Length of its response; scores of shorter responses are mostly noise, so
+            # these are left out too.
             "min_response_tokens": number(8, least=0, most=2**20),
             # Samples whose similarity to an earlier one (Jaccard, word 5-grams) is at least
             # this are left out; 0: only exact copies are.

@@ -38,6 +38,7 @@ FREE_ON_RESUME = (
 _REMOVED = {
     "objective.anneal": "none",
     "objective.teacher_temperature": 1.0,
+    "select.min_tokens": 1,
     "source": "",  # of an exam
 }
 

@@ -35,7 +35,6 @@ REASONS = (
     "unusable",
     "no_preference",
     "short_response",
-    "too_short",
     "too_long",
     "duplicate",
     "near_duplicate",
@@ -136,7 +135,6 @@ def candidates(
     fields: Mapping[str, str] | None = None,
     *,
     max_tokens: int,
-    min_tokens: int = 1,
     min_response_tokens: int = 1,
     near_duplicates: float = 0.8,
     on_bad_record: str = "refuse",
@@ -148,8 +146,8 @@ def candidates(
     Left out are, in this order: with `on_bad_record='skip'` `unusable` records, which lack
     a field or which the chat template refuses; preferences with `no_preference`, whose
     rejected answer is blank or equal to the chosen one; those with a `short_response`;
-    records that are `too_short` or `too_long`; `duplicate` and `near_duplicate` ones of an
-    earlier record; and, of the rest, those `beyond_limit`.
+    records that are `too_long`; `duplicate` and `near_duplicate` ones of an earlier record;
+    and, of the rest, those `beyond_limit`.
 
     Args:
       records: see `sources.read`; they are read once.
@@ -158,8 +156,7 @@ def candidates(
       tokenizer: has `encode_batch`, `encode_chat`, `encode_response`,
         `model.encode_next`, `add_bos` and `bos_id`.
       fields: our field name -> the source's name for it, where they differ.
-      max_tokens, min_tokens: bounds of the chat form's length, inclusive; of a preference,
-        of the longer side's.
+      max_tokens: the longest chat form, inclusive; for a preference, of the longer side.
       min_response_tokens: least number of the response's loss tokens. Ratios of one or two
         tokens' NLLs are mostly noise, and extreme.
       near_duplicates: least Jaccard similarity of a near duplicate's word 5-grams, as
@@ -209,8 +206,6 @@ def candidates(
         )
         if count < max(min_response_tokens, 1):
             filtered["short_response"] += 1
-        elif length < min_tokens:
-            filtered["too_short"] += 1
         elif length > max_tokens:
             filtered["too_long"] += 1
         else:

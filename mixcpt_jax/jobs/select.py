@@ -48,7 +48,6 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
             phase.tokenizer,
             entry.fields.to_dict(),
             max_tokens=settings.max_tokens,
-            min_tokens=settings.min_tokens,
             min_response_tokens=settings.min_response_tokens,
             near_duplicates=settings.near_duplicates,
             on_bad_record=entry.on_bad_record,
