@@ -1,4 +1,4 @@
-"""The command line: what the user can mend is one line, and exit status 1."""
+"""The command line: a user error is one line, and exit status 1."""
 
 import json
 import os
