@@ -3,9 +3,9 @@
     PYTHONPATH=tests:. python tests/owners.py --rounds 100 [--bucket] [--seed 0]
 
 A round starts processes at random moments on one folder; each appends the missing steps to
-a record there, and some are killed. A last one ends what is left. Then the record has every
-step once, no process wrote while another one owned the folder, and each of the others said
-in one line who does. `--bucket` does it in a bucket on this machine.
+a record there, and some are killed. A last one finishes. Then the record has every step
+once, no process wrote while another one owned the folder, and each refused process named
+the owner in one line. `--bucket` uses a bucket on this machine.
 """
 
 import argparse

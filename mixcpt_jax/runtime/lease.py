@@ -1,17 +1,17 @@
-"""One owner of a folder: a lease, for as long as a process writes there.
+"""One owner of a folder: a lease, held while a process writes there.
 
-The owner's entry is a file `lease-N.json` in the folder. The one operation that has to be
-atomic is to create the entry of the next number: a disk and NFS refuse to create a file
-that is there (`O_EXCL`), a bucket refuses an object that has a generation. Whoever creates
-an entry lists the folder afterwards and withdraws if it finds another one, but for that
-of an owner which is dead; so of two that begin at the same moment at most one stays.
+The owner's entry is the file `lease-N.json` in the folder. The only atomic operation is to
+create the entry of the next number: disks and NFS refuse to create a file that exists
+(`O_EXCL`), and buckets refuse an object that has a generation. A process that has created
+an entry lists the folder. If it finds another entry, except that of a dead owner, it
+withdraws its own. So of two processes that start at the same moment at most one stays.
 
-The owner rewrites its entry every few seconds and never creates it again. An owner whose
-process is known to be gone, on this machine, is dead at once; any other is dead if its
-entry stays as it is for a minute of the observer's own time, so no clock of another
-machine is read. A new owner removes the entries of dead ones before it goes on, and an
-owner looks for its own before it writes. So one that was taken for dead, or whose folder
-was renamed, finds that out at its next write.
+The owner rewrites its entry every few seconds and never creates it again. An owner is dead
+at once if it ran on this machine and its process has ended. Any other owner is dead if its
+entry does not change for a minute of the observer's own time; clocks of other machines are
+not read. A new owner removes the entries of dead owners before it starts, and an owner
+checks its own entry before it writes. So an owner that was suspended too long, or whose
+folder was renamed, stops at its next write.
 """
 
 import contextlib
@@ -226,7 +226,7 @@ class _Lease:
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
     def release(self) -> None:
-        """Gives it back; folders that were made for it are removed if they are empty."""
+        """Ends it, and removes the folders that were made for it if they are empty."""
         self._ended.set()
         with self._lock, contextlib.suppress(OSError):
             if self._is_mine(self._place.list()):
@@ -241,7 +241,7 @@ class _Lease:
             the entry deleted.
         """
         with self._lock:
-            # To ask a bucket costs more than what is written to it at a time.
+            # A request to a bucket costs more than what is written at a time.
             is_recent = time.monotonic() - self._confirmed < 2 * SECONDS_BETWEEN_BEATS
             if paths.is_remote(self._folder) and is_recent:
                 return
@@ -273,8 +273,8 @@ class _Lease:
             )
         raise InputError(
             f"{self._file(last)}: {_described(self._facts_of(last))} has taken over this "
-            f"folder, for this run gave no sign of life for {SECONDS_TO_DEATH:.0f} s; "
-            "this run stops: let the other one end"
+            f"folder, because this run gave no sign of life for {SECONDS_TO_DEATH:.0f} s, "
+            "so this run stops; wait for the end of the other one"
         )
 
     def _file(self, entry: _Entry) -> str:
@@ -285,7 +285,7 @@ class _Lease:
 
     def _beat(self) -> None:
         while not self._ended.wait(SECONDS_BETWEEN_BEATS):
-            with self._lock, contextlib.suppress(Exception):  # `check` tells
+            with self._lock, contextlib.suppress(Exception):  # `check` raises it
                 if not self._ended.is_set():
                     self._confirm()
                     self._entry = self._place.renew(self._entry, self._text())
@@ -309,13 +309,13 @@ class _Lease:
                         f"{self._folder}: there is no such bucket; create it, or name "
                         "another one"
                     ) from error
-                # Who made the folder has just removed it.
+                # The process that made the folder has just removed it.
                 self._made = _make_folders(self._folder)
                 continue
             if entry is None:
                 continue
             if paths.is_remote(self._folder):
-                # For servers that know of no conditions, where the last one has it.
+                # A server that ignores preconditions keeps the last entry written.
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
             now = self._place.list()
             if {e for e in now if e != entry} <= set(before) and entry in now:
@@ -394,14 +394,14 @@ def hold(folder: epath.Path) -> Iterator[None]:
 
 
 def check(folder: epath.Path, must_ask: bool = False) -> None:
-    """To be called before something is written to a folder.
+    """Call this before a write to a folder.
 
-    Where this process holds no lease on the folder or on one that it lies in, as on other
-    hosts than the first, there is nothing to check.
+    It checks the lease that this process holds on the folder or on one above it. Other
+    hosts than the first hold none.
 
     Args:
-      folder: to write to.
-      must_ask: of a bucket the answer may be a few seconds old otherwise.
+      folder: where the write goes.
+      must_ask: asks a bucket now; else its answer may be a few seconds old.
 
     Raises:
       InputError: the lease was lost, see `_Lease.check`.
@@ -422,7 +422,7 @@ def _number(name: str) -> int | None:
 
 def _described(facts: dict[str, Any]) -> str:
     if not facts:
-        return "a process that does not say which it is"
+        return "an unknown process"
     return f"process {facts['pid']} on {facts['host']}"
 
 
@@ -451,7 +451,7 @@ def _facts() -> dict[str, Any]:
         "pid": os.getpid(),
         "place": _where(),
         "start": _start_of(os.getpid()),
-        # For people alone: clocks of different machines are not compared.
+        # For people; clocks of different machines are not compared.
         "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

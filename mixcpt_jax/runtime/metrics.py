@@ -76,7 +76,7 @@ class Writer:
         if not is_first_host:
             return
         self._workdir = workdir
-        # The files are copies of this, so nothing that happens to one is read back.
+        # The files are written from these rows and not read again.
         self._rows = record.restore(workdir, resume_step, {})
         file = workdir / FILE
         self._file = _Upload(file) if paths.is_remote(file) else _Lines(file)
@@ -392,10 +392,10 @@ def _check_size(path: epath.Path, size: int) -> None:
     except FileNotFoundError:
         found = None
     if found != size:
-        is_now = "is gone" if found is None else f"has {found} bytes instead of {size}"
+        problem = "was deleted" if found is None else f"has {found} bytes, not {size}"
         raise InputError(
-            f"{path}: {is_now}, without this run, which stops; let nothing else change "
-            "it, and the same command resumes"
+            f"{path}: {problem}, which this run did not do, so it stops; run the same "
+            "command to restore the file from a checkpoint and resume"
         )
 
 

@@ -1,8 +1,8 @@
-"""A phase's record: the files of rows that it writes and reads back when it resumes.
+"""A phase's record: the files of rows that it writes, and reads when it resumes.
 
 A row is a JSON object on a line of its own, with the step that it belongs to. A checkpoint
-holds a copy of the rows up to its step, so what happened to the files since is found, and
-undone, before a run resumes.
+holds a copy of the rows up to its step. A run that resumes compares the files with the
+copy, and restores a file that differs.
 """
 
 import contextlib
@@ -57,9 +57,9 @@ def text_of(row: Row) -> str:
 def restore(
     workdir: epath.Path, step: int, copies: Mapping[str, str]
 ) -> dict[str, list[Row]]:
-    """Makes a record what it was when a run was at a step.
+    """Makes a record what it was when the run was at a step.
 
-    Rows after the step, of work that was lost with the process that did it, are dropped.
+    Rows after the step are dropped, because the run computes them again.
 
     Args:
       workdir: the phase's folder.
@@ -111,7 +111,7 @@ def _restore(path: epath.Path, step: int, copy: str | None) -> list[Row]:
             )
             kept = copied
         else:
-            # What was measured at this step may have been written after the checkpoint.
+            # Measures of this step may have been written after the checkpoint.
             later = rows[len(copied) :]
             kept = copied + [
                 row for row in later if row["step"] == step and row not in copied
@@ -120,7 +120,8 @@ def _restore(path: epath.Path, step: int, copy: str | None) -> list[Row]:
         raise InputError(damage)
     elif step < 0 and rows:
         logging.warning(
-            "%s: its %d rows belong to work of which there is no checkpoint; begins anew",
+            "%s: there is no checkpoint of the work that its %d rows are from; the run "
+            "starts from the beginning",
             path,
             len(rows),
         )
@@ -130,7 +131,7 @@ def _restore(path: epath.Path, step: int, copy: str | None) -> list[Row]:
 
 
 def _first_difference(rows: list[Row], copied: list[Row]) -> int:
-    """The first line, from 1, that a file has not as in its copy; 0: it has all."""
+    """The first line, from 1, that differs from the copy; 0: the file begins with it."""
     for number, row in enumerate(copied, 1):
         if number > len(rows) or rows[number - 1] != row:
             return number
