@@ -221,6 +221,7 @@ def change_value(tree, choices, value, is_deleted):
         tree[key] = value
 
 
+@pytest.mark.slow
 @mutated
 @hypothesis.given(name=st.sampled_from(FILES), change=changes(), other=json_changes())
 def test_of_a_finished_phase_nothing_damaged_is_taken(
@@ -228,7 +229,9 @@ def test_of_a_finished_phase_nothing_damaged_is_taken(
 ):
     """It counts as finished with what was written, or not, or is refused in a line."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    shutil.copytree(tiny_run, run)
+    # No arrays are read.
+    ignored = shutil.ignore_patterns("adapters", "export", "params", "optimizer")
+    shutil.copytree(tiny_run, run, ignore=ignored)
     given = ml_collections.ConfigDict(
         json.loads((run / "whole/config.json").read_text())
     )

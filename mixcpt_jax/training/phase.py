@@ -409,6 +409,8 @@ def _damage(
     kept: checkpoint.Kept | None,
 ) -> str:
     """Which file of a finished phase is not what it was, or nothing."""
+    if kept and _read_object(folder / CONFIG_FILE, OBJECT) is None:
+        return f"{folder / CONFIG_FILE}: is damaged or gone"
     if results is None:
         return f"{folder / RESULTS_FILE}: is not what a phase writes"
     if provenance is None:
