@@ -436,7 +436,10 @@ def forge(folder, rng):
     file.write_text(json.dumps(stored))
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize(
+    "seed",
+    [*range(4), *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, 60))],
+)
 def test_a_forged_checkpoint_is_refused_in_a_line_or_its_state_is_one_that_was_saved(
     two_saved, tmp_path, seed
 ):
