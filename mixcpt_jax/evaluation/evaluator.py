@@ -239,13 +239,13 @@ def kept_sums(
     batch_size: int,
     shown_as: str = "",
 ) -> np.ndarray:
-    """As `sums_per_example`, by a frozen model, whose sums are kept in a file.
+    """`sums_per_example` of a frozen model, cached in a file.
 
-    A run that is killed resumes after the batches that it saved last.
+    An interrupted run resumes after the last saved batch.
 
     Args:
-      file: ends in .npz; the first host writes it.
-      model: what tells this model from others; its `repr` counts.
+      file: an .npz file; the first host writes it.
+      model: the identity of the model; its `repr` is part of the key.
       score, rows, batch_size, shown_as: as for `sums_per_example`.
     """
     examples = rows.source.examples
