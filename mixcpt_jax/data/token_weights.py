@@ -2,7 +2,9 @@
 
 The weight of a target is its loss mask times its source's weight for the objective
 (`config.objective_weights`: `sources.NAME.ntp_weight`, else `objective.ntp_weight`). So a
-token outside of the loss mask, and padding, has weight 0 in every objective.
+token outside of the loss mask, and padding, has weight 0 in every objective. What depends
+on the teacher's probabilities, `objective.token_weighting`, is a factor in the loss
+(`objectives.streamed`).
 """
 
 from collections.abc import Mapping
