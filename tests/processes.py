@@ -111,7 +111,7 @@ def wait_until(holds: Callable[[], bool], processes: list[Process]) -> None:
 def kill(process: Process, holds: Callable[[], bool]) -> bool:
     """Kills a process once it holds; False if the process ended by itself before."""
     while process.process.is_alive() and not holds():
-        time.sleep(0.002)
+        time.sleep(0.01)
     process.kill()
     return process.wait() == -signal.SIGKILL
 
