@@ -493,7 +493,9 @@ def test_what_follows_a_setting_in_the_config_of_all_phases(project):
 def test_what_is_trained_on_is_not_measured_as_if_it_were_not():
     config = valid()
     config.eval.texts.same = config_lib.source(path="a.jsonl")
-    with pytest.raises(InputError, match="eval.texts.same: sources.domain trains on"):
+    with pytest.raises(
+        InputError, match="eval.texts.same: measures all records of the files"
+    ):
         config_lib.validate(config, 8)
     config.eval.texts.same.holdout = config.sources.domain.holdout = 5
     config_lib.validate(config, 8)

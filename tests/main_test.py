@@ -286,7 +286,7 @@ def test_a_config_that_is_not_there(given, problem, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("body", "problem"),
     [
-        ("open('gone.txt')", "No such file or directory: 'gone.txt'"),
+        ("open('gone.txt')", "line 2: gone.txt: No such file or directory; check"),
         ("return {'phases': ()}", "get_config() returns dict"),
         ("return None", "get_config() returns NoneType"),
         ("return 1 / 0", "line 2: ZeroDivisionError: division by zero"),

@@ -242,13 +242,14 @@ def test_a_terminal_shows_steps_and_what_is_measured(monkeypatch, capsys):
         progress.update(4, {"loss": 1.0}, 1000.0)
     shown = re.sub(r"\x1b\[[\d;?]*\w", "", capsys.readouterr().err)
     for text in (
-        "1/4 loss 2.0000 ",
+        "1/4 loss 2.0000",
         "2/4 loss 1.5000 1,000 tokens/s",
         "measuring",
         "3/7",
     ):
         assert text in shown
     assert "nan" not in shown
+    assert "0 s left" not in shown.rpartition("4/4")[2]
     assert re.search(r"3/4 loss 1.2500 1,000 tokens/s, \d s left", shown)
-    assert "4/4 loss 1.0000 1,000 tokens/s " in shown
+    assert "4/4 loss 1.0000 1,000 tokens/s" in shown
     assert shown.rindex("measuring") < shown.rindex("3/4 loss 1.25")

@@ -243,7 +243,7 @@ def _check_sources(config) -> None:
             continue
         if entry.weight and not any(weights.values()):
             raise InputError(
-                f"sources.{name}: objective weights {weights}: one must be > 0; set "
+                f"sources.{name}: objective weights {weights}: one must be above 0; set "
                 f"objective.*_weight or sources.{name}.*_weight"
             )
     for name, entry in config.eval.exams.items():
