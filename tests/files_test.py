@@ -1,16 +1,19 @@
 """Of a folder all is read that is data of the wanted split, and each file once."""
 
 import contextlib
+import gzip
 import os
 import pathlib
 import re
 
 import hypothesis
+import pyarrow as pa
 import pytest
+from array_record.python import array_record_module
 from hypothesis import strategies as st
 
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import files, sources
+from mixcpt_jax.data import files, readers, sources
 
 
 @pytest.fixture
@@ -277,3 +280,55 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
     assert found.passed_over == [found.parts[0].path.parent / "b.txt"]
     with pytest.raises(InputError, match="b.txt: is no regular file"):
         sources.read(str(tmp_path / "b.txt"))
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_file_that_expands_beyond_measure_is_refused(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(readers, "MAX_EXPANDED_BYTES", 1 << 20)
+    path = tmp_path / f"bomb.jsonl.{suffix}"
+    codec = {"gz": "gzip", "zst": "zstd"}[suffix]
+    with (
+        pa.OSFile(str(path), "wb") as raw,
+        pa.CompressedOutputStream(raw, codec) as out,
+    ):
+        for _ in range(8):
+            out.write(b"\n" * (1 << 20))
+    with pytest.raises(
+        InputError, match=r"bomb.jsonl.*: expands to more than 200 times"
+    ):
+        texts(path)
+
+
+def test_ordinary_compressed_text_is_within_the_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_EXPANDED_BYTES", 1000)
+    path = tmp_path / "a.jsonl.gz"
+    lines = [f'{{"text": "number {n} of some"}}\n' for n in range(5000)]
+    path.write_bytes(gzip.compress("".join(lines).encode()))
+    assert len(texts(path)) == 5000
+
+
+def test_a_text_file_has_a_greatest_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_TEXT_BYTES", 2 << 20)
+    (tmp_path / "a.txt").write_text("word " * (1 << 19))
+    with pytest.raises(InputError, match=r"a.txt: has 2 MiB, at most 2 are supported"):
+        texts(tmp_path / "a.txt")
+
+
+def test_groups_of_an_array_record_have_a_greatest_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_GROUP_BYTES", 1 << 20)
+    for group in (1, 64):
+        file = str(tmp_path / f"{group}.array_record")
+        writer = array_record_module.ArrayRecordWriter(file, f"group_size:{group}")
+        for _ in range(64):
+            writer.write(os.urandom(20_000).hex().encode())
+        writer.close()
+    assert len(texts(tmp_path / "1.array_record")) == 64
+    with pytest.raises(InputError, match="write it with group_size:1"):
+        texts(tmp_path / "64.array_record")
+
+
+def test_reading_reports_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(readers, "_SECONDS_BETWEEN_REPORTS", -1.0)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 200_000)
+    assert len(texts(tmp_path / "a.jsonl")) == 200_000
+    assert "a.jsonl: read 1 MiB so far" in capsys.readouterr().err

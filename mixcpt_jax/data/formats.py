@@ -19,12 +19,11 @@ import numpy as np
 
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import fields as fields_lib
+from mixcpt_jax.data import long_texts
 from mixcpt_jax.data.fields import FIELDS, PREFERENCE_SIDES, SEPARATOR
 from mixcpt_jax.data.readers import OnBad
 from mixcpt_jax.data.sources import Record
 from mixcpt_jax.data.tally import Tally
-
-_TEXTS_PER_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -317,10 +316,12 @@ def _num_without_loss(said: Said, examples) -> int:
     return num_wanted - sum(int((np.diff(mask, prepend=0) > 0).sum()) for mask in masks)
 
 
-def _tokenize(checked, tokenizer, tally: Tally) -> Iterator[tuple[list, np.ndarray]]:
+def _tokenize(
+    checked, tokenizer, tally: Tally
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The examples of plain texts, encoded in blocks."""
-    start = [tokenizer.bos_id] if tokenizer.add_bos else []
-    end = [tokenizer.end_of_document_id]
+    start = np.array([tokenizer.bos_id] if tokenizer.add_bos else [], np.int32)
+    end = np.array([tokenizer.end_of_document_id], np.int32)
 
     def texts() -> Iterator[str]:
         for said, place in checked:
@@ -329,12 +330,10 @@ def _tokenize(checked, tokenizer, tally: Tally) -> Iterator[tuple[list, np.ndarr
                 tally.keep(place)
                 yield text
 
-    stream = texts()
-    while block := list(itertools.islice(stream, _TEXTS_PER_BLOCK)):
-        for ids in tokenizer.encode_batch(block):
-            mask = np.ones(len(start) + len(ids) + len(end), bool)
-            mask[: len(start)] = False
-            yield start + ids + end, mask
+    for ids in long_texts.encode(tokenizer, texts()):
+        mask = np.ones(len(start) + len(ids) + len(end), bool)
+        mask[: len(start)] = False
+        yield np.concatenate([start, ids, end]), mask
 
 
 def _plain(said: Said) -> list[str]:

@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,8 +22,9 @@ from array_record.python import array_record_module
 from etils import epath
 from pyarrow import parquet as pq
 
-from mixcpt_jax.core import small_files
+from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import terminal
 
 OnBad = Callable[[InputError], None]
 
@@ -36,6 +39,11 @@ READER_OF_SUFFIX = {
     ".array_record": "array_record",
 }
 MAX_LINE_BYTES = 64 << 20
+MAX_TEXT_BYTES = MAX_GROUP_BYTES = 1 << 30
+# Of compressed files, times their size; text rarely expands tenfold. Below the second
+# bound any ratio is read.
+MAX_EXPANSION, MAX_EXPANDED_BYTES = 200, 256 << 20
+_SECONDS_BETWEEN_REPORTS = 20.0
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _SHARD = re.compile(r"-\d+-of-\d+$")  # NAME.jsonl-00000-of-00008
 _BUFFER_BYTES = 1 << 20
@@ -121,14 +129,42 @@ def parse_line(line: bytes, place: str) -> dict:
 @contextlib.contextmanager
 def _open(file: epath.Path) -> Iterator[io.BufferedReader]:
     codec = _CODECS.get(epath.Path(_SHARD.sub("", file.name)).suffix.lower())
+    most = math.inf
     with file.open("rb") as stream:
         if codec:
+            most = max(MAX_EXPANDED_BYTES, MAX_EXPANSION * file.stat().length)
             # Unlike the zstandard package, pyarrow refuses truncated streams.
             stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), codec)
         # Files on gs:// have no `readline` with a limit. The buffer is small because its
         # content is lost at damage.
-        with io.BufferedReader(stream) as content:
+        with io.BufferedReader(_Counted(stream, file, most)) as content:
             yield content
+
+
+class _Counted(io.RawIOBase):
+    """A stream that reports how far it is, and ends where it expands beyond a bound."""
+
+    def __init__(self, stream: Any, file: epath.Path, most: float):
+        self._stream, self._file, self._most = stream, file, most
+        self._read = 0
+        self._reported = time.monotonic()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        content = self._stream.read(len(buffer))
+        buffer[: len(content)] = content
+        self._read += len(content)
+        if self._read > self._most:
+            raise InputError(
+                f"{self._file}: expands to more than {MAX_EXPANSION} times its size, so "
+                "it may be made to fill memory; if you trust it, decompress it yourself"
+            )
+        if time.monotonic() - self._reported > _SECONDS_BETWEEN_REPORTS:
+            self._reported = time.monotonic()
+            terminal.say(f"{self._file}: read {self._read >> 20:,} MiB so far")
+        return len(content)
 
 
 def _lines(content: io.BufferedIOBase) -> Iterator[bytes]:
@@ -142,6 +178,14 @@ def _lines(content: io.BufferedIOBase) -> Iterator[bytes]:
 
 def text(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     """One record `{'id', 'text'}`, none if the file is blank."""
+    if (size := file.stat().length) > MAX_TEXT_BYTES:
+        on_bad(
+            InputError(
+                f"{file}: has {size >> 20:,} MiB, at most {MAX_TEXT_BYTES >> 20:,} are "
+                "supported in one document; split the file"
+            )
+        )
+        return
     content = file.read_bytes()
     try:
         document = content.decode("utf-8-sig")
@@ -238,6 +282,7 @@ def array_record(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
             "has no ArrayRecord index at its end: its writer did not close it, or it has "
             "another format"
         )
+    _require_small_groups(reader, file, num_records)
     for number in range(num_records):
         content, place = reader.read(), f"{file}#{number}"
         try:
@@ -245,6 +290,21 @@ def array_record(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
         except InputError as error:
             on_bad(error)
     _require(num_records, file, on_bad)
+
+
+def _require_small_groups(
+    reader: array_record_module.ArrayRecordReader, file: epath.Path, num_records: int
+) -> None:
+    """The library decompresses groups of records whole, and dies of a large one."""
+    found = re.search(r"group_size:(\d+)", reader.writer_options_string())
+    size = paths.stamp(file)[0]
+    per_group = min(int(found[1]) if found else num_records, num_records)
+    if num_records and size // num_records * per_group > MAX_GROUP_BYTES:
+        raise InputError(
+            f"{file}: groups of {per_group} records have about "
+            f"{size // num_records * per_group >> 20:,} MiB, at most "
+            f"{MAX_GROUP_BYTES >> 20:,} are supported; write it with group_size:1"
+        )
 
 
 def array_record_reader(

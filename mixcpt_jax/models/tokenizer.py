@@ -198,6 +198,10 @@ class Tokenizer:
         """Encodes many plain texts at once, which is faster."""
         return self.model.encode_batch(texts)
 
+    def encode_rests(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes plain texts that continue others, so no space goes before them."""
+        return [self.model.encode_next(text, after_mark=False) for text in texts]
+
     def encode_with_special(self, text: str) -> list[int]:
         """Encodes text from a chat template: spellings of special tokens become tokens."""
         return self.model.encode_with_special(text)
