@@ -280,24 +280,37 @@ def test_what_may_change_between_runs_of_a_workdir():
     assert (key, then, now) == ("optimizer.learning_rate", 1e-5, 0.5)
 
 
-def test_a_removed_setting_differs_only_if_it_changed_something():
-    stored = json.loads(valid().to_json())
-    stored["objective"].update(anneal="none", teacher_temperature=1.0)
-    assert config_lib.first_difference(valid(), stored) is None
-    stored["objective"]["anneal"] = "to_ntp"
-    assert config_lib.first_difference(valid(), stored) == (
-        "objective.anneal",
-        "to_ntp",
-        "none",
-    )
-
-
 def test_a_config_with_a_setting_that_is_gone_says_the_same():
     config = valid()
     config.eval.exams.quiz = config_lib.exam(path="quiz.jsonl")
     stored = json.loads(config.to_json())
     stored["eval"]["exams"]["quiz"]["source"] = ""
     assert config_lib.first_difference(config, stored) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_free"),
+    [
+        ("select.min_tokens", 1, True),
+        ("select.min_tokens", 2, False),
+        ("objective.anneal", "none", True),
+        ("objective.teacher_temperature", 1.0, True),
+        ("objective.anneal", "to_ntp", False),
+        ("objective.of_another_version", 3, False),
+        ("another_section.key", 3, False),
+    ],
+)
+def test_a_key_that_is_gone_ties_a_folder_only_if_it_had_an_effect(key, value, is_free):
+    config = valid()
+    config.job = "select" if key.startswith("select") else "train"
+    stored = json.loads(config.to_json())
+    section, name = key.split(".")
+    stored.setdefault(section, {})[name] = value
+    difference = config_lib.first_difference(config, stored)
+    if is_free:
+        assert difference is None
+    else:
+        assert difference[:2] == (key, value)
 
 
 def preference_config():
