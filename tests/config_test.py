@@ -154,7 +154,7 @@ def test_every_number_has_bounds_and_a_default_within():
 
 
 def test_no_number_of_a_shipped_config_takes_another_value(project, monkeypatch):
-    """Not one out of bounds or of another type, in a section or in a phase's overrides."""
+    """None takes a value out of bounds or of another type, in any phase."""
     configs = shipped_configs(project, monkeypatch)
     of_one_slice = [name for name in configs if ":v" not in name or "llama3_8b" in name]
     assert len(of_one_slice) > 20
@@ -174,7 +174,7 @@ def test_no_number_of_a_shipped_config_takes_another_value(project, monkeypatch)
 
 
 def refuses(config, key, value):
-    """And the config is as before."""
+    """Checks that the key refuses the value; the config is unchanged afterwards."""
     *sections, last = key.split(".")
     section = functools.reduce(ml_collections.ConfigDict.__getitem__, sections, config)
     held = section[last]
@@ -213,7 +213,7 @@ def flat(config, prefix=""):
             yield f"{prefix}{key}", value
 
 
-def test_wandb_has_to_be_there(monkeypatch):
+def test_wandb_must_be_installed(monkeypatch):
     config = valid()
     config.metrics.wandb_project = "mine"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -270,7 +270,7 @@ def test_sources_inherit_objectives():
     assert weights == others | {"ntp": 0.25, "lssd": config.objective.lssd_weight}
 
 
-def test_what_may_change_between_runs_of_a_workdir():
+def test_settings_that_may_change_between_runs_of_a_workdir():
     stored = json.loads(valid().to_json())
     config = valid()
     config.train.log_every, config.mesh.tensor = 5, 2
@@ -280,7 +280,7 @@ def test_what_may_change_between_runs_of_a_workdir():
     assert (key, then, now) == ("optimizer.learning_rate", 1e-5, 0.5)
 
 
-def test_a_config_with_a_setting_that_is_gone_says_the_same():
+def test_a_removed_setting_of_an_exam_has_no_effect():
     config = valid()
     config.eval.exams.quiz = config_lib.exam(path="quiz.jsonl")
     stored = json.loads(config.to_json())
@@ -300,7 +300,7 @@ def test_a_config_with_a_setting_that_is_gone_says_the_same():
         ("another_section.key", 3, False),
     ],
 )
-def test_a_key_that_is_gone_ties_a_folder_only_if_it_had_an_effect(key, value, is_free):
+def test_a_removed_setting_differs_only_if_it_had_an_effect(key, value, is_free):
     config = valid()
     config.job = "select" if key.startswith("select") else "train"
     stored = json.loads(config.to_json())
@@ -372,14 +372,14 @@ def shipped_configs(project, monkeypatch):
             continue
         asked.clear()
         configs[file.stem] = module.get_config()
-        # A preset asks first; the config that it builds on asks after it.
+        # The first call is the preset's, the second that of the config it builds on.
         for variant in asked[0] if asked else ():
             configs[f"{file.stem}:{variant}"] = module.get_config(variant)
     return configs
 
 
 def mixtures(configs):
-    """(config, phase), weights of every source that is trained on, where several are."""
+    """(config, phase), objective weights of each source, of phases with several sources."""
     for name, config in configs.items():
         for phase in config.phases or [""]:
             one = config_lib.for_phase(config, phase) if phase else config
@@ -403,7 +403,7 @@ def test_every_mixture_has_the_default_objective(project, monkeypatch):
     assert found == {place: [default] * len(w) for place, w in found.items()}
 
 
-def test_every_mixture_measures_what_nothing_trains_on(project, monkeypatch):
+def test_every_mixture_measures_texts_that_no_phase_trains_on(project, monkeypatch):
     configs = shipped_configs(project, monkeypatch)
     for (name, phase), _ in mixtures(configs):
         config = configs[name]
@@ -438,7 +438,7 @@ def test_the_arms_of_the_quickstart_differ_in_the_mixture_alone(project, variant
 def test_a_shipped_config_suits_a_phase_of_any_length(project, monkeypatch, num_steps):
     for config in shipped_configs(project, monkeypatch).values():
         config.model.path = "somewhere"
-        # Not what `sizing` is asked for.
+        # A batch size of 0 is resolved by `sizing`.
         config.data.batch_size = config.data.batch_size or 4
         for entry in config.sources.values():
             entry.path = entry.path or "somewhere"
@@ -453,7 +453,7 @@ def test_a_shipped_config_suits_a_phase_of_any_length(project, monkeypatch, num_
 
 
 def test_no_config_repeats_the_default_objective(project, monkeypatch):
-    """With another default, every mixture has that one."""
+    """With another default, every mixture has the other default."""
     default, other = config_lib.default, {"ntp_weight": 0.625, "lssd_weight": 0.375}
 
     def changed():
@@ -468,7 +468,7 @@ def test_no_config_repeats_the_default_objective(project, monkeypatch):
 
 
 def test_a_folder_of_an_earlier_default_keeps_its_objective():
-    """A stored config holds every weight, so a new default changes no run unseen."""
+    """A stored config holds every weight, so a new default changes no stored run."""
     stored = json.loads(valid().to_json())
     assert config_lib.first_difference(valid(), stored) is None
     stored["objective"].update(ntp_weight=0.0, lssd_weight=1.0)
@@ -490,7 +490,7 @@ def test_the_configs_of_the_project_are_valid(name, project):
         config_lib.validate(one)
 
 
-def test_what_follows_a_setting_in_the_config_of_all_phases(project):
+def test_keys_that_follow_a_source_in_the_config_of_all_phases(project):
     config = load_config_file(project / "configs/mixcpt.py").get_config("tiny")
     config.sources.preferences.path = "mine.jsonl"
     config.sources.preferences.fields.chosen = "good"
@@ -503,7 +503,7 @@ def test_what_follows_a_setting_in_the_config_of_all_phases(project):
     assert json.loads(dpo.to_json())["sources"]["dpo"]["max_records"] == 7
 
 
-def test_what_is_trained_on_is_not_measured_as_if_it_were_not():
+def test_a_source_and_a_measured_text_cannot_be_the_same_files():
     config = valid()
     config.eval.texts.same = config_lib.source(path="a.jsonl")
     with pytest.raises(
@@ -518,7 +518,7 @@ def test_what_is_trained_on_is_not_measured_as_if_it_were_not():
     ("key", "value"),
     [("init_from", "phase:b"), ("init_from", "phase:d"), ("eval.prompts", "phase:d/x")],
 )
-def test_a_phase_that_is_not_there_is_named(key, value):
+def test_a_missing_phase_is_named(key, value):
     config = valid()
     config.phases = ("a", "b")
     config.overrides.b = (
@@ -529,7 +529,7 @@ def test_a_phase_that_is_not_there_is_named(key, value):
         config_lib.for_phase(config, "b")
 
 
-def test_only_what_a_job_reads_ties_its_folder():
+def test_only_settings_that_a_job_reads_bind_its_folder():
     config = valid()
     config.sources.later = config_lib.source(path="phase:x/b.jsonl", weight=0.0)
     stored = json.loads(config.to_json())

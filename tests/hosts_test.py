@@ -37,13 +37,13 @@ def config_flag(tiny_config, write_config_file):
 
 
 def lines(folder):
-    """All lines of metrics.jsonl but for the speed."""
+    """All lines of metrics.jsonl without the speed."""
     rows = metrics.read(epath.Path(folder))
     return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows]
 
 
 def files(folder):
-    """Name -> content of what a run leaves that does not tell of time or chance."""
+    """Name -> content of the files of a run that depend on neither time nor chance."""
     changing = ("checkpoints", "tensorboard", "metrics.jsonl")
     changing += ("results.json", "provenance.json", "report.md", "report.json")
     changing += ("report.html",)
@@ -59,13 +59,13 @@ def files(folder):
 
 @pytest.fixture
 def alone(launcher, config_flag, tmp_path):
-    """What metrics.jsonl of one process with two devices says."""
+    """The metrics.jsonl of one process with two devices."""
     finish([launcher.start(config_flag, f"--workdir={tmp_path}/alone", num_devices=2)])
     return lines(tmp_path / "alone")
 
 
 def start_two(launcher, config_flag, folder):
-    """Starts two hosts of one device, or goes on with them."""
+    """Starts or resumes a run on two hosts with one device each."""
     return launcher.start_hosts(
         2,
         config_flag,
@@ -107,7 +107,7 @@ def test_a_run_on_two_hosts_is_stopped_and_killed_and_ends_like_one_on_one(
 @whole
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_host_dies_or_hangs_and_the_other_ends(
+def test_when_a_host_dies_or_hangs_the_other_ends(
     launcher, config_flag, alone, tmp_path, victim, number
 ):
     hosts = start_two(launcher, config_flag, tmp_path / "two")
@@ -147,7 +147,7 @@ def test_four_devices_on_four_hosts_two_or_one(launcher, config_flag, tmp_path):
 def test_a_host_that_fails_alone_ends_the_run(
     launcher, tiny_config, write_config_file, tmp_path
 ):
-    """Its disk lacks what the others' have; they wait for it, and are not left waiting."""
+    """Its disk lacks a file; the other hosts end too."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "model").symlink_to(tiny_config.model.path)
@@ -191,7 +191,7 @@ def test_hosts_with_different_settings_are_refused(launcher, config_flag, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_hosts_that_nobody_told_of_are_asked_for(launcher, config_flag):
+def test_hosts_that_cannot_be_discovered_are_requested(launcher, config_flag):
     process = launcher.start(config_flag, "--distributed")
     assert process.wait(60) == 1
     assert process.output.startswith("error: --distributed: ")
@@ -209,7 +209,7 @@ def test_a_workdir_that_is_not_shared_is_named(tmp_path, monkeypatch):
     phase._check_is_shared(file)
 
 
-def test_two_hosts_prepare_what_one_does(launcher, config_flag, tmp_path):
+def test_two_hosts_prepare_the_same_as_one(launcher, config_flag, tmp_path):
     def prepare(name):
         return (
             config_flag,

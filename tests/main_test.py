@@ -151,7 +151,7 @@ def test_unknown_override_on_the_command_line(run, write_config, key):
 
 
 def parsed(project, name, settings, monkeypatch):
-    """The config of the project that is called so, with settings by flags."""
+    """A config of the project, with settings by flags."""
     given = ["main", f"--config={project}/configs/{name}", "--workdir=w"]
     given += [f"--config.{setting}" for setting in settings.split()]
     monkeypatch.setattr(sys, "argv", given)
@@ -166,7 +166,7 @@ def parsed(project, name, settings, monkeypatch):
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.parametrize("name", ["mixcpt.py:laptop", "cpt.py", "quickstart.py"])
 def test_a_path_adds_a_name_on_the_command_line(project, name, monkeypatch):
-    """In the same way as in a config file, and no phase trains on it by chance."""
+    """As in a config file; no phase trains on it unless it says so."""
     flags_given = """
         eval.exams.mine.path=e eval.exams.mine.num_questions=3 eval.exams.general.path=own
         eval.texts.a_cloze.format=cloze eval.texts.a_cloze.path=t eval.pairs.two.path=p
@@ -192,7 +192,7 @@ def test_a_path_adds_a_name_on_the_command_line(project, name, monkeypatch):
 @pytest.mark.parametrize(
     "key", ["sources.domian.weight=1", "eval.exams.x.num_questions=9"]
 )
-def test_a_name_without_a_path_is_a_slip(run, write_config, key):
+def test_a_new_name_without_a_path_is_refused(run, write_config, key):
     process = run(write_config({}), f"--config.{key}")
     name = key.split(".")[-2]
     assert_one_line(process, f"unknown key '{name}' in ")
@@ -271,8 +271,8 @@ def test_a_number_out_of_bounds_is_refused_before_sizes_are_chosen(
         (["quickstart"], "--config is missing"),
     ],
 )
-def test_a_config_that_is_not_there(given, problem, monkeypatch, capsys):
-    """One line says so, with or without other flags, and names those that are there."""
+def test_a_missing_config_file(given, problem, monkeypatch, capsys):
+    """One line names it and the existing configs, with or without other flags."""
     monkeypatch.setattr(sys, "argv", ["main", *given])
     with flagsaver.flagsaver(), pytest.raises(SystemExit):
         main._parse(sys.argv)
@@ -296,7 +296,7 @@ def test_a_config_that_is_not_there(given, problem, monkeypatch, capsys):
         ),
     ],
 )
-def test_a_config_file_that_makes_no_config(
+def test_a_config_file_that_fails_or_returns_no_config(
     body, problem, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "mine.py").write_text(f"def get_config():\n    {body}\n")
@@ -309,7 +309,7 @@ def test_a_config_file_that_makes_no_config(
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_a_config_of_the_package_is_found_anywhere(tmp_path, monkeypatch):
-    """Written either way, and a folder of its name is no config."""
+    """By both spellings, and although a folder has the same name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quickstart").mkdir()
     for given in (["--config=quickstart:tiny"], ["--config", "configs/quickstart.py"]):
@@ -319,14 +319,14 @@ def test_a_config_of_the_package_is_found_anywhere(tmp_path, monkeypatch):
             assert flags.FLAGS.config.phases
 
 
-def test_a_config_file_that_is_not_where_its_imports_are(run, tmp_path):
+def test_a_config_file_whose_imports_are_missing(run, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("from nowhere import presets\n")
     process = run(f"--config={file}")
     assert_one_line(process, "imports nowhere, which is not found from ")
 
 
-def test_a_setting_that_only_a_phase_has_is_told_with_the_phase(tiny_config, tmp_path):
+def test_an_error_in_a_setting_of_a_phase_names_the_phase(tiny_config, tmp_path):
     tiny_config.phases = ("cpt", "sft")
     tiny_config.overrides.sft = {"optimizer": {"warmup_steps": 6}}
     own = "phase sft, whose own settings are overrides.sft: optimizer.warmup_steps=6: "
@@ -337,8 +337,8 @@ def test_a_setting_that_only_a_phase_has_is_told_with_the_phase(tiny_config, tmp
         main.run(tiny_config, str(tmp_path / "run"))
 
 
-def test_a_workdir_is_not_taken_by_a_mistake(run, write_config, tmp_path):
-    """Once the path is mended, the same workdir is used."""
+def test_an_error_does_not_claim_the_workdir(run, write_config, tmp_path):
+    """Once the path is fixed, the same workdir is used."""
     workdir = f"--workdir={tmp_path / 'run'}"
     config = write_config({})
     process = run(config, workdir, "--config.sources.domain.path=none.jsonl")
@@ -381,7 +381,7 @@ def test_phases_run_in_order_and_end_in_one_table(
     assert first == second
 
 
-def test_a_cluster_gets_json_and_first_what_runs_where(
+def test_a_cluster_gets_json_that_begins_with_devices_and_model(
     run, write_config, tiny_config, tmp_path, capsys
 ):
     config = write_config({"metrics.progress": True, "metrics.log": "json"})

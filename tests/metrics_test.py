@@ -26,7 +26,7 @@ def open_writer(folder, resume_step, tensorboard=False, wandb="", run_config=Non
 
 
 class FakeWandb(types.ModuleType):
-    """A place that takes its time; `log` is what each call to it does."""
+    """A fake wandb; each call of `log` calls the given function."""
 
     def __init__(self, log=lambda: None):
         super().__init__("wandb")
@@ -119,7 +119,7 @@ def test_tensorboard_gets_the_config_and_the_samples_as_text(tmp_path):
     assert texts["samples/0"] == "Why?\n\n---\n\nSo."
 
 
-def test_a_slow_place_is_not_waited_for_and_gets_all_in_order(tmp_path, fake_wandb):
+def test_a_slow_copy_gets_everything_in_order_and_delays_no_step(tmp_path, fake_wandb):
     wandb = fake_wandb(lambda: time.sleep(0.005))
     with open_writer(tmp_path, 0, wandb="mine", run_config={"seed": 3}) as writer:
         begin = time.monotonic()
@@ -143,9 +143,7 @@ def test_a_slow_place_is_not_waited_for_and_gets_all_in_order(tmp_path, fake_wan
     assert end == "finish"
 
 
-def test_a_place_that_fails_is_told_of_once_and_left_alone(
-    tmp_path, fake_wandb, warnings
-):
+def test_a_copy_that_fails_is_reported_once(tmp_path, fake_wandb, warnings):
     def fail():
         raise ConnectionError("no route")
 
@@ -159,7 +157,7 @@ def test_a_place_that_fails_is_told_of_once_and_left_alone(
     assert len(metrics.read(epath.Path(tmp_path))) == 5
 
 
-def test_a_place_that_hangs_does_not_hold_up_the_run(
+def test_a_copy_that_hangs_does_not_delay_the_run(
     tmp_path, fake_wandb, warnings, monkeypatch
 ):
     monkeypatch.setattr(metrics, "_PATIENCE", 0.05)
@@ -182,7 +180,7 @@ def test_items_of_a_step_measured_again_replace_the_first(tmp_path):
     assert row == {"step": 0, "items": {"a/exam": [1, 1], "b/loss": [1.2346]}}
 
 
-def test_what_is_not_finite_is_left_out_since_json_has_no_word_for_it(tmp_path):
+def test_values_that_are_not_finite_are_left_out(tmp_path):
     with open_writer(tmp_path, 0) as writer:
         writer.write(1, {"loss": 2.0, "tokens_per_second": math.nan})
     (row,) = metrics.read(epath.Path(tmp_path))
@@ -207,12 +205,12 @@ def test_the_table_is_markdown():
     ]
 
 
-def test_work_goes_on_behind_its_bar(capsys):
+def test_a_bar_yields_what_it_is_given(capsys):
     assert list(metrics.track(iter([3, 4]), "exam", 4)) == [3, 4]
     assert capsys.readouterr().err == ""  # no terminal, and done before a line is due
 
 
-def test_without_a_terminal_lines_tell_how_far_it_is(monkeypatch, capsys):
+def test_without_a_terminal_lines_show_the_progress(monkeypatch, capsys):
     monkeypatch.setattr(metrics, "_SECONDS_BETWEEN_LINES", 0.0)
     for _ in metrics.track(iter([1, 2]), "exam", 4):
         time.sleep(0.6)

@@ -1,4 +1,4 @@
-"""Any name that a folder or a file can have works, or is refused before it is used."""
+"""Folders and files of any name work, or are refused before they are used."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from mixcpt_jax.data import sources, token_cache
 from mixcpt_jax.training import checkpoint
 from mixcpt_jax.training.steps import TrainState
 
-# Weighted towards what shells, patterns and URLs take for their own.
+# Weighted towards special characters of shells, patterns and URLs.
 NAMES = st.text(st.sampled_from("[]*?!-%#&=:;,~ '\"{}$.aé日\n"), min_size=1).filter(
     lambda name: name not in (".", "..") and len(name.encode()) < 200
 )
@@ -64,7 +64,7 @@ def test_checkpoints_in_a_folder_of_any_name_are_read_back(tmp_path, name):
 
 @pytest.mark.filterwarnings("ignore")  # Orbax leaves coroutines behind
 def test_a_folder_whose_checkpoints_cannot_be_read_is_refused(tmp_path):
-    # By the library's own paths, which take the name for a pattern.
+    # With the library's own paths, which read the name as a pattern.
     folder = epath.Path(tmp_path) / "run [1]"
     with pytest.raises(InputError, match="cannot be written there and read back"):
         checkpoint.check_folder(folder)
@@ -80,7 +80,7 @@ def test_a_folder_to_write_to_that_cannot_be_read_again_is_refused(name):
 
 
 def test_where_a_result_cannot_be_written_is_known_before_the_work(tmp_path):
-    """Its folder is made, so that hours of work do not end in a missing folder."""
+    """Its folder is made first, so hours of work cannot end in a missing folder."""
     file = paths.output_file(str(tmp_path / "new" / "er" / "result.json"))
     paths.replace(file, "{}")
     assert file.read_text() == "{}"
@@ -106,7 +106,7 @@ def test_a_name_that_is_not_utf8_is_read_and_written(tmp_path, suffix):
 
 
 def test_shards_of_other_folders_stay(tmp_path):
-    """Whatever pattern the folder's own name would be."""
+    """Even if the folder's name is a pattern."""
     for name in ("[ab]", "*", "a"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "00001.array_record").touch()

@@ -16,7 +16,7 @@ def sigterm():
 
 @pytest.fixture(autouse=True)
 def handler(monkeypatch):
-    """What SIGTERM does is the process's, so it is restored; and this one stays."""
+    """Restores the process's signal handlers after each test."""
     monkeypatch.setattr(command_line, "_leave", lambda: None)
     numbers = signal.SIGTERM, signal.SIGALRM, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers]
@@ -28,7 +28,7 @@ def handler(monkeypatch):
     sys.unraisablehook = hook
 
 
-def test_a_command_ends_at_once_and_well(capsys):
+def test_sigterm_ends_a_command_at_once_with_status_0(capsys):
     def command(reached):
         sigterm()
         reached.append("what comes after")
@@ -37,7 +37,7 @@ def test_a_command_ends_at_once_and_well(capsys):
     command_line.explained(command, reached)
     assert not reached
     assert capsys.readouterr().err == "stopped by SIGTERM; the same command resumes\n"
-    sigterm()  # on the way out nothing is cut off
+    sigterm()  # at exit nothing is interrupted
 
 
 def test_sighup_ends_a_command_as_sigterm_does(capsys):
@@ -49,13 +49,13 @@ def test_sighup_ends_a_command_as_sigterm_does(capsys):
     assert capsys.readouterr().err.startswith("stopped by SIGTERM; ")
 
 
-def test_sighup_that_is_ignored_stays_so(capsys):
+def test_sighup_stays_ignored_under_nohup(capsys):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
     command_line.explained(lambda: os.kill(os.getpid(), signal.SIGHUP))
     assert capsys.readouterr().err == ""
 
 
-def test_ctrl_c_is_told_in_one_line(capsys):
+def test_ctrl_c_is_one_line(capsys):
     def command():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
@@ -80,7 +80,7 @@ def test_code_that_catches_every_exception_does_not_catch_it():
         careless()
 
 
-def test_where_it_is_noted_nothing_is_cut_off():
+def test_a_deferred_signal_interrupts_nothing():
     preemption.interrupt()
     done = []
 
@@ -102,7 +102,7 @@ def test_where_it_is_noted_nothing_is_cut_off():
         sigterm()
 
 
-def test_what_may_be_cut_off_is_and_nothing_of_the_kind_begins_after():
+def test_an_interruptible_call_is_interrupted_and_no_other_starts():
     def measure():
         sigterm()
         pytest.fail("was not cut off")
@@ -135,14 +135,14 @@ def test_an_error_is_not_hidden_by_a_signal():
 
 
 class Careless:
-    """What is raised in here nobody can catch."""
+    """A callback whose exceptions nobody can catch."""
 
     def __del__(self):
         sigterm()
         time.sleep(0)
 
 
-def test_lost_in_a_callback_it_comes_again(capsys):
+def test_a_signal_lost_in_a_callback_repeats(capsys):
     def command():
         Careless()
         time.sleep(60)
@@ -153,7 +153,7 @@ def test_lost_in_a_callback_it_comes_again(capsys):
     assert capsys.readouterr().err == "stopped by SIGTERM; the same command resumes\n"
 
 
-def test_what_comes_again_cuts_off_no_step():
+def test_a_repeated_signal_interrupts_no_step():
     preemption.interrupt()
 
     def loop():
@@ -170,7 +170,7 @@ def test_what_comes_again_cuts_off_no_step():
         loop()
 
 
-# Python hears of no signal in here; the first million takes about a second.
+# Python handles no signals in this loop; the first million takes about a second.
 LONG_CALL = """
 import hashlib, sys
 from mixcpt_jax.cli import command
@@ -197,7 +197,7 @@ def stop_in_the_call(program):
     return child.returncode, output, errors, time.monotonic() - began
 
 
-def test_a_call_that_hears_of_no_signal_is_ended():
+def test_a_long_call_without_signals_is_ended():
     program = "command.explained(long_call, 100)"
     status, _, errors, seconds = stop_in_the_call(program)
     assert status == 0
@@ -205,7 +205,7 @@ def test_a_call_that_hears_of_no_signal_is_ended():
     assert seconds < 20
 
 
-def test_what_is_to_be_saved_is_waited_for():
+def test_state_that_must_be_saved_is_saved_first():
     program = """
 def train():
     with preemption.Guard() as preemption_guard:

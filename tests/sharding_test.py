@@ -13,7 +13,7 @@ from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import sharding
 
 
-def test_the_open_axis_takes_the_devices_that_are_left():
+def test_an_axis_of_minus_1_takes_the_remaining_devices():
     assert mesh_shape.mesh_shape({"data": 1, "fsdp": -1, "tensor": 2}, 8) == (1, 4, 2)
     assert mesh_shape.mesh_shape({"data": 2, "fsdp": 2, "tensor": 2}, 8) == (2, 2, 2)
 
@@ -50,7 +50,7 @@ def test_logical_axes_to_mesh_axes():
     assert sharding.spec(("batch", None)) == P(("data", "fsdp"), None)
 
 
-def test_constrain_is_silent_without_a_mesh_and_pins_with_one():
+def test_constrain_needs_a_mesh_to_have_an_effect():
     x = jnp.ones((8, 4))
     assert sharding.constrain(x, "batch", None) is x
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
@@ -60,7 +60,7 @@ def test_constrain_is_silent_without_a_mesh_and_pins_with_one():
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), None])
-def test_a_gradient_that_is_scattered_is_the_same_and_in_its_place(sizes):
+def test_a_scattered_gradient_has_the_same_value_and_its_sharding(sizes):
     kernel, x = np.arange(32.0).reshape(8, 4), np.linspace(0, 1, 64).reshape(8, 8)
 
     def loss(kernel, x):
@@ -76,6 +76,6 @@ def test_a_gradient_that_is_scattered_is_the_same_and_in_its_place(sizes):
             rows = sharding.batch_sharding(mesh)
             arrays = jax.device_put(kernel, where), jax.device_put(x, rows)
             actual = jax.jit(jax.grad(loss))(*arrays)
-        # Elsewhere the compiler is asked for nothing, and may choose.
+        # On other meshes the compiler chooses the sharding.
         assert sizes != (1, 8, 1) or actual.sharding.is_equivalent_to(where, 2)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)

@@ -17,7 +17,7 @@ with watchdog.Watchdog(float(sys.argv[1])) as guard:
 """
 
 
-def test_a_process_without_a_sign_of_life_says_where_it_is_and_ends(project):
+def test_a_process_without_progress_prints_its_stacks_and_ends(project):
     process = subprocess.run(
         [sys.executable, "-c", HANGS, "0.2"],
         cwd=project,
@@ -30,7 +30,7 @@ def test_a_process_without_a_sign_of_life_says_where_it_is_and_ends(project):
     assert "in somewhere" in process.stderr
 
 
-def test_signs_of_life_put_it_off_and_the_end_of_the_block_ends_it():
+def test_progress_restarts_the_time_and_the_end_of_the_block_cancels_it():
     with watchdog.Watchdog(0.5) as guard:
         for _ in range(12):
             time.sleep(0.1)
@@ -38,6 +38,6 @@ def test_signs_of_life_put_it_off_and_the_end_of_the_block_ends_it():
     time.sleep(0.7)
 
 
-def test_without_a_time_it_does_nothing():
+def test_a_time_of_0_is_off():
     with watchdog.Watchdog(0.0) as guard:
         guard.alive()
