@@ -4,13 +4,18 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
+from etils import epath
 from mutations import EXAMPLES, change
 from page_test import write_phase
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.cli import report
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import token_cache
+from mixcpt_jax.data.formats import Examples
+from mixcpt_jax.jobs import reference_outputs
 from mixcpt_jax.training import phase
 
 
@@ -70,3 +75,33 @@ def test_a_phase_with_changed_files_is_finished_or_refused(run, tiny_model):
     for _, copy in changed_copies(run):
         for name in ("mixcpt", "plain"):
             refusal(phase.finished, config, str(copy / name))
+
+
+def read_caches(folder):
+    """Everything that a run reads again of what was prepared for it."""
+    folder = epath.Path(folder)
+    token_cache.finished_shard(folder, 0, {"input": "a"})
+    if manifest := token_cache.read_manifest(folder):
+        token_cache.difference(manifest, {"tokenizer": "a"})
+        token_cache.is_undamaged(folder, manifest)
+        prepared = token_cache.PreparedExamples(folder, manifest)
+        assert len(prepared.load().tokens) == prepared.num_tokens
+        assert prepared.num_loss_tokens >= 0
+    reference_outputs.load(folder, {"pairs": "a"})
+
+
+def test_changed_caches_are_read_or_refused(tmp_path):
+    folder = epath.Path(tmp_path / "cache")
+    folder.mkdir()
+    examples = Examples.collect([([1, 2, 3], [0, 1, 1]), ([4] * 5000, [1] * 5000)])
+    entry = token_cache.write_examples(folder, 0, examples, {"input": "a", "found": {}})
+    token_cache.finish_examples(
+        folder, {"tokenizer": "a"}, [entry], {"unread": {"x": 1}}
+    )
+    references = {"pairs/a": np.ones(3, np.float32)}
+    reference_outputs.save(folder, {"pairs": "a"}, references)
+    assert refusal(read_caches, folder) == ""
+    refused = [
+        refusal(read_caches, copy) for _, copy in changed_copies(tmp_path / "cache")
+    ]
+    assert any(refused)

@@ -105,9 +105,15 @@ def finished_shard(folder: epath.Path, number: int, facts: Entry) -> Entry | Non
     except InputError:
         return None
     is_same = facts.items() <= entry.items() and entry["file"] == file.name
-    if is_same and file.exists() and paths.hash_of(file) == entry["hash"]:
-        return entry
-    return None
+    return entry if is_same and _has_hash(file, entry["hash"]) else None
+
+
+def _has_hash(file: epath.Path, digest: str) -> bool:
+    try:
+        small_files.require_regular(file)
+    except InputError:
+        return False
+    return paths.hash_of(file) == digest
 
 
 def write_manifest(
@@ -132,8 +138,8 @@ def read_manifest(folder: epath.Path) -> Entry | None:
         return None
     manifest = small_files.read_json(file, _MANIFEST, REMEDY, MOST_BYTES_OF_ROWS)
     for shard in manifest["shards"]:
-        if not paths.child(folder, shard["file"], str(file)).exists():
-            raise InputError(f"{folder / shard['file']}: is missing; {REMEDY}")
+        shard_file = paths.child(folder, shard["file"], str(file))
+        small_files.require_regular(shard_file, REMEDY)
         counts = [count for count in shard.values() if isinstance(count, int)]
         if not all(0 <= count < 2**53 for count in counts):
             raise InputError(f"{file}: a shard counts {counts!s:.80}; {REMEDY}")
@@ -144,10 +150,7 @@ def is_undamaged(folder: epath.Path, manifest: Entry) -> bool:
     """Whether every file has the hash in the manifest; reads all of them."""
     files = {shard["file"]: shard["hash"] for shard in manifest["shards"]}
     files |= {INDEX: manifest["index"]} if "index" in manifest else {}
-    return all(
-        (folder / name).exists() and paths.hash_of(folder / name) == digest
-        for name, digest in files.items()
-    )
+    return all(_has_hash(folder / name, digest) for name, digest in files.items())
 
 
 def difference(manifest: Entry, key: Entry) -> str | None:
@@ -179,6 +182,10 @@ class Records:
         Raises:
           InputError: the shard is damaged.
         """
+        if not 0 <= number < len(self):
+            raise InputError(
+                f"{self._folder / MANIFEST}: names record {number} of {len(self)}; {REMEDY}"
+            )
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
         try:
             reader = self._reader(shard)
@@ -264,12 +271,17 @@ class PreparedExamples:
         Raises:
           InputError: a shard is damaged.
         """
-        tokens, masks = [], []
+        tokens, masks, shards = [], [], self._manifest["shards"]
         while begin < end:
             shard = int(np.searchsorted(self._token_starts, begin, side="right")) - 1
             block, first = divmod(int(begin - self._token_starts[shard]), BLOCK_TOKENS)
             in_block = _decode(self._records[self._records.starts[shard] + block])
             last = min(first + int(end - begin), len(in_block[0]))
+            if last <= first:
+                raise InputError(
+                    f"{self._folder / shards[shard]['file']}: block {block} has "
+                    f"{len(in_block[0])} tokens, the manifest names more; {REMEDY}"
+                )
             tokens.append(in_block[0][first:last])
             masks.append(in_block[1][first:last])
             begin += last - first

@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.models import families, headers
 from mixcpt_jax.models.huggingface import ARCHITECTURES, FIXED_OF, MARKER
@@ -98,6 +98,7 @@ def save_pretrained(
             _write_json(new / _GENERATION, generation)
         for name, file in started_from.items():
             if _LICENSE.fullmatch(name):
+                small_files.require_regular(file)
                 paths.copy_file(file, new / name)
         raw = _config_to_hf(config, tokenizer, dtype)
         names = sorted({MARKER, *(file.name for file in new.iterdir())})

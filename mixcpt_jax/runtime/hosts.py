@@ -129,7 +129,7 @@ def ending_together() -> Iterator[None]:
             if not error.code:
                 raise
         else:
-            traceback.print_exception(error)
+            terminal.say("".join(traceback.format_exception(error)).rstrip("\n"))
             terminal.say(
                 f"host {jax.process_index()} ends, and with it the run. If the "
                 "error above is about a connection, another host has ended before: see "
