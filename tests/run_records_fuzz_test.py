@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 
-import numpy as np
 import pytest
 from etils import epath
 from mutations import EXAMPLES, change
@@ -15,7 +14,6 @@ from mixcpt_jax.cli import report
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import token_cache
 from mixcpt_jax.data.formats import Examples
-from mixcpt_jax.jobs import reference_outputs
 from mixcpt_jax.training import phase
 
 
@@ -87,7 +85,6 @@ def read_caches(folder):
         prepared = token_cache.PreparedExamples(folder, manifest)
         assert len(prepared.load().tokens) == prepared.num_tokens
         assert prepared.num_loss_tokens >= 0
-    reference_outputs.load(folder, {"pairs": "a"})
 
 
 def test_changed_caches_are_read_or_refused(tmp_path):
@@ -98,8 +95,6 @@ def test_changed_caches_are_read_or_refused(tmp_path):
     token_cache.finish_examples(
         folder, {"tokenizer": "a"}, [entry], {"unread": {"x": 1}}
     )
-    references = {"pairs/a": np.ones(3, np.float32)}
-    reference_outputs.save(folder, {"pairs": "a"}, references)
     assert refusal(read_caches, folder) == ""
     refused = [
         refusal(read_caches, copy) for _, copy in changed_copies(tmp_path / "cache")

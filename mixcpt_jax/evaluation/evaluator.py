@@ -256,7 +256,8 @@ def kept_sums(
         arrays = {"key": ("U", 0), "sums": ("f", 2), "done": ("iu", 0)}
         remedy = "delete it, and the model scores the examples again"
         stored = small_files.read_npz(file, arrays, remedy)
-        if str(stored["key"]) == key:
+        is_same = str(stored["key"]) == key and stored["sums"].shape == sums.shape
+        if is_same and 0 <= stored["done"] <= rows.num_batches(batch_size):
             sums, first_batch = stored["sums"], int(stored["done"])
     saved, num_batches = time.monotonic(), rows.num_batches(batch_size)
     steps = add_sums(sums, score, rows, batch_size, first_batch)
