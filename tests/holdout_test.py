@@ -265,7 +265,9 @@ def test_a_source_that_is_measured_whole_is_refused(tmp_path, spelling):
     config.model.path = "model"
     config.sources.domain = config_lib.source(path=f"{tmp_path}/x/a.jsonl")
     config.eval.texts.same = config_lib.source(path=path)
-    with pytest.raises(InputError, match="eval.texts.same: sources.domain trains on"):
+    with pytest.raises(
+        InputError, match="eval.texts.same: .* sources.domain trains on"
+    ):
         config_lib.validate(config)
     for change in ({"holdout": 5}, {"max_records": 5}, {"split": "test"}):
         config.eval.texts.same = config_lib.source(path=path, **change)

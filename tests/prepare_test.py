@@ -228,7 +228,7 @@ def test_a_changed_source_is_tokenized_again(config, tmp_path, warnings, change,
     make(config)
     change(config)
     assert_same(stream(config), stream(on_the_fly(config)))
-    assert f"domain was prepared with other {part}, so it is tokenised" in warnings[0]
+    assert f"domain was prepared with other {part}, so it is tokenized" in warnings[0]
 
 
 def damage(file, how):
