@@ -226,6 +226,26 @@ def test_a_source_with_an_unknown_setting():
         config_lib.source(weights=1.0)
 
 
+@pytest.mark.parametrize(
+    "name", ["a/b", "/a", "", "a\nb", "a\0b", "\u202ea", "a" * 256]
+)
+def test_names_become_files_of_the_run(name):
+    """So they are names: no paths, and nothing that a terminal obeys."""
+    sections = {
+        "sources": lambda config: config.sources,
+        "eval.texts": lambda config: config.eval.texts,
+        "eval.exams": lambda config: config.eval.exams,
+    }
+    for place, section in sections.items():
+        section(config := valid())[name] = config_lib.source(path="b.jsonl")
+        with pytest.raises(InputError, match=f"^{place}: .* must be a name: printable"):
+            config_lib.validate(config)
+    config = valid()
+    config.phases = ("cpt", name)
+    with pytest.raises(InputError, match="^phases: .* must be a name: printable"):
+        config_lib.for_phase(config, "cpt")
+
+
 def test_an_exam_needs_a_path():
     config = valid()
     config.eval.exams.quiz = config_lib.exam()

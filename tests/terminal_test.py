@@ -110,6 +110,16 @@ def test_long_values_keep_their_ends(content):
     assert text.lines(long).endswith("and the end")
 
 
+@hypothesis.given(content=HOSTILE)
+def test_an_error_is_one_line_whatever_it_quotes(content):
+    message = str(InputError(f"a.jsonl:3: {content}; remove it"))
+    assert is_safe(message)
+    assert "\n" not in message
+    assert message.startswith("a.jsonl:3: ")
+    assert len(str(InputError("x" * 4_000_000))) == 300
+    assert str(InputError(message)) == message
+
+
 PATHS = {
     "error": lambda bad: command.explain(InputError(bad)),
     "say": lambda bad: terminal.say(f"{bad}: is damaged"),
