@@ -33,6 +33,7 @@ import resource
 import select
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -51,6 +52,7 @@ from mixcpt_jax.core import paths
 PRELOADED = ["mixcpt_jax.main", "mixcpt_jax.jobs.train", "mixcpt_jax.jobs.select"]
 CHECKPOINTS = "checkpoints"
 NUM_STEPS = 6
+_NOBODY = 65534
 _LONGEST = 120.0  # seconds after which a start counts as hung
 _BUCKET_ROUNDS = 0.08  # share of the rounds that are in a bucket
 _BUCKET_FAULTS = 0.06  # share of the requests that meet one, where they do
@@ -112,6 +114,7 @@ def start(
     cache: str,
     limit: int,
     environment: dict[str, str],
+    user: int,
     output,
 ) -> None:
     """What the command line does, in a process of its own; prints the parameters' hash.
@@ -122,6 +125,7 @@ def start(
       cache: folder of compiled programs.
       limit: bytes that a file can hold; 0: any number.
       environment: by which buckets are found.
+      user: whose process it becomes; 0: it stays the one that it is.
       output: a pipe, for standard output and error.
     """
     os.dup2(output.fileno(), sys.__stdout__.fileno())
@@ -138,6 +142,10 @@ def start(
     if limit:
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    if user:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
     command.explained(_train, ml_collections.ConfigDict(json.loads(config)), workdir)
 
 
@@ -193,7 +201,9 @@ class Stage:
         self._environment = bucket.environment(port)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
-        (folder / "cache").mkdir()
+        for open_to_all in (folder, folder / "cache"):
+            open_to_all.mkdir(exist_ok=True)
+            open_to_all.chmod(0o777)
         (folder / "model").mkdir()
         self.config = make_config(folder / "model")
         whole = self.folder / "whole"
@@ -215,6 +225,7 @@ class Stage:
         save_every: int = 1,
         signal_after: tuple[int, float] | None = None,
         limit: int = 0,
+        user: int = 0,
     ) -> Ended:
         """Starts the run, or lets it go on, and waits for its end.
 
@@ -222,7 +233,7 @@ class Stage:
           workdir: the run's.
           save_every: steps between checkpoints.
           signal_after: a signal to send, and the seconds before it.
-          limit: see the function `start`.
+          limit, user: see the function `start`.
 
         Raises:
           Failure: it hangs.
@@ -238,6 +249,7 @@ class Stage:
                 str(self.folder / "cache"),
                 limit,
                 self._environment,
+                user,
                 writer,
             ),
         )
@@ -279,6 +291,7 @@ class Round:
 
     Attributes:
       stage: what it shares with others.
+      workdir: the run's.
       rng: draws everything.
       events: what happened, to be told.
       faults, outcomes: the kinds of both.
@@ -289,7 +302,7 @@ class Round:
         self.rng = random.Random(seed)
         self._is_in_bucket = self.rng.random() < _BUCKET_ROUNDS
         root = "gs://bucket" if self._is_in_bucket else str(stage.folder)
-        self._workdir = paths.absolute(root) / f"round-{seed}"
+        self.workdir = paths.absolute(root) / f"round-{seed}"
         self.events: list[str] = []
         self.faults: list[str] = []
         self.outcomes: list[str] = []
@@ -314,11 +327,11 @@ class Round:
             if tries > 5:
                 raise Failure("does not come to its end")
             self.start()
-        if rows_of(self._workdir) != self.stage.rows:
+        if rows_of(self.workdir) != self.stage.rows:
             raise Failure("metrics.jsonl is another")
         if self._is_done != self.stage.parameters:
             raise Failure("the parameters are others")
-        self._workdir.rmtree()
+        self.workdir.rmtree()
 
     def start(
         self, signal_number: int = 0, limit: int = 0, bucket_faults: float = 0.0
@@ -329,9 +342,7 @@ class Round:
             after = signal_number, self.rng.uniform(0, self.stage.seconds)
         good = self._whole_checkpoints()
         self.stage.way.share = bucket_faults
-        ended = self.stage.start(
-            self._workdir, self.rng.choice((1, 1, 2)), after, limit
-        )
+        ended = self.stage.start(self.workdir, self.rng.choice((1, 1, 2)), after, limit)
         self.stage.way.share = 0.0
         self._is_done = ended.parameters
         outcome = self._outcome(ended, signal_number, limit)
@@ -346,9 +357,9 @@ class Round:
         if outcome == "no checkpoint is whole":
             if left:
                 raise Failure(f"there are whole checkpoints: {left}")
-            (self._workdir / CHECKPOINTS).rmtree()
+            (self.workdir / CHECKPOINTS).rmtree()
         if outcome == "its end is damaged":
-            self._workdir.rmtree()
+            self.workdir.rmtree()
 
     def _outcome(self, ended: Ended, signal_number: int, limit: int) -> str:
         lines = [line for line in ended.output.splitlines() if line.strip()]
@@ -359,13 +370,12 @@ class Round:
             return "at its end"
         last = lines[-1] if lines else ""
         match ended.status, signal_number:
-            case 0, signal.SIGTERM if last.startswith("stopped by SIGTERM after step"):
-                return "stopped by SIGTERM in the loop"
-            case 0, signal.SIGTERM if last.startswith("stopped by SIGTERM"):
-                return "stopped by SIGTERM elsewhere"
+            case 0, signal.SIGTERM | signal.SIGHUP if last.startswith("stopped by SIG"):
+                where = "in the loop" if " after step" in last else "elsewhere"
+                return f"stopped by {signal.Signals(signal_number).name} {where}"
             case -9, signal.SIGKILL:
                 return "killed"
-            case -15, signal.SIGTERM:
+            case (-15, signal.SIGTERM) | (-1, signal.SIGHUP):
                 # It was not yet, or no longer, ours to take.
                 return "terminated"
         if ended.status == 1 and last.startswith("error: ") and len(errors) == 1:
@@ -379,7 +389,7 @@ class Round:
 
     def _whole_checkpoints(self) -> dict[int | str, int]:
         """Identity -> step of those that no fault has touched."""
-        folder = self._workdir / CHECKPOINTS
+        folder = self.workdir / CHECKPOINTS
         if not folder.exists():
             return {}
         return {
@@ -403,11 +413,11 @@ class Round:
         # Mostly the newest, which is the one that is read.
         steps = sorted(whole.values())
         step = steps[-1] if self.rng.random() < 0.7 else self.rng.choice(steps)
-        folder = self._workdir / CHECKPOINTS / str(step)
+        folder = self.workdir / CHECKPOINTS / str(step)
         files = pathlib.Path(folder).rglob("*")
         file = self.rng.choice(sorted(file for file in files if file.is_file()))
         self._damaged.add(self._identity(folder))
-        self.events.append(f"damaged: {file.relative_to(self._workdir)}")
+        self.events.append(f"damaged: {file.relative_to(self.workdir)}")
         change(file)
 
 
@@ -430,6 +440,23 @@ def flip(this: Round) -> None:
 def full_disk(this: Round) -> None:
     """No file may be larger than a size between the smallest and the largest."""
     this.start(limit=int(this.stage.largest_file ** this.rng.uniform(0.6, 1)))
+
+
+def lost_permission(this: Round) -> None:
+    """The folder of a run that has come some way may no longer be written to."""
+    this.start(this.rng.choice((signal.SIGKILL, signal.SIGTERM)))
+    folder = this.workdir
+    if not folder.exists():
+        return
+    mode = stat.S_IMODE(os.stat(folder).st_mode)
+    os.chmod(folder, 0o555)
+    # Whoever is root may write all the same.
+    ended = this.stage.start(folder, user=0 if os.getuid() else _NOBODY)
+    os.chmod(folder, mode)
+    *_, last = ended.output.splitlines()
+    if "Traceback" in ended.output or "Permission denied; change its perm" not in last:
+        raise Failure(f"without permission, it ends with {ended}")
+    this.outcomes.append("no permission")
 
 
 def second_process(this: Round) -> None:
@@ -455,6 +482,7 @@ def second_process(this: Round) -> None:
 _SIGNALS: dict[str, Callable[[Round], None]] = {
     "kill": lambda this: this.start(signal.SIGKILL),
     "SIGTERM": lambda this: this.start(signal.SIGTERM),
+    "SIGHUP": lambda this: this.start(signal.SIGHUP),
     "second process": second_process,
 }
 FAULTS_IN_A_BUCKET = _SIGNALS | {
@@ -465,6 +493,7 @@ FAULTS = _SIGNALS | {
     "flip": flip,
     "delete": lambda this: this.damage(pathlib.Path.unlink),
     "full disk": full_disk,
+    "lost permission": lost_permission,
 }
 
 
