@@ -1,8 +1,8 @@
-"""Adapts a model without any general data: it replays samples of its own.
+"""Adapts a model without general data: it replays samples of the model itself.
 
     python -m mixcpt_jax.main --config=configs/replay.py --workdir=runs/mine \\
-        --config.model.path=/models/Llama-3.2-1B-Instruct \\
-        --config.sources.domain.path='/data/domain/*.jsonl'
+        --config.sources.domain.path='/data/domain/*.jsonl' \\
+        --config.model.path=/models/Llama-3.2-1B-Instruct
 
 Four phases, each in its own folder of the workdir:
 
