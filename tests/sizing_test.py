@@ -121,6 +121,36 @@ def test_a_run_is_sized_whole_and_keeps_its_sizes(auto, tmp_path, monkeypatch, c
     assert (found.data.batch_size, found.eval.batch_size) == (48, 24)
 
 
+@pytest.mark.parametrize(
+    ("num_records", "held_out"), [(2, 1), (35, 3), (639, 63), (700, 64)]
+)
+def test_a_tenth_of_the_records_at_most_is_held_out(
+    auto, tmp_path, num_records, held_out
+):
+    file = tmp_path / "domain.jsonl"
+    lines = [json.dumps({"text": f"Text {i} of many."}) for i in range(num_records)]
+    file.write_text("\n".join(lines))
+
+    def settings(holdout):
+        config = auto()
+        config.sources.domain.path = str(file)
+        config.sources.domain.holdout = holdout
+        return config
+
+    found = main.phase_configs(settings(64), str(tmp_path / "run"))["cpt"]
+    assert found.sources.domain.holdout == held_out
+    assert found.sources.instructions.holdout == 50  # of 506
+    assert found.sources.preferences.holdout == 25  # of 252
+    assert found.eval.pairs.preferences.holdout == 25
+    folder = tmp_path / "run" / "cpt"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(found.to_json())
+    # A run that has begun keeps its holdouts, also where the source has grown.
+    file.write_text("\n".join(lines * 100))
+    again = main.phase_configs(settings(64), str(tmp_path / "run"))["cpt"]
+    assert again.sources.domain.holdout == held_out
+
+
 def test_what_has_begun_resumes_on_devices_with_less_memory(
     auto, tmp_path, monkeypatch
 ):

@@ -4,17 +4,19 @@ If `data.batch_size` is 0, this module sets it, `data.row_length`, the number of
 microbatches and the evaluation batch size, for all phases of a run, before anything is
 loaded:
 
-- A phase without a number of steps (`train.num_steps=0`) reads N tokens in all, about
-  8 sqrt(N) per step. So ten times the corpus takes three times as many steps, each three
-  times as large: 40 steps of 2,048 tokens for 100 thousand tokens, 350 steps of 32,768 for
-  10 million, 2,000 steps of 262,144, the maximum, for 500 million.
-- Rows are as long as four rows per step allow, up to the model's context and 4,096 tokens.
-- A microbatch has as many rows as fit in the memory of a device by
-  `step_plan.step_memory`. If one row does not fit, rows are halved until it does.
+- A phase to the end of the data (`train.num_steps=0`) reads N tokens, and a step reads
+  about 8 sqrt(N) of them, so that a corpus of ten times the size takes three times as many
+  steps, three times as long: 40 steps of 2,048 tokens for 100 thousand, 350 of 32,768 for
+  10 million, 2,000 of 262,144 for 500 million, the most.
+- Rows are as long as leaves four of them to a step, within the model's context and 4,096.
+- As many of a device's rows are taken at a time as fit its memory by
+  `step_plan.step_memory`; rows are made shorter where one alone does not fit.
+- A source holds out no more than a tenth of its records.
 """
 
+import itertools
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -23,6 +25,7 @@ from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import mesh_shape, paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import formats as format_lib
+from mixcpt_jax.data import sources
 from mixcpt_jax.data.corpus import Corpus
 from mixcpt_jax.models import pretrained, tokenizer, transformer
 from mixcpt_jax.planning import step_plan
@@ -38,6 +41,8 @@ _FIXED_STEP_TOKENS = 8192
 _SAMPLE = 256
 # The share of a device's memory to use; the rest is for what the formula ignores.
 USABLE = 0.85
+# A source holds out at most one of so many records.
+RECORDS_PER_HELD_OUT = 10
 
 
 class Sizes(NamedTuple):
@@ -66,15 +71,19 @@ def resolve(config: ml_collections.ConfigDict, workdir: str) -> None:
     Raises:
       InputError: the model or the text is wrong, or no size fits.
     """
-    phases = {name: config_lib.for_phase(config, name) for name in config.phases}
+    names = config.phases or ("",)
+    stored = {name: _stored(f"{workdir}/{name}") for name in names}
     with config.unlocked():
+        _limit_holdouts(config, next(filter(None, stored.values()), None))
+        phases = {name: config_lib.for_phase(config, name) for name in config.phases}
         for name, phase in (phases or {"": config}).items():
             if phase.job != "train" or phase.data.batch_size:
                 continue
             own = config.overrides.get(name, {})
             # A phase without its own batch size shares that of the config.
             is_own = "batch_size" in own.get("data", {})
-            sizes = _stored(f"{workdir}/{name}") or _sizes(phase, name)
+            begun = stored[name]
+            sizes = _stored_sizes(begun) if begun else _sizes(phase, name)
             target = own if is_own else config
             target.data.row_length = sizes.row_length
             target.data.batch_size = sizes.batch_size
@@ -156,17 +165,20 @@ def _power_of_two(number: float) -> int:
     return 1 << (int(number).bit_length() - 1)
 
 
-def _stored(folder: str) -> Sizes | None:
-    """The sizes of the phase that has begun in a folder; None: no phase has."""
+def _stored(folder: str) -> dict[str, Any] | None:
+    """The config of a phase that has begun in a folder."""
     path = paths.absolute(folder) / "config.json"
-    if not path.exists():
-        return None
     shape = {
         "data": {"row_length": int, "batch_size": int},
         "optimizer": {"accumulation_steps": int},
         "eval": {"batch_size": int},
+        "sources": {str: {"holdout": int}},
     }
-    stored = small_files.read_json(path, shape)
+    return small_files.read_json(path, shape) if path.exists() else None
+
+
+def _stored_sizes(stored: dict[str, Any]) -> Sizes:
+    """The sizes of a phase that has begun."""
     return Sizes(
         stored["data"]["row_length"],
         stored["data"]["batch_size"],
@@ -174,6 +186,39 @@ def _stored(folder: str) -> Sizes | None:
         stored["eval"]["batch_size"],
         0.0,
     )
+
+
+def _limit_holdouts(
+    config: ml_collections.ConfigDict, stored: dict[str, Any] | None
+) -> None:
+    """Limits the holdout of each source to a tenth of its records, at least one.
+
+    Args:
+      config: of all phases.
+      stored: the config of a phase that has begun, whose holdouts stay.
+    """
+    for name, entry in config.sources.items():
+        if not (entry.weight and entry.holdout):
+            continue
+        if stored:
+            if name in stored["sources"]:
+                found = stored["sources"][name]["holdout"]
+                entry.holdout = min(entry.holdout, found)
+            continue
+        enough = RECORDS_PER_HELD_OUT * entry.holdout
+        # Bad records are reported when the source is read as a whole.
+        records = sources.read(
+            entry.path, entry.reader, entry.split, lambda error: None
+        )
+        most = min(enough, entry.max_records or enough)
+        num_records = sum(1 for _ in itertools.islice(records, most))
+        limit = max(num_records // RECORDS_PER_HELD_OUT, 1)
+        if limit < entry.holdout:
+            terminal.say(
+                f"{name}: holds out {limit} of {num_records} records instead of "
+                f"sources.{name}.holdout={entry.holdout}, at most a tenth"
+            )
+            entry.holdout = limit
 
 
 def _devices(config: ml_collections.ConfigDict) -> tuple[tuple[int, int, int], float]:
