@@ -519,6 +519,23 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     assert restored.step == 1
 
 
+def test_a_checkpoint_of_another_run_is_not_handed_over(tmp_path):
+    save(tmp_path, [1])
+    config = config_lib.default()
+    config.train.save_every += 1  # which may change
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert checkpoint.identity(str(tmp_path))["step"] == 1
+    config.optimizer.learning_rate *= 2
+    (tmp_path / "config.json").write_text(config.to_json())
+    for read in (checkpoint.identity, checkpoint.read_config):
+        with pytest.raises(
+            InputError, match=r"1: was saved .* optimizer\.learning_rate"
+        ):
+            read(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    assert checkpoint.identity(str(tmp_path))["step"] == 1
+
+
 @pytest.mark.parametrize("seconds", [-(10**9), -3600, 10**9])
 def test_a_clock_that_jumps_ends_no_save(tmp_path, monkeypatch, seconds):
     original, calls = time.time, itertools.count()

@@ -261,6 +261,14 @@ def test_a_record_that_others_change_ends_the_run_at_its_next_line(folder, chang
     assert contents(folder.parent) == there
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_an_entry_that_is_no_file_is_named(folder, make):
+    folder.mkdir(parents=True)
+    make(folder / "lease-1.json")
+    with pytest.raises(InputError, match="no regular file"), lease.hold(folder):
+        pass
+
+
 def test_folders_that_cannot_be_owned(folder):
     folder.parent.mkdir(parents=True)
     folder.write_text("x")

@@ -24,6 +24,7 @@ import pathlib
 import random
 import re
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -76,8 +77,11 @@ class _Disk:
 
     def read(self, number: int) -> str | None:
         """Its content; None: there is none."""
+        path = self._path(number)
         try:
-            with open(self._path(number), "rb") as file:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise InputError(f"{path}: is no regular file; delete it")
+            with open(path, "rb") as file:
                 return file.read(_BYTES).decode(errors="replace")
         except FileNotFoundError:
             return None

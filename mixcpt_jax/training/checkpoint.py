@@ -49,6 +49,7 @@ from mixcpt_jax.runtime import record as record_lib
 from mixcpt_jax.training.steps import TrainState
 
 FOLDER = "checkpoints"
+CONFIG_FILE = "config.json"  # of the phase, beside that folder
 _DAMAGED = "damaged"
 _RECORD = {
     "id": str,
@@ -446,10 +447,21 @@ def _newest(folder: str) -> _Newest:
         raise InputError(f"init_from={folder}: has no folder {path}")
     for entry in _steps(path):
         try:
-            return _Newest(entry.step, entry.path, _read(_read_record, entry))
+            record = _read(_read_record, entry)
         except _Damaged as damage:
             raise _damaged_start(folder, entry.path, damage) from damage
+        _check_config(entry.path, record, _config_beside(path))
+        return _Newest(entry.step, entry.path, record)
     raise InputError(f"init_from={folder}: no whole checkpoint in {path}")
+
+
+def _config_beside(checkpoints: epath.Path) -> ml_collections.ConfigDict | None:
+    """The config that the phase of these checkpoints started with, if it can be read."""
+    try:
+        stored = small_files.read_json(checkpoints.parent / CONFIG_FILE)
+        return ml_collections.ConfigDict(stored)
+    except (InputError, ValueError, TypeError):
+        return None
 
 
 def _damaged_start(folder: str, path: epath.Path, damage: "_Damaged") -> InputError:
@@ -632,7 +644,11 @@ def _check_config(
     """Raises InputError if a checkpoint is of a run with another config."""
     if config is None:
         return
-    difference = config_lib.first_difference(config, json.loads(record["config"]))
+    saved = json.loads(record["config"])
+    try:
+        difference = config_lib.first_difference(config, saved)
+    except AttributeError:  # an earlier version wrote a config without such a key
+        return
     if difference is not None:
         key, then, now = difference
         raise InputError(

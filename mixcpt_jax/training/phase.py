@@ -34,7 +34,7 @@ from mixcpt_jax.objectives import interface, streamed
 from mixcpt_jax.runtime import hosts, lease, record, sharding, terminal
 from mixcpt_jax.training import checkpoint, steps
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE = checkpoint.CONFIG_FILE
 RESULTS_FILE = "results.json"
 PROVENANCE_FILE = "provenance.json"
 _MEASURES = {str: float}
