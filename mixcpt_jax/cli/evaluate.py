@@ -138,6 +138,11 @@ def _read_results(path: str) -> dict[str, Any]:
     result = small_files.read_json(file, _RESULTS, remedy, MOST_BYTES_OF_ROWS)
     from mixcpt_jax.data import tasks
 
+    if not 0 < result["row_length"] < 2**31:
+        raise InputError(
+            f"{path}: row_length is {result['row_length']}, must be > 0 and < 2^31; "
+            f"{remedy}"
+        )
     for name, task in result["tasks"].items():
         if task["kind"] not in tasks.MEASURES:
             raise InputError(
