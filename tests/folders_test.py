@@ -415,7 +415,7 @@ def test_a_phase_knows_what_it_started_from(tiny_model, tmp_path):
     def run():
         started = phase.start(config, str(tmp_path / "run"), "export")
         started.claim()
-        return started.finish({})
+        return started.finish({"folder": "out", "dtype": "float32"})
 
     config = config_lib.default()
     config.job = "export"

@@ -44,7 +44,7 @@ _MEASURED = {
     "seconds?": float,
     "tokens_per_second?": (float, None),
 }
-# What `results.json` of a job holds, see the jobs.
+# The shape of `results.json`, by job.
 _RESULTS: dict[str, small_files.Shape] = {
     "train": _MEASURED,
     "evaluate": _MEASURED,
@@ -367,8 +367,8 @@ def job(work: Callable[[Phase], dict[str, Any]]) -> Callable[..., dict[str, Any]
 def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] | None:
     """The results of a finished phase, or None.
 
-    A phase of which a file is damaged has not: it is finished again, from its last
-    checkpoint if it trains.
+    None too if a file of the phase is damaged. The phase is then finished again, from its
+    last checkpoint if it trains.
 
     Raises:
       InputError: the folder belongs to another config; or the checkpoint or weights that
@@ -386,8 +386,8 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
     if damage := _damage(folder, results, provenance, kept):
         if config.job == "train" and kept is None:
             raise InputError(
-                f"{damage}, and the phase has no checkpoint to finish it from again; put "
-                f"back a copy of the file, or delete {folder} to train again"
+                f"{damage}, and the phase has no checkpoint to finish it from; restore "
+                f"the file, or delete {folder} to train again"
             )
         logging.warning("%s; the phase is finished again", damage)
         return None
@@ -408,7 +408,7 @@ def _damage(
     provenance: dict[str, Any] | None,
     kept: checkpoint.Kept | None,
 ) -> str:
-    """Which file of a finished phase is not what it was, or nothing."""
+    """The damaged file of a finished phase and its damage; empty if there is none."""
     if kept and _read_object(folder / CONFIG_FILE, OBJECT) is None:
         return f"{folder / CONFIG_FILE}: is damaged or gone"
     if results is None:
@@ -426,7 +426,7 @@ def _damage(
 
 
 def _read_object(path: epath.Path, shape: small_files.Shape) -> dict[str, Any] | None:
-    """A JSON object; None if it is damaged or not there."""
+    """A JSON object; None if it is damaged or missing."""
     try:
         return small_files.read_json(path, shape)
     except InputError:
