@@ -36,12 +36,13 @@ def bounded_config() -> ml_collections.ConfigDict:
     # the end of a trained phase (see `merge`); select samples (see `select`); evaluate;
     # export to a Hugging Face folder.
     config.job = one_of("train", "generate", "merge", "select", "evaluate", "export")
-    # The phase starts from the parameters of this phase's folder (its last checkpoint);
-    # empty: from the weights of `model.path`.
+    # Folder of a phase: training starts from the parameters of its last checkpoint.
+    # Empty: from the weights of `model.path`.
     config.init_from = ""
-    # Names of phases run one after the other, each in its own folder under the workdir;
-    # `overrides[name]` holds what differs in that phase. Empty: one phase, this config.
-    # Within a phase a path that begins with "phase:NAME" is in the folder of phase NAME.
+    # Names of the phases to run one after the other, each in its own folder under the
+    # workdir; `overrides[name]` holds the settings that differ in that phase. Empty: a
+    # single phase with this config. A path that begins with "phase:NAME" is in the
+    # folder of phase NAME.
     config.phases = ()
     config.overrides = ml_collections.ConfigDict()
 
@@ -49,8 +50,8 @@ def bounded_config() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict(
         {
             "path": "",
-            # "random" initializes the weights from `seed`; of an HF folder at `path` only
-            # config.json is then read.
+            # "random" initializes the weights from `seed`; then only config.json and
+            # the tokenizer of the HF folder at `path` are read.
             "weights": one_of("pretrained", "random"),
             # config.json of the architecture, for `plan` on machines without `path`.
             "architecture": "",
@@ -58,16 +59,17 @@ def bounded_config() -> ml_collections.ConfigDict:
             "tokenizer": "",
             # File of a Jinja chat template; empty: the tokenizer's own, or ChatML.
             "chat_template": "",
-            # Of the trained parameters. With bfloat16 updates are rounded stochastically,
-            # so small ones are not lost. Norm scales and biases are always float32.
+            # Dtype of the trained parameters. With bfloat16, updates are rounded
+            # stochastically, so that small ones are not lost. Norm scales and biases
+            # are always float32.
             "param_dtype": one_of("float32", "bfloat16"),
             "compute_dtype": one_of("bfloat16", "float32"),
-            # Of the frozen model: teacher, reference or base of the adapters. Empty: the
-            # coarser of the two above. Then both models compute the same at the start, so
-            # margins and KL begin at 0.
+            # Dtype of the frozen model: teacher, reference or base of the adapters.
+            # Empty: the coarser of the two above. Then both models compute the same at
+            # the start, so margins and KL begin at 0.
             "teacher_dtype": one_of("", "float32", "bfloat16"),
-            # What the backward pass recomputes: none; dots: all but matrix products;
-            # full: each layer from its input.
+            # What the backward pass recomputes. none: nothing; dots: everything except
+            # matrix products; full: each layer from its input.
             "remat": one_of("full", "none", "dots"),
         }
     )
@@ -129,19 +131,21 @@ def bounded_config() -> ml_collections.ConfigDict:
             "selective_weight": number(0.0, least=0, most=1000),
             # What multiplies the weight of next-token prediction at each token: none;
             # teacher_probability, the teacher's probability of the gold token; or
-            # excess_loss, twice the sigmoid of the model's loss less the teacher's. See
-            # `dense.token_factor`.
+            # excess_loss, twice the sigmoid of the model's loss minus the teacher's.
+            # See `dense.token_factor`.
             "token_weighting": one_of("none", "teacher_probability", "excess_loss"),
-            # "step" runs the teacher in every step; "prepared" reads what it said from
-            # `data.prepared`, where `python -m mixcpt_jax prepare --teacher` puts it.
+            # "step" runs the teacher in every step; "prepared" reads the teacher's
+            # outputs from `data.prepared`, where `python -m mixcpt_jax prepare
+            # --teacher` writes them.
             "teacher": one_of("step", "prepared"),
-            # What is prepared of it. 0: its last hidden states, in bfloat16. Above: so
-            # many most likely tokens and the gold one, all others as one outcome.
+            # What is prepared of the teacher. 0: its last hidden states, in bfloat16.
+            # k > 0: its k most likely tokens and the gold token; all other tokens are
+            # one outcome.
             "teacher_top_k": number(0, least=0, most=2**16),
         }
     )
 
-    # DPO and its relatives (`dense.preference_loss`), for objective.kind "preference".
+    # DPO and its variants (`dense.preference_loss`), for objective.kind "preference".
     # The reference is the frozen model that the phase starts from.
     config.preference = ml_collections.ConfigDict(
         {
@@ -151,7 +155,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             "label_smoothing": number(0.0, least=0, below=0.5),
             # Means over tokens instead of sums; ipo always uses means.
             "length_normalised": False,
-            # Of the chosen answer's NLL per token (RPO).
+            # Weight of the chosen answer's NLL per token (RPO).
             "sft_weight": number(0.0, least=0, most=1000),
             # When the reference runs: "step": in every step, beside the policy;
             # "precomputed": once over all pairs, before the first step.
@@ -168,17 +172,20 @@ def bounded_config() -> ml_collections.ConfigDict:
             # from the corpus and the memory of a device, see `sizing`.
             "row_length": number(2048, least=0, most=2**20),
             "batch_size": number(8, least=0, most=2**20),
-            # split: all of a source end to end, cut into full rows. best_fit keeps whole
-            # what fits a row and leaves a little padding. by_format: split for documents,
-            # best_fit for all others, whose answers mean little without their questions.
+            # split: joins all examples of a source end to end and cuts them into full
+            # rows. best_fit: keeps an example whole if it fits in a row, and pads a
+            # little. by_format: split for documents, best_fit for all other formats,
+            # whose answers mean little without their questions.
             "packing": one_of("by_format", "split", "best_fit"),
             # 0: a source's share of the mixture is its weight. >= 1: its share is
-            # weight x size^(1 / temperature), where size is its number of loss tokens: at 1
-            # proportional to size; higher values make the shares more alike.
+            # weight x size^(1 / temperature), where size is its number of loss tokens:
+            # at 1 the share is proportional to size; higher values make the shares more
+            # alike.
             "temperature": number(0.0, least=1, most=1000, also=0),
-            # Examples longer than a row, and pairs that do not fit in one: split (documents
-            # continue in the next row), truncate (at the end; of a pair each answer to half
-            # a row), drop or refuse. How many were split, cut or dropped is counted.
+            # Examples longer than a row, and pairs that do not fit in one: split
+            # (documents continue in the next row), truncate (at the end; of a pair each
+            # answer to half a row), drop or refuse. The run counts how many were split,
+            # cut or dropped.
             "overlong": one_of("split", "truncate", "drop", "refuse"),
             # Epochs of one source above which a run warns, and above which it is refused;
             # 0: no limit. Up to 4 epochs, repeated text is nearly as good as new text; from
@@ -187,13 +194,13 @@ def bounded_config() -> ml_collections.ConfigDict:
             "max_epochs": number(40.0, least=0, most=1e6),
             # Processes that build batches; 0: threads.
             "num_workers": number(0, least=0, most=256),
-            # Folder of tokens that `python -m mixcpt_jax prepare` wrote; sources that
-            # have not changed since are read from it. Empty: none.
+            # Folder of tokens that `python -m mixcpt_jax prepare` wrote. Sources that
+            # have not changed since then are read from it. Empty: none.
             "prepared": "",
         }
     )
 
-    # Filters: which texts of the sources are left out of training. All are off by default.
+    # Filters that leave texts of the sources out of training. All are off by default.
     # They apply after the holdout is chosen, so measured records stay the same.
     config.clean = ml_collections.ConfigDict(
         {
@@ -209,7 +216,8 @@ def bounded_config() -> ml_collections.ConfigDict:
             # Documents with a smaller share of letters (any script) in their non-blank
             # characters.
             "min_letters": number(0.0, least=0, most=1),
-            # Documents of which a larger share repeats an earlier part of them.
+            # Documents with a larger share of text that repeats an earlier part of the
+            # document.
             "max_repetition": number(1.0, least=0, most=1),
             # Texts that share this many words in a row with an exam of `eval.exams`; 13 is
             # usual; 0: off.
@@ -221,18 +229,20 @@ def bounded_config() -> ml_collections.ConfigDict:
         {
             "learning_rate": number(1e-5, above=0, most=10),
             "schedule": one_of("cosine", "wsd", "constant"),
-            # Steps in which the rate rises to its peak; 0: `warmup_share` of all steps.
+            # Steps over which the rate rises to its peak; 0: `warmup_share` of all
+            # steps.
             "warmup_steps": number(0, least=0, most=10**8),
             "warmup_share": number(0.0, least=0, most=1),
             # Learning rate of the last step / peak (cosine, wsd).
             "final_ratio": number(0.1, least=0, most=1),
-            # Share of the steps in which the rate decays (wsd).
+            # Share of the steps over which the rate decays (wsd).
             "decay_fraction": number(0.2, above=0, most=1),
             "weight_decay": number(0.1, least=0, most=100),
             "beta1": number(0.9, least=0, below=1),
             "beta2": number(0.95, least=0, below=1),
             "epsilon": number(1e-8, above=0, most=1),
-            # Of Adam's moments; with bfloat16 they are rounded stochastically too.
+            # Dtype of Adam's moments; with bfloat16 they are rounded stochastically
+            # too.
             "moments_dtype": one_of("float32", "bfloat16"),
             "clip_norm": number(1.0, least=0, most=1e6),  # 0: no clipping
             # A step is skipped (see train.max_skipped) if its gradient norm is above this
@@ -246,8 +256,8 @@ def bounded_config() -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict(
         {
-            # 0: until every source with `epochs` or `max_tokens` has reached that limit;
-            # the other sources are read until then.
+            # 0: until every source with `epochs` or `max_tokens` reaches its limit; the
+            # other sources keep their shares until then.
             "num_steps": number(1000, least=0, most=10**8),
             # Steps between lines of metrics.jsonl.
             "log_every": number(1, least=1, most=10**8),
@@ -257,14 +267,15 @@ def bounded_config() -> ml_collections.ConfigDict:
             "eval_before": True,
             # Checkpoints to keep. If the newest is damaged on disk, the one before is used.
             "keep_last": number(2, least=1, most=10**8),
-            # How many steps in a row may be skipped because their gradient is not finite
-            # or a spike. A skipped step leaves parameters and moments unchanged. One more
-            # ends the run. 0: the first loss that is not finite ends the run.
+            # How many steps in a row may be skipped because their gradient is not
+            # finite or a spike. A skipped step leaves parameters and moments unchanged.
+            # One more skipped step in a row ends the run. 0: the first loss that is not
+            # finite ends the run.
             "max_skipped": number(0, least=0, most=10**8),
-            # Seconds without progress (a step, a measured batch, a checkpoint) after which
-            # the run prints the stacks of all threads and ends; 0: never. Set it to more
-            # than a compilation, `log_every` steps, a save or the answers to all prompts
-            # take, such as 1800 on a slice.
+            # Seconds without progress (a step, a measured batch, a checkpoint) after
+            # which the run prints the stacks of all threads and ends; 0: never. Set it
+            # to more than the time of a compilation, of `log_every` steps, of a save
+            # and of the answers to all prompts, such as 1800 on a slice.
             "timeout": number(0.0, least=0, most=7 * 86_400),
         }
     )
@@ -272,16 +283,16 @@ def bounded_config() -> ml_collections.ConfigDict:
     config.eval = ml_collections.ConfigDict(
         {
             "batch_size": number(8, least=0, most=2**20),
-            # Tokens per measured row; 0: data.row_length. Phases whose numbers are
-            # compared need the same length, since longer rows give more context.
+            # Tokens per measured row; 0: data.row_length. To compare the numbers of
+            # phases, give them the same length, since longer rows give more context.
             "row_length": number(0, least=0, most=2**20),
-            # Most tokens that are measured of each text, exam and set of pairs; 0: all.
-            # Which examples these are, see `mixture.within`.
+            # Maximum number of tokens to measure of each text, exam and set of pairs;
+            # 0: all. `mixture.within` selects the examples.
             "max_tokens": number(65536, least=0, most=10**12),
             # Measured texts: name -> source(...). No source trains on them. With a
-            # `holdout`, that many records are measured: the same records as the holdout of
-            # a source with the same path. For format "cloze" the share of targets that
-            # are predicted entirely is measured too.
+            # `holdout`, that many records are measured: the same records as the holdout
+            # of a source with the same path. For format "cloze", the share of targets
+            # that greedy decoding generates exactly is measured too.
             "texts": ml_collections.ConfigDict(),
             # Multiple choice: name -> exam(...).
             "exams": ml_collections.ConfigDict(),
@@ -300,8 +311,8 @@ def bounded_config() -> ml_collections.ConfigDict:
         {
             # replay: samples of the model that the phase starts from, as documents, or
             # answers to the prompts of `prompts` or of `source`. comprehension: each
-            # document of `source` with questions and answers by rules behind it.
-            # questions: with one that the model writes.
+            # document of `source`, followed by questions and answers made by rules.
+            # questions: followed by a question and an answer that the model writes.
             "kind": one_of("replay", "comprehension", "questions"),
             # The source of documents or prompts; empty: none.
             "source": "",
@@ -309,7 +320,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             "prompts": "",
             "num_tokens": number(100_000, least=1, most=2**40),
             "max_new_tokens": number(256, least=1, most=2**20),
-            # At 1 samples are distributed as the model's own.
+            # 1 samples from the model's own distribution.
             "temperature": number(1.0, least=0, most=100),
             "top_p": number(1.0, above=0, most=1),
         }
@@ -318,11 +329,13 @@ def bounded_config() -> ml_collections.ConfigDict:
     # Weights between the start and the end of the phase `init_from` (job "merge").
     config.merge = ml_collections.ConfigDict(
         {
-            # Of `start + share (end - start)`: which are measured, besides the start.
+            # Shares to measure, besides the start: each is the weights
+            # `start + share (end - start)`.
             "shares": (0.25, 0.5, 0.75, 1.0),
-            # Measure -> how much worse than at the start it may be: losses by how much
-            # higher, all others by how much lower, such as {"general/loss": 0.02}. The
-            # largest share within all budgets is saved; without one the largest is.
+            # Measure -> its budget, how much worse than at the start it may become,
+            # such as {"general/loss": 0.02}: higher for losses and perplexities, lower
+            # for all others. The largest share within all budgets is saved; without a
+            # budget, the largest share.
             "keep": ml_collections.ConfigDict(),
         }
     )
@@ -334,14 +347,16 @@ def bounded_config() -> ml_collections.ConfigDict:
             # format_alignment: scores each sample twice. In our study all three gave the
             # same quality.
             "method": one_of("random", "perplexity", "format_alignment"),
-            # Most samples of a source that are scored, chosen by a hash of their text.
+            # Maximum number of samples of a source to score, chosen by a hash of their
+            # text.
             "max_candidates": number(2000, least=1, most=10**8),
             # Source -> how many of its samples to select.
             "keep": ml_collections.ConfigDict(),
-            # Length of a sample in its chat format, in tokens; longer ones are left out.
+            # Maximum length of a sample in its chat format, in tokens; longer samples
+            # are left out.
             "max_tokens": number(1024, least=1, most=2**20),
-            # Length of its response; scores of shorter responses are mostly noise, so
-            # these are left out too.
+            # Minimum length of its response, in tokens. Scores of shorter responses are
+            # mostly noise, so these samples are left out too.
             "min_response_tokens": number(8, least=0, most=2**20),
             # Samples whose similarity to an earlier one (Jaccard, word 5-grams) is at least
             # this are left out; 0: only exact copies are.
@@ -372,8 +387,8 @@ def bounded_config() -> ml_collections.ConfigDict:
 def measure_general(config: ml_collections.ConfigDict) -> None:
     """Adds this package's general text and general exam, which no phase trains on.
 
-    They measure what the model keeps. Others: `--config.eval.texts.general.path=FILE` and
-    `--config.eval.exams.general.path=FILE`.
+    They measure what the model preserves. To use others:
+    `--config.eval.texts.general.path=FILE` and `--config.eval.exams.general.path=FILE`.
     """
     assets = "package:mixcpt_jax/assets"
     config.eval.texts.general = source(path=f"{assets}/general_text.jsonl")
@@ -391,20 +406,20 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     split: of a dataset with several splits, such as a folder whose files have the Hub's
       names; empty: "train", or the only split; "all": every file.
     format: "document", "instruction" or "preference", as plain text; "chat";
-      "chat_preference" for pairs; or "cloze", a context and the target it is to be
-      continued with; only the target is trained on or measured.
+      "chat_preference" for pairs; or "cloze", a context and a target that continues it,
+      where only the target is trained on or measured.
     fields: names of the record's fields where they are not the format's own.
     preference_side: the answer that goes into the plain text: "chosen", "rejected" or
       "both".
     weight: share of the mixture's tokens, relative to the other sources.
     final_weight: the weight at the end of the phase, reached linearly; None: constant.
-    epochs: how often the source is read at most; 0: as often as its share needs.
-    max_tokens: its loss tokens at most, to within a row; 0: no limit. The other sources
-      fill the share of a source at its limit.
-    max_records: how many records are read, the first ones; 0: all.
-    on_bad_record: "refuse"; or "skip": leaves out, with a warning, records that cannot be
-      read, lack a field, have a blank field or are no conversation, and the rest of a
-      damaged file.
+    epochs: maximum number of passes over the source; 0: as many as its share needs.
+    max_tokens: maximum number of its loss tokens, to within a row; 0: no limit. When a
+      source reaches a limit, the other sources fill its share.
+    max_records: only this many records are read, from the beginning; 0: all.
+    on_bad_record: "refuse" ends the run; "skip" leaves out, with a warning, records
+      that cannot be read, lack a field, have a blank field or are not a conversation,
+      and the rest of a damaged file.
     holdout: how many records are measured, chosen by a hash of their text. In
       `eval.texts` and `eval.pairs` 0 means all. No source trains on measured records.
     ntp_weight, lssd_weight, kd_weight, selective_weight: weights of the losses on this
