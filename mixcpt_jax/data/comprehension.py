@@ -1,9 +1,9 @@
-"""Questions and answers made of a document by rules, without a model.
+"""Questions and answers made from a document by rules, without a model.
 
-A document followed by tasks about itself teaches its knowledge and how it is asked for, as
-in AdaptLLM (arXiv 2309.09530). The rules here are our own: a definition in the text is
-asked for, a missing word, what follows a sentence, a title or a first sentence as the
-summary. All answers are words of the document.
+Training on a document followed by tasks about it teaches its facts and how to answer
+questions about them, as in AdaptLLM (arXiv 2309.09530). The rules here are our own. They
+ask for a definition, a missing word, the next sentence, and the title or, without one, a
+summary, which is the first sentence. All answers are words of the document.
 """
 
 import collections
@@ -34,13 +34,13 @@ class Task(NamedTuple):
 
 
 def tasks(text: str, title: str = "", seed: str = "", most: int = 6) -> list[Task]:
-    """Tasks about a document, at most one in each of its sentences.
+    """Tasks about a document, at most one per sentence.
 
     Args:
       text: the document.
-      title: asked for where there is one.
-      seed: with the same one the same tasks are chosen.
-      most: how many tasks there are at most.
+      title: if not blank, a task asks for it.
+      seed: determines which tasks are chosen.
+      most: the maximum number of tasks.
     """
     sentences = _sentences(text)
     draw = random.Random(seed)
@@ -52,7 +52,7 @@ def tasks(text: str, title: str = "", seed: str = "", most: int = 6) -> list[Tas
             _gaps(sentences, draw),
         )
     ]
-    # One of each kind after the other, so that none crowds out the others.
+    # Take the kinds in turn, so that none crowds out the others.
     turns = itertools.chain.from_iterable(itertools.zip_longest(*kinds))
     chosen: dict[int, Task] = {}
     for place, task in filter(None, turns):
@@ -62,7 +62,7 @@ def tasks(text: str, title: str = "", seed: str = "", most: int = 6) -> list[Tas
 
 
 def write(text: str, asked: list[Task]) -> str:
-    """A document with its tasks behind it, as one text."""
+    """Joins a document and the tasks about it into one text."""
     parts = [f"Question: {task.question}\nAnswer: {task.answer}" for task in asked]
     return "\n\n".join([text.strip(), *parts])
 
@@ -102,12 +102,12 @@ def _continuations(sentences: list[str]) -> Iterator[tuple[int, Task]]:
 
 
 def _gaps(sentences: list[str], draw: random.Random) -> Iterator[tuple[int, Task]]:
-    """A sentence without the word of it that is rarest in the document."""
+    """Sentences, each without its rarest word; words are counted over the document."""
     counts = collections.Counter(
         word.lower() for sentence in sentences for word in _WORD.findall(sentence)
     )
     for place, sentence in enumerate(sentences):
-        # The first word shows by its capital where it stood.
+        # Skip the first word: its capital letter gives it away.
         words = [m for m in _WORD.finditer(sentence) if m.start() > 0]
         words = [m for m in words if sentence.count(m[0]) == 1]
         if not words:

@@ -20,9 +20,9 @@ from mixcpt_jax.data.tally import Tally
 InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[tuple[Any, Any]]]
 
 _RECORDS_PER_BLOCK = 256
-# Increased whenever the same records and settings give other tokens than before.
+# Increment this whenever the same records and settings start to give different tokens.
 _VERSION = 3
-# Increased whenever other records of the same source are held out than before.
+# Increment this whenever the choice of held-out records of a source changes.
 SPLIT_VERSION = 3
 
 
@@ -34,10 +34,10 @@ def one_by_one(function, items):
 class Holdout:
     """Hashes of the texts that a phase measures, and which setting measures each.
 
-    Texts that differ only in case, blanks and forms of characters are the same, see
-    `filters.digest`. A record is held out if one of its whole texts is a held-out text or
-    part of one, or if one of its parts is a whole held-out text. Records that only have a
-    part in common, such as one answer to different questions, are not. See
+    Texts that differ only in case, whitespace and character forms count as equal, see
+    `filters.digest`. A record is held out if one of its whole texts equals a held-out text
+    or a part of one, or if one of its parts equals a whole held-out text. Records that only
+    share a part, such as the same answer to different questions, are not held out. See
     `formats.passages`.
     """
 
@@ -116,8 +116,8 @@ def measure(config: ml_collections.ConfigDict) -> Measured:
 class Corpus:
     """The records of a source. Each pass reads its files again and keeps no records.
 
-    The holdout is chosen among all records, so it is the same whatever the format. Then
-    these are left out, in this order: if the source says so, records that cannot be read
+    The holdout is chosen among all records, so it does not depend on the format. Then
+    records are dropped, in this order: if the source says so, records that cannot be read
     or that the format cannot use; records whose text the phase measures, whichever source
     or `eval` entry holds it out; and records that `config.clean` filters.
 
@@ -138,7 +138,7 @@ class Corpus:
           config: a validated config.
           source: one of its sources or measured texts.
           measured: what the phase measures; None: `measure(config)` and the source's own
-            holdout, once they are needed.
+            holdout are read when first needed.
         """
         self._config, self._source = config, source
         self._measured = measured
@@ -164,8 +164,8 @@ class Corpus:
         return list(chosen.values())
 
     def _to_choose_from(self) -> Iterator[sources.Record]:
-        # An error of the first record, such as a wrong field name, is reported before an
-        # error of their number.
+        # Report an error in the first record, such as a wrong field name, before an error
+        # about the number of records.
         is_first = self._refuses
         for record in self._read(None if self._refuses else lambda error: None):
             if is_first:
@@ -228,7 +228,7 @@ class Corpus:
     def _reported(
         self, records: Iterator[sources.Record], tally: Tally
     ) -> Iterator[sources.Record]:
-        """The records; after the last one, reports what was left out."""
+        """Yields the records; after the last one, reports what was left out."""
         is_empty = True
         for record in records:
             is_empty = False
@@ -360,7 +360,7 @@ def _inspect(settings, rules, exam_files, records) -> list[filters.Findings]:
 
 @functools.cache
 def _exam_ngrams(files: tuple[str, ...], n: int) -> filters.Ngrams:
-    """Of questions alone, and of each with each of its choices."""
+    """The n-grams of each question alone and of each question with each of its choices."""
     texts = []
     for path in files:
         for question in exams.read(path):

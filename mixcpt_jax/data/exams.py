@@ -39,7 +39,7 @@ class Exam:
         """Whether each question is answered correctly, bool [questions].
 
         The answer is the choice with the greatest log-likelihood per byte, so that long
-        choices have no disadvantage; of equal ones the first.
+        choices have no disadvantage; ties go to the first choice.
 
         Args:
           log_likelihoods: summed over each choice's tokens, nats, float [choices].
@@ -59,7 +59,7 @@ def read(path: str) -> list[dict[str, Any]]:
     """Reads an exam of `{question, choices, answer}`.
 
     Args:
-      path: as for `sources.read`; a file of an unknown suffix is read as JSON lines.
+      path: as for `sources.read`; a file with an unknown suffix is read as JSON lines.
 
     Raises:
       InputError: names the file and line of what is wrong.
@@ -109,13 +109,14 @@ def check(question: dict[str, Any], place: str) -> None:
         raise InputError(f"{place}: choices is not a list of two or more; {wanted}")
     for number, choice in enumerate(choices):
         check_text(choice, f"choices[{number}]", place)
-    # True is an int to Python, and 1.0 may be what a table made of a missing value.
+    # In Python, True is an int; and a table may have turned integers into floats such as
+    # 1.0 because of a missing value.
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise InputError(
             f"{place}: answer is {answer!a:.40}, must be the index of the right choice, a "
             f"whole number from 0 to {len(choices) - 1}"
         )
-    # Two wrong choices alike, as ARC has some, change no grade.
+    # Two identical wrong choices, which occur in ARC, do not affect the grade.
     if sum(choice.strip() == choices[answer].strip() for choice in choices) > 1:
         raise InputError(
             f"{place}: another choice is the same as the right one; drop the question"
@@ -136,11 +137,11 @@ def encode(
       questions: at least one.
       tokenizer: see `formats.encode_continuations`.
       row_length, max_positions, name: see `mixture.pack_text`.
-      places: where each question is from; empty: its number.
+      places: where each question is from; if empty, errors give its number.
 
     Raises:
-      InputError: there are no questions, one does not fit the context, or a choice has
-        no token of its own.
+      InputError: there are no questions, a question does not fit the context, or a choice
+        has no token of its own.
     """
     if not questions:
         raise InputError(f"{name}: has no questions; name another file")
@@ -160,7 +161,7 @@ def encode(
 def within(
     questions: list[dict[str, Any]], tokenizer: Any, max_tokens: int
 ) -> list[int]:
-    """Numbers of the questions to ask, so that with their choices they keep to a limit.
+    """Indices of the questions to ask, so that they and their choices stay within a limit.
 
     Args:
       questions: see `check`.
@@ -184,7 +185,7 @@ def spell_out(
 ) -> Examples:
     """One example per choice: the question, and the choice, which has the loss.
 
-    One blank precedes a choice, whatever blanks are around it in the file.
+    Exactly one space precedes a choice, whatever whitespace surrounds it in the file.
 
     Args:
       questions: the questions.

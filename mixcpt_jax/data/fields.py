@@ -1,9 +1,9 @@
 """Reads the fields of a record in its format, and notes what else it holds.
 
 Each function takes a `Reading` of one record and returns the texts or messages of one
-format. A reading remembers which fields were read. Of the others, those in `REFUSED` are
-errors, because the text would have another meaning without them; the rest are `unread`,
-which a source reports with a count.
+format. A reading remembers which fields were read. Other fields that are in `REFUSED` raise
+an error, because ignoring them would change the meaning of the text; the rest are `unread`,
+and the source reports their count.
 """
 
 import itertools
@@ -37,8 +37,8 @@ _NO_TOOLS = "write it into the content as text, or drop the record"
 _NO_THOUGHTS = (
     "write it into the content as the model should write it, or drop the field"
 )
-# Field of a record or key of a message -> the remedy if it is not empty. Without it the
-# text would have another meaning.
+# Field of a record or key of a message -> the remedy if it is not empty. Ignoring it would
+# change the meaning of the text.
 REFUSED = {
     "tools": _NO_TOOLS,
     "functions": _NO_TOOLS,
@@ -65,7 +65,7 @@ _DIALOGUES = ("instruction", "preference", "chat", "chat_preference")
 _WEIGHTS = (
     "weight", "train", "training", "trainable", "loss", "loss_weight",
 )  # fmt: skip
-# An id is no content; `selection` is what the job "select" wrote about the record.
+# An id is not content; `selection` is what the job "select" wrote about the record.
 _SILENT = ("id", "selection")
 
 Message = dict[str, Any]
@@ -99,10 +99,10 @@ class Reading:
         return self._values.get(self.name(field))
 
     def text(self, field: str, also: str = "") -> str:
-        """A field that must be a text and not blank.
+        """A field that must be a string and not blank.
 
         Raises:
-          InputError: it is not there, no text or blank.
+          InputError: it is missing, not a string, or blank.
         """
         name = self.name(field)
         if name not in self._values:
@@ -137,7 +137,8 @@ class Reading:
           loss; `parts` if `content` is joined from parts.
 
         Raises:
-          InputError: it is no list of messages, or one has a key that is `REFUSED`.
+          InputError: it is not a list of messages, or a message has a key that is
+            `REFUSED`.
         """
         name, value = self.name(field), self.get(field)
         if not isinstance(value, list) or not value:
@@ -211,9 +212,10 @@ class Reading:
                 raise self.fail(f"{prefix}{key} is not written into the text; {remedy}")
 
     def unread(self, format: str, texts: list[str]) -> list[str]:
-        """The names of the fields that were not read; to be called last.
+        """The names of the fields that were not read; call this last.
 
-        Fields that are empty, an id, or part of the texts anyway are not among them.
+        Omits fields that are empty, fields that are ids, and fields whose value the texts
+        contain anyway.
 
         Args:
           format: of the record.
@@ -279,7 +281,7 @@ def preference(reading: Reading, side: str) -> tuple[list[Message], list[str]]:
     prompt = reading.text("prompt")
     sides = ("chosen", "rejected") if side == "both" else (side,)
     answers = [reading.text(name) for name in sides]
-    # The other side is left out on purpose, so it is not unread.
+    # The other side is left out on purpose, so do not report it as unread.
     others = [reading.get(name) for name in ("chosen", "rejected")]
     _check_apart(reading, prompt, others)
     return _before(reading, [{"role": "user", "content": prompt}]), answers
@@ -330,11 +332,10 @@ def is_loss_turn(message: Mapping[str, Any]) -> bool:
 def pair(reading: Reading) -> tuple[list[Message], list[Message], list[Message]]:
     """The messages of a prompt, and those that the chosen and rejected answers add.
 
-    An answer that begins with a message of the user or the system is a whole
-    conversation, and the prompt in it is written once. So is one that begins with the
-    prompt's own messages. If `prompt` is missing, or is only the last question of two
-    whole conversations, the prompt is their common beginning, up to the user's last
-    message in it.
+    An answer that begins with a message of the user or the system, or with the prompt's own
+    messages, is a whole conversation; the prompt in it is not repeated. If `prompt` is
+    missing, or is only the last question of two whole conversations, the prompt is their
+    common beginning, up to the user's last message in it.
 
     Raises:
       InputError: the end of the prompt in an answer is not clear, system messages differ,
@@ -387,7 +388,7 @@ def pair(reading: Reading) -> tuple[list[Message], list[Message], list[Message]]
 
 
 def prefers(chosen: list[Message], rejected: list[Message]) -> bool:
-    """Whether two answers differ in more than blanks."""
+    """Whether two answers differ in more than whitespace."""
     return [_key(m) for m in chosen] != [_key(m) for m in rejected]
 
 
@@ -448,7 +449,7 @@ def _split_system(messages: list[Message]) -> tuple[list[Message], list[Message]
 
 
 def _check_apart(reading: Reading, prompt: str, answers: list[Any]) -> None:
-    """Raises InputError if both answers have the prompt before them as text."""
+    """Raises InputError if both answers are strings that begin with the prompt."""
     prompt = prompt.strip()
     if all(
         isinstance(answer, str)
@@ -514,7 +515,8 @@ def check_text(
     """Checks that a value is text that can be encoded.
 
     Raises:
-      InputError: it is not a text, has half of a surrogate pair, or is wrongly blank.
+      InputError: it is not a string, has half of a surrogate pair, or is blank where it
+        must not be.
     """
     if not isinstance(value, str):
         raise InputError(

@@ -1,9 +1,9 @@
 """Finds the files that the path of a source names, and the reader of each.
 
-A path that exists as it stands is that file or folder, whatever its name; otherwise it is a
-list or a glob. A folder is searched at any depth, by the suffix of each file. Hidden files,
-cards of data sets and splits other than the wanted one are not read. The log names what is
-not read.
+A path that exists literally is that file or folder, whatever its name; otherwise it is a
+list or a glob. A folder is searched recursively, and the suffix of each file determines its
+reader. Hidden files, dataset cards and splits other than the requested one are skipped. The
+log names what is skipped.
 """
 
 import collections
@@ -25,7 +25,8 @@ READERS = ("jsonl", "text", "parquet", "arrow", "array_record", "tfds")
 ALL = "all"
 
 _WILDCARD = re.compile(r"[*?\[]")
-# Words between these characters name the split of a file or folder, as on the Hub.
+# A word of a file or folder name, separated by these characters, can name its split, as on
+# the Hugging Face Hub.
 _BETWEEN_WORDS = re.compile(r"[-._ 0-9]")
 _SPLIT_OF_WORD = {
     "train": "train",
@@ -41,7 +42,7 @@ _SPLIT_OF_WORD = {
     "holdout": "test",
     "heldout": "test",
 }
-# In a folder `data` of a data set, the shards may name any split.
+# In a dataset's `data` folder, shard names may name any split.
 _SHARD_OF_SPLIT = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _CARD_KEYS = re.compile(
     r"^(?:annotations_creators|configs|dataset_info|language|license|pretty_name|"
@@ -49,7 +50,8 @@ _CARD_KEYS = re.compile(
     re.MULTILINE,
 )
 _CARD_BYTES = 1 << 16
-# Text files about the others, in any language: README.md, README_zh.md, LICENSE.txt.
+# Text files that describe the others, in any language: README.md, README_zh.md,
+# LICENSE.txt.
 _ABOUT_OTHERS = re.compile(
     r"(readme|licen[cs]e|notice|copying|changelog|contributing|citation|authors|"
     r"code_of_conduct|security|requirements)([-_.][a-z]{2,7}([-_][a-z]{2,4})?)?\.\w+$",
@@ -65,7 +67,7 @@ class Part(NamedTuple):
     split: str = ""
 
 
-# What is reported of a path: messages, each followed by names.
+# Messages about a path; each is followed by names.
 _OTHER_SPLITS = "other splits are not read"
 _SOLE_SPLIT = "there is only the split"
 _NAMED_SPLITS = "files of several splits are read, as they are named"
@@ -94,7 +96,7 @@ class Found:
     )
 
     def lines(self) -> list[str]:
-        """The notes, and what is passed over, in words."""
+        """The notes and the skipped files, as text."""
         lines = []
         if self.passed_over:
             lines.append(
@@ -135,7 +137,7 @@ def find(path: str, reader: str, split: str) -> Found:
 
 
 def suffixes(files: list[epath.Path]) -> str:
-    """The number of files of each suffix, in words."""
+    """The number of files per suffix, as text."""
     counts = collections.Counter(readers.suffix(f.name) or "no suffix" for f in files)
     return ", ".join(f"{count} {name}" for name, count in counts.most_common(8))
 
@@ -173,7 +175,7 @@ class _Entry(NamedTuple):
 
 
 class _Search:
-    """One search, which finds every file and folder once."""
+    """One search; it finds every file and folder once."""
 
     def __init__(self, reader: str, split: str):
         self.found = Found()
@@ -181,7 +183,7 @@ class _Search:
         self._seen: set[str] = set()
 
     def add(self, piece: str) -> None:
-        """Adds what one path of the list names."""
+        """Adds what one path in the list names."""
         found = self.found
         first, num_hidden = len(found.passed_over), len(found.notes[_HIDDEN])
         is_read, named = False, []
@@ -212,7 +214,7 @@ class _Search:
         return True
 
     def _add_part(self, part: Part) -> None:
-        # The folder of a TFDS dataset was found before.
+        # The folder of a TFDS dataset was already found.
         if part.reader == "tfds" or self._is_new(part.path):
             self.found.parts.append(part)
 
@@ -299,7 +301,7 @@ class _Search:
             seen.add(stem)
 
     def _of_split(self, root: epath.Path, files: list[_Entry]) -> dict[epath.Path, str]:
-        """Files of the wanted split -> the split, '' if the files name none."""
+        """Files of the requested split -> the split, '' if the files name none."""
         files = [entry for entry in files if entry.reader]
         split_of = _splits(files)
         counts = collections.Counter(filter(None, split_of.values()))
@@ -331,7 +333,7 @@ class _Search:
         self.found.notes[message] += map(str, names)
 
     def _choose(self, folder: epath.Path, splits: list[str]) -> str:
-        """The wanted split of a dataset that names its own."""
+        """The requested split of a dataset that declares its splits."""
         if not self._split and (len(splits) == 1 or "train" in splits):
             split = "train" if "train" in splits else splits[0]
             self._note(_OTHER_SPLITS, [other for other in splits if other != split])
@@ -367,7 +369,8 @@ def _splits(files: list[_Entry]) -> dict[epath.Path, str]:
         else _named(entry.path.name)
         for entry in files
     }
-    # A text may be called test by chance; beside one called train, it is a split.
+    # A text file may be called "test" by chance; it is a split only beside one called
+    # "train".
     if not any(by_name[e.path] == "train" for e in files if e.reader == "text"):
         by_name |= {entry.path: "" for entry in files if entry.reader == "text"}
     return {
@@ -422,7 +425,7 @@ def _matches(piece: str) -> Iterator[epath.Path]:
         return
     if not _WILDCARD.search(str(resolved)):
         return
-    # The folder to look in: as much of the path as exists.
+    # The folder to look in: the longest prefix of the path that exists.
     root = resolved
     while not root.exists() and root != root.parent:
         root = root.parent

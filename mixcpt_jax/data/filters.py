@@ -1,8 +1,8 @@
 """Filters texts: quality, decontamination of exams, exact and near duplicates.
 
 `inspect` judges one text by itself, in any process; `Seen` compares it with the texts
-before it, in one process. A word is a run of letters and digits, whatever its case; in
-scripts without blanks between words, each letter is a word.
+before it, in one process. A word is a run of letters and digits, case-insensitive; in
+scripts that do not separate words by spaces, each letter is a word.
 """
 
 import collections
@@ -28,7 +28,8 @@ REASONS = (
 )
 
 WORDS_PER_SHINGLE = 5
-# An exam text shorter than an n-gram is looked for as a whole if it has so many words.
+# An exam text shorter than an n-gram is matched as a whole if it has at least this many
+# words.
 LEAST_WORDS = 8
 
 # The standard error of an estimated Jaccard similarity is 0.03 at most.
@@ -41,10 +42,10 @@ _ALONE = (
     "\u3040-\u30ff"  # kana
     "\u3400-\u9fff\U00020000-\U0003ffff"  # Han
 )
-# Combining marks, such as vowels of Indian scripts, separate words here, consistently.
+# Combining marks, such as vowel signs of Indic scripts, always separate words here.
 _WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
-# Controls that are not blanks, soft hyphens, joiners, marks of direction, a byte order
-# mark, variation selectors.
+# Control characters except whitespace, soft hyphens, joiners, direction marks, the byte
+# order mark, variation selectors.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069"
     "\ufe00-\ufe0f\ufeff]"
@@ -52,7 +53,7 @@ _INVISIBLE = re.compile(
 
 
 class Findings(NamedTuple):
-    """What `inspect` finds out about a text.
+    """The result of `inspect` for one text.
 
     Attributes:
       reason: one of `REASONS`, or empty.
@@ -69,8 +70,8 @@ class Ngrams(NamedTuple):
     """Word n-grams to look for.
 
     Attributes:
-      sizes: their numbers of words; n and some below, see `ngrams_of`.
-      texts: the n-grams, with single blanks.
+      sizes: their lengths in words; n and some smaller ones, see `ngrams_of`.
+      texts: the n-grams, words joined by single spaces.
     """
 
     sizes: tuple[int, ...]
@@ -96,14 +97,14 @@ def inspect(
     is_document: bool,
     exam_ngrams: Ngrams | None = None,
 ) -> Findings:
-    """Judges a text without knowledge of others.
+    """Checks one text by itself.
 
     The reason is the first rule that the text breaks, in the order of `REASONS`.
 
     Args:
       text: any.
       settings: the config's section `clean`, or anything with the same attributes.
-      is_document: whether the rules of length, letters and repetition apply.
+      is_document: whether the rules on length, letters and repetition apply.
       exam_ngrams: a text that contains one is contaminated; None: the rule is off.
     """
     if is_document:
@@ -115,7 +116,7 @@ def inspect(
             return Findings("few_letters")
     limit = settings.max_repetition if is_document else 1
     if limit >= 1 and exam_ngrams is None and not settings.near_duplicates:
-        words = []  # which nobody asks for
+        words = []  # not needed
     else:
         words = words_of(text)
     if limit < 1 and repetition(words) > limit:
@@ -135,13 +136,13 @@ def words_of(text: str) -> list[str]:
 
 
 def digest(text: str) -> bytes:
-    """A hash of a text up to case, blanks and forms of characters, 16 bytes."""
+    """A hash of a text that ignores case, whitespace and character forms, 16 bytes."""
     content = " ".join(_fold(text).split()).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def letter_share(text: str) -> float:
-    """Share of letters and marks, of any script, in the characters that are not blank."""
+    """Share of letters and marks, of any script, among the non-whitespace characters."""
     counts = collections.Counter()
     for character, count in collections.Counter(text).items():
         if not character.isspace():
@@ -167,7 +168,7 @@ def repetition(words: list[str]) -> float:
 def min_hash(words: list[str]) -> "datasketch.LeanMinHash":
     """256 MinHash values of the set of word 5-grams.
 
-    A text of fewer words is a single 5-gram.
+    A text of fewer than 5 words counts as a single 5-gram.
     """
     import datasketch
 
@@ -220,8 +221,8 @@ class Seen:
         """Near duplicates have at least this Jaccard similarity of their word 5-grams.
 
         MinHash estimates it, with a standard error of sqrt(J (1 - J) / 256) at a
-        similarity J: 0.025 at 0.8. Two texts are compared if all values of a band agree,
-        as 99% of the pairs at the threshold do.
+        similarity J: 0.025 at 0.8. Two texts are compared if all values of some band agree,
+        which holds for 99% of the pairs at the threshold.
         """
         self._threshold = threshold
         self._digests = set()
@@ -231,8 +232,8 @@ class Seen:
     def _index(self) -> "datasketch.MinHashLSH":
         import datasketch
 
-        # The longest bands that miss almost no pair at the threshold need the fewest
-        # comparisons.
+        # Use the longest bands that miss almost no pair at the threshold: they need the
+        # fewest comparisons.
         sizes = range(1, _NUM_HASHES // 2 + 1)
         slips = [(1 - self._threshold**size) ** (_NUM_HASHES // size) for size in sizes]
         size = max(1, sum(slip <= 1 - _RECALL for slip in slips))
@@ -263,7 +264,7 @@ class Seen:
 
 
 def _fold(text: str) -> str:
-    """A text without case, compatible forms and invisible characters.
+    """Removes case, compatibility forms and invisible characters from a text.
 
     Texts that match by Unicode's compatibility caseless matching (D146) become the same.
     """

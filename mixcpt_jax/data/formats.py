@@ -1,8 +1,8 @@
 """Records to examples: the tokens of a text and which of them are loss tokens.
 
-Continual pre-training reads everything as plain text: no chat template, no role names, a
-loss on every token. Format alignment follows it and reads conversations: the tokenizer's
-chat template writes them, and the loss is on the assistant's turns.
+Continual pre-training reads everything as plain text: no chat template, no role names, and
+a loss on every token. Format alignment comes next and reads conversations: the tokenizer's
+chat template renders them, and the loss is on the assistant's turns.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from mixcpt_jax.data.tally import Tally
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """Token sequences end to end in flat arrays.
+    """Token sequences, concatenated in flat arrays.
 
     Attributes:
       tokens: int32 [total].
@@ -83,7 +83,7 @@ class Examples:
     def take(
         self, numbers: np.ndarray, lengths: np.ndarray | None = None
     ) -> "Examples":
-        """Examples by their numbers, cut at their ends to these lengths if given."""
+        """Selects examples by index, truncated to these lengths if given."""
         lengths = self.lengths[numbers] if lengths is None else lengths
         parts = [
             slice(start, start + length)
@@ -149,9 +149,9 @@ def encode(
 ) -> Examples:
     """Encodes records.
 
-    Plain texts become [BOS if the tokenizer adds it] + text + [end]; all but BOS are loss
-    tokens. Conversations become what the tokenizer's chat template writes and nothing
-    more; loss tokens are what the assistant writes and the token that ends its turn,
+    Plain texts become [BOS if the tokenizer adds it] + text + [end]; all tokens except BOS
+    are loss tokens. Conversations become exactly what the tokenizer's chat template
+    renders; the loss tokens are the assistant's content and the token that ends its turn,
     except in turns whose `weight` is 0.
 
     Args:
@@ -173,7 +173,7 @@ def encode(
         'chat' `encode_chat`.
       fields: our field name -> the source's name for it, where they differ.
       preference_side: 'chosen', 'rejected', or 'both' for two examples per record.
-      tally: counts findings; without it, records left out and characters lost are logged.
+      tally: counts findings; if None, dropped records and characters are logged.
       on_bad_record: 'refuse', or 'skip' to leave out and count bad records.
 
     Raises:
@@ -273,7 +273,7 @@ def _contents(messages: Iterable[Mapping[str, Any]]) -> list[str]:
 def _checked(
     records: Iterable[Record], settings: tuple, tally: Tally, on_bad: OnBad
 ) -> Iterator[tuple[Said, str]]:
-    """Content and place of each record; records that are left out are counted."""
+    """Yields the content and place of each record; counts dropped records."""
     for record in records:
         try:
             said = _read(record, *settings)
@@ -288,7 +288,7 @@ def _checked(
 
 
 def _one_by_one(checked, encode_one, tokenizer, tally: Tally, on_bad: OnBad):
-    """The examples of records that are encoded one by one, one or two of each."""
+    """The examples of records that are encoded one by one; one or two per record."""
     for said, place in checked:
         try:
             examples = encode_one(said, tokenizer, place)
@@ -363,17 +363,17 @@ def encode_continuations(
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Encodes contexts with their continuations.
 
-    As lm-evaluation-harness does it, except that line ends stay in the context: spaces at
-    the end of the context move to the target, context and target are tokenized as one
-    text, and the target's tokens are those after as many as the context alone has. So a
-    target has the tokens that it has in running text.
+    This follows lm-evaluation-harness, except that line ends stay in the context. Spaces at
+    the end of the context move to the target, and both are tokenized as one text. If the
+    context alone has n tokens, the target's tokens are those after the first n. So a target
+    has the same tokens as in running text.
 
     Args:
       continuations: (context, target, place of the record) of each.
       tokenizer: has `encode_batch`, `add_bos` and `bos_id`.
 
     Yields:
-      Tokens, and which of them are the target's.
+      Tokens, and a mask of the target's tokens.
 
     Raises:
       InputError: a target has no token of its own; begins with its place.
@@ -418,7 +418,7 @@ class Passages(NamedTuple):
         with its target, a question with its answer, a conversation; of a pair the prompt
         with each answer.
       parts: texts within it that have a loss: each answer alone, and a conversation up to
-        each answer but the last.
+        each answer except the last.
     """
 
     wholes: list[str]
@@ -474,7 +474,7 @@ def _passages_of(messages: list[dict[str, Any]], first: int) -> Passages:
 def said_in(
     record: Record, format: str, fields: Mapping[str, str] | None = None
 ) -> str:
-    """The content of the fields that a format reads, whatever their types.
+    """The content of the fields that a format reads, of any type.
 
     It is the same for 'instruction' and 'chat', and for 'preference' and
     'chat_preference', and empty if no field is there.
@@ -494,7 +494,7 @@ def said_in(
 def encode_answer(
     prompt: list[dict[str, str]], answer: list[dict[str, str]], tokenizer, place: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes a conversation whose loss is on `answer` alone.
+    """Encodes a conversation with a loss on `answer` only.
 
     Returns:
       Tokens of both, int32 [tokens], and the loss mask, bool [tokens]: the assistant's
@@ -531,7 +531,7 @@ def encode_response(
 def prompt_and_response(
     record: Record, format: str, fields: Mapping[str, str] | None = None
 ) -> tuple[list[dict[str, Any]], str]:
-    """A record as the messages of a prompt and the assistant's response to it.
+    """Splits a record into the messages of a prompt and the assistant's response.
 
     Joined by `SEPARATOR`, the contents of the messages and the response are the plain text
     that `encode` writes for an instruction or a preference.
@@ -543,8 +543,7 @@ def prompt_and_response(
       fields: our field name -> the source's name for it, where they differ.
 
     Raises:
-      InputError: see `encode`; also if no message with a content comes before the
-        response.
+      InputError: see `encode`; also if no message with content precedes the response.
     """
     _check_settings(format, fields or {}, "chosen")
     if format not in ("instruction", "preference", "chat"):
@@ -580,7 +579,8 @@ def read_prompt(record: Record, tally: Tally | None = None) -> list[dict[str, An
       tally: counts unread fields.
 
     Raises:
-      InputError: neither is there, or it is malformed or ends with the assistant.
+      InputError: both are missing, or the conversation is malformed or ends with the
+        assistant.
     """
     reading = fields_lib.Reading(record)
     messages = fields_lib.prompt(reading)

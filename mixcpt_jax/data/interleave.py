@@ -1,10 +1,10 @@
 """Which source each row of a mixture comes from, in closed form.
 
-Let `C_s(t)` be the number of rows, a real number, that source `s` should have given among
-the first `t`: the integral of its share. Its row `k` is due when `C_s` passes `k + 1/2`,
+Let `C_s(t)`, a real number, be the number of rows that source `s` should contribute to the
+first `t` rows: the integral of its share. Its row `k` is due when `C_s` passes `k + 1/2`,
 and rows are read in the order in which they are due. So every source is always within one
-row of its share. Row `i` of the stream is found without those before it: time is cut into
-blocks, and the rows due in a block are counted and sorted on their own.
+row of its share. Row `i` of the stream is found without computing the rows before it: time
+is cut into blocks, and the rows due in a block are counted and sorted independently.
 
 Shape suffixes: M sources, K rows of a block, N times in it.
 """
@@ -41,9 +41,9 @@ class Interleaving:
     ):
         """
         Args:
-          shares: of the rows, for each source, in any scale; at the beginning.
-          final_shares: from row `num_rows`; before it, shares move linearly. None: they
-            stay.
+          shares: share of the rows of each source at the beginning, on any scale.
+          final_shares: shares from row `num_rows` on; before it, shares change linearly.
+            None: shares are constant.
           num_rows: when the final shares are reached.
           limits: the most rows that each source gives, whole numbers or inf. The share of
             a source that has reached its limit goes to the others in proportion.
@@ -60,7 +60,7 @@ class Interleaving:
         self._first_row = functools.lru_cache(maxsize=16)(self._rows_before)
 
     def __reduce__(self):
-        # Without the caches, which other processes do not need.
+        # Drop the caches; other processes do not need them.
         return Interleaving, self._arguments
 
     @property
@@ -150,7 +150,7 @@ class Interleaving:
         return np.minimum(self._follow(piece, time), self._limits_M)
 
     def _follow(self, piece: _Piece, time: float) -> np.ndarray:
-        """C_s(time) if nothing changes after the start of the piece."""
+        """C_s(time), if nothing else changes after the start of the piece."""
         slope_M = np.zeros_like(self._shares_M)
         value_M = self._final_M
         if piece.start < self._anneal_end:
@@ -170,7 +170,7 @@ class Interleaving:
         return piece.given_M + given_M
 
     def _cut(self) -> list[_Piece]:
-        """Cuts time where a source reaches its limit, or shares stop moving."""
+        """Cuts time where a source reaches its limit, or where shares stop changing."""
         active_M = (self._shares_M > 0) | (self._final_M > 0)
         pieces = [_Piece(0.0, np.zeros_like(self._shares_M), active_M)]
         while pieces[-1].active_M.any():
@@ -195,7 +195,7 @@ class Interleaving:
         return pieces
 
     def _exhausted(self, piece: _Piece, source: int) -> float:
-        """When a source reaches its limit, if nothing else changes before."""
+        """The time at which a source reaches its limit, if nothing else changes first."""
         limit = self._limits_M[source]
         if limit == math.inf:
             return math.inf

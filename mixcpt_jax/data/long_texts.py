@@ -1,7 +1,7 @@
 """Tokens of texts of any length, in memory that does not grow with the text.
 
-A tokenizer keeps some hundred bytes for each token of a text while it works. So a long
-text is encoded in pieces. A cut must not change the tokens: it lies before a blank, and the
+While it encodes a text, a tokenizer uses hundreds of bytes per token, so long texts are
+encoded in pieces. A cut must not change the tokens: it lies before whitespace, and the
 tokens of the text around it must be the same with and without the cut.
 """
 
@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-# Characters of a piece, of the texts that are encoded at a time, and of the text on
-# either side of a cut whose tokens are compared.
+# Number of characters in a piece, in the texts encoded together, and on each side of a cut
+# for the comparison of tokens.
 PIECE, _BLOCK, _CONTEXT = 2**16, 2**20, 256
 _TEXTS_PER_BLOCK = 1024
-# Cuts that are tried before a piece is made longer.
+# Number of cuts to try before making the piece longer.
 _MOST_TRIES = 32
-# Line ends come first: few tokens reach over them.
+# Try line ends first: few tokens span them.
 _CUTS = (re.compile(r"(?<=\S)(?=\n)"), re.compile(r"(?<=\S)(?=\s)"))
 
 
@@ -25,11 +25,12 @@ def encode(tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """Encodes plain texts.
 
     Args:
-      tokenizer: has `encode_batch`; one without `encode_rests` gets every text whole.
-      texts: read as they are needed.
+      tokenizer: has `encode_batch`; if it has no `encode_rests`, every text is encoded
+        whole.
+      texts: read lazily.
 
     Yields:
-      The tokens of each text, int32, those that `encode_batch` gives for the whole text.
+      The tokens of each text, int32, the same as `encode_batch` gives for the whole text.
     """
     cuts_texts = hasattr(tokenizer, "encode_rests")
     for block in _blocks(texts):
@@ -40,7 +41,7 @@ def encode(tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts that are encoded together; a long text is alone."""
+    """Groups of texts to encode together; a long text is a group of its own."""
     block: list[str] = []
     size = 0
     for text in texts:
@@ -71,7 +72,7 @@ def _in_pieces(tokenizer, text: str) -> np.ndarray:
 
 
 def _cuts(tokenizer, text: str) -> Iterator[int]:
-    """Where a text is cut, about every `PIECE` characters."""
+    """The positions at which to cut a text, about every `PIECE` characters."""
     start = 0
     while len(text) - start > PIECE:
         tries = _tries(text, start)
@@ -82,7 +83,7 @@ def _cuts(tokenizer, text: str) -> Iterator[int]:
 
 
 def _tries(text: str, start: int) -> Iterator[int]:
-    """Cuts to try, the best first; each try looks twice as far as the one before."""
+    """Cuts to try, best first; each try searches twice as far as the previous one."""
     end = start + PIECE
     reach = PIECE // 2
     while True:
