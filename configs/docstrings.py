@@ -31,7 +31,7 @@ FOLDER = pathlib.Path("runs", "docstrings")
 
 
 def file_of(*packages: str) -> str:
-    """The path of a JSONL file of `records`, written below `runs` if it is not there.
+    """The path of a JSONL file of `records`; writes it below `runs` if it does not exist.
 
     Its name holds the versions of the packages, so each version has its own file.
 
@@ -65,9 +65,9 @@ def file_of(*packages: str) -> str:
 def records(packages: Sequence[str]) -> list[dict]:
     """One document per public module, class, function and method that is documented.
 
-    Names are those a user imports: what a public module re-exports stands under its
-    shortest public name. Private, test, example and generated code is left out, and so
-    are docstrings of fewer than 80 characters and exact copies.
+    Names are the ones that a user imports: an object that public modules re-export has
+    its shortest public name. Private, test, example and generated code is left out, and
+    so are docstrings of fewer than 80 characters and exact copies.
 
     Args:
       packages: names of installed top-level packages.

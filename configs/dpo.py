@@ -1,4 +1,4 @@
-"""Direct preference optimisation alone, from any earlier phase or a pretrained model.
+"""Direct preference optimization alone, from any earlier phase or a pretrained model.
 
     python -m mixcpt_jax.main --config=configs/dpo.py --workdir=runs/dpo \\
         --config.model.path=/models/Llama-3.2-1B-Instruct \\

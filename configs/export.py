@@ -3,8 +3,9 @@
     python -m mixcpt_jax.main --config=configs/export.py --workdir=runs/mine_hf \\
         --config.model.path=/models/Llama-3.2-1B-Instruct --config.init_from=runs/mine/dpo
 
-`model.path` is that of the phase; its config and tokenizer go into the folder. Adapters are
-merged into the weights. `export.dtype` is bfloat16, float16 or float32.
+`model.path` is the model that the phase started from; its config and tokenizer go into
+the folder. Adapters are merged into the weights. `export.dtype` is bfloat16, float16 or
+float32.
 """
 
 from mixcpt_jax import config as config_lib

@@ -6,8 +6,8 @@
         --config.sources.instructions.path=/data/instructions.jsonl \\
         --config.sources.preferences.path=/data/preferences.jsonl
 
-Six phases, each in its own folder of the workdir; the same command, run again, resumes with
-the first unfinished phase:
+There are six phases, each with its own folder in the workdir. The same command, run
+again, resumes at the first unfinished phase:
 
 - `cpt`: trains on the knowledge mixture, all of it plain text, with next-token prediction
   plus logit swap self-distillation (the default weights of `config.objective`);
@@ -19,10 +19,10 @@ the first unfinished phase:
 - `export`: writes a folder for transformers, `export/hf`.
 
 `overrides.PHASE` holds the settings of one phase, as in
-`--config.overrides.sft.train.num_steps=50`. `--config.select.keep.instructions=200` (and
-`.preferences`) sets how many samples are selected, `--config.select.method` how. Adapters
-in every phase: `--config.lora.rank=16`. `configs/cpt.py` describes the formats of records,
-and `mixcpt_jax/config/defaults.py` every key.
+`--config.overrides.sft.train.num_steps=50`. `--config.select.keep.instructions=200`
+(and `.preferences`) sets how many samples are selected, and `--config.select.method`
+sets how. `--config.lora.rank=16` trains adapters in every phase. `configs/cpt.py`
+describes the formats of records, and `mixcpt_jax/config/defaults.py` every key.
 
 Variants, as in `--config=configs/mixcpt.py:auto`:
 
@@ -56,8 +56,8 @@ def get_config(size: str = ""):
     sources.preferences = config_lib.source(
         format="preference", weight=0.15, holdout=64
     )
-    # 10 samples suffice for the format; with 200 more answers stay correct. How they were
-    # selected made no difference, see experiments/README.md.
+    # 10 samples suffice for the format; with 200 samples, more answers stay correct.
+    # The method of selection made no difference, see experiments/README.md.
     config.select.keep.instructions = 200
     config.select.keep.preferences = 200
     sources.sft = config_lib.source(

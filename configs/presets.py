@@ -1,8 +1,9 @@
 """Continual pre-training on TPU slices: what the configs of single models share.
 
-A preset is the first phase of Mix-CPT, `configs/cpt.py`, with the mesh and the batch for a
-model on a slice; `python -m mixcpt_jax plan` computes its memory and time. Everything else
-is set as there: `model.path`, the paths of the sources, the steps.
+A preset is the first phase of Mix-CPT, `configs/cpt.py`, with the mesh and the batch
+for a model on a slice; `python -m mixcpt_jax plan` computes its memory and time. Set
+everything else as in `configs/cpt.py`: `model.path`, the paths of the sources, the
+steps.
 """
 
 import math
@@ -17,8 +18,8 @@ from mixcpt_jax import config as config_lib
 class Slice(NamedTuple):
     """A TPU slice, and over how many of its chips the weights are sharded.
 
-    The other chips hold copies. More shards mean more waiting, fewer mean larger
-    reductions over the copies; see `docs/speed.md`.
+    The other chips hold copies. With more shards, chips wait longer for each other;
+    with fewer, reductions over the copies are larger. See `docs/speed.md`.
     """
 
     topology: str
@@ -53,8 +54,9 @@ def get_config(
       slice_name: of `SLICES`; empty: the first.
       rows_per_chip: rows of 4,096 tokens per v5e chip and microbatch; other chips take
         rows in proportion to their memory.
-      fsdp: the fewest v5e chips that can hold the weights together (other chips in
-        proportion to their memory), and the most over which to shard them.
+      fsdp: the smallest number of v5e chips that can hold the weights together (other
+        chips in proportion to their memory), and the largest number over which to shard
+        them.
     """
     config_lib.check_variant(slice_name, tuple(SLICES))
     slice_name = slice_name or next(iter(SLICES))

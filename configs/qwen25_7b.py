@@ -14,6 +14,6 @@ as in `configs/cpt.py`.
 from configs import presets
 
 
-# Its shape is that of Qwen2-7B.
+# The shapes are those of Qwen2-7B.
 def get_config(slice_name: str = ""):
     return presets.get_config("qwen2_7b", slice_name, 2, fsdp=(16, 64))

