@@ -21,6 +21,7 @@ import math
 import os
 import re
 import stat
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -421,7 +422,8 @@ def _array(
     stream = io.BytesIO(content)
     try:
         read_header = _NPY_HEADERS[np.lib.format.read_magic(stream)]
-        shape, is_fortran, dtype = read_header(stream)
+        with warnings.catch_warnings(action="error"):  # such as of Python 2's headers
+            shape, is_fortran, dtype = read_header(stream)
         size, rest = math.prod(shape) * dtype.itemsize, len(content) - stream.tell()
         is_right = dtype.kind in kinds and len(shape) == num_dims
         if not is_right or size != rest or dtype.hasobject:
