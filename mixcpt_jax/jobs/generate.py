@@ -1,14 +1,14 @@
 """The job "generate": writes a source for later phases to read.
 
-Three kinds, see `config.generate`. "replay" samples the model that the phase starts from,
-at temperature 1: trained on under plain distillation (`kd_weight`), its own samples keep
-what it knew without a copy of what it was trained on (arXiv 2605.26097). "comprehension"
-puts questions and answers behind each document of a source, by rules. "questions" lets the
-model write them.
+There are three kinds, see `config.generate`. "replay" samples the model that the phase
+starts from, at temperature 1: plain distillation (`kd_weight`) on its own samples preserves
+its knowledge without its training data (arXiv 2605.26097). "comprehension" appends
+questions and answers to each document of a source, by rules. With "questions" the model
+writes them.
 
-The phase's folder `generated/` holds JSON lines, in parts of whole batches: what a batch
-says depends on the seed and on its number, so that an interrupted phase resumes with the
-next batch and writes what it would have written.
+The phase's folder `generated/` holds JSON lines, in parts of whole batches. A batch depends
+only on the seed and its number, so an interrupted phase resumes with the next batch and
+writes the same records.
 """
 
 import hashlib
@@ -19,9 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
@@ -42,11 +40,11 @@ _PAIR = re.compile(r"Question:\s*(\S.*?)\s*\n\s*Answer:\s*(\S.*?)\s*", re.DOTALL
 
 
 class Request(NamedTuple):
-    """What one record is made of.
+    """The parts of one record.
 
     Attributes:
-      ids: the prompt's tokens; empty where no model is asked.
-      record: what the record holds besides what the model says.
+      ids: the prompt's tokens; empty if the model writes nothing.
+      record: the fields that the model does not write.
     """
 
     ids: list[int]
@@ -74,7 +72,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
 
 
 def identity(phase: phase_lib.Phase) -> str:
-    """16 hex digits that say which model a phase starts from."""
+    """A hash of the model that a phase starts from, 16 hex digits."""
     text = json.dumps(phase.start_key, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -82,7 +80,7 @@ def identity(phase: phase_lib.Phase) -> str:
 def _requests(
     phase: phase_lib.Phase,
 ) -> tuple[Iterable[Request], dict[str, dict[str, str]]]:
-    """What is asked for, in order, and the hashes of the files that it comes from."""
+    """The requests, in order, and the hashes of the files that they come from."""
     config, settings = phase.config, phase.config.generate
     if settings.prompts:
         prompts = _prompts_of_file(settings.prompts)
@@ -127,12 +125,12 @@ def _prompts_of_file(path: str) -> list[str]:
 
 
 def _as_text(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A prompt as the plain formats write it before a response."""
+    """A prompt as it precedes a response in the plain formats."""
     return formats.SEPARATOR.join([*(m["content"] for m in messages), ""])
 
 
 def _from_prompts(phase: phase_lib.Phase, prompts: list[str]) -> Iterable[Request]:
-    """The prompts, again and again; all are encoded first, so that none fails later.
+    """The prompts, repeated without end; all are encoded first, so none fails later.
 
     Of a file all must fit the context; of a source those that do not are left out.
     """
@@ -162,7 +160,7 @@ def _from_prompts(phase: phase_lib.Phase, prompts: list[str]) -> Iterable[Reques
 
 
 def _room(phase: phase_lib.Phase) -> int:
-    """How many tokens a prompt may have."""
+    """The most tokens that a prompt may have."""
     room = phase.model_config.max_positions - phase.config.generate.max_new_tokens
     if room < _SHORTEST_ROOM:
         raise InputError(
@@ -187,7 +185,7 @@ def _by_rules(records: Iterable[sources.Record], entry) -> Iterator[Request]:
 def _questions(
     phase: phase_lib.Phase, records: Iterable[sources.Record], entry
 ) -> Iterator[Request]:
-    """Of each document, cut to what fits the context, a question to the model."""
+    """A request for a question about each document, cut to fit the context."""
     tokenizer, room = phase.tokenizer, _room(phase)
     for record in records:
         text = formats.plain_text(record, entry.format, entry.fields.to_dict()).strip()
@@ -214,7 +212,7 @@ def _encode(tokenizer, text: str) -> list[int]:
 
 
 def _record(kind: str, request: Request, said: str) -> dict[str, Any] | None:
-    """What is written of an answer; None if it is blank or not as it was asked for."""
+    """The text of a record from an answer; None if it is blank or has another form."""
     if not request.ids:
         return request.record
     if kind == "questions":
@@ -232,7 +230,7 @@ def _record(kind: str, request: Request, said: str) -> dict[str, Any] | None:
 
 
 def _write(phase: phase_lib.Phase, requests: Iterable[Request]) -> dict[str, int]:
-    """Writes the parts that are not there yet, until there are tokens enough.
+    """Writes the missing parts, until there are enough tokens.
 
     Returns:
       How many records and tokens there are, and how many answers were left out.
@@ -260,7 +258,7 @@ def _write(phase: phase_lib.Phase, requests: Iterable[Request]) -> dict[str, int
                 show(min(output.tokens, settings.num_tokens))
                 if output.tokens >= settings.num_tokens:
                     break
-            # The row first: a part that is there is never without its counts.
+            # The row first, so no part is without its counts.
             writer.write(part, output.counts)
             writer.save()
             output.write(part)
@@ -273,7 +271,7 @@ def _write(phase: phase_lib.Phase, requests: Iterable[Request]) -> dict[str, int
 
 
 class _Output:
-    """The parts of `generated/`: those that are there, and the one that is filled.
+    """The parts of `generated/`: the existing ones, and the one being filled.
 
     Attributes:
       num_parts, num_batches: that were there, and batches that were added by now.
@@ -285,8 +283,10 @@ class _Output:
         self._model = identity(phase)
         self._lines: list[str] = []
         self._seen: set[bytes] = set()
-        self.num_parts = _of_first_host(
-            next(n for n in itertools.count() if not self._file(n).exists())
+        self.num_parts = int(
+            hosts.of_first(
+                next(n for n in itertools.count() if not self._file(n).exists())
+            )
         )
         self.num_batches = self.num_parts * _BATCHES_PER_PART
         rows = metrics.read(phase.folder)[: self.num_parts]
@@ -336,7 +336,7 @@ class _Output:
             self._lines.append(line + "\n")
 
     def write(self, part: int) -> None:
-        """Writes the part that was filled."""
+        """Writes the filled part."""
         if hosts.is_first():
             self._folder.mkdir(parents=True, exist_ok=True)
             paths.replace(self._file(part), "".join(self._lines))
@@ -352,7 +352,7 @@ def _digest(record: Mapping[str, Any]) -> bytes:
 
 
 def _speaker(phase: phase_lib.Phase) -> Callable[[Sequence[Request], int], list[str]]:
-    """`(batch, number of its first record) -> what the model says to each`."""
+    """`(batch, number of its first record) -> the model's answer to each request`."""
     settings, tokenizer = phase.config.generate, phase.tokenizer
     if settings.kind == "comprehension":
         return lambda batch, first: [""] * len(batch)
@@ -390,10 +390,3 @@ def _batched(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
     requests = iter(requests)
     while batch := list(itertools.islice(requests, size)):
         yield batch
-
-
-def _of_first_host(value: int) -> int:
-    """The first host's word: another may see the folder later."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.array(value)))

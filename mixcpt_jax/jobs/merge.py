@@ -12,8 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
@@ -28,7 +26,7 @@ SHARE = "merge/share"
 
 @phase_lib.job
 def run(phase: phase_lib.Phase) -> dict[str, Any]:
-    """Measures each share, and saves the weights of the one that the budgets allow.
+    """Measures each share, and saves the weights of the largest within all budgets.
 
     The start, a share of 0, is always measured, as budgets count from it. What an
     interrupted run has measured is not measured again.
@@ -47,7 +45,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     data = phase.load_data()
     with jax.set_mesh(phase.mesh):
         curve = _measure(phase, data, shares)
-        chosen = int(_of_first_host(choose(curve, settings.keep)))
+        chosen = int(hosts.of_first(choose(curve, settings.keep)))
         _save(phase, data, shares[chosen])
     if phase.shows_progress:
         terminal.say(f"{phase.name}: {_table(curve, settings.keep)}")
@@ -63,7 +61,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
 
 
 def choose(curve: Sequence[Mapping[str, float]], keep: Mapping[str, float]) -> int:
-    """The last row of a curve that is within all budgets; the first, a share of 0, is.
+    """The last row of a curve that is within all budgets, as the first (share 0) always is.
 
     Args:
       curve: the measures of each share, in ascending order of shares, the start first.
@@ -95,9 +93,9 @@ def _require_measured(keep: Mapping[str, float], results: Mapping[str, float]) -
 
 
 def _measure(phase, data, shares: Sequence[float]) -> list[dict[str, float]]:
-    """The measures of each share, those that the phase's record has from there."""
+    """The measures of each share; recorded ones are read from the phase's record."""
     recorded = [row for row in metrics.read(phase.folder) if SHARE in row]
-    done = int(_of_first_host(len(recorded)))
+    done = int(hosts.of_first(len(recorded)))
     curve = [_without_prefix(row) for row in recorded[:done]]
     evaluator = Evaluator(phase, data)
     keep = phase.config.merge.keep
@@ -137,13 +135,6 @@ def _save(phase: phase_lib.Phase, data, share: float) -> None:
             state, 1, 0, phase.given.to_dict(), {}, phase.provenance(data.files)
         )
         checkpoints.wait()
-
-
-def _of_first_host(value: int) -> int:
-    """The first host's word: another may see the folder later."""
-    if jax.process_count() == 1:
-        return value
-    return multihost_utils.broadcast_one_to_all(np.array(value))
 
 
 def _without_prefix(row: Mapping[str, float]) -> dict[str, float]:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from mixcpt_jax.data import pipeline, tally
 from mixcpt_jax.evaluation import evaluator
@@ -418,12 +417,7 @@ def _recorded(phase: phase_lib.Phase, data, step: int) -> tuple[bool, bool]:
     answered = not data.prompts or any(
         row["step"] == step for row in metrics.read(phase.folder, metrics.SAMPLES_FILE)
     )
-    if jax.process_count() > 1:
-        # The first host decides: others may see the folder later.
-        return tuple(
-            multihost_utils.broadcast_one_to_all(np.array([measured, answered]))
-        )
-    return measured, answered
+    return tuple(hosts.of_first([measured, answered]).tolist())
 
 
 def _prefixed(results: dict[str, float]) -> dict[str, float]:

@@ -108,6 +108,13 @@ def owning(folder: epath.Path) -> Iterator[None]:
         yield
 
 
+def of_first(value: int | bool | list[bool]) -> np.ndarray:
+    """The first host's value on every host; others may see a change of a folder later."""
+    if jax.process_count() == 1:
+        return np.asarray(value)
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
 def wait_for_all(place: str) -> None:
     """Returns when every host has reached `place`."""
     if jax.process_count() > 1:

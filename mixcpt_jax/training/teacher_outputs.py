@@ -12,7 +12,6 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import mixture, pipeline, teacher_cache, token_cache
@@ -107,7 +106,7 @@ def _prepare_rows(
         here = range(first, min(first + per_shard, len(rows)))
         facts = teacher_cache.shard_facts(key, first, len(here))
         entry = token_cache.finished_shard(folder, number, facts) if is_first else None
-        if _on_all_hosts(entry is not None):
+        if hosts.of_first(entry is not None):
             shards.append(entry)
             continue
         records = _records(phase, rows, here, form, step)
@@ -146,13 +145,6 @@ def _records(phase, rows, numbers: range, form, step) -> Iterator[bytes]:
 def _say(text: str) -> None:
     if hosts.is_first():
         terminal.show(text)
-
-
-def _on_all_hosts(value: bool) -> bool:
-    """The first host's value."""
-    if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def _folder(phase: phase_lib.Phase, rows: mixture.PackedRows) -> epath.Path:
