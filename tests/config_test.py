@@ -32,12 +32,12 @@ BAD = [
     (
         "data.batch_size",
         "eight",
-        "data.batch_size='eight': must be an integer such as 8, not str",
+        "data.batch_size='eight': must be an integer, not str, such as 8",
     ),
     (
         "data.batch_size",
         True,
-        "data.batch_size=True: must be an integer such as 8, not bool",
+        "data.batch_size=True: must be an integer, not bool, such as 8",
     ),
     ("data.batch_size", 0, "data.batch_size=0: must be > 0; only phases that train"),
     ("optimizer.learning_rate", -1.0, "optimizer.learning_rate=-1.0: must be > 0"),

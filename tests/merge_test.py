@@ -151,7 +151,7 @@ def test_a_curve_that_comes_back_is_within_its_budget():
         ({"keep": {"instructions/losses": 0.1}}, "is not measured"),
         ({"keep": {"instructions/loss": -0.1}}, "must be >= 0 and"),
         ({"keep": {"instructions/loss": float("nan")}}, "must be a finite number"),
-        ({"keep": {"instructions/loss": "little"}}, "must be a number such as"),
+        ({"keep": {"instructions/loss": "little"}}, "must be a number, not str"),
     ],
 )
 def test_bad_settings_are_a_line_before_anything_is_loaded(

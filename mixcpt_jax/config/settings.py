@@ -134,13 +134,14 @@ def check(value: Any, reference: Any, place: str) -> None:
     setting = reference if isinstance(reference, Setting) else None
     default = setting.default if setting else reference
     example = 0.0 if default is None else default
-    such_as = f" such as {default!r}" if setting and default is not None else ""
+    is_number = setting and isinstance(default, int | float)
+    such_as = f", such as {default}" if is_number else ""
     if not same_type(value, example) and not (value is default is None):
-        allowed = f"{_TYPES[type(example)]}{such_as}, not {type(value).__name__}"
+        allowed = f"{_TYPES[type(example)]}, not {type(value).__name__}{such_as}"
     elif isinstance(value, float) and not math.isfinite(value):
         allowed = f"a finite number{such_as}"
     elif setting and not setting.holds(value):
-        allowed = f"{setting.allowed},{such_as}" if such_as else setting.allowed
+        allowed = f"{setting.allowed}{such_as}"
     else:
         return
     raise InputError(f"{place}={shown(value)}: must be {allowed}")
@@ -168,6 +169,7 @@ _TYPES = {
     float: "a number",
     str: "text",
     tuple: "a list",
+    list: "a list",
 }
 
 
@@ -192,10 +194,10 @@ def shown(value: Any) -> str:
 def same_type(value: Any, reference: Any) -> bool:
     if isinstance(reference, bool) or isinstance(value, bool):
         return isinstance(value, bool) and isinstance(reference, bool)
-    if isinstance(reference, tuple):
-        return isinstance(value, (list, tuple))
+    if isinstance(reference, list | tuple):
+        return isinstance(value, list | tuple)
     if isinstance(reference, float):
-        return isinstance(value, (int, float))
+        return isinstance(value, int | float)
     return isinstance(value, type(reference))
 
 
