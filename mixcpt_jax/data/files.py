@@ -277,7 +277,7 @@ class _Search:
                     yield _Entry(child, folders, known)
 
     def _is_card(self, entry: _Entry, files: list[_Entry]) -> bool:
-        """Whether a text is about a data set: by its header or the data beside it."""
+        """Whether a text is a dataset card: by its header or the data beside it."""
         if entry.reader != "text" or not _ABOUT_OTHERS.match(entry.path.name):
             return False
         depth = len(entry.folders)

@@ -93,7 +93,7 @@ class Examples:
 
     @functools.cached_property
     def num_loss_tokens(self) -> int:
-        """Targets in the loss mask: the first token of an example is no target."""
+        """Number of targets in the loss mask; an example's first token is not one."""
         first = self.offsets[:-1][self.lengths > 0]
         return int(self.loss_mask.sum()) - int(self.loss_mask[first].sum())
 

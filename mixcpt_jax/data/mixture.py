@@ -3,13 +3,13 @@
 The whole stream is planned from the lengths of the examples. Packing is computed once.
 After that, row `i` of the stream is a function of (sources, seed, i) alone, so it is the
 same for any number of hosts and worker processes and any batch size, and reading can start
-at any row. `interleave` says which source gives row `i`, `token_weights` what each of its
-tokens weighs.
+at any row. `interleave` determines which source gives row `i`; `token_weights` gives the
+weight of each of its tokens.
 
 Terms: an example of `n` tokens has `n - 1` targets. A piece is a run of one example's
-targets together with their inputs. A row is one or more pieces, then padding. A pair is
-two examples, `2 i` and `2 i + 1` of its source: the chosen and the rejected answer to one
-prompt. It lies in one row, as two consecutive pieces.
+targets together with their inputs. A row is one or more pieces, then padding. A pair is two
+examples, `2 i` and `2 i + 1` of its source: the chosen and the rejected answer to one
+prompt. A pair lies in one row, as two consecutive pieces.
 """
 
 import bisect
@@ -35,7 +35,7 @@ from mixcpt_jax.data.token_cache import PreparedExamples
 STRATEGIES = ("best_fit", "split")
 
 # Rows of the stream. Grain computes lengths in floating point, which overflows at the
-# greatest integer, the length of a dataset repeated without end.
+# maximum integer, the length of a dataset that repeats endlessly.
 _ENDLESS = 2**62
 
 
@@ -46,12 +46,14 @@ class Source:
     Attributes:
       name: for logs and errors.
       examples: what it holds.
-      share: its share of the loss tokens relative to the other sources' (any positive
-        scale); 0 leaves it out and keeps its name and number.
-      final_share: its share at the end of the stream; between, shares move linearly in
-        rows. None: it stays.
-      epochs: how often each of its rows occurs in the stream at most; 0: no limit.
-      max_tokens: how many of its loss tokens occur at most, to a row; 0: no limit.
+      share: its share of the loss tokens relative to the other sources (any positive
+        scale); 0 excludes it from the stream, but it keeps its name and number.
+      final_share: its share at the end of the stream; shares change linearly with the row
+        number. None: the share is constant.
+      epochs: the maximum number of times that each of its rows occurs in the stream; 0: no
+        limit.
+      max_tokens: the maximum number of its loss tokens in the stream, to within a row; 0:
+        no limit.
       objectives: objective -> weight on its tokens, see `token_weights`.
       has_pairs: its examples are pairs.
       is_cut: packing 'by_format' may cut its examples anywhere.
@@ -77,7 +79,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackingPlan:
-    """Which pieces make up which row.
+    """The pieces of each row.
 
     Piece `p` reads `tokens[start:start + length]` of its example and predicts
     `tokens[start + 1:start + length + 1]`. Row `r` is the pieces
@@ -122,12 +124,12 @@ def fit(
     """Applies a rule to groups of examples that are longer than a row.
 
     Args:
-      examples: in groups of `group` that must lie in one row together.
+      examples: in groups of `group` examples; each group must fit one row.
       row_length: targets in a row.
       rule: 'split' changes nothing: `pack` continues examples in the next row.
-        'truncate' cuts each example of an over-long group at its end, to
-        `row_length / group` targets, and drops the group if one of them has no loss token
-        left. 'drop' drops the group, 'refuse' raises.
+        'truncate' truncates each example of an overlong group to `row_length / group`
+        targets, and drops the group if one of its examples has no loss token left. 'drop'
+        drops the group, 'refuse' raises.
       places: where each group comes from, for the error.
       group: 1, or 2 for pairs.
 
@@ -167,33 +169,33 @@ def fit(
     return examples.take(members, lengths.ravel()[members]), counts
 
 
-# Texts are not cut below this many tokens, so that what is measured still has context.
+# Texts are not cut below this many tokens, so that measured tokens still have context.
 _LEAST_TEXT = 128
 
 
 def within(
     examples: Examples, max_tokens: int, group: int = 1
 ) -> tuple[Examples, np.ndarray]:
-    """Limits the tokens that are measured, to the same ones in every run.
+    """Limits the number of measured tokens; the selection is the same in every run.
 
-    Plain texts are cut at their ends to one length: the greatest with which all of them
-    stay within the limit, but at least 128 tokens. If that is not enough, some texts are
-    left out. Groups, and examples that begin with given tokens, are never cut, only left
-    out. Those that stay are spread evenly over the file.
+    Plain texts are truncated to one length: the greatest with which all of them stay within
+    the limit, but at least 128 tokens. If that is not enough, some texts are dropped.
+    Groups, and examples that begin with given tokens, are never cut, only dropped. Those
+    that remain are spread evenly over the file.
 
     Args:
-      examples: in groups of `group` that stay or go together.
-      max_tokens: 0: no limit. At least one group stays.
+      examples: in groups of `group` that are kept or dropped together.
+      max_tokens: 0: no limit. At least one group is kept.
       group: 1, or 2 for pairs.
 
     Returns:
-      The examples, and the numbers of the groups that stay.
+      The examples, and the indices of the kept groups.
     """
     lengths = examples.lengths
     if not max_tokens or lengths.sum() <= max_tokens:
         return examples, np.arange(len(examples) // max(group, 1))
     if not examples.is_continuation:
-        # With the longest k texts cut to one length, that length.
+        # If the k longest texts are cut to one length: that length, for each k.
         ordered = np.sort(lengths)
         shared = (max_tokens - np.cumsum(ordered) + ordered) // np.arange(
             len(ordered), 0, -1
@@ -209,16 +211,16 @@ def within(
 def of_context(
     examples: Examples, max_positions: int | None, group: int = 1
 ) -> tuple[Examples, np.ndarray]:
-    """Leaves out examples that must not be cut and are longer than the model's context.
+    """Drops examples that must not be cut and are longer than the model's context.
 
     Args:
-      examples: in groups of `group` that stay or go together. Plain texts all stay. If
-        none fits, all stay, and `pack_text` refuses them.
+      examples: in groups of `group` that are kept or dropped together. Plain texts are all
+        kept. If no group fits, all are kept, and `pack_text` refuses them.
       max_positions: targets that fit the context; None: any number.
       group: 1, or 2 for pairs.
 
     Returns:
-      The examples, and the numbers of the groups that stay.
+      The examples, and the indices of the kept groups.
     """
     longest = (examples.lengths - 1).reshape(-1, max(group, 1)).max(axis=1)
     kept = np.arange(len(longest))
@@ -232,18 +234,18 @@ def of_context(
 
 
 def spread(sizes: np.ndarray, budget: int) -> np.ndarray:
-    """Numbers of items spread evenly over all whose sizes add up to at most a budget.
+    """Selects items, spread evenly over all, whose sizes add up to at most a budget.
 
     Args:
       sizes: [items].
-      budget: 0: no limit. At least one item stays.
+      budget: 0: no limit. At least one item is selected.
 
     Returns:
-      The numbers, ascending.
+      The indices, ascending.
     """
     if not budget:
         return np.arange(len(sizes))
-    # Multiples of the golden ratio, modulo 1, lie evenly however many there are.
+    # Multiples of the golden ratio, modulo 1, are spread evenly, whatever their number.
     order = np.argsort(np.arange(len(sizes)) * ((math.sqrt(5) - 1) / 2) % 1)
     count = np.searchsorted(np.cumsum(np.asarray(sizes)[order]), budget, side="right")
     return np.sort(order[: max(count, 1)])
@@ -254,16 +256,16 @@ def pack(
 ) -> PackingPlan:
     """Plans rows in which every target of every example occurs exactly once.
 
-    Examples are shuffled first, so that neighbours in the source, such as the chapters of
-    a book, share a row by chance only.
+    Examples are shuffled first, so that neighbors in the source, such as the chapters of a
+    book, share a row only by chance.
 
     Args:
       lengths: tokens of each example, int [examples]; fewer than 2 give no target.
       row_length: targets in a row.
-      strategy: 'split' joins all examples and cuts at row boundaries: only the last row
-        has padding. 'best_fit' cuts only what is longer than a row. It places the pieces,
-        longest first, each into the fullest row that has room for it (Ding et al. 2024,
-        arXiv 2404.10830): no needless cut, a little padding.
+      strategy: 'split' joins all examples and cuts at row boundaries: only the last row has
+        padding. 'best_fit' cuts only examples that are longer than a row. It places the
+        pieces, longest first, each into the fullest row that has room for it (Ding et al.
+        2024, arXiv 2404.10830): no unnecessary cut, a little padding.
       seed: of the order.
 
     Raises:
@@ -327,8 +329,8 @@ def pack_pairs(lengths: np.ndarray, row_length: int, seed: int = 0) -> PackingPl
 def _best_fit(sizes: np.ndarray, row_length: int) -> np.ndarray:
     """The row of each piece, int64 [pieces]; sizes are 1 to `row_length`.
 
-    Sizes are whole numbers, so rows are listed by the room they have left, and the best
-    fit is one bisection in the sorted list of rooms that occur.
+    Sizes are integers, so rows are grouped by their free space, and the best fit is one
+    bisection in the sorted list of the free-space values.
     """
     row_of = np.empty(len(sizes), np.int64)
     rows_with_room = [[] for _ in range(row_length + 1)]
@@ -364,11 +366,11 @@ class PackedRows:
       tokens, targets: int32 ids.
       positions: int32, from 0 in each piece, so they stay within the model's context.
       segment_ids: int32, 1, 2, ... for the pieces of the row, 0 for padding.
-      source_ids: int32, the number of the source throughout, padding too.
+      source_ids: int32, the number of the source at every position, including padding.
       loss_mask: float32, 1 where the target is a loss token.
       ntp_weights, ..., one for each objective: float32, see `token_weights`.
-    Rows of pairs with known `reference_logps` have one more, [num_segments]:
-      reference_logps: float32, that of segment `i + 1` at `i`, 0 behind the last.
+    Rows of pairs with known `reference_logps` have one more array, [num_segments]:
+      reference_logps: float32; index `i` is for segment `i + 1`; 0 after the last.
     Their segments `2 i + 1` and `2 i + 2` are a pair. Rows of a source with
     `teacher_rows` have the arrays of its `teacher_cache.Form`.
 
@@ -467,7 +469,7 @@ def pack_sources(
     seed: int = 0,
     pad_id: int | None = None,
 ) -> list[PackedRows]:
-    """Packs each source separately, so that a row has one source; numbered in order.
+    """Packs each source separately, so that a row has one source; numbers them in order.
 
     Args:
       sources: what to pack.
@@ -520,22 +522,23 @@ def pack_text(
     max_positions: int | None = None,
     places: Sequence[str] = (),
 ) -> PackedRows:
-    """Packs text that is only measured.
+    """Packs text that is measured and not trained on.
 
-    Documents longer than a row continue in the next one, without the context before. What
-    is judged in its context (a cloze, a conversation, an exam's choice, an answer of a
-    pair) is never cut: rows are then as long as the longest.
+    Documents longer than a row continue in the next row, without the preceding context.
+    Examples that are scored in context (a cloze, a conversation, an exam's choice, an
+    answer of a pair) are never cut: rows are then as long as the longest example.
 
     Args:
       name: for logs and errors.
       examples: what is measured.
-      row_length: targets in a row, at least.
+      row_length: minimum number of targets in a row.
       max_positions: targets that fit the model's context; None: any number.
       places: where examples are from, one for each or for as many consecutive ones, such
         as the two of a pair.
 
     Raises:
-      InputError: an example that must not be cut does not fit the context; names it.
+      InputError: an example that must not be cut does not fit the context; the error names
+        it.
     """
     targets = examples.lengths - 1
     longest = int(targets.max(initial=0))
@@ -576,7 +579,7 @@ def mixture(
     every epoch. Each global batch is cut into as many equal parts as there are hosts, and
     host `h` takes part `h`: the place of rows in the batch is that of its devices in the
     mesh, so no number depends on how many hosts share the devices. The stream is endless
-    unless every source has a limit; then empty rows fill up the last batch.
+    unless every source has a limit; then empty rows fill the last batch.
 
     Args:
       sources: see `pack_sources`.
@@ -584,14 +587,14 @@ def mixture(
       seed: of the order of rows.
       num_hosts, host: how many hosts there are, and which one this is.
       num_workers: worker processes; 0 prefetches in a thread of this one.
-      first_row: where in the stream to begin.
-      num_rows: when final shares are reached; not needed where there are none.
+      first_row: the row of the stream to begin with.
+      num_rows: the row at which final shares are reached; not needed if no source has one.
 
     Returns:
       A dataset of batches: the arrays of `PackedRows`, [batch_size / num_hosts,
       row_length]. To resume after `k` batches, restore the iterator's `get_state`, or call
-      this again with `first_row`; only the second way allows other numbers of hosts and
-      workers and another batch size.
+      this again with `first_row`; only the second way allows a different number of hosts or
+      workers or a different batch size.
 
     Raises:
       InputError: the batch does not divide evenly among the hosts.
@@ -612,10 +615,10 @@ def mixture(
     )
     if not num_workers:
         return dataset
-    # Grain reads absl flags, which raise unless a command line was parsed.
+    # Grain reads absl flags, which raise if no command line was parsed.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    # Workers take turns by the batch, after all that shapes the stream.
+    # Workers take turns batch by batch. This comes after all transformations of the stream.
     return dataset.mp_prefetch(
         grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2),
         _end_with_parent,
@@ -636,7 +639,7 @@ def _end_with_parent(worker: int, num_workers: int) -> None:
 class _Stream:
     """The rows of all sources in the order of the stream; a grain data source.
 
-    After the last row come rows of padding, endlessly.
+    The last row is followed by endless rows of padding.
     """
 
     def __init__(self, sources, seed: int, num_rows: int):
@@ -673,7 +676,7 @@ class _Part:
 
     Attributes:
       stream: all rows.
-      first_row: where in it the first global batch begins.
+      first_row: the row at which the first global batch begins.
       num_rows: of each global batch.
       num_hosts, host: how many parts there are, and which one this is.
     """
@@ -716,7 +719,7 @@ def interleaving(sources: Sequence[PackedRows], num_rows: int) -> Interleaving:
 
 
 def _limit(rows: PackedRows) -> float:
-    """The most rows that a source gives."""
+    """The maximum number of rows that a source gives."""
     source = rows.source
     epochs = round(source.epochs * len(rows)) if source.epochs else math.inf
     budget = math.inf
@@ -728,7 +731,7 @@ def _limit(rows: PackedRows) -> float:
 def evaluation_batches(
     rows: PackedRows, batch_size: int, first_batch: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every row once, in order, in full batches; empty rows fill up the last one."""
+    """Every row once, in order, in full batches; empty rows fill the last one."""
     for first in range(first_batch * batch_size, len(rows), batch_size):
         batch = [
             rows[row] if row < len(rows) else rows.empty_row()
@@ -738,7 +741,7 @@ def evaluation_batches(
 
 
 def describe(sources: Sequence[PackedRows], num_rows: int) -> list[dict]:
-    """What each source holds and how much of it the first rows of the stream read.
+    """Statistics of each source, and how much of it the first rows of the stream read.
 
     Args:
       sources: see `pack_sources`.

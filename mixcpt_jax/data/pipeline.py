@@ -27,12 +27,13 @@ class Data:
       packed: the sources of the training stream, in the order of `source_ids`.
       num_steps: of the phase.
       texts: name -> rows that are measured and never trained on.
-      pairs: name -> the same of preference pairs.
+      pairs: name -> the same, for preference pairs.
       exams: name -> multiple choice.
       prompts: conversations to answer before and after training.
       files: what was read, name -> {file: hash}.
       report: one dict per source: what it holds and how much of it the phase reads.
-      limited: in words, of which texts, pairs and exams `eval.max_tokens` measures a part.
+      limited: as text, the texts, pairs and exams of which `eval.max_tokens` measures only
+        a part.
     """
 
     packed: list[mixture.PackedRows]
@@ -53,13 +54,13 @@ def load(
 ) -> Data:
     """Reads, encodes and packs what the phase reads.
 
-    Sources without weight or holdout are not read, so a config may name files that only a
-    later phase has.
+    Sources with neither weight nor holdout are not read, so a config may name files that
+    exist only in a later phase.
 
     Args:
       config: a validated config.
       tokenizer: the model's.
-      max_positions: its context, which measured items must fit; None: any.
+      max_positions: its context length, which measured items must fit; None: no limit.
 
     Raises:
       InputError: names the file, line or setting that is wrong.
@@ -131,7 +132,7 @@ def load(
 
 
 def synthetic(config: ml_collections.ConfigDict, form: Form | None = None) -> Data:
-    """Stand-in for the training data of a step that is only compiled: no text.
+    """Synthetic training data for a step that is only compiled; reads no text.
 
     Each source is one row, of one document or of one pair.
 
@@ -166,7 +167,7 @@ def synthetic(config: ml_collections.ConfigDict, form: Form | None = None) -> Da
 def _measured(
     name: str, records, source, tokenizer, max_positions: int | None
 ) -> tuple[formats.Examples, list[str]]:
-    """What is measured of a source, and where each item is from."""
+    """The measured examples of a source, and where each item is from."""
     tally = Tally(keeps_places=True)
     examples = _encode(records, source, tokenizer, tally)
     tally.warn(name, ["lost", "spelt"])
@@ -190,7 +191,7 @@ def _measured(
 
 
 def _pack(config, corpora, holdout, files, tokenizer):
-    """The sources of the training stream, and more of each for the report."""
+    """The sources of the training stream, and further facts about each for the report."""
     used, notes = [], []
     for name, source in config.sources.items():
         has_pairs = source.format == "chat_preference"
@@ -211,7 +212,7 @@ def _pack(config, corpora, holdout, files, tokenizer):
                 f"sources.{name}: all of its {cut['dropped']} samples are longer than "
                 f"data.row_length={config.data.row_length} and dropped; make it larger"
             )
-        # To split documents is normal, so it is not reported.
+        # Splitting documents is normal, so it is not reported.
         usual = ("split",) if source.format == "document" else ()
         overlong = {rule: n for rule, n in cut.items() if n and rule not in usual}
         note |= {"overlong": overlong}
@@ -252,11 +253,11 @@ def _examples(
     files: dict[str, str],
     tokenizer: Any,
 ) -> tuple[formats.Examples | token_cache.PreparedExamples, list[str], dict[str, Any]]:
-    """The examples of a source: prepared if they match the config, else encoded here.
+    """The examples of a source: prepared ones if they match the config, else encoded here.
 
     Returns:
-      The examples; where each sample is from, if `fit` will ask; and for the report
-      whether they were `prepared`, with `Tally.counts`.
+      The examples; where each sample is from, if `fit` needs it; and, for the report,
+      whether they were `prepared`, and `Tally.counts`.
     """
     source = config.sources[name]
     if config.data.prepared:
@@ -309,7 +310,7 @@ def _num_steps(config, packed: list[mixture.PackedRows]) -> int:
 
 
 def _check_epochs(config, report: list[dict[str, Any]]) -> None:
-    """Warns of sources that are read too often, and refuses them above the limit.
+    """Warns about sources that are repeated too often, and refuses them above the limit.
 
     Raises:
       InputError: names the source, its epochs and the remedy.
@@ -357,7 +358,7 @@ def batches(
 
 
 def with_references(data: Data, references: Mapping[str, np.ndarray]) -> Data:
-    """The data, with the reference's log-probabilities in the rows of pairs.
+    """Returns the data with the reference's log-probabilities in the rows of pairs.
 
     Args:
       data: what a phase reads.
@@ -371,7 +372,7 @@ def with_references(data: Data, references: Mapping[str, np.ndarray]) -> Data:
 
 
 def with_teacher(data: Data, teacher_rows: Mapping[str, TeacherRows]) -> Data:
-    """The data, with teacher outputs in the training rows, by source."""
+    """Returns the data with teacher outputs, given by source, in the training rows."""
     return _with(data, "teacher_rows", teacher_rows)
 
 
@@ -389,7 +390,7 @@ def _with(data: Data, field: str, values: Mapping[str, Any]) -> Data:
 
 
 def fingerprint(data: Data) -> dict[str, str]:
-    """Source name -> hash of its tokens, by which resume recognizes the stream."""
+    """Source name -> hash of its tokens; a resumed run uses it to recognize the stream."""
     return {rows.source.name: rows.source.examples.fingerprint for rows in data.packed}
 
 

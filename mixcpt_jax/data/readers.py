@@ -1,8 +1,8 @@
 """Reads the records of one file or dataset folder; one generator per format.
 
 Each is a function `(file, on_bad)`. The error of one record goes to `on_bad`, which raises
-or counts it, and reading continues. A library's exception at a damaged file ends the
-generator; `sources.read` adds the place. Only text files are held in memory whole.
+or counts it, and reading continues. If a library raises an exception on a damaged file, the
+generator ends; `sources.read` adds the place. Only text files are loaded whole.
 """
 
 import codecs
@@ -40,8 +40,8 @@ READER_OF_SUFFIX = {
 }
 MAX_LINE_BYTES = 64 << 20
 MAX_TEXT_BYTES = MAX_GROUP_BYTES = 1 << 30
-# Of compressed files, times their size; text rarely expands tenfold. Below the second
-# bound any ratio is read.
+# For compressed files: the maximum ratio of expanded to compressed size; text rarely
+# expands tenfold. Below the second bound, any ratio is allowed.
 MAX_EXPANSION, MAX_EXPANDED_BYTES = 200, 256 << 20
 _SECONDS_BETWEEN_REPORTS = 20.0
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -67,7 +67,7 @@ class Record:
 
 
 def suffix(name: str) -> str:
-    """The part of a file's name that tells its format, in lower case, or ''."""
+    """The part of a file's name that determines its format, in lower case, or ''."""
     endings = re.findall(r"\.[^.]*", _SHARD.sub("", name).lower())
     last_two = "".join(endings[-2:])
     return last_two if last_two in READER_OF_SUFFIX else "".join(endings[-1:])
@@ -136,13 +136,13 @@ def _open(file: epath.Path) -> Iterator[io.BufferedReader]:
             # Unlike the zstandard package, pyarrow refuses truncated streams.
             stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), codec)
         # Files on gs:// have no `readline` with a limit. The buffer is small because its
-        # content is lost at damage.
+        # content is lost if the file is damaged.
         with io.BufferedReader(_Counted(stream, file, most)) as content:
             yield content
 
 
 class _Counted(io.RawIOBase):
-    """A stream that reports how far it is, and ends where it expands beyond a bound."""
+    """A stream that reports its position, and ends if it expands beyond a bound."""
 
     def __init__(self, stream: Any, file: epath.Path, most: float):
         self._stream, self._file, self._most = stream, file, most
@@ -168,7 +168,7 @@ class _Counted(io.RawIOBase):
 
 
 def _lines(content: io.BufferedIOBase) -> Iterator[bytes]:
-    """The lines; of those longer than `MAX_LINE_BYTES` only the beginning."""
+    """The lines; a line longer than `MAX_LINE_BYTES` is truncated."""
     while line := content.readline(MAX_LINE_BYTES + 1):
         rest = line
         while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
@@ -203,7 +203,7 @@ def text(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
 
 def parquet(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     """The rows, row group by row group."""
-    # Without a buffer a whole column of a row group is read at once.
+    # Without a buffer, pyarrow reads a whole column of a row group at once.
     with (
         file.open("rb") as content,
         pq.ParquetFile(
@@ -248,12 +248,12 @@ def _arrow_batches(content) -> Iterator[pa.RecordBatch]:
         batches = pa.ipc.open_stream(content)
     batch = None
     for batch in batches:
-        batch.validate(full=True)  # else wrong offsets would be followed
+        batch.validate(full=True)  # otherwise wrong offsets would be followed
         yield batch
     if is_file and batch is None:
         return
-    # A stream that was cut between two batches is valid, but writers that are closed leave
-    # a mark. In a file it stands before the list of batches, which may miss one.
+    # A stream that was cut between two batches is valid, but a writer that is closed writes
+    # an end mark. In a file, the mark precedes the list of batches, which may lack one.
     size = len(_END_OF_STREAM)
     if not is_file:
         content.seek(-size, io.SEEK_CUR)
@@ -262,7 +262,7 @@ def _arrow_batches(content) -> Iterator[pa.RecordBatch]:
 
 
 def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Batches of one row, so that text that is not UTF-8 spoils no other row."""
+    """Batches of one row, so that invalid UTF-8 in one row does not affect other rows."""
     for batch in batches:
         for row in range(batch.num_rows):
             yield batch.slice(row, 1)
@@ -295,7 +295,7 @@ def array_record(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
 def _require_small_groups(
     reader: array_record_module.ArrayRecordReader, file: epath.Path, num_records: int
 ) -> None:
-    """The library decompresses groups of records whole, and dies of a large one."""
+    """The library decompresses whole groups of records, and crashes on a large one."""
     found = re.search(r"group_size:(\d+)", reader.writer_options_string())
     size = paths.stamp(file)[0]
     per_group = min(int(found[1]) if found else num_records, num_records)
@@ -330,7 +330,8 @@ def _parse_record(content: bytes, place: str) -> dict:
         if isinstance(fields := json.loads(document), dict):
             small_files.require_shallow(fields)
             return fields
-    # A tf.Example of ASCII text is UTF-8 too, with control characters between its parts.
+    # A tf.Example of ASCII text is also valid UTF-8, with control characters between its
+    # parts.
     if control := _CONTROL.search(document):
         raise InputError(
             f"{place}: neither JSON nor text (byte {control[0].encode()[0]:#04x} in it); "
@@ -358,7 +359,7 @@ def tfds(folder: epath.Path, split: str, on_bad: OnBad) -> Iterator[Record]:
     for number in range(len(source)):
         place = f"{folder}:{split}#{number}"
         yield from _record(read_example, number, place, on_bad)
-    # len(source) is what dataset_info.json says, not what the shards hold.
+    # len(source) comes from dataset_info.json, not from the shards.
     for shard in builder.info.splits[split].file_instructions:
         found = array_record_reader(shard.filename).num_records()
         if found != shard.examples_in_shard:
@@ -392,7 +393,7 @@ def _tfds_builder(folder: epath.Path):
 
 
 def _check_features(file: epath.Path) -> None:
-    """Checks the classes that are named; TFDS imports whatever module is."""
+    """Checks the named feature classes; TFDS imports any module that is named."""
     level = [small_files.read_json(file, remedy="build it anew", is_ours=False)]
     while level:
         for entry in level:
@@ -406,7 +407,7 @@ def _check_features(file: epath.Path) -> None:
 
 
 def _sequences(features) -> list[str]:
-    """Fields that are lists of objects; TFDS returns them as objects of lists."""
+    """Fields that are lists of objects, which TFDS returns as objects of lists."""
     from tensorflow_datasets import features as kinds
 
     return [

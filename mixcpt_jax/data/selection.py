@@ -1,7 +1,8 @@
-"""Selects a few general samples for format alignment; runs no model itself.
+"""Selects a few general samples for format alignment; does not run a model.
 
-`candidates` filters the samples. `rank` orders them by the model's loss on each response,
-after the plain prompt and in the chat template. `write` writes them in that order.
+`candidates` filters the samples. `rank` orders them by a score, such as one computed from
+the model's loss on each response after the plain prompt and in the chat template. `write`
+writes them in that order.
 
 Shapes: C candidates.
 """
@@ -24,7 +25,7 @@ from mixcpt_jax.data import formats as format_lib
 from mixcpt_jax.data.formats import Examples
 from mixcpt_jax.data.sources import Record
 
-# Method -> the forms of a sample that the model must score.
+# Method -> the forms of a sample that the model has to score.
 FORMS = {
     "random": (),
     "perplexity": ("plain",),
@@ -40,7 +41,7 @@ REASONS = (
     "near_duplicate",
     "beyond_limit",
 )
-# Key of a line that holds the numbers of its `Row`.
+# Key of a line under which the fields of its `Row` are stored.
 FIELD = "selection"
 
 # Nats per token: below, half precision cannot distinguish a probability from 1.
@@ -54,12 +55,13 @@ class Candidates:
     Attributes:
       records: [C].
       plain: C examples: [BOS if the tokenizer adds it and the chat form begins with it]
-        + the plain prompt + the response, as the chat template writes it. Loss tokens are
-        those of the response that the chat form has too.
-      chat: C examples: the same in the chat template, with the same loss tokens: not the
-        template's own, such as an empty `<think>` block or the end of the turn, nor a
-        first word that the template's blanks tokenize differently.
-      digests: a hash of each one's normalized text, [C], all different.
+        + the plain prompt + the response, as the chat template writes it. The loss tokens
+        are the response's tokens that the chat form shares.
+      chat: C examples: the same in the chat template, with the same loss tokens. These
+        exclude the template's own tokens, such as an empty `<think>` block or the end of
+        the turn, and a first word that tokenizes differently because of the template's
+        whitespace.
+      digests: a hash of each one's normalized text, [C]; all are different.
       filtered: reason -> number of records left out.
     """
 
@@ -90,7 +92,7 @@ class Row(NamedTuple):
 
     Attributes:
       candidate: its number among the candidates.
-      origin: its source as the record names it; empty if it does not.
+      origin: its source as named in the record; empty if it is not named.
       rank: 1 is the best.
       score: see `scores`.
       perplexity: of the response after the plain prompt, per token.
@@ -116,7 +118,8 @@ class Ranking(NamedTuple):
     Attributes:
       candidates, method, keep: what was ranked, how, and how many to select.
       rows: [C], by rank.
-      num_selected: less than `keep` if there are no more or the quota allows no more.
+      num_selected: less than `keep` if there are too few candidates or the quota allows no
+        more.
       num_held_back: candidates that the quota excluded from the first `keep`.
     """
 
@@ -143,31 +146,31 @@ def candidates(
 ) -> Candidates:
     """Reads, filters and encodes the samples to choose from.
 
-    Left out are, in this order: with `on_bad_record='skip'` `unusable` records, which lack
-    a field or which the chat template refuses; preferences with `no_preference`, whose
-    rejected answer is blank or equal to the chosen one; those with a `short_response`;
-    records that are `too_long`; `duplicate` and `near_duplicate` ones of an earlier record;
+    Drops, in this order: with `on_bad_record='skip'`, `unusable` records, which lack a
+    field or which the chat template refuses; preferences with `no_preference`, whose
+    rejected answer is blank or equal to the chosen one; records with a `short_response`;
+    records that are `too_long`; a `duplicate` or `near_duplicate` of an earlier record;
     and, of the rest, those `beyond_limit`.
 
     Args:
       records: see `sources.read`; they are read once.
-      format: theirs in continual pre-training: 'instruction', 'preference' or 'chat'; see
-        `formats.prompt_and_response`.
+      format: of the records in continual pre-training: 'instruction', 'preference' or
+        'chat'; see `formats.prompt_and_response`.
       tokenizer: has `encode_batch`, `encode_chat`, `encode_response`,
         `model.encode_next`, `add_bos` and `bos_id`.
       fields: our field name -> the source's name for it, where they differ.
-      max_tokens: the longest chat form, inclusive; for a preference, of the longer side.
-      min_response_tokens: least number of the response's loss tokens. Ratios of one or two
-        tokens' NLLs are mostly noise, and extreme.
-      near_duplicates: least Jaccard similarity of a near duplicate's word 5-grams, as
-        MinHash estimates it (see `filters.Seen`); 0: none is.
+      max_tokens: the maximum length of the chat form; for a preference, of the longer side.
+      min_response_tokens: the minimum number of loss tokens in the response. NLL ratios
+        over one or two tokens are mostly noise, and extreme.
+      near_duplicates: the minimum Jaccard similarity of the word 5-grams of near
+        duplicates, as MinHash estimates it (see `filters.Seen`); 0: the rule is off.
       on_bad_record: 'refuse' or 'skip'.
-      max_candidates: the most records that remain, those that 'random' with this `seed`
-        would select first; 0: no limit.
+      max_candidates: the maximum number of records to keep, those that 'random' with this
+        `seed` would select first; 0: no limit.
 
     Raises:
-      InputError: see `formats.prompt_and_response` and `formats.chat_pair`; a field
-        `selection` that no earlier selection wrote; no record is left.
+      InputError: see `formats.prompt_and_response` and `formats.chat_pair`; a record has a
+        field `selection` that the job "select" did not write; no record is left.
     """
     filtered = dict.fromkeys(REASONS, 0)
     kept, texts, chats, digests = [], [], [], []
@@ -223,7 +226,7 @@ def candidates(
             kept.append(record)
             begins_with_bos = tokenizer.add_bos and opening[0] == tokenizer.bos_id
             texts.append((question, written, answer_ids, count, begins_with_bos))
-            # A template's blanks after the response may form one token with its end.
+            # The template's whitespace after the response may form one token with its end.
             is_prefix = list(ids[: len(opening)]) == opening
             chats.append(_ending(ids if is_prefix else opening, len(opening), count))
     if not kept:
@@ -249,11 +252,11 @@ def scores(
     'perplexity': of the response after the plain prompt, per token; the lowest are
     selected. 'format_alignment': NLL per token of the response in the chat template,
     divided by its NLL per token after the plain prompt; the highest are selected, because
-    there the model knows the content and not the format. This ratio is our choice, after a
-    proposal in the public reviews of the Mix-CPT paper; the paper has a score of this name
-    whose form we do not know. NLLs below 0.001 nats count as 0.001, so that the ratio of
-    two certainties is 1. 'random': a hash of seed and content, uniform in [0, 1); the
-    lowest are selected.
+    there the model knows the content and not the format. We chose this ratio after a
+    proposal in the public reviews of the Mix-CPT paper; the paper has a score of this name,
+    but its formula is unknown to us. NLLs below 0.001 nats count as 0.001, so that the
+    ratio of two certainties is 1. 'random': a hash of seed and content, uniform in [0, 1);
+    the lowest are selected.
 
     Raises:
       InputError: an unknown method, missing scores, or a perplexity or ratio that is not
@@ -284,16 +287,16 @@ def rank(
 ) -> Ranking:
     """Orders the candidates by score, and equal scores by a hash of seed and content.
 
-    At most `ceil(origin_share * keep)` of the selected have one origin. Those beyond that
-    come after the selected, with all others, in the order of scores. If the quota leaves
-    fewer than `keep`, fewer are selected.
+    At most `ceil(origin_share * keep)` of the selected samples have the same origin. Those
+    beyond the quota come after the selected ones, together with all others, ordered by
+    score. If the quota leaves fewer than `keep`, fewer are selected.
 
     Args:
       candidates, measured: what to rank, and the model's scores.
       method, seed: see `scores`.
       keep: how many to select.
       origin_field: field of a record that names its origin.
-      origin_share: greatest share of one origin; 1: no quota.
+      origin_share: maximum share of one origin; 1: no quota.
 
     Raises:
       InputError: see `scores`; `keep` or `origin_share` is not above 0; there is a quota
@@ -307,7 +310,7 @@ def rank(
     cost_C = -score_C if method == "format_alignment" else score_C
     keys = _keys(candidates.digests, seed)
     origins = [_origin(r, origin_field, origin_share < 1) for r in candidates.records]
-    # Rounded first, because 0.07 * 100 is a little more than 7.
+    # Round first, because 0.07 * 100 is slightly more than 7.
     quota = math.ceil(round(origin_share * keep, 9))
     selected, others, taken, num_held_back = [], [], collections.Counter(), 0
     for number in sorted(range(len(keys)), key=lambda i: (cost_C[i], keys[i])):
@@ -337,10 +340,10 @@ def rank(
 
 
 def write(path: epath.PathLike, ranking: Ranking) -> None:
-    """Writes the records by rank as JSON lines, the file whole or not at all.
+    """Writes the records by rank as JSON lines; writes the whole file or nothing.
 
     A line is `selection`, with the numbers of the record's `Row` to six digits, followed by
-    the record's own fields, so the source's `fields` fit this file too, read as format
+    the record's own fields. So the source's `fields` also fit this file, read as format
     'chat' or, from preferences, 'chat_preference'. The first `keep` lines are the samples
     to train on; if fewer are selected, the file ends after them.
     """
@@ -355,7 +358,7 @@ def write(path: epath.PathLike, ranking: Ranking) -> None:
         fields = ranking.candidates.records[row.candidate].fields
         line = {FIELD: ours} | {k: v for k, v in fields.items() if k != FIELD}
         lines.append(paths.to_json(line, ensure_ascii=False) + "\n")
-    # Half of a surrogate pair is not UTF-8; JSON escapes it as Python does.
+    # Half of a surrogate pair is not valid UTF-8; escape it in JSON, as Python does.
     content = "".join(lines).encode("utf-8", "backslashreplace")
     paths.replace(epath.Path(path), content)
 
@@ -391,7 +394,7 @@ def summary(ranking: Ranking) -> dict[str, Any]:
 
 
 def _prefers(record: Record, chosen: str, fields: Mapping[str, str]) -> bool:
-    # Continual pre-training on the chosen side reads such records as well.
+    # Continual pre-training on the chosen side also reads such records.
     rejected = record.fields.get(fields.get("rejected", "rejected"))
     return not isinstance(rejected, str) or rejected.strip() not in ("", chosen.strip())
 
@@ -403,9 +406,9 @@ def _encode_plain(texts: list[tuple[str, str, list[int], int, bool]], tokenizer)
     )
     for (prompt, _, answer, count, bos), whole in zip(texts, wholes, strict=True):
         given = whole[: -len(answer)]
-        # Continual pre-training tokenizes the text as a whole, in which a blank line may be
-        # other tokens than at the end of a prompt. The prompt is encoded by itself only if
-        # a token would cross the border.
+        # Continual pre-training tokenizes the text as a whole, where a blank line may
+        # become different tokens than at the end of a prompt. So the prompt is encoded
+        # separately only if a token would cross the boundary.
         if given + answer != whole:
             [given] = tokenizer.encode_batch([prompt])
         tokens = [tokenizer.bos_id] * bos + given + answer

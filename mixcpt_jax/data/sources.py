@@ -24,7 +24,7 @@ _READ_FILE = {
     "arrow": readers.arrow,
     "array_record": readers.array_record,
 }
-# Their libraries read local disks only, by names in UTF-8.
+# Their libraries read only local disks, and only paths in UTF-8.
 _LOCAL_ONLY = ("array_record", "tfds")
 _KEY_BYTES = 64
 
@@ -34,22 +34,22 @@ def read(
 ) -> Iterator[Record]:
     """Reads the records of `path`, in a fixed order.
 
-    The order: the parts of a list as they stand; of a folder or a glob the files, and the
-    folders in it, by name; lines, rows and records as they lie in the file; of a saved
-    dataset the shards in its own order.
+    The order is: the parts of a list as given; the files and folders in a folder or a glob
+    by name; lines, rows and records as in their file; the shards of a saved dataset in the
+    order that it records.
 
     Args:
       path: a file, a folder, a glob, or several of these separated by commas, each local,
         `gs://` or `package:NAME/FILE`; ArrayRecord and TFDS on `gs://` are copied while
-        they are read. A path that exists as it stands is taken as one name, whatever
-        commas and wildcards it has. A folder is read at any depth, each file once: files
-        by their suffix; folders that `datasets.save_to_disk` or TFDS (as ArrayRecord)
-        wrote as the datasets they are. What is not read is logged, see `files.Found`.
+        they are read. A path that exists literally is taken as one name, whatever commas
+        and wildcards it has. A folder is read recursively, each file once: files by their
+        suffix; folders written by `datasets.save_to_disk` or TFDS (as ArrayRecord) as
+        datasets. Skipped files are logged, see `files.Found`.
       reader: 'jsonl' (one object per line; .jsonl, .jsonl.gz, .jsonl.zst), 'text' (one
         record `{'id', 'text'}` per file; .txt, .md), 'parquet', 'arrow' (IPC streams and
         files, and saved datasets), 'array_record' (JSON objects or else texts
         `{'text'}`), 'tfds', or '' to go by the suffixes. With a reader, a named file may
-        have any suffix, and of a folder only the files of that reader are read.
+        have any suffix, and in a folder only the files of that reader are read.
       split: of a folder whose files are named by the Hub's conventions, of a saved
         DatasetDict, or of a TFDS dataset, as TFDS writes it ('train', 'train[:10%]');
         'all' for every file; '' for 'train' if there are several, or for the only one.
@@ -64,7 +64,7 @@ def read(
         source without).
     """
     found = files.find(path, reader, split)
-    if reader:  # other files of a folder are not meant
+    if reader:  # other files of a folder are not requested
         found.passed_over.clear()
     if lines := found.lines():
         logging.warning("%s: %s", path, "; ".join(lines))
@@ -100,18 +100,18 @@ def choose_holdout(
     seed: int,
     where: str = "source",
 ) -> dict[bytes, Record]:
-    """Chooses the records that are only measured; `content_key` -> record.
+    """Chooses the records that are measured and not trained on; `content_key` -> record.
 
     The choice depends on a hash of the text, so it does not depend on the order of the
-    records and hardly on what else is in the source. Records without text are not chosen,
-    and of records with the same text only one is.
+    records, and hardly on the other records in the source. Records without text are never
+    chosen, and only one of several records with the same text is.
 
     Args:
       records: read once; at most `num_records` are kept in memory.
       text_of: the text of a record.
-      num_records: how many; 0: none.
+      num_records: how many to choose; 0: none.
       seed: of the choice.
-      where: the records are from, for the error.
+      where: the origin of the records, for the error.
 
     Raises:
       InputError: there are not more than `num_records` distinct records.
@@ -170,7 +170,7 @@ def _read_parts(parts: list[Part], path: str, on_bad: OnBad) -> Iterator[Record]
                 yield record
         except InputError:
             raise
-        except Exception as error:  # the libraries have no common class for damage
+        except Exception as error:  # libraries share no class for damage
             note(_damaged(part, place, error))
     if not num_records and not num_problems:  # readers report files without records
         on_bad(InputError(f"{path}: has no text; every file found is empty"))

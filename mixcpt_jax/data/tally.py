@@ -15,17 +15,17 @@ from absl import logging
 from mixcpt_jax.core.errors import InputError
 
 KINDS = ("left_out", "unread", "lost", "spelt", "without_loss")
-# Special tokens that texts often contain, whether or not the vocabulary has them: ends of
-# documents in concatenated files, tags of chats that were saved as text.
+# Special tokens that texts often contain, even if the vocabulary lacks them: ends of
+# documents in concatenated files, and tags of chats that were saved as text.
 _USUAL = (
     "<|endoftext|>", "<|end_of_text|>", "<eos>", "<s>", "</s>", "<|im_start|>",
     "<|im_end|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>",
 )  # fmt: skip
-# The form of nearly all special tokens. One search for it is faster than one for each of
-# thousands of tokens.
+# The form of nearly all special tokens. One search for this form is faster than thousands
+# of searches for single tokens.
 _FORM = r"<[^<>\s]{1,64}>"
 _BRACKETS = r"\[[^\[\]\s]{1,64}\]"
-# Names that are counted separately; data could have any number of them.
+# The maximum number of names that are counted separately; data could have any number.
 _MOST_NAMES = 100
 _OTHERS = "others"
 _MOST_SHOWN = 8

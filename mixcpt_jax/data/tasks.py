@@ -1,11 +1,12 @@
 """Tasks that `evaluate` measures: texts, multiple choice, cloze.
 
-A task is a file of records of one kind, which their fields tell:
+A task is a file of records of one kind. The fields determine the kind:
 
 - "text" `{"text"}`: how well each document is predicted, its end included;
 - "choice" `{"question", "choices", "answer"}`: see `exams`;
 - "cloze" `{"context", "target"}`: whether the model continues the context with the target.
-  With `continuation` instead of `target`, a space is put between if there is none.
+  With `continuation` instead of `target`, a space is inserted between them if there is
+  none.
 
 Results are columns with one number per item; a measure is a ratio of sums of columns.
 """
@@ -34,7 +35,7 @@ _NAMED = re.compile(r"([\w.-]+)(?::(\w+))?=(.+)")
 class Measure(NamedTuple):
     """`of(sum of numerator / sum of denominator)`.
 
-    Without a denominator, the mean over items, each 1 if right and 0 if wrong.
+    Without a denominator, it is the mean over items: 1 if correct, 0 if not.
     """
 
     numerator: str
@@ -43,7 +44,7 @@ class Measure(NamedTuple):
 
     @property
     def is_per_token(self) -> bool:
-        """Whether it cannot compare models with different tokenizers."""
+        """Whether models with different tokenizers cannot be compared by it."""
         return self.denominator == "tokens"
 
 
@@ -173,9 +174,9 @@ def read(setting: str, limit: int = 0) -> Task:
     """Reads a task.
 
     Args:
-      setting: PATH, NAME=PATH or NAME:KIND=PATH, with PATH as for `sources.read`. A
-        setting that exists as it stands is a path. The default name is the file's, the
-        default kind that of the first record.
+      setting: PATH, NAME=PATH or NAME:KIND=PATH, with PATH as for `sources.read`. A setting
+        that exists as a file or folder is a path. The default name is the file's name; the
+        default kind is that of the first record.
       limit: the number of records from the beginning; 0: all.
 
     Raises:

@@ -1,10 +1,11 @@
 """The teacher cache: outputs of the frozen teacher on packed rows; see `token_cache`.
 
-It has two forms. Hidden states in bfloat16, from which the teacher's unembedding computes
-its logits: exact up to that rounding. Or the input of `streamed.CompactTeacher`: the most
-likely tokens and the gold one with their log-probabilities, in float16.
+It has two forms. One holds hidden states in bfloat16, from which the teacher's unembedding
+computes the logits, exact up to that rounding. The other holds the input of
+`streamed.CompactTeacher`: the most likely tokens and the gold token, with their
+log-probabilities in float16.
 
-A record is a row: for each array of the form, its values at the row's tokens, without
+A record holds one row: the values of each array of the form at the row's tokens, without
 padding, one array after the other.
 """
 
@@ -118,7 +119,7 @@ class TeacherRows:
 
 
 def folder_of(root: str, source: str, top_k: int) -> epath.Path:
-    """The folder of a source's teacher outputs; each form has its own."""
+    """The folder of a source's teacher outputs; each form has its own folder."""
     name = f"teacher-top{top_k}" if top_k else "teacher"
     return token_cache.folder_of(root, source) / name
 
@@ -138,7 +139,7 @@ def open_rows(folder: epath.Path, form: Form, key: dict[str, Any]) -> TeacherRow
       key: identifies the rows and the teacher.
 
     Raises:
-      InputError: they are missing, damaged, or of other rows or another teacher.
+      InputError: they are missing, damaged, or for other rows or another teacher.
     """
     remedy = (
         "run `python -m mixcpt_jax prepare --teacher` with this config, or set "

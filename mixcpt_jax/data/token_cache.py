@@ -1,9 +1,9 @@
 """Prepared data on disk: ArrayRecord shards in folders, with a manifest each.
 
-A folder holds shards `00000.array_record` and so on and, written last, `manifest.json`:
-the key of everything that the shards depend on, and of each shard its hash and other facts.
-Each shard's entry in the manifest also lies beside it as a file of its own, by which an
-interrupted preparation resumes.
+A folder holds shards, `00000.array_record` and so on, and `manifest.json`, which is written
+last. The manifest holds a key of everything that the shards depend on, and the hash and
+other facts of each shard. Each shard's manifest entry is also a separate file beside the
+shard, from which an interrupted preparation resumes.
 
 There are two kinds of folders: the tokens of a source (`PreparedExamples`), cut into
 blocks, and teacher outputs on packed rows (`mixcpt_jax.data.teacher_cache`).
@@ -30,12 +30,13 @@ from mixcpt_jax.data.formats import Examples
 MANIFEST = "manifest.json"
 INDEX = "lengths.npy"
 REMEDY = "run `python -m mixcpt_jax prepare` again, which repairs it"
-# A row reads a few pieces, from a block or two each; long blocks would waste reading.
+# A row reads a few pieces, each from one or two blocks; with long blocks, most of what is
+# read would not be used.
 BLOCK_TOKENS = 4096
 
 _OPEN_READERS = 128
 
-# Of what is read again of a shard's entry and of a manifest.
+# The shapes of a shard's entry and of a manifest, as far as they are read again.
 _SHARD = {
     "file": str,
     "hash": str,
@@ -64,10 +65,10 @@ def folder_of(root: str, source: str) -> epath.Path:
 def write_shard(
     folder: epath.Path, number: int, records: Iterable[bytes], facts: Entry
 ) -> Entry:
-    """Writes a shard whole or not at all, and returns its entry of the manifest.
+    """Writes a shard atomically, and returns its manifest entry.
 
     Raises:
-      InputError: the disk is full, or the like.
+      InputError: the write failed, for example because the disk is full.
     """
     file = folder / f"{number:05d}.array_record"
     temporary = file.with_suffix(".incomplete")
@@ -87,7 +88,7 @@ def write_shard(
         paths.replace(file.with_suffix(".json"), json.dumps(entry))
     except InputError:
         raise
-    except Exception as error:  # ArrayRecord has no class of its own for a full disk
+    except Exception as error:  # ArrayRecord has no exception class for a full disk
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise InputError(
@@ -190,7 +191,9 @@ class Records:
         try:
             reader = self._reader(shard)
             record = reader.read([int(number - self.starts[shard])])[0]
-        except Exception as error:  # the library has no common class for damage
+        except (
+            Exception
+        ) as error:  # the library has no exception class for damaged files
             raise InputError(self._complaint(shard, str(error))) from error
         return record
 
@@ -212,7 +215,7 @@ class Records:
 
 
 class PreparedExamples:
-    """As `formats.Examples`, but reads from disk only what is needed.
+    """Like `formats.Examples`, but reads only what is needed from disk.
 
     Attributes:
       offsets, lengths, num_tokens, num_loss_tokens, fingerprint: as there.
@@ -293,7 +296,7 @@ class PreparedExamples:
         )
 
     def load(self) -> Examples:
-        """All of it, in memory."""
+        """Loads all examples into memory."""
         tokens, mask = self.read(0, self.num_tokens)
         return Examples(tokens, mask, self.offsets)
 

@@ -1,4 +1,4 @@
-"""Prepares the tokens of sources, in shards, and keeps shards that are already right."""
+"""Prepares the tokens of sources, in shards, and keeps shards that are already valid."""
 
 import collections
 import contextlib
@@ -36,7 +36,7 @@ def prepare(
     Args:
       config: a validated config of one phase, paths resolved.
       tokenizer: the model's.
-      num_workers: processes; 0: this one alone.
+      num_workers: number of worker processes; 0: only this process.
       shard_size: approximate number of characters in a shard.
 
     Raises:
@@ -61,7 +61,7 @@ def _prepare_source(
     folder = token_cache.folder_of(config.data.prepared, name)
     hashes = sources.hashes(source.path, source.reader, source.split)
     key = corpus_lib.identity(config, source, tokenizer, hashes, measured.holdout)
-    with contextlib.suppress(InputError):  # a damaged manifest counts as none
+    with contextlib.suppress(InputError):  # a damaged manifest counts as missing
         manifest = token_cache.read_manifest(folder)
         if (
             manifest
@@ -75,7 +75,7 @@ def _prepare_source(
     corpus = corpus_lib.Corpus(config, source, measured)
     settings = source.format, source.fields.to_dict(), source.preference_side
     settings = *settings, source.on_bad_record
-    # The holdout determines only which records there are, and a shard's hash covers those.
+    # The holdout only determines which records there are, and a shard's hash covers them.
     same = {name: value for name, value in key.items() if name != "holdout"}
     make = functools.partial(_make_shard, folder, same, settings, tokenizer)
     groups = _groups(corpus.train_split(in_order), shard_size)
@@ -123,7 +123,7 @@ def _make_shard(
 def _groups(
     records: Iterable[sources.Record], most: int
 ) -> Iterator[list[sources.Record]]:
-    """Groups of consecutive records, each just above `most` in size."""
+    """Groups of consecutive records; the size of each is just above `most`."""
     group, size = [], 0
     for record in records:
         group.append(record)
@@ -145,7 +145,7 @@ def _pool(num_workers: int) -> Iterator[corpus_lib.InOrder]:
     if not num_workers:
         yield corpus_lib.one_by_one
         return
-    # There is one process per core, so threads within them would only compete.
+    # There is one process per core, so threads within a process would only compete.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context) as executor:
