@@ -27,7 +27,8 @@ _MAX_DEFAULT_CHARS = 24
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DEFINITIONS = (*_FUNCTIONS, ast.ClassDef)
 
-FOLDER = pathlib.Path("runs", "docstrings")
+# Hidden, so that `runs/*` are runs.
+FOLDER = pathlib.Path("runs", ".docstrings")
 
 
 def file_of(*packages: str) -> str:

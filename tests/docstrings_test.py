@@ -123,13 +123,13 @@ def test_a_file_is_written_once_for_each_version(package, tmp_path, monkeypatch)
     )
     monkeypatch.setattr(docstrings.importlib.metadata, "version", versions.get)
     file = docstrings.file_of(package)
-    assert file == "runs/docstrings/lib_of_tests-1.0+2.jsonl"
+    assert file == "runs/.docstrings/lib_of_tests-1.0+2.jsonl"
     read = [record.fields for record in sources.read(file)]
     assert read == docstrings.records([package])
     monkeypatch.setattr(docstrings, "records", pytest.fail)
     assert docstrings.file_of(package) == file
     monkeypatch.undo()
-    assert os.listdir(tmp_path / "runs" / "docstrings") == [file.rpartition("/")[2]]
+    assert os.listdir(tmp_path / "runs" / ".docstrings") == [file.rpartition("/")[2]]
 
 
 def test_a_folder_that_cannot_be_written_is_named(package, tmp_path, monkeypatch):
