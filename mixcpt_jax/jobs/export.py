@@ -13,11 +13,11 @@ from mixcpt_jax.training import phase as phase_lib
 
 @phase_lib.job
 def run(phase: phase_lib.Phase) -> dict[str, Any]:
-    """Writes `hf/` in the phase's folder: weights, config, tokenizer and licence.
+    """Writes `hf/` in the phase's folder: weights, config, tokenizer and license.
 
     Adapters are merged into the weights they adapt. The tokenizer gets the chat template
-    of training, and `generation_config.json` the tokens that end a turn or a text. The
-    folder is written whole or not at all.
+    used in training, and `generation_config.json` gets the tokens that end a turn or a
+    text. The folder appears only when it is complete.
 
     Returns:
       The content of `results.json`: the folder's path and the dtype of the weights.
@@ -31,7 +31,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     phase.announce(f"exports {phase.config.export.dtype}")
     phase.claim()
     vocabulary = phase.tokenizer
-    # The template of a model that is not for conversations stays as it is.
+    # Keep the template of a model that is not for conversations.
     if vocabulary.has_turns:
         vocabulary = dataclasses.replace(vocabulary, chat_template=vocabulary.template)
     dtype = phase.config.export.dtype

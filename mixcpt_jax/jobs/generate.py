@@ -56,8 +56,8 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     """Writes records until they have `generate.num_tokens` tokens.
 
     Returns:
-      What `results.json` holds: `generated`, how many records and tokens there are and
-      how many were left out, by reason; and their folder.
+      The content of `results.json`: `generated`, the numbers of records and tokens and of
+      dropped records, by reason; and their folder.
 
     Raises:
       InputError: config, prompts, weights or workdir are wrong.
@@ -132,7 +132,8 @@ def _as_text(messages: Sequence[Mapping[str, Any]]) -> str:
 def _from_prompts(phase: phase_lib.Phase, prompts: list[str]) -> Iterable[Request]:
     """The prompts, repeated without end; all are encoded first, so none fails later.
 
-    Of a file all must fit the context; of a source those that do not are left out.
+    All prompts of a file must fit the context; prompts of a source that do not fit are
+    dropped.
     """
     settings = phase.config.generate
     place, room = settings.prompts or f"sources.{settings.source}", _room(phase)
@@ -233,7 +234,7 @@ def _write(phase: phase_lib.Phase, requests: Iterable[Request]) -> dict[str, int
     """Writes the missing parts, until there are enough tokens.
 
     Returns:
-      How many records and tokens there are, and how many answers were left out.
+      The numbers of records, tokens and dropped answers.
     """
     config, settings = phase.config, phase.config.generate
     output = _Output(phase)
@@ -274,7 +275,7 @@ class _Output:
     """The parts of `generated/`: the existing ones, and the one being filled.
 
     Attributes:
-      num_parts, num_batches: that were there, and batches that were added by now.
+      num_parts, num_batches: parts that exist, and batches added so far.
       records, tokens: in all parts.
     """
 
@@ -307,8 +308,8 @@ class _Output:
         """Adds the records of a batch that are new.
 
         Args:
-          batch: what was asked for.
-          said: what the model said to each, or nothing.
+          batch: the requests.
+          said: the model's answer to each, or ''.
           first: the number of the batch's first record.
         """
         config = self._phase.config

@@ -1,10 +1,10 @@
-"""The job "merge": weights between the start and the end of a phase.
+"""The job "merge": interpolates between the weights at the start and the end of a phase.
 
-Of `start + a (end - start)` each `a` of `merge.shares` is measured with the phase's own
-measures: a curve of what is learned against what is kept, for the price of evaluation.
-The largest `a` that stays within the budgets of `merge.keep` is saved, and later phases
-start from it. Interpolated weights often keep more than either end loses (WiSE-FT, arXiv
-2109.01903; LM-Cocktail, arXiv 2311.13534).
+`start + a (end - start)` is evaluated with the phase's own measures for each `a` in
+`merge.shares`. This gives a curve of learning against forgetting, at the cost of evaluation
+only. The weights with the largest `a` that stays within the budgets of `merge.keep` are
+saved, and later phases start from them. Interpolated weights often keep more than either
+end loses (WiSE-FT, arXiv 2109.01903; LM-Cocktail, arXiv 2311.13534).
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,11 +28,11 @@ SHARE = "merge/share"
 def run(phase: phase_lib.Phase) -> dict[str, Any]:
     """Measures each share, and saves the weights of the largest within all budgets.
 
-    The start, a share of 0, is always measured, as budgets count from it. What an
-    interrupted run has measured is not measured again.
+    The start, a share of 0, is always measured, because budgets are relative to it. Shares
+    that an interrupted run has measured are not measured again.
 
     Returns:
-      What `results.json` holds: `before` and `after`, of the start and of the chosen
+      The content of `results.json`: `before` and `after`, of the start and of the chosen
       share; `share`; and `curve`, the measures of each share.
 
     Raises:
@@ -69,7 +69,7 @@ def choose(curve: Sequence[Mapping[str, float]], keep: Mapping[str, float]) -> i
         perplexities by how much higher, all others by how much lower.
 
     Returns:
-      Its number in the curve. Without a budget that of the last row.
+      The row's index in the curve; without budgets, that of the last row.
     """
 
     def is_within(row: Mapping[str, float]) -> bool:

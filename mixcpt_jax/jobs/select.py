@@ -1,9 +1,9 @@
 """The job "select": chooses the few general samples for format alignment.
 
-The general samples of the mixture are filtered, and ranked at random or by the trained
-model's scores: as plain text, and in its chat template too. `data.selection.FORMS` lists
-the scored forms of each method; "random", the default, scores none. Each source's ranking
-is a JSONL file, best first; SFT and DPO read its first lines.
+The general samples of the mixture are filtered, then ranked at random or by the trained
+model's scores, computed on plain text and in its chat template. `data.selection.FORMS`
+lists the scored forms of each method; "random", the default, scores none. Each source's
+ranking is a JSONL file, best first; SFT and DPO read its first lines.
 """
 
 from typing import Any
@@ -23,8 +23,8 @@ from mixcpt_jax.training import phase as phase_lib
 def run(phase: phase_lib.Phase) -> dict[str, Any]:
     """Ranks the samples of every source in `select.keep`.
 
-    Writes `SOURCE.jsonl` (see `selection.write`). An interrupted run resumes with the
-    batches that are not scored yet.
+    Writes `SOURCE.jsonl` (see `selection.write`). An interrupted run resumes with the first
+    batch that is not scored.
 
     Returns:
       The content of `results.json`: source -> `selection.summary`.

@@ -1,7 +1,8 @@
 """The loop of every training phase: restore or start -> step -> log -> evaluate -> save.
 
-A phase resumes from its own newest checkpoint, else it starts as `phase` says. Phases
-differ in the format of their data and in their objective; the loop is the same.
+A phase resumes from its own newest checkpoint; without one, it starts as described in
+`training.phase`. Phases differ in the format of their data and in their objective; the loop
+is the same.
 """
 
 import functools
@@ -45,14 +46,14 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     """Runs one training phase to its end, or resumes it.
 
     Returns:
-      What `results.json` holds: `before` and `after` (evaluation by measure),
-      `mixture` (the sources as delivered), the speed, and `skipped` steps where any
-      may be; nothing on other hosts than the first.
+      The content of `results.json`: `before` and `after` (evaluation by measure), `mixture`
+      (the sources as delivered), the speed, and `skipped` steps if steps may be skipped;
+      empty on all hosts but the first.
 
     Raises:
       InputError: config, data, weights or workdir are wrong.
       FloatingPointError: the loss is no longer finite.
-      Preempted: SIGTERM has come; the state after the last step is saved.
+      Preempted: SIGTERM has arrived; the state after the last step is saved.
     """
     _announce(phase)
     checkpoint.check_folder(phase.folder)
@@ -62,7 +63,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
 
 
 def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
-    """The loop: fetch, dispatch, read the step before, evaluate, save."""
+    """The loop: fetch, dispatch, read the previous step's metrics, evaluate, save."""
     config, num_steps = phase.config, data.num_steps
     program = make_program(phase, data)
     start = _start(phase, data, program)
@@ -101,7 +102,8 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
             batch = _put_rows(next(batches), config, phase.mesh)
             state, step_metrics = program.train_step(state, start.frozen, batch)
             preemption_guard.defer()
-            # The device is busy with this step while the host reads the one before.
+            # The device runs this step while the host reads the metrics of the previous
+            # one.
             log.read()
             is_saved = step == num_steps or _is_due(step, config.train.save_every)
             if is_saved or _is_due(step, config.train.log_every):
@@ -138,14 +140,14 @@ class _Start(NamedTuple):
     """Where the loop begins: at the phase's newest checkpoint, or at step 0.
 
     Attributes:
-      step, row: steps done, and rows of the stream that they read.
+      step, row: number of steps done, and of rows of the stream that they read.
       is_resumed: whether a checkpoint was restored.
       state: of the step.
       frozen: the frozen parameters that the step needs; None if it needs none.
       references: the reference's log-probabilities of pairs, if computed ahead.
       data: with these references in its rows.
-      recorded: whether the record of an interrupted run has the measures and the answers
-        of `step`.
+      recorded: whether the record of an interrupted run already has the measures and the
+        answers of `step`.
       fingerprint, provenance: what a checkpoint belongs to, see `Checkpoints.save`.
     """
 
@@ -198,7 +200,7 @@ def _start(phase: phase_lib.Phase, data: pipeline.Data, program: Program) -> _St
 
 
 class _StepLog:
-    """Metrics of steps, each read while the device is busy with the next step."""
+    """Metrics of steps; each is read while the device runs the next step."""
 
     def __init__(self, phase, writer, progress, guard, checkpoints):
         self._phase = phase
@@ -214,7 +216,7 @@ class _StepLog:
         self._pending = step, device_metrics
 
     def read(self) -> None:
-        """Reads, checks, writes and shows the metrics of the last `put`.
+        """Reads, checks, writes and shows the metrics from the last `put`.
 
         Raises:
           FloatingPointError: training has broken down.
@@ -245,7 +247,7 @@ class _StepLog:
             self._fetch(step, device_metrics)
 
     def restart_clock(self, step: int) -> None:
-        """Leaves out the time since the last step, which was not training."""
+        """Excludes the time since the last step, which was not training."""
         self._clock.restart(step)
 
     def _fetch(self, step: int, device_metrics: Metrics) -> dict[str, float]:
@@ -279,7 +281,7 @@ class _Evaluation:
     def run(
         self, step: int, state: TrainState, skip: tuple[bool, bool] = (False, False)
     ) -> None:
-        """Does what is due at a step; SIGTERM interrupts it.
+        """Runs the evaluations that are due at a step; SIGTERM interrupts them.
 
         Args:
           step: steps done.
@@ -344,8 +346,9 @@ def _load_frozen(
 ) -> tuple[transformer.Params | None, dict[str, np.ndarray]]:
     """The frozen parameters that the steps need, and the reference's log-probabilities.
 
-    Those are of measured pairs and, with `preference.reference="precomputed"`, of training
-    pairs: "pairs/NAME" or "sources/NAME" -> nats, float32 [examples].
+    The log-probabilities cover measured pairs and, with
+    `preference.reference="precomputed"`, training pairs: "pairs/NAME" or "sources/NAME" ->
+    nats, float32 [examples].
     """
     config = phase.config
 
@@ -392,7 +395,7 @@ class _Clock:
         self._last = None
 
     def restart(self, step: int) -> None:
-        """Leaves out the time since the last read."""
+        """Excludes the time since the last read."""
         self._last = step, time.monotonic()
 
     def rate(self, step: int, tokens_per_step: float) -> float:
@@ -409,7 +412,7 @@ def _is_due(step: int, every: int) -> bool:
 
 def _recorded(phase: phase_lib.Phase, data, step: int) -> tuple[bool, bool]:
     """Whether the run's record has the measures and the answers of a step."""
-    # A row of measures has no learning rate; it may hold its step only.
+    # A row of measures has no learning rate; it may hold only its step.
     measured = any(
         row["step"] == step and "learning_rate" not in row
         for row in metrics.read(phase.folder)
@@ -451,7 +454,7 @@ def _check_step(
 
 
 def _announce(phase: phase_lib.Phase) -> None:
-    """Prints how much is trained, and from which step."""
+    """Prints how much the phase trains, and from which step."""
     config, adapters = phase.config, ""
     if phase.lora:
         trained = lora_lib.abstract_adapters(

@@ -2,17 +2,18 @@
 
 A checkpoint at step n holds everything that the steps after n depend on: the items
 `params` and `optimizer` (step count and moments), and as metadata the config, a hash of
-each source, and the provenance, that is, what the phase started from and which files it
-read. The data iterator's position is the number of rows taken, because the stream is a
-function of sources, seed and row; the hashes show whether the sources are the same. The
-next phase reads `params` alone. The frozen model is in no checkpoint: it is loaded again
-from its start, and the provenance shows whether that is the same.
+each source, and the provenance: what the phase started from and which files it read. The
+data iterator's position is the number of rows read, because the stream is a function of
+sources, seed and row; the hashes show whether the sources are unchanged. The next phase
+reads only `params`. The frozen model is never saved: it is loaded again from where the
+phase started, and the provenance shows whether that is unchanged.
 
-Saves are asynchronous and atomic: a checkpoint appears under its number once it is whole,
-so a killed run leaves the last whole one in place. Later damage is found when the
-checkpoint is read: the metadata holds a checksum of every array, computed on the devices,
-and a digest of itself. Resume renames a damaged checkpoint, never deletes it, and uses the
-one before it. Hand-over to the next phase uses the newest checkpoint or none.
+Saves are asynchronous and atomic: a checkpoint appears under its number only when it is
+complete, so a killed run leaves the last complete one in place. Later damage is detected
+when the checkpoint is read: the metadata holds a checksum of every array, computed on the
+devices, and a digest of itself. A run that resumes renames a damaged checkpoint, never
+deletes it, and uses the previous one. Hand-over to the next phase uses only the newest
+checkpoint, and fails if it is damaged.
 """
 
 import base64
@@ -61,22 +62,22 @@ _RECORD = {
     "leaves": {str: [object]},
     "files?": {str: str},
 }
-# Bytes of the copy of a file.
+# Maximum bytes of the copy of a file.
 _MOST = 2**31
-# The name of an array; the first key in it is its item.
+# The name of an array; its first key is the item.
 _LEAF = re.compile(r"\['(params|optimizer)'\].*", re.DOTALL)
 
 
 def _steady_clock() -> types.SimpleNamespace:
-    """The module `time`, except that its `time()` does not jump when the clock is set."""
+    """Like the module `time`, but `time()` does not jump when the clock is set."""
     offset = time.time() - time.monotonic()
     return types.SimpleNamespace(
         **vars(time) | {"time": lambda: offset + time.monotonic()}
     )
 
 
-# Orbax computes deadlines from `time.time()`, so a clock that is set during a save would
-# end the run.
+# Orbax computes deadlines from `time.time()`, so setting the clock during a save would end
+# the run.
 _CLOCK = _steady_clock()
 for _name, _module in list(sys.modules.items()):
     if _name.startswith("orbax.checkpoint.") and getattr(_module, "time", 0) is time:
@@ -87,7 +88,7 @@ class Checkpoints:
     """Writes the checkpoints of one phase; a context manager."""
 
     def __init__(self, workdir: epath.Path, keep_last: int = 2):
-        """Opens `workdir/checkpoints` and creates it if missing; call `restore` first.
+        """Opens `workdir/checkpoints`, creating it if missing; call `restore` first.
 
         Args:
           workdir: the phase's folder.
@@ -101,12 +102,12 @@ class Checkpoints:
         )
 
     def __enter__(self) -> "Checkpoints":
-        # Never removed: threads of a failed save may log after the end.
+        # Never removed: threads of a failed save may log after the context ends.
         logging.get_absl_logger().addFilter(_is_not_raised_too)
         return self
 
     def __exit__(self, kind, *exception) -> None:
-        # The first error is reported, not one that follows from it.
+        # Report the first error, not one that follows from it.
         suppressed = () if kind is None else (InputError,)
         with contextlib.suppress(*suppressed), self._writing():
             self._checkpointer.close()
@@ -130,7 +131,7 @@ class Checkpoints:
         Args:
           state: the state after `step` steps.
           step: the checkpoint's number.
-          rows: the rows of the stream taken so far.
+          rows: the number of rows of the stream read so far.
           config: written beside the arrays.
           sources: source name -> hash of its tokens, checked by `restore`.
           provenance: `start`, also checked, and other facts to record.
@@ -181,16 +182,16 @@ class Checkpoints:
 
 
 def _is_not_raised_too(entry: std_logging.LogRecord) -> bool:
-    """False for what Orbax's threads log about an exception that they also raise."""
+    """False for logs of Orbax's threads about an exception that they also raise."""
     return not (entry.exc_info and "orbax" in entry.pathname)
 
 
 def check_folder(workdir: epath.Path) -> None:
     """Writes a tiny checkpoint, reads it back and removes it; on every host.
 
-    So a folder in which checkpoints cannot be written or read is found before hours of
-    training, not after them. Folders created for the check are removed too, so a run that
-    is refused afterwards leaves nothing.
+    This detects a folder in which checkpoints cannot be written or read before hours of
+    training, not after. Folders created for the check are also removed, so a run that is
+    refused afterwards leaves nothing behind.
 
     Args:
       workdir: the phase's folder; it need not exist.
@@ -199,7 +200,8 @@ def check_folder(workdir: epath.Path) -> None:
       InputError: writing or reading failed, or the values read differ.
     """
     folder = workdir / f"{FOLDER}.check"
-    # On the devices of all hosts: with several, Orbax saves no array of one host alone.
+    # Use the devices of all hosts: on several hosts, Orbax does not save arrays of a single
+    # one.
     everywhere = jax.make_mesh((jax.device_count(),), ("devices",))
     replicated = jax.NamedSharding(everywhere, jax.P())
     values = np.arange(4.0, dtype=np.float32)
@@ -210,7 +212,7 @@ def check_folder(workdir: epath.Path) -> None:
     # Never removed, as in `Checkpoints`.
     logging.get_absl_logger().addFilter(_is_not_raised_too)
     try:
-        if hosts.is_first():  # Orbax would log pages about what the disk refuses
+        if hosts.is_first():  # Orbax would log pages about a failed write
             if not paths.is_remote(workdir):  # a bucket has no folders
                 above = (workdir, *workdir.parents)
                 missing = [path for path in above if not path.exists()]
@@ -233,13 +235,13 @@ def check_folder(workdir: epath.Path) -> None:
     hosts.wait_for_all(f"check of {workdir}")
     if hosts.is_first():
         folder.rmtree()
-        with contextlib.suppress(OSError):  # one of them holds another run's files
+        with contextlib.suppress(OSError):  # a folder holds another run's files
             for path in missing:
                 path.rmdir()
 
 
 class Restored(NamedTuple):
-    """The newest whole checkpoint: its step, the rows of the stream taken, the state."""
+    """The newest undamaged checkpoint: its step, the rows of the stream read, the state."""
 
     step: int
     rows: int
@@ -261,9 +263,9 @@ def restore(
     provenance: dict[str, Any],
     config: ml_collections.ConfigDict | None = None,
 ) -> Restored | None:
-    """Loads the newest whole checkpoint; None if none was ever saved.
+    """Loads the newest undamaged checkpoint; None if none was ever saved.
 
-    Damaged ones after it are renamed to `damaged-STEP`, with a warning, so that their
+    Newer, damaged checkpoints are renamed to `damaged-STEP`, with a warning, so that their
     steps can be saved again.
 
     Args:
@@ -271,12 +273,12 @@ def restore(
       abstract_state: the shapes, dtypes and shardings to load.
       sources: as given to `save`.
       provenance: as given to `save`.
-      config: the phase's, if the one that was saved must be the same.
+      config: the phase's config, if the saved one must equal it.
 
     Raises:
       InputError: the state has other shapes or dtypes; a source, `init_from` or the
-        config has changed since the run began; or a parameter is not finite; or there are
-        checkpoints, but none is whole, and then none is renamed.
+        config has changed since the run began; or a parameter is not finite; or all
+        checkpoints are damaged (then none is renamed).
     """
     folder = workdir / FOLDER
     damaged: dict[epath.Path, str] = {}
@@ -285,13 +287,14 @@ def restore(
         path = entry.path
         try:
             record = _read(_read_record, entry)
-            # Of checkpoints before the newest whole one, Orbax reads the metadata alone.
+            # For checkpoints before the newest undamaged one, Orbax reads only the
+            # metadata.
             if restored is None:
                 _check_config(path, record, config)
                 _check_resumable(folder, record, abstract_state, sources, provenance)
                 items = _load(path, record, _items(abstract_state))
                 state = _state(items)
-                # Earlier versions did not note which step it is.
+                # Earlier versions did not record the step.
                 if "step" not in record and int(state.step) != entry.step:
                     raise _Damaged(f"it is the state after step {int(state.step)}")
                 restored = Restored(entry.step, record["rows"], state)
@@ -349,19 +352,19 @@ def read_provenance(folder: str) -> dict[str, Any]:
 
 
 def read_files(workdir: epath.Path, step: int) -> dict[str, str]:
-    """The phase's record as a checkpoint that was restored holds it.
+    """The copy of the phase's record in a restored checkpoint.
 
     Returns:
-      Name of a file -> its text; nothing of a version that kept no copies.
+      Name of a file -> its text; empty if the version that saved it kept no copies.
     """
     entry = next(e for e in _steps(workdir / FOLDER) if e.step == step)
     return _unpacked(_read(_read_record, entry))
 
 
 def newest_readable(workdir: epath.Path) -> Kept | None:
-    """What the newest checkpoint whose metadata can be read says; None if none can.
+    """The content of the newest checkpoint with readable metadata; None if there is none.
 
-    It is asked on any host alone, and reads no arrays.
+    One host may call it alone; it reads no arrays.
     """
     for entry in _steps(workdir / FOLDER):
         try:
@@ -388,8 +391,8 @@ def load_params(folder: str, abstract_params: Any) -> Any:
       abstract_params: shapes, shardings and the dtypes to cast to.
 
     Raises:
-      InputError: no checkpoint there, of another model, damaged, or with a parameter
-        that is not finite.
+      InputError: there is no checkpoint, or it is of another model, damaged, or has a
+        parameter that is not finite.
     """
     newest = _newest(folder)
     template = {"params": abstract_params}
@@ -400,7 +403,7 @@ def load_params(folder: str, abstract_params: Any) -> Any:
             f"init_from={folder}: array {name} is {found} there and {expected} in "
             "model.path; give the checkpoint's own model"
         )
-    # In the dtypes that were saved: the checksums belong to these.
+    # Load in the saved dtypes: the checksums were computed on these.
     stored = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(
             leaf.shape,
@@ -440,7 +443,7 @@ def _newest(folder: str) -> _Newest:
 
     Raises:
       InputError: it has none, or its newest is damaged. No earlier one is used instead,
-        because later phases belong to the newest.
+        because later phases must start from the newest.
     """
     path = phase_folder(folder) / FOLDER
     if not path.exists():
@@ -536,7 +539,7 @@ def _read(function: Callable[..., Any], *args: Any) -> Any:
                 raise other from None
             damage = f"cannot be read ({_cause(error)})"
         if damage:
-            # Reads that the exception's frames hold are finalized while logs are off.
+            # The exception's frames hold reads; these are finalized while logs are off.
             gc.collect()
     if jax.process_count() > 1:
         is_whole = multihost_utils.process_allgather(np.array(not damage))
@@ -578,7 +581,7 @@ def _read_record(entry: orbax_path.step.Metadata) -> dict[str, Any]:
     if record.keys() & {"digest", "leaves"}:
         if record.pop("digest", None) != _digest(record):
             raise _Damaged("its metadata is not what was saved")
-    else:  # Written by a version without checksums.
+    else:  # written by a version without checksums
         leaves = {"params": ocp.checkpointables_metadata(path).metadata["params"]}
         described = {name: [str(x.dtype), x.shape, None] for name, x in _named(leaves)}
         record["leaves"] = described
@@ -589,11 +592,11 @@ def _read_record(entry: orbax_path.step.Metadata) -> dict[str, Any]:
 
 
 def _check_record(record: dict[str, Any]) -> None:
-    """Checks the shape of metadata, which a digest does not prove.
+    """Checks the shape of metadata, which a matching digest does not guarantee.
 
     Raises:
       InputError: names the first part of another shape.
-      _Damaged: a copy or the description of an array is none.
+      _Damaged: a copy of a file or the description of an array is malformed.
     """
     place = "its metadata"
     small_files.check(record, _RECORD, place)
@@ -641,7 +644,7 @@ def _load(path: epath.Path, record: dict[str, Any], abstract_items: Any) -> Any:
 def _check_config(
     path: epath.Path, record: dict[str, Any], config: ml_collections.ConfigDict | None
 ) -> None:
-    """Raises InputError if a checkpoint is of a run with another config."""
+    """Raises InputError if a checkpoint is from a run with another config."""
     if config is None:
         return
     saved = json.loads(record["config"])
@@ -664,14 +667,14 @@ def _check_resumable(
     sources: dict[str, str],
     provenance: dict[str, Any],
 ) -> None:
-    """Raises InputError if the run has changed since, see `restore`."""
+    """Raises InputError if the run has changed since the checkpoint, see `restore`."""
     if "rows" not in record:
         raise InputError(
             f"{folder}: written by a version that read the mixture in another "
             "order, so the run cannot resume exactly; start a new --workdir with "
             "--config.init_from set to this one"
         )
-    # Orbax would cast without a word.
+    # Orbax would cast silently.
     items = _items(abstract_state)
     for name, found, expected in _differences(
         record, items, lambda dtype, shape: (tuple(shape), dtype)
@@ -708,8 +711,8 @@ def _check_resumable(
 def is_same_start(then: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether a phase's `provenance["start"]` is unchanged.
 
-    The path of weights does not count, their identity does. Facts that an older version
-    did not record are not compared.
+    The identity of the weights is compared, not their path. Facts that an older version did
+    not record are not compared.
     """
     recorded = then.keys() & now.keys()
 
@@ -739,7 +742,7 @@ def checksum(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * width}").astype(jnp.uint32)
     index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):
-        # Mod 2^32 for larger arrays too.
+        # Indices wrap mod 2^32 for larger arrays.
         along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         index += along * np.uint32(stride % 2**32)
         stride *= bits.shape[axis]
@@ -775,7 +778,7 @@ def _differences(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Arrays whose descriptions differ: `(name, stored, expected)`.
 
-    Compares items that both have: an old record has no arrays of the optimizer.
+    Compares only items that both have: an old record lacks the optimizer's arrays.
     """
     stored = {name: describe(*leaf[:2]) for name, leaf in record["leaves"].items()}
     expected = {name: describe(str(x.dtype), x.shape) for name, x in _named(items)}
@@ -795,7 +798,7 @@ def _is_not_damage(error: BaseException) -> bool:
 
 
 def _cause(error: BaseException) -> str:
-    """The first cause, in one line; TensorStore's errors end with pages of settings."""
+    """The root cause, in one line; TensorStore's errors end with pages of settings."""
     *_, first = _chain(error)
     text = str(first).partition(" [")[0].split("\n")[0]
     return f"{type(first).__name__}: {text}"[:400]

@@ -13,8 +13,8 @@ import optax
 
 from mixcpt_jax import config as config_lib
 
-# The running mean of gradient norms covers about so many accepted steps; no step is a
-# spike before so many were accepted.
+# The running mean of gradient norms covers about `_MEAN_OVER` accepted steps; no step counts
+# as a spike before `_MIN_ACCEPTED` steps were accepted.
 _MEAN_OVER = 100
 _MIN_ACCEPTED = 20
 
@@ -23,9 +23,9 @@ def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Sc
     """The learning rate at each step, after a linear warm-up.
 
     Step `warmup_steps` (counted from 0), the first after the warm-up, has the peak.
-    Under "cosine" and "wsd" the last step, `num_steps - 1`, has exactly `final_ratio` of
-    it; a warm-up that leaves no step between is one step shorter. The only step of a
-    phase of one step has that last rate.
+    Under "cosine" and "wsd" the last step, `num_steps - 1`, has exactly `final_ratio` times
+    the peak; a warm-up that leaves no step between them is shortened by one step. In a
+    phase of one step, that step has the final rate.
 
     Args:
       config: `config.optimizer`. `schedule` is "cosine" (decays from the peak on), "wsd"
@@ -67,7 +67,7 @@ def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Sc
 def make_optimizer(
     config: ml_collections.ConfigDict, num_steps: int, param_dtype: str = "float32"
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Clip by global norm, then AdamW; norms and biases are not decayed.
+    """Clips by global norm, then applies AdamW; norms and biases are not decayed.
 
     Args:
       config: `config.optimizer`.
@@ -117,16 +117,16 @@ class Guarded(NamedTuple):
 def skip_bad_steps(
     inner: optax.GradientTransformation, spike_factor: float = 0.0
 ) -> optax.GradientTransformation:
-    """In a bad step leaves every bit of the parameters and the optimizer's state as it is.
+    """Skips bad steps: parameters and inner optimizer state stay bitwise unchanged.
 
-    A step is bad if its gradient's norm is not finite, or a spike. The schedule does not
-    count it. `optax.apply_if_finite` does not detect spikes, and after too many bad steps
-    applies one; here the training loop ends the run instead.
+    A step is bad if its gradient's norm is not finite, or a spike. Skipped steps do not
+    advance the schedule. `optax.apply_if_finite` does not detect spikes, and after too many
+    bad steps applies one; here the training loop ends the run instead.
 
     Args:
       inner: the optimizer.
-      spike_factor: a norm above this many times the running mean of the accepted ones is
-        a spike; 0: none is.
+      spike_factor: a norm above this many times the running mean of the accepted ones is a
+        spike; 0: no spike detection.
     """
     decay = 1 - 1 / _MEAN_OVER
 
@@ -173,10 +173,10 @@ class RoundedMoments(NamedTuple):
 def round_moments(
     inner: optax.GradientTransformation, dtype: str
 ) -> optax.GradientTransformation:
-    """Stores the moments in another dtype; computes in float32.
+    """Stores the moments in the given dtype; computes in float32.
 
     Optax alone stores moments in the dtype of the parameters, rounded to nearest. In
-    bfloat16 a second moment then never changes: each step changes it by less than half of
+    bfloat16 a second moment then stops changing: each step changes it by less than half of
     its last digit.
 
     Args:
@@ -201,7 +201,7 @@ def round_moments(
 
 
 def _cast(tree, dtype: str):
-    """Casts the floats of a tree, not its counts."""
+    """Casts the floating-point leaves of a tree, not its counters."""
 
     def cast(x):
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -212,12 +212,12 @@ def _cast(tree, dtype: str):
 def apply_updates(params, updates, step: jax.Array):
     """`params + updates`; to bfloat16 the sums are rounded stochastically.
 
-    Rounding to nearest would lose every update of less than 1/512 of its parameter.
+    Rounding to nearest would lose every update smaller than 1/512 of its parameter.
 
     Args:
       params: parameters.
       updates: of the optimizer, same tree.
-      step: the number of steps taken; the same step rounds the same way.
+      step: the number of steps taken; it seeds the rounding.
     """
     sums = jax.tree.map(
         lambda p, u: p.astype(jnp.float32) + u.astype(jnp.float32), params, updates
@@ -242,8 +242,8 @@ def _round_tree(tree, dtypes, key: jax.Array):
 def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
     """float32 to bfloat16, up or down with the probabilities that make the mean exact.
 
-    bfloat16 is the upper half of a float32. A random lower half is added, which carries
-    into the upper half with a probability proportional to the lower one.
+    bfloat16 is the upper half of a float32. Adding a random lower half carries into the
+    upper half with a probability proportional to the original lower half.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)

@@ -1,9 +1,9 @@
 """What every phase has: a folder, a config, a model, a mesh, and a start.
 
-A phase starts from the end of another one, `init_from`, else from the pretrained weights
-of `model.path`, or from random ones if the config says so. Its start is also its frozen
-model: the teacher of continual pre-training, the reference of DPO, and the base of
-adapters.
+A phase starts from the end of another phase, `init_from`; without that, from the pretrained
+weights in `model.path`, or from random weights if the config says so. The starting weights
+are also the frozen model: the teacher of continual pre-training, the reference of DPO, and
+the base of adapters.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ class Phase:
       model_config: the architecture.
       tokenizer: the model's.
       mesh: over all devices of all hosts.
-      started: when this process started it, on the monotonic clock.
+      started: when this process started the phase, on the monotonic clock.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Phase:
         return transformer.make_forward(self.model_config, dtype, remat, lora)
 
     def starting_params(self, dtype: str) -> transformer.Params:
-        """The whole parameters that the phase starts from, sharded.
+        """The full parameters that the phase starts from, sharded.
 
         Raises:
           InputError: they are missing, damaged or of another model.
@@ -119,8 +119,8 @@ class Phase:
     def frozen_dtype(self) -> str:
         """The dtype of the frozen model.
 
-        If the start has adapters, they are merged into it; rounded to fewer digits than
-        they were trained with, they would be lost.
+        If the phase starts from a model with adapters, these are merged into it; rounding
+        to a lower precision than they were trained with would lose them.
         """
         model_settings = self.config.model
         if self.config.init_from and self.lora:
@@ -143,7 +143,8 @@ class Phase:
     ) -> pipeline.Data:
         """Reads all data, then claims the folder.
 
-        Not before: if a path is wrong, the folder must be free for the corrected config.
+        The claim comes last: if a path is wrong, the folder stays free for the corrected
+        config.
 
         Args:
           complete: adds other data to it.
@@ -157,7 +158,7 @@ class Phase:
         return data
 
     def _check_prompts(self, prompts: list[list[dict[str, str]]]) -> None:
-        """Refuses prompts that could not be answered after hours of training."""
+        """Refuses prompts that cannot be answered, before hours of training."""
         room = self.model_config.max_positions - self.config.eval.max_new_tokens
         for number, messages in enumerate(prompts, 1):
             ids, _ = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
@@ -170,13 +171,13 @@ class Phase:
                 )
 
     def claim(self, files: dict[str, dict[str, str]] | None = None) -> None:
-        """Writes the config and the provenance; from now on the folder is this config's.
+        """Writes the config and the provenance; the folder then belongs to this config.
 
         Raises:
-          InputError: `init_from` has no checkpoint; then nothing is written. Or the hosts
+          InputError: `init_from` has no checkpoint (then nothing is written), or the hosts
             do not share the folder.
         """
-        # On every host, because opening a checkpoint waits for the others.
+        # Runs on every host, because opening a checkpoint waits for the others.
         provenance = self.provenance(files or {})
         lease.check(self.folder, must_ask=True)
         if hosts.is_first():
@@ -234,7 +235,7 @@ class Phase:
 
         Args:
           work: what the phase will do.
-          resumed: where it resumes, if it does.
+          resumed: where the phase resumes; empty if it does not.
         """
         if self.config.init_from:
             weights = self.config.init_from
@@ -342,7 +343,7 @@ def start(config: ml_collections.ConfigDict, workdir: str, name: str) -> Phase:
 
 
 def job(work: Callable[[Phase], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Turns a phase's work into what `main` runs: a finished phase does not run again.
+    """Turns a phase's work into a function that `main` runs; skips finished phases.
 
     Args:
       work: runs the phase to its end, or resumes it; returns the content of
@@ -392,7 +393,7 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
         logging.warning("%s; the phase is finished again", damage)
         return None
     resolved = config_lib.resolve_phases(config, str(folder.parent))
-    # The start of a finished phase may have been deleted.
+    # What a finished phase started from may have been deleted.
     model_path, start = resolved.model.path, resolved.init_from
     if checkpoint.exists(start) if start else paths.exists(model_path):
         has_model = paths.exists(model_path)
@@ -455,7 +456,7 @@ def _start_identity(
     config: ml_collections.ConfigDict,
     model_config: transformer.ModelConfig | None,
 ) -> dict[str, Any]:
-    """What a phase starts from, as a few facts that no other start shares."""
+    """Facts that identify what a phase starts from."""
     if config.init_from:
         start = {"init_from": given.init_from} | checkpoint.identity(config.init_from)
     elif _is_random(config):
@@ -555,7 +556,7 @@ def check_model(
 def abstract_params(
     model_config: transformer.ModelConfig, mesh: jax.sharding.Mesh, dtype: str
 ) -> transformer.Params:
-    """Shapes, dtypes and shardings of the whole parameters."""
+    """Shapes, dtypes and shardings of the full parameters."""
     return sharding.place(
         transformer.abstract_params(model_config, dtype),
         sharding.shardings(mesh, transformer.param_axes(model_config)),
@@ -583,10 +584,10 @@ def load_params(
     model_path: str = "",
     share: float = 1.0,
 ) -> transformer.Params:
-    """The whole parameters at the end of a phase, or between its start and its end.
+    """The full parameters at the end of a phase, or between its start and its end.
 
     If the phase trained adapters, they are scaled by `share` and merged into its start.
-    The sum is rounded to `dtype`; bfloat16 loses most of a small update.
+    The sum is rounded to `dtype`; in bfloat16 most of a small update is lost.
 
     Args:
       folder: the phase's folder, or its `checkpoints`.
@@ -595,12 +596,12 @@ def load_params(
       dtype: of the parameters.
       model_path: the pretrained weights under adapters; empty: the path in that phase's
         config.
-      share: `start + share (end - start)`, from 0 to 1; both ends are bit for bit the
-        start and the end. In between, start and end are in memory together.
+      share: `start + share (end - start)`, from 0 to 1; 0 and 1 give exactly the start and
+        the end. For values between, both are in memory at the same time.
 
     Raises:
-      InputError: no checkpoint there, or of another model; or the start of the phase is
-        needed and has changed since.
+      InputError: there is no checkpoint, or it is of another model; or the start of the
+        phase is needed and has changed since.
     """
     stored = ml_collections.ConfigDict(checkpoint.read_config(folder))
     lora = _trained_lora(stored)
@@ -629,7 +630,7 @@ def load_params(
 
 
 def _load_start(folder, stored, model_config, mesh, dtype) -> transformer.Params:
-    """The whole parameters that a phase with a checkpoint started from."""
+    """The full parameters that a phase with a checkpoint started from."""
     run_folder = checkpoint.phase_folder(folder).parent
     given, stored = stored, config_lib.resolve_phases(stored, str(run_folder))
     _check_start(
@@ -641,7 +642,7 @@ def _load_start(folder, stored, model_config, mesh, dtype) -> transformer.Params
 
 
 def _between(share: float) -> Callable[..., jax.Array]:
-    """Interpolates two arrays in float32, in the buffer of the second."""
+    """Interpolates two arrays in float32; reuses the second's buffer."""
 
     def interpolate(start, end):
         mixed = (1 - share) * start.astype(jnp.float32) + share * end
@@ -674,7 +675,7 @@ def _is_random(config: ml_collections.ConfigDict) -> bool:
 
 
 def _trained_lora(stored: ml_collections.ConfigDict) -> lora_lib.Lora | None:
-    """The adapters in a checkpoint; other jobs than training save whole parameters."""
+    """The adapters in a checkpoint; all jobs but training save full parameters."""
     is_trained = stored.get("job", "train") == "train"
     return _lora(stored.get("lora")) if is_trained else None
 

@@ -26,13 +26,13 @@ from mixcpt_jax.training import phase as phase_lib
 
 
 class Program(NamedTuple):
-    """What a phase runs on its devices; nothing is loaded or compiled yet.
+    """What a phase runs on its devices; nothing is loaded or compiled when it is built.
 
     Attributes:
       train_step: the jitted `(state, frozen, batch) -> (state, metrics)`.
       transforms: the optimizer.
-      state, frozen: shapes, dtypes and shardings of the step's arguments; `frozen` is
-        None if the step needs no frozen model, and may be a part of one.
+      state, frozen: shapes, dtypes and shardings of the step's arguments; `frozen` is None
+        if the step needs no frozen model, and may be only a part of the model.
     """
 
     train_step: Any
@@ -134,7 +134,7 @@ def _teacher(phase: phase_lib.Phase, data: pipeline.Data) -> teachers.Teacher | 
 
 
 def _without_teacher(config, data: pipeline.Data) -> list[str]:
-    """The sources in the stream of which a prepared teacher holds nothing."""
+    """The sources in the stream for which a prepared teacher has no outputs."""
     if not reads_teacher(config, data):
         return []
     used = (rows for rows in data.packed if rows.source.share > 0)
@@ -146,7 +146,7 @@ def _without_teacher(config, data: pipeline.Data) -> list[str]:
 
 
 def frozen_passes(config: ml_collections.ConfigDict, data: pipeline.Data) -> str:
-    """Which part of the frozen model runs in a step: "whole", "unembedding" or "none"."""
+    """The frozen model's part that runs in a step: "whole", "unembedding" or "none"."""
     if config.objective.kind == "preference":
         return "whole" if config.preference.reference == "step" else "none"
     if not _needs_teacher(config, data):

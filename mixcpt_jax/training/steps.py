@@ -1,6 +1,6 @@
 """Pure steps: (state, frozen_params, batch) -> (state, metrics); `program` jits them.
 
-`objectives.interface` says what a batch and a metric are.
+`objectives.interface` defines batches and metrics.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,16 @@ from mixcpt_jax.objectives.interface import (
 from mixcpt_jax.runtime.sharding import constrain
 from mixcpt_jax.training.optimizer import Guarded, apply_updates, global_norm
 
-# For `jax.jit`, by platform.
+# Compiler options for `jax.jit`, by platform.
 COMPILER_OPTIONS = {
     # YNNPACK's matrix products are 10-15% slower than XLA's own for the head's shapes
     # (jax 0.10 and 0.12).
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
-    # Weights are gathered whole before their product. In the compiler's model, a product
-    # that passes them around in pieces makes Llama-3-8B's step on v5e:4x4 1.5 times as
-    # long and takes 0.2 GiB more.
-    # Gathers overlap with computation; by default the compiler does so on v5e alone. In
-    # its model Llama-3-8B's step on v6e:4x4 then takes 2.02 instead of 2.15 s, on
-    # v5p:2x2x1 12.27 instead of 12.52.
+    # Gather weights completely before their product. In the compiler's cost model, a
+    # product that passes pieces around makes Llama-3-8B's step on v5e:4x4 1.5 times as long
+    # and takes 0.2 GiB more. Overlap gathers with computation; by default the compiler does
+    # this only on v5e. In its cost model, Llama-3-8B's step then takes 2.02 s instead of
+    # 2.15 s on v6e:4x4, and 12.27 s instead of 12.52 s on v5p:2x2x1.
     "tpu": {
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
         "xla_enable_async_all_gather": "true",
@@ -66,7 +65,7 @@ def make_train_step(
         `skipped`, the steps skipped so far, and `skipped_in_a_row`, the most in a row.
       schedule: the learning rate, reported as a metric.
       accumulation_steps: microbatches per step; B must be a multiple.
-      has_adapters: whether the state's parameters are adapters of `frozen_params` or the
+      has_adapters: whether the state's parameters are adapters of `frozen_params`, not the
         whole student.
     """
 
@@ -81,13 +80,13 @@ def make_train_step(
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
 
     def train_step(state: TrainState, frozen_params, batch: Batch):
-        # The denominator is known before any microbatch runs.
+        # Compute the denominator before any microbatch runs.
         count, count_metrics = objective.count(batch)
         scale = 1.0 / jnp.maximum(count, 1.0)
 
         def totals(batch):
             (loss, metrics), grads = gradient(state.params, frozen_params, batch, scale)
-            # Sums over microbatches are float32 whatever the parameters are.
+            # Sums over microbatches are float32, whatever the dtype of the parameters.
             return loss, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
         if accumulation_steps == 1:
@@ -110,7 +109,7 @@ def make_train_step(
         metrics |= count_metrics
         scheduled = state.step
         if isinstance(opt_state, Guarded):
-            # The schedule does not count skipped steps.
+            # Skipped steps do not advance the schedule.
             scheduled -= state.opt_state.skipped
             metrics |= {
                 "skipped": (opt_state.skipped, one),
@@ -134,8 +133,8 @@ def make_eval_step(
 ) -> Callable[[transformer.Params, Batch], dict[str, jax.Array]]:
     """Builds `(params, batch) -> {"ntp", "correct"}`, `[B, L]` float32 per target.
 
-    The one scorer: runs, `evaluate`, `lm-eval`, selection and the reference of pairs all
-    take their log-likelihoods, `-ntp` in nats, from it.
+    All scoring uses it: runs, `evaluate`, `lm-eval`, selection and the reference of pairs
+    take their log-likelihoods, `-ntp` in nats, from this step.
 
     Args:
       forward: from `transformer.make_forward`.

@@ -1,8 +1,8 @@
 """Computes the frozen teacher's outputs for packed rows, once, before training.
 
-Neither the teacher nor a row changes between epochs, so a cache can hold the outputs
-(`data.teacher_cache`). Training then holds no layers of the teacher, and second and later
-epochs cost as much as plain continual pre-training.
+Neither the teacher nor the rows change between epochs, so the outputs can be cached
+(`data.teacher_cache`). Training then holds no layers of the teacher, and later epochs cost
+as much as plain continual pre-training.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _BYTES_PER_SHARD = 2**28
 
 
 def needs_teacher(config: ml_collections.ConfigDict, rows: mixture.PackedRows) -> bool:
-    """Whether a source is in the stream and has an objective with the teacher."""
+    """Whether a source is in the stream and has an objective that needs the teacher."""
     alone = ("ntp",) if config.objective.token_weighting == "none" else ()
     objectives = rows.source.objectives.items()
     return rows.source.share > 0 and any(w for n, w in objectives if n not in alone)
@@ -35,7 +35,7 @@ def open_rows(
     """Opens the teacher cache of a phase, by source.
 
     Raises:
-      InputError: it is missing, damaged, or of other rows or another teacher.
+      InputError: it is missing, damaged, or for other rows or another teacher.
     """
     return {
         rows.source.name: teacher_cache.open_rows(
@@ -50,7 +50,7 @@ def open_rows(
 def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
     """Runs the frozen model of a phase over the rows that need it.
 
-    Shards that are whole and match are kept. On several hosts the first one writes.
+    Complete shards that match are kept. On several hosts, the first one writes.
 
     Args:
       config: a validated config without phases.
@@ -168,7 +168,7 @@ def form_of(phase: phase_lib.Phase) -> teacher_cache.Form:
 
 
 def _key(phase: phase_lib.Phase, rows: mixture.PackedRows) -> dict[str, Any]:
-    """What the teacher's outputs for a source depend on."""
+    """A key of everything that the teacher's outputs for a source depend on."""
     config = phase.config
     key = {
         "row_length": config.data.row_length,
