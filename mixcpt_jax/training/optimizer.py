@@ -13,8 +13,8 @@ import optax
 
 from mixcpt_jax import config as config_lib
 
-# The running mean of gradient norms covers about `_MEAN_OVER` accepted steps; no step counts
-# as a spike before `_MIN_ACCEPTED` steps were accepted.
+# The running mean of gradient norms covers about `_MEAN_OVER` accepted steps; no step
+# counts as a spike before `_MIN_ACCEPTED` steps were accepted.
 _MEAN_OVER = 100
 _MIN_ACCEPTED = 20
 
