@@ -21,9 +21,9 @@ class Chip:
       flops: bfloat16, per second.
       hbm_bandwidth: bytes per second.
       hbm_bytes: memory that a program may use.
-      link_bandwidth: bytes per second from one neighbour in the torus.
-      wraps_from: a side of a slice with at least this many chips is a ring, a shorter
-        one a line.
+      link_bandwidth: bytes per second from one neighbor in the torus.
+      wraps_from: a side of a slice with at least this many chips is a ring; a shorter one
+        is a line.
       cycles: of a core, per second.
     """
 
@@ -38,7 +38,7 @@ class Chip:
 
     @property
     def flops_per_byte(self) -> float:
-        """FLOPs in the time that one byte of memory takes."""
+        """FLOPs that the chip can do in the time it takes to read one byte of memory."""
         return self.flops / self.hbm_bandwidth
 
 
@@ -67,5 +67,5 @@ def of_topology(topology: str) -> Chip:
 
 
 def of_device_kind(kind: str) -> Chip | None:
-    """The chip that a device is, or None."""
+    """The chip of a kind of device, or None."""
     return next((chip for chip in CHIPS if chip.device_kind == kind), None)

@@ -1,4 +1,4 @@
-"""A check on the devices that parameters are finite.
+"""Checks on the devices that parameters are finite.
 
 A model with a NaN still answers every question, always with the first choice, so its
 accuracy looks like a measurement. So all code that reads parameters refuses values that are
@@ -21,7 +21,7 @@ class Broken(NamedTuple):
     Attributes:
       key: such as "layers/query".
       layer: of a parameter that is stacked over layers; else None.
-      largest: its largest magnitude, infinite if it holds a NaN.
+      largest: its largest magnitude; infinite if it holds a NaN.
     """
 
     key: str
@@ -41,7 +41,7 @@ def find_broken(params: Any, dtype: str | None = None) -> Broken | None:
     Args:
       params: nested dict of arrays, sharded in any way. Those under "layers" have one
         tensor for each layer, on the first axis.
-      dtype: whose range is the limit; None: each parameter's own dtype.
+      dtype: the dtype whose range is the limit; None: each parameter's own dtype.
 
     Returns:
       None if all are finite.

@@ -1,8 +1,8 @@
 """Several hosts as one run: how they find each other, and how they end together.
 
 Every host runs the same program on its own devices. A collective operation ends only if all
-hosts reach it, so a host that fails must not wait, and the others must notice: by a
-connection that breaks, or by heartbeats that stop.
+hosts reach it. So a host that fails must not wait, and the others must notice the failure
+by a broken connection or by missing heartbeats.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import lease, terminal
 
-# Bytes of what one host says to the others.
+# Maximum bytes of a message from one host to the others.
 _MESSAGE = 2048
 
 
@@ -30,20 +30,20 @@ def join(
     process_id: int | None = None,
     heartbeat_timeout: int = 100,
 ) -> None:
-    """Waits for the other hosts; from then on jax sees the devices of all of them.
+    """Waits for the other hosts; jax then sees the devices of all of them.
 
-    Call it before anything else of jax. jax finds arguments that are None by itself on
-    TPU slices, on Kubernetes (GKE), and under Slurm and Open MPI.
+    Call it before any other use of jax. On TPU slices, on Kubernetes (GKE), and under Slurm
+    and Open MPI, jax discovers arguments that are None.
 
     Args:
       coordinator: HOST:PORT of process 0, a free port there that all hosts can reach.
       num_processes: how many processes there are.
       process_id: the number of this one.
-      heartbeat_timeout: seconds without a heartbeat after which a process counts as
-        dead and the others end.
+      heartbeat_timeout: seconds without a heartbeat after which a process counts as dead
+        and the other processes end.
 
     Raises:
-      InputError: an argument is neither given nor found, or is out of range.
+      InputError: an argument is neither given nor discovered, or is out of range.
     """
     try:
         jax.distributed.initialize(
@@ -87,7 +87,7 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def owning(folder: epath.Path) -> Iterator[None]:
-    """The hosts own a folder as one, by a lease that the first one holds.
+    """The hosts own a folder together, by a lease that the first host holds.
 
     Raises:
       InputError: see `lease.hold`; on every host.

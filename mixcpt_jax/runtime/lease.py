@@ -1,16 +1,17 @@
 """One owner of a folder: a lease, held while a process writes there.
 
-The owner's entry is the file `lease-N.json` in the folder. The only atomic operation is to
-create the entry of the next number: disks and NFS refuse to create a file that exists
-(`O_EXCL`), and buckets refuse an object that has a generation. A process that has created
-an entry lists the folder. If it finds another entry, except that of a dead owner, it
-withdraws its own. So of two processes that start at the same moment at most one stays.
+The owner's entry is the file `lease-N.json` in the folder. The only atomic operation is
+creating the entry with the next number: disks and NFS refuse to create a file that exists
+(`O_EXCL`), and buckets refuse to create an object that has a generation. After a process
+has created an entry, it lists the folder. If it finds another entry whose owner is not
+dead, it withdraws its own. So if two processes start at the same moment, at most one of
+them gets the lease.
 
-The owner rewrites its entry every few seconds and never creates it again. An owner is dead
-at once if it ran on this machine and its process has ended. Any other owner is dead if its
-entry does not change for a minute of the observer's own time; clocks of other machines are
-not read. A new owner removes the entries of dead owners before it starts, and an owner
-checks its own entry before it writes. So an owner that was suspended too long, or whose
+The owner rewrites its entry every few seconds and never creates it again. An owner on this
+machine counts as dead as soon as its process has ended. Any other owner counts as dead if
+its entry does not change for a minute on the observer's own clock; clocks of other machines
+are not read. A new owner removes the entries of dead owners before it starts, and an owner
+checks its own entry before it writes. So an owner that was suspended for too long, or whose
 folder was renamed, stops at its next write.
 """
 
@@ -43,7 +44,7 @@ SECONDS_BETWEEN_BEATS = 10.0
 SECONDS_TO_DEATH = 60.0
 _SECONDS_BETWEEN_LOOKS = 1.0
 _NAME = re.compile(r"lease-([0-9]{1,18})\.json")
-# Rewritten in place, so all versions of an entry are of one size.
+# Entries are rewritten in place, so all versions have the same size.
 _BYTES = 1024
 
 _FACTS = {"pid": int} | dict.fromkeys(("host", "place", "start", "since"), str)
@@ -52,11 +53,11 @@ _held: dict[str, "_Lease"] = {}
 
 
 class _Entry(NamedTuple):
-    """What lies in the folder under one number.
+    """An entry in the folder.
 
     Attributes:
       number: of the entry; the highest is the owner's.
-      version: changes with each rewrite: on a disk the content, else the generation.
+      version: changes with each rewrite: the content on a disk, the generation in a bucket.
     """
 
     number: int
@@ -123,7 +124,7 @@ class _Disk:
 
 
 class _Bucket:
-    """Entries in a bucket, each write under the condition of a generation."""
+    """Entries in a bucket; each write has a generation as its precondition."""
 
     def __init__(self, folder: epath.Path):
         self._system, path = url_to_fs(str(folder))
@@ -159,7 +160,7 @@ class _Bucket:
         try:
             return self._put(number, text, "0")
         except FileExistsError:
-            # Of a request whose answer was lost, and which was sent again.
+            # From a request whose response was lost and which was sent again.
             if self.read(number) != text:
                 return None
             return next((e for e in self.list() if e.number == number), None)
@@ -175,7 +176,7 @@ class _Bucket:
             return found
 
     def remove(self, entry: _Entry) -> None:
-        """Does nothing if it is not there, or is another's by now."""
+        """Does nothing if it is missing, or belongs to another process by now."""
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             self._system.call(
                 "DELETE",
@@ -189,7 +190,7 @@ class _Bucket:
         return f"{self._prefix}/{name}" if self._prefix else name
 
     def _put(self, number: int, text: str, generation: str) -> _Entry:
-        """Raises FileExistsError if the object has another generation than this one."""
+        """Raises FileExistsError if the object's generation differs from this one."""
         url = self._system.base.replace("/storage/v1/", "/upload/storage/v1/")
         answer = self._system.call(
             "POST",
@@ -230,7 +231,7 @@ class _Lease:
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
     def release(self) -> None:
-        """Ends it, and removes the folders that were made for it if they are empty."""
+        """Ends the lease, and removes the folders created for it if they are empty."""
         self._ended.set()
         with self._lock, contextlib.suppress(OSError):
             if self._is_mine(self._place.list()):
@@ -238,21 +239,21 @@ class _Lease:
         _remove_empty(self._made)
 
     def check(self) -> None:
-        """Returns if it is still held.
+        """Checks that the lease is still held.
 
         Raises:
-          InputError: it is not: another process has taken it, the folder was renamed or
-            the entry deleted.
+          InputError: the lease was lost: another process has taken it, the folder was
+            renamed or the entry was deleted.
         """
         with self._lock:
-            # A request to a bucket costs more than what is written at a time.
+            # A request to a bucket takes longer than a typical write.
             is_recent = time.monotonic() - self._confirmed < 2 * SECONDS_BETWEEN_BEATS
             if paths.is_remote(self._folder) and is_recent:
                 return
             self._confirm()
 
     def confirm(self) -> None:
-        """As `check`, and asks a bucket in any case."""
+        """Like `check`, but always sends a request to a bucket."""
         with self._lock:
             self._confirm()
 
@@ -319,7 +320,7 @@ class _Lease:
             if entry is None:
                 continue
             if paths.is_remote(self._folder):
-                # A server that ignores preconditions keeps the last entry written.
+                # A server that ignores preconditions keeps the entry written last.
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
             now = self._place.list()
             if {e for e in now if e != entry} <= set(before) and entry in now:
@@ -334,7 +335,7 @@ class _Lease:
         """Returns once an entry's owner is dead, or the entry is gone.
 
         Raises:
-          InputError: it lives.
+          InputError: the owner is alive.
         """
         facts = self._facts_of(entry)
         deadline = time.monotonic() + SECONDS_TO_DEATH
@@ -369,7 +370,7 @@ class _Lease:
         )
 
     def _facts_of(self, entry: _Entry) -> dict[str, Any]:
-        """What an entry says of its owner; nothing if it is damaged or gone."""
+        """What an entry says about its owner; empty if the entry is damaged or gone."""
         text = self._place.read(entry.number) or ""
         with contextlib.suppress(InputError):
             return small_files.parse(text, _name(entry.number), _FACTS)
@@ -378,9 +379,9 @@ class _Lease:
 
 @contextlib.contextmanager
 def hold(folder: epath.Path) -> Iterator[None]:
-    """This process owns the folder, which need not exist, while the block runs.
+    """Makes this process the owner of a folder, which need not exist, while the block runs.
 
-    Where the process owns it already, nothing changes.
+    If the process already owns the folder, nothing changes.
 
     Raises:
       InputError: another process owns it; or nothing can be written there.
@@ -398,14 +399,14 @@ def hold(folder: epath.Path) -> Iterator[None]:
 
 
 def check(folder: epath.Path, must_ask: bool = False) -> None:
-    """Call this before a write to a folder.
+    """Checks the lease on a folder; call it before each write.
 
-    It checks the lease that this process holds on the folder or on one above it. Other
-    hosts than the first hold none.
+    The lease may be on the folder itself or on one above it. Only the first host holds a
+    lease.
 
     Args:
       folder: where the write goes.
-      must_ask: asks a bucket now; else its answer may be a few seconds old.
+      must_ask: asks a bucket now; otherwise the answer may be a few seconds old.
 
     Raises:
       InputError: the lease was lost, see `_Lease.check`.
@@ -431,7 +432,7 @@ def _described(facts: dict[str, Any]) -> str:
 
 
 def _make_folders(folder: epath.Path) -> list[epath.Path]:
-    """Makes a folder and those it lies in; gives those made, the innermost first."""
+    """Creates a folder and its parents; returns those it created, innermost first."""
     if paths.is_remote(folder):
         return []  # a bucket has no folders
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -442,13 +443,13 @@ def _make_folders(folder: epath.Path) -> list[epath.Path]:
 
 
 def _remove_empty(folders: list[epath.Path]) -> None:
-    with contextlib.suppress(OSError):  # something lies in one of them
+    with contextlib.suppress(OSError):  # a folder is not empty
         for folder in folders:
             os.rmdir(folder)
 
 
 def _facts() -> dict[str, Any]:
-    """What an entry says of this process."""
+    """What an entry says about this process."""
     return {
         "token": uuid.uuid4().hex,
         "host": socket.gethostname(),
@@ -462,7 +463,7 @@ def _facts() -> dict[str, Any]:
 
 @functools.cache
 def _where() -> str:
-    """The same for two processes only if a process number means the same to both."""
+    """Equal for two processes only if a process id means the same to both."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -471,13 +472,13 @@ def _where() -> str:
 
 
 def _start_of(process: int) -> str:
-    """When a process of this machine began, in ticks since boot; "" where not known."""
+    """When a process of this machine started, in ticks since boot; "" if unknown."""
     fields = _stat(process)
     return fields[19] if fields else ""
 
 
 def _stat(process: int) -> list[str]:
-    """The state of a process and what follows it in /proc; nothing where not known."""
+    """The state of a process and the fields that follow it in /proc; empty if unknown."""
     try:
         text = pathlib.Path(f"/proc/{process}/stat").read_text(errors="replace")
     except OSError:
@@ -496,10 +497,10 @@ def _is_gone(facts: dict[str, Any]) -> bool:
     except PermissionError:
         pass  # another user's
     fields = _stat(facts["pid"])
-    # A process that ended and was not waited for is still listed.
+    # A process that has ended but was not waited for is still listed.
     return bool(fields) and (fields[0] in "ZX" or fields[19] != facts["start"])
 
 
 def _is_alive(facts: dict[str, Any]) -> bool:
-    """Whether the process of an entry is known to run."""
+    """Whether the process of an entry is known to be running."""
     return bool(facts) and facts["place"] == _where() and not _is_gone(facts)

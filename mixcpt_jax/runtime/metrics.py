@@ -1,7 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, W&B and the terminal.
 
-`metrics.jsonl` is the record: one object per line, with its step. The others are copies
-that threads of their own write, so no step waits for them or fails with them: TensorBoard's
+`metrics.jsonl` is the record: one object per line, with its step. The others are copies.
+Each has its own writer thread, so no step waits for them or fails with them: TensorBoard's
 queue blocks while a disk hangs, and W&B waits for its server. Only the first host writes.
 """
 
@@ -43,7 +43,7 @@ _PATIENCE = 60.0
 
 
 def means(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
-    """The means of (sum, count) pairs on the host; those with a count of 0 are left out."""
+    """The means of (sum, count) pairs on the host; omits pairs with a count of 0."""
     return {
         name: float(total) / float(count)
         for name, (total, count) in metrics.items()
@@ -67,7 +67,8 @@ class Writer:
         Args:
           workdir: the phase's folder.
           config: `config.metrics`.
-          resume_step: lines after this step are dropped; their steps are trained again.
+          resume_step: lines after this step are dropped, because their steps are trained
+            again.
           run_config: the whole config, for W&B.
           is_first_host: the other hosts write nothing.
         """
@@ -76,7 +77,7 @@ class Writer:
         if not is_first_host:
             return
         self._workdir = workdir
-        # The files are written from these rows and not read again.
+        # The files are written from these rows and are not read again.
         self._rows = record.restore(workdir, resume_step, {})
         file = workdir / FILE
         self._file = _Upload(file) if paths.is_remote(file) else _Lines(file)
@@ -99,7 +100,7 @@ class Writer:
         return self
 
     def __exit__(self, kind, *exception) -> None:
-        # What has gone wrong first is told.
+        # Report the first error, not a later one.
         untold = () if kind is None else (InputError,)
         with contextlib.suppress(*untold):
             self.save()
@@ -111,7 +112,7 @@ class Writer:
             self._to_upload.cleanup()
 
     def save(self) -> None:
-        """Returns when all is written to its place, in a bucket too.
+        """Returns when everything is written to its destination, also in a bucket.
 
         Raises:
           InputError: see `write`.
@@ -128,11 +129,11 @@ class Writer:
                 paths.copy_file(file, self._workdir / "tensorboard" / file.name)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes one row; values that are not finite, which JSON lacks, are left out.
+        """Writes one row; omits values that are not finite, which JSON cannot represent.
 
         Raises:
-          InputError: another process owns the folder, or something else deleted or
-            changed the file; then nothing is written.
+          InputError: another process owns the folder, or the file was deleted or changed by
+            something else; then nothing is written.
         """
         if not self._file:
             return
@@ -144,9 +145,10 @@ class Writer:
             copy.put(lambda place: place.write(step, scalars))
 
     def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
-        """Adds to `items.jsonl` the values per item whose means are the step's measures.
+        """Adds values per item to `items.jsonl`; their means are the step's measures.
 
-        The report's intervals of changes need them: items before and after are the same.
+        The report computes intervals of changes from them, because the items before and
+        after are the same.
 
         Args:
           step: the measured step.
@@ -186,7 +188,7 @@ class Writer:
             copy.put(lambda place: place.write_samples(step, texts))
 
     def texts(self) -> dict[str, str]:
-        """Name of a file -> what it holds, for `record.restore`; {} on other hosts."""
+        """Name of a file -> its text, for `record.restore`; {} on other hosts."""
         if not self._file:
             return {}
         return {
@@ -205,17 +207,17 @@ class Writer:
 
 
 class _Copy:
-    """A copy of the record that a thread writes, in order.
+    """A copy of the record, which a thread writes in order.
 
-    If the copy fails, or makes no progress for a minute while `wait` waits for it, one
-    warning says so, and nothing more is written to it.
+    If the copy fails, or makes no progress for a minute during `wait`, it logs one warning
+    and stops writing.
     """
 
     def __init__(self, name: str, open_place: Callable[[], Any]):
         self._name = name
         self._tasks: queue.Queue = queue.Queue(_MOST_WAITING)
         self._is_given_up = False
-        # A daemon: the process can end while the copy hangs.
+        # A daemon thread, so the process can end while the copy hangs.
         threading.Thread(
             target=self._work, args=(open_place,), name=name, daemon=True
         ).start()
@@ -230,7 +232,7 @@ class _Copy:
             self._give_up("is too slow")
 
     def wait(self) -> None:
-        """Returns when all tasks are done, or the copy is given up."""
+        """Returns when all tasks are done, or when the copy was given up."""
         done = self._tasks.all_tasks_done
         with done:
             while left := self._tasks.unfinished_tasks:
@@ -300,7 +302,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """Scalars, samples as a table, and the config; one run there for each folder."""
+    """Scalars, samples as a table, and the config; one W&B run per folder."""
 
     def __init__(self, project: str, workdir: epath.Path, run_config: dict[str, Any]):
         import wandb  # an optional package
@@ -326,14 +328,14 @@ class _Wandb:
         self._run.log({"samples": table}, step=step)
 
     def flush(self) -> None:
-        """It sends by itself."""
+        """Does nothing: W&B sends by itself."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 class _Lines:
-    """A file on a disk that lines are appended to, each at once."""
+    """A file on a disk; each line is appended immediately."""
 
     def __init__(self, path: epath.Path):
         self._path = path
@@ -341,7 +343,7 @@ class _Lines:
         self._size = path.stat().length
 
     def check(self) -> None:
-        """Raises InputError if the file is not as this process has left it."""
+        """Raises InputError if the file is not as this process left it."""
         _check_size(self._path, self._size)
 
     def write(self, text: str) -> None:
@@ -356,7 +358,7 @@ class _Lines:
 
 
 class _Upload(io.StringIO):
-    """The content of an object, which cannot be appended to.
+    """The content of an object in a bucket; objects cannot be appended to.
 
     `flush` overwrites the object, and so does `write` once a minute.
     """
@@ -369,7 +371,7 @@ class _Upload(io.StringIO):
         self._uploaded = time.monotonic()
 
     def check(self) -> None:
-        """Does nothing before `flush`: to ask a bucket costs more than to write a line."""
+        """Does nothing before `flush`: asking a bucket costs more than writing a line."""
 
     def write(self, text: str) -> int:
         size = super().write(text)
@@ -422,8 +424,8 @@ class Progress:
     def update(
         self, step: int, scalars: Mapping[str, float], tokens_per_second: float
     ) -> None:
-        """Shows a finished step; its scalars are fields of a cluster's log."""
-        # A step to whose loss nothing contributes has none.
+        """Shows a finished step; its scalars become fields of a cluster's log."""
+        # If nothing in a step contributes to the loss, there is no loss.
         reached = f"loss {scalars['loss']:.4f}" if "loss" in scalars else "no loss"
         if math.isfinite(tokens_per_second):  # unknown after the first step
             reached += f" {tokens_per_second:,.0f} tokens/s"
@@ -459,9 +461,9 @@ class Progress:
 
 @contextlib.contextmanager
 def bar(name: str, total: int, enabled: bool = True) -> Iterator[Callable[[int], None]]:
-    """Shows the progress of work; yields a function to call with how much is done.
+    """Shows the progress of work; yields a function to call with the amount done.
 
-    In a terminal it is a bar, elsewhere a line every 20 s.
+    Shows a bar in a terminal, elsewhere prints a line every 20 s.
     """
     console = rich_console.Console(stderr=True)
     say = terminal.say if enabled else None
@@ -471,15 +473,15 @@ def bar(name: str, total: int, enabled: bool = True) -> Iterator[Callable[[int],
 
 
 class _Pace:
-    """How long the rest of some work takes, and when the next line about it is due."""
+    """Estimates the remaining time of some work, and when its next line is due."""
 
     def __init__(self, total: int, seconds_to_first: float = 0.0):
         self._total = total
         self._next_line = time.monotonic() + seconds_to_first
-        self._first = None  # (done, time); before it there was compilation
+        self._first = None  # (done, time); the time before it includes compilation
 
     def left(self, done: int) -> str:
-        """Such as ", 12 s left"; empty at first and at the end."""
+        """Such as ", 12 s left"; empty at the beginning and at the end."""
         now = time.monotonic()
         first_done, first_time = self._first = self._first or (done, now)
         if done in (first_done, self._total):
@@ -505,7 +507,7 @@ def _duration(seconds: float) -> str:
 def _rich_bar(
     console: rich_console.Console, enabled: bool, transient: bool = False
 ) -> rich_progress.Progress:
-    """Its tasks have a field `reached`, a text."""
+    """A rich bar; its tasks have a field `reached`, a string."""
     return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(),
@@ -524,7 +526,7 @@ def _update_of(
     total: int,
     say: Callable[[str], None] | None,
 ) -> Callable[[int], None]:
-    """A function that updates a task of a bar, or prints lines where there is no bar."""
+    """A function that updates a task of a bar, or prints lines if there is no bar."""
     pace = _Pace(total, seconds_to_first=_SECONDS_BETWEEN_LINES)
 
     def update(done: int) -> None:
@@ -537,7 +539,7 @@ def _update_of(
 
 
 def track(done: Iterable[int], name: str, total: int) -> Iterator[int]:
-    """Yields from `done`, how many of `total` batches are done, and shows it."""
+    """Yields from `done`, the numbers of finished batches, and shows them."""
     with bar(name, total) as show:
         for number in done:
             show(number)
@@ -547,7 +549,7 @@ def track(done: Iterable[int], name: str, total: int) -> Iterator[int]:
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table; the first column is text, the rest are numbers."""
     cells = [list(map(text_lib.value, row)) for row in (header, *rows)]
-    # At least two, for a rule that ends with a colon.
+    # At least two characters, for a rule that ends with a colon.
     widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row):

@@ -1,11 +1,11 @@
-"""SIGTERM, with which a scheduler takes a machine back: the run saves, and resumes later.
+"""SIGTERM, which a scheduler sends before it takes a machine back: save, and resume later.
 
-A run may be interrupted at any moment, since its files are written whole or not at all;
-only the training steps since the last checkpoint would be lost. So SIGTERM raises
-`Preempted` at once, except in the training loop: there a `Guard` notes the signal, the loop
-ends its step, saves, and raises `Preempted` itself. Python handles signals only between two
-of its instructions, and a compilation is one that can take minutes: `in_time` ends a
-command that does not end by itself.
+A run may be interrupted at any moment, because its files are written atomically; only the
+training steps since the last checkpoint would be lost. So SIGTERM raises `Preempted`
+immediately, except in the training loop: there a `Guard` records the signal, and the loop
+finishes its step, saves, and raises `Preempted` itself. Python handles signals only between
+two of its instructions, and one instruction, such as a compilation, can take minutes. So
+`in_time` ends a command that does not end by itself.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any
 
 
 class Preempted(BaseException):
-    """SIGTERM has arrived; like KeyboardInterrupt it is no `Exception`."""
+    """SIGTERM has arrived; like KeyboardInterrupt, it is not an `Exception`."""
 
     def __init__(self, done: str = ""):
         super().__init__(f"stopped by SIGTERM{done}; the same command resumes")
@@ -36,15 +36,16 @@ _is_deferred = False
 
 
 def interrupt() -> None:
-    """From now on SIGTERM raises `Preempted` in the main thread."""
+    """Makes SIGTERM raise `Preempted` in the main thread."""
     _handle_by(_raise)
-    # A terminal that closes ends a run as a scheduler does, unless `nohup` prevents it.
+    # Closing the terminal ends a run like a scheduler's SIGTERM, unless `nohup` prevents
+    # it.
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def ignore() -> None:
-    """From now on SIGTERM has no effect, since the process is about to exit."""
+    """Makes SIGTERM have no effect, because the process is about to exit."""
     _handle_by(signal.SIG_IGN)
 
 
@@ -54,23 +55,23 @@ def _handle_by(handler: Callable[..., None] | signal.Handlers) -> None:
 
 
 def _raise(*_) -> None:
-    # An exception in a callback reaches nobody, so the signal repeats.
+    # An exception raised in a callback is lost, so the signal repeats.
     signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_REPEATS)
     raise Preempted
 
 
 @contextlib.contextmanager
 def in_time(end: Callable[[], Any]) -> Iterator[None]:
-    """Calls `end` seconds after a SIGTERM inside the block, whatever the main thread does.
+    """Calls `end` seconds after a SIGTERM in the block, even if the main thread is busy.
 
-    It does not while a `Guard` defers the signal, and not in forked children.
+    Does not call it while a `Guard` defers the signal, nor in forked children.
 
     Args:
       end: ends the process, from any thread.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    # The signal's number is written here before any Python code runs.
+    # The signal's number is written to this pipe before any Python code runs.
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     threading.Thread(target=_end_if_late, args=(reading, end), daemon=True).start()
@@ -82,7 +83,7 @@ def in_time(end: Callable[[], Any]) -> Iterator[None]:
 
 
 def _end_if_late(reading: int, end: Callable[[], Any]) -> None:
-    """Reads numbers of signals until the pipe is closed."""
+    """Reads signal numbers until the pipe is closed."""
     deadline = None
     while True:
         left = None if deadline is None else max(0, deadline - time.monotonic())
@@ -101,17 +102,17 @@ def _end_if_late(reading: int, end: Callable[[], Any]) -> None:
 
 
 class Guard:
-    """A preemption guard: from `defer` on SIGTERM is only noted; a context manager.
+    """A preemption guard: after `defer`, SIGTERM is only recorded; a context manager.
 
-    With several processes `jax.distributed.initialize` handles the signal on each of
-    them, and all hosts agree on a step.
+    With several processes, `jax.distributed.initialize` handles the signal in each of them,
+    and all hosts agree on a step to stop after.
 
     Raises:
       Preempted: at the end of the block, if SIGTERM has arrived.
     """
 
     def __enter__(self) -> "Guard":
-        import jax  # here, since the command line imports this module before jax
+        import jax  # here, because the command line imports this module before jax
 
         self._is_requested = False
         self._is_alone = jax.process_count() == 1
@@ -145,8 +146,9 @@ class Guard:
     def interruptible(self, function: Callable[..., Any], *args: Any) -> Any | None:
         """Calls a function that SIGTERM may interrupt; returns None if it does.
 
-        Once SIGTERM is noted nothing is called. With several processes the function runs
-        to its end, since hosts would not be interrupted at the same place.
+        If SIGTERM was already recorded, the function is not called. With several processes,
+        the function runs to its end, because hosts would not be interrupted at the same
+        place.
         """
         if not _is_deferred:
             return function(*args)
@@ -162,7 +164,7 @@ class Guard:
         self._is_requested = True
 
     def _note_and_raise(self, *_) -> None:
-        # Once only: the cleanup after the exception must not be interrupted.
+        # Only once: the cleanup after the exception must not be interrupted.
         _handle_by(self._note)
         self._is_requested = True
         raise Preempted

@@ -1,8 +1,8 @@
-"""A phase's record: the files of rows that it writes, and reads when it resumes.
+"""A phase's record: files of rows that it writes, and reads again when it resumes.
 
-A row is a JSON object on a line of its own, with the step that it belongs to. A checkpoint
-holds a copy of the rows up to its step. A run that resumes compares the files with the
-copy, and restores a file that differs.
+A row is a JSON object on its own line, with the step that it belongs to. A checkpoint holds
+a copy of the rows up to its step. A resumed run compares the files with the copy, and
+restores a file that differs.
 """
 
 import contextlib
@@ -38,10 +38,10 @@ _REMEDY = (
 
 
 def read(workdir: epath.Path, name: str = METRICS) -> list[Row]:
-    """The rows of a file; a last line that was cut short by a kill is left out.
+    """The rows of a file; a last line that a kill cut short is dropped.
 
     Raises:
-      InputError: names the first line that is no row.
+      InputError: names the first line that is not a row.
     """
     rows, damage = _read(workdir / name)
     if damage:
@@ -50,28 +50,28 @@ def read(workdir: epath.Path, name: str = METRICS) -> list[Row]:
 
 
 def text_of(row: Row) -> str:
-    """A row as its line."""
+    """A row as a line of text."""
     return paths.to_json(row) + "\n"
 
 
 def restore(
     workdir: epath.Path, step: int, copies: Mapping[str, str]
 ) -> dict[str, list[Row]]:
-    """Makes a record what it was when the run was at a step.
+    """Restores a record to its state at a step.
 
     Rows after the step are dropped, because the run computes them again.
 
     Args:
       workdir: the phase's folder.
       step: of the checkpoint that the run resumes from; -1: none.
-      copies: name of a file -> its rows as that checkpoint holds them. For a file that is
-        not among them its own rows count.
+      copies: name of a file -> its rows in that checkpoint. A file without a copy keeps its
+        own rows.
 
     Returns:
       Name of a file -> its rows.
 
     Raises:
-      InputError: a row is damaged, and no copy is there to restore it from.
+      InputError: a row is damaged, and there is no copy to restore it from.
     """
     return {
         name: _restore(workdir / name, step, copies.get(name))
@@ -111,7 +111,7 @@ def _restore(path: epath.Path, step: int, copy: str | None) -> list[Row]:
             )
             kept = copied
         else:
-            # Measures of this step may have been written after the checkpoint.
+            # Measures of the checkpoint's step may have been written after the checkpoint.
             later = rows[len(copied) :]
             kept = copied + [
                 row for row in later if row["step"] == step and row not in copied
@@ -139,7 +139,7 @@ def _first_difference(rows: list[Row], copied: list[Row]) -> int:
 
 
 def _read(path: epath.Path) -> tuple[list[Row], str]:
-    """The rows before the first damaged line, and what is wrong with that one."""
+    """The rows before the first damaged line, and what is wrong with that line."""
     if not path.exists():
         return [], ""
     content = small_files.read_bytes(path, _REMEDY, small_files.MOST_BYTES_OF_ROWS)
@@ -155,7 +155,7 @@ def _rows_in(content: bytes, name: str, place: str) -> tuple[list[Row], str]:
         except InputError as error:
             return rows, str(error)
         rows.append(row)
-    with contextlib.suppress(InputError):  # a kill may have cut it
+    with contextlib.suppress(InputError):  # a kill may have cut it short
         rows.append(small_files.parse(rest, place, _SHAPES[name]))
     return rows, ""
 

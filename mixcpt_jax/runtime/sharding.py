@@ -41,8 +41,8 @@ RULES: Mapping[str, Any] = {
 def device_kind() -> str:
     """The kind of device that computations are traced for, as `jax.Device.device_kind`.
 
-    That is the mesh's, else the default one: "cpu", "TPU v5 lite" and so on. A mesh may
-    be of abstract devices, to compile for them.
+    It is the kind of the mesh's devices, or without a mesh of the default device: "cpu",
+    "TPU v5 lite" and so on. The mesh may have abstract devices, to compile for them.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else jax.devices()[0].device_kind
@@ -57,10 +57,10 @@ def platform() -> str:
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     """Builds the `(data, fsdp, tensor)` mesh over all devices of all hosts.
 
-    An axis may take a part of a side of the torus, such as data=4 and fsdp=64 of 16x16.
+    An axis may use a part of a side of the torus, such as data=4 and fsdp=64 of 16x16.
 
     Raises:
-      InputError: the sizes do not lay out the devices, or the devices are of several
+      InputError: the sizes do not match the devices, or the devices belong to several
         slices.
     """
     devices = jax.devices() if devices is None else devices
@@ -70,7 +70,7 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
             f"mesh: the devices are of {len(slices)} slices, which is not supported; "
             "start the run on one slice"
         )
-    # `jax.make_mesh` splits a side of the torus on v5e only.
+    # `jax.make_mesh` splits a side of the torus only on v5e.
     laid_out = mesh_utils.create_device_mesh(
         mesh_shape(sizes, len(devices)), devices, allow_split_physical_axes=True
     )
@@ -80,26 +80,26 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
 def make_topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
     """A mesh over the abstract chips of a TPU slice, to compile for it.
 
-    Needs the `libtpu` package and no TPU. `jit(f).lower(...)` takes
-    `jax.ShapeDtypeStruct`s with shardings of this mesh.
+    Needs the `libtpu` package but no TPU. `jit(f).lower(...)` takes `jax.ShapeDtypeStruct`s
+    with shardings of this mesh.
 
     Args:
       topology: such as "v5e:4x4" or "v5p:2x2x1".
-      sizes: as for `make_mesh`; their product is how many of the slice's chips the mesh
-        has. One may be -1.
+      sizes: as for `make_mesh`; their product is the number of the slice's chips in the
+        mesh. One may be -1.
 
     Raises:
-      InputError: no slice has that shape, or the sizes do not lay it out.
+      InputError: no slice has that shape, or the sizes do not match it.
     """
-    # Otherwise libtpu waits for a metadata server that only cloud machines have, and
-    # locks itself against a second process as if there were a chip to share.
+    # Without these settings, libtpu waits for a metadata server that only cloud machines
+    # have, and takes a lock against other processes, as if it had a chip.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     try:
         devices = topologies.get_topology_desc(
             platform="tpu", topology_name=topology
         ).devices
-    except RuntimeError as error:  # jax's own errors are of this kind, too
+    except RuntimeError as error:  # jax's own errors are RuntimeErrors too
         if "not installed" in str(error):
             raise InputError(
                 f"{topology}: the compiler for TPUs is not installed; run "
@@ -146,7 +146,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`; every other dimension whole."""
+    """Rows are split over `data` and `fsdp`; no other dimension is split."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
@@ -159,7 +159,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def scatter_gradient(kernel: jax.Array, logical_axes: tuple[str, ...]) -> jax.Array:
-    """The kernel unchanged; its gradient is reduce-scattered on every slice.
+    """Returns the kernel unchanged; its gradient is reduce-scattered on every slice.
 
     XLA reduce-scatters the gradient of an array that is sharded over all chips of a slice,
     but all-reduces it if the slice is square or has three sides. So the gradient is first

@@ -1,10 +1,10 @@
 """Output to the terminal: text for people, or JSON objects for a cluster's log.
 
-All output passes through here. It is escaped and cut, so that no name, document or
-message of a library can move the cursor, fake a line or fill the screen. Characters that
-the terminal's encoding lacks are written as escapes.
+All output passes through here. Text is escaped and truncated, so that no name, document or
+library message can move the cursor, fake a line or fill the screen. Characters that the
+terminal's encoding lacks are written as escapes.
 
-An object has `time` (RFC 3339), `severity` and `message`, which Cloud Logging (GKE)
+A JSON object has `time` (RFC 3339), `severity` and `message`, which Cloud Logging (GKE)
 understands, and further fields, such as the loss of a step.
 """
 
@@ -30,7 +30,7 @@ def say(message: str, severity: str = "INFO", **fields: Any) -> None:
     Args:
       message: one or more lines; words of more than 300 characters are cut.
       severity: INFO, WARNING, ERROR or CRITICAL.
-      fields: for the log of a cluster; people see the message alone.
+      fields: for the log of a cluster; people see only the message.
     """
     if is_json():
         sys.stderr.say(message, severity, fields)
@@ -40,12 +40,12 @@ def say(message: str, severity: str = "INFO", **fields: Any) -> None:
 
 
 def show(text: str = "", end: str = "\n") -> None:
-    """Writes what was asked for, such as a table, to stdout."""
+    """Writes requested output, such as a table, to stdout."""
     _write(sys.stdout, text_lib.lines(text) + end)
 
 
 def show_generated(text: str, end: str = "") -> None:
-    """Writes what a model has written to stdout: to a pipe as it is."""
+    """Writes generated text to stdout; unescaped if stdout is not a terminal."""
     text = text_lib.escaped(text) if sys.stdout.isatty() else text
     _write(sys.stdout, text + end)
 
@@ -68,7 +68,7 @@ def _encoding(stream: TextIO) -> str:
 
 
 def take_any_text() -> None:
-    """Has what others print, such as a parser of flags, fail at no character either."""
+    """Lets other code, such as a flag parser, print any character without an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -80,7 +80,7 @@ def is_json() -> bool:
 
 
 def use_json() -> None:
-    """From now on all output of Python to the terminal is JSON objects."""
+    """Makes all output of Python to the terminal JSON objects."""
     if is_json():
         return
     sys.stdout = _JsonLines(sys.stdout, "INFO")
@@ -88,7 +88,7 @@ def use_json() -> None:
 
 
 def take_logs() -> None:
-    """Prints libraries' logs, warnings and a last traceback like our own messages."""
+    """Prints libraries' logs, warnings and a final traceback like our own messages."""
     root = logging.getLogger()
     others = (absl_logging.ABSLHandler, _Handler)
     root.handlers = [h for h in root.handlers if not isinstance(h, others)]
@@ -98,7 +98,7 @@ def take_logs() -> None:
 
 
 class _Handler(logging.Handler):
-    """Prints log records; a warning only once, since phases read the same text again."""
+    """Prints log records; each warning once, because phases read the same text again."""
 
     def __init__(self):
         super().__init__()
@@ -115,7 +115,7 @@ class _Handler(logging.Handler):
         severity = {"WARN": "WARNING", "FATAL": "CRITICAL"}.get(
             record.levelname, record.levelname
         )
-        # Only what begins a line is a message.
+        # Indent further lines: only text at the beginning of a line is a message.
         say(text.rstrip("\n").replace("\n", "\n  "), severity)
 
 
@@ -137,7 +137,7 @@ class _JsonLines(io.TextIOBase):
         self._begun = ""
 
     def say(self, message: str, severity: str, fields: dict[str, Any]) -> None:
-        # JSON has no numbers that are not finite.
+        # JSON has only finite numbers.
         fields = {
             text_lib.value(key): text_lib.value(value)
             if isinstance(value, str)

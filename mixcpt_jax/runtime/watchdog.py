@@ -1,4 +1,4 @@
-"""A run that hangs prints where, and ends, so that a scheduler can restart it."""
+"""Ends a run that hangs, after printing where, so that a scheduler can restart it."""
 
 import faulthandler
 import sys
@@ -7,12 +7,12 @@ import sys
 class Watchdog:
     """Ends the process some time after the last sign of progress; a context manager.
 
-    The stacks of all threads go to standard error and the exit status is 1. A thread of
-    its own does that, so it works while a call never returns.
+    The stacks of all threads go to standard error and the exit status is 1. A separate
+    thread does this, so it works even if a call never returns.
     """
 
     def __init__(self, seconds: float):
-        """Sets the time in seconds; 0: never."""
+        """Sets the timeout in seconds; 0: never."""
         self._seconds = seconds
 
     def __enter__(self) -> "Watchdog":
@@ -24,7 +24,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def alive(self) -> None:
-        """Restarts the time."""
+        """Restarts the timeout."""
         if self._seconds:
             # Not sys.stderr, which may be replaced by an object without a file.
             faulthandler.dump_traceback_later(
