@@ -429,6 +429,8 @@ def test_greedy_like_transformers(tokenizer, config, tmp_path):
         assert new == transformers_tokens(tmp_path / "export", prompt, 64)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_well")
 def test_smollm2_answers_like_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     try:

@@ -218,6 +218,7 @@ def damage(file, kind, rng):
         file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_whatever_happens_to_a_file_of_the_newest_the_state_is_one_that_was_saved(
     tmp_path,
 ):
@@ -443,7 +444,7 @@ QUICK_SEEDS = (7, 11, 24, 25)
     "seed",
     [
         pytest.param(seed, marks=() if seed in QUICK_SEEDS else pytest.mark.slow)
-        for seed in range(60)
+        for seed in range(30)
     ],
 )
 def test_a_forged_checkpoint_is_refused_in_a_line_or_its_state_is_one_that_was_saved(

@@ -97,6 +97,14 @@ def compiled_anew():
 
 
 @pytest.fixture
+def compiled_well():
+    """For tests that run a real model, which takes longer than to compile it."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def compiled_quickly(monkeypatch):
     """For tests that compile for a slice whatever need not be as it would run.
 

@@ -293,7 +293,7 @@ def test_a_benchmark_runs(command):
     done = subprocess.run(
         [sys.executable, "-m", *arguments, *_SHORT[command[0]].split()],
         cwd=PROJECT,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
         capture_output=True,
         text=True,
         timeout=1200,

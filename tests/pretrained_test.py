@@ -840,6 +840,7 @@ def smollm2():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_well")
 def test_smollm2_reads_english(smollm2):
     *_, tokens, logits = smollm2
     log_probs = jax.nn.log_softmax(logits[:, :-1])
@@ -849,6 +850,7 @@ def test_smollm2_reads_english(smollm2):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_well")
 def test_smollm2_like_transformers(smollm2):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")  # Their GGUF loader needs it.
