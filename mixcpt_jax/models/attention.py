@@ -1,10 +1,10 @@
 """Causal grouped-query attention within packed documents, and over a cache.
 
-On a TPU it is jax's splash attention kernel, which holds no scores in memory and skips
-the blocks that causality hides; elsewhere, and for shapes the kernel does not take, the
-same numbers come block by block from XLA.
+On a TPU, attention uses jax's splash attention kernel, which holds no scores in memory and
+skips the blocks that the causal mask hides. Elsewhere, and for shapes that the kernel does
+not support, XLA computes the same numbers block by block.
 
-Shape suffixes: B batch rows, L row length, S cache slots, M keys looked at, H query
+Shape suffixes: B batch rows, L row length, S cache slots, M keys attended to, H query
 heads, G key-value heads, R query heads per key-value head, K head size, GK = G * K.
 """
 
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from mixcpt_jax.runtime import sharding
 
-# Small enough to skip what causality hides, few enough to compile quickly.
+# Blocks small enough to skip what the causal mask hides, and few enough to compile quickly.
 _MIN_QUERY_BLOCK, _MAX_QUERY_BLOCKS = 128, 16
 
 # The kernel works on whole registers: lengths are multiples of their 128 lanes.
@@ -33,10 +33,10 @@ def attend(
 ) -> jax.Array:
     """Softmax attention, `[B, L, H, K]` in the dtype of the values.
 
-    A token looks backwards, within its own segment, and at most `sliding_window` tokens
-    far (itself counted). Scores, products divided by the square root of `query_scale`
-    (None: of the head size), become `soft_cap * tanh(scores / soft_cap)` if there is
-    one. They and their softmax are float32 inside.
+    A token attends backwards, within its own segment, to at most `sliding_window` tokens
+    (including itself). Scores are products divided by the square root of `query_scale`
+    (None: of the head size). With a soft cap they become
+    `soft_cap * tanh(scores / soft_cap)`. Scores and softmax are computed in float32.
     """
     operands = (
         _scaled(query_BxLxHxK, query_scale),
@@ -57,11 +57,11 @@ def in_blocks(
     sliding_window: int | None,
     soft_cap: float | None = None,
 ) -> jax.Array:
-    """Block by block over queries, which come scaled.
+    """Attends block by block over queries that are already scaled.
 
-    A block sees only the keys up to its own end, which saves close to half of the work,
-    and no `[L, L]` array of all heads exists at once. The division by the sum of the
-    softmax comes after the product with the values.
+    A block attends only to the keys up to its own end, which saves nearly half of the work,
+    and no `[L, L]` array of all heads exists at once. The division by the softmax sum comes
+    after the product with the values.
     """
     length = query_BxLxHxK.shape[1]
     mask_BxLxL = _mask(segment_ids_BxL, sliding_window)
@@ -91,9 +91,10 @@ def attend_to_cache(
 
     Args:
       query_BxLxHxK: the queries of the new tokens.
-      key_BxSxGK, value_BxSxGK: in slot `s` those of the row's token at position `s`,
-        heads side by side. A token sees the slots up to its own position, of these at
-        most the last `sliding_window`; what the others hold does not count, if finite.
+      key_BxSxGK, value_BxSxGK: slot `s` holds those of the row's token at position `s`,
+        heads side by side. A token attends to the slots up to its own position, at most the
+        last `sliding_window` of them; all other slots are ignored, provided their values
+        are finite.
       positions_BxL: the positions of the new tokens.
 
     Returns:
@@ -124,7 +125,8 @@ def attend_to_cache(
 
 
 def _scaled(query_BxLxHxK: jax.Array, query_scale: float | None) -> jax.Array:
-    # Not rounded to the queries' dtype: that would change all scores by one factor.
+    # Do not round the scale to the queries' dtype: that would change all scores by one
+    # factor.
     factor = (query_scale or query_BxLxHxK.shape[-1]) ** -0.5
     scaled_BxLxHxK = query_BxLxHxK.astype(jnp.float32) * factor
     return scaled_BxLxHxK.astype(query_BxLxHxK.dtype)
@@ -142,7 +144,7 @@ def _mix(
     mask_BxLxM: jax.Array,
     soft_cap: float | None,
 ) -> jax.Array:
-    """One block of queries, which come scaled, over all keys that are given."""
+    """Attends from one block of scaled queries to all given keys."""
     shape = query_BxLxHxK.shape
     batch, length, heads, head_size = shape
     groups = key_BxMxGxK.shape[2]
@@ -177,7 +179,7 @@ def splash(
     soft_cap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """jax's TPU kernel on each device's rows and heads; queries come scaled.
+    """Runs jax's TPU kernel on each device's rows and heads; queries are already scaled.
 
     Args:
       interpret: runs the kernel without a TPU, slowly.
@@ -230,7 +232,7 @@ def _splash_block(length: int) -> int:
 
 
 def splash_pairs(length: int, sliding_window: int | None = None) -> int:
-    """How many pairs of a query and a key `splash` looks at in a row of one head."""
+    """The number of query-key pairs that `splash` computes in a row of one head."""
     block = _splash_block(length)
     blocks = range(length // block)
     nearest = [[(i - j - 1) * block + 1 for j in blocks if j <= i] for i in blocks]
@@ -243,7 +245,7 @@ def splash_pairs(length: int, sliding_window: int | None = None) -> int:
 
 
 def _mask(segment_ids_BxL: jax.Array, sliding_window: int | None) -> jax.Array:
-    """True where a token may look, `[B, L, L]`."""
+    """True where a token may attend, `[B, L, L]`."""
     length = segment_ids_BxL.shape[1]
     distance_LxL = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
     reachable_LxL = distance_LxL >= 0

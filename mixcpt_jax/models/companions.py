@@ -1,4 +1,4 @@
-"""The files beside a tokenizer: reads them, and writes them into an export.
+"""Reads the files beside a tokenizer, and writes them into an export.
 
 `tokenizer.json` or `tokenizer.model` holds the vocabulary. The files beside it name its
 special tokens, add tokens, hold chat templates and list the tokens that end generation.
@@ -28,7 +28,7 @@ _OLD_TEMPLATE = "chat_template.json"
 _MORE_TEMPLATES = "additional_chat_templates"
 _GENERATION = "generation_config.json"
 _MODEL = "config.json"
-# The same vocabulary in other formats, which other programs read.
+# The same vocabulary in other formats, for other programs.
 _COPIED = ("tokenizer.model", "vocab.json", "merges.txt", _ADDED)
 # Keys of tokenizer_config.json that name files or code that an export lacks, or with
 # which transformers would change the tokenizer.
@@ -49,12 +49,12 @@ _OTHER_NAMES = ("unk_token", "sep_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _MOST_TOKENS = 2**31 - 1
-# Some editors write it first in a file; a conversation would begin with it.
+# Some editors write this at the start of a file; conversations would then begin with it.
 _BYTE_ORDER_MARK = "\ufeff"
 
 
 class Added(NamedTuple):
-    """A token that is split off a text whole, before the rest is encoded."""
+    """A token that is split off a text before the rest is encoded."""
 
     content: str
     special: bool
@@ -93,7 +93,7 @@ class Companions:
     template_files: tuple[str, ...] = ()
 
     def special_tokens(self) -> dict[str, str | None]:
-        """Those of "bos_token", "eos_token" and "pad_token" that the files name.
+        """The "bos_token", "eos_token" and "pad_token" that the files name.
 
         None: the model has no such token.
         """
@@ -102,7 +102,7 @@ class Companions:
         }
 
     def other_tokens(self) -> dict[str, list[str]]:
-        """Key -> the other special tokens that the files name there.
+        """Key -> the other special tokens that the files list under it.
 
         transformers would add those that are missing to the vocabulary.
         """
@@ -114,7 +114,7 @@ class Companions:
         }
 
     def save(self, folder: epath.Path, says: dict[str, Any], template: str | None):
-        """Writes them.
+        """Writes the files.
 
         Args:
           folder: of the export.
@@ -197,7 +197,7 @@ def place_of(file: epath.Path, companions: Companions, key: str) -> str:
 
 
 def _content(token: Any) -> Any:
-    # An added token may be written out with its flags.
+    # An added token may be spelled out with its flags.
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -283,13 +283,13 @@ def _named(header: Header) -> dict[str, str]:
 
 
 def read_template(file: epath.Path) -> str:
-    """A template file's text; Jinja itself reads all line ends as line feeds."""
+    """A template file's text; Jinja itself converts all line ends to line feeds."""
     text = small_files.read_text(file, "save the template as UTF-8")
     return text.removeprefix(_BYTE_ORDER_MARK)
 
 
 def ends_file(folder: epath.Path) -> epath.Path:
-    """The file that lists what ends generation: its own, or else the model's config."""
+    """The file that lists the tokens that end generation, else the model's config."""
     file = folder / _GENERATION
     return file if file.exists() else folder / _MODEL
 

@@ -1,11 +1,11 @@
-"""What the formats of checkpoints share: tensor names, and what a model family implies.
+"""Common to all checkpoint formats: tensor names, and the settings a family implies.
 
-One table maps our parameters to Hugging Face tensor names; GGUF's names are translated
-to those first.
+One table maps our parameters to Hugging Face tensor names; GGUF names are first translated
+to these.
 
 Hugging Face stores projections as [out, in] and one tensor per layer; ours are
-[in, out] and stacked over layers on the first axis. Gemma's norms multiply by 1 + what
-is stored; ours by what they hold, as llama.cpp's.
+[in, out] and stacked over layers on the first axis. Gemma's norms multiply by 1 + the
+stored value; ours multiply by the stored value, as in llama.cpp.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ Index = tuple[slice, ...]
 
 
 class Tensor(NamedTuple):
-    """A tensor in a file: what its header says, and how to read a part of it."""
+    """A tensor in a file: its description in the header, and how to read a part of it."""
 
     file: str
     name: str
@@ -60,7 +60,7 @@ class Tensor(NamedTuple):
 
 
 def key_of(key_path) -> str:
-    """Such as "layers/query", from a path in our parameters."""
+    """A key such as "layers/query", from a path in our parameters."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
@@ -69,7 +69,7 @@ def is_stacked(key: str) -> bool:
 
 
 def is_transposed(key: str) -> bool:
-    # True of norms and biases too: transposing a vector does nothing.
+    # Also true for norms and biases: transposing a vector does nothing.
     return key != "embedding"
 
 
@@ -91,7 +91,7 @@ def name_of(broken: finite.Broken, family: str) -> str:
 
 
 def check_heads(config: ModelConfig, header: Header, heads: str, kv_heads: str):
-    """Checks the numbers of heads, which a header has under two keys."""
+    """Checks the numbers of heads, which a header holds under two keys."""
     if config.num_heads % config.num_kv_heads:
         raise header.wrong(kv_heads, f"a divisor of {heads}, {config.num_heads}")
     if config.head_size < 2 or config.head_size % 2:

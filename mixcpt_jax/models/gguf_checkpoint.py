@@ -1,4 +1,4 @@
-"""GGUF files: the architecture in the header, and tensors, dequantized part by part."""
+"""GGUF files: reads the architecture from the header, and dequantizes tensors in parts."""
 
 import dataclasses
 import functools
@@ -48,8 +48,8 @@ _FAMILIES = {
     "gemma3": "gemma3_text",
 }
 
-# Keys of GGUF that change the function, with the values that do not; to llama.cpp 0
-# means none.
+# GGUF keys that can change the network's function, with the values that leave it unchanged;
+# in llama.cpp, 0 means none.
 _NEUTRAL = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -76,7 +76,7 @@ _READ = {
 
 
 def open_tensors(file: epath.Path) -> dict[str, Tensor]:
-    """Opens a file's tensors by their Hugging Face names; reads the header alone."""
+    """Opens a file's tensors by their Hugging Face names; reads only the header."""
     reader = open_gguf(file)
     config = read_config(reader, file)
     tensors = {}
@@ -113,10 +113,10 @@ def _read_gguf(
     interleaved_heads: int | None,
     index: Index,
 ) -> np.ndarray:
-    """Dequantizes only the rows of `index`, and of these only the blocks needed.
+    """Dequantizes only the rows of `index`, and only the blocks needed in each.
 
-    llama.cpp interleaves the two halves of each head that RoPE rotates into each other;
-    this restores Hugging Face's order of the rows.
+    RoPE rotates the two halves of each head into each other, and llama.cpp stores them
+    interleaved; this restores Hugging Face's row order.
     """
     *rows, columns = index  # A vector has no rows.
     if interleaved_heads is not None:
@@ -125,7 +125,7 @@ def _read_gguf(
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
     start, stop, _ = columns.indices(int(tensor.shape[0]))
     first, last = start // block_size, -(-stop // block_size)
-    # Items are elements of float types, bytes of quantized types.
+    # Items are elements for float types and bytes for quantized types.
     items = block_bytes // tensor.data.dtype.itemsize
     blocks = tensor.data[(*rows, slice(first * items, last * items))]
     try:
@@ -180,7 +180,7 @@ def read_config(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
         head_size=head_size,
         max_positions=header.integer("context_length"),
         rope_theta=theta,
-        # Stored as float32; its shortest decimal is the number that the authors wrote.
+        # Stored as float32; its shortest decimal form is the authors' number.
         norm_epsilon=float(str(np.float32(epsilon))),
         tie_embeddings="output.weight" not in tensors,
         **families.implied(family),
@@ -197,8 +197,8 @@ def read_config(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
 def _rope_scaling(
     header: Header, config: ModelConfig, frequencies: gguf.ReaderTensor | None
 ) -> Llama3RopeScaling | LinearRopeScaling | None:
-    # As llama.cpp: older files have the factor under another key, and a factor without a
-    # kind is linear.
+    # As in llama.cpp: older files store the factor under another key, and a factor without
+    # a type is linear.
     factors = [
         factor
         for key in ("rope.scaling.factor", "rope.scale_linear")
@@ -234,7 +234,7 @@ def _gemma(
         "global_layers": tuple(range(period - 1, num_layers, period)),
     }
     if num_layers == {"gemma2": 46, "gemma3": 62}[name]:
-        # The 27B models divide by hidden size / heads, which is not their head size.
+        # The 27B models scale queries by hidden size / heads, which is not their head size.
         scale = header.integer("embedding_length") // header.integer(
             "attention.head_count"
         )

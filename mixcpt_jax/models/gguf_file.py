@@ -28,7 +28,7 @@ def open_gguf(path: epath.Path) -> gguf.GGUFReader:
 
 
 class _Reader(gguf.GGUFReader):
-    """The library's reader, which does not notice where a file ends."""
+    """The library's reader, which does not check where a file ends."""
 
     def _get(self, offset, dtype, count=1, override_order=None):
         end = int(offset) + int(count) * np.dtype(dtype).itemsize

@@ -28,7 +28,7 @@ def _split(numbers: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
-    """The split of text before BPE merges that GGUF's `tokenizer.ggml.pre` names."""
+    """The text split before BPE merges, named by GGUF's `tokenizer.ggml.pre`."""
     match name:
         case "gpt-2":
             return pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -129,9 +129,10 @@ def make_sentencepiece(
     proto = sentencepiece_model_pb2.ModelProto()
     for (token, kind), score in zip(vocabulary, scores, strict=True):
         if kind == gguf.TokenType.USER_DEFINED:
-            # Spelled as in texts; sentencepiece looks for them after spaces are marked.
+            # GGUF spells them as in texts; sentencepiece searches for them after spaces are
+            # marked.
             token = token.replace(" ", "▁")
-        # The two formats share the numbers of token types.
+        # The two formats use the same numbers for token types.
         proto.pieces.add(piece=token, score=score, type=kind)
     trainer = proto.trainer_spec
     trainer.model_type = trainer.BPE
@@ -142,7 +143,7 @@ def make_sentencepiece(
     )
     trainer.unk_id = special_id(header, "unknown_token_id", vocabulary, 0)
     trainer.unk_piece = vocabulary[trainer.unk_id][0]
-    # Gemma's files mark it as a control token; sentencepiece would then have none.
+    # Gemma's files mark it as a control token; sentencepiece would then have no such token.
     proto.pieces[
         trainer.unk_id
     ].type = sentencepiece_model_pb2.ModelProto.SentencePiece.UNKNOWN

@@ -14,9 +14,9 @@ from mixcpt_jax.core import small_files
 from mixcpt_jax.core.errors import InputError
 
 AGAIN = "download it again"
-# An error shows so many characters of the value found.
+# Number of characters of the found value that an error shows.
 _SHOWN = 80
-# RoPE's base is the largest of all, up to 4.5e10 in models for long contexts.
+# The largest values are RoPE bases, up to 4.5e10 in models for long contexts.
 _MOST = 1e12
 # The default of a key that must be present.
 _REQUIRED: Any = object()
@@ -26,13 +26,14 @@ _REQUIRED: Any = object()
 class Header:
     """Keys and values of a file.
 
-    The methods that return a value return `default` where the key is absent. They raise
-    `InputError`, which names the file, the key, what was found and what is allowed.
+    The methods that return a value return `default` where the key is absent. On a wrong
+    value they raise `InputError`, which names the file, the key, the value and what is
+    allowed.
 
     Attributes:
       file: where they are from.
       values: as the file's parser returns them.
-      prefix: of all keys; callers leave it out.
+      prefix: prepended to all keys; callers omit it.
     """
 
     file: epath.Path | str
@@ -96,7 +97,7 @@ class Header:
     def many(
         self, key: str, is_one: Callable[[Any], bool], expected: str, default=_REQUIRED
     ) -> Any:
-        """A list, of whose items each passes `is_one`."""
+        """A list; each item passes `is_one`."""
 
         def is_right(value):
             return isinstance(value, list) and all(map(is_one, value))
@@ -104,9 +105,9 @@ class Header:
         return self._checked(key, default, expected, is_right)
 
     def require(self, key: str, supported: Sequence[Any]) -> None:
-        """Checks that a value is one of some."""
+        """Checks that a value is one of the supported ones."""
         value = self.get(key)
-        # 1 and True are equal, and neither stands for the other.
+        # 1 and True are equal in Python, but must not be confused.
         if not any(value == s and type(value) is type(s) for s in supported):
             raise self.unsupported(key, ", ".join(map(str, supported)))
 
@@ -115,7 +116,7 @@ class Header:
         return InputError(f"{self._found(key)}; supported: {supported}")
 
     def wrong(self, key: str, expected: str) -> InputError:
-        """The error for a value that is not what it must be."""
+        """The error for a value that does not have the expected form."""
         return InputError(f"{self._found(key)}; must be {expected}")
 
     def _instance(self, key: str, default: Any, kind: type, expected: str) -> Any:
@@ -140,7 +141,7 @@ class Header:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is an integer; True and False are none."""
+    """Whether a value is an integer; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -154,5 +155,5 @@ def read(file: epath.Path) -> Header:
 
 
 def read_if_there(file: epath.Path) -> Header:
-    """The same; without a file there are no values."""
+    """Like `read`; a missing file has no values."""
     return read(file) if file.exists() else Header(file, {})

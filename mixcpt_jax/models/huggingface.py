@@ -30,7 +30,7 @@ ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
 }
 
-# Settings of config.json that change the function, with the only value supported.
+# Settings of config.json that change the network's function, with the only supported value.
 _FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -47,7 +47,7 @@ FIXED_OF = {
     },
 }
 
-# The file that makes a folder a model.
+# A folder with this file counts as a model.
 MARKER = "config.json"
 INDEX = "model.safetensors.index.json"
 
@@ -58,7 +58,7 @@ def refuse_adapter(path: str) -> None:
     Programs differ on a folder that holds both: some merge the adapter, some ignore it.
 
     Raises:
-      InputError: it holds one; names its base and the remedy.
+      InputError: it holds an adapter; names the adapter's base and the remedy.
     """
     folder = paths.resolve(path)
     found = [*folder.glob("adapter_config.json"), *folder.glob("adapter_model.*")]
@@ -110,7 +110,7 @@ def tensor_bounds(file: epath.Path, header: bytes) -> Iterator[tuple[int, int]]:
 
 
 def open_tensors(folder: epath.Path, family: str) -> dict[str, Tensor]:
-    """Opens a folder's safetensors by tensor name; reads headers alone.
+    """Opens a folder's safetensors by tensor name; reads only headers.
 
     Raises:
       InputError: a file is missing, damaged or pickled, or the files disagree.
@@ -135,7 +135,7 @@ def open_tensors(folder: epath.Path, family: str) -> dict[str, Tensor]:
                     "from one save: download both again"
                 )
             if weight_map and weight_map[name] != file.name:
-                continue  # A copy; the index says which one counts.
+                continue  # A copy; the index determines which one is used.
             view = handle.get_slice(name)
             if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                 raise InputError(
@@ -190,7 +190,7 @@ def weight_map_of(folder: epath.Path) -> dict[str, str]:
 
 
 def _warn_of_others(folder: epath.Path, files: list[str]) -> None:
-    """Warns of weights in the folder that are not part of the model."""
+    """Warns about weights in the folder that are not part of the model."""
     others = {file.name for file in folder.glob("*.safetensors")} - set(files)
     if others and hosts.is_first():
         logging.warning(
@@ -224,8 +224,8 @@ def read_config(file: epath.Path) -> ModelConfig:
     num_heads = header.integer("num_attention_heads")
     num_layers = header.integer("num_hidden_layers", most=families.MOST_LAYERS)
     head_size = header.integer("head_dim", _head_size(family, hidden_size, num_heads))
-    # Transformers 5 has all of RoPE's settings under a new key, by kind of layer if the
-    # kinds differ.
+    # Transformers 5 stores all of RoPE's settings under a new key, by layer type if the
+    # types differ.
     ropes, older = (header.mapping(k, {}) for k in ("rope_parameters", "rope_scaling"))
     if ropes and any(ropes.get(key) != value for key, value in older.items()):
         raise InputError(
@@ -282,7 +282,7 @@ def read_config(file: epath.Path) -> ModelConfig:
 
 
 def _check_special_ids(header: Header, vocab_size: int) -> None:
-    """Refuses ids without a row in the embedding: they belong to another model."""
+    """Refuses ids that have no row in the embedding: they belong to another model."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(header.get(name), list):
             header.many(

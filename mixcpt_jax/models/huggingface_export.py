@@ -1,4 +1,4 @@
-"""Parameters -> a folder that transformers loads, written whole or not at all."""
+"""Parameters -> a folder that transformers loads; writes the whole folder or nothing."""
 
 import contextlib
 import functools
@@ -51,8 +51,8 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that transformers' `from_pretrained` loads.
 
-    It is written to `{folder}.incomplete` and renamed at the end, so a folder of this
-    name is always whole; one from an earlier export is replaced. In a bucket, where
+    It is written to `{folder}.incomplete` and renamed at the end, so a folder of this name
+    is always complete; the folder of an earlier export is replaced. In a bucket, where
     folders cannot be renamed, `config.json` is deleted first and written last. Every
     process of a multi-host run must call this; the first one writes.
 
@@ -69,9 +69,9 @@ def save_pretrained(
         copied, and its `generation_config.json` except for special tokens.
 
     Raises:
-      InputError: `folder` exists and holds something other than an export, or holds
-        `start` or lies in it; or a tensor holds a value that overflows `dtype`. Then
-        nothing is written or deleted.
+      InputError: `folder` exists and holds something other than an export, or contains
+        `start` or lies in it; or a tensor has a value that overflows `dtype`. In these
+        cases nothing is written or deleted.
     """
     target = paths.resolve(folder)
     check_target(target, start)
@@ -115,9 +115,9 @@ def _files_beside(start: str) -> dict[str, epath.Path]:
 def _generation_config(
     file: epath.Path | None, tokenizer: Tokenizer | None, stop_ids: list[int]
 ) -> dict[str, Any]:
-    """The values of `file`, except the special tokens, which are the tokenizer's."""
+    """The values of `file`, but with the tokenizer's special tokens."""
     values = dict(headers.read(file).values) if file else {}
-    # With it, transformers would derive the values from the config again.
+    # With this key, transformers would derive the values from the config again.
     values.pop("_from_model_config", None)
     ids = {"eos_token_id": stop_ids or None}
     if file and tokenizer is not None:
@@ -223,7 +223,7 @@ def _config_to_hf(
 def _tensors(
     params: Params, family: str, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Brings one Hugging Face tensor after another to the host."""
+    """Copies the Hugging Face tensors to the host, one at a time."""
     for key_path, leaf in jax.tree.leaves_with_path(params):
         key = families.key_of(key_path)
         for i, name in enumerate(families.tensor_names(key, leaf.shape, family)):
@@ -237,7 +237,7 @@ def _tensors(
             yield name, np.ascontiguousarray(array)
 
 
-# Jitted, because arrays that span hosts refuse eager operations.
+# Jitted, because arrays that span hosts do not support eager operations.
 @jax.jit
 def _layer(stack: jax.Array, layer: int) -> jax.Array:
     return stack[layer]
@@ -292,7 +292,7 @@ _LICENSE = re.compile(r"(licen[cs]e|notice|copying|use_policy)[\w.-]*", re.IGNOR
 
 
 def check_target(folder: epath.Path, *models: str) -> None:
-    """Checks that writing an export to a folder deletes nothing but an earlier export.
+    """Checks that writing an export to a folder would delete only an earlier export.
 
     Args:
       folder: of the export.

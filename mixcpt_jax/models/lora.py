@@ -1,7 +1,7 @@
 """Low-rank adapters of frozen kernels: shapes, initialization and merge.
 
-`transformer.Layer` applies them. Adapters are a tree of their own,
-`{"layers": {"query_lora_a": ...}}`, so that they alone are trained and saved.
+`transformer.Layer` applies them. Adapters are a separate tree,
+`{"layers": {"query_lora_a": ...}}`, so that only they are trained and saved.
 
 Shape suffixes: N layers, I inputs and O outputs of a kernel, R rank of an adapter.
 """
@@ -77,10 +77,10 @@ def abstract_adapters(config: ModelConfig, lora: Lora, dtype=jnp.float32) -> Par
 def init_adapters(
     config: ModelConfig, lora: Lora, key: jax.Array, dtype=jnp.float32
 ) -> Params:
-    """Adapters that leave the network as the base: `b` is zero.
+    """Adapters that do not change the network's function: `b` is zero.
 
     `a` is normal with variance `1 / in`, so its product with normed activations has their
-    size. Jit it with `out_shardings` to create the adapters sharded.
+    scale. Jit it with `out_shardings` to create the adapters sharded.
     """
 
     def init(path, leaf, key):
@@ -114,7 +114,7 @@ def with_adapters(params: Params, adapters: Params) -> Params:
 def merge_adapters(params: Params, adapters: Params, lora: Lora) -> Params:
     """The base's parameters plus the adapters: `W + (alpha / rank) a b`.
 
-    The sum is float32 and rounded to the base's dtype once. Jittable.
+    The sum is computed in float32 and rounded once to the base's dtype. Jittable.
     """
     layers = dict(params["layers"])
     for name in lora.targets:
@@ -122,7 +122,7 @@ def merge_adapters(params: Params, adapters: Params, lora: Lora) -> Params:
             adapters["layers"][f"{name}_lora_{suffix}"].astype(jnp.float32)
             for suffix in ("a", "b")
         )
-        # Highest: a TPU would round the factors to bfloat16.
+        # Highest precision: a TPU would round the factors to bfloat16.
         update_NxIxO = lora.scale * jnp.matmul(a_NxIxR, b_NxRxO, precision="highest")
         kernel = layers[name]
         layers[name] = (kernel.astype(jnp.float32) + update_NxIxO).astype(kernel.dtype)

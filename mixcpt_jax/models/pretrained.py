@@ -1,7 +1,7 @@
-"""Checkpoints from elsewhere -> parameters, whatever their format.
+"""Pretrained checkpoints of any supported format -> parameters.
 
-All names and shapes are checked from file headers before any weight is read. Then each
-device's shard is read on its own, so the host never holds more than one shard of one
+All names and shapes are checked from file headers before any weight is read. Then the shard
+of each device is read separately, so the host never holds more than one shard of one
 parameter.
 """
 
@@ -106,11 +106,12 @@ def load_params(path: str, abstract_params: Params) -> Params:
 def identity(path: str) -> str:
     """Sixteen hex digits that identify a checkpoint's weights.
 
-    A hash of each file's size and header, and of each tensor: of all its bytes if the
-    files have at most 512 MiB together, else of samples, 64 KiB at its beginning, at its
-    end and after every 16 MiB in between. That reads some 100 MB of 16 GB. Training,
-    merging and quantizing change every sample; an edit of single rows of a large tensor
-    may lie between two. Names of files and folders do not count, so a copy is the same.
+    A hash of each file's size and header, and of each tensor: of all its bytes if the files
+    are at most 512 MiB in total, else of 64 KiB samples at its beginning, at its end and
+    after every 16 MiB in between. This reads about 100 MB of 16 GB. Training, merging and
+    quantizing change every sample; an edit of single rows of a large tensor may lie between
+    two samples and go undetected. Names of files and folders are ignored, so a copy has the
+    same identity.
 
     Args:
       path: as for `read_model_config`.
@@ -158,12 +159,12 @@ _BYTES_BETWEEN_SAMPLES = 2**24
 
 
 def _ranges_of(num_bytes: int) -> Callable[[int, int], Iterable[tuple[int, int]]]:
-    """Which ranges of a tensor are hashed, in files of so many bytes."""
+    """The ranges of a tensor to hash, for files of this total size."""
     return _samples if num_bytes > _MOST_BYTES_WHOLE else lambda *whole: [whole]
 
 
 def _samples(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Ranges of bytes that are spread over a tensor from its first to its last."""
+    """Byte ranges spread over a tensor from its first byte to its last."""
     count = 2 + (end - begin) // _BYTES_BETWEEN_SAMPLES
     room = end - begin - _SAMPLE_BYTES
     if room <= (count - 1) * _SAMPLE_BYTES:
@@ -177,7 +178,7 @@ def _samples(begin: int, end: int) -> Iterator[tuple[int, int]]:
 def _make_array(
     leaf: jax.ShapeDtypeStruct, read: Callable[[Index, tuple[int, ...]], np.ndarray]
 ) -> jax.Array:
-    """Like `jax.make_array_from_callback`, with one shard on the host at a time.
+    """Like `jax.make_array_from_callback`, but with one shard on the host at a time.
 
     That function reads all local shards before it moves the first one to its device,
     and reads a shard once for each of its replicas.
@@ -186,12 +187,12 @@ def _make_array(
     indices = sharding.addressable_devices_indices_map(leaf.shape)
     replicas = collections.defaultdict(list)
     for device, index in indices.items():
-        replicas[str(index)].append(device)  # Slices have no hash in Python 3.11.
+        replicas[str(index)].append(device)  # Slices are not hashable in Python 3.11.
     arrays = []
     for devices in replicas.values():
         shard = read(indices[devices[0]], sharding.shard_shape(leaf.shape))
         arrays += [jax.device_put(shard, device) for device in devices]
-        jax.block_until_ready(arrays)  # Else shards queue up on the host.
+        jax.block_until_ready(arrays)  # Otherwise shards queue up on the host.
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 

@@ -1,10 +1,10 @@
-"""Chat templates are programs of others: they render within bounds of time and memory.
+"""Renders chat templates, which are untrusted programs, with limits on time and memory.
 
-Jinja's sandbox keeps a template from Python's internals, but `'a' * 10**9`, nested loops
-and a macro that doubles a string use as much as they like. Here each operation first
-charges its cost to a budget: every iteration, call and operator, and every character that
-is made. What could multiply (`*`, `**`, padding, `replace`, `join`) computes the size of
-its result before it makes it.
+Jinja's sandbox keeps a template away from Python's internals, but `'a' * 10**9`, nested
+loops and a macro that doubles a string can use unlimited time and memory. Here each
+operation first charges its cost to a budget: every iteration, call and operator, and every
+character created. Operations that can multiply a size (`*`, `**`, padding, `replace`,
+`join`) compute the size of their result before creating it.
 """
 
 import functools
@@ -19,14 +19,15 @@ from typing import Any
 import jinja2
 from jinja2 import nodes, sandbox, visitor
 
-# Of one rendering: its operations, of which making `_CHARACTERS_PER_OPERATION` is one.
+# Limits of one rendering; creating `_CHARACTERS_PER_OPERATION` characters counts as one
+# operation.
 MAX_OPERATIONS = 2**20
 _CHARACTERS_PER_OPERATION = 1024
 MAX_SECONDS = 20.0
-# Of one string or list, and of the text of a template.
+# Maximum size of one string or list, and of the text of a template.
 MAX_CHARACTERS = 2**26
 MAX_TEMPLATE_CHARACTERS = 2**20
-# Of a number that pads, indents or rounds, and of the bits of an integer.
+# Maximum of a number that pads, indents or rounds, and of the bits of an integer.
 _MAX_WIDTH, _MAX_BITS = 10_000, 4096
 # Transformers' `{% generation %}` blocks mark text and render as their content.
 _MARKS = re.compile(r"({%[-+]?\s*)(end)?generation\b")
@@ -39,7 +40,7 @@ class OverBudget(jinja2.TemplateError):
 
 
 class Template:
-    """A template of conversations, in the environment that transformers gives it.
+    """A chat template, in the environment that transformers provides.
 
     Args:
       source: Jinja's text.
@@ -55,7 +56,7 @@ class Template:
                 "supported"
             )
         self._environment = _Environment()
-        self._environment.budget.renew()  # constants are folded while it compiles
+        self._environment.budget.renew()  # compilation folds constants
         source = _MARKS.sub(lambda m: m[1] + ("endif" if m[2] else "if true"), source)
         self._template = self._environment.from_string(source)
         self._refusal: str | None = None
@@ -64,7 +65,7 @@ class Template:
         """Renders it.
 
         Raises:
-          OverBudget: it needs too much time or memory; from then on, every time.
+          OverBudget: it needs too much time or memory; every later call raises this too.
           Exception: a template can raise whatever Python can.
         """
         if self._refusal:
@@ -78,14 +79,14 @@ class Template:
 
 
 class _Budget(threading.local):
-    """What is left to the rendering of this thread."""
+    """The remaining budget of the rendering in this thread."""
 
     def renew(self) -> None:
         self._left = MAX_OPERATIONS
         self._deadline = time.monotonic() + MAX_SECONDS
 
     def charge(self, operations: int = 1, characters: int = 0) -> None:
-        """Pays for some operations and for a string or list before it is made."""
+        """Charges for some operations, and for a string or list before it is created."""
         self.require_size(characters)
         self._left -= operations + characters // _CHARACTERS_PER_OPERATION
         if self._left < 0:
@@ -103,7 +104,7 @@ class _Budget(threading.local):
             )
 
     def charge_value(self, value: Any) -> Any:
-        """Pays for a value, each of its parts as often as it occurs; returns it."""
+        """Charges for a value, counting each part as often as it occurs; returns it."""
         self.charge(1, len(value) if isinstance(value, str | bytes) else 0)
         if isinstance(value, Mapping):
             for part in value.values():
@@ -114,7 +115,7 @@ class _Budget(threading.local):
         return value
 
     def charge_widths(self, values: Iterable[Any]) -> None:
-        """Refuses numbers of characters that nobody pads to."""
+        """Refuses unreasonably large padding widths."""
         for value in values:
             if isinstance(value, int) and abs(value) > _MAX_WIDTH:
                 raise OverBudget(
@@ -123,7 +124,7 @@ class _Budget(threading.local):
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox that transformers uses, in which all that can grow is paid for."""
+    """The sandbox that transformers uses, but everything that can grow is charged for."""
 
     intercepted_binops = frozenset(sandbox.SandboxedEnvironment.default_binop_table)
 
@@ -173,7 +174,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         )
 
     def _charge_method(self, name: str, subject: Any, values: Sequence[Any]) -> None:
-        """Pays for what a method of a string, of bytes or of an integer makes."""
+        """Charges for the result of a method of a string, bytes or integer."""
         size = _length(subject)
         match name, values:
             case "ljust" | "rjust" | "center" | "zfill" | "to_bytes", _:
@@ -196,7 +197,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         return function
 
     def _counted(self, items: Iterable[Any]) -> Iterator[Any]:
-        """The items of a loop, each of which is an operation."""
+        """The items of a loop; each counts as an operation."""
         for item in items:
             self.budget.charge()
             yield item
@@ -210,7 +211,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         return "".join(texts)
 
     def _paying(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that pays for its arguments and for its result."""
+        """Wraps a filter so that it charges for its arguments and its result."""
         first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
         @functools.wraps(function)
@@ -250,14 +251,14 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         self.budget.charge(1, size)
 
 
-# Filters whose numbers are widths, and those whose time grows faster than their text.
+# Filters whose numbers are widths, and filters whose time grows faster than their text.
 _PADDING = frozenset({"batch", "center", "indent", "round", "slice", "tojson"})
 _SLOW = frozenset({"pprint", "striptags", "urlize", "wordwrap", "xmlattr"})
 _MAX_SLOW = 2**16
 
 
 class _Charging(visitor.NodeTransformer):
-    """Has loops, lists, slices and concatenations pay, by filters around them."""
+    """Makes loops, lists, slices and concatenations charge, by wrapping them in filters."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -295,7 +296,7 @@ def _length(value: Any) -> int:
 
 
 def _size_of_result(operator: str, left: Any, right: Any) -> int:
-    """How many characters or items an operator makes; integers are bounded here."""
+    """How many characters or items an operator creates; bounds integers."""
     texts = str | bytes | list | tuple
     match operator:
         case "+" if isinstance(left, texts) and isinstance(right, texts):

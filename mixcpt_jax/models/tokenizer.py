@@ -1,9 +1,9 @@
 """Text to token ids and back: `tokenizer.json`, sentencepiece and GGUF, one interface.
 
 Plain text is data, and data is untrusted: `encode` never turns a special token's
-spelling inside a text, such as `<|im_end|>`, into that token. `encode_with_special`, for
-the output of a chat template, does. `encode_chat` turns the template's own text into
-special tokens and keeps the messages' text plain.
+spelling inside a text, such as `<|im_end|>`, into that token. `encode_with_special`, which
+is for the output of a chat template, does. `encode_chat` turns the template's own text into
+special tokens and encodes the messages as plain text.
 
 Data workers are processes that import this file and receive tokenizers by pickle, so it
 does not import jax.
@@ -35,10 +35,10 @@ from mixcpt_jax.models.vocabulary import JsonModel, SentencePieceModel
 # The date in training conversations; it is the default of Llama 3's templates.
 _TODAY = datetime(2024, 7, 26)
 
-# In this order, because Gemma, which has <eos>, has </s> as a tag of HTML.
+# The order matters: Gemma, which has <eos>, also has </s> as an HTML tag.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
 
-# The shortest conversation that shows how a template writes a turn.
+# A minimal conversation that shows how a template writes a turn.
 _EXCHANGE = (
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Hi"},
@@ -52,10 +52,10 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# For vocabularies without that token.
+# For vocabularies without `<|im_end|>`.
 CHATML_WITH_EOS = CHATML.replace("'<|im_end|>\n'", "eos_token + '\n'")
 _BOS = "{{ bos_token }}"
-# The largest vocabularies have a quarter of a million.
+# The largest vocabularies have about 250,000 tokens.
 _MOST_IDS = 2**24
 
 
@@ -63,12 +63,13 @@ class _Turn(NamedTuple):
     """A response as generation would write it: the last turn of a conversation.
 
     Attributes:
-      prompt: the messages before, with a generation prompt.
+      prompt: the preceding messages, with a generation prompt.
       text: these messages and the response.
       content_stop: the end of the response's content in `text`.
       stops: the ends of the tokens that end the turn and may contribute to the loss;
         empty if the response cannot contribute.
-      problem: why it cannot, unless `text` does not begin with `prompt`.
+      problem: why the response cannot contribute; not set if `text` does not begin with
+        `prompt`.
     """
 
     prompt: str
@@ -97,12 +98,12 @@ class Tokenizer:
     chat_template: str | None
     companions: Companions = dataclasses.field(default_factory=Companions)
 
-    # The keys that a message may have; `content` holds its `parts` a line each.
+    # The keys that a message may have; `content` holds its `parts`, one per line.
     message_keys: ClassVar[tuple[str, ...]] = ("role", "content", "parts", "weight")
 
     @property
     def vocab_size(self) -> int:
-        """Every id is below this."""
+        """An upper bound: every id is below this."""
         return self.model.vocab_size
 
     @property
@@ -128,7 +129,8 @@ class Tokenizer:
         """The Jinja template of conversations: the model's own, or else ChatML.
 
         ChatML begins with BOS if the model's plain texts do. If the vocabulary lacks
-        `<|im_end|>`, EOS ends a turn instead; if it lacks `<|im_start|>`, that is text.
+        `<|im_end|>`, EOS ends a turn instead; if it lacks `<|im_start|>`, this is encoded
+        as text.
         """
         if self.chat_template is not None:
             return self.chat_template
@@ -184,7 +186,7 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change with anything that changes an encoding."""
+        """A hash, 16 hex digits, of everything that affects an encoding."""
         _, model = self.model.__reduce__()
         special = (self.bos_id, self.eos_id, self.pad_id)
         parts = repr((*model, *special, self.add_bos, self.chat_template))
@@ -199,11 +201,11 @@ class Tokenizer:
         return self.model.encode_batch(texts)
 
     def encode_rests(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes plain texts that continue others, so no space goes before them."""
+        """Encodes plain texts that continue others, so no space is put before them."""
         return [self.model.encode_next(text, after_mark=False) for text in texts]
 
     def encode_with_special(self, text: str) -> list[int]:
-        """Encodes text from a chat template: spellings of special tokens become tokens."""
+        """Encodes text from a chat template: special tokens in the text become tokens."""
         return self.model.encode_with_special(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -223,7 +225,8 @@ class Tokenizer:
         unknown = self.model.unknown_id
         if unknown is not None and unknown in self.encode(character):
             return True
-        # Between two others, because vocabularies may trim the ends of a text.
+        # Put it between two other characters, because vocabularies may trim the ends of a
+        # text.
         return self.decode(self.encode(f"a{character}a")) == self._two
 
     @functools.cached_property
@@ -272,16 +275,16 @@ class Tokenizer:
     ) -> tuple[list[int], list[bool]]:
         """Encodes a conversation and says which tokens of it contribute to the loss.
 
-        In every assistant's turn they are the tokens after the generation prompt, up to
+        In every assistant's turn, these are the tokens after the generation prompt, up to
         and including the special tokens that end the turn. A template may write a turn
-        differently once others follow (Qwen3's omits thinking). Then the model would not
-        generate that text, and none of its tokens contribute.
+        differently once other turns follow (Qwen3's omits thinking). The model would not
+        generate that text, so none of its tokens contribute.
 
         The tokens are those of transformers' `apply_chat_template`, with two exceptions.
         The text of messages is plain: only the template's own text becomes special
-        tokens, BOS among them. And the prompt of each response is encoded by itself, as
-        in generation, and the response continues it. So the tokens of `messages[:n]` with
-        a generation prompt are a prefix of the tokens of `messages`, if response `n`
+        tokens, BOS among them. And the prompt of each response is encoded separately, as in
+        generation, and the response continues it. So the tokens of `messages[:n]` with a
+        generation prompt are a prefix of the tokens of `messages`, if response `n`
         contributes.
 
         Templates that print today's date print `_TODAY`, so that tokens do not change
@@ -330,8 +333,8 @@ class Tokenizer:
           messages: see `encode_chat`; the last one is the assistant's.
 
         Returns:
-          The tokens, without those that end the turn; and the content of the last
-          message as the template writes it, perhaps trimmed.
+          The tokens, without those that end the turn; and the content of the last message
+          as the template writes it, which may be trimmed.
 
         Raises:
           InputError: see `encode_chat`.
@@ -355,7 +358,7 @@ class Tokenizer:
         )
 
     def _guarded(self, messages) -> tuple[str, str, list[dict[str, Any]]]:
-        """Breaks spellings of special tokens in messages, so that the template's remain.
+        """Breaks special-token spellings in messages; only the template's own remain.
 
         Returns:
           (guard, hole, messages): two characters that occur nowhere else, and messages in
@@ -415,7 +418,7 @@ class Tokenizer:
             )
         stops = []
         for start, end, _ in self._find_marks(text, guard, [stop, len(text)]):
-            # Others follow the first without a gap.
+            # Further ones follow the first without a gap.
             if not stops or start == stops[-1]:
                 stops.append(end)
         if not stops:
@@ -467,7 +470,7 @@ class Tokenizer:
         ]
 
     def _encode_parts(self, text: str, guard: str, loss_spans):
-        """Ids of a text, and whether each lies in a (start, stop) of `loss_spans`."""
+        """The ids of a text, and whether each lies within a span of `loss_spans`."""
         cuts = [start for start, _ in loss_spans]
         marks = self._find_marks(text, guard, sorted({0, len(text), *cuts}))
         known = {start: token_id for start, _, token_id in marks}
@@ -575,11 +578,11 @@ def _require_vocabulary(tokenizer: Tokenizer, file: epath.Path) -> Tokenizer:
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, where: str) -> None:
     """Checks that every token that a text can become has an embedding.
 
-    A padded embedding is fine. So are special tokens without one, such as Gemma 3's for
-    images, which no text becomes. BOS and EOS must have one.
+    The embedding may be padded. Special tokens may lack an embedding if no text is encoded
+    to them, such as Gemma 3's image tokens. BOS and EOS must have one.
 
     Raises:
-      InputError: the tokenizer makes ids that the model does not have.
+      InputError: the tokenizer produces ids that the model does not have.
     """
     needed = {tokenizer.bos_id, tokenizer.eos_id} - {None}
     for token_id in range(model_vocab_size, tokenizer.vocab_size):
@@ -675,7 +678,7 @@ def _with_added_json(source: str, beside: Companions, file: epath.Path) -> str:
     given = {
         token_id: token
         for token_id, token in sorted(beside.added.items())
-        # The older file has no flags of tokens that are in the vocabulary.
+        # The older file does not store flags for tokens that are in the vocabulary.
         if token_id not in known or is_whole
     }
     if all(
@@ -711,7 +714,7 @@ def _with_added_pieces(source: bytes, beside: Companions, file: epath.Path) -> b
                 "it, which sentencepiece does not support; save it as tokenizer.json by "
                 "`AutoTokenizer.from_pretrained(old).save_pretrained(new)`"
             )
-        # Sentencepiece looks for them after spaces are marked.
+        # Sentencepiece searches for them after spaces are marked.
         spelt = token.content.replace(" ", "▁")
         if ids.setdefault(spelt, len(proto.pieces)) != token_id:
             raise _disagrees(file, token_id, token, f"id {ids[spelt]}")

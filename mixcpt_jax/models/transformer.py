@@ -1,9 +1,9 @@
 """The decoder of the Llama, Qwen and Gemma families; the only file that imports flax.
 
 NNX describes the network; the rest of the package sees a `graphdef` and plain nested
-dicts of arrays, so teacher and student are two such dicts under one graphdef. The
-forward pass ends at the last hidden states: the loss applies the unembedding, because
-it never needs all logits at once.
+dicts of arrays, so teacher and student are two such dicts that share a graphdef. The
+forward pass ends at the last hidden states. The loss applies the unembedding itself,
+because it never needs all logits at once.
 
 Shape suffixes:
   B batch rows         L row length        T = B * L tokens
@@ -58,10 +58,10 @@ class ModelConfig:
         `model_type` written on export.
       max_positions: the longest context the weights were trained for, in tokens.
       sliding_window: the number of tokens that attention reaches back, or None for all.
-      global_layers: layers that reach all tokens although there is a window. The others
+      global_layers: layers that attend to all tokens although there is a window. The others
         are called local.
-      local_rope_theta: of the local layers, whose RoPE is not scaled; None: as in the
-        others.
+      local_rope_theta: RoPE base of the local layers, whose RoPE is not scaled; None: the
+        same as in the others.
       qkv_bias: biases on the query, key and value projections (Qwen2).
       qk_norm: queries and keys are normed, head by head, before RoPE (Qwen3, Gemma 3).
       post_norms: the outputs of attention and MLP are normed before they are added
@@ -108,7 +108,7 @@ class ModelConfig:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits of all settings that are not the default."""
+        """A hash, 16 hex digits, of all settings that differ from the default."""
         settings = (
             (field.name, getattr(self, field.name), field.default)
             for field in dataclasses.fields(self)
@@ -119,7 +119,7 @@ class ModelConfig:
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:
-    """Float32 inside: in bfloat16 its constants are off by a thousandth."""
+    """Computed in float32: in bfloat16 its constants would be off by 0.1%."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
@@ -127,7 +127,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": gelu_tanh}
 
 REMAT_POLICIES = {
     "none": None,
-    # By name, not by primitive: an adapter's own products are not worth saving.
+    # Match by name, not by primitive: an adapter's own products are not worth saving.
     "dots": jax.checkpoint_policies.save_only_these_names("projection"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -143,8 +143,8 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
         case LinearRopeScaling(factor):
             return frequencies / factor
         case Llama3RopeScaling(factor, low, high, original):
-            # Short wavelengths stay, long ones are multiplied by `factor`, and those
-            # between are interpolated (reference code of Llama 3.1's model card).
+            # Short wavelengths are unchanged, long ones are multiplied by `factor`, and
+            # those between are interpolated (reference code of Llama 3.1's model card).
             wavelengths = 2 * math.pi / frequencies
             smooth = jnp.clip((original / wavelengths - low) / (high - low), 0, 1)
             return frequencies * (smooth + (1 - smooth) / factor)
@@ -175,7 +175,7 @@ Cache = dict[str, jax.Array]
 class Forward:
     """A network as a pure function of its parameters, from `make_forward`.
 
-    It has the soft cap of its logits, because others apply the unembedding.
+    It holds the soft cap of the logits, because its callers apply the unembedding.
 
     Attributes:
       hidden: `(params, tokens_BxL, positions_BxL, segment_ids_BxL) -> hidden_BxLxD`;
@@ -202,8 +202,8 @@ class Adapter(nnx.Param):
 class Layer(nnx.Module):
     """Pre-norm attention and gated MLP, each with a residual connection.
 
-    The caller runs attention between `project_heads` and `finish`, over the row in
-    training and over a cache in decoding.
+    The caller runs attention between `project_heads` and `finish`: over the row in
+    training, over a cache in decoding.
     """
 
     def __init__(
@@ -218,7 +218,8 @@ class Layer(nnx.Module):
         d, f = config.hidden_size, config.mlp_size
         heads = config.num_heads * config.head_size
         kv_heads = config.num_kv_heads * config.head_size
-        # Residual branches start small so that depth does not blow up the stream.
+        # Residual branches start small so that the residual stream does not grow with
+        # depth.
         branch_std = 0.02 / math.sqrt(2 * config.num_layers)
 
         def kernel(rows: int, columns: int, std: float = 0.02) -> nnx.Param:
@@ -244,7 +245,7 @@ class Layer(nnx.Module):
         self.up = kernel(d, f)
         self.down = kernel(f, d, branch_std)
         if lora is not None:
-            # Only their places in the tree; `lora.init_adapters` creates them.
+            # Only placeholders in the tree; `lora.init_adapters` creates the arrays.
             for name in lora.targets:
                 rows, columns = getattr(self, name).shape
                 a, b = jnp.zeros((rows, lora.rank)), jnp.zeros((lora.rank, columns))
@@ -270,7 +271,7 @@ class Layer(nnx.Module):
         return rotate(query, angles_BxLxK2), rotate(key, angles_BxLxK2), value
 
     def finish(self, x_BxLxD, mixed_BxLxHxK):
-        """The layer's output from its input and attention's output."""
+        """The layer's output, given its input and the output of attention."""
         mixed_TxHK = mixed_BxLxHxK.reshape(-1, self.output.shape[0])
         branch_TxD = self._project("output", mixed_TxHK)
         if self.config.post_norms:
@@ -291,7 +292,7 @@ class Layer(nnx.Module):
         return branch_TxD.reshape(x_BxLxD.shape)
 
     def _project(self, name, x_TxI):
-        """The product with a kernel, plus that with its adapter and its bias, if any."""
+        """The product with a kernel, plus the adapter's product and the bias, if any."""
 
         def param(suffix=""):
             return getattr(self, name + suffix)[...]
@@ -300,13 +301,13 @@ class Layer(nnx.Module):
         kernel_IxO = scatter_gradient(param().astype(self.dtype), kernel_axes)
         y_TxO = x_TxI @ kernel_IxO
         if self.lora is not None and name in self.lora.targets:
-            # Never a merged kernel, whose gradient would be as large as the kernel.
+            # Never merge the kernel: its gradient would be as large as the kernel.
             narrow_TxR = x_TxI @ param("_lora_a").astype(self.dtype)
             b_RxO = param("_lora_b").astype(jnp.float32) * self.lora.scale
             y_TxO = y_TxO + narrow_TxR @ b_RxO.astype(self.dtype)
         if hasattr(self, f"{name}_bias"):
-            # Broadcast over tokens before the cast, so that its gradient, a sum over
-            # them, is float32.
+            # Broadcast over tokens before the cast, so that the gradient, a sum over
+            # tokens, is float32.
             bias_TxO = jnp.broadcast_to(param("_bias")[None], y_TxO.shape)
             y_TxO = y_TxO + bias_TxO.astype(self.dtype)
         return checkpoint_name(y_TxO, "projection")
@@ -353,8 +354,8 @@ class Decoder(nnx.Module):
         def run(x_BxLxD, layer_input):
             is_local, params = layer_input
             # Without barriers XLA casts the parameters of all layers at once, before the
-            # loop, and keeps the copies. Adapters have a barrier of their own, because
-            # everything that passes a barrier is differentiated if any of it is.
+            # loop, and keeps the copies. Adapters have a separate barrier, because if
+            # anything that passes a barrier is differentiated, everything is.
             layer = nnx.merge(
                 layer_graphdef, *map(jax.lax.optimization_barrier, params)
             )
@@ -391,7 +392,7 @@ class Decoder(nnx.Module):
             mixed_BxLxHxK = self._mix(attend_to_cache, is_local, *operands)
             return (layer.finish(x_BxLxD, mixed_BxLxHxK), cache), None
 
-        # The cache is carried, not scanned over, and so written in place.
+        # The cache is a carry, not scanned over, so it is updated in place.
         indices_N = jnp.arange(self.config.num_layers)
         (x_BxLxD, cache), _ = jax.lax.scan(
             run, (x_BxLxD, cache), (indices_N, self._is_local(), layer_params)
@@ -400,11 +401,11 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens_BxL):
         """The first layer's input."""
-        # Gathered before the cast, so that gradients are summed per token in the dtype of
-        # the table.
+        # Gather before the cast, so that gradients are summed per token in the dtype of the
+        # table.
         x_BxLxD = self.embedding[...][tokens_BxL].astype(self.dtype)
         if self.config.scale_embeddings:
-            # The factor is rounded, as in the models' training.
+            # The factor is rounded, as it was when the models were trained.
             x_BxLxD *= jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
         return constrain(x_BxLxD, "batch", "length", "activation")
 
@@ -443,7 +444,7 @@ class Decoder(nnx.Module):
         kinds = set(config.windows)
         if len(kinds) == 1:
             return within(kinds.pop())(*operands)
-        # One program for each kind, because the mask is part of a TPU kernel.
+        # One program per kind of layer, because the mask is part of a TPU kernel.
         local, everywhere = within(config.sliding_window), within(None)
         return jax.lax.cond(is_local, local, everywhere, *operands)
 
@@ -459,7 +460,7 @@ def make_forward(
     Args:
       config: the architecture.
       dtype: of activations and products. Parameters are cast to it where they are used;
-        norms, RoPE and softmax are float32 inside.
+        norms, RoPE and softmax are computed in float32.
       remat: what the backward pass recomputes: "none", "dots" (all but the
         projections) or "full" (each layer from its input).
       lora: the adapters that the parameters hold, see `lora.with_adapters`.
@@ -508,9 +509,9 @@ def init_cache(
 ) -> Cache:
     """Room for the keys and values of `length` positions, `[B, N, S, G * K]` each.
 
-    Heads are adjacent in one dimension: a TPU stores the last two dimensions in tiles,
-    which a few heads would leave mostly empty. Call it within `jit`, where rows and heads
-    are sharded as those of activations.
+    Heads share one dimension with the head size: a TPU stores the last two dimensions in
+    tiles, which a few heads would leave mostly empty. Call it within `jit`, which shards
+    rows and heads like those of activations.
     """
     width = config.num_kv_heads * config.head_size
     zeros = jnp.zeros((batch, config.num_layers, length, width), dtype)
@@ -521,8 +522,8 @@ def _write(cache_BxNxSxGK, layer, positions_BxL, new_BxLxGxK) -> jax.Array:
     """Writes the new tokens of one layer to their slots."""
     new_BxLxGK = new_BxLxGxK.reshape(*positions_BxL.shape, -1)
 
-    # Mapped over rows, so that the compiler keeps rows on their device. Rows come first in
-    # the cache, because otherwise it would be transposed for this.
+    # Map over rows, so that the compiler keeps rows on their device. Rows come first in the
+    # cache, because otherwise this would transpose it.
     @jax.vmap
     def write(cache_NxSxGK, positions_L, new_LxGK):
         return cache_NxSxGK.at[layer, positions_L].set(new_LxGK)
@@ -553,8 +554,8 @@ def logits(
 ) -> jax.Array:
     """`[..., D]` to dense `[..., V]`, for few tokens; training never does this.
 
-    At least float32, whatever the hidden states are: in bfloat16 the largest logits would
-    often tie.
+    The logits are at least float32, whatever the dtype of the hidden states: in bfloat16
+    the largest logits would often tie.
 
     Args:
       params: the network's.
@@ -588,9 +589,9 @@ def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
 
 
 def cast(params: Params, dtype) -> Params:
-    """The parameters with their matrices in a dtype.
+    """Casts the matrices among the parameters to a dtype.
 
-    Norm scales and biases are always at least float32. They are small, they act in
+    Norm scales and biases are always at least float32. They are small, they are used in
     float32, and in bfloat16 a scale of `1 + w` (Gemma) keeps few digits of `w`.
     """
     return jax.tree.map_with_path(

@@ -38,7 +38,7 @@ class JsonModel:
 
     @functools.cached_property
     def _special(self) -> tokenizers.Tokenizer:
-        # A second copy, because switching the flag back and forth is not thread-safe.
+        # Keep a second copy, because switching the flag back and forth is not thread-safe.
         return self._build(self.source, special_as_text=False)
 
     @functools.cached_property
@@ -125,9 +125,9 @@ class JsonModel:
 class SentencePieceModel:
     """The sentencepiece library on the contents of a `tokenizer.model`.
 
-    If the model puts a space before every text, transformers' LlamaTokenizer puts it
-    before the first text alone or, if `legacy`, before each text after a special token,
-    unless the text begins with a space.
+    If the model puts a space before every text, transformers' LlamaTokenizer puts it only
+    before the first text or, if `legacy`, before each text after a special token, unless
+    that text begins with a space.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class SentencePieceModel:
 
     def token_to_id(self, token: str) -> int | None:
         token_id = self._model.piece_to_id(token)
-        # Sentencepiece returns the unknown token for pieces that it lacks.
+        # Sentencepiece returns the unknown token for pieces that it does not have.
         return token_id if self._model.id_to_piece(token_id) == token else None
 
     def id_to_token(self, token_id: int) -> str:
@@ -242,16 +242,16 @@ class SentencePieceModel:
 
 
 def _marks(tokens: Mapping[str, tuple[int, str]]) -> tuple[re.Pattern, dict[str, int]]:
-    """Finds tokens that are split off a text whole, before the rest is encoded.
+    """Finds the tokens that are split off a text before the rest is encoded.
 
     Args:
       tokens: spelling -> id, and the pattern that finds it.
 
     Returns:
-      (pattern, ids): a match of the pattern is a key of ids, perhaps only without the
-      blanks around it.
+      (pattern, ids): a match of the pattern is a key of ids, possibly after stripping
+      surrounding whitespace.
     """
-    # Without groups, which would make the search much slower.
+    # The pattern has no groups: they would make the search much slower.
     longest_first = sorted(tokens, key=len, reverse=True)
     pattern = "|".join(tokens[spelling][1] for spelling in longest_first)
     ids = {spelling: token_id for spelling, (token_id, _) in tokens.items()}
