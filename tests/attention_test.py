@@ -70,7 +70,14 @@ def test_blocks_equal_the_library(length, dtype, sliding_window):
 
 
 @pytest.mark.parametrize("form", [attention.attend, splash])
-@pytest.mark.parametrize("options", [(None,), (40,), (40, 50.0, 2.0)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (40, 50.0, 2.0),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in [(None,), (40,)]),
+    ],
+    ids=str,
+)
 def test_values_and_gradients_equal_the_librarys(form, options):
     """The TPU kernel is interpreted; 256 tokens are two of its smallest blocks."""
     query, key, value, segments = operands(256, (4, 2, 2), 128)

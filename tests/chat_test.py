@@ -132,8 +132,14 @@ def greedy_without_cache(config, params, prompt, new_tokens, lora=None):
 
 @pytest.mark.parametrize(
     ("config", "lora"),
-    [(LLAMA, None), (QWEN2, None), (WINDOWED, None), (GEMMA2, None), (QWEN2, LORA)],
-    ids=["llama", "qwen2", "window", "gemma2", "adapters"],
+    [
+        (GEMMA2, None),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(LLAMA, None), (QWEN2, None), (WINDOWED, None), (QWEN2, LORA)]
+        ),
+    ],
+    ids=["gemma2", "llama", "qwen2", "window", "adapters"],
 )
 def test_greedy_with_a_cache_equals_full_forward_passes(tokenizer, config, lora):
     params = draw_params(config, lora)
@@ -415,7 +421,15 @@ def transformers_tokens(folder, prompt, new_tokens):
 
 
 @pytest.mark.parametrize(
-    "config", [LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3], ids=lambda config: config.family
+    "config",
+    [
+        LLAMA,
+        *(
+            pytest.param(config, marks=pytest.mark.slow)
+            for config in (QWEN2, QWEN3, GEMMA2, GEMMA3)
+        ),
+    ],
+    ids=lambda config: config.family,
 )
 def test_greedy_like_transformers(tokenizer, config, tmp_path):
     config = dataclasses.replace(config, vocab_size=259)
@@ -613,6 +627,7 @@ def test_a_conversation_at_a_terminal(chat, monkeypatch, capsys, end):
     assert next(lines) == "Ho"
 
 
+@pytest.mark.slow
 def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
     def run(*arguments):
         command = ["sample", f"--checkpoint={tiny_model}", "--max_new_tokens=8"]

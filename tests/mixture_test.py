@@ -339,7 +339,7 @@ def test_the_stream_can_be_entered_anywhere():
     np.testing.assert_array_equal(second["tokens"], whole[6]["tokens"][4:])
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resume_is_exact(num_workers):
     def start():
         return iter(mixture.mixture(_mixture(), 8, seed=0, num_workers=num_workers))

@@ -296,6 +296,7 @@ def test_a_bad_record_is_named_from_a_worker(config, tmp_path):
         make(config, num_workers=1)
 
 
+@pytest.mark.slow
 def test_the_command(config, launcher, write_config_file, tmp_path, capsys):
     file = write_config_file(on_the_fly(config))
     flags = [f"--config={file}", f"--workdir={tmp_path / 'run'}", "--workers=0"]

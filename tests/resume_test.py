@@ -41,7 +41,9 @@ class Cell(NamedTuple):
 
 WHOLE = list(itertools.starmap(Cell, itertools.product(FORMATS, (0, 2), HOSTS)))
 USUAL = [cell for cell in WHOLE if not cell.num_workers]
-USUAL.append(Cell("tfds", 2, "2 to 2", num_kills=1))
+USUAL.append(
+    pytest.param(Cell("tfds", 2, "2 to 2", num_kills=1), marks=pytest.mark.slow)
+)
 CELLS = WHOLE if os.environ.get("RESUME_MATRIX") == "whole" else USUAL
 
 

@@ -442,10 +442,8 @@ def test_the_reference_may_run_ahead():
     assert_same_step(actual, expected)
 
 
-@pytest.mark.parametrize(
-    ("shape", "parts"),
-    [((2, 2, 2), 2), pytest.param((1, 8, 1), 1, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "parts"), [((2, 2, 2), 2), ((1, 8, 1), 1)])
 def test_any_mesh_and_any_accumulation_take_the_same_preference_step(shape, parts):
     batch, num_segments = make_pairs(rows=16)
     expected = take_preference_step(batch, num_segments)
