@@ -1,7 +1,7 @@
-"""95 % intervals of measures and of their changes, and a test of two models.
+"""95 % intervals of measures and of their changes, and a test that compares two models.
 
-An interval covers the choice of texts or questions: how much others of the same kind might
-change the number. It does not cover what another training seed would change.
+An interval covers the choice of texts or questions: how much the number might change with
+other items of the same kind. It does not cover the variation between training seeds.
 
 Shape suffixes: N items, C columns, R resamples.
 """
@@ -17,7 +17,7 @@ Interval = tuple[float, float]
 
 _Z = special.ndtri(0.975)
 _RESAMPLES = 10_000
-_MAX_PICKS = 2**22  # in memory at a time
+_MAX_PICKS = 2**22  # maximum in memory at a time
 
 
 class Estimate(NamedTuple):
@@ -72,7 +72,8 @@ def mcnemar(first_is_right_N: np.ndarray, second_is_right_N: np.ndarray) -> McNe
     """The exact test that two models are correct equally often (McNemar 1947).
 
     Only items that exactly one model has correct count. If the models are equally good,
-    each of these is a fair coin. The p-value is two-sided, from the binomial distribution.
+    each of these items is a fair coin flip. The p-value is two-sided, from the binomial
+    distribution.
     """
     first, second = (np.asarray(x, bool) for x in (first_is_right_N, second_is_right_N))
     first_alone = int(np.sum(first & ~second))
@@ -88,8 +89,8 @@ def change_of_ratio(
     """The interval of the change of `sum(values) / sum(count)`, such as token accuracy.
 
     The tokens of one text are not independent, so texts are the independent items: the
-    ratio is linearized over texts, and Student's t has one degree of freedom less than
-    there are texts.
+    ratio is linearized over texts, and Student's t has one degree of freedom fewer than the
+    number of texts.
 
     Args:
       before, after: the sum over each text, [texts].

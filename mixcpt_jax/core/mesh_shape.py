@@ -10,10 +10,10 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 
 def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, int, int]:
-    """Fills in the one axis that is -1 so that the mesh takes every device.
+    """Fills in the axis that is -1, so that the mesh uses every device.
 
     Raises:
-      InputError: the sizes cannot be laid over `num_devices` devices.
+      InputError: the sizes do not match `num_devices` devices.
     """
     shape = [sizes[axis] for axis in MESH_AXES]
     if shape.count(-1) > 1 or any(s < 1 and s != -1 for s in shape):

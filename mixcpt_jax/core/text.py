@@ -3,13 +3,14 @@
 import re
 from typing import Any
 
-# A value is shown to so many characters, a line of several to so many.
+# Maximum number of characters shown of a value, and of a line with several values.
 MOST_OF_A_VALUE = 300
 MOST_OF_A_LINE = 2000
-# Of file systems' names.
+# Maximum length of names in file systems.
 _MOST_NAME_BYTES = 255
 
-# What a terminal obeys or reorders by, and halves of surrogate pairs; no tab, no line feed.
+# Terminal control and text direction characters, and halves of surrogate pairs; not tab or
+# line feed.
 _CONTROLS = (
     r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     r"\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff"
@@ -20,17 +21,17 @@ _LONG_WORD = re.compile(rf"\S{{{MOST_OF_A_VALUE + 1},}}")
 
 
 def escaped(text: str) -> str:
-    """Text whose control characters, but for tabs and line feeds, are Python's escapes."""
+    """Escapes control characters as Python does, except tabs and line feeds."""
     return _IN_LINES.sub(_escape, text)
 
 
 def value(text: str) -> str:
-    """A value on one line, escaped and cut."""
+    """A value on one line, escaped and truncated."""
     return _cut(_IN_A_LINE.sub(_escape, text), MOST_OF_A_VALUE)
 
 
 def lines(text: str) -> str:
-    """Lines that hold values: escaped, and each word and each line cut."""
+    """Lines that hold values: escaped, with each word and each line truncated."""
     text = _LONG_WORD.sub(lambda word: _cut(word[0], MOST_OF_A_VALUE), escaped(text))
     return "\n".join(_cut(line, MOST_OF_A_LINE) for line in text.split("\n"))
 
@@ -40,7 +41,7 @@ def _escape(found: re.Match) -> str:
 
 
 def _cut(text: str, most: int) -> str:
-    """Its beginning and its end, where it is longer."""
+    """The text, or only its beginning and end if it is longer."""
     if len(text) <= most:
         return text
     end = (most - 3) // 3
@@ -48,7 +49,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def is_name(text: Any) -> bool:
-    """Whether it is the name of a file or folder, rather than a path to elsewhere."""
+    """Whether a text is the name of a file or folder, and not a path to elsewhere."""
     return (
         isinstance(text, str)
         and text not in ("", ".", "..")

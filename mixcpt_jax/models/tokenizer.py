@@ -181,7 +181,7 @@ class Tokenizer:
 
     @property
     def document_ends(self) -> set[int]:
-        """The tokens that end a document, and those in the files that end generation."""
+        """The tokens that end a document, and those that the files list as ends."""
         return {self.end_of_document_id, self.eos_id, *self.companions.ends} - {None}
 
     @property

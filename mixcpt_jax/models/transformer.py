@@ -160,7 +160,7 @@ def rotate(x_BxLxHxK: jax.Array, angles_BxLxK2: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
-    """Float32 inside, in the dtype of `x`; the scale's gradient is summed in float32."""
+    """Computes in float32, returns the dtype of `x`; the scale's gradient is float32."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + epsilon)
     scale = scale_D.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))

@@ -1,8 +1,8 @@
-"""The objectives, dense and literal: the readable reference.
+"""The objectives, dense and written as in the formulas: the readable reference.
 
-Every function computes in float32 (float64 stays float64). Those of the head take
-logits `[..., V]` and integer targets `[...]` and return one loss per position, in nats;
-training uses `streamed`, which computes the same numbers without the logits of a whole
+Every function computes in float32 (float64 stays float64). Token objectives take logits
+`[..., V]` and integer targets `[...]` and return one loss per position, in nats. Training
+uses `streamed`, which computes the same numbers without materializing the logits of a whole
 batch. `preference_loss` takes the log-probabilities of whole answers.
 
 Notation: teacher logits `t`, student logits `s`, gold token `y`, `a = argmax t` with the
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 def swap_logits(teacher_logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Exchanges each position's largest teacher logit with that of the gold token.
 
-    The gold token gets the teacher's top probability; all others keep theirs. Where the
-    teacher is right (`a == y`) nothing changes.
+    The gold token gets the teacher's top probability, and the top token gets the gold
+    token's; all others keep theirs. Where the teacher is right (`a == y`), nothing changes.
 
     Args:
       teacher_logits: `[..., V]`.
@@ -57,15 +57,15 @@ def lssd_by_identity(
 ) -> jax.Array:
     """`lssd` without a swapped tensor: `KL(p || q) + (p_a - p_y) (s_a - s_y)`.
 
-    The swap changes two entries, so it adds one product to the divergence. This form can
-    be streamed over the vocabulary.
+    The swap changes only two entries, so it adds one product to the divergence. This form
+    can be streamed over the vocabulary.
     """
     s, t = _at_least_float32(student_logits), _at_least_float32(teacher_logits)
     t = jax.lax.stop_gradient(t)
     p = jax.nn.softmax(t)
     top = jnp.argmax(t, axis=-1)
     p_top_minus_p_gold = _pick(p, top) - _pick(p, targets)
-    # Without a swap the product is zero, also where the logits are infinite.
+    # Without a swap the product is zero, even if the logits are infinite.
     margin = jnp.where(top == targets, 0.0, _pick(s, top) - _pick(s, targets))
     return distillation(s, t) + p_top_minus_p_gold * margin
 
@@ -88,10 +88,10 @@ def selective(
 ) -> jax.Array:
     """Next-token prediction where the teacher is wrong, distillation where it is right.
 
-    Right means that its top token is the gold one. `(1 - m) lssd + m selective` is, up to
-    a constant, the divergence from `(1 - m) p~ + m e_y` where the teacher is wrong, and
-    from `p` where it is right: LSSD whose ceiling of the gold token's probability is
-    raised from `p_a` to `m + (1 - m) p_a`.
+    The teacher is right if its top token is the gold token. `(1 - m) lssd + m selective`
+    is, up to a constant, the divergence from `(1 - m) p~ + m e_y` where the teacher is
+    wrong, and from `p` where it is right. This is LSSD with the gold token's target
+    probability raised from `p_a` to `m + (1 - m) p_a`.
 
     Args:
       student_logits, teacher_logits: `[..., V]`; no gradient for the teacher's.
@@ -110,10 +110,10 @@ def selective(
 def coarse_lssd(
     student_logits: jax.Array, teacher_logits: jax.Array, targets: jax.Array, top_k: int
 ) -> jax.Array:
-    """`lssd` with a teacher that gives the probabilities of `list_tokens` alone.
+    """`lssd` with a teacher that gives only the probabilities of `list_tokens`.
 
-    All other tokens count as one outcome. By the data processing inequality the result
-    is never above `lssd`; it grows with `top_k` until it equals it.
+    All other tokens count as one outcome. By the data processing inequality, the result is
+    never above `lssd`; it grows with `top_k` until it equals `lssd`.
     """
     listed = list_tokens(teacher_logits, targets, top_k)
     swapped = swap_logits(teacher_logits, targets)
@@ -133,7 +133,7 @@ def coarse_distillation(
 def list_tokens(teacher_logits: jax.Array, targets: jax.Array, top_k: int) -> jax.Array:
     """Marks the `top_k` largest logits and the gold token, `[..., V]` bool.
 
-    Of equal logits the one with the lowest index comes first.
+    Among equal logits, the lowest index comes first.
     """
     _, top = jax.lax.top_k(teacher_logits, top_k)
     ids = jnp.concatenate([top, targets[..., None]], axis=-1)
@@ -141,13 +141,13 @@ def list_tokens(teacher_logits: jax.Array, targets: jax.Array, top_k: int) -> ja
 
 
 def merge_tail(logits: jax.Array, listed: jax.Array) -> jax.Array:
-    """Logits `[..., V + 1]` of the listed tokens and, last, of all others together.
+    """Logits `[..., V + 1]`: of the listed tokens and, last, of all others merged.
 
-    `softmax` gives the last entry the sum of the others' probabilities, and their own
-    entries 0.
+    `softmax` gives the last entry the sum of the unlisted tokens' probabilities, and 0 to
+    their own entries.
     """
     logits = _at_least_float32(logits)
-    # Masked entries are left out: their gradient would be 0 / 0 if all are masked.
+    # Exclude masked entries: their gradient would be 0 / 0 if all are masked.
     is_tail = ~listed & (logits > -jnp.inf)
     tail = jax.nn.logsumexp(logits, axis=-1, where=is_tail, keepdims=True)
     return jnp.concatenate([jnp.where(listed, logits, -jnp.inf), tail], axis=-1)
@@ -161,14 +161,15 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def token_factor(
     kind: str, student_nll: jax.Array, teacher_nll: jax.Array
 ) -> jax.Array:
-    """What multiplies the weight of next-token prediction at each token.
+    """The factor on the weight of next-token prediction at each token.
 
     - "none": 1.
     - "teacher_probability": the teacher's probability of the gold token (arXiv
-      2509.23753), so that tokens which the start finds impossible change little.
-    - "excess_loss": `2 sigmoid(student_nll - teacher_nll)`, from 0 to 2 and 1 at the
-      start. Tokens that the student already predicts better than the teacher fade out. It
-      is a smooth form of the selection by excess loss in Rho-1 (arXiv 2404.07965).
+      2509.23753), so that tokens which the starting model considers impossible change
+      little.
+    - "excess_loss": `2 sigmoid(student_nll - teacher_nll)`, from 0 to 2, and 1 at the start
+      of training. Tokens that the student already predicts better than the teacher fade
+      out. It is a smooth form of the selection by excess loss in Rho-1 (arXiv 2404.07965).
 
     Args:
       kind: one of these.
@@ -209,19 +210,20 @@ def preference_loss(
       `sigmoid`: `-(1 - e) log sigmoid(beta m) - e log sigmoid(-beta m)`. With `e = 0`
         DPO (Rafailov et al., arXiv 2305.18290, eq. 7); with `e > 0` conservative DPO,
         where `e` is the probability that the two answers of a pair are exchanged. (TRL's
-        `robust` is another correction of the same noise.)
+        `robust` is a different correction for the same noise.)
       `ipo`: `(m - 1 / (2 beta))^2` (Azar et al., arXiv 2310.12036, eq. 17, where beta
         is tau). The caller passes per-token means of log-probabilities, as in TRL;
         nothing is divided here.
 
-    For `sigmoid` sums over an answer's tokens are the DPO paper's loss. Means give its
-    length-normalized variant (TRL's `sigmoid_norm`), and means with references of 0 are
+    For `sigmoid`, sums over an answer's tokens give the DPO paper's loss. Means give its
+    length-normalized variant (TRL's `sigmoid_norm`), and means with references of 0 give
     SimPO's loss (Meng et al., arXiv 2405.14734) without its target margin gamma.
 
     `sft_weight` adds `sft_weight * NLL(chosen)`, in nats per token of that answer:
     `-sft_weight * chosen_logps_P / chosen_lengths_P` (Pang et al., arXiv 2404.19733,
-    called RPO; `rpo_alpha` in older TRL, in 1.16 the loss type `sft`, which averages
-    over the tokens of the batch, where this and the paper average over each answer's).
+    called RPO; `rpo_alpha` in older TRL. In TRL 1.16 it is the loss type `sft`, which
+    averages over the tokens of the batch; this function and the paper average over the
+    tokens of each answer).
 
     Args:
       chosen_logps_P: `[P]`, nats, policy's log-probability of the chosen answer.
@@ -231,15 +233,15 @@ def preference_loss(
       beta: positive; scales the margin. A larger value keeps the policy nearer to the
         reference.
       kind: `sigmoid` or `ipo`.
-      label_smoothing: in [0, 0.5), for `sigmoid` alone.
+      label_smoothing: in [0, 0.5), for `sigmoid` only.
       sft_weight: weight of the chosen answer's negative log-likelihood.
       chosen_lengths_P: `[P]`, tokens that `chosen_logps_P` sums over; ones where it is
         a mean. Needed with `sft_weight`; 0 counts as 1, so an empty answer has no NLL.
 
     Returns:
-      `(loss_P, chosen_rewards_P, rejected_rewards_P)`, `[P]` each. Rewards are
-      `beta * r` of what was passed (of means if those were), without gradient; a pair
-      is ranked right where the chosen reward is the larger.
+      `(loss_P, chosen_rewards_P, rejected_rewards_P)`, `[P]` each. Rewards are `beta * r`
+      of the given values (of means, if means were given), without gradient. A pair is
+      ranked correctly if the chosen reward is larger.
     """
     if kind not in ("sigmoid", "ipo"):
         raise ValueError(f"kind must be 'sigmoid' or 'ipo', not {kind!r}")

@@ -7,7 +7,7 @@ of a reference were computed in advance, it also has them per segment, `referenc
 `[B, S]`.
 
 A metric is a pair (sum, count), so sums over microbatches, batches and hosts stay exact;
-the mean is taken when it is read.
+the mean is taken when the metric is read.
 
 Shape suffixes: B batch rows, L row length, T = B * L tokens, S segments of a row,
 P = B * S / 2 pairs.
@@ -32,9 +32,9 @@ class Objective(NamedTuple):
 
     Attributes:
       count: `batch -> (number, metrics)`: the denominator of the loss, a float32 scalar,
-        and counts to report. It is called on the global batch, before any microbatch
-        runs. Its metric `loss` is `(0, 1)`, or `(0, 0)`, the mean of nothing, if no part
-        of the batch contributes to the loss.
+        and counts to report. It is called on the global batch, before any microbatch runs.
+        Its metric `loss` is `(0, 1)`, or `(0, 0)` (an empty mean) if no part of the batch
+        contributes to the loss.
       loss_sum: `(student, frozen_params, batch, scale) -> (loss, metrics)`: the sum over
         a (micro)batch times `scale`, and its metrics.
     """
@@ -61,7 +61,7 @@ def model_inputs(batch: Batch):
 
 
 def flatten(x_BxLx: jax.Array) -> jax.Array:
-    """`[B, L, ...]` to `[T, ...]`; whole rows stay on their device."""
+    """`[B, L, ...]` to `[T, ...]`; each row stays on its device."""
     return x_BxLx.reshape(-1, *x_BxLx.shape[2:])
 
 
@@ -76,7 +76,7 @@ def metric_means(
         source_ids_N, len(source_names), dtype=jnp.float32
     )
     values_NxK = jnp.stack(list(values_N.values()), axis=1)
-    # Highest: a TPU would round the sums' terms to bfloat16.
+    # Highest precision: a TPU would round the sums' terms to bfloat16.
     sums_MxK = jnp.matmul(membership_NxM.T, values_NxK, precision="highest")
     counts_M = membership_NxM.sum(0)
     metrics: Metrics = {}

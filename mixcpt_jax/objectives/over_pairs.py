@@ -39,10 +39,9 @@ def preference_objective(
 
     Args:
       forward: the policy, from `transformer.make_forward`.
-      reference_forward: the frozen reference; None where the batch has its
-        `reference_logps`.
+      reference_forward: the frozen reference; None if the batch has `reference_logps`.
       source_names: names of the sources, in the order of `source_ids`.
-      num_segments: the most segments that a row has; even.
+      num_segments: the maximum number of segments in a row; even.
       preference_loss: `dense.preference_loss` with its settings.
       length_normalised: log-probabilities are means over an answer's tokens, not sums.
       log_probabilities: `streamed.log_probabilities` with its settings.
@@ -107,7 +106,7 @@ def _sum_per_segment(x_BxL: jax.Array, batch: Batch, num_segments: int) -> jax.A
     """`[B, S]`: the sum over each segment of a row, without padding."""
     segments_S = jnp.arange(1, num_segments + 1)
     is_in_BxLxS = batch["segment_ids"][:, :, None] == segments_S[None, None]
-    # Highest: a TPU would round the terms to bfloat16.
+    # Highest precision: a TPU would round the terms to bfloat16.
     return jnp.einsum("bl,bls->bs", x_BxL, is_in_BxLxS * 1.0, precision="highest")
 
 

@@ -36,8 +36,8 @@ def token_objective(
 ) -> Objective:
     """A weighted sum over tokens of the objectives of `streamed.TokenWeights`.
 
-    The sum is divided by the number of loss tokens in the global batch, so weights keep
-    their meaning if a source has weight 0 for some objective.
+    The sum is divided by the number of loss tokens in the global batch, so weights mean the
+    same even if a source has weight 0 for some objective.
 
     Args:
       forward: the student, from `transformer.make_forward`.
@@ -45,7 +45,7 @@ def token_objective(
       source_names: names of the sources, in the order of `source_ids`.
       head_loss: `streamed.head_loss` with its settings.
       without_teacher: sources in the stream that have no teacher outputs. They have no
-        metrics of the teacher; if there are any, neither has the whole batch.
+        teacher metrics; if there is such a source, the whole batch has none either.
 
     The metrics of a compact teacher that does not list the whole vocabulary are called
     `kd_lower_bound` and `lssd_lower_bound`, see `streamed.CompactTeacher`.

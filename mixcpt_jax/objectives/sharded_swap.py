@@ -1,13 +1,14 @@
-"""Where the swap of LSSD meets the shards of the vocabulary.
+"""LSSD's swap when the vocabulary is sharded over devices.
 
-The teacher's top token and the gold one may lie on different devices, so no device can
-exchange their logits. It need not: the swap adds
+The teacher's top token and the gold token may lie on different devices, so no device can
+exchange their logits. No device needs to: the swap adds
 
     (p_top - p_gold) (s_top - s_gold)
 
-to the divergence, with `p` the teacher's probabilities and `s` the student's logits. Each
-device reduces its columns of the vocabulary to a `VocabSlice`, a few scalars a token;
-`merge_shards` gathers these and merges them, and then every device knows the four numbers.
+to the divergence, where `p` are the teacher's probabilities and `s` the student's logits.
+Each device reduces its columns of the vocabulary to a `VocabSlice`, a few scalars per
+token. `merge_shards` gathers and merges the slices; after that every device has the four
+numbers.
 
 Shape suffixes: C tokens of a chunk, K slices.
 """
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Stands for -inf in masked entries: far below any logit, yet finite, so that
+# Replaces -inf in masked entries: far below any logit but finite, so that
 # 0 * (masked - masked) is 0.
 MASKED = -1e30
 
@@ -56,7 +57,7 @@ class VocabSlice(NamedTuple):
         """Adds a compact teacher's tail, one outcome, to the whole vocabulary's slice."""
         tail = self.tail
         teacher_below = jnp.maximum(logp_C.astype(jnp.float32), MASKED)
-        # Never above log V, except in padding, which must stay finite.
+        # The difference never exceeds log V except in padding, which the clip keeps finite.
         teacher_below = jnp.minimum(teacher_below - self.teacher_top, 60.0)
         student_below = tail.student_top - self.student_top + jnp.log(tail.student_sum)
         teacher_sum = jnp.exp(teacher_below)
@@ -67,7 +68,7 @@ class VocabSlice(NamedTuple):
         )
 
     def p_top_minus_p_gold(self, targets_C: jax.Array) -> jax.Array:
-        """The probability that the swap moves; 0 where the teacher is right."""
+        """The probability that the swap exchanges; 0 where the teacher is right."""
         gold_C = jnp.exp(self.teacher_gold - self.teacher_top)
         return jnp.where(self.is_swapped(targets_C), 1.0 - gold_C, 0.0) / (
             self.teacher_sum
@@ -81,7 +82,7 @@ def merge(slices: VocabSlice) -> VocabSlice:
     """Merges slices stacked in the vocabulary's order, `[K, C]`, into one, `[C]`."""
 
     def at_first_max(x_KxC, top_KxC):
-        """Of equal maxima the first: the one with the lowest ids."""
+        """Among equal maxima, takes the first: the one with the lowest ids."""
         first_1xC = jnp.argmax(top_KxC, axis=0)[None]
         return jnp.take_along_axis(x_KxC, first_1xC, axis=0)[0]
 

@@ -1,7 +1,7 @@
 """The objectives of `dense`, streamed from hidden states; no `[T, V]` array exists.
 
-Logits of teacher and student live one chunk of tokens at a time. Because the swap of
-LSSD changes two entries of the teacher's distribution,
+Logits of teacher and student exist for one chunk of tokens at a time. Because LSSD's swap
+changes only two entries of the teacher's distribution,
 
     KL(p~ || q) = KL(p || q) + (p_a - p_y) (s_a - s_y)
     d/ds        = q - p + (p_a - p_y) (e_a - e_y),
@@ -12,13 +12,13 @@ its gradient, from the same logits, and the backward pass only scales it. This t
 matrix products, `8 T D V` FLOPs, and computes nothing twice.
 
 A slice of the vocabulary is reduced to a few scalars per token (`VocabSlice`), and two
-slices merge into one. So the vocabulary may come in tiles, one after the other, and in
-shards, one per device: only scalars per token cross between devices (`sharded_swap`).
+slices merge into one. So the vocabulary can be processed in tiles, one after the other, and
+in shards, one per device: only per-token scalars cross between devices (`sharded_swap`).
 `docs/head.md` derives all of this.
 
-The teacher may also be a stored part of its distributions (`CompactTeacher`). Its logits
-are then scattered over the vocabulary instead of computed, and all tokens that it does
-not list are one more outcome, which joins the merged slice.
+The teacher may also be given as a stored part of its distributions (`CompactTeacher`). Its
+logits are then scattered over the vocabulary instead of computed. All tokens that it does
+not list form one more outcome, which is added to the merged slice.
 
 Shape suffixes: T tokens, C tokens of a chunk, N chunks of a block, D student hidden
 size, E teacher hidden size, V vocabulary (inside the sweep: this shard's slice of it),
@@ -51,18 +51,19 @@ from mixcpt_jax.runtime.sharding import (
 )
 
 # A product with C tokens reads 2 D V bytes of weights for 2 C D V FLOPs, so it keeps the
-# matrix units busy once C is the FLOPs a chip can do while it moves a byte of its memory;
-# the float32 gradient of the unembedding, read and written once per block of tokens, needs
-# four times as many.
+# matrix units busy if C is at least the number of FLOPs that a chip can do in the time of
+# moving one byte of its memory. The float32 gradient of the unembedding, read and written
+# once per block of tokens, needs four times as many tokens.
 _FLOPS_PER_BYTE = 256
-# Where memory allows it, longer chunks cost fewer loop steps and collectives.
+# Longer chunks need fewer loop steps and collectives, if memory allows them.
 _LOGITS_PER_CHUNK, _MAX_CHUNK, _MAX_BLOCK = 2**25, 2048, 4096
 
 
 class TokenWeights(NamedTuple):
     """The weight of each objective at each token, `[T]` float32 each.
 
-    MFT's target `(1 - m) p + m e_y` is `kd = 1 - m`, `ntp = m`, up to a constant.
+    MFT's target `(1 - m) p + m e_y` corresponds to `kd = 1 - m`, `ntp = m`, up to a
+    constant.
     """
 
     ntp: jax.Array  # next-token prediction
@@ -95,13 +96,13 @@ class TokenWeights(NamedTuple):
 class TokenStatistics(NamedTuple):
     """Unweighted statistics of each token, `[T]` float32, without gradient.
 
-    Without a teacher all but `ntp` and `correct` are zeros.
+    Without a teacher, all except `ntp` and `correct` are zeros.
     """
 
     ntp: jax.Array  # cross-entropy with the gold token, nats
     lssd: jax.Array  # nats
     kd: jax.Array  # KL(teacher || student), nats
-    correct: jax.Array  # 1 where the student's top token, as argmax has it, is gold
+    correct: jax.Array  # 1 where the student's top token (argmax) is gold
     agree: jax.Array  # 1 where student and teacher have the same top token
     swapped: jax.Array  # 1 where the teacher's top token is not gold
 
@@ -109,23 +110,23 @@ class TokenStatistics(NamedTuple):
 class CompactTeacher(NamedTuple):
     """The stored part of a teacher's distribution at each token.
 
-    It lists the K most likely tokens and the gold one. The tail, all other tokens
-    together, is one outcome: with S the listed tokens,
+    It lists the K most likely tokens and the gold token. All other tokens, the tail, are
+    merged into one outcome. With S the listed tokens,
 
         kd = sum over S of p log(p / q) + p_tail log(p_tail / q_tail),
 
     the divergence of distributions over S and the tail. By the data processing
-    inequality it is never above KL(p || q) over the whole vocabulary. Its gradient for
-    a logit `s_j` is `q_j - p_j` in S and `q_j (1 - p_tail / q_tail)` in the tail, where
-    the student keeps its own proportions.
+    inequality it is never above KL(p || q) over the whole vocabulary. Its gradient for a
+    logit `s_j` is `q_j - p_j` in S and `q_j (1 - p_tail / q_tail)` in the tail, so the
+    student keeps its own proportions there.
 
     Stored values are rounded, so they are scaled to sum to 1, in float32. A token of
     log-probability -inf counts as not listed.
 
     Attributes:
       ids: `[T, K + 1]` int32, the most likely token first, the gold one last.
-      logps: `[T, K + 1]`, any float dtype, nats; -inf in the last place where gold is
-        among the first K.
+      logps: `[T, K + 1]`, any float dtype, nats; -inf in the last place if gold is among
+        the first K.
       tail: `[T]` float32, nats, the log-probability of the tail; -inf if it is empty.
     """
 
@@ -135,7 +136,7 @@ class CompactTeacher(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the head lies over the mesh: which axes split tokens, which the vocabulary.
+    """The head's mesh layout: the axes that split tokens, and the vocabulary.
 
     Tokens of an axis in both are gathered over it, a block at a time.
     """
@@ -149,7 +150,7 @@ class Layout(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """All that is static; chunk sizes count gathered tokens."""
+    """All static options; chunk sizes count gathered tokens."""
 
     chunk_size: int
     block_size: int
@@ -181,16 +182,16 @@ def head_loss(
 ) -> tuple[jax.Array, TokenStatistics]:
     """Weighted sum of all objectives over all tokens, in one sweep.
 
-    Differentiable for `hidden_TxD` and `unembedding_DxV`. Called without
-    differentiation it computes only the two products of the logits, so evaluation uses
-    it too. Under `jax.set_mesh` the sweep is sharded by the rules of `sharding`.
+    Differentiable for `hidden_TxD` and `unembedding_DxV`. Without differentiation it
+    computes only the two products for the logits, so evaluation uses it too. Under
+    `jax.set_mesh` the sweep is sharded by the rules of `sharding`.
 
     Args:
       hidden_TxD: last hidden states; their dtype is that of the products, which
         accumulate in float32, as do all reductions.
       unembedding_DxV: any float dtype; its gradient is accumulated in float32.
       teacher_hidden_TxE: of the teacher; None if no objective needs a teacher.
-      teacher_unembedding_ExV: the same vocabulary; the width may differ.
+      teacher_unembedding_ExV: must have the same vocabulary; the width may differ.
       targets_T: gold token ids.
       weights: per token and objective. A weight of 0 removes a token from the value
         and the gradient exactly.
@@ -202,21 +203,21 @@ def head_loss(
         for one pair of products; a multiple of `chunk_size`.
       vocab_tile: columns whose logits are computed and reduced at a time; None: all.
         Without gradients nothing larger than `[vocab_tile, chunk_size]` exists.
-      vocab_size: columns from here on are padding and get no probability.
+      vocab_size: columns from this index on are padding and get no probability.
       vocab_first: both unembeddings are `[V, D]`, as tied embeddings are stored;
         transposing one would copy it.
       soft_cap: both models' logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2).
       vocab_parallel: splits the vocabulary over `fsdp` and `tensor` and gathers hidden
         states; if False, splits it over `tensor` alone and gathers the unembedding.
-      token_weighting: what multiplies `weights.ntp`, see `dense.token_factor`; all but
-        "none" needs a teacher.
+      token_weighting: the factor on `weights.ntp`, see `dense.token_factor`; every kind
+        except "none" needs a teacher.
 
     Returns:
       The weighted sum, a float32 scalar, and the statistics of every token.
 
     Raises:
-      ValueError: the two vocabularies differ, there are two teachers or the one that
-        `token_weighting` needs is missing, or `block_size` is not a multiple of
+      ValueError: the two vocabularies differ; two teachers are given; the teacher that
+        `token_weighting` needs is missing; or `block_size` is not a multiple of
         `chunk_size`.
     """
     if (
@@ -300,8 +301,9 @@ def log_probabilities(
 
     For losses that are not a weighted sum over tokens with weights known in advance,
     such as DPO's. Differentiable for `hidden_TxD` and `unembedding_DxV`. The forward pass
-    computes no gradient; the backward pass knows each token's weight and sweeps again,
-    with gradients. So it takes `8 T D V` FLOPs, a known weighted sum `6 T D V`.
+    computes no gradient. The backward pass, which knows each token's weight, sweeps again
+    with gradients. So it takes `8 T D V` FLOPs, instead of `6 T D V` for a weighted sum
+    with known weights.
     """
 
     def sweep(hidden_TxD, unembedding_DxV, weights_T):
@@ -348,7 +350,7 @@ def compact_teacher(
       hidden_TxE: its last hidden states; their dtype is that of the products.
       unembedding_ExV: any float dtype.
       targets_T: gold token ids, listed beside the most likely tokens.
-      top_k: how many of the most likely tokens to list; of equals the lowest id first.
+      top_k: how many of the most likely tokens to list; among equals, the lowest id first.
       vocab_first, vocab_size, soft_cap: as for `head_loss`.
       chunk_size: tokens whose logits exist at a time, on all devices together.
 
@@ -368,7 +370,7 @@ def compact_teacher(
     num_tokens = len(targets_T)
     chunk_size = min(chunk_size, num_tokens)
     num_chunks = math.ceil(num_tokens / chunk_size)
-    # Gathered over fsdp here once, not by every chunk.
+    # Gather over fsdp once here, not in every chunk.
     axes = ("vocab", "activation") if vocab_first else ("activation", "vocab")
     kernel = constrain(unembedding_ExV.astype(hidden_TxE.dtype), *axes)
     sizes = (chunk_size, chunk_size, num_columns, vocab_size)
@@ -392,7 +394,7 @@ def compact_teacher(
             jax.nn.logsumexp(others_VxC, axis=0),
         )
 
-    # Every N-th token, so that each device of a mesh has its share of every chunk.
+    # Take every N-th token, so that each device of a mesh has its share of every chunk.
     def in_chunks(x_T):
         padding = num_chunks * chunk_size - num_tokens
         x_T = jnp.pad(x_T, [(0, padding)] + [(0, 0)] * (x_T.ndim - 1))
@@ -409,7 +411,7 @@ def default_sizes(num_columns: int) -> tuple[int, int]:
     """Tokens per chunk and per block for a device with `num_columns` of the vocabulary.
 
     Chunks are the shortest that keep the matrix units of the device busy, because their
-    logits are the memory that the head costs; they are longer for a small vocabulary.
+    logits dominate the head's memory; they are longer for a small vocabulary.
     """
     kind = device_kind()
     if kind == "cpu":
@@ -426,7 +428,7 @@ def _layout(vocab_parallel: bool) -> Layout:
     if jax.sharding.get_abstract_mesh().empty:
         return Layout()
     vocab_axes = (FSDP, RULES["vocab"]) if vocab_parallel else (RULES["vocab"],)
-    # Nothing is exchanged over an axis of one device.
+    # An axis of size 1 needs no communication.
     return Layout(BATCH_AXES, tuple(a for a in vocab_axes if _axes_size((a,)) > 1))
 
 
@@ -464,7 +466,7 @@ _weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
 def _sweep_shards(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
     """Runs `_sweep_shard` on each device's tokens and columns of the vocabulary."""
     teacher_hidden_TxE, teacher_kernel, compact, targets_T, weights = rest
-    # Cast before anything is gathered: bfloat16 is half the bytes.
+    # Cast before gathering: bfloat16 halves the bytes.
     kernel = unembedding_DxV.astype(hidden_TxD.dtype)
     if teacher_kernel is not None:
         teacher_kernel = teacher_kernel.astype(teacher_hidden_TxE.dtype)
@@ -491,7 +493,7 @@ def _sweep_shards(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
         columns = P(vocab_axes) if options.vocab_first else P(None, vocab_axes)
         gradients = None
         if with_gradients:
-            # Summed over the axes that split the tokens. Over fsdp, unless it splits the
+            # Sum over the axes that split the tokens. Over fsdp, unless it splits the
             # vocabulary, each device keeps one slice of the sum.
             scattered = columns
             if _scatters(options, hidden_size):
@@ -606,7 +608,7 @@ def _split(num_tokens: int, options: _Options, gathered: int) -> tuple[int, int,
     num_blocks = math.ceil(num_tokens / (num_chunks * chunk_size))
     num_chunks = min(num_chunks, math.ceil(num_tokens / num_blocks / chunk_size))
     needed = math.ceil(num_tokens / (num_blocks * num_chunks))
-    # Whole sublanes of a TPU's registers.
+    # A multiple of the sublanes of a TPU's registers.
     return num_blocks, num_chunks, min(chunk_size, math.ceil(needed / 8) * 8)
 
 
@@ -637,8 +639,8 @@ def _chunk(
         both_VxC = tile(0)
         seen = columns.reduce(*both_VxC, targets_C, start=0, lowest=0)
     else:
-        # The last tile starts early enough to be whole; the columns that it shares with
-        # the one before it are masked in the reductions.
+        # The last tile starts early enough to have full size; the columns that it shares
+        # with the previous tile are masked in the reductions.
         def tile_step(carry, index):
             seen, both_VxC = carry
             lowest = index * options.vocab_tile
@@ -687,7 +689,7 @@ def _chunk(
         return value, statistics, None
     d_logits_VxC = _logits_gradient(seen, columns, *both_VxC, targets_C, weights_C)
     if options.soft_cap is not None:
-        # Clipped because of masked entries, whose gradient is 0.
+        # Clip because of masked entries, whose gradient is 0.
         tanh_VxC = jnp.clip(both_VxC[0] / options.soft_cap, -1.0, 1.0)
         d_logits_VxC *= 1.0 - tanh_VxC**2
     return value, statistics, d_logits_VxC.astype(hidden_CxD.dtype)
@@ -704,15 +706,15 @@ def _sum(x, axes, scattered_over=(), dimension=0):
 def _product(equation, a, b):
     """A matrix product with float32 accumulation."""
     if platform() == "cpu":
-        # XLA's CPU runtime lacks some bfloat16 products with a float32 result; products
-        # of float32 copies are the same numbers.
+        # XLA's CPU runtime lacks some bfloat16 products with a float32 result; products of
+        # float32 copies give the same numbers.
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _statistics(seen: VocabSlice, targets_C: jax.Array) -> TokenStatistics:
-    """From the slice of the whole vocabulary."""
-    # Differences first: they keep their digits where logits are large.
+    """Computes the statistics from the slice of the whole vocabulary."""
+    # Take differences first: they keep their precision if logits are large.
     ntp = (seen.student_top - seen.student_gold) + jnp.log(seen.student_sum)
     correct = (seen.student_top_id == targets_C).astype(jnp.float32)
     if seen.teacher_top is None:
@@ -768,7 +770,7 @@ class _Columns:
         row_MxC = compact.ids.T - self.offset - start
         row_MxC = jnp.where(row_MxC < 0, self.tile, row_MxC)
         logps_MxC = jnp.maximum(compact.logps.astype(jnp.float32).T, MASKED)
-        # The first stays the top token where rounding made others equal to it.
+        # The first token stays the top token even if rounding made others equal to it.
         at_least_C = jnp.nextafter(logps_MxC[1:].max(0), jnp.float32(0))
         logps_MxC = logps_MxC.at[0].max(at_least_C)
         token_1xC = jnp.arange(row_MxC.shape[1])[None]
@@ -790,8 +792,8 @@ class _Columns:
             picked_C = jnp.take_along_axis(x_VxC, row_1xC, axis=0)[0]
             return jnp.where(is_mine_C, picked_C, 0.0)
 
-        # As floats, exact up to 2^24: with integers XLA would not fuse this reduction
-        # with the others on a TPU, nor vectorise it on a CPU.
+        # Ids as floats, exact up to 2^24: with integers XLA would not fuse this reduction
+        # with the others on a TPU, nor vectorize it on a CPU.
         ids_Vx1 = self.ids(start, self.tile).astype(jnp.float32)
 
         def top_id(x_VxC, top_C):
@@ -838,7 +840,7 @@ def _logits_gradient(seen, columns, student_VxC, teacher_VxC, targets_C, weights
         )
     exp_t_VxC = jnp.exp(teacher_VxC - seen.teacher_top[None])
     if columns.has_tail:
-        # The tail's probability is split in the student's proportions.
+        # Split the tail's probability in the student's proportions.
         exp_tail_VxC = jnp.exp(student_VxC - seen.tail.student_top[None])
         scale = seen.tail.teacher_sum / seen.tail.student_sum
         is_tail_VxC = teacher_VxC == MASKED

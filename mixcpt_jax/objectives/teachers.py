@@ -37,7 +37,7 @@ def running_teacher(forward: transformer.Forward) -> Teacher:
 
 
 def prepared_teacher(dtype: str) -> Teacher:
-    """Reads hidden states, `batch["teacher_hidden"]`: the bits of bfloat16, [B, L, E].
+    """Reads hidden states from `batch["teacher_hidden"]`: bfloat16 bits, [B, L, E].
 
     Args:
       dtype: of the product with the frozen unembedding.
@@ -110,7 +110,7 @@ def make_teacher_step(
 
 
 def drop_without_teacher(metrics: Metrics, without_teacher: Collection[str]) -> Metrics:
-    """Drops the metrics of sources without a teacher and, if there are any, the batch's."""
+    """Drops teacher metrics of sources without one and, if there are any, the batch's."""
     return {
         name: metric
         for name, metric in metrics.items()
