@@ -139,7 +139,14 @@ def load(folder, dtype=jnp.float32):
     return config, params
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(
+    params=[
+        name
+        if name in ("llama3.1", "gemma2")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in CONFIGS
+    ]
+)
 def config(request):
     return CONFIGS[request.param]
 
