@@ -3,7 +3,7 @@
     python -m mixcpt_jax.main --config=configs/quickstart.py [--workdir=runs/mine]
         [--config.train.num_steps=100 ...]
 
-The same command, run again, resumes an interrupted run.
+Running the same command again resumes an interrupted run.
 """
 
 import contextlib
@@ -203,7 +203,7 @@ def on_first_host(work: Callable[[], None]) -> None:
 
 
 def owning(folder: str) -> contextlib.AbstractContextManager:
-    """While it is open, no other run or command writes to a folder.
+    """While the context is open, no other run or command writes to a folder.
 
     Raises:
       InputError: on entering, if another process owns it.
@@ -222,7 +222,7 @@ def owning(folder: str) -> contextlib.AbstractContextManager:
 def phase_configs(
     config: ml_collections.ConfigDict, workdir: str
 ) -> dict[str, ml_collections.ConfigDict]:
-    """Phase -> its config; of a config without phases, the workdir's name -> itself.
+    """Phase -> its config; for a config without phases, the workdir's name -> the config.
 
     Raises:
       InputError: a key or a value is wrong, or sizes cannot be chosen.
@@ -305,7 +305,7 @@ def run(
     folders = {name: phase_folder(config, workdir, name) for name in configs}
     results = {}
     with hosts.owning(paths.absolute(workdir)):
-        # All before the first: hours of training must not end in a refusal.
+        # Check all phases before the first one: hours of training must not end in an error.
         for name, phase_config in configs.items():
             phase.finished(phase_config, folders[name])
         for name, phase_config in configs.items():
@@ -317,7 +317,7 @@ def run(
 
 @contextlib.contextmanager
 def _naming(phase: str, config: ml_collections.ConfigDict) -> Iterator[None]:
-    """Adds the phase to an error, if the phase has settings of its own."""
+    """Adds the phase's name to an error, if the phase has its own settings."""
     try:
         yield
     except InputError as error:
@@ -363,7 +363,7 @@ def _parse(argv: list[str]) -> list[str]:
         raise InputError(text) from error
 
 
-# absl's words about a flag -> plain words.
+# absl's messages about flags -> plain messages.
 _PLAIN = {
     r"invalid literal for int\(\) with base 10: .*": "must be an integer",
     "could not convert string to float: .*": "must be a number",

@@ -1,4 +1,4 @@
-"""The commands, one file each: flags only, the work is done elsewhere."""
+"""The commands, one file each: they define flags; other modules do the work."""
 
 # Command -> its module, whose `start` runs it, and a summary.
 COMMANDS = {

@@ -196,7 +196,7 @@ def converse(
             terminal.show(end="\n" if is_watched else "")
             return
         except KeyboardInterrupt:
-            terminal.show()  # what was typed is dropped
+            terminal.show()  # drop what was typed
             continue
         if text == "/quit":
             return

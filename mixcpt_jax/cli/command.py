@@ -1,4 +1,4 @@
-"""How a command ends: user errors and refusals of the system are one line."""
+"""How commands end: user errors and errors of the system are printed in one line."""
 
 import argparse
 import atexit
@@ -57,7 +57,7 @@ def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], fl
     return parse
 
 
-# Of flags that several commands have.
+# Types of flags that several commands share.
 count = number(int, least=0, most=10**9)
 row_length = number(int, least=0, most=2**20)
 batch_size = number(int, least=1, most=4096)
@@ -65,10 +65,10 @@ seed = number(int, least=0, most=2**31 - 1)
 
 
 def explained(command: Callable[..., Any], *args: Any) -> None:
-    """Runs a command to its end; whatever ends it early is reported in one line.
+    """Runs a command to its end; reports anything that ends it early in one line.
 
-    SIGTERM, SIGHUP and a closed pipe end it with exit status 0, user errors and what the
-    system refuses with 1, Ctrl-C with 130.
+    The exit status is 0 after SIGTERM, SIGHUP or a closed pipe, 1 after a user error or an
+    error of the system, and 130 after Ctrl-C.
     """
     terminal.take_any_text()
     terminal.take_logs()
@@ -83,7 +83,7 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
 
 @contextlib.contextmanager
 def boundary() -> Iterator[None]:
-    """Ends the process with one line if an error is not a fault of the program."""
+    """Ends the process with one line if an error is not a bug in the program."""
     try:
         yield
     except (InputError, FloatingPointError) as error:
@@ -113,7 +113,7 @@ def boundary() -> Iterator[None]:
 def _leave() -> NoReturn:
     """Ends the process with status 0.
 
-    The interpreter's own exit would tear down threads of libraries at work, which takes
+    The interpreter's own exit would tear down running threads of libraries, which takes
     long and can crash.
     """
     atexit._run_exitfuncs()
@@ -121,7 +121,7 @@ def _leave() -> NoReturn:
 
 
 def _stop() -> NoReturn:
-    """Ends the process while its main thread is in a call: without exit functions."""
+    """Ends the process while its main thread is in a call; skips exit functions."""
     terminal.say(str(preemption.Preempted()))
     _exit()
 
@@ -135,8 +135,8 @@ def _exit() -> NoReturn:
 def _report_unraisable(entry: Any) -> None:
     """Prints an exception in a callback, except for two that are reported elsewhere.
 
-    SIGTERM repeats. Threads of a save or read whose failure was reported may later call
-    into a closed event loop.
+    One is SIGTERM's, because the signal repeats. The other comes from threads of a failed
+    save or read, which may call into a closed event loop after the failure was reported.
     """
     error = entry.exc_value
     if not isinstance(error, preemption.Preempted) and (

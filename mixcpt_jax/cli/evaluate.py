@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mixcpt_jax.data import tasks
 
 _ROW_LENGTH = 1024
-# What `--output` writes, as far as it is read again.
+# The part of the `--output` file that is read again.
 _RESULTS = {
     "checkpoint": str,
     "dtype": str,
@@ -102,7 +102,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _row_length(places: Sequence[str], asked: int) -> int:
-    """Tokens to which documents are cut: one length for all compared models."""
+    """The length to which documents are truncated: one for all compared models."""
     from mixcpt_jax.evaluation import load_model
 
     earlier = [_read_results(p)["row_length"] for p in places if p.endswith(".json")]

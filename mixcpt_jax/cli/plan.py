@@ -11,9 +11,9 @@ and writes as JSON,
   chip's capacity. The compiler itself decides whether the step fits;
 - FLOPs: of the model (`count_flops`), of rematerialization, and of the compiled program;
 - bytes between chips, and whether computation overlaps with the transfers;
-- modelled time: each instruction at the peak of matrix products or memory, whichever
-  bounds it, one after another; collectives at the bandwidth of their group's links. It is
-  a lower bound, so tokens per second and MFU are upper bounds.
+- modeled time: each instruction runs at the peak of matrix products or of memory, whichever
+  bounds it, one after another; collectives run at the bandwidth of their group's links. It
+  is a lower bound, so tokens per second and MFU are upper bounds.
 
 For a step that does not fit it prints by how much, and settings that would fit. `--search`
 tries meshes, rematerialization and microbatches, and prints those that fit, fastest first.
@@ -40,8 +40,8 @@ _OUTPUT = flags.DEFINE_string("output", "", "A JSON file for the results.")
 
 
 def main(argv: list[str]) -> None:
-    # Shapes need no device, and programs for absent devices cannot be read from the
-    # compilation cache.
+    # Shapes need no device, and the compilation cache cannot load programs for absent
+    # devices.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     config, workdir = command_line.read(argv)

@@ -1,4 +1,4 @@
-"""Writes what many runs read: the sources' tokens, and the teacher's outputs.
+"""Writes data that many runs can read: the sources' tokens and the teacher's outputs.
 
     python -m mixcpt_jax prepare --config=configs/cpt.py \\
         --config.data.prepared=prepared [--teacher] [--phase=cpt] [--workers=8]
@@ -7,7 +7,7 @@ With `data.prepared` set, training reads every unchanged source from that folder
 tokenizes the others: the stream of rows is the same. With `--teacher` the frozen model also
 runs over the packed rows, for `objective.teacher='prepared'`.
 
-The same command, run again, keeps valid files and writes the others again.
+Running the same command again keeps valid files and rewrites the others.
 """
 
 import functools

@@ -8,7 +8,7 @@ import types
 import mixcpt_jax
 from mixcpt_jax.core.errors import InputError
 
-# Files of the folder that are imported by configs, and are none.
+# Files in the folder that configs import, but that are not configs.
 _HELPERS = ("__init__", "docstrings", "presets")
 
 
@@ -19,7 +19,7 @@ def find(name: str) -> str:
       name: "configs/mixcpt.py", "mixcpt" or a file, each with or without ":VARIANT".
 
     Returns:
-      The same with the path of the file.
+      The same name, with the path of the file.
 
     Raises:
       InputError: there is no such file.

@@ -8,12 +8,12 @@ import ml_collections
 from mixcpt_jax.core.errors import InputError
 
 _OF_TEXTS = ("loss", "perplexity", "accuracy", "exact")
-# Of these more is worse, of all others less.
+# For these measures higher is worse; for all others lower is worse.
 _COSTS = ("loss", "perplexity")
 
 
 def lost(measure: str, before: float, after: float) -> float:
-    """How much worse a measure has become; below 0 where it is better."""
+    """How much worse a measure has become; negative if it has improved."""
     is_cost = measure.rpartition("/")[2] in _COSTS
     return after - before if is_cost else before - after
 
@@ -29,7 +29,7 @@ def check_budgets(
       config: of the phase.
 
     Raises:
-      InputError: names the measure and those that there are.
+      InputError: names the measure and the available ones.
     """
     known = sorted(_measures(config))
     for measure in budgets:

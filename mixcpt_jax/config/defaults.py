@@ -18,7 +18,7 @@ OBJECTIVES = ("ntp", "lssd", "kd", "selective")
 REMAT = ("none", "dots", "full")
 
 
-# What a value of `select.keep` and of `merge.keep` may be.
+# Bounds of the values in `select.keep` and in `merge.keep`.
 SAMPLES = number(200, least=1, most=10**8)
 BUDGET = number(0.02, least=0, most=1e6)
 
@@ -29,7 +29,7 @@ def default() -> ml_collections.ConfigDict:
 
 
 def bounded_config() -> ml_collections.ConfigDict:
-    """Every key there is, with its default, its bounds and its meaning."""
+    """Every key with its default, its bounds and its meaning."""
     config = ml_collections.ConfigDict()
     config.seed = number(0, least=0, most=2**31 - 1)
     # What the phase does: train; generate a source (see `generate`); merge the start and
@@ -114,7 +114,7 @@ def bounded_config() -> ml_collections.ConfigDict:
     )
 
     # The training objective. Kind "tokens": a weighted sum of the losses below on each
-    # token; a source can set weights of its own. Kind "preference": pairs of answers, see
+    # token; a source can set its own weights. Kind "preference": pairs of answers, see
     # `preference`. The default is Mix-CPT's objective: next-token prediction plus logit
     # swap self-distillation. The paper does not publish the weight of the latter; 0.8 and
     # 0.2 were the best of the weights compared in experiments/README.md.
@@ -129,10 +129,10 @@ def bounded_config() -> ml_collections.ConfigDict:
             # plain distillation where it is. With weights m here and 1 - m for LSSD the
             # gold token's target is m + (1 - m) p_a wherever the teacher is wrong.
             "selective_weight": number(0.0, least=0, most=1000),
-            # What multiplies the weight of next-token prediction at each token: none;
+            # The factor on the weight of next-token prediction at each token: none;
             # teacher_probability, the teacher's probability of the gold token; or
-            # excess_loss, twice the sigmoid of the model's loss minus the teacher's.
-            # See `dense.token_factor`.
+            # excess_loss, twice the sigmoid of the model's loss minus the teacher's. See
+            # `dense.token_factor`.
             "token_weighting": one_of("none", "teacher_probability", "excess_loss"),
             # "step" runs the teacher in every step; "prepared" reads the teacher's
             # outputs from `data.prepared`, where `python -m mixcpt_jax prepare
@@ -265,7 +265,8 @@ def bounded_config() -> ml_collections.ConfigDict:
             # 0: only before the first step and after the last.
             "eval_every": number(0, least=0, most=10**8),
             "eval_before": True,
-            # Checkpoints to keep. If the newest is damaged on disk, the one before is used.
+            # Checkpoints to keep. If the newest is damaged on disk, the previous one is
+            # used.
             "keep_last": number(2, least=1, most=10**8),
             # How many steps in a row may be skipped because their gradient is not
             # finite or a spike. A skipped step leaves parameters and moments unchanged.
@@ -403,12 +404,12 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
       wildcards.
     reader: "jsonl", "text", "parquet", "arrow" (of Hugging Face datasets), "tfds" or
       "array_record"; empty: from the file names, see `sources.read`.
-    split: of a dataset with several splits, such as a folder whose files have the Hub's
-      names; empty: "train", or the only split; "all": every file.
+    split: the split of a dataset with several splits, such as a folder whose files are
+      named by the Hub's conventions; empty: "train", or the only split; "all": every file.
     format: "document", "instruction" or "preference", as plain text; "chat";
       "chat_preference" for pairs; or "cloze", a context and a target that continues it,
       where only the target is trained on or measured.
-    fields: names of the record's fields where they are not the format's own.
+    fields: the record's field names, where they differ from the format's.
     preference_side: the answer that goes into the plain text: "chosen", "rejected" or
       "both".
     weight: share of the mixture's tokens, relative to the other sources.

@@ -15,7 +15,7 @@ from mixcpt_jax.core.errors import InputError
 # In a path: the folder of an earlier phase of the same run.
 _PHASE = re.compile(r"(?:^|(?<=,)|(?<=, ))phase:")
 
-# Keys that may change between runs of one workdir, since results do not depend on them.
+# Keys that may change between runs in one workdir, because results do not depend on them.
 FREE_ON_RESUME = (
     "mesh",
     "metrics",
@@ -82,7 +82,7 @@ def for_phase(
     for key, value in leaves(merged.to_dict()):
         for part in _PHASE.split(value)[1:] if isinstance(value, str) else ():
             name = re.split("[/,]", part)[0]
-            # A source of a later phase may be named where it is not read.
+            # A phase may name a source that only a later phase reads.
             known = earlier if key == "init_from" else tuple(config.phases)
             if name not in known:
                 raise InputError(
@@ -96,7 +96,7 @@ def for_phase(
 def resolve_phases(
     config: ml_collections.ConfigDict, run_folder: str
 ) -> ml_collections.ConfigDict:
-    """The config with every path "phase:NAME/..." replaced by one in the run's folder."""
+    """Replaces every path "phase:NAME/..." in a config by one in the run's folder."""
 
     def resolve(value):
         if isinstance(value, dict):
@@ -111,8 +111,8 @@ def resolve_phases(
 def changed(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a config that differ from their defaults, by dotted key.
 
-    Keys that a stored config is too old to have count as defaults, so two configs are the
-    same if this is.
+    Keys that an old stored config lacks count as defaults, so two configs are equal if
+    their changed settings are.
     """
     return {key: value for key, value in leaves(config) if _default_of(key) != value}
 
@@ -143,13 +143,13 @@ def first_difference(
     stored: dict[str, Any],
     is_finished: bool = False,
 ) -> tuple[str, Any, Any] | None:
-    """The first setting by which a stored config computes something else, or None.
+    """The first setting that makes a stored config compute something else, or None.
 
     Args:
       config: the config now.
       stored: the config with which the folder's phase started.
-      is_finished: whether that phase is finished. Before, the batch size may change if
-        the order of rows does not depend on it.
+      is_finished: whether that phase is finished. If not, the batch size may change,
+        provided that the order of rows does not depend on it.
 
     Returns:
       (key, stored value, value now).
@@ -169,7 +169,7 @@ def first_difference(
 
 
 def check_stored(stored: dict[str, Any]) -> None:
-    """Checks the keys of a stored config that others read: model, adapters and start.
+    """Checks the keys of a stored config that other phases read: model, adapters and start.
 
     Keys that it lacks or that no longer exist are from another version.
 

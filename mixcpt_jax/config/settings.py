@@ -14,7 +14,7 @@ from mixcpt_jax.core.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A default, and what else its key may hold.
+    """A default, and the other values that its key may hold.
 
     Attributes:
       default: the value unless the config sets another; None only for a number that may
@@ -79,10 +79,10 @@ def check_key(tree: ml_collections.ConfigDict, key: str, place: str) -> None:
     Args:
       tree: the config.
       key: dotted, such as "train.num_steps".
-      place: what names the key in the message, such as a flag.
+      place: the origin of the key for the message, such as a flag.
 
     Raises:
-      InputError: names the first part that is unknown, and what is like it.
+      InputError: names the first part that is unknown, and similar keys.
     """
     above = ""
     for part in key.split("."):
@@ -186,7 +186,7 @@ def shown(value: Any) -> str:
     """A value as text for a message, cut after 100 characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python prints no integers of more than 4,300 digits.
+    except ValueError:  # Python does not print integers of more than 4,300 digits.
         text = f"an integer of {value.bit_length()} bits"
     return text if len(text) <= 100 else f"{text[:97]}..."
 

@@ -36,7 +36,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
 
     Args:
       config: a whole config, with any phase's overrides already applied.
-      num_devices: of all hosts; None skips what depends on it.
+      num_devices: of all hosts; None: skips the checks that depend on it.
 
     Raises:
       InputError: names the key, what was found and the remedy.
@@ -146,11 +146,11 @@ def _coarser(*dtypes: str) -> str:
 
 
 def _check_teacher(config) -> None:
-    """Raises InputError if the teacher's dtype or its source does not fit the rest."""
+    """Raises InputError if the teacher's dtype or source conflicts with other settings."""
     model = config.model
     student = _coarser(model.param_dtype, model.compute_dtype)
     frozen = _coarser(frozen_dtype(model), model.compute_dtype)
-    # Adapters are trained on the frozen model itself.
+    # Adapters are trained on top of the frozen model itself.
     if config.job == "train" and not config.lora.rank and frozen != student:
         raise InputError(
             f"model.teacher_dtype={model.teacher_dtype}: rounds otherwise than "
@@ -199,7 +199,7 @@ def check_schedule(config: ml_collections.ConfigDict, num_steps: int) -> None:
 
 
 def _check_paths(config) -> None:
-    """Paths have no default; all missing ones are named at once."""
+    """Checks paths, which have no default; one error names all missing ones."""
     entries = [("model", config.model), *all_sources(config)]
     missing = [f"{place}.path" for place, entry in entries if not entry.path]
     if missing:
@@ -254,7 +254,7 @@ def _check_sources(config) -> None:
 
 
 def _check_formats(config) -> None:
-    """Preference objectives need pairs, and only they can use pairs."""
+    """Checks that preference objectives get pairs and that no other objective does."""
     kind = config.objective.kind
     for name, entry in config.sources.items():
         is_pair = entry.format == "chat_preference"

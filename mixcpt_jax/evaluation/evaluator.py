@@ -1,8 +1,8 @@
 """Evaluates a model: perplexity and top-1 accuracy of texts, exams, preference pairs.
 
 Perplexity alone understates what logit swap self-distillation teaches: at its optimum, the
-gold token is the top token, but only as probable as the teacher's top token. So every text
-is measured by accuracy too.
+gold token is the top token, but only as probable as the teacher's top token was. So
+accuracy is measured on every text too.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.runtime import hosts, lease, metrics
 from mixcpt_jax.training import phase as phase_lib
 
-# The largest loss whose perplexity is a float.
+# The largest loss whose perplexity is a finite float.
 _MAX_NATS = math.log(np.finfo(float).max)
 _SECONDS_BETWEEN_SAVES = 30.0
 
@@ -130,7 +130,7 @@ def measure(
       texts: name -> holdout text.
       exams: name -> exam.
       batch_size: rows per batch.
-      items: receives the terms of the results: `{text}/loss`, `{text}/correct` and
+      items: filled with the terms of the results: `{text}/loss`, `{text}/correct` and
         `{text}/tokens`, sums over each example, and `{exam}/exam`, correct or not.
 
     Returns:
@@ -138,8 +138,7 @@ def measure(
       tokens that are the top token) and `{exam}/exam` (share of correct answers). If
       examples begin with a prompt (formats cloze and chat), also `{text}/exact`: the
       share of examples whose continuation greedy decoding would generate exactly. A text
-      without loss tokens has no results; a perplexity above the largest float is left
-      out.
+      without loss tokens has no results; a perplexity that overflows is left out.
 
     Raises:
       InputError: a score is not finite; names the item.

@@ -4,8 +4,8 @@ Prompts are padded on the right to one of few lengths, so few programs are compi
 program reads the prompts, then generates one token per row at a time, until every row has
 a stop token or `max_new_tokens` tokens.
 
-Each token reads all weights, and under `fsdp` also gathers them from all devices. So the
-mesh decodes fastest whose `tensor` axis is as large as the heads allow.
+Each token reads all weights, and under `fsdp` also gathers them from all devices. So
+decoding is fastest on a mesh whose `tensor` axis is as large as the heads allow.
 
 The text of a row depends on its prompt, the seed and its number among the prompts. Apart
 from rounding, it does not depend on other rows, the padding or the mesh.
@@ -43,10 +43,11 @@ class SamplingParams:
     """How the next token is sampled from its logits.
 
     Attributes:
-      temperature: divides the logits; 0 takes the most likely token.
+      temperature: divides the logits; 0: greedy decoding.
       top_k: samples from the `top_k` most likely tokens only; None: from all.
-      top_p: of these, samples from the fewest most likely ones whose probabilities sum
-        to this share (nucleus sampling, Holtzman et al., arXiv 1904.09751).
+      top_p: of these, samples from the smallest set of most likely tokens whose
+        probabilities sum to this share (nucleus sampling, Holtzman et al., arXiv
+        1904.09751).
 
     Raises:
       InputError: a value is out of range.
@@ -124,7 +125,7 @@ def make_decoding(
 
     Args:
       config: the architecture.
-      vocab_size: ids from here on are padding of the vocabulary and never sampled.
+      vocab_size: ids from this one on are padding of the vocabulary and are never sampled.
       dtype: of the computation.
       lora: the adapters in the parameters.
 
@@ -135,8 +136,8 @@ def make_decoding(
       others, padded on the right. A row of length 0 is padding of the batch. A row's key
       is made from `seed` and its number in `rows_B`.
       `extend(params, state, until, stop_ids, sampling) -> State`: continues until each
-      row has `until` tokens, or all rows have a stop token. The tokens after the first
-      stop token of a row have no meaning.
+      row has `until` tokens, or all rows have a stop token. Ignore the tokens after the
+      first stop token of a row.
     """
     decode = transformer.make_decode(config, dtype, lora)
 
@@ -323,14 +324,14 @@ class Sampler:
         sampling: SamplingParams = SamplingParams(),
         seed: int = 0,
     ) -> list[str]:
-        """The continuation of each text to the end of its document; else as `chat`."""
+        """Continues each text to the end of its document; otherwise like `chat`."""
         prompts = _read_texts(self._tokenizer, texts)
         stop_ids = self._tokenizer.document_ends
         continuations = self.generate(
             params, prompts, max_new_tokens, stop_ids, sampling, seed
         )
         decode = self._tokenizer.decode
-        # Decoded with its prompt: a first token may add a space before it.
+        # Decode together with the prompt: a first token may add a space before it.
         return [
             decode(prompt + new)[len(decode(prompt)) :]
             for prompt, new in zip(prompts, continuations, strict=True)
@@ -542,7 +543,7 @@ def _until_stop(tokens: Sequence[int], stop_ids: set[int]) -> list[int]:
 def detokenize(
     tokenizer: Tokenizer, news: Iterable[Sequence[int]], before: Sequence[int] = ()
 ) -> Iterator[str]:
-    """The text of tokens while they arrive; never part of a character.
+    """Decodes tokens as they arrive; never yields part of a character.
 
     Args:
       tokenizer: of the tokens.
@@ -556,7 +557,7 @@ def detokenize(
     for new in news:
         ids += new
         text = tokenizer.decode(ids)
-        # An incomplete character decodes to this one.
+        # An incomplete character decodes to the replacement character.
         if len(text) > shown and not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[shown:]
             shown = len(text)
@@ -604,7 +605,7 @@ class Chat:
 
 
 class Completion:
-    """Continues texts, each by itself; otherwise as `Chat`."""
+    """Continues texts independently of each other; otherwise like `Chat`."""
 
     def __init__(
         self,

@@ -86,13 +86,13 @@ class Model(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The EOS token, in the harness's words."""
+        """The EOS token; the harness calls it the end-of-text token."""
         eos_id = self._vocabulary.eos_id
         return self._vocabulary.end_of_document_id if eos_id is None else eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without a context."""
+        """The token to put before a text without context."""
         bos_id = self._vocabulary.bos_id
         return self.eot_token_id if bos_id is None else bos_id
 
@@ -103,7 +103,7 @@ class Model(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The name of the harness's cache of requests."""
+        """The name under which the harness caches requests."""
         return self._model.place.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -219,7 +219,7 @@ class Model(TemplateLM):
         for group in by_settings.values():
             settings = normalize_gen_kwargs(group[0][1].args[1], self.max_gen_toks)
             contexts = [self.tok_encode(request.args[0]) for _, request in group]
-            # Batches of similar lengths have little padding, and share prefixes.
+            # Batches of prompts of similar length need little padding, and share prefixes.
             order = sorted(range(len(group)), key=lambda i: (-len(contexts[i]), i))
             for first in range(0, len(order), self._batch_size):
                 part = order[first : first + self._batch_size]

@@ -1,4 +1,4 @@
-"""Loads a model from a run, a phase of it, a Hugging Face folder or a GGUF file."""
+"""Loads a model from a run, a phase, a Hugging Face folder or a GGUF file."""
 
 import math
 from collections.abc import Callable

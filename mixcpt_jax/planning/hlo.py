@@ -2,8 +2,8 @@
 
 `Compiled.cost_analysis` counts the body of a loop once. The text of the module has more:
 the trip count of each loop, the estimated cost of each TPU instruction, and the
-collectives. So does a module that was compiled ahead of time for a slice that does not
-exist (`jax.experimental.topologies`).
+collectives. This also holds for a module compiled ahead of time for a slice that is not
+there (`jax.experimental.topologies`).
 """
 
 import dataclasses
@@ -132,8 +132,8 @@ class Module:
         """
         Args:
           text: of the module.
-          branch_shares: how often each branch of a conditional runs, that of false first;
-            the text does not have it.
+          branch_shares: how often each branch of a conditional runs, the false branch
+            first; the text does not contain this.
         """
         self.branch_shares = branch_shares
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -158,7 +158,7 @@ class Module:
     def cycles(self) -> int:
         """The compiler's estimate of the cycles of a TPU core, loops counted in full.
 
-        Asynchronous copies and collectives have no estimate and add nothing.
+        Asynchronous copies and collectives have no estimate and count as 0.
         """
         return sum(
             times * int(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
@@ -169,7 +169,7 @@ class Module:
         """Seconds if each instruction ran at the chip's peak, one after another.
 
         An instruction takes the time of its products or of its HBM traffic, whichever is
-        longer. Collectives take none.
+        longer. Collectives count as 0.
         """
         seconds = 0.0
         for instruction, computation, times in self._executed(into_fusions=False):
@@ -248,7 +248,8 @@ class Module:
                 if inner.opcode not in _COLLECTIVES:
                     continue
                 if name.startswith("all-reduce-scatter"):
-                    # Each chip keeps its part of the sum, the result of the fusion.
+                    # Each chip keeps its part of the sum, which is the result of the
+                    # fusion.
                     scatter = "reduce-scatter", instruction.arrays, times, False
                     found[(instruction.name,)] = _collective(inner, *scatter)
                 else:
@@ -378,7 +379,7 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _branches(conditional: Instruction) -> list[str]:
-    """The computations of a conditional: false first, as for an index."""
+    """The computations of a conditional; the false branch first, as with an index."""
     names = [
         conditional.attribute(rf"{kind}_computation=%([^\s,}}]+)")
         for kind in ("false", "true")

@@ -4,14 +4,14 @@ If `data.batch_size` is 0, this module sets it, `data.row_length`, the number of
 microbatches and the evaluation batch size, for all phases of a run, before anything is
 loaded:
 
-- A phase to the end of the data (`train.num_steps=0`) reads N tokens, and a step reads
-  about 8 sqrt(N) of them, so that a corpus of ten times the size takes three times as many
-  steps, three times as long: 40 steps of 2,048 tokens for 100 thousand, 350 of 32,768 for
-  10 million, 2,000 of 262,144 for 500 million, the most.
-- Rows are as long as leaves four of them to a step, within the model's context and 4,096.
-- As many of a device's rows are taken at a time as fit its memory by
-  `step_plan.step_memory`; rows are made shorter where one alone does not fit.
-- A source holds out no more than a tenth of its records.
+- A phase without a number of steps (`train.num_steps=0`) reads N tokens in all, about 8
+  sqrt(N) per step. So a corpus ten times as large takes three times as many steps, each
+  three times as large: 40 steps of 2,048 tokens for 100 thousand tokens, 350 steps of
+  32,768 for 10 million, and 2,000 steps of 262,144, the maximum, for 500 million.
+- A row has a quarter of the tokens of a step, but at most the model's context and 4,096.
+- A microbatch has as many rows as fit in the memory of a device by `step_plan.step_memory`.
+  If one row does not fit, rows are halved until it does.
+- A source holds out at most a tenth of its records.
 """
 
 import itertools
@@ -41,7 +41,7 @@ _FIXED_STEP_TOKENS = 8192
 _SAMPLE = 256
 # The share of a device's memory to use; the rest is for what the formula ignores.
 USABLE = 0.85
-# A source holds out at most one of so many records.
+# A source holds out at most one in this many of its records.
 RECORDS_PER_HELD_OUT = 10
 
 
@@ -166,7 +166,7 @@ def _power_of_two(number: float) -> int:
 
 
 def _stored(folder: str) -> dict[str, Any] | None:
-    """The config of a phase that has begun in a folder."""
+    """The config of a phase that has begun in a folder, or None."""
     path = paths.absolute(folder) / "config.json"
     shape = {
         "data": {"row_length": int, "batch_size": int},
@@ -195,7 +195,7 @@ def _limit_holdouts(
 
     Args:
       config: of all phases.
-      stored: the config of a phase that has begun, whose holdouts stay.
+      stored: the config of a phase that has begun; its holdouts are kept.
     """
     for name, entry in config.sources.items():
         if not (entry.weight and entry.holdout):
@@ -206,7 +206,7 @@ def _limit_holdouts(
                 entry.holdout = min(entry.holdout, found)
             continue
         enough = RECORDS_PER_HELD_OUT * entry.holdout
-        # Bad records are reported when the source is read as a whole.
+        # Bad records are reported later, when the whole source is read.
         records = sources.read(
             entry.path, entry.reader, entry.split, lambda error: None
         )

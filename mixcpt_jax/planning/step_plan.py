@@ -29,14 +29,15 @@ from mixcpt_jax.runtime.chips import GIB
 from mixcpt_jax.training import phase, teacher_outputs
 from mixcpt_jax.training import program as program_lib
 
-# For `step_memory`: the keys whose attention scores, and the tokens whose logits, are live
-# at a time.
+# For `step_memory`: the number of keys whose attention scores, and of tokens whose logits,
+# are live at a time.
 _LIVE_KEYS = 512
 _LIVE_LOGITS = 1024
 
-# The products of splash attention's kernels over the blocks that they visit. Forward: the
-# scores and the outputs. Backward for queries: the scores, their gradient and that of the
-# queries. Backward for keys: the scores, their gradient, and those of values and keys.
+# The matrix products in splash attention's kernels over the blocks that they visit.
+# Forward: the scores and the outputs. Backward for queries: the scores, their gradient and
+# that of the queries. Backward for keys: the scores, their gradient, and those of values
+# and keys.
 _KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
@@ -48,7 +49,7 @@ class Flops:
       student: products with the weights of the layers.
       teacher: the same for the frozen model.
       head: products with both unembeddings.
-      attention: scores and outputs; a token sees half of its row on average.
+      attention: scores and outputs; a token attends to half of its row on average.
       rematerialization: products that are computed a second time, without attention.
     """
 
@@ -60,7 +61,7 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """All but rematerialization."""
+        """All FLOPs except rematerialization."""
         return self.student + self.teacher + self.head + self.attention
 
     @property
@@ -99,7 +100,7 @@ def count_flops(
     down = c.hidden_size * c.mlp_size
     layers = 2 * c.num_layers * (2 * c.hidden_size * heads + 3 * down)
     windows = [min(window or row_length, row_length) for window in c.windows]
-    # Summed over the layers, as each may have its own window.
+    # Sum over the layers, because each may have its own window.
     seen = sum(w - w * (w - 1) / (2 * row_length) for w in windows)
     attend = 4 * c.num_heads * c.head_size * seen
     head = 2 * c.hidden_size * c.vocab_size
@@ -118,7 +119,7 @@ def count_flops(
 
 
 class DoesNotFit(Exception):
-    """The compiler ran out of memory; `needed` and `available` are bytes of a chip."""
+    """A step needs more memory than a chip has; `needed` and `available` are in bytes."""
 
     def __init__(self, needed: int, available: int):
         super().__init__(f"needs {needed / GIB:.2f} GiB of {available / GIB:.2f}")
@@ -126,7 +127,7 @@ class DoesNotFit(Exception):
 
 
 class Step(NamedTuple):
-    """A compiled training step; `program` and `batch` hold shapes only."""
+    """A compiled training step; `program` and `batch` hold only shapes."""
 
     phase: phase.Phase
     data: pipeline.Data
@@ -151,7 +152,7 @@ def compile_step(
     """
     config = ml_collections.ConfigDict(config.to_dict())
     model_config = _model_config(config)
-    # Weights and text need not exist.
+    # The weights and the text need not exist.
     config.init_from = ""
     config.model.path = config.model.path or config.model.architecture
     for source in config.sources.values():
@@ -172,7 +173,8 @@ def compile_step(
     data = pipeline.synthetic(
         config, teacher_outputs.form_of(planned) if reads else None
     )
-    # Outside the mesh, because optax creates zeros here, and its devices do not exist.
+    # Run this outside the mesh: optax creates zeros here, and the mesh's devices do not
+    # exist.
     program = program_lib.make_program(planned, data)
     rows = sharding.batch_sharding(mesh)
     batch = {
@@ -324,7 +326,7 @@ def activations_kept(
     model_config: transformer.ModelConfig,
     tokens: int,
 ) -> int:
-    """Bytes of activations that `tokens` tokens of a device keep for the backward pass.
+    """Bytes of activations that are kept for the backward pass for `tokens` tokens.
 
     These are the input of each layer and, with remat "dots", the output of each projection;
     see `transformer.REMAT_POLICIES`. With "none" the compiler keeps more.
@@ -428,7 +430,7 @@ def _time(step, module, flops, collectives, chip) -> dict[str, float]:
 
 
 def describe(plan: dict[str, Any]) -> str:
-    """A plan in a page of Markdown."""
+    """A plan as a page of Markdown."""
     shape = sharding.describe(plan["mesh"])
     lines = [
         f"{plan['topology']}, {plan['chips']} chips ({shape}); {plan['batch_size']} rows "
@@ -552,7 +554,7 @@ def step_memory(
     rows: int,
     row_length: int,
 ) -> float:
-    """Bytes of a device that a training step needs, estimated by formula, from above.
+    """An upper estimate, by formula, of the bytes of a device that a training step needs.
 
     The sum of: weights, moments, the frozen model and gradients; the activations that all
     layers keep; four times the activations of one layer; with fsdp, four times the weights

@@ -1,7 +1,8 @@
-"""How phases changed the measures of the domain, of untouched and of rehearsed text.
+"""How phases changed the measures of domain text, untouched text and rehearsed text.
 
-Only untouched text and exams, which no phase trains on, show what is kept. A change has an
-interval if the run recorded the items that each measure averages (`items.jsonl`).
+Only untouched text and exams, which no phase trains on, show what the model has kept. A
+change has an interval if the run recorded the items that each measure averages
+(`items.jsonl`).
 """
 
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ def starts(arms: Sequence[Arm]) -> dict[str, Arm]:
 def domain_names(arms: Sequence[Arm], given: Sequence[str]) -> set[str]:
     """The names of sources, texts and exams that are about the domain.
 
-    If any of them is called domain or domain_SOMETHING, these, else all sources of
-    documents; and the exams made of them.
+    If any of them is called domain or domain_SOMETHING, returns these, else all sources of
+    documents; in both cases with the exams made from them.
 
     Args:
       arms: from `run_records.load`.
@@ -53,7 +54,7 @@ def domain_names(arms: Sequence[Arm], given: Sequence[str]) -> set[str]:
 
 
 def label(name: str, role: str) -> str:
-    """The name of a measure in tables, such as "general, untouched"."""
+    """A measure's name in tables, such as "general, untouched"."""
     return name if name == role else f"{name}, {role}"
 
 

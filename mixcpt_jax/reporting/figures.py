@@ -1,8 +1,8 @@
 """Figures as inline SVG, each as wide as a phone; the page puts them side by side.
 
-The page's style sheet has the colors: series i has the class `s0` to `s5`, and is dashed
-from the seventh on. Every mark has a <title>, which browsers show and screen readers read.
-All text is escaped here.
+The page's style sheet defines the colors: series have the classes `s0` to `s5`, and are
+dashed from the seventh on. Every mark has a <title>, which browsers show and screen readers
+read. All text is escaped here.
 """
 
 import math
@@ -140,7 +140,7 @@ def lines(series: Sequence[Series], what: str, x_label: str = "step") -> str:
 
 
 def journeys(arms: Sequence[Journey], x_label: str, y_label: str, what: str) -> str:
-    """Two measures as a plane, with an arrow for each arm from its start to its end."""
+    """A plane of two measures, with an arrow for each arm from its start to its end."""
     height = 300
     starts = list(dict.fromkeys(a.start for a in arms if a.start))
     points = [*starts, *(a.end for a in arms)]
@@ -155,7 +155,7 @@ def journeys(arms: Sequence[Journey], x_label: str, y_label: str, what: str) -> 
             marks.append(_arrow(*ends, style(arm.number)))
     labels = []
     for start in starts:
-        # Where an arm starts at the end of another arm there is a dot already.
+        # If an arm starts at the end of another arm, the dot is already there.
         if start not in [arm.end for arm in arms]:
             place = x(start[0]), y(start[1])
             marks.append(
@@ -276,7 +276,7 @@ def _arrow(start: tuple[float, float], end: tuple[float, float], kind: str) -> s
 
 
 def _names(labels: list[tuple[float, float, str, str]], lowest: float) -> list[str]:
-    """Names beside their points, moved apart where they would overlap."""
+    """Names beside their points, moved apart if they would overlap."""
     labels = sorted(labels, key=lambda label: label[1])
     places, free = [], -math.inf
     for _, y, _, _ in labels:

@@ -1,8 +1,8 @@
 """One self-contained HTML page of runs: figures, tables, samples, settings.
 
-The page is built from the files of the runs alone, so it can be rebuilt at any time, also
+The page is built only from the files of the runs, so it can be rebuilt at any time, also
 while a run is in progress and for several runs together. A section whose files are missing
-says which.
+names them.
 """
 
 import base64
@@ -239,7 +239,7 @@ def measure_rows(
     """The rows of a table of measures, sorted by role, then by kind of measure.
 
     Args:
-      keys: of results, such as "general/accuracy"; those that are no measure are left out.
+      keys: of results, such as "general/accuracy"; keys that are not measures are left out.
       roles: name -> role, see `changes.role`; may lack names.
 
     Yields:
@@ -265,7 +265,7 @@ def _cell(form, value, arm: str, what: str, kind: str = "") -> dict[str, str]:
 def _planes(arms: Sequence[Arm], domain: set[str]) -> Iterator[dict[str, str]]:
     """The domain against untouched text and exams, one figure per kind of measure."""
     measured = [arm for arm in arms if arm.trains and arm.after]
-    # Only what all arms measured can be compared.
+    # Only measures that all arms have can be compared.
     shared = (
         set.intersection(*(set(arm.after) for arm in measured)) if measured else set()
     )
@@ -278,7 +278,8 @@ def _planes(arms: Sequence[Arm], domain: set[str]) -> Iterator[dict[str, str]]:
 
     for suffix in ("exam", "exact", "accuracy"):
         learned = having(suffix, "domain")
-        # Only untouched measures show what is kept; rehearsed ones are trained on.
+        # Only untouched measures show what the model has kept; rehearsed text is trained
+        # on.
         kinds = dict.fromkeys((suffix, "accuracy"))
         kept_suffix = next((k for k in kinds if having(k, "untouched")), "")
         kept = having(kept_suffix, "untouched")
@@ -317,7 +318,7 @@ def _place(
 
 
 def _start_of(arm: Arm, arms: Sequence[Arm]) -> dict[str, Any]:
-    """The measures where an arm starts: its own, the phase's before it, or the run's."""
+    """An arm's measures at its start: its own, the previous phase's or the run's."""
     earlier = (a.after for a in arms if (a.run, a.phase) == (arm.run, arm.starts_from))
     first = (a.before for a in arms if a.run == arm.run and a.before)
     return arm.before or next(earlier, {}) or next(first, {})
@@ -449,7 +450,7 @@ def _samples(arms: Sequence[Arm]) -> dict[str, Any]:
         of_run = [arm for arm in sampled if arm.run == run]
         for number, arm in enumerate(of_run):
             steps = {row["step"] for row in arm.samples}
-            # The later phases of a run start from the end of the phase before.
+            # The later phases of a run start from the end of the previous phase.
             shown = {max(steps)} | ({0} & steps if number == 0 else set())
             for row in arm.samples:
                 if row["step"] not in shown:

@@ -1,6 +1,6 @@
 """Reads the files of runs: results, metrics, samples and settings of their phases.
 
-A run may be in progress or old: what a phase has not written is empty.
+A run may be in progress or old: files that a phase has not written count as empty.
 """
 
 import dataclasses
@@ -80,11 +80,11 @@ CONFIG = {
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One phase of a run, as its files have it.
+    """One phase of a run, as recorded in its files.
 
     Attributes:
       number: of its color.
-      name: of the phase; with the run's where there are several runs.
+      name: of the phase; with the run's name if there are several runs.
       run: the workdir, as given.
       phase: its name in the config.
       config, results, provenance: the JSON files.
@@ -188,7 +188,7 @@ def load(runs: Sequence[str]) -> list[Arm]:
                     phase=phase,
                     config=_read(place / "config.json", CONFIG),
                     results=results,
-                    # The records of the studies have it in their results.
+                    # The records of the studies store it in their results.
                     provenance=_read(place / "provenance.json", _PROVENANCE)
                     or {k: results[k] for k in ("start", "files") if k in results},
                     rows=metrics.read(place, metrics.FILE),
