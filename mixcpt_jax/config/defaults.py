@@ -204,7 +204,7 @@ def bounded_config() -> ml_collections.ConfigDict:
     # They apply after the holdout is chosen, so measured records stay the same.
     config.clean = ml_collections.ConfigDict(
         {
-            # Texts that equal an earlier one of their source, except for case and blanks.
+            # Texts that equal an earlier one of their source, ignoring case and whitespace.
             "exact_duplicates": False,
             # Texts whose similarity to an earlier one of their source (Jaccard, word
             # 5-grams) is at least this; 0: off.
@@ -213,8 +213,8 @@ def bounded_config() -> ml_collections.ConfigDict:
             # the next two rules are for format "document" only.
             "min_characters": number(0, least=0, most=10**9),
             "max_characters": number(0, least=0, most=10**9),
-            # Documents with a smaller share of letters (any script) in their non-blank
-            # characters.
+            # Documents with a smaller share of letters (any script) among the
+            # non-whitespace characters.
             "min_letters": number(0.0, least=0, most=1),
             # Documents with a larger share of text that repeats an earlier part of the
             # document.

@@ -19,7 +19,7 @@ class Setting:
     Attributes:
       default: the value unless the config sets another; None only for a number that may
         be left out.
-      allowed: what the key must be, in words: "one of text, json", ">= 0 and <= 1".
+      allowed: what the key must be, as text: "one of text, json", ">= 0 and <= 1".
       holds: whether a value of the right type is allowed.
     """
 

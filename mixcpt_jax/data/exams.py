@@ -25,7 +25,7 @@ class Exam:
     Attributes:
       rows: one example per choice ("Question: ...\nAnswer: choice"), in the order of
         questions and their choices; the choice's tokens are the loss tokens.
-      num_bytes: UTF-8 length of each choice without blanks around it, int [choices].
+      num_bytes: UTF-8 length of each choice without surrounding whitespace, int [choices].
       first_choice: where each question's choices start, int [questions + 1].
       answers: index of the right choice of each question, int [questions].
     """

@@ -115,7 +115,7 @@ class Reading:
         return value
 
     def optional_text(self, field: str) -> str:
-        """A field that may be missing, null or blank; then ''."""
+        """An optional field; '' if it is missing, null or blank."""
         if not self.has(field):
             return ""
         value = self.get(field)

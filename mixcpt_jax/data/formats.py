@@ -161,14 +161,13 @@ def encode(
         'instruction': `system`, the questions and answers of `history`, `instruction`
         and `input`, where present, and `output`, or `prompt` and `response`, separated by
         blank lines;
-        'preference': `prompt` and the answer of `preference_side`, likewise;
-        'cloze': `context` and `target` with nothing between; only the target's tokens are
-        loss tokens and no end follows, see `encode_continuations`;
-        'chat': `messages`, a list of `{role, content}` whose role is system, user or
-        assistant and whose content is a text or a list of text parts, after the `system`
-        message if there is one; or else the fields of 'instruction' as messages;
-        'chat_preference': two examples per record, see `chat_pair`. Pairs of equal
-        answers are left out and counted.
+        'preference': `prompt` and the answer of `preference_side`, likewise; 'cloze':
+        `context` and `target` with nothing between; only the target's tokens are loss
+        tokens and no end follows, see `encode_continuations`; 'chat': `messages`, a list of
+        `{role, content}` whose role is system, user or assistant and whose content is a
+        text or a list of text parts, after the `system` message if there is one; or else
+        the fields of 'instruction' as messages; 'chat_preference': two examples per record,
+        see `chat_pair`. Pairs of equal answers are left out and counted.
       tokenizer: has `encode_batch`, `add_bos`, `bos_id` and `end_of_document_id`; for
         'chat' `encode_chat`.
       fields: our field name -> the source's name for it, where they differ.
@@ -376,7 +375,7 @@ def encode_continuations(
       Tokens, and a mask of the target's tokens.
 
     Raises:
-      InputError: a target has no token of its own; begins with its place.
+      InputError: a target has no token of its own; the message begins with its place.
     """
     start = [tokenizer.bos_id] if tokenizer.add_bos else []
     openings = tokenizer.encode_batch([c.rstrip(" ") for c, *_ in continuations])
@@ -417,8 +416,8 @@ class Passages(NamedTuple):
       wholes: its whole text, with and without the system message: a document, a cloze
         with its target, a question with its answer, a conversation; of a pair the prompt
         with each answer.
-      parts: texts within it that have a loss: each answer alone, and a conversation up to
-        each answer except the last.
+      parts: texts within it that have a loss: each answer, and a conversation up to each
+        answer except the last.
     """
 
     wholes: list[str]

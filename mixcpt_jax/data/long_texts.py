@@ -41,7 +41,7 @@ def encode(tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Groups of texts to encode together; a long text is a group of its own."""
+    """Groups of texts to encode together; a long text forms its own group."""
     block: list[str] = []
     size = 0
     for text in texts:

@@ -785,5 +785,5 @@ def _density(rows: PackedRows) -> float:
 
 
 def _seed(seed: int, number: int) -> int:
-    """A seed of its own for each source, uint32."""
+    """A separate seed for each source, uint32."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

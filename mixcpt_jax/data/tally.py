@@ -143,7 +143,7 @@ def _spelling_of(special: frozenset[str]) -> re.Pattern:
 def lines(
     counts: Mapping[str, Mapping[str, int]], such: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Findings in words.
+    """Describes findings as lines of text.
 
     Args:
       counts: from `Tally.counts`, and `overlong`, see `mixture.fit`.

@@ -415,8 +415,8 @@ def compare(
     Returns:
       Task -> measure -> `difference`, the first minus the second, with `low` and `high`,
       its paired 95 % interval; for measures of correct answers also `first_alone`,
-      `second_alone` and `p_value`, see `intervals.mcnemar`. Measures per token are left
-      out if the tokenizers differ on the items.
+      `second_alone` and `p_value`, see `intervals.mcnemar`. Measures per token are left out
+      if the tokenizers differ on the items.
 
     Raises:
       InputError: the two have no task in common, or the items or the maximum lengths of

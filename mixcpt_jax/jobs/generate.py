@@ -213,7 +213,7 @@ def _encode(tokenizer, text: str) -> list[int]:
 
 
 def _record(kind: str, request: Request, said: str) -> dict[str, Any] | None:
-    """The text of a record from an answer; None if it is blank or has another form."""
+    """The record made from an answer; None if the answer is blank or malformed."""
     if not request.ids:
         return request.record
     if kind == "questions":
@@ -259,7 +259,7 @@ def _write(phase: phase_lib.Phase, requests: Iterable[Request]) -> dict[str, int
                 show(min(output.tokens, settings.num_tokens))
                 if output.tokens >= settings.num_tokens:
                     break
-            # The row first, so no part is without its counts.
+            # Write the row first, so that every part has its counts.
             writer.write(part, output.counts)
             writer.save()
             output.write(part)

@@ -106,7 +106,7 @@ def save_pretrained(
 
 
 def _files_beside(start: str) -> dict[str, epath.Path]:
-    """The files of a checkpoint's folder by name; of a GGUF file there are none."""
+    """The files of a checkpoint's folder by name; empty for a GGUF file."""
     folder = paths.resolve(start)
     files = folder.iterdir() if start and folder.is_dir() else ()
     return {file.name: file for file in files if file.is_file()}

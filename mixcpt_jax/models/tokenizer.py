@@ -84,7 +84,8 @@ class Tokenizer:
     """A vocabulary, the encoding of text, and the model's conventions.
 
     Attributes:
-      bos_id, eos_id, pad_id: ids of the special tokens, None where there is none.
+      bos_id, eos_id, pad_id: ids of the special tokens; None if the vocabulary has no such
+        token.
       add_bos: whether the model expects the BOS token before each document.
       chat_template: the model's Jinja template, None if it has none.
       companions: the contents of the files beside it.
@@ -520,7 +521,7 @@ def load(path: str, chat_template: str = "") -> Tokenizer:
     Args:
       path: a folder with `tokenizer.json` or `tokenizer.model`, or a `.json`, `.model`
         or `.gguf` file. The files beside it are read too, see `companions`.
-      chat_template: a file with a Jinja template to use instead of its own, see
+      chat_template: a file with a Jinja template to use instead of the tokenizer's own, see
         `Tokenizer.with_template`; empty: none.
 
     Raises:

@@ -196,7 +196,7 @@ def head_loss(
       weights: per token and objective. A weight of 0 removes a token from the value
         and the gradient exactly.
       compact: replaces the teacher's hidden states and unembedding. Its values are
-        final; `soft_cap` then applies to the student alone.
+        final; `soft_cap` then applies only to the student.
       chunk_size: tokens whose logits exist at a time on a device, in float32. None:
         chosen from the device and the vocabulary, like `block_size`.
       block_size: tokens whose logits' gradient is kept, in the dtype of `hidden_TxD`,
@@ -208,7 +208,7 @@ def head_loss(
         transposing one would copy it.
       soft_cap: both models' logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2).
       vocab_parallel: splits the vocabulary over `fsdp` and `tensor` and gathers hidden
-        states; if False, splits it over `tensor` alone and gathers the unembedding.
+        states; if False, splits it only over `tensor` and gathers the unembedding.
       token_weighting: the factor on `weights.ntp`, see `dense.token_factor`; every kind
         except "none" needs a teacher.
 
@@ -696,7 +696,7 @@ def _chunk(
 
 
 def _sum(x, axes, scattered_over=(), dimension=0):
-    """Sums over mesh axes; over `scattered_over` each device keeps its slice alone."""
+    """Sums over mesh axes; over `scattered_over` each device keeps only its slice."""
     for axis in scattered_over:
         x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
     rest = tuple(axis for axis in axes if axis not in scattered_over)

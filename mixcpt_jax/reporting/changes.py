@@ -124,7 +124,7 @@ class Change(NamedTuple):
       role: one of `ROLES`.
       difference: after minus before.
       interval: 95 %; None if the run did not record the items.
-      method: how the interval was computed, in words; empty: there is none.
+      method: how the interval was computed, as text; empty if there is none.
     """
 
     key: str
@@ -135,7 +135,7 @@ class Change(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The key in words."""
+        """A readable name of the key."""
         name, _, suffix = self.key.rpartition("/")
         return f"{name} {SHORT[suffix]}"
 

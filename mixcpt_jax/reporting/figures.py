@@ -26,7 +26,7 @@ class Series(NamedTuple):
 
 
 class Journey(NamedTuple):
-    """An arm's two measures before and after; `start` is None where unknown."""
+    """An arm's two measures before and after; `start` is None if unknown."""
 
     number: int
     name: str

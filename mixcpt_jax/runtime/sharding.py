@@ -137,7 +137,7 @@ def place(abstract: Any, shardings: Any) -> Any:
 
 
 def describe(shape: Mapping[str, int]) -> str:
-    """A mesh's shape in words, such as "data 1 x fsdp 8 x tensor 1"."""
+    """A mesh's shape as text, such as "data 1 x fsdp 8 x tensor 1"."""
     return " x ".join(f"{axis} {size}" for axis, size in shape.items())
 
 

@@ -138,7 +138,7 @@ class Checkpoints:
           files: the phase's record up to this step, for `read_files`.
 
         Raises:
-          InputError: this checkpoint or the one before it cannot be written, or another
+          InputError: this checkpoint or the previous one cannot be written, or another
             process owns the folder.
         """
         lease.check(self._folder, must_ask=True)

@@ -175,7 +175,7 @@ def round_moments(
 ) -> optax.GradientTransformation:
     """Stores the moments in the given dtype; computes in float32.
 
-    Optax alone stores moments in the dtype of the parameters, rounded to nearest. In
+    By itself, optax stores moments in the dtype of the parameters, rounded to nearest. In
     bfloat16 a second moment then stops changing: each step changes it by less than half of
     its last digit.
 
