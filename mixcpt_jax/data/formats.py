@@ -161,13 +161,15 @@ def encode(
         'instruction': `system`, the questions and answers of `history`, `instruction`
         and `input`, where present, and `output`, or `prompt` and `response`, separated by
         blank lines;
-        'preference': `prompt` and the answer of `preference_side`, likewise; 'cloze':
-        `context` and `target` with nothing between; only the target's tokens are loss
-        tokens and no end follows, see `encode_continuations`; 'chat': `messages`, a list of
-        `{role, content}` whose role is system, user or assistant and whose content is a
-        text or a list of text parts, after the `system` message if there is one; or else
-        the fields of 'instruction' as messages; 'chat_preference': two examples per record,
-        see `chat_pair`. Pairs of equal answers are left out and counted.
+        'preference': `prompt` and the answer of `preference_side`, joined the same way;
+        'cloze': `context` and `target` with nothing between; only the target's tokens are
+        loss tokens and no end follows, see `encode_continuations`;
+        'chat': `messages`, a list of `{role, content}` whose role is system, user or
+        assistant and whose content is a text or a list of text parts, after the `system`
+        message if there is one; without `messages`, the fields of 'instruction' as
+        messages;
+        'chat_preference': two examples per record, see `chat_pair`. Pairs of equal answers
+        are dropped and counted.
       tokenizer: has `encode_batch`, `add_bos`, `bos_id` and `end_of_document_id`; for
         'chat' `encode_chat`.
       fields: our field name -> the source's name for it, where they differ.
