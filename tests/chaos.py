@@ -465,9 +465,9 @@ def second_process(this: Round) -> None:
     They may take turns, but one of them ends.
     """
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(this.stage.start, this._workdir)
+        first = pool.submit(this.stage.start, this.workdir)
         time.sleep(this.rng.uniform(0, this.stage.seconds))
-        second = pool.submit(this.stage.start, this._workdir)
+        second = pool.submit(this.stage.start, this.workdir)
     both = first.result(), second.result()
     for ended in both:
         *_, last = ended.output.splitlines()
