@@ -276,6 +276,7 @@ _SHORT = {
     "benchmarks.plan_check": "--rows 1 --row_length 128 --remat none",
     "benchmarks.head_cpu": "--rounds 1",
     "benchmarks.prepared_teacher": "--rows 1 --length 64 --rounds 1",
+    "benchmarks.long_texts": "--megabytes 1",
     "benchmarks.pipeline": "--megabytes 1 --memory 0",
     "benchmarks.parity": "--only llama3",
     "benchmarks.plan_tunix": "--topology v5e:2x2 --layers 1",
