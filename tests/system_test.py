@@ -115,3 +115,56 @@ def test_commands_in_a_deleted_folder_end_in_a_line(tmp_path, project):
     assert process.returncode == 1, process.stderr
     assert "current folder was deleted" in process.stderr.splitlines()[-1]
     assert "Traceback" not in process.stderr
+
+
+_TALKS = """
+import pathlib, sys, time
+from mixcpt_jax.cli import command
+from mixcpt_jax.runtime import preemption, terminal
+
+def run():
+    if "json" in sys.argv:
+        terminal.use_json()
+    try:
+        while True:
+            terminal.say("step")
+            time.sleep(0.01)
+    except preemption.Preempted:
+        pathlib.Path(sys.argv[1]).write_text("saved")
+        terminal.say("nobody reads this")
+        raise
+
+command.explained(run)
+"""
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_run_whose_messages_nobody_reads_saves_and_ends(tmp_path, project, form):
+    file = tmp_path / "saved"
+    with subprocess.Popen(
+        [sys.executable, "-c", _TALKS, str(file), form],
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(project)},
+    ) as process:
+        assert b"step" in process.stderr.readline()
+        process.stderr.close()
+        assert process.wait(30) == 0
+    assert file.read_text() == "saved"
+
+
+def test_output_that_nobody_reads_ends_a_command_in_silence(project):
+    script = (
+        "from mixcpt_jax.cli import command\n"
+        "from mixcpt_jax.runtime import terminal\n"
+        "command.explained(lambda: [terminal.show('row') for _ in range(10**5)])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(project)},
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(30) == 0
+        assert process.stderr.read() == b""

@@ -10,10 +10,13 @@ understands, and further fields, such as the loss of a step.
 
 import codecs
 import datetime
+import errno
 import io
 import json
 import logging
 import math
+import os
+import signal
 import sys
 import traceback
 import warnings
@@ -59,8 +62,24 @@ def show_json(value: Any) -> None:
 
 def _write(stream: TextIO, text: str) -> None:
     encoding = _encoding(stream)
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-    stream.flush()
+    _put(stream, text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _put(stream: TextIO, text: str) -> None:
+    """Writes text. A run whose messages nobody reads any more ends as by SIGTERM.
+
+    Further messages are dropped. Raises if the stream is standard output, which holds
+    what was asked for.
+    """
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        is_gone = isinstance(error, BrokenPipeError) or error.errno == errno.EIO
+        if not is_gone or stream.fileno() != sys.__stderr__.fileno():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _encoding(stream: TextIO) -> str:
@@ -151,8 +170,7 @@ class _JsonLines(io.TextIOBase):
             "severity": severity,
             "message": text_lib.lines(message),
         }
-        self._stream.write(json.dumps(entry | fields, default=_shown) + "\n")
-        self._stream.flush()
+        _put(self._stream, json.dumps(entry | fields, default=_shown) + "\n")
 
     def write(self, text: str) -> int:
         self._begun += text
