@@ -10,6 +10,7 @@ import warnings
 
 import hypothesis
 import pytest
+from _pytest.logging import LogCaptureHandler
 from absl import logging
 from hypothesis import strategies as st
 
@@ -175,6 +176,9 @@ def test_every_path_to_the_terminal_escapes_and_cuts(streams, path, encoding, is
         return
     out, err = streams(encoding)
     terminal.take_logs()
+    # Workers cannot send what pytest captures, as it is not UTF-8.
+    root = logging.logging.getLogger()
+    root.handlers = [h for h in root.handlers if not isinstance(h, LogCaptureHandler)]
     if is_json:
         terminal.use_json()
     with contextlib.suppress(SystemExit):
