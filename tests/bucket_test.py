@@ -19,8 +19,13 @@ from mixcpt_jax import config as config_lib
 from mixcpt_jax.cli import command
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.models import gguf_file, pretrained, tokenizer, transformer
-from mixcpt_jax.models import pretrained as pretrained_lib
+from mixcpt_jax.models import (
+    gguf_file,
+    huggingface_export,
+    pretrained,
+    tokenizer,
+    transformer,
+)
 from mixcpt_jax.runtime import metrics
 from mixcpt_jax.training import checkpoint
 
@@ -136,7 +141,7 @@ def test_a_model_comes_from_a_bucket_and_goes_to_one(tiny_model, folder, tmp_pat
     vocabulary = tokenizer.load(f"{folder}/hf")
     assert vocabulary.fingerprint == tokenizer.load(tiny_model).fingerprint
 
-    target = folder / pretrained_lib.FOLDER / "new"
+    target = folder / huggingface_export.FOLDER / "new"
     for dtype in ("float32", "bfloat16"):  # the second takes the place of the first
         for place in (target, tmp_path / "new"):
             pretrained.save_pretrained(

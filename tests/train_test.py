@@ -129,7 +129,7 @@ def test_a_phase_reads_its_sources_to_the_end(tiny_config, tmp_path):
     assert len(rows) == -(-num_rows // config.data.batch_size)
 
     config.train.num_steps = len(rows) + 1
-    with pytest.raises(InputError, match=f"end after {len(rows)} steps"):
+    with pytest.raises(InputError, match=f"max_tokens after {len(rows)} steps"):
         train.run(config, str(tmp_path / "more"), "cpt")
 
 
