@@ -165,7 +165,7 @@ def test_the_command(tiny_run, tasks, tmp_path, monkeypatch, capsys):
     assert tasks[0]["task"] in capsys.readouterr().out
     assert len(json.loads(output.read_text())["samples"][tasks[0]["task"]]) == 3
     monkeypatch.setattr(sys, "argv", [*command, "--tasks=none_such"])
-    with pytest.raises(InputError, match="knows no 'none_such'"):
+    with pytest.raises(InputError, match="has no task 'none_such'"):
         lm_eval.main()
 
 

@@ -9,6 +9,7 @@ understands, and further fields, such as the loss of a step.
 """
 
 import codecs
+import contextlib
 import datetime
 import errno
 import io
@@ -89,8 +90,10 @@ def _encoding(stream: TextIO) -> str:
 def take_any_text() -> None:
     """Lets other code, such as a flag parser, print any character without an error."""
     for stream in (sys.stdout, sys.stderr):
+        # A stream whose file was exchanged for a pipe cannot tell where it is.
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def is_json() -> bool:
