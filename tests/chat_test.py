@@ -690,3 +690,24 @@ def test_a_prompt_that_is_not_utf8_is_named_before_anything_is_read(
     sample.converse(speaker)
     assert "error: standard input: not UTF-8" in capsys.readouterr().err
     assert not said
+
+
+def test_every_line_of_a_pipe_is_answered(project):
+    code = """
+from mixcpt_jax.cli import chat
+
+class Echo:
+    def say(self, text):
+        yield text.upper()
+
+chat.converse(Echo())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=project,
+        input=b"one\ntwo\nthree\n",
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.split() == [b"ONE", b"TWO", b"THREE"]
+    assert done.stderr == b""

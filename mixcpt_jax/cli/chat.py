@@ -166,13 +166,6 @@ def _speaker(
     )
 
 
-def _read_line(invitation: str) -> str:
-    """A line of standard input; bytes that are not UTF-8 become surrogates."""
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")
-    return input(invitation)
-
-
 _HELP = "/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer."
 
 
@@ -189,9 +182,12 @@ def converse(
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (lines can be edited from now on)
         terminal.say(_HELP)
+    # Bytes that are not UTF-8 become surrogates. Python refuses this after the first read.
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
-            text = _read_line("> " if is_watched else "").strip()
+            text = input("> " if is_watched else "").strip()
         except EOFError:
             terminal.show(end="\n" if is_watched else "")
             return

@@ -48,8 +48,11 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
         chosen = int(hosts.of_first(choose(curve, settings.keep)))
         _save(phase, data, shares[chosen])
     if phase.shows_progress:
-        terminal.say(f"{phase.name}: {_table(curve, settings.keep)}")
-        phase.say(f"continues with a share of {shares[chosen]:g}")
+        terminal.say(_table(curve, settings.keep))
+        why = (
+            "the largest within merge.keep" if settings.keep else "merge.keep is empty"
+        )
+        phase.say(f"saves a share of {shares[chosen]:g} ({why})")
     return phase.finish(
         {
             "before": _measures(curve[0]),
