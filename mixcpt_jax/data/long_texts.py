@@ -25,14 +25,14 @@ def encode(tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """Encodes plain texts.
 
     Args:
-      tokenizer: has `encode_batch`; if it has no `encode_rests`, every text is encoded
+      tokenizer: has `encode_batch`; if it has no `encode_rest`, every text is encoded
         whole.
       texts: read lazily.
 
     Yields:
       The tokens of each text, int32, the same as `encode_batch` gives for the whole text.
     """
-    cuts_texts = hasattr(tokenizer, "encode_rests")
+    cuts_texts = hasattr(tokenizer, "encode_rest")
     for block in _blocks(texts):
         if len(block) == 1 and cuts_texts and len(block[0]) > PIECE:
             yield _in_pieces(tokenizer, block[0])
@@ -63,12 +63,9 @@ def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
 def _in_pieces(tokenizer, text: str) -> np.ndarray:
     cuts = [0, *_cuts(tokenizer, text), len(text)]
     pieces = (text[start:end] for start, end in itertools.pairwise(cuts))
-    encoded = [
-        np.array(ids, np.int32) for ids in tokenizer.encode_batch([next(pieces)])
-    ]
-    while group := list(itertools.islice(pieces, _BLOCK // PIECE)):
-        encoded += [np.array(ids, np.int32) for ids in tokenizer.encode_rests(group)]
-    return np.concatenate(encoded)
+    [first] = tokenizer.encode_batch([next(pieces)])
+    rests = (np.array(tokenizer.encode_rest(piece), np.int32) for piece in pieces)
+    return np.concatenate([np.array(first, np.int32), *rests])
 
 
 def _cuts(tokenizer, text: str) -> Iterator[int]:
@@ -100,5 +97,4 @@ def _is_safe(tokenizer, text: str, cut: int) -> bool:
     before = text[max(cut - _CONTEXT, 0) : cut]
     after = text[cut : cut + _CONTEXT]
     whole, left = tokenizer.encode_batch([before + after, before])
-    [right] = tokenizer.encode_rests([after])
-    return list(whole) == [*left, *right]
+    return list(whole) == [*left, *tokenizer.encode_rest(after)]

@@ -22,7 +22,7 @@ from array_record.python import array_record_module
 from etils import epath
 from pyarrow import parquet as pq
 
-from mixcpt_jax.core import paths, small_files
+from mixcpt_jax.core import small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import terminal
 
@@ -297,12 +297,12 @@ def _require_small_groups(
 ) -> None:
     """The library decompresses whole groups of records, and crashes on a large one."""
     found = re.search(r"group_size:(\d+)", reader.writer_options_string())
-    size = paths.stamp(file)[0]
     per_group = min(int(found[1]) if found else num_records, num_records)
-    if num_records and size // num_records * per_group > MAX_GROUP_BYTES:
+    size = file.stat().length * per_group // max(num_records, 1)
+    if size > MAX_GROUP_BYTES:
         raise InputError(
             f"{file}: groups of {per_group} records have about "
-            f"{size // num_records * per_group >> 20:,} MiB, at most "
+            f"{size >> 20:,} MiB, at most "
             f"{MAX_GROUP_BYTES >> 20:,} are supported; write it with group_size:1"
         )
 

@@ -325,17 +325,12 @@ class Sampler:
         seed: int = 0,
     ) -> list[str]:
         """Continues each text to the end of its document; otherwise like `chat`."""
-        prompts = _read_texts(self._tokenizer, texts)
+        prompts = encode_prompts(self._tokenizer, texts)
         stop_ids = self._tokenizer.document_ends
         continuations = self.generate(
             params, prompts, max_new_tokens, stop_ids, sampling, seed
         )
-        decode = self._tokenizer.decode
-        # Decode together with the prompt: a first token may add a space before it.
-        return [
-            decode(prompt + new)[len(decode(prompt)) :]
-            for prompt, new in zip(prompts, continuations, strict=True)
-        ]
+        return decode_continuations(self._tokenizer, prompts, continuations)
 
     def generate(
         self,
@@ -628,7 +623,7 @@ class Completion:
         Raises:
           InputError: the text is empty, or fills the context.
         """
-        (prompt,) = _read_texts(self._tokenizer, [text])
+        (prompt,) = encode_prompts(self._tokenizer, [text])
         return detokenize(self._tokenizer, self._generate(prompt), prompt)
 
 
@@ -676,9 +671,26 @@ def whole_batch(rows: int) -> int:
     return -(-rows // ways) * ways
 
 
-def _read_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of plain texts to complete, with BOS if the tokenizer adds it."""
     bos = [tokenizer.bos_id] if tokenizer.add_bos else []
     return [bos + ids for ids in tokenizer.encode_batch(texts)]
+
+
+def decode_continuations(
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    continuations: Sequence[list[int]],
+) -> list[str]:
+    """The text that each continuation adds to its prompt.
+
+    Decodes together with the prompt: a first token may add a space before it.
+    """
+    decode = tokenizer.decode
+    return [
+        decode(prompt + new)[len(decode(prompt)) :]
+        for prompt, new in zip(prompts, continuations, strict=True)
+    ]
 
 
 def _turn_ends(tokenizer: Tokenizer) -> set[int]:

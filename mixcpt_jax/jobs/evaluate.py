@@ -32,6 +32,6 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
             phase.folder, phase.config.metrics, -1, {}, hosts.is_first()
         ) as writer:
             writer.write_items(0, evaluate.items)
-            writer.write(0, {f"eval/{k}": v for k, v in results["after"].items()})
+            writer.write(0, metrics.evaluation_scalars(results["after"]))
             writer.write_samples(0, data.prompts, evaluate.answers(params))
     return phase.finish(results)

@@ -138,8 +138,8 @@ def _from_prompts(phase: phase_lib.Phase, prompts: list[str]) -> Iterable[Reques
     settings = phase.config.generate
     place, room = settings.prompts or f"sources.{settings.source}", _room(phase)
     requests = []
-    for number, text in enumerate(prompts, 1):
-        ids = _encode(phase.tokenizer, text)
+    encoded = generation.encode_prompts(phase.tokenizer, prompts)
+    for number, (text, ids) in enumerate(zip(prompts, encoded, strict=True), 1):
         if len(ids) <= room:
             record = {"prompt": text.removesuffix(formats.SEPARATOR)}
             requests.append(Request(ids, record))
@@ -202,14 +202,10 @@ def _questions(
 def _asked(phase: phase_lib.Phase, text: str) -> list[int]:
     tokenizer = phase.tokenizer
     if not tokenizer.has_turns:
-        return _encode(tokenizer, f"{text}{_ASK}\n\nQuestion:")
+        text = f"{text}{_ASK}\n\nQuestion:"
+        return generation.encode_prompts(tokenizer, [text])[0]
     messages = [{"role": "user", "content": text + _ASK}]
     return tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
-
-
-def _encode(tokenizer, text: str) -> list[int]:
-    bos = [tokenizer.bos_id] if tokenizer.add_bos else []
-    return bos + tokenizer.encode(text)
 
 
 def _record(kind: str, request: Request, said: str) -> dict[str, Any] | None:
@@ -379,10 +375,7 @@ def _speaker(phase: phase_lib.Phase) -> Callable[[Sequence[Request], int], list[
             phase.config.seed,
             first,
         )
-        return [
-            tokenizer.decode(prompt + new)[len(tokenizer.decode(prompt)) :]
-            for prompt, new in zip(prompts, said, strict=True)
-        ]
+        return generation.decode_continuations(tokenizer, prompts, said)
 
     return say
 

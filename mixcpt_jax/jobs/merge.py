@@ -99,7 +99,9 @@ def _measure(phase, data, shares: Sequence[float]) -> list[dict[str, float]]:
     """The measures of each share; recorded ones are read from the phase's record."""
     recorded = [row for row in metrics.read(phase.folder) if SHARE in row]
     done = int(hosts.of_first(len(recorded)))
-    curve = [_without_prefix(row) for row in recorded[:done]]
+    curve = [
+        {"share": row[SHARE], **metrics.evaluation_of(row)} for row in recorded[:done]
+    ]
     evaluator = Evaluator(phase, data)
     keep = phase.config.merge.keep
     with metrics.Writer(
@@ -112,8 +114,8 @@ def _measure(phase, data, shares: Sequence[float]) -> list[dict[str, float]]:
                 results = evaluator(params, show)
             writer.write_items(number, evaluator.items)
             _require_measured(keep, results)
-            row = {f"eval/{key}": value for key, value in results.items()}
-            writer.write(number, row | {SHARE: share})
+            scalars = metrics.evaluation_scalars(results)
+            writer.write(number, scalars | {SHARE: share})
             writer.save()
             curve.append({"step": number, "share": share, **results})
             del params
@@ -138,11 +140,6 @@ def _save(phase: phase_lib.Phase, data, share: float) -> None:
             state, 1, 0, phase.given.to_dict(), {}, phase.provenance(data.files)
         )
         checkpoints.wait()
-
-
-def _without_prefix(row: Mapping[str, float]) -> dict[str, float]:
-    measures = {k.removeprefix("eval/"): v for k, v in row.items() if k != SHARE}
-    return {"step": row["step"], "share": row[SHARE], **measures}
 
 
 def _measures(row: Mapping[str, float]) -> dict[str, float]:

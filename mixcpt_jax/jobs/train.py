@@ -325,12 +325,11 @@ class _Evaluation:
         if results is None:
             return
         self._writer.write_items(step, self._measure.items)
-        self._writer.write(step, _prefixed(results))
+        scalars = metrics.evaluation_scalars(results)
+        self._writer.write(step, scalars)
         losses = [v for k, v in results.items() if k.endswith("/loss")]
         mean = f", mean loss {np.mean(losses):.4f}" if losses else ""
-        self._progress.say(
-            f"{name}: measured {place}{mean}", step=step, **_prefixed(results)
-        )
+        self._progress.say(f"{name}: measured {place}{mean}", step=step, **scalars)
 
 
 def _say_what_is_read(config, data: pipeline.Data, progress: metrics.Progress) -> None:
@@ -423,10 +422,6 @@ def _recorded(phase: phase_lib.Phase, data, step: int) -> tuple[bool, bool]:
     return tuple(hosts.of_first([measured, answered]).tolist())
 
 
-def _prefixed(results: dict[str, float]) -> dict[str, float]:
-    return {f"eval/{key}": value for key, value in results.items()}
-
-
 def _check_step(
     step: int,
     scalars: dict[str, float],
@@ -507,12 +502,7 @@ def _limits(data: pipeline.Data) -> list[str]:
 def _results(folder: epath.Path, data: pipeline.Data) -> dict[str, Any]:
     """Collects results from the run's record, which survives interruptions."""
     rows = metrics.read(folder)
-    evaluations = [
-        {"step": row["step"]}
-        | {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")}
-        for row in rows
-        if any(key.startswith("eval/") for key in row)
-    ]
+    evaluations = metrics.evaluations(rows)
     rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     skipped = [int(row["skipped"]) for row in rows if "skipped" in row]
     return {

@@ -42,7 +42,6 @@ _DROPPED = {
     "tokenizer_file",
     "vocab_file",
 }
-WRITTEN = (CONFIG, _MAP, _TEMPLATE, _OLD_TEMPLATE, *_COPIED)
 
 _NAMES = ("bos_token", "eos_token", "pad_token")
 _OTHER_NAMES = ("unk_token", "sep_token", "cls_token", "mask_token")

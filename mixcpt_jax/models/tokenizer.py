@@ -201,9 +201,9 @@ class Tokenizer:
         """Encodes many plain texts at once, which is faster."""
         return self.model.encode_batch(texts)
 
-    def encode_rests(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_rest(self, text: str) -> list[int]:
         """Encodes plain texts that continue others, so no space is put before them."""
-        return [self.model.encode_next(text, after_mark=False) for text in texts]
+        return self.model.encode_next(text, after_mark=False)
 
     def encode_with_special(self, text: str) -> list[int]:
         """Encodes text from a chat template: special tokens in the text become tokens."""

@@ -105,13 +105,7 @@ class Arm:
 
     @property
     def _evaluations(self) -> list[dict[str, Any]]:
-        found = ({k: v for k, v in r.items() if k.startswith("eval/")} | {"step": r["step"]}
-                 for r in self.rows)  # fmt: skip
-        return [
-            {k.removeprefix("eval/"): v for k, v in row.items()}
-            for row in found
-            if len(row) > 1
-        ]
+        return metrics.evaluations(self.rows)
 
     @property
     def before(self) -> dict[str, Any]:

@@ -36,10 +36,28 @@ SAMPLES_PAGE = "samples.md"
 ITEMS_FILE = record.ITEMS
 read = record.read
 _WANDB_ID_FILE = "wandb_id"
+_EVALUATION = "eval/"
 _SECONDS_BETWEEN_LINES = 20.0
 _SECONDS_BETWEEN_UPLOADS = 60.0
 _MOST_WAITING = 10_000
 _PATIENCE = 60.0
+
+
+def evaluation_scalars(results: Mapping[str, float]) -> dict[str, float]:
+    """The measures of an evaluation under their names in a row of metrics."""
+    return {f"{_EVALUATION}{name}": value for name, value in results.items()}
+
+
+def evaluation_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`step` of a row, and its measures under their own names."""
+    measures = ((k, v) for k, v in row.items() if k.startswith(_EVALUATION))
+    names = {key.removeprefix(_EVALUATION): value for key, value in measures}
+    return {"step": row["step"], **names}
+
+
+def evaluations(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`evaluation_of` each row that has measures."""
+    return [found for found in map(evaluation_of, rows) if len(found) > 1]
 
 
 def means(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
