@@ -7,7 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all lint clean experiments-controlled
+.PHONY: quickstart test test-slow test-all lint clean experiments-controlled
 
 quickstart: .venv/installed
 	$(BIN)/python -m mixcpt_jax.main --config=configs/quickstart.py
@@ -21,7 +21,9 @@ test: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: test
+test-all: test test-slow
+
+test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: .venv/installed-test
