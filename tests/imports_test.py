@@ -20,7 +20,7 @@ ROWS = [
     {"training"},
     {"evaluation", "planning"},
     {"jobs"},
-    {"cli", "main", "__main__"},
+    {"cli", "library", "main", "__main__"},
 ]
 # These are one floor: commands share the flags of `main`.
 SHARED_FLOOR = ROWS[-1]

@@ -3,7 +3,9 @@
 Every function computes in float32 (float64 stays float64). Token objectives take logits
 `[..., V]` and integer targets `[...]` and return one loss per position, in nats. Training
 uses `streamed`, which computes the same numbers without materializing the logits of a whole
-batch. `preference_loss` takes the log-probabilities of whole answers.
+batch. `preference_loss` takes the log-probabilities of whole answers. A target outside
+`[0, V)` gives NaN, at that position alone: give such positions a valid target and multiply
+their loss by 0.
 
 Notation: teacher logits `t`, student logits `s`, gold token `y`, `a = argmax t` with the
 lowest index winning a tie, `p = softmax(t)`, `q = softmax(s)`.
@@ -48,6 +50,14 @@ def lssd(
 
     Returns:
       `[...]`, nats; never negative, 0 where `q` equals the swapped teacher.
+
+    >>> import jax.numpy as jnp
+    >>> from mixcpt_jax import lssd, swap_logits
+    >>> teacher = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
+    >>> print(jnp.exp(swap_logits(teacher, jnp.array([2]))).round(1))
+    [[0.1 0.2 0.7]]
+    >>> print(lssd(teacher, teacher, jnp.array([2])).round(2))  # 0.6 log 7
+    [1.17]
     """
     return distillation(student_logits, swap_logits(teacher_logits, targets))
 
