@@ -10,7 +10,7 @@ from etils import epath
 
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.models import families
-from mixcpt_jax.models.families import Index, Tensor
+from mixcpt_jax.models.families import FAMILIES, Index, Tensor
 from mixcpt_jax.models.gguf_file import gguf_header, open_gguf
 from mixcpt_jax.models.headers import Header
 from mixcpt_jax.models.transformer import (
@@ -40,12 +40,16 @@ _TENSORS_OF_GGUF = {
 }
 
 # GGUF's name of an architecture -> the family.
-_FAMILIES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3_text",
+_FAMILIES = {family.gguf: name for name, family in FAMILIES.items() if family.gguf}
+
+_SIZES = {
+    "hidden_size": "embedding_length",
+    "mlp_size": "feed_forward_length",
+    "num_layers": "block_count",
+    "num_heads": "attention.head_count",
+    "num_kv_heads": "attention.head_count_kv",
+    "head_size": "attention.key_length",
+    "max_positions": "context_length",
 }
 
 # GGUF keys that can change the network's function, with the values that leave it unchanged;
@@ -66,12 +70,6 @@ _NEUTRAL = {
     "rope.scaling.attn_factor": (0, 1),
     "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
-}
-
-# Families for which some of them are read.
-_READ = {
-    "gemma2": ("attn_logit_softcapping", "final_logit_softcapping"),
-    "gemma3_text": ("final_logit_softcapping",),
 }
 
 
@@ -97,7 +95,7 @@ def open_tensors(file: epath.Path) -> dict[str, Tensor]:
 
 def _gguf_to_hf_name(name: str, family: str) -> str:
     names = dict(_TENSORS_OF_GGUF)
-    if family in families.GEMMA:
+    if FAMILIES[family].network.get("post_norms"):
         names["ffn_norm"] = "pre_feedforward_layernorm"
     match name.split("."):
         case ["blk", layer, part, kind] if part in names:
@@ -149,7 +147,8 @@ def read_config(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
     general.require("general.architecture", tuple(_FAMILIES))
     name = general.text("general.architecture")
     family, header = _FAMILIES[name], general.within(f"{name}.")
-    for key in _NEUTRAL.keys() - _READ.get(family, ()):
+    read = {setting.key for setting in FAMILIES[family].settings}
+    for key in _NEUTRAL.keys() - read:
         if header.get(key) not in (None, *_NEUTRAL[key]):
             values = " or ".join(map(str, _NEUTRAL[key]))
             raise header.unsupported(key, f"{values}, which changes nothing")
@@ -159,35 +158,22 @@ def read_config(reader: gguf.GGUFReader, file: epath.Path) -> ModelConfig:
     vocab_size = int(tensors["token_embd.weight"].shape[-1])
     if header.integer("vocab_size", vocab_size) != vocab_size:
         raise header.wrong("vocab_size", f"the embedding's {vocab_size}")
-    hidden_size = header.integer("embedding_length")
-    num_heads = header.integer("attention.head_count")
-    num_layers = header.integer("block_count", most=families.MOST_LAYERS)
-    head_size = header.integer("attention.key_length", hidden_size // num_heads)
+    sizes = families.read_sizes(header, _SIZES)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if header.integer(key, head_size) != head_size:
-            raise header.unsupported(key, head_size)
-    default_theta = 1e6 if name == "gemma3" else 1e4
-    theta = header.number("rope.freq_base", default_theta, least=1)
+        if header.integer(key, sizes["head_size"]) != sizes["head_size"]:
+            raise header.unsupported(key, sizes["head_size"])
+    theta = FAMILIES[family].defaults.get("rope_theta", 1e4)
     epsilon = header.number("attention.layer_norm_rms_epsilon", most=1)
     config = ModelConfig(
         family=family,
         vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        mlp_size=header.integer("feed_forward_length"),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=header.integer("attention.head_count_kv", num_heads),
-        head_size=head_size,
-        max_positions=header.integer("context_length"),
-        rope_theta=theta,
+        **sizes,
+        rope_theta=header.number("rope.freq_base", theta, least=1),
         # Stored as float32; its shortest decimal form is the authors' number.
         norm_epsilon=float(str(np.float32(epsilon))),
         tie_embeddings="output.weight" not in tensors,
-        **families.implied(family),
-        **_gemma(name, header, num_layers, head_size),
-    )
-    families.check_heads(
-        config, header, "attention.head_count", "attention.head_count_kv"
+        **FAMILIES[family].network,
+        **_gemma(name, header, sizes),
     )
     frequencies = tensors.get("rope_freqs.weight")
     scaling = _rope_scaling(header, config, frequencies)
@@ -221,12 +207,11 @@ def _rope_scaling(
     raise header.unsupported("rope.scaling.type", "none, linear")
 
 
-def _gemma(
-    name: str, header: Header, num_layers: int, head_size: int
-) -> dict[str, Any]:
+def _gemma(name: str, header: Header, sizes: dict[str, int]) -> dict[str, Any]:
     """Gemma's settings; some are constants in llama.cpp and not in the file."""
     if name not in ("gemma2", "gemma3"):
         return {}
+    num_layers = sizes["num_layers"]
     default_period = 2 if name == "gemma2" else 6
     period = header.integer("attention.sliding_window_pattern", default_period)
     settings = {
@@ -235,10 +220,8 @@ def _gemma(
     }
     if num_layers == {"gemma2": 46, "gemma3": 62}[name]:
         # The 27B models scale queries by hidden size / heads, which is not their head size.
-        scale = header.integer("embedding_length") // header.integer(
-            "attention.head_count"
-        )
-        settings["query_scale"] = None if scale == head_size else scale
+        scale = sizes["hidden_size"] // sizes["num_heads"]
+        settings["query_scale"] = None if scale == sizes["head_size"] else scale
     if name == "gemma3":
         settings["local_rope_theta"] = header.number("rope.freq_base_swa", 1e4, least=1)
         if header.get("final_logit_softcapping"):  # 0: none

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.models import families, headers
-from mixcpt_jax.models.families import Index, Tensor
+from mixcpt_jax.models.families import FAMILIES, Index, Tensor
 from mixcpt_jax.models.headers import Header
 from mixcpt_jax.models.transformer import (
     LinearRopeScaling,
@@ -21,30 +21,13 @@ from mixcpt_jax.models.transformer import (
 )
 from mixcpt_jax.runtime import hosts
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
-
-# Settings of config.json that change the network's function, with the only supported value.
+# Keys that change the network's function, with their only supported value.
 _FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
     "use_bidirectional_attention": False,
-}
-
-FIXED_OF = {
-    "gemma2": {"hidden_activation": "gelu_pytorch_tanh"},
-    "gemma3_text": {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attn_logit_softcapping": None,
-    },
 }
 
 # A folder with this file counts as a model.
@@ -208,22 +191,20 @@ def read_config(file: epath.Path) -> ModelConfig:
       InputError: the file is damaged, or the network is not supported.
     """
     header = headers.read(file)
-    family = header.get("model_type")
-    if family == "gemma3":
+    model_type = header.get("model_type")
+    if model_type == "gemma3":
         raise InputError(
             f"{file}: model_type is 'gemma3', which reads images too; save its text "
             "model by itself, which is supported (Gemma3ForCausalLM, gemma3_text)"
         )
-    header.require("model_type", tuple(ARCHITECTURES))
-    fixed = _FIXED | FIXED_OF.get(family, {"hidden_act": "silu"})
-    for key, supported in fixed.items():
+    header.require("model_type", tuple(FAMILIES))
+    family = FAMILIES[model_type]
+    header = Header(file, {**family.defaults, **header.values})
+    for key, supported in (_FIXED | family.fixed).items():
         # Null counts as absent, as in transformers.
         if header.get(key) not in (None, supported):
             raise header.unsupported(key, supported)
-    hidden_size = header.integer("hidden_size")
-    num_heads = header.integer("num_attention_heads")
-    num_layers = header.integer("num_hidden_layers", most=families.MOST_LAYERS)
-    head_size = header.integer("head_dim", _head_size(family, hidden_size, num_heads))
+    sizes = families.read_sizes(header, families.SIZES)
     # Transformers 5 stores all of RoPE's settings under a new key, by layer type if the
     # types differ.
     ropes, older = (header.mapping(k, {}) for k in ("rope_parameters", "rope_scaling"))
@@ -234,51 +215,39 @@ def read_config(file: epath.Path) -> ModelConfig:
     ropes = Header(file, ropes or older)
     local_rope = Header(file, ropes.mapping("sliding_attention", {}))
     rope = Header(file, ropes.mapping("full_attention", {}) or ropes.values)
-    default_theta = 1e6 if family == "gemma3_text" else 1e4
-    theta = header.number("rope_theta", default_theta, least=1)
-    theta = rope.number("rope_theta", theta, least=1)
+    theta = rope.number(
+        "rope_theta", header.number("rope_theta", 1e4, least=1), least=1
+    )
     if _rope_scaling(local_rope) is not None:
         raise local_rope.unsupported("rope_type", "default in local layers")
-    window, global_layers = _windows(header, num_layers)
-    settings = {}
-    if family == "gemma3_text" and window is not None:
-        local_theta = header.number("rope_local_base_freq", 1e4, least=1)
+    window, global_layers = _windows(header, family.windows, sizes["num_layers"])
+    settings = {
+        field: value
+        for key, field in family.settings
+        if (value := header.number(key, None)) is not None
+    }
+    if settings.get("query_scale") == sizes["head_size"]:
+        del settings["query_scale"]
+    if family.local_theta and window is not None:
+        local_theta = header.number(family.local_theta, theta, least=1)
         settings["local_rope_theta"] = local_rope.number(
             "rope_theta", local_theta, least=1
         )
-    if family in families.GEMMA:
-        query_scale = header.number("query_pre_attn_scalar", 256)
-        settings["query_scale"] = None if query_scale == head_size else query_scale
-        # In Gemma 2 absent keys have defaults; null means no cap.
-        for name, key, default in (
-            ("attention_soft_cap", "attn_logit_softcapping", 50.0),
-            ("final_soft_cap", "final_logit_softcapping", 30.0),
-        ):
-            is_default = family == "gemma2" and key not in header.values
-            settings[name] = header.number(key, default if is_default else None)
     vocab_size = header.integer("vocab_size")
     _check_special_ids(header, vocab_size)
-    config = ModelConfig(
-        family=family,
+    return ModelConfig(
+        family=model_type,
         vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        mlp_size=header.integer("intermediate_size"),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=header.integer("num_key_value_heads", num_heads),
-        head_size=head_size,
-        max_positions=header.integer("max_position_embeddings"),
+        **sizes,
         rope_theta=theta,
         rope_scaling=_rope_scaling(rope),
         sliding_window=window,
         global_layers=global_layers,
         norm_epsilon=header.number("rms_norm_eps", 1e-6, most=1),
-        tie_embeddings=header.flag("tie_word_embeddings", family in families.GEMMA),
-        **families.implied(family),
+        tie_embeddings=header.flag("tie_word_embeddings", False),
+        **family.network,
         **settings,
     )
-    families.check_heads(config, header, "num_attention_heads", "num_key_value_heads")
-    return config
 
 
 def _check_special_ids(header: Header, vocab_size: int) -> None:
@@ -292,16 +261,6 @@ def _check_special_ids(header: Header, vocab_size: int) -> None:
             )
         else:
             header.integer(name, None, least=0, most=vocab_size - 1)
-
-
-def _head_size(family: str, hidden_size: int, num_heads: int) -> int:
-    """The head size if a file does not state it."""
-    match family:
-        case "qwen3":
-            return 128
-        case "gemma2" | "gemma3_text":
-            return 256
-    return hidden_size // num_heads
 
 
 def _rope_scaling(
@@ -340,35 +299,26 @@ def _rope_scaling(
 _ROPE_OF_ANY_KIND = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 
 
-def _windows(header: Header, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
+def _windows(
+    header: Header, windows: families.Windows | None, num_layers: int
+) -> tuple[int | None, tuple[int, ...]]:
     """The sliding window, and the layers that do not have it."""
-    layers = range(num_layers)
-    # Null means no window.
-    default = 4096 if "sliding_window" not in header.values else None
-    match header.get("model_type"):
-        case "llama":
-            return None, ()
-        case "mistral":
-            return header.integer("sliding_window", default), ()
-        case "qwen2" | "qwen3":
-            if not header.flag("use_sliding_window", False):
-                return None, ()
-            first_local = header.integer("max_window_layers", 28, least=0)
-            local = [i >= first_local for i in layers]
-        case "gemma2":
-            local = [i % 2 == 0 for i in layers]
-        case "gemma3_text":
-            period = header.integer("sliding_window_pattern", 6)
-            local = [(i + 1) % period != 0 for i in layers]
-    known = ("full_attention", "sliding_attention")
+    if windows is None:
+        return None, ()
+    if windows.has_switch and not header.flag("use_sliding_window", False):
+        return None, ()
     kinds = header.get("layer_types")
-    if kinds is not None:
-        expected = f"{num_layers} of {', '.join(known)}"
+    if windows.is_by_layer and kinds is not None:
+        known = ("full_attention", "sliding_attention")
         is_right = isinstance(kinds, list) and all(kind in known for kind in kinds)
         if not is_right or len(kinds) != num_layers:
-            raise header.unsupported("layer_types", expected)
+            raise header.unsupported(
+                "layer_types", f"{num_layers} of {', '.join(known)}"
+            )
         local = [kind == known[1] for kind in kinds]
-    window = header.integer("sliding_window", default)
+    else:
+        local = windows.local(header, num_layers)
+    window = header.integer("sliding_window", None)  # Null means no window.
     if window is None or not any(local):
         return None, ()
-    return window, tuple(i for i in layers if not local[i])
+    return window, tuple(i for i in range(num_layers) if not local[i])

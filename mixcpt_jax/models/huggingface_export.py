@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.models import families, headers
-from mixcpt_jax.models.huggingface import ARCHITECTURES, FIXED_OF, MARKER
+from mixcpt_jax.models.huggingface import MARKER
 from mixcpt_jax.models.tokenizer import Tokenizer
 from mixcpt_jax.models.transformer import (
     LinearRopeScaling,
@@ -176,19 +176,13 @@ def _config_to_hf(
                 "high_freq_factor": high,
                 "original_max_position_embeddings": original,
             }
-    activation = FIXED_OF.get(config.family, {}).get("hidden_activation", "silu")
+    family = families.FAMILIES[config.family]
     raw = {
-        "architectures": [ARCHITECTURES[config.family]],
+        "architectures": [family.architecture],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.mlp_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "hidden_act": activation,
-        "max_position_embeddings": config.max_positions,
+        # Also under this key in families whose files have another.
+        "hidden_act": family.fixed.get("hidden_activation", "silu"),
         # Transformers 5 reads this older spelling of RoPE's settings too.
         "rope_theta": config.rope_theta,
         "rope_scaling": rope_scaling,
@@ -197,23 +191,21 @@ def _config_to_hf(
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": dtype,
     }
-    if config.family not in ("llama", "mistral"):
+    raw |= {key: getattr(config, name) for name, key in families.SIZES.items()}
+    raw |= family.fixed
+    raw |= {key: getattr(config, field) for key, field in family.settings}
+    if "query_pre_attn_scalar" in raw:
+        raw["query_pre_attn_scalar"] = config.query_scale or config.head_size
+    if family.windows is not None and family.windows.is_by_layer:
         raw["layer_types"] = [
             "full_attention" if window is None else "sliding_attention"
             for window in config.windows
         ]
-    if config.family in ("qwen2", "qwen3"):
+    if family.windows is not None and family.windows.has_switch:
         raw["use_sliding_window"] = config.sliding_window is not None
         raw["max_window_layers"] = len(config.global_layers)
-    if config.family in families.GEMMA:
-        raw |= {
-            "hidden_activation": activation,
-            "query_pre_attn_scalar": config.query_scale or config.head_size,
-            "attn_logit_softcapping": config.attention_soft_cap,
-            "final_logit_softcapping": config.final_soft_cap,
-        }
-    if config.local_rope_theta is not None:
-        raw["rope_local_base_freq"] = config.local_rope_theta
+    if family.local_theta and config.local_rope_theta is not None:
+        raw[family.local_theta] = config.local_rope_theta
     if tokenizer is not None:
         raw["bos_token_id"] = tokenizer.bos_id
         raw["eos_token_id"] = tokenizer.eos_id
