@@ -309,7 +309,8 @@ def run(
         for name, phase_config in configs.items():
             phase.finished(phase_config, folders[name])
         for name, phase_config in configs.items():
-            with _naming(name, config):
+            folder = paths.absolute(folders[name])
+            with _naming(name, config), hosts.owning(folder):
                 run_job = jobs[phase_config.job]
                 results[name] = run_job(phase_config, folders[name], name)
     return folders, results

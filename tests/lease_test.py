@@ -261,6 +261,39 @@ def test_a_record_that_others_change_ends_the_run_at_its_next_line(folder, chang
     assert contents(folder.parent) == there
 
 
+def test_a_folder_in_that_of_a_living_owner_is_refused(folder, quick):
+    write_entry(folder)
+    for inner in (folder / "phase", folder / "phase" / "inner"):
+        message = rf"^{inner}: lies in the folder of another run: .*{os.getpid()} on"
+        with pytest.raises(InputError, match=message), lease.hold(inner):
+            pass
+    assert contents(folder).keys() == {pathlib.Path(folder / "lease-1.json")}
+    write_entry(folder, pid=ended_process())
+    with lease.hold(folder / "phase"):
+        assert entries(folder / "phase") == ["lease-1.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"pid": 1}'])
+def test_a_file_above_that_is_no_entry_is_not_waited_for(folder, text):
+    folder.mkdir(parents=True)
+    (folder / "lease-1.json").write_text(text)
+    began = time.monotonic()
+    with lease.hold(folder / "inner"):
+        assert time.monotonic() - began < lease.SECONDS_TO_DEATH / 2
+
+
+def test_of_two_runs_one_inside_the_other_at_most_one_has_the_phase(folder):
+    """Whichever begins first, of two processes."""
+    phase = folder / "phase"
+    with lease.hold(folder):
+        with lease.hold(phase):
+            assert entries(phase) == ["lease-1.json"]
+            lease.check(phase)
+        write_entry(phase)
+        with pytest.raises(InputError, match="has owned"), lease.hold(phase):
+            pass
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_an_entry_that_is_no_file_is_named(folder, make):
     folder.mkdir(parents=True)

@@ -14,6 +14,7 @@ from mixcpt_jax import main
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.jobs import export, train
+from mixcpt_jax.runtime import lease
 from mixcpt_jax.training import phase
 
 
@@ -352,6 +353,19 @@ def test_relative_workdir(run, write_config, tmp_path, monkeypatch):
     process = run(write_config({}))
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "runs" / "config" / "report.md").exists()
+
+
+def test_a_phase_whose_folder_is_the_workdir_of_a_living_run_is_refused(
+    tiny_config, tmp_path
+):
+    tiny_config.phases = ("first", "second")
+    (tmp_path / "run" / "first").mkdir(parents=True)
+    entry = tmp_path / "run" / "first" / "lease-1.json"
+    entry.write_text(json.dumps(lease._facts()))
+    with pytest.raises(InputError, match=rf"{entry}: process .* has owned this folder"):
+        main.run(tiny_config, str(tmp_path / "run"))
+    found = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert found == [entry]
 
 
 def test_phases_run_in_order_and_end_in_one_table(

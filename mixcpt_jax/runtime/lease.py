@@ -13,6 +13,10 @@ its entry does not change for a minute on the observer's own clock; clocks of ot
 are not read. A new owner removes the entries of dead owners before it starts, and an owner
 checks its own entry before it writes. So an owner that was suspended for too long, or whose
 folder was renamed, stops at its next write.
+
+A run also writes to folders inside its own, those of its phases. So a process that has
+created its entry then looks at the folders above: if one has a living owner, it withdraws
+its entry. And a run holds a lease on the folder of each phase while the phase runs.
 """
 
 import contextlib
@@ -44,6 +48,7 @@ SECONDS_BETWEEN_BEATS = 10.0
 SECONDS_TO_DEATH = 60.0
 _SECONDS_BETWEEN_LOOKS = 1.0
 _NAME = re.compile(r"lease-([0-9]{1,18})\.json")
+_ALL_BUCKETS = "gs://"
 # Entries are rewritten in place, so all versions have the same size.
 _BYTES = 1024
 
@@ -216,7 +221,7 @@ class _Lease:
         """
         self._folder = folder
         self.process = os.getpid()
-        self._place = _Bucket(folder) if paths.is_remote(folder) else _Disk(folder)
+        self._place = _place(folder)
         self._facts = _facts()
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -229,6 +234,11 @@ class _Lease:
             raise
         self._confirmed = time.monotonic()
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
+        try:
+            _check_above(folder)
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Ends the lease, and removes the folders created for it if they are empty."""
@@ -273,17 +283,16 @@ class _Lease:
         last = entries[-1] if entries else None
         if last is None or last.number < self._entry.number:
             raise InputError(
-                f"{self._file(self._entry)}: was deleted while this run wrote to that "
-                "folder, so the run no longer owns it and stops; the same command resumes"
+                f"{_file(self._folder, self._entry)}: was deleted while this run wrote to "
+                "that folder, so the run no longer owns it and stops; the same command "
+                "resumes"
             )
         raise InputError(
-            f"{self._file(last)}: {_described(self._facts_of(last))} has taken over this "
+            f"{_file(self._folder, last)}: {_described(_facts_of(self._place, last))} has "
+            "taken over this "
             f"folder, because this run gave no sign of life for {SECONDS_TO_DEATH:.0f} s, "
             "so this run stops; wait for the end of the other one"
         )
-
-    def _file(self, entry: _Entry) -> str:
-        return f"{self._folder}/{_name(entry.number)}"
 
     def _is_mine(self, entries: list[_Entry]) -> bool:
         return bool(entries) and entries[-1] == self._entry
@@ -305,7 +314,7 @@ class _Lease:
             try:
                 before = self._place.list()
                 if before:
-                    self._wait_for_death(before[-1])
+                    _wait_for_death(self._folder, self._place, before[-1])
                 number = before[-1].number + 1 if before else 1
                 entry = self._place.create(number, self._text())
             except FileNotFoundError as error:
@@ -330,51 +339,6 @@ class _Lease:
             if entry in now:
                 self._place.remove(entry)
             time.sleep(random.uniform(0, _SECONDS_BETWEEN_LOOKS))
-
-    def _wait_for_death(self, entry: _Entry) -> None:
-        """Returns once an entry's owner is dead, or the entry is gone.
-
-        Raises:
-          InputError: the owner is alive.
-        """
-        facts = self._facts_of(entry)
-        deadline = time.monotonic() + SECONDS_TO_DEATH
-        is_told = False
-        while not _is_gone(facts):
-            if _is_alive(facts):
-                raise self._taken(entry, facts)
-            if time.monotonic() > deadline:
-                return
-            if facts and not is_told:
-                is_told = True
-                terminal.say(
-                    f"{self._file(entry)}: waits up to {SECONDS_TO_DEATH:.0f} s for a "
-                    f"sign of life of its owner, {_described(facts)}"
-                )
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-            now = next(
-                (e for e in self._place.list() if e.number == entry.number), None
-            )
-            if now is None:
-                return
-            if now != entry and facts:
-                raise self._taken(entry, facts)
-            if now != entry:
-                entry, facts = now, self._facts_of(now)
-
-    def _taken(self, entry: _Entry, facts: dict[str, Any]) -> InputError:
-        return InputError(
-            f"{self._file(entry)}: {_described(facts)} has owned this folder since "
-            f"{facts['since']}; wait for its end, or stop it, and run the same command "
-            "again; or give another folder"
-        )
-
-    def _facts_of(self, entry: _Entry) -> dict[str, Any]:
-        """What an entry says about its owner; empty if the entry is damaged or gone."""
-        text = self._place.read(entry.number) or ""
-        with contextlib.suppress(InputError):
-            return small_files.parse(text, _name(entry.number), _FACTS)
-        return {}
 
 
 @contextlib.contextmanager
@@ -414,6 +378,83 @@ def check(folder: epath.Path, must_ask: bool = False) -> None:
     for key, lease in list(_held.items()):
         if f"{folder}/".startswith(f"{key}/") and lease.process == os.getpid():
             lease.confirm() if must_ask else lease.check()
+
+
+def _place(folder: epath.Path) -> _Disk | _Bucket:
+    return _Bucket(folder) if paths.is_remote(folder) else _Disk(folder)
+
+
+def _check_above(folder: epath.Path) -> None:
+    """Checks that no other process owns a folder above one.
+
+    Raises:
+      InputError: names the owner.
+    """
+    for above in folder.parents:
+        lease = _held.get(str(above))
+        if str(above) == _ALL_BUCKETS or (lease and lease.process == os.getpid()):
+            return
+        try:
+            place = _place(above)
+            for entry in place.list()[-1:]:
+                if _facts_of(place, entry):
+                    _wait_for_death(above, place, entry)
+        except InputError as error:
+            raise InputError(
+                f"{folder}: lies in the folder of another run: {error}"
+            ) from error
+        except OSError:
+            pass  # its names may not be listed
+
+
+def _wait_for_death(folder: epath.Path, place: _Disk | _Bucket, entry: _Entry) -> None:
+    """Returns once an entry's owner is dead, or the entry is gone.
+
+    Raises:
+      InputError: the owner is alive.
+    """
+    facts = _facts_of(place, entry)
+    deadline = time.monotonic() + SECONDS_TO_DEATH
+    is_told = False
+    while not _is_gone(facts):
+        if _is_alive(facts):
+            raise _taken(folder, entry, facts)
+        if time.monotonic() > deadline:
+            return
+        if facts and not is_told:
+            is_told = True
+            terminal.say(
+                f"{_file(folder, entry)}: waits up to {SECONDS_TO_DEATH:.0f} s for a "
+                f"sign of life of its owner, {_described(facts)}"
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        now = next((e for e in place.list() if e.number == entry.number), None)
+        if now is None:
+            return
+        if now != entry and facts:
+            raise _taken(folder, entry, facts)
+        if now != entry:
+            entry, facts = now, _facts_of(place, now)
+
+
+def _taken(folder: epath.Path, entry: _Entry, facts: dict[str, Any]) -> InputError:
+    return InputError(
+        f"{_file(folder, entry)}: {_described(facts)} has owned this folder since "
+        f"{facts['since']}; wait for its end, or stop it, and run the same command "
+        "again; or give another folder"
+    )
+
+
+def _facts_of(place: _Disk | _Bucket, entry: _Entry) -> dict[str, Any]:
+    """What an entry says about its owner; empty if the entry is damaged or gone."""
+    text = place.read(entry.number) or ""
+    with contextlib.suppress(InputError):
+        return small_files.parse(text, _name(entry.number), _FACTS)
+    return {}
+
+
+def _file(folder: epath.Path, entry: _Entry) -> str:
+    return f"{folder}/{_name(entry.number)}"
 
 
 def _name(number: int) -> str:
