@@ -12,8 +12,9 @@ import pytest
 from array_record.python import array_record_module
 from hypothesis import strategies as st
 
+from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import files, readers, sources
+from mixcpt_jax.data import corpus, files, readers, sources
 
 
 @pytest.fixture
@@ -294,9 +295,15 @@ def test_a_file_that_expands_beyond_measure_is_refused(tmp_path, monkeypatch, su
         for _ in range(8):
             out.write(b"\n" * (1 << 20))
     with pytest.raises(
-        InputError, match=r"bomb.jsonl.*: expands to more than 200 times"
+        InputError,
+        match=r"bomb.jsonl.*: expands to more than 1 MiB.*sources.NAME.max_expansion",
     ):
         texts(path)
+    source = config_lib.source(path=str(path), max_expansion=10**9)
+    config = config_lib.default()
+    config.sources.bomb = source
+    with pytest.raises(InputError, match=r"has no text|is blank|no records"):
+        list(corpus.Corpus(config, source, corpus.measure(config)).train_split())
 
 
 def test_ordinary_compressed_text_is_within_the_bound(tmp_path, monkeypatch):

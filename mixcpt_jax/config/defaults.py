@@ -18,6 +18,10 @@ OBJECTIVES = ("ntp", "lssd", "kd", "selective")
 REMAT = ("none", "dots", "full")
 
 
+# The size of the text in a compressed file, as a multiple of the file's; text rarely
+# expands tenfold.
+MAX_EXPANSION = 200
+
 # Bounds of the values in `select.keep` and in `merge.keep`.
 SAMPLES = number(200, least=1, most=10**8)
 BUDGET = number(0.02, least=0, most=1e6)
@@ -421,6 +425,8 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     on_bad_record: "refuse" ends the run; "skip" leaves out, with a warning, records
       that cannot be read, lack a field, have a blank field or are not a conversation,
       and the rest of a damaged file.
+    max_expansion: a compressed file (.gz, .zst) whose text is larger than the file by more
+      than this factor, and than 256 MiB, is refused: it may have been made to fill memory.
     holdout: how many records are measured, chosen by a hash of their text. In
       `eval.texts` and `eval.pairs` 0 means all. No source trains on measured records.
     ntp_weight, lssd_weight, kd_weight, selective_weight: weights of the losses on this
@@ -452,6 +458,7 @@ def bounded_source() -> ml_collections.ConfigDict:
             "max_tokens": number(0, least=0, most=10**15),
             "max_records": number(0, least=0, most=10**12),
             "on_bad_record": one_of("refuse", "skip"),
+            "max_expansion": number(MAX_EXPANSION, least=1, most=10**9),
             "holdout": number(0, least=0, most=10**9),
             "ntp_weight": number(None, least=0, most=1000),
             "lssd_weight": number(None, least=0, most=1000),

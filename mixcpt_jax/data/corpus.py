@@ -256,7 +256,9 @@ class Corpus:
 
     def _read(self, on_bad) -> Iterator[sources.Record]:
         source = self._source
-        records = sources.read(source.path, source.reader, source.split, on_bad)
+        records = sources.read(
+            source.path, source.reader, source.split, on_bad, source.max_expansion
+        )
         return itertools.islice(records, source.max_records or None)
 
     def _usable(self, tally: Tally) -> Iterator[sources.Record]:

@@ -22,6 +22,7 @@ from array_record.python import array_record_module
 from etils import epath
 from pyarrow import parquet as pq
 
+from mixcpt_jax.config.defaults import MAX_EXPANSION
 from mixcpt_jax.core import small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import terminal
@@ -40,9 +41,8 @@ READER_OF_SUFFIX = {
 }
 MAX_LINE_BYTES = 64 << 20
 MAX_TEXT_BYTES = MAX_GROUP_BYTES = 1 << 30
-# For compressed files: the maximum ratio of expanded to compressed size; text rarely
-# expands tenfold. Below the second bound, any ratio is allowed.
-MAX_EXPANSION, MAX_EXPANDED_BYTES = 200, 256 << 20
+# The text in a compressed file may always have this size.
+MAX_EXPANDED_BYTES = 256 << 20
 _SECONDS_BETWEEN_REPORTS = 20.0
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _SHARD = re.compile(r"-\d+-of-\d+$")  # NAME.jsonl-00000-of-00008
@@ -73,10 +73,12 @@ def suffix(name: str) -> str:
     return last_two if last_two in READER_OF_SUFFIX else "".join(endings[-1:])
 
 
-def jsonl(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
+def jsonl(
+    file: epath.Path, on_bad: OnBad, max_expansion: float = MAX_EXPANSION
+) -> Iterator[Record]:
     """One object per line, also in .gz and .zst; skips blank lines."""
     found = 0
-    with _open(file) as content:
+    with _open(file, max_expansion) as content:
         for number, line in enumerate(_lines(content), 1):
             if not line.removeprefix(codecs.BOM_UTF8).strip():
                 continue
@@ -127,12 +129,12 @@ def parse_line(line: bytes, place: str) -> dict:
 
 
 @contextlib.contextmanager
-def _open(file: epath.Path) -> Iterator[io.BufferedReader]:
+def _open(file: epath.Path, max_expansion: float) -> Iterator[io.BufferedReader]:
     codec = _CODECS.get(epath.Path(_SHARD.sub("", file.name)).suffix.lower())
     most = math.inf
     with file.open("rb") as stream:
         if codec:
-            most = max(MAX_EXPANDED_BYTES, MAX_EXPANSION * file.stat().length)
+            most = max(MAX_EXPANDED_BYTES, max_expansion * file.stat().length)
             # Unlike the zstandard package, pyarrow refuses truncated streams.
             stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), codec)
         # Files on gs:// have no `readline` with a limit. The buffer is small because its
@@ -158,8 +160,9 @@ class _Counted(io.RawIOBase):
         self._read += len(content)
         if self._read > self._most:
             raise InputError(
-                f"{self._file}: expands to more than {MAX_EXPANSION} times its size, so "
-                "it may be made to fill memory; if you trust it, decompress it yourself"
+                f"{self._file}: expands to more than {self._most >> 20:,} MiB, so it may "
+                "be made to fill memory; if you trust it, raise "
+                "--config.sources.NAME.max_expansion, or decompress it"
             )
         if time.monotonic() - self._reported > _SECONDS_BETWEEN_REPORTS:
             self._reported = time.monotonic()

@@ -1,6 +1,7 @@
 """Reads the records of a source from its path, hashes its files, chooses its holdout."""
 
 import dataclasses
+import functools
 import hashlib
 import heapq
 import json
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from absl import logging
 from etils import epath
 
+from mixcpt_jax.config.defaults import MAX_EXPANSION
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import files, filters, readers
@@ -18,7 +20,6 @@ from mixcpt_jax.data.readers import OnBad, Record
 
 READERS = files.READERS
 _READ_FILE = {
-    "jsonl": readers.jsonl,
     "text": readers.text,
     "parquet": readers.parquet,
     "arrow": readers.arrow,
@@ -30,7 +31,11 @@ _KEY_BYTES = 64
 
 
 def read(
-    path: str, reader: str = "", split: str = "", on_bad: OnBad | None = None
+    path: str,
+    reader: str = "",
+    split: str = "",
+    on_bad: OnBad | None = None,
+    max_expansion: float = MAX_EXPANSION,
 ) -> Iterator[Record]:
     """Reads the records of `path`, in a fixed order.
 
@@ -56,19 +61,21 @@ def read(
       on_bad: called with the error of each record that cannot be read, and of each
         damaged file after the records before the damage; reading then continues. None
         raises the error.
+      max_expansion: see `config.source`.
 
     Raises:
       InputError: at once if the reader or the split is unknown or nothing is found;
         while reading, unless there is `on_bad`, for a line or record that its reader
-        cannot read, for a damaged file, and for one without records (of 'text' for a
-        source without).
+        cannot read, for a damaged file, for one that expands beyond bounds, and for one
+        without records (of 'text' for a source without).
     """
     found = files.find(path, reader, split)
     if reader:  # other files of a folder are not requested
         found.passed_over.clear()
     if lines := found.lines():
         logging.warning("%s: %s", path, "; ".join(lines))
-    return _read_parts(found.parts, path, on_bad or _raise)
+    parts = functools.partial(_read_part, max_expansion=max_expansion)
+    return _read_parts(found.parts, path, on_bad or _raise, parts)
 
 
 def hashes(path: str, reader: str = "", split: str = "") -> dict[str, str]:
@@ -153,7 +160,12 @@ def _spelling(record: Record) -> str:
     return json.dumps(record.fields, sort_keys=True, default=str)
 
 
-def _read_parts(parts: list[Part], path: str, on_bad: OnBad) -> Iterator[Record]:
+def _read_parts(
+    parts: list[Part],
+    path: str,
+    on_bad: OnBad,
+    read_part: Callable[[Part, OnBad], Iterator[Record]],
+) -> Iterator[Record]:
     num_records = num_problems = 0
 
     def note(error: InputError) -> None:
@@ -164,7 +176,7 @@ def _read_parts(parts: list[Part], path: str, on_bad: OnBad) -> Iterator[Record]
     for part in parts:
         place = None
         try:
-            for record in _read_part(part, note):
+            for record in read_part(part, note):
                 num_records += 1
                 place = record.place
                 yield record
@@ -176,12 +188,16 @@ def _read_parts(parts: list[Part], path: str, on_bad: OnBad) -> Iterator[Record]
         on_bad(InputError(f"{path}: has no text; every file found is empty"))
 
 
-def _read_part(part: Part, on_bad: OnBad) -> Iterator[Record]:
+def _read_part(
+    part: Part, on_bad: OnBad, max_expansion: float = MAX_EXPANSION
+) -> Iterator[Record]:
     is_plain = paths.is_utf8(part.path) and not paths.is_remote(part.path)
     if part.reader in _LOCAL_ONLY and not is_plain:
         return _read_copy(part, on_bad)
     if part.reader == "tfds":
         return readers.tfds(part.path, part.split, on_bad)
+    if part.reader == "jsonl":
+        return readers.jsonl(part.path, on_bad, max_expansion)
     return _READ_FILE[part.reader](part.path, on_bad)
 
 

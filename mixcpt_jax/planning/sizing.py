@@ -208,7 +208,11 @@ def _limit_holdouts(
         enough = RECORDS_PER_HELD_OUT * entry.holdout
         # Bad records are reported later, when the whole source is read.
         records = sources.read(
-            entry.path, entry.reader, entry.split, lambda error: None
+            entry.path,
+            entry.reader,
+            entry.split,
+            lambda error: None,
+            entry.max_expansion,
         )
         most = min(enough, entry.max_records or enough)
         num_records = sum(1 for _ in itertools.islice(records, most))
