@@ -51,7 +51,7 @@ def arm(name="cpt", init_from="", seed=0, **settings):
     before, after = evaluation(0, was), evaluation(9, now)
     results = {"before": before, "after": after, "seconds": 1.0}
     files = {0: items(was), 9: items(now)}
-    return Arm(0, name, "run", name, config, results, {}, [], [], files)
+    return Arm(0, name, "run", name, config, results, {}, [], [], [], files)
 
 
 def test_each_measure_has_its_role():

@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from mixcpt_jax.config.settings import defaults_of, number, one_of
+from mixcpt_jax.config.settings import defaults_of, matching, number, one_of
 from mixcpt_jax.core.errors import InputError
 
 OBJECTIVES = ("ntp", "lssd", "kd", "selective")
@@ -282,6 +282,13 @@ def bounded_config() -> ml_collections.ConfigDict:
             # to more than the time of a compilation, of `log_every` steps, of a save
             # and of the answers to all prompts, such as 1800 on a slice.
             "timeout": number(0.0, least=0, most=7 * 86_400),
+            # Steps to trace for XProf, as "10:13"; SIGUSR1 traces the next three. Each
+            # host writes below PHASE/tensorboard, where TensorBoard's XProf opens it.
+            "profile": matching(
+                "", r"|[1-9]\d{0,7}:[1-9]\d{0,7}", "FIRST:LAST, as in 10:13"
+            ),
+            # Port from which XProf captures a trace of a run that is under way; 0: none.
+            "profiler_port": number(0, least=0, most=65_535),
         }
     )
 

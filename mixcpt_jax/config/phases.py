@@ -31,6 +31,8 @@ FREE_ON_RESUME = (
     "train.eval_every",
     "train.keep_last",
     "train.timeout",
+    "train.profile",
+    "train.profiler_port",
     "train.keep_best",  # in the configs of earlier versions
 )
 

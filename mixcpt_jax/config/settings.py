@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -32,6 +33,11 @@ def one_of(default: str, *others: str) -> Setting:
     """A choice by name."""
     choices = (default, *others)
     return Setting(default, f"one of {', '.join(choices)}", choices.__contains__)
+
+
+def matching(default: str, pattern: str, allowed: str) -> Setting:
+    """A text of a form, given as a regular expression and in words."""
+    return Setting(default, allowed, re.compile(pattern).fullmatch)
 
 
 def number(

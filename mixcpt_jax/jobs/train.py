@@ -19,6 +19,7 @@ from mixcpt_jax.evaluation import evaluator
 from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives.interface import Batch, Metrics
+from mixcpt_jax.planning import utilization
 from mixcpt_jax.runtime import (
     hosts,
     lease,
@@ -26,6 +27,8 @@ from mixcpt_jax.runtime import (
     preemption,
     record,
     sharding,
+    timing,
+    tracing,
     watchdog,
 )
 from mixcpt_jax.training import checkpoint
@@ -39,6 +42,8 @@ from mixcpt_jax.training.program import (
     with_teacher,
 )
 from mixcpt_jax.training.steps import TrainState
+
+_STEP_TO_COMPARE_MEMORY = 10
 
 
 @phase_lib.job
@@ -55,18 +60,22 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
       FloatingPointError: the loss is no longer finite.
       Preempted: SIGTERM has arrived; the state after the last step is saved.
     """
+    times = timing.Timing()
     _announce(phase)
     checkpoint.check_folder(phase.folder)
     data = phase.load_data(functools.partial(with_teacher, phase))
     with jax.set_mesh(phase.mesh):
-        return _run(phase, data)
+        return _run(phase, data, times)
 
 
-def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
+def _run(
+    phase: phase_lib.Phase, data: pipeline.Data, times: timing.Timing
+) -> dict[str, Any]:
     """The loop: fetch, dispatch, read the previous step's metrics, evaluate, save."""
     config, num_steps = phase.config, data.num_steps
     program = make_program(phase, data)
-    start = _start(phase, data, program)
+    with times.of("restoring"):
+        start = _start(phase, data, program)
     data, state = start.data, start.state
     guard = watchdog.Watchdog(config.train.timeout)
     batches = iter(
@@ -88,19 +97,30 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
         metrics.Progress(
             phase.name, start.step, num_steps, phase.shows_progress
         ) as progress,
+        tracing.Tracer(
+            phase.folder, config.train.profile, config.train.profiler_port
+        ) as tracer,
     ):
-        log = _StepLog(phase, writer, progress, guard, checkpoints)
+        use = utilization.Utilization(phase, data)
+        log = _StepLog(phase, writer, progress, guard, checkpoints, times, use)
+        writer.write_timing(times.row(start.step))
         evaluation = _Evaluation(
             phase, start, writer, progress, guard, preemption_guard
         )
         _say_what_is_read(config, data, progress)
-        evaluation.run(start.step, state, skip=start.recorded)
+        with times.of("evaluation"):
+            evaluation.run(start.step, state, skip=start.recorded)
         if preemption_guard.is_requested(start.step):
             raise preemption.Preempted(f" after step {start.step}")
 
         for step in range(start.step + 1, num_steps + 1):
+            times.enter("data")
             batch = _put_rows(next(batches), config, phase.mesh)
+            tracer.before(step)
+            times.enter("compilation" if step == start.step + 1 else "steps")
             state, step_metrics = program.train_step(state, start.frozen, batch)
+            times.enter("steps")
+            tracer.after(step, step_metrics)
             preemption_guard.defer()
             # The device runs this step while the host reads the metrics of the previous
             # one.
@@ -110,12 +130,14 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
                 log.put(step, step_metrics)
             if evaluation.is_due(step):
                 log.read()
-                evaluation.run(step, state)
+                with times.of("evaluation"):
+                    evaluation.run(step, state)
                 log.restart_clock(step)
             is_stopped = preemption_guard.is_requested(step)
             if is_saved or is_stopped:
                 # Metrics are read before the save, so no checkpoint holds a NaN.
                 log.require(step, step_metrics)
+                times.enter("saving")
                 writer.save()
                 checkpoints.save(
                     state,
@@ -130,9 +152,15 @@ def _run(phase: phase_lib.Phase, data: pipeline.Data) -> dict[str, Any]:
                 log.restart_clock(step)
             if is_stopped:
                 checkpoints.wait()
+                writer.write_timing(times.row(step))
                 raise preemption.Preempted(f" after step {step}")
 
-    checkpoints.wait()
+        times.enter("saving")
+        checkpoints.wait()
+        writer.write_timing(times.row(num_steps))
+    if hosts.is_first():
+        spent = timing.spent(record.read_timing(phase.folder))
+        phase.say(timing.describe(spent))
     return phase.finish(_results(phase.folder, data) if hosts.is_first() else {})
 
 
@@ -202,13 +230,14 @@ def _start(phase: phase_lib.Phase, data: pipeline.Data, program: Program) -> _St
 class _StepLog:
     """Metrics of steps; each is read while the device runs the next step."""
 
-    def __init__(self, phase, writer, progress, guard, checkpoints):
-        self._phase = phase
+    def __init__(self, phase, writer, progress, guard, checkpoints, times, use):
+        self._phase, self._times, self._use = phase, times, use
         self._writer, self._progress = writer, progress
         self._guard, self._checkpoints = guard, checkpoints
         self._clock = _Clock()
         self._pending: tuple[int, Metrics] | None = None
         self._read_step = 0
+        self._has_compared = False
         self._skipped = 0
 
     def put(self, step: int, device_metrics: Metrics) -> None:
@@ -227,8 +256,17 @@ class _StepLog:
         self._pending = None
         scalars = self._fetch(step, device_metrics)
         rate = self._clock.rate(step, scalars["tokens"])
+        speed = self._use.of(rate)
         self._writer.write(step, scalars | {"tokens_per_second": rate})
-        self._progress.update(step, scalars, rate)
+        self._writer.write_timing(self._times.row(step, **speed))
+        self._progress.update(step, scalars, rate, speed)
+        seen = speed.get("peak_memory_gib", 0.0)
+        if seen and not self._has_compared and step >= _STEP_TO_COMPARE_MEMORY:
+            self._has_compared = True
+            planned = utilization.planned_memory(self._phase) / 2**30
+            self._progress.say(
+                f"memory: {seen:.1f} GiB of a device used, at most {planned:.1f} planned"
+            )
         if scalars.get("skipped", 0) > self._skipped:
             self._skipped = scalars["skipped"]
             self._progress.say(
@@ -464,7 +502,13 @@ def _announce(phase: phase_lib.Phase) -> None:
     if step is not None:
         of = f" of {num_steps:,}" if num_steps else ""
         resumed = f"resumes at step {step:,}{of} from {phase.folder}"
-    phase.announce(f"{adapters}{tokens:,} tokens a step, {steps_text}", resumed)
+    planned = utilization.planned_memory(phase) / 2**30
+    available = utilization.memory_of(phase.mesh.local_devices[0]) / 2**30
+    phase.announce(
+        f"{adapters}{tokens:,} tokens a step, {steps_text}, at most {planned:.1f} of "
+        f"{available:.1f} GiB a device by formula",
+        resumed,
+    )
 
 
 def _mixture_table(report: list[dict[str, Any]]) -> str:

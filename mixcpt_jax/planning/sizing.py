@@ -15,7 +15,6 @@ loaded:
 """
 
 import itertools
-import os
 from typing import Any, NamedTuple
 
 import jax
@@ -28,8 +27,8 @@ from mixcpt_jax.data import formats as format_lib
 from mixcpt_jax.data import sources
 from mixcpt_jax.data.corpus import Corpus
 from mixcpt_jax.models import pretrained, tokenizer, transformer
-from mixcpt_jax.planning import step_plan
-from mixcpt_jax.runtime import chips, terminal
+from mixcpt_jax.planning import step_plan, utilization
+from mixcpt_jax.runtime import terminal
 from mixcpt_jax.runtime.chips import GIB
 
 _STEP_TOKENS = (1024, 262_144)
@@ -229,14 +228,7 @@ def _devices(config: ml_collections.ConfigDict) -> tuple[tuple[int, int, int], f
     """The sizes of the mesh's axes, and the bytes of memory of a device."""
     devices = jax.devices()
     mesh = mesh_shape.mesh_shape(config.mesh, len(devices))
-    device = devices[0]
-    if chip := chips.of_device_kind(device.device_kind):
-        return mesh, chip.hbm_bytes
-    if device.platform != "cpu" and (stats := device.memory_stats()):
-        return mesh, stats["bytes_limit"]
-    # Virtual CPU devices share the memory of their host.
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return mesh, pages / jax.local_device_count()
+    return mesh, utilization.memory_of(devices[0])
 
 
 def _num_tokens(config: ml_collections.ConfigDict) -> float:

@@ -21,6 +21,7 @@ from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import paths
 from mixcpt_jax.reporting import changes, figures, run_records
 from mixcpt_jax.reporting.run_records import Arm
+from mixcpt_jax.runtime import timing
 
 # Suffix of the key in the results, label, format of a value and of a change.
 MEASURES = (
@@ -136,6 +137,14 @@ def _facts(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     )
     yield "Devices", joined(e.get("devices", "") for e in environments)
     yield "Time", _duration(sum(arm.results.get("seconds", 0) for arm in arms))
+    yield (
+        "Goodput",
+        joined(
+            f"{arm.name}: {shares}"
+            for arm in arms
+            if (shares := timing.describe(timing.spent(arm.timing)))
+        ),
+    )
     started = min((e["started"] for e in environments if "started" in e), default="")
     yield "Started", started.replace("T", " ").replace("+00:00", " UTC")
 

@@ -13,7 +13,7 @@ from etils import epath
 from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.core.small_files import OBJECT
-from mixcpt_jax.runtime import metrics
+from mixcpt_jax.runtime import metrics, record
 
 _REMEDY = "restore it from a copy, or move it away"
 
@@ -89,6 +89,7 @@ class Arm:
       phase: its name in the config.
       config, results, provenance: the JSON files.
       rows, samples: the lines of `metrics.jsonl` and `samples.jsonl`.
+      timing: the rows of `timing.jsonl`.
       items: step -> measure -> what `items.jsonl` holds.
     """
 
@@ -101,6 +102,7 @@ class Arm:
     provenance: dict[str, Any]
     rows: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    timing: list[dict[str, Any]]
     items: dict[int, dict[str, np.ndarray]]
 
     @property
@@ -187,6 +189,7 @@ def load(runs: Sequence[str]) -> list[Arm]:
                     or {k: results[k] for k in ("start", "files") if k in results},
                     rows=metrics.read(place, metrics.FILE),
                     samples=metrics.read(place, metrics.SAMPLES_FILE),
+                    timing=record.read_timing(place),
                     items={
                         row["step"]: {
                             k: np.array(v, float) for k, v in row["items"].items()

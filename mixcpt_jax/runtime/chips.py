@@ -1,4 +1,4 @@
-"""Peak figures of TPU chips.
+"""Peak figures of chips.
 
 Peaks and bandwidths are those of Google's system architecture pages and of "How to Scale
 Your Model" (jax-ml.github.io/scaling-book); usable memory is the compiler's figure.
@@ -47,6 +47,27 @@ CHIPS = (
     Chip("v5p", "TPU v5", 459e12, 2765e9, int(95.74 * GIB), 90e9, 4, 1.75e9),
     Chip("v6e", "TPU v6 lite", 918e12, 1638e9, int(31.25 * GIB), 90e9, 16, 1.75e9),
 )
+
+
+# Dense bfloat16 FLOPs per second by the manufacturer's data sheets; a device kind begins
+# with the name. The first match counts.
+_GPU_FLOPS = (
+    ("NVIDIA B200", 2250e12),
+    ("NVIDIA GH200", 989e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA A100", 312e12),
+    ("NVIDIA L40S", 362e12),
+    ("NVIDIA L4", 121e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 FLOPs per second of a kind of device; None if it is not known."""
+    if chip := of_device_kind(device_kind):
+        return chip.flops
+    return next((f for name, f in _GPU_FLOPS if device_kind.startswith(name)), None)
 
 
 def of_topology(topology: str) -> Chip:

@@ -28,7 +28,7 @@ from rich import progress as rich_progress
 from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core import text as text_lib
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.runtime import lease, record, terminal
+from mixcpt_jax.runtime import lease, record, terminal, timing
 
 FILE = record.METRICS
 SAMPLES_FILE = record.SAMPLES
@@ -98,7 +98,11 @@ class Writer:
         # The files are written from these rows and are not read again.
         self._rows = record.restore(workdir, resume_step, {})
         file = workdir / FILE
-        self._file = _Upload(file) if paths.is_remote(file) else _Lines(file)
+        self._file = _lines_of(file)
+        # A kill may have cut the last row short.
+        times = "".join(map(record.text_of, record.read_timing(workdir)))
+        paths.replace(workdir / record.TIMING, times)
+        self._timing = _lines_of(workdir / record.TIMING)
         if config.tensorboard:
             folder = workdir / "tensorboard"
             if paths.is_remote(folder):
@@ -124,6 +128,7 @@ class Writer:
             self.save()
         if self._file:
             self._file.close()
+            self._timing.close()
         for copy in self._copies.values():
             copy.close()
         if self._to_upload:
@@ -138,6 +143,7 @@ class Writer:
         if self._file:
             self._check(must_ask=True)
             self._file.flush()
+            self._timing.flush()
         for copy in self._copies.values():
             copy.put(lambda place: place.flush())
         for copy in self._copies.values():
@@ -161,6 +167,20 @@ class Writer:
         self._file.write(record.text_of(self._rows[FILE][-1]))
         for copy in self._copies.values():
             copy.put(lambda place: place.write(step, scalars))
+
+    def write_timing(self, row: Mapping[str, Any]) -> None:
+        """Adds a row to `timing.jsonl`; its numbers go to the copies as `timing/...`."""
+        if not self._file:
+            return
+        self._check()
+        self._timing.write(record.text_of(row))
+        numbers = {
+            f"timing/{key}": value
+            for key, value in row.items()
+            if key not in ("step", "began", "time", "seconds")
+        }
+        for copy in self._copies.values() if numbers else ():
+            copy.put(lambda place: place.write(row["step"], numbers))
 
     def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
         """Adds values per item to `items.jsonl`; their means are the step's measures.
@@ -375,6 +395,10 @@ class _Lines:
         self._file.close()
 
 
+def _lines_of(path: epath.Path) -> "_Lines | _Upload":
+    return _Upload(path) if paths.is_remote(path) else _Lines(path)
+
+
 class _Upload(io.StringIO):
     """The content of an object in a bucket; objects cannot be appended to.
 
@@ -440,13 +464,19 @@ class Progress:
         self._bar.stop()
 
     def update(
-        self, step: int, scalars: Mapping[str, float], tokens_per_second: float
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        tokens_per_second: float,
+        speed: Mapping[str, float],
     ) -> None:
         """Shows a finished step; its scalars become fields of a cluster's log."""
         # If nothing in a step contributes to the loss, there is no loss.
         reached = f"loss {scalars['loss']:.4f}" if "loss" in scalars else "no loss"
         if math.isfinite(tokens_per_second):  # unknown after the first step
             reached += f" {tokens_per_second:,.0f} tokens/s"
+        if math.isfinite(speed.get("mfu", math.nan)):
+            reached += f", MFU {speed['mfu']:.0%}"
         reached += self._pace.left(step)
         self._bar.update(self._task, completed=step, reached=reached)
         if self._console.is_terminal or not self._enabled:
@@ -454,7 +484,7 @@ class Progress:
         if self._pace.is_due() or step == self._num_steps or terminal.is_json():
             text = f"{self._name} {step}/{self._num_steps} {reached}"
             rate = {"tokens_per_second": tokens_per_second}
-            self.say(text, step=step, **scalars, **rate)
+            self.say(text, step=step, **scalars, **rate, **speed)
 
     @contextlib.contextmanager
     def measuring(self, num_batches: int) -> Iterator[Callable[[int], None]]:
@@ -505,7 +535,7 @@ class _Pace:
         if done in (first_done, self._total):
             return ""
         pace = (now - first_time) / (done - first_done)
-        return f", {_duration(pace * (self._total - done))} left"
+        return f", {timing.duration(pace * (self._total - done))} left"
 
     def is_due(self) -> bool:
         now = time.monotonic()
@@ -513,13 +543,6 @@ class _Pace:
             return False
         self._next_line = now + _SECONDS_BETWEEN_LINES
         return True
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _rich_bar(

@@ -19,6 +19,7 @@ from mixcpt_jax.core.errors import InputError
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 ITEMS = "items.jsonl"
+TIMING = "timing.jsonl"  # of this process's work, so no checkpoint holds a copy
 
 Row = dict[str, Any]
 
@@ -30,6 +31,13 @@ _SHAPES: dict[str, small_files.Shape] = {
         "answer": str,
     },
     ITEMS: {"step": int, "items": {str: [(float, None)]}},
+    TIMING: {
+        "step": int,
+        "began": float,
+        "time": float,
+        "seconds": {str: float},
+        str: float,
+    },
 }
 _REMEDY = (
     "run the command that wrote it, which restores it from a checkpoint, or put back a "
@@ -46,6 +54,14 @@ def read(workdir: epath.Path, name: str = METRICS) -> list[Row]:
     rows, damage = _read(workdir / name)
     if damage:
         raise InputError(damage)
+    return rows
+
+
+def read_timing(workdir: epath.Path) -> list[Row]:
+    """The rows of `timing.jsonl` before the first damaged one; no run needs them."""
+    rows, damage = _read(workdir / TIMING)
+    if damage:
+        logging.warning("%s; it and the rows after it are left out", damage)
     return rows
 
 
