@@ -287,7 +287,7 @@ def run(
     from mixcpt_jax import config as config_lib
     from mixcpt_jax.core import paths
     from mixcpt_jax.jobs import evaluate, export, generate, merge, select, train
-    from mixcpt_jax.runtime import hosts
+    from mixcpt_jax.runtime import compiled, hosts
     from mixcpt_jax.training import phase
 
     jobs = {
@@ -302,6 +302,7 @@ def run(
     for name, phase_config in configs.items():
         with _naming(name, config):
             config_lib.validate(phase_config, jax.device_count())
+    compiled.keep(config.runtime.compilation_cache, workdir)
     folders = {name: phase_folder(config, workdir, name) for name in configs}
     results = {}
     with hosts.owning(paths.absolute(workdir)):

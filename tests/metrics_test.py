@@ -229,15 +229,15 @@ def test_a_terminal_shows_steps_and_what_is_measured(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
     monkeypatch.setenv("COLUMNS", "120")
     with metrics.Progress("cpt", 0, 4, enabled=True) as progress:
-        progress.update(1, {"loss": 2.0}, math.nan, {})
+        progress.update(1, {"loss": 2.0}, math.nan)
         time.sleep(0.3)  # ten frames a second
-        progress.update(2, {"loss": 1.5}, 1000.0, {})
+        progress.update(2, {"loss": 1.5}, 1000.0)
         with progress.measuring(7) as show:
             show(3)
             time.sleep(0.3)  # ten frames a second
-        progress.update(3, {"loss": 1.25}, 1000.0, {})
+        progress.update(3, {"loss": 1.25}, 1000.0)
         time.sleep(0.3)
-        progress.update(4, {"loss": 1.0}, 1000.0, {})
+        progress.update(4, {"loss": 1.0}, 1000.0)
     shown = re.sub(r"\x1b\[[\d;?]*\w", "", capsys.readouterr().err)
     for text in (
         "1/4 loss 2.0000",

@@ -383,6 +383,14 @@ def bounded_config() -> ml_collections.ConfigDict:
     config.export = ml_collections.ConfigDict(
         {"dtype": one_of("bfloat16", "float32", "float16")}
     )
+    config.runtime = ml_collections.ConfigDict(
+        {
+            # Folder for compiled programs, so that a resumed run does not compile again;
+            # "off"; or "auto": on TPUs and GPUs, a folder of the user's cache, or of the
+            # workdir if that is in a bucket. JAX_COMPILATION_CACHE_DIR takes precedence.
+            "compilation_cache": "auto",
+        }
+    )
     config.metrics = ml_collections.ConfigDict(
         {
             "tensorboard": True,

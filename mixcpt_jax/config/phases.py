@@ -19,6 +19,7 @@ _PHASE = re.compile(r"(?:^|(?<=,)|(?<=, ))phase:")
 FREE_ON_RESUME = (
     "mesh",
     "metrics",
+    "runtime",
     # The weights may move; their identity is in the provenance.
     "model.path",
     "model.remat",

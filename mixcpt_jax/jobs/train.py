@@ -259,7 +259,7 @@ class _StepLog:
         speed = self._use.of(rate)
         self._writer.write(step, scalars | {"tokens_per_second": rate})
         self._writer.write_timing(self._times.row(step, **speed))
-        self._progress.update(step, scalars, rate, speed)
+        self._progress.update(step, scalars, rate, **speed)
         seen = speed.get("peak_memory_gib", 0.0)
         if seen and not self._has_compared and step >= _STEP_TO_COMPARE_MEMORY:
             self._has_compared = True

@@ -468,7 +468,7 @@ class Progress:
         step: int,
         scalars: Mapping[str, float],
         tokens_per_second: float,
-        speed: Mapping[str, float],
+        **speed: float,
     ) -> None:
         """Shows a finished step; its scalars become fields of a cluster's log."""
         # If nothing in a step contributes to the loss, there is no loss.
