@@ -2,6 +2,7 @@ import ast
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import unicodedata
 import warnings
 
 import hypothesis
+import mixture_test
 import pytest
 from _pytest.logging import LogCaptureHandler
 from absl import logging
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from mixcpt_jax.cli import chat, command
 from mixcpt_jax.core import text
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import mixture, token_cache_writer
 from mixcpt_jax.runtime import metrics, terminal
 
 SCRIPT = """
@@ -192,6 +195,63 @@ def test_every_path_to_the_terminal_escapes_and_cuts(streams, path, encoding, is
         assert is_safe(shown)
         assert len(shown) < 5000
         assert not any(line.startswith("error: fake") for line in shown.splitlines())
+
+
+def log_bad(value):
+    if multiprocessing.parent_process():
+        logging.warning("%s", BAD)
+    return value
+
+
+class _Rows:
+    """The rows of a source, each of which logs a warning."""
+
+    def __init__(self, rows):
+        self._rows = rows
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["_rows"], name)
+
+    def __getitem__(self, number):
+        return log_bad(self._rows[number])
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getstate__(self):
+        return self._rows
+
+    def __setstate__(self, rows):
+        self._rows = rows
+
+
+def pool():
+    with token_cache_writer._pool(1) as in_order:
+        list(in_order(log_bad, [0]))
+
+
+def loader():
+    rows = _Rows(mixture_test._rows([30] * 4, 16))
+    next(iter(mixture.mixture([rows], 1, 0, num_workers=1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begin", [pool, loader])
+@pytest.mark.parametrize("is_json", [False, True])
+def test_logs_of_worker_processes_are_escaped_and_cut(
+    capfd, monkeypatch, begin, is_json
+):
+    monkeypatch.setattr(terminal, "is_json", lambda: is_json)
+    begin()
+    found = [line for line in capfd.readouterr().err.splitlines() if "fake" in line]
+    assert found
+    for line in found:
+        assert is_safe(line)
+        assert len(line) < 1000
+        if is_json:
+            assert json.loads(line)["severity"] == "WARNING"
+        else:
+            assert line.startswith("warning: a\\x1b[2J\\rerror: fake")
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

@@ -14,6 +14,7 @@ prompt. A pair lies in one row, as two consecutive pieces.
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import math
 import multiprocessing
@@ -31,6 +32,7 @@ from mixcpt_jax.data.formats import Examples
 from mixcpt_jax.data.interleave import Interleaving
 from mixcpt_jax.data.teacher_cache import TeacherRows
 from mixcpt_jax.data.token_cache import PreparedExamples
+from mixcpt_jax.runtime import terminal
 
 STRATEGIES = ("best_fit", "split")
 
@@ -621,13 +623,17 @@ def mixture(
     # Workers take turns batch by batch. This comes after all transformations of the stream.
     return dataset.mp_prefetch(
         grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2),
-        _end_with_parent,
+        functools.partial(_begin_worker, terminal.is_json()),
     )
 
 
-def _end_with_parent(worker: int, num_workers: int) -> None:
-    """Ends a worker with its parent: grain's outlive a parent that is killed."""
+def _begin_worker(is_json: bool, worker: int, num_workers: int) -> None:
+    """Prepares a worker process: its output, and its end.
+
+    It ends with its parent, because grain's workers outlive a parent that is killed.
+    """
     del worker, num_workers
+    terminal.begin_worker(is_json)
 
     def wait() -> None:
         multiprocessing.parent_process().join()

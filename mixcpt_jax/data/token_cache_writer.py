@@ -148,7 +148,9 @@ def _pool(num_workers: int) -> Iterator[corpus_lib.InOrder]:
     # There is one process per core, so threads within a process would only compete.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context) as executor:
+    with ProcessPoolExecutor(
+        num_workers, context, terminal.begin_worker, (terminal.is_json(),)
+    ) as executor:
 
         def in_order(function, items: Iterable) -> Iterator[tuple[Any, Any]]:
             ahead = collections.deque()

@@ -119,6 +119,19 @@ def take_logs() -> None:
     sys.excepthook = _say_end
 
 
+def begin_worker(is_json: bool) -> None:
+    """Lets this process, which works for another one, print as that one does.
+
+    Args:
+      is_json: what `is_json` returns in the other process.
+    """
+    take_any_text()
+    if is_json:
+        use_json()
+    logging.getLogger().handlers = []  # of libraries that the process has imported
+    take_logs()
+
+
 class _Handler(logging.Handler):
     """Prints log records; each warning once, because phases read the same text again."""
 
