@@ -15,19 +15,25 @@ class Arm:
       label: for tables.
       domain: objective weights on domain documents.
       general: objective weights on the general text; None: there is none.
-      replay: the general text is documents instead of instructions.
+      text: what the general text is: "questions" and answers, and preference pairs;
+        "documents"; "samples" of the start; or "comprehension", the documents of the
+        domain with questions and answers that rules make of them.
       share: of the domain in the tokens, if there is general text.
       lora_rank: of adapters; 0: all weights are trained.
       rate_scale: multiplies the learning rates of the sweep.
+      token_weighting: the factor on next-token prediction at each token.
+      is_merged: weights between the start and the end are measured too.
     """
 
     label: str
     domain: dict[str, float]
     general: dict[str, float] | None = None
-    replay: bool = False
+    text: str = "questions"
     share: float = 0.5
     lora_rank: int = 0
     rate_scale: float = 1.0
+    token_weighting: str = "none"
+    is_merged: bool = False
 
     @property
     def domain_share(self) -> float:
@@ -61,7 +67,9 @@ ARMS = {
     "lssd20_ntp": Arm(
         "domain 0.8 NTP + 0.2 LSSD, general NTP", {"ntp": 0.8, "lssd": 0.2}, NTP
     ),
-    "replay": Arm("domain and general documents, NTP (replay)", NTP, NTP, replay=True),
+    "replay": Arm(
+        "domain and general documents, NTP (replay)", NTP, NTP, text="documents"
+    ),
     "lora_lssd20": dataclasses.replace(
         _everywhere("mixture, 0.8 NTP + 0.2 LSSD, LoRA", ntp=0.8, lssd=0.2),
         lora_rank=16,
@@ -81,6 +89,39 @@ ARMS = {
     "selective": _everywhere(
         "mixture, NTP where the teacher is wrong, else KL", selective=1.0
     ),
+    # No general data: samples of the start, by plain distillation.
+    "self_replay": Arm("domain NTP, own samples KL", NTP, {"kd": 1.0}, text="samples"),
+    "self_replay_lssd20": Arm(
+        "domain 0.8 NTP + 0.2 LSSD, own samples KL",
+        {"ntp": 0.8, "lssd": 0.2},
+        {"kd": 1.0},
+        text="samples",
+    ),
+    "comprehension": Arm(
+        "domain documents and questions about them by rules, NTP",
+        NTP,
+        NTP,
+        text="comprehension",
+    ),
+}
+
+
+def _variant(arm: str, words: str, **changes) -> Arm:
+    """An arm that differs from another in some fields."""
+    label = f"{ARMS[arm].label}, {words}"
+    return dataclasses.replace(ARMS[arm], label=label, **changes)
+
+
+ARMS |= {
+    f"{arm}_{name}": _variant(arm, f"weighted by {words}", token_weighting=weighting)
+    for arm in ("plain", "mixture_ntp")
+    for name, words, weighting in (
+        ("teacher", "the teacher's probability", "teacher_probability"),
+        ("excess", "excess loss", "excess_loss"),
+    )
+} | {
+    f"{arm}_merged": _variant(arm, "merged with the start", is_merged=True)
+    for arm in ("plain", "mixture_lssd20")
 }
 
 

@@ -110,10 +110,10 @@ def run(
     """Runs or resumes a cell's phases, and returns its record.
 
     The record has the cell's fields, the digest of its config, and hashes of the data of
-    the first phase. For each phase it has the measures at its end, its seconds and speed,
-    and its answers, if any, as lists of (prompt, answer). For each exam and cloze in
-    `questions` it also has the outcome of every question at the end of each phase: "1"
-    if it is correct, else "0".
+    the first phase after generation. For each phase it has the measures at its end, its
+    seconds and speed, the curve of a merge, what a generation wrote, and its answers, if
+    any, as lists of (prompt, answer). For each exam and cloze in `questions` it also has
+    the outcome of every question at the end of each phase: "1" if it is correct, else "0".
     """
     # Imported here, because the main process does not need jax.
     import jax
@@ -138,8 +138,9 @@ def run(
         name: _phase_record(pathlib.Path(folder), results[key], questions)
         for name, (key, folder) in zip(names, folders.items(), strict=True)
     }
-    first = pathlib.Path(next(iter(folders.values())))
-    files = json.loads((first / "provenance.json").read_text())["files"]
+    first = next(folder for name, folder in folders.items() if name != "generate")
+    provenance = pathlib.Path(first, "provenance.json").read_text()
+    files = json.loads(provenance)["files"]
     return record | {
         "data": {name: "".join(hashes.values()) for name, hashes in files.items()},
         "phases": phases,
@@ -150,13 +151,11 @@ def run(
 def _phase_record(
     folder: pathlib.Path, result: Record, questions: Iterable[str]
 ) -> Record:
-    keys = ("after", "seconds", "tokens_per_second", "selection")
+    keys = ("seconds", "tokens_per_second", "selection", "generated")
     record = {key: result[key] for key in keys if result.get(key) is not None}
-    record["after"] = {
-        key: float(f"{value:.5g}")
-        for key, value in record.get("after", {}).items()
-        if not key.endswith(("/perplexity", "step"))
-    }
+    record["after"] = _rounded(result.get("after") or {})
+    if "curve" in result:
+        record["curve"] = [_rounded(row) for row in result["curve"]]
     samples = folder / "samples.jsonl"
     if samples.exists():
         rows = [json.loads(line) for line in samples.read_text().splitlines()]
@@ -173,6 +172,14 @@ def _phase_record(
             name: "".join(map(str, _answered(measured, name))) for name in questions
         }
     return record
+
+
+def _rounded(measures: dict[str, float]) -> dict[str, float]:
+    return {
+        key: float(f"{value:.5g}")
+        for key, value in measures.items()
+        if not key.endswith(("/perplexity", "step"))
+    }
 
 
 def _answered(items: dict[str, list[float]], name: str) -> list[int]:

@@ -17,6 +17,27 @@ from mixcpt_jax import config as config_lib
 
 ROW_LENGTH, BATCH_SIZE = 128, 16
 GENERAL = ("instructions", "preferences")
+# General text of an arm -> its sources: (name, file, format, part of the text). `GENERATED`
+# is the folder of a phase before training.
+GENERATED = "phase:generate/generated"
+SOURCES = {
+    "questions": (
+        ("instructions", "instructions.jsonl", "instruction", 0.6),
+        ("preferences", "preferences.jsonl", "preference", 0.4),
+    ),
+    "documents": (("replay", "rehearsed_documents.jsonl", "document", 1.0),),
+    "samples": (("samples", GENERATED, "document", 1.0),),
+    "comprehension": (("comprehension", GENERATED, "document", 1.0),),
+}
+# What the phase "generate" writes for it. The samples are about as many tokens as the
+# questions of the mixture.
+GENERATE = {
+    "samples": {"kind": "replay", "num_tokens": 40_000, "max_new_tokens": ROW_LENGTH},
+    "comprehension": {
+        "kind": "comprehension", "source": "domain", "num_tokens": 10**6,
+    },
+}  # fmt: skip
+MERGED_SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,23 +159,33 @@ def _arm(config, cell: Cell, arm: arms.Arm) -> ml_collections.ConfigDict:
         weight=share,
         **arms.source_weights(arm.domain),
     )
-    mixed = {"replay": 1.0} if arm.replay else {"instructions": 0.6, "preferences": 0.4}
-    for name, part in mixed.items():
-        format = {"instructions": "instruction", "preferences": "preference"}.get(
-            name, "document"
-        )
-        file = "rehearsed_documents" if arm.replay else name
+    for name, file, format, part in SOURCES[arm.text]:
         sources[name] = config_lib.source(
-            path=f"{cell.world}/{file}.jsonl",
+            path=file if file == GENERATED else f"{cell.world}/{file}",
             format=format,
             weight=(1 - share) * part if has_mixture else 0.0,
             **arms.source_weights(arm.general or arms.NTP),
         )
+    config.objective.token_weighting = arm.token_weighting
     config.optimizer.learning_rate = cell.rate * arm.rate_scale
     # Every arm reads the same tokens of the domain.
     config.train.num_steps = round(cell.domain_steps / share)
     config.lora.rank = arm.lora_rank
     config.phases = ("cpt",)
+    if arm.text in GENERATE:
+        config.phases = ("generate", *config.phases)
+        config.overrides.generate = {
+            "job": "generate",
+            "generate": GENERATE[arm.text],
+            "eval": {"batch_size": 128},
+        }
+    if arm.is_merged:
+        config.phases = (*config.phases, "merge")
+        config.overrides.merge = {
+            "job": "merge",
+            "init_from": "phase:cpt",
+            "merge": {"shares": MERGED_SHARES},
+        }
     if cell.align:
         _align(config, cell)
     return config
@@ -193,7 +224,7 @@ def _align(config, cell: Cell) -> None:
     }
     only = {name: {"weight": 0.0} for name in sources}
     select = () if cell.rule == "first" else ("select",)
-    config.phases = ("cpt", *select, "sft", "dpo")
+    config.phases = (*config.phases, *select, "sft", "dpo")
     config.overrides.cpt = {"eval": {"prompts": ""}}
     config.overrides.sft = shared | {
         "init_from": "phase:cpt",

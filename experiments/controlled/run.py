@@ -36,7 +36,23 @@ OF_DOCUMENTS = (
     "lssd20_ntp",
     "replay",
 )
-PARTS = ("core", "arms", "selection", "shares", "narrow")
+# Arms of the part "keep", on the chat base: rates and number of seeds.
+KEEP_RATES = RATES[1:]
+KEEP = {
+    "plain_merged": (RATES[3:], 5),
+    "mixture_lssd20_merged": (RATES[3:], 5),
+    "self_replay": (KEEP_RATES, 5),
+    "self_replay_lssd20": (KEEP_RATES, 3),
+    "comprehension": (KEEP_RATES, 3),
+    "plain_teacher": (KEEP_RATES, 3),
+    "plain_excess": (KEEP_RATES, 3),
+    "mixture_ntp_teacher": (KEEP_RATES, 3),
+    "mixture_ntp_excess": (KEEP_RATES, 3),
+}
+# Rates at which every arm forgets, one seed.
+HIGH_RATES = (8e-3, 1.6e-2)
+HIGH = ("plain", "mixture_ntp", "mixture_lssd20", "ntp_kl", "self_replay")
+PARTS = ("core", "arms", "selection", "shares", "narrow", "keep", "high")
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -62,7 +78,7 @@ def plan(part: str, seed: int) -> Iterator[Cell]:
     elif part == "arms" and seed < 3:
         for base, arms in (("chat", ARMS), ("documents", OF_DOCUMENTS)):
             for arm in arms:
-                if arm not in CLAIMS:
+                if arm not in CLAIMS and arm not in KEEP:
                     yield from sweep(base, arm)
     elif part == "selection" and seed < 3:
         for arm in BEST:
@@ -78,6 +94,13 @@ def plan(part: str, seed: int) -> Iterator[Cell]:
     elif part == "narrow" and seed < 3:
         for arm in (*CLAIMS, "mixture_lssd20"):
             yield from sweep("narrow", arm)
+    elif part == "keep":
+        for arm, (rates, seeds) in KEEP.items():
+            if seed < seeds:
+                yield from sweep("chat", arm, rates)
+    elif part == "high" and seed == 0:
+        for arm in HIGH:
+            yield from sweep("chat", arm, HIGH_RATES)
 
 
 def run_cell(cell: Cell, workdir: str) -> cells.Record:
