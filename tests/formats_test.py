@@ -101,13 +101,17 @@ def test_fields_are_mapped():
 @pytest.mark.parametrize(
     ("name", "fields", "words"),
     [
-        ("document", {"body": "x", "id": "1"}, "no field 'text' (found: body, id)"),
+        ("document", {"words": "x", "id": "1"}, "no field 'text' (found: id, words)"),
         ("document", {"text": 3}, "field 'text' is of type int"),
         ("document", {"text": " \n"}, "field 'text' is blank"),
         ("instruction", {"instruction": "x"}, "no field 'output'"),
         ("instruction", {"prompt": "x"}, "no field 'response'"),
         ("instruction", {"instruction": "x", "input": 1, "output": "y"}, "'input'"),
-        ("instruction", {}, "no field 'instruction' (found: none)"),
+        (
+            "instruction",
+            {},
+            "no field 'messages', 'instruction' or 'prompt' (found: none",
+        ),
         ("preference", {"prompt": "x", "rejected": "y"}, "no field 'chosen'"),
         ("cloze", {"context": "x"}, "no field 'target' (found: context)"),
         ("cloze", {"context": " ", "target": "y"}, "field 'context' is blank"),
@@ -480,7 +484,7 @@ USER, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content":
         ({"messages": "x"}, "field 'messages' is of type str, must be a list of"),
         ({"messages": []}, "field 'messages' is empty, must be a list of"),
         ({"messages": [USER, "A"]}, "messages[1] is of type str, must be an object"),
-        ({"messages": [{"from": "human", "value": "Q"}]}, "keys ['from', 'value']"),
+        ({"messages": [{"speaker": "me", "says": "Q"}]}, "keys ['says', 'speaker']"),
         ({"messages": [USER, REPLY | {"role": "bot"}]}, "messages[1].role is 'bot'"),
         ({"messages": [USER, REPLY | {"role": ["x"]}]}, "messages[1].role is ['x']"),
         ({"messages": [USER]}, "no message of the assistant"),

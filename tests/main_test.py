@@ -62,7 +62,7 @@ def jsonl(tmp_path, content):
 
 BAD_DATA = {
     "malformed": (b'{"text": "good"}\n{"text": \n', ["bad.jsonl:2", "not JSON"]),
-    "no field": (b'{"text": "good"}\n{"body": "x"}\n', ["bad.jsonl:2", "'text'"]),
+    "no field": (b'{"text": "good"}\n{"words": "x"}\n', ["bad.jsonl:2", "'text'"]),
     "empty": (b"", ["bad.jsonl", "no records"]),
     "encoding": (b'{"text": "good"}\n{"text": "\xff\xfe"}\n', ["bad.jsonl:2", "UTF-8"]),
 }

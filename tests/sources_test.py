@@ -754,12 +754,12 @@ def test_skipping_counts_files_lines_and_records_together(tmp_path, monkeypatch)
 
 
 def test_a_missing_field_is_reported_before_too_few_records_to_hold_out(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
+    (tmp_path / "a.jsonl").write_text('{"words": "a"}\n')
     source = config_lib.source(path=f"{tmp_path}/a.jsonl", holdout=16)
     read = corpus.Corpus(config_lib.default(), source)
     with pytest.raises(InputError, match="a.jsonl:1: .*'text'"):
         list(read.train_split())
-    source.fields = {"text": "body"}
+    source.fields = {"text": "words"}
     read = corpus.Corpus(config_lib.default(), source)
     with pytest.raises(InputError, match="cannot hold out 16 of the 1 .*NAME.holdout"):
         list(read.train_split())

@@ -428,7 +428,8 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     format: "document", "instruction" or "preference", as plain text; "chat";
       "chat_preference" for pairs; or "cloze", a context and a target that continues it,
       where only the target is trained on or measured.
-    fields: the record's field names, where they differ from the format's.
+    fields: the record's field names, where they differ from the format's and from those
+      that `data.layouts` recognises, as in {"text": "abstract"}; "a.b" is nested.
     preference_side: the answer that goes into the plain text: "chosen", "rejected" or
       "both".
     weight: share of the mixture's tokens, relative to the other sources.

@@ -21,9 +21,9 @@ InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[tuple[Any, An
 
 _RECORDS_PER_BLOCK = 256
 # Increment this whenever the same records and settings start to give different tokens.
-_VERSION = 3
+_VERSION = 4
 # Increment this whenever the choice of held-out records of a source changes.
-SPLIT_VERSION = 3
+SPLIT_VERSION = 4
 
 
 def one_by_one(function, items):

@@ -8,10 +8,11 @@ and the source reports their count.
 
 import itertools
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import layouts
 from mixcpt_jax.data.readers import Record
 
 _INSTRUCTION = (
@@ -21,7 +22,7 @@ _PREFERENCE = ("prompt", "chosen", "rejected", "system", "history")
 # Format -> the fields that it reads, by these names or those that `fields` maps them to.
 FIELDS = {
     "document": ("text",),
-    "instruction": _INSTRUCTION,
+    "instruction": ("messages", *_INSTRUCTION),
     "preference": _PREFERENCE,
     "cloze": ("context", "target"),
     "chat": ("messages", *_INSTRUCTION),
@@ -61,10 +62,14 @@ REFUSED = {
 }
 # Formats in which these fields are refused; in others they are unread.
 _DIALOGUES = ("instruction", "preference", "chat", "chat_preference")
+# Of these, the formats that write plain text, in which every token has a loss.
+_PLAIN = ("instruction", "preference")
 # Keys of a message that say whether its tokens are loss tokens: not with 0 or false.
 _WEIGHTS = (
     "weight", "train", "training", "trainable", "loss", "loss_weight",
 )  # fmt: skip
+# Types of the parts of a content that hold `text`.
+_TEXT_PARTS = ("text", "input_text", "output_text")
 # An id is not content; `selection` is what the job "select" wrote about the record.
 _SILENT = ("id", "selection")
 
@@ -76,17 +81,37 @@ class Reading:
 
     Attributes:
       place: where the record is from.
+      layout: the layout that was recognised, as text, or ''.
     """
 
-    def __init__(self, record: Record, fields: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        record: Record,
+        fields: Mapping[str, str] | None = None,
+        format: str = "",
+    ):
+        """Recognises the layout of the record, see `layouts.recognise`.
+
+        Args:
+          record: to read.
+          fields: our field -> the source's name for it, where they differ; "a.b" is the
+            value `b` in the object `a`.
+          format: that will read it; '': no layout is recognised.
+
+        Raises:
+          InputError: the layout is ambiguous.
+        """
         self.place = record.place
-        self._values = record.fields
-        self._names = dict(fields or {})
+        self._format = format
+        self._values = _unnested(record.fields, (fields or {}).values())
+        self._names, self.layout = layouts.recognise(
+            self._values, format, fields or {}, record.place
+        )
         self._read: set[str] = set()
         self._in_messages: set[str] = set()
 
-    def name(self, field: str) -> str:
-        """The source's name of a field."""
+    def name(self, field: str) -> str | None:
+        """The source's name of a field; None if the layout has no such field."""
         return self._names.get(field, field)
 
     def has(self, field: str) -> bool:
@@ -106,8 +131,10 @@ class Reading:
         """
         name = self.name(field)
         if name not in self._values:
+            hint = layouts.other_formats(self._values, self._format)
             raise InputError(
-                f"{self.place}: no field {name!r} (found: {self.found()}); map it, as in "
+                f"{self.place}: no field {name or field!r} (found: {self.found()}"
+                f"{hint and f'; {hint}'}); map it, as in "
                 "--config.sources.NAME.fields=\"{'text': 'body'}\""
             )
         value = self.get(field)
@@ -130,7 +157,7 @@ class Reading:
         return InputError(f"{self.place}: {problem}")
 
     def messages(self, field: str) -> list[Message]:
-        """A field that is a list of messages.
+        """A field that is a list of messages, one message, or an object of columns.
 
         Returns:
           One dict per message: `role` and `content`; `weight` 0 if the message has no
@@ -141,6 +168,8 @@ class Reading:
             `REFUSED`.
         """
         name, value = self.name(field), self.get(field)
+        if isinstance(value, dict):
+            value = _rows(value)
         if not isinstance(value, list) or not value:
             found = "empty" if value == [] else f"of type {type(value).__name__}"
             raise self.fail(
@@ -150,7 +179,8 @@ class Reading:
         return [self._message(m, f"{name}[{i}]") for i, m in enumerate(value)]
 
     def _message(self, message: Any, where: str) -> Message:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        keys = layouts.keys_of(message) if isinstance(message, dict) else None
+        if keys is None:
             found = (
                 f"has the keys {sorted(message)}"
                 if isinstance(message, dict)
@@ -158,18 +188,20 @@ class Reading:
             )
             raise self.fail(f"{where} {found}, must be an object with role and content")
         self._refuse(message, f"{where}.")
-        role = message["role"]
+        given, content, said = message[keys[0]], message[keys[1]], {}
+        role = layouts.role(given)
         if role not in ROLES:
-            raise self.fail(f"{where}.role is {role!r}; use one of {list(ROLES)}")
-        content, said = message["content"], {}
+            raise self.fail(f"{where}.{keys[0]} is {given!r}; use one of {list(ROLES)}")
         if isinstance(content, list):
-            said["parts"] = self._parts(content, f"{where}.content")
+            said["parts"] = self._parts(content, f"{where}.{keys[1]}")
             content = "\n".join(said["parts"])
-        check_text(content, f"{where}.content", self.place, role == "system")
-        others = message.keys() - {"role", "content", *_WEIGHTS, *_SILENT}
+        check_text(content, f"{where}.{keys[1]}", self.place, role == "system")
+        others = message.keys() - {*keys, *_WEIGHTS, *_SILENT}
         self._note(message, others)
         if not self._is_trained(message, where):
             said["weight"] = 0
+            if self._format in _PLAIN:
+                self._in_messages.add("messages.weight")
         return {"role": role, "content": content} | said
 
     def _parts(self, parts: list, where: str) -> list[str]:
@@ -177,7 +209,7 @@ class Reading:
         texts = []
         for number, part in enumerate(parts):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind != "text":
+            if kind not in _TEXT_PARTS:
                 raise self.fail(
                     f"{where}[{number}] is a part of type {kind!r}, must be 'text'; "
                     f"{_NO_TEXT}"
@@ -261,54 +293,75 @@ def cloze(reading: Reading) -> list[str]:
     return [reading.text(name) for name in FIELDS["cloze"]]
 
 
-def instruction(reading: Reading) -> tuple[list[Message], str]:
-    """The messages before a response, the question last, and the response."""
-    question, answer, other = "instruction", "output", "response"
-    if reading.has("prompt") and not reading.has("instruction"):
-        question, answer, other = "prompt", "response", "output"
-    parts = [reading.text(question)]
-    # Many instruction sets have a blank `input` in every record.
-    if extra := reading.optional_text("input"):
-        parts.append(extra)
-    is_other = reading.has(other) and not reading.has(answer)
-    response = reading.text(other if is_other else answer)
-    asked = {"role": "user", "content": SEPARATOR.join(parts)}
-    return _before(reading, [asked]), response
-
-
 def preference(reading: Reading, side: str) -> tuple[list[Message], list[str]]:
-    """The messages before an answer, and the answers of a side, all plain texts."""
+    """The messages before an answer, and the answers of a side, as plain texts."""
+    sides = PREFERENCE_SIDES[:2] if side == "both" else (side,)
+    if _has_messages(reading):
+        prompt, *answers = pair(reading)
+        texts = [SEPARATOR.join(m["content"] for m in answer) for answer in answers]
+        said = dict(zip(PREFERENCE_SIDES, texts, strict=False))
+        return prompt, [said[name] for name in sides]
     prompt = reading.text("prompt")
-    sides = ("chosen", "rejected") if side == "both" else (side,)
     answers = [reading.text(name) for name in sides]
     # The other side is left out on purpose, so do not report it as unread.
-    others = [reading.get(name) for name in ("chosen", "rejected")]
+    others = [reading.get(name) for name in PREFERENCE_SIDES[:2]]
     _check_apart(reading, prompt, others)
     return _before(reading, [{"role": "user", "content": prompt}]), answers
 
 
+def _has_messages(reading: Reading) -> bool:
+    """Whether one of the texts of a pair is a list of messages or a transcript."""
+    values = [reading.get(name) for name in ("prompt", *PREFERENCE_SIDES[:2])]
+    return any(
+        isinstance(value, (list, dict))
+        or (isinstance(value, str) and layouts.transcript(value) is not None)
+        for value in values
+    )
+
+
 def conversation(reading: Reading) -> list[Message]:
     """The messages of a conversation; the loss is on the assistant's."""
+    if not reading.has("messages"):
+        return _question_and_answer(reading)
     name = reading.name("messages")
-    if reading.has("messages"):
-        messages = reading.messages("messages")
-        if not any(is_loss_turn(message) for message in messages):
-            raise reading.fail(
-                f"field {name!r} has no message of the assistant, so it has no loss "
-                "tokens; drop the record"
-            )
-        if not _is_empty(reading.get("history")):
-            raise reading.fail(
-                f"has both {name!r} and {reading.name('history')!r}; join them into one"
-            )
-        return _before(reading, messages)
-    if not reading.has("instruction") and not reading.has("prompt"):
+    messages = reading.messages("messages")
+    if not any(is_loss_turn(message) for message in messages):
         raise reading.fail(
-            f"no field {name!r}, 'instruction' or 'prompt' (found: {reading.found()}); "
-            "map one, as in --config.sources.NAME.fields=\"{'prompt': 'question'}\""
+            f"field {name!r} has no message of the assistant, so it has no loss "
+            "tokens; drop the record"
         )
-    prompt, response = instruction(reading)
-    return [*prompt, {"role": "assistant", "content": response}]
+    if not _is_empty(reading.get("history")):
+        raise reading.fail(
+            f"has both {name!r} and {reading.name('history')!r}; join them into one"
+        )
+    return _before(reading, messages)
+
+
+def _question_and_answer(reading: Reading) -> list[Message]:
+    """The messages of a record with an instruction or a prompt, and its answer."""
+    question, answer, other = "instruction", "output", "response"
+    if reading.has("prompt") and not reading.has("instruction"):
+        question, answer, other = "prompt", "response", "output"
+    elif not reading.has("instruction"):
+        names = dict.fromkeys(map(reading.name, ("messages", "instruction", "prompt")))
+        *first, last = (repr(name) for name in names if name is not None)
+        raise reading.fail(
+            f"no field {', '.join(first)}{' or ' if first else ''}{last} (found: "
+            f"{reading.found()}); map one, as in "
+            "--config.sources.NAME.fields=\"{'prompt': 'question'}\""
+        )
+    asked = _messages_or_text(reading, question, "user")
+    # Many instruction sets have a blank `input` in every record.
+    if extra := reading.optional_text("input"):
+        last = asked[-1]["content"]
+        asked[-1] = {"role": "user", "content": SEPARATOR.join([last, extra])}
+    is_other = reading.has(other) and not reading.has(answer)
+    answered = _messages_or_text(reading, other if is_other else answer, "assistant")
+    if not any(map(is_loss_turn, answered)):
+        raise reading.fail(
+            f"field {reading.name(answer)!r} has no answer; drop the record"
+        )
+    return [*_before(reading, asked), *answered]
 
 
 def prompt(reading: Reading) -> list[Message]:
@@ -403,9 +456,15 @@ def _answer(reading: Reading, side: str) -> list[Message]:
 
 
 def _messages_or_text(reading: Reading, field: str, role: str) -> list[Message]:
-    if isinstance(reading.get(field), list):
+    """A field that is a list of messages, a transcript, or the text of one message."""
+    if isinstance(reading.get(field), (list, dict)):
         return reading.messages(field)
-    return [{"role": role, "content": reading.text(field, "a list or ")}]
+    text = reading.text(field, "a list or ")
+    messages = layouts.transcript(text) or [{"role": role, "content": text}]
+    for message in messages:
+        name = f"a turn of field {reading.name(field)!r}"
+        check_text(message["content"], name, reading.place)
+    return messages
 
 
 def _shared_prompt(chosen: list[Message], rejected: list[Message]) -> list[Message]:
@@ -497,6 +556,30 @@ def _exchange(reading: Reading, value: Any, where: str) -> list[Message]:
         {"role": role, "content": text}
         for role, text in zip(("user", "assistant"), value, strict=True)
     ]
+
+
+def _unnested(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Moves values in objects, named such as "a.b", to the top."""
+    for name in names:
+        outer, _, inner = name.partition(".")
+        if name in values or not isinstance(values.get(outer), dict):
+            continue
+        found = _unnested(values[outer], [inner])
+        if inner in found:
+            rest = {key: value for key, value in found.items() if key != inner}
+            values = values | {outer: rest, name: found[inner]}
+    return values
+
+
+def _rows(value: dict[str, Any]) -> list[Any]:
+    """The messages of an object of columns, or the only message."""
+    columns = value.values()
+    if not columns or not all(isinstance(column, list) for column in columns):
+        return [value]
+    lengths = set(map(len, columns))
+    if len(lengths) > 1:
+        return [value]
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _is_empty(value: Any) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import fields as fields_lib
-from mixcpt_jax.data import long_texts
+from mixcpt_jax.data import layouts, long_texts
 from mixcpt_jax.data.fields import FIELDS, PREFERENCE_SIDES, SEPARATOR
 from mixcpt_jax.data.readers import OnBad
 from mixcpt_jax.data.sources import Record
@@ -158,21 +158,20 @@ def encode(
       records: see `sources.read`; they are read once and not kept.
       format: how to write a record, from the fields in `fields.FIELDS`:
         'document': its `text`;
-        'instruction': `system`, the questions and answers of `history`, `instruction`
-        and `input`, where present, and `output`, or `prompt` and `response`, separated by
-        blank lines;
+        'instruction': the messages of 'chat', separated by blank lines, without roles;
         'preference': `prompt` and the answer of `preference_side`, joined the same way;
         'cloze': `context` and `target` with nothing between; only the target's tokens are
         loss tokens and no end follows, see `encode_continuations`;
         'chat': `messages`, a list of `{role, content}` whose role is system, user or
         assistant and whose content is a text or a list of text parts, after the `system`
-        message if there is one; without `messages`, the fields of 'instruction' as
-        messages;
+        message if there is one; or the questions and answers of `history`, `instruction`
+        and `input`, where present, and `output`, or `prompt` and `response`;
         'chat_preference': two examples per record, see `chat_pair`. Pairs of equal answers
         are dropped and counted.
       tokenizer: has `encode_batch`, `add_bos`, `bos_id` and `end_of_document_id`; for
         'chat' `encode_chat`.
-      fields: our field name -> the source's name for it, where they differ.
+      fields: our field name -> the source's name for it, where they differ and
+        `layouts.recognise` does not find it.
       preference_side: 'chosen', 'rejected', or 'both' for two examples per record.
       tally: counts findings; if None, dropped records and characters are logged.
       on_bad_record: 'refuse', or 'skip' to leave out and count bad records.
@@ -230,12 +229,14 @@ class Said(NamedTuple):
       texts: all texts, in order, one per field or message.
       parts: as `fields` reads the format.
       unread: names of the fields that are not in the texts.
+      layout: the layout that was recognised, as text, or ''.
       left_out: why a good record gives no example, or ''.
     """
 
     texts: list[str]
     parts: Any
     unread: list[str]
+    layout: str = ""
     left_out: str = ""
 
 
@@ -243,20 +244,17 @@ def _read(
     record: Record, format: str, fields: Mapping[str, str] | None, side: str
 ) -> Said:
     _check_settings(format, fields or {}, side)
-    reading = fields_lib.Reading(record, fields)
+    reading = fields_lib.Reading(record, fields, format)
     left_out = ""
     match format:
         case "document":
             texts = parts = fields_lib.document(reading)
         case "cloze":
             texts = parts = fields_lib.cloze(reading)
-        case "instruction":
-            messages, response = parts = fields_lib.instruction(reading)
-            texts = [*_contents(messages), response]
         case "preference":
             messages, answers = parts = fields_lib.preference(reading, side)
             texts = [*_contents(messages), *answers]
-        case "chat":
+        case "instruction" | "chat":
             parts = fields_lib.conversation(reading)
             texts = _contents(parts)
         case "chat_preference":
@@ -264,7 +262,8 @@ def _read(
             texts = [text for messages in parts for text in _contents(messages)]
             if not fields_lib.prefers(*parts[1:]):
                 left_out = "no_preference"
-    return Said(texts, parts, reading.unread(format, texts), left_out)
+    unread = reading.unread(format, texts)
+    return Said(texts, parts, unread, reading.layout, left_out)
 
 
 def _contents(messages: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -285,6 +284,7 @@ def _checked(
             tally.leave_out(said.left_out, record.place)
             continue
         tally.leave_unread(said.unread, record.place)
+        tally.read_by(said.layout, record.place)
         yield said, record.place
 
 
@@ -443,13 +443,12 @@ def passages(
     match format:
         case "document" | "cloze":
             return Passages(["".join(parts)], [])
-        case "chat":
+        case "instruction" | "chat":
             prompt, answers = [], [parts]
         case "chat_preference":
             prompt, *answers = parts
-        case _:
+        case "preference":
             prompt, texts = parts
-            texts = [texts] if isinstance(texts, str) else texts
             answers = [[{"role": "assistant", "content": text}] for text in texts]
     found = [_passages_of([*prompt, *answer], len(prompt)) for answer in answers]
     return Passages(
@@ -480,13 +479,16 @@ def said_in(
     It is the same for 'instruction' and 'chat', and for 'preference' and
     'chat_preference', and empty if no field is there.
     """
-    kin = {"instruction": "chat", "preference": "chat_preference"}
+    kin = {"instruction": "chat", "preference": "chat_preference"}.get(format, format)
+    try:
+        reading = fields_lib.Reading(record, fields, kin)
+    except InputError:  # it can be read in two ways, so it is not used
+        return ""
     texts = []
-    for name in FIELDS[kin.get(format, format)]:
-        value = record.fields.get((fields or {}).get(name, name))
+    for name in FIELDS[kin]:
+        value = record.fields.get(reading.name(name) or name)
         if isinstance(value, list):
-            contents = [m.get("content") if isinstance(m, dict) else m for m in value]
-            value = SEPARATOR.join(map(str, contents))
+            value = SEPARATOR.join(str(layouts.content(entry)) for entry in value)
         if value:
             texts.append(str(value))
     return SEPARATOR.join(texts)
@@ -553,8 +555,6 @@ def prompt_and_response(
             "'preference' or 'chat'"
         )
     parts = _read(record, format, fields, "chosen").parts
-    if format == "instruction":
-        return parts
     if format == "preference":
         prompt, [response] = parts
         return prompt, response

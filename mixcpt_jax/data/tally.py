@@ -14,7 +14,7 @@ from absl import logging
 
 from mixcpt_jax.core.errors import InputError
 
-KINDS = ("left_out", "unread", "lost", "spelt", "without_loss")
+KINDS = ("layouts", "left_out", "unread", "lost", "spelt", "without_loss")
 # Special tokens that texts often contain, even if the vocabulary lacks them: ends of
 # documents in concatenated files, and tags of chats that were saved as text.
 _USUAL = (
@@ -35,6 +35,7 @@ class Tally:
     """Counts of one source.
 
     Attributes:
+      layouts: layout that was recognised, with its field map -> number of records.
       left_out: reason -> number of records.
       unread: field -> number of records that have it and whose text lacks its value.
       lost: character that the vocabulary drops -> number of occurrences.
@@ -46,6 +47,7 @@ class Tally:
     """
 
     def __init__(self, keeps_places: bool = False):
+        self.layouts: collections.Counter[str] = collections.Counter()
         self.left_out: collections.Counter[str] = collections.Counter()
         self.unread: collections.Counter[str] = collections.Counter()
         self.lost: collections.Counter[str] = collections.Counter()
@@ -75,6 +77,11 @@ class Tally:
         """Counts a record with fields that are not read."""
         for name in names:
             self._count(self.unread, name, place)
+
+    def read_by(self, layout: str, place: str) -> None:
+        """Counts a record whose layout was recognised; '' if none was."""
+        if layout:
+            self._count(self.layouts, layout, place)
 
     def leave_without_loss(self, number: int, place: str) -> None:
         """Counts turns that the chat template rewrites once other turns follow."""
@@ -160,6 +167,7 @@ def lines(
         return f"{text}, such as {first}" if first else text
 
     texts = {
+        "layouts": "read as {}",
         "left_out": "left out: {}",
         "unread": "fields that are not read: {}",
         "lost": "characters that the vocabulary lacks and drops: {}",
