@@ -64,8 +64,9 @@ def test_each_measure_has_its_role():
 def test_rehearsed_measures_do_not_enter_the_verdict(domain, general, rehearsed):
     arms = [arm(domain=domain, general=general, instructions=rehearsed)]
     [sentence] = changes.verdict(arms)
-    assert ("loss in general token accuracy" in sentence) == (general < 0)
-    assert ("show no loss" in sentence) == (general >= 0)
+    assert ("lost: general token accuracy" in sentence) == (general < 0)
+    assert ("no loss shown: general" in sentence) == (general >= 0)
+    assert ("learned: " in sentence) == (domain > 0)
     *_, advice = sentence.split(" Next: ")
     assert advice == (
         "lower the learning rate, or raise the weights of general sources."
@@ -87,10 +88,25 @@ def test_rehearsed_measures_do_not_enter_the_verdict(domain, general, rehearsed)
 def test_without_untouched_measures_forgetting_is_unknown():
     arms = [arm(domain=1, instructions=2)]
     [sentence] = changes.verdict(arms)
-    assert "forgetting is unknown" in sentence
+    assert "kept: unknown" in sentence
     assert "loss" not in sentence
     assert sentence.endswith("Next: measure general text, " + _GENERAL_TEXT)
     assert not list(page._planes(arms, {"domain"}))
+
+
+def test_few_items_could_hide_a_loss(monkeypatch):
+    """Nine questions show no loss, whatever happened."""
+    arms = [arm(domain=1, general=0)]
+    monkeypatch.setattr(
+        changes, "interval", lambda key, start, end: ((-0.2, 0.2), changes.MATCHED)
+    )
+    [sentence] = changes.verdict(arms)
+    assert "could hide a loss of 20 points" in sentence
+    monkeypatch.setattr(
+        changes, "interval", lambda key, start, end: ((-0.01, 0.2), changes.MATCHED)
+    )
+    [sentence] = changes.verdict(arms)
+    assert "hide" not in sentence
 
 
 def test_the_verdict_is_on_the_last_phase_of_a_chain():

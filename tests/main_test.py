@@ -384,7 +384,7 @@ def test_phases_run_in_order_and_end_in_one_table(
     assert "domain: perplexity" in table
     *lines, verdict = table.splitlines()
     assert any(line.startswith("Wall time: first ") for line in lines)
-    assert verdict.startswith("second: domain token accuracy ")
+    assert verdict.startswith("second: learned")
     assert "after second" in (tmp_path / "run" / "report.html").read_text()
     # Both phases are the same config, so they must be the same run.
     rows = [

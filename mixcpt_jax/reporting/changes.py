@@ -13,6 +13,8 @@ from mixcpt_jax.reporting.run_records import Arm
 
 # The roles of a measure, in the order of tables.
 ROLES = ("domain", "untouched", "rehearsed")
+# An interval that reaches so far below zero shows little.
+_WIDE = 0.05
 SHORT = {"exam": "exam", "exact": "exact match", "accuracy": "token accuracy"}
 MATCHED = "Exams and pairs: matched pairs, question by question (Agresti and Min)"
 
@@ -134,6 +136,11 @@ class Change(NamedTuple):
     method: str
 
     @property
+    def bounds(self) -> tuple[float, float]:
+        """The interval; the difference twice if there is none."""
+        return self.interval or (self.difference, self.difference)
+
+    @property
     def name(self) -> str:
         """A readable name of the key."""
         name, _, suffix = self.key.rpartition("/")
@@ -172,35 +179,52 @@ def ends(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def verdict(arms: Sequence[Arm], domain: Sequence[str] = ()) -> list[str]:
-    """For each arm of `ends`: the changes of domain and untouched measures, and advice.
+    """For each arm of `ends`: what it learned, what it kept, and advice, in words.
 
     Args:
       arms: from `run_records.load`.
       domain: the names about the domain, if the user gave them.
     """
-    names, sentences = domain_names(arms, domain), []
-    for arm in ends(arms):
-        found = changes(arm, arms, names)
-        found = [c for what in SHORT for c in found if c.key.endswith(f"/{what}")]
-        untouched = [change for change in found if change.role == "untouched"]
-        of_domain = [change for change in found if change.role == "domain"]
-        parts = [", ".join(map(str, part)) for part in (of_domain, untouched) if part]
-        lost = [
-            c for c in untouched if (c.interval[1] if c.interval else c.difference) < 0
-        ]
-        gained = any(
-            (c.interval[0] if c.interval else c.difference) > 0 for c in of_domain
+    names = domain_names(arms, domain)
+    return [_verdict(arm, arms, names) for arm in ends(arms)]
+
+
+def _verdict(arm: Arm, arms: Sequence[Arm], names: set[str]) -> str:
+    found = changes(arm, arms, names)
+    found = [c for what in SHORT for c in found if c.key.endswith(f"/{what}")]
+    of_domain = [change for change in found if change.role == "domain"]
+    untouched = [change for change in found if change.role == "untouched"]
+    lost = [c for c in untouched if c.bounds[1] < 0]
+    gained = any(c.bounds[0] > 0 for c in of_domain)
+    parts = []
+    if of_domain:
+        word = "learned" if gained else "learned nothing that the measures show"
+        perplexities = _perplexities(arm, arms, names)
+        parts.append(f"{word}: {', '.join([*perplexities, *map(str, of_domain)])}")
+    if not untouched:
+        parts.append("kept: unknown, as nothing untouched was measured")
+        advice = "measure general text, --config.eval.texts.general.path=FILE"
+    elif lost:
+        parts.append(f"lost: {', '.join(map(str, untouched))}")
+        advice = "lower the learning rate, or raise the weights of general sources"
+    else:
+        parts.append(f"kept, no loss shown: {', '.join(map(str, untouched))}")
+        advice = "read its answers" if gained else "train for more steps"
+    # A wide interval includes zero whatever happened.
+    blind = [c for c in untouched if c not in lost and c.bounds[0] < -_WIDE]
+    for change in blind:
+        parts.append(
+            f"{change.name} could hide a loss of {-100 * change.bounds[0]:.0f} points, "
+            "as it has few items"
         )
-        if not untouched:
-            parts.append("forgetting is unknown: nothing untouched was measured")
-            advice = "measure general text, --config.eval.texts.general.path=FILE"
-        elif lost:
-            parts.append(f"loss in {', '.join(c.name for c in lost)}")
-            advice = "lower the learning rate, or raise the weights of general sources"
-        else:
-            parts.append("the untouched measures show no loss")
-            advice = "read its answers" if gained else "train for more steps"
-        sentences.append(
-            f"{arm.name}: {'; '.join(parts)} (points, 95 % intervals). Next: {advice}."
-        )
-    return sentences
+    return f"{arm.name}: {'; '.join(parts)} (points, 95 % intervals). Next: {advice}."
+
+
+def _perplexities(arm: Arm, arms: Sequence[Arm], names: set[str]) -> list[str]:
+    """The domain's perplexities, such as "domain perplexity 17.5 -> 11.2"."""
+    before = starts(arms)[arm.run].before
+    return [
+        f"{name} perplexity {before[key]:.1f} -> {arm.after[key]:.1f}"
+        for name in sorted(names)
+        if (key := f"{name}/perplexity") in before.keys() & arm.after.keys()
+    ]
