@@ -309,7 +309,9 @@ def run(
         # Check all phases before the first one: hours of training must not end in an error.
         for name, phase_config in configs.items():
             phase.finished(phase_config, folders[name])
-        for name, phase_config in configs.items():
+        for number, (name, phase_config) in enumerate(configs.items(), 1):
+            if config.phases and config.metrics.progress and hosts.is_first():
+                terminal.say(f"phase {number} of {len(configs)}: {name}")
             folder = paths.absolute(folders[name])
             with _naming(name, config), hosts.owning(folder):
                 run_job = jobs[phase_config.job]

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from mixcpt_jax.config import settings
 from mixcpt_jax.core import paths, system
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.runtime import preemption, terminal
+from mixcpt_jax.runtime import chips, preemption, terminal
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
@@ -70,6 +70,7 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
     The exit status is 0 after SIGTERM, SIGHUP or a closed pipe, 1 after a user error or an
     error of the system, and 130 after Ctrl-C.
     """
+    chips.choose_platform()
     terminal.take_any_text()
     terminal.take_logs()
     sys.unraisablehook = _report_unraisable
