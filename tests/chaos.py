@@ -25,7 +25,6 @@ import collections
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
 import random
@@ -42,18 +41,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import bucket
 import ml_collections
+import processes
 import tokenizers
 from etils import epath
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import paths
 
-# Imported once, by the server that the runs are forked from; none initialises a backend.
-PRELOADED = ["mixcpt_jax.main", "mixcpt_jax.jobs.train", "mixcpt_jax.jobs.select"]
 CHECKPOINTS = "checkpoints"
 NUM_STEPS = 6
 _NOBODY = 65534
-_LONGEST = 120.0  # seconds after which a start counts as hung
+_LONGEST = 1200.0  # seconds after which a start counts as hung
 _BUCKET_ROUNDS = 0.08  # share of the rounds that are in a bucket
 _BUCKET_FAULTS = 0.06  # share of the requests that meet one, where they do
 
@@ -199,8 +197,7 @@ class Stage:
     def __init__(self, folder: pathlib.Path, way: bucket.Faults, port: int):
         self.folder, self.way = epath.Path(folder), way
         self._environment = bucket.environment(port)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
+        self._context = processes.context()
         for open_to_all in (folder, folder / "cache"):
             open_to_all.mkdir(exist_ok=True)
             open_to_all.chmod(0o777)

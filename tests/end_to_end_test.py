@@ -273,7 +273,7 @@ def test_killed_in_every_phase_it_ends_the_same(whole, start, tmp_path, tiny_mod
             and not (folder / phase.RESULTS_FILE).exists()
         ):
             landed.append(name)
-    finish([start(workdir)], 600)
+    finish([start(workdir)])
     # A phase may come to its end before the signal arrives.
     assert len(landed) >= 4, landed
 
@@ -313,7 +313,7 @@ def test_killed_in_every_phase_it_ends_the_same(whole, start, tmp_path, tiny_mod
 @pytest.mark.slow
 def test_adapters_go_through_all_phases(start, tmp_path, tiny_model):
     workdir = epath.Path(tmp_path) / "run"
-    finish([start(workdir, "--config.lora.rank=4")], 600)
+    finish([start(workdir, "--config.lora.rank=4")])
     model_config = pretrained.read_model_config(tiny_model)
     settings = config_lib.default().lora
     lora = lora_lib.Lora(4, settings.alpha, tuple(settings.targets))

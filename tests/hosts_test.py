@@ -21,7 +21,6 @@ from mixcpt_jax.training import checkpoint, phase
 pytestmark = pytest.mark.slow
 
 HEARTBEAT_TIMEOUT = 10
-ENDS_BY_ITSELF = 3 * HEARTBEAT_TIMEOUT
 NUM_STEPS = 24
 
 whole = pytest.mark.skipif(
@@ -95,8 +94,8 @@ def test_a_run_on_two_hosts_is_stopped_and_killed_and_ends_like_one_on_one(
     wait_for_steps(folder, int(stopped) + 3, hosts)
     hosts[0].kill()
     # The connection breaks, or the heartbeats stop.
-    assert hosts[1].wait(ENDS_BY_ITSELF) in (1, -signal.SIGABRT)
-    assert hosts[0].wait(1) == -signal.SIGKILL
+    assert hosts[1].wait() in (1, -signal.SIGABRT)
+    assert hosts[0].wait() == -signal.SIGKILL
     assert not (folder / phase.RESULTS_FILE).exists()
 
     finish(start_two(launcher, config_flag, folder))
@@ -113,7 +112,7 @@ def test_when_a_host_dies_or_hangs_the_other_ends(
     hosts = start_two(launcher, config_flag, tmp_path / "two")
     wait_for_steps(tmp_path / "two", NUM_STEPS // 4, hosts)
     os.kill(hosts[victim].process.pid, number)
-    assert hosts[1 - victim].wait(ENDS_BY_ITSELF) in (1, -signal.SIGABRT)
+    assert hosts[1 - victim].wait() in (1, -signal.SIGABRT)
     hosts[victim].kill()
     finish(start_two(launcher, config_flag, tmp_path / "two"))
     assert lines(tmp_path / "two") == alone
@@ -130,9 +129,7 @@ def test_four_devices_on_four_hosts_two_or_one(launcher, config_flag, tmp_path):
         if num_hosts == 1:
             finish([launcher.start(*settings, num_devices=num_devices)])
         else:
-            finish(
-                launcher.start_hosts(num_hosts, *settings, num_devices=num_devices), 300
-            )
+            finish(launcher.start_hosts(num_hosts, *settings, num_devices=num_devices))
         found[num_hosts] = lines(folder)
     assert found[4] == found[2]
     for row, other in zip(found[4][:2], found[1][:2]):
@@ -165,9 +162,9 @@ def test_a_host_that_fails_alone_ends_the_run(
         )
         for host in range(2)
     ]
-    assert hosts[1].wait(60) == 1
+    assert hosts[1].wait() == 1
     assert "error: ~/model/config.json: no such file" in hosts[1].output
-    assert hosts[0].wait(ENDS_BY_ITSELF) in (1, -signal.SIGABRT)
+    assert hosts[0].wait() in (1, -signal.SIGABRT)
 
 
 def test_hosts_with_different_settings_are_refused(launcher, config_flag, tmp_path):
@@ -183,7 +180,7 @@ def test_hosts_with_different_settings_are_refused(launcher, config_flag, tmp_pa
         )
         for host in range(2)
     ]
-    assert sorted(host.wait(60) for host in hosts)[1] == 1
+    assert sorted(host.wait() for host in hosts)[1] == 1
     assert any(
         "the settings of host 1 differ from those of host 0" in host.output
         for host in hosts
@@ -193,7 +190,7 @@ def test_hosts_with_different_settings_are_refused(launcher, config_flag, tmp_pa
 
 def test_hosts_that_cannot_be_discovered_are_requested(launcher, config_flag):
     process = launcher.start(config_flag, "--distributed")
-    assert process.wait(60) == 1
+    assert process.wait() == 1
     assert process.output.startswith("error: --distributed: ")
     assert "--coordinator=HOST:PORT" in process.output
 
@@ -233,7 +230,7 @@ def test_the_phases_on_two_hosts(
 ):
     """Selection, samples and export, too, are those of one host, and written once."""
     flags = six_phases.flags(project, tiny_model, tmp_path / "two")
-    finish(launcher.start_hosts(2, *flags), 600)
+    finish(launcher.start_hosts(2, *flags))
     expected, found = files(six_phase_run), files(tmp_path / "two")
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []

@@ -1,7 +1,6 @@
 """The house's rules: imports go one way, and --help does not wait for them."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -105,6 +104,10 @@ def test_losses_stand_alone(project):
     assert {name.split(".")[0] for name in imported(tree)} == {"jax"}
 
 
+SLOW_IMPORTS = {
+    "flax", "grain", "jax", "lm_eval", "matplotlib", "optax", "orbax", "pandas",
+    "pyarrow", "torch", "transformers",
+}  # fmt: skip
 COMMANDS = [["mixcpt_jax.main"], ["mixcpt_jax"]] + [
     ["mixcpt_jax", name] for name in cli.COMMANDS
 ]
@@ -112,31 +115,23 @@ COMMANDS = [["mixcpt_jax.main"], ["mixcpt_jax"]] + [
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_does_not_wait(project, command):
-    """Processor time is what a busy machine does not change."""
-    before = os.times()
+    """What takes long to import is not imported."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", *command, "--help"],
         cwd=project,
         capture_output=True,
         text=True,
     )
-    after = os.times()
     assert done.returncode == 0, done.stderr
     assert "mixcpt" in done.stdout
-    loaded = re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE)
-    assert not {"jax", "grain", "orbax", "lm_eval"} & set(loaded)
-    used = [
-        getattr(after, k) - getattr(before, k)
-        for k in ("children_user", "children_system")
-    ]
-    assert sum(used) < 1
+    loaded = set(re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE))
+    assert "mixcpt_jax" in loaded
+    assert not SLOW_IMPORTS & loaded
 
 
 def test_the_package_is_imported_at_once():
-    code = """if True:
-        import sys, time
-        start = time.process_time()
-        import mixcpt_jax
-        assert time.process_time() - start < 0.2
-        assert "jax" not in sys.modules"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import mixcpt_jax, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not SLOW_IMPORTS & set(done.stdout.split())

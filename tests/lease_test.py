@@ -3,10 +3,11 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
-import threading
 import time
+import types
 
 import bucket
 import owners
@@ -31,6 +32,17 @@ def quick(monkeypatch):
     monkeypatch.setattr(lease, "_SECONDS_BETWEEN_LOOKS", 0.02)
 
 
+@pytest.fixture
+def sleep_by(monkeypatch):
+    """`function -> None`: a lease that waits calls this function instead."""
+
+    def sleep_by(function):
+        clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=function)
+        monkeypatch.setattr(lease, "time", clock)
+
+    return sleep_by
+
+
 def entries(folder):
     return sorted(file.name for file in folder.glob("lease-*"))
 
@@ -51,7 +63,7 @@ def ended_process():
 @pytest.mark.parametrize("seed", range(4))
 def test_of_processes_that_want_one_folder_one_has_it(tmp_path, seed):
     log = tmp_path / "log"
-    owners.check_round(owners.context(), f"{tmp_path}/run", log, seed, {})
+    owners.check_round(f"{tmp_path}/run", log, seed, {})
 
 
 @pytest.mark.slow
@@ -63,7 +75,6 @@ def test_of_processes_that_want_one_folder_of_a_bucket_one_has_it(
     with bucket.serve(knows_conditions) as port, bucket.reached_by(port) as root:
         for seed in range(2):
             owners.check_round(
-                owners.context(),
                 f"{root}/run-{seed}",
                 tmp_path / f"{seed}.log",
                 seed,
@@ -100,15 +111,14 @@ def test_the_second_is_told_who_owns_the_folder_and_touches_nothing(folder, caps
 
 
 @pytest.mark.parametrize("facts", [{"pid": None}, {"start": "1"}], ids=str)
-def test_an_owner_whose_process_is_gone_is_dead_at_once(folder, facts):
+def test_an_owner_whose_process_is_gone_is_dead_at_once(folder, facts, sleep_by):
     """Its number is free, or another process has it by now."""
     if not facts.get("pid", True):
         facts = {"pid": ended_process()}
     write_entry(folder, 7, **facts)
-    began = time.monotonic()
+    sleep_by(pytest.fail)
     with lease.hold(folder):
         assert entries(folder) == ["lease-8.json"]
-    assert time.monotonic() - began < 1
     assert entries(folder) == []
 
 
@@ -133,19 +143,17 @@ def test_an_owner_of_elsewhere_is_dead_after_a_while_without_a_change(folder, qu
         assert time.monotonic() - began >= lease.SECONDS_TO_DEATH
 
 
-def test_an_owner_of_elsewhere_that_changes_its_entry_lives(folder, quick):
+def test_an_owner_of_elsewhere_that_changes_its_entry_lives(folder, sleep_by):
     """Whatever its clock says."""
     write_entry(folder, place="another machine", host="far")
 
-    def change():
+    def change_between_looks(_):
         os.utime(folder / "lease-1.json", (0, 0))
         write_entry(folder, place="another machine", host="far", beat=2)
 
-    timer = threading.Timer(0.2, change)
-    timer.start()
+    sleep_by(change_between_looks)
     with pytest.raises(InputError, match="on far has owned"), lease.hold(folder):
         pass
-    timer.join()
     assert entries(folder) == ["lease-1.json"]
 
 
@@ -162,11 +170,11 @@ def test_an_entry_that_says_nothing_is_an_owner_of_elsewhere(folder, quick, text
 def test_the_owner_gives_signs_of_life(folder, quick):
     with lease.hold(folder):
         texts = set()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 600
         while len(texts) < 3 and time.monotonic() < deadline:
             texts.add((folder / "lease-1.json").read_text())
             time.sleep(0.02)
-        assert len({json.loads(text)["beat"] for text in texts}) >= 3
+        assert len(texts) >= 3
         assert {len(text) for text in texts} == {lease._BYTES}
 
 
@@ -341,19 +349,21 @@ def test_a_second_run_on_a_workdir_is_refused_and_the_first_ends(
     launcher, tiny_config, write_config_file, tmp_path
 ):
     """And a third one, of two hosts, is told so on both."""
-    tiny_config.train.num_steps = 60
+    tiny_config.train.num_steps = 40
     flags = f"--config={write_config_file(tiny_config)}", f"--workdir={tmp_path}/run"
     first = launcher.start(*flags, num_devices=2)
     wait_until((tmp_path / "run" / metrics.FILE).exists, [first])
+    os.kill(first.process.pid, signal.SIGSTOP)  # so that it does not end before
     others = [launcher.start(*flags), *launcher.start_hosts(2, *flags)]
     for other in others:
-        assert other.wait(60) == 1
+        assert other.wait() == 1
         errors = [x for x in other.output.splitlines() if x.startswith("error: ")]
         assert len(errors) == 1, other.output
         owner = f"lease-1.json: process {first.process.pid} on"
         assert owner in errors[0]
+    os.kill(first.process.pid, signal.SIGCONT)
     finish([first])
     rows = metrics.read(epath.Path(tmp_path) / "run")
     steps = [row["step"] for row in rows if "learning_rate" in row]
     assert steps == sorted(set(steps))
-    assert steps[-1] == 60
+    assert steps[-1] == 40

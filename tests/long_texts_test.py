@@ -5,7 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import vocabularies
@@ -41,11 +41,7 @@ def check(vocabulary, texts):
 
 
 @pytest.mark.usefixtures("short_pieces")
-@settings(
-    max_examples=20,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**32),
     weights=st.lists(st.integers(0, 9), min_size=len(PARTS), max_size=len(PARTS)),

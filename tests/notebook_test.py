@@ -23,7 +23,10 @@ def test_the_notebook_runs(project, tmp_path, longer_model, monkeypatch):
     monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(project))
     client = nbclient.NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+        notebook,
+        timeout=1200,
+        startup_timeout=600,
+        resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute()
     shown = [

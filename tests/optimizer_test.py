@@ -68,6 +68,16 @@ def test_the_peak_follows_the_warm_up_and_the_last_step_has_the_final_ratio(data
     assert np.all(np.diff(rates[warmup:]) <= 1e-6)
 
 
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+def test_the_final_ratio_is_exact(name):
+    """Also where the decay ends within rounding of it, as after 122 steps."""
+    config = config_lib.default().optimizer
+    config.update(schedule=name, final_ratio=0.0, decay_fraction=1.0, warmup_steps=0)
+    for num_steps in (1, 2, 122):
+        rates = optimizer.make_schedule(config, num_steps)(np.arange(500))
+        assert not np.any(rates[num_steps - 1 :])
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("name", ["cosine", "wsd"])
 def test_the_last_step_that_is_taken_has_the_final_ratio(name, parts):

@@ -10,7 +10,6 @@ the owner in one line. `--bucket` uses a bucket on this machine.
 
 import argparse
 import json
-import multiprocessing
 import os
 import pathlib
 import random
@@ -18,6 +17,7 @@ import sys
 import tempfile
 import time
 
+import processes
 from etils import epath
 
 from mixcpt_jax.core import paths
@@ -56,7 +56,6 @@ def work(folder: str, log: str, seed: int, environment: dict[str, str]) -> None:
 
 
 def check_round(
-    context: multiprocessing.context.BaseContext,
     folder: str,
     log: pathlib.Path,
     seed: int,
@@ -71,27 +70,27 @@ def check_round(
 
     def start(number: int):
         settings = folder, str(log), 100 * seed + number, environment
-        process = context.Process(target=work, args=settings)
+        process = processes.context().Process(target=work, args=settings)
         process.start()
         return process
 
     log.touch()
-    processes = []
+    started = []
     for number in range(rng.choice((2, 2, 3))):
         time.sleep(rng.choice((0.0, rng.uniform(0, 0.2))))
-        processes.append(start(number))
+        started.append(start(number))
     if rng.random() < 0.5:
         time.sleep(rng.uniform(0, 0.2))
-        killed = rng.choice(processes)
+        killed = rng.choice(started)
         killed.kill()
-    for process in processes:
-        process.join(60)
-    processes.append(start(99))
-    processes[-1].join(60)
+    for process in started:
+        process.join(600)
+    started.append(start(99))
+    started[-1].join(600)
 
-    statuses = {process.pid: process.exitcode for process in processes}
+    statuses = {process.pid: process.exitcode for process in started}
     assert set(statuses.values()) <= {0, 1, -9}, statuses
-    assert statuses[processes[-1].pid] == 0, log.read_text()
+    assert statuses[started[-1].pid] == 0, log.read_text()
     owner, refused = None, 0
     for line in log.read_text().splitlines():
         pid, event, *said = line.split(maxsplit=2)
@@ -116,13 +115,6 @@ def check_round(
     return [names[status] for status in statuses.values()]
 
 
-def context() -> multiprocessing.context.BaseContext:
-    """Processes that are forked from one which has imported what they need, not jax."""
-    made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["mixcpt_jax.runtime.lease", "owners"])
-    return made
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
@@ -144,7 +136,7 @@ def main() -> None:
         counts = collections.Counter()
         for seed in range(given.seed, given.seed + given.rounds):
             log = pathlib.Path(root) / f"{seed}.log"
-            ends = check_round(context(), f"{place}/run-{seed}", log, seed, environment)
+            ends = check_round(f"{place}/run-{seed}", log, seed, environment)
             counts.update(ends)
             print(f"round {seed}: {', '.join(ends)}", flush=True)
         print(f"{given.rounds} rounds: {dict(counts)}")

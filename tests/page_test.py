@@ -24,6 +24,7 @@ SECTIONS = [
     "provenance",
 ]  # fmt: skip
 CHROMIUM = shutil.which("chromium")
+_PATIENCE = 600_000  # ms
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -124,7 +125,9 @@ def browser():
     if CHROMIUM is None:
         pytest.skip("there is no chromium")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=FLAGS, timeout=_PATIENCE
+        )
         yield browser
         browser.close()
 
@@ -137,6 +140,7 @@ def open_page(browser, file, width, scheme="light"):
         offline=True,
         has_touch=True,
     )
+    context.set_default_timeout(_PATIENCE)
     window, wrong = context.new_page(), []
     window.on("console", lambda message: wrong.append(message.text))
     window.on("pageerror", lambda error: wrong.append(str(error)))

@@ -286,7 +286,7 @@ def test_the_command(config, tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        timeout=300,
+        timeout=1200,
     )
     assert "HBM of a chip" in done.stdout
     written = json.loads((tmp_path / "plan.json").read_text())

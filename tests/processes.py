@@ -6,10 +6,12 @@ import importlib
 import multiprocessing
 import os
 import pathlib
+import random
 import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -17,6 +19,19 @@ _PRELOADED = [
     "mixcpt_jax.cli.prepare", "mixcpt_jax.cli.report", "mixcpt_jax.jobs.export",
     "mixcpt_jax.jobs.select", "mixcpt_jax.jobs.train", "mixcpt_jax.main",
 ]  # fmt: skip
+# Seconds after which a process counts as hung, however slow the machine.
+_PATIENCE = 1200.0
+
+
+def context() -> multiprocessing.context.BaseContext:
+    """Forks processes from one that has the imports behind it, and started no backend.
+
+    A test process has one such server; the first to ask starts it. So all ask here, and
+    give their processes the environment that they are to have.
+    """
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(_PRELOADED)
+    return made
 
 
 class Process(NamedTuple):
@@ -31,9 +46,9 @@ class Process(NamedTuple):
         """All that it wrote: standard output, then standard error."""
         return self.stdout.read_text() + self.stderr.read_text()
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self) -> int:
         """Its exit status, which is below 0 for a signal."""
-        self.process.join(seconds)
+        self.process.join(_PATIENCE)
         assert self.process.exitcode is not None, f"still runs:\n{self.output}"
         return self.process.exitcode
 
@@ -48,8 +63,7 @@ class Launcher:
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
+        self._context = context()
         self._started: list[Process] = []
 
     def __enter__(self) -> "Launcher":
@@ -73,7 +87,8 @@ class Launcher:
         ]
         for file in files:
             file.touch()
-        settings = module, arguments, num_devices, os.getcwd(), dict(env or {}), *files
+        environment = os.environ | dict(env or {})
+        settings = module, arguments, num_devices, os.getcwd(), environment, *files
         process = self._context.Process(target=_run, args=settings)
         process.start()
         self._started.append(Process(process, *files))
@@ -94,10 +109,10 @@ class Launcher:
         ]
 
 
-def finish(processes: list[Process], seconds: float = 120) -> None:
+def finish(processes: list[Process]) -> None:
     """Waits for processes that succeed."""
     for process in processes:
-        assert process.wait(seconds) == 0, process.output
+        assert process.wait() == 0, process.output
 
 
 def wait_until(holds: Callable[[], bool], processes: list[Process]) -> None:
@@ -117,9 +132,12 @@ def kill(process: Process, holds: Callable[[], bool]) -> bool:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    """A port that the system gives to no connection, which may come before a server."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("localhost", port))
+            return port
 
 
 def _run(
@@ -135,15 +153,16 @@ def _run(
         with file.open("ab", buffering=0) as output:
             os.dup2(output.fileno(), number)
     os.chdir(folder)
-    # The server was started with what pytest itself runs in.
-    os.environ.pop("XLA_FLAGS", None)
+    os.environ.clear()
     os.environ.update(env)
+    os.environ.pop("XLA_FLAGS", None)
     import jax
 
     jax.config.update("jax_num_cpu_devices", num_devices)
     # What one process compiled, later ones with the same devices read.
-    jax.config.update("jax_compilation_cache_dir", str(stdout.parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # An entry that another process is about to write cannot be read; it is compiled.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation")
     sys.argv = [module, *arguments]
     command = importlib.import_module(module)
     try:

@@ -276,7 +276,7 @@ def append_rows(files, output):
 
 
 def _wait_for_the_end_of_its_workers(group):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         try:
             os.killpg(group, 0)

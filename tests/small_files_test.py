@@ -18,7 +18,6 @@ from mixcpt_jax.core import small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.core.small_files import OBJECT
 
-IN_TMP = [hypothesis.HealthCheck.function_scoped_fixture]
 READERS = {
     "json": small_files.read_json,
     "lines": lambda file: small_files.read_lines(file, object),
@@ -295,9 +294,7 @@ def test_arrays_are_read_back(tmp_path):
     np.testing.assert_array_equal(found, np.arange(6).reshape(2, 3))
 
 
-@hypothesis.settings(
-    max_examples=100, deadline=None, suppress_health_check=IN_TMP, derandomize=True
-)
+@hypothesis.settings(max_examples=100)
 @hypothesis.given(data=st.data())
 def test_damaged_arrays_are_refused_or_whole(tmp_path, data):
     content, file = bytearray(saved()), epath.Path(tmp_path / "a.npz")

@@ -148,7 +148,7 @@ def test_a_run_whose_messages_nobody_reads_saves_and_ends(tmp_path, project, for
     ) as process:
         assert b"step" in process.stderr.readline()
         process.stderr.close()
-        assert process.wait(30) == 0
+        assert process.wait(600) == 0
     assert file.read_text() == "saved"
 
 
@@ -166,5 +166,5 @@ def test_output_that_nobody_reads_ends_a_command_in_silence(project):
     ) as process:
         process.stdout.readline()
         process.stdout.close()
-        assert process.wait(30) == 0
+        assert process.wait(600) == 0
         assert process.stderr.read() == b""

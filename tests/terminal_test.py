@@ -102,7 +102,7 @@ def test_what_is_shown_is_printable_and_says_what_was_there(content):
     assert back.decode("unicode_escape") == content
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(content=st.text(st.sampled_from("ab \n\x1b"), max_size=50))
 def test_long_values_keep_their_ends(content):
     long = f"begin{content * 1000}{'x' * 5000} and the end"
@@ -155,12 +155,9 @@ def streams(monkeypatch):
             made.append(stream)
         return made
 
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        before = logging.logging.getLogger().handlers
         yield streams
-        logging.logging.getLogger().handlers = before
 
 
 def written(stream):

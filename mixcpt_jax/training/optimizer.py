@@ -36,14 +36,14 @@ def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Sc
     peak = config.learning_rate
     warmup = config_lib.warmup_steps(config, num_steps)
     final = peak * config.final_ratio
-    if config.schedule != "constant":
+    if config.schedule == "constant":
+        final = peak
+    else:
         warmup = max(min(warmup, num_steps - 2), 0)
-    steps_after_peak = num_steps - 1 - warmup
+    steps_after_peak = max(1, num_steps - 1 - warmup)
     match config.schedule:
         case "constant":
             body = optax.constant_schedule(peak)
-        case "cosine" | "wsd" if steps_after_peak == 0:
-            body = optax.constant_schedule(final)
         case "cosine":
             body = optax.cosine_decay_schedule(
                 peak, steps_after_peak, config.final_ratio
@@ -61,7 +61,9 @@ def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Sc
             raise ValueError(f"optimizer.schedule={unknown!r}")
     # The ramp starts one step in, so that step 0 has a rate above 0.
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([ramp, body], [warmup])
+    # The decays end within rounding of the final rate.
+    last = optax.constant_schedule(final)
+    return optax.join_schedules([ramp, body, last], [warmup, num_steps - 1])
 
 
 def make_optimizer(
