@@ -39,7 +39,7 @@ OF_DOCUMENTS = (
 # Arms of the part "keep", on the chat base: rates and number of seeds.
 KEEP_RATES = RATES[1:]
 KEEP = {
-    "plain_merged": (RATES[3:], 5),
+    "plain_merged": (RATES[2:], 5),
     "mixture_lssd20_merged": (RATES[3:], 5),
     "self_replay": (KEEP_RATES, 5),
     "self_replay_lssd20": (KEEP_RATES, 3),
