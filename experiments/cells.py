@@ -31,8 +31,9 @@ _DEFAULTS_OF_RECORDS = {
     "select.method": "format_alignment",
     "eval.max_tokens": 0,
 }
-# Settings that can refuse a cell and do not change what it computes.
-_LIMITS = ("data.warn_epochs", "data.max_epochs")
+# Settings that a digest leaves out at any value: limits, which change nothing that a cell
+# computes, and the packing, which no study varies and whose default has changed.
+_NOT_IN_DIGESTS = ("data.warn_epochs", "data.max_epochs", "data.packing")
 
 
 class Study(NamedTuple):
@@ -62,7 +63,7 @@ def digest(cell: Any, make: Callable[[Any], ml_collections.ConfigDict]) -> str:
     """A hash of a cell's config, wherever its files lie; defaults are not in it."""
     config = make(_without_folders(cell))
     settings = config_lib.changed(config.to_dict())
-    for key in (*_DEFAULTS_OF_RECORDS, *_LIMITS):
+    for key in (*_DEFAULTS_OF_RECORDS, *_NOT_IN_DIGESTS):
         settings.pop(key, None)
     settings |= {
         key: config[key]

@@ -57,6 +57,7 @@ def make(cell: Cell) -> ml_collections.ConfigDict:
     _set_sources(config, cell)
     _set_measures(config, cell)
     config.data.row_length, config.data.batch_size = ROW_LENGTH, BATCH_SIZE
+    config.data.packing = "split"  # the default when the study began
     config.eval.batch_size = 2 * BATCH_SIZE
     config.eval.max_tokens = 0  # all
     config.optimizer.warmup_steps, config.optimizer.warmup_share = 2, 0.0

@@ -97,6 +97,7 @@ def _shared(cell: Cell) -> ml_collections.ConfigDict:
     config.mesh.fsdp = 1
     config.data.row_length = ROW_LENGTH
     config.data.batch_size = BATCH_SIZE
+    config.data.packing = "split"  # the default when the study began
     config.data.warn_epochs = config.data.max_epochs = (
         0.0  # a small world, read many times
     )
