@@ -1,13 +1,14 @@
 # make quickstart   run the main job on this machine
 # make test         run the fast tests, for every edit
 # make test-all     run all tests, as CI does
+# make docs         build the documentation site into site/
 # make experiments-controlled   the core of experiments/README.md's first study anew, an hour
 # All make .venv first; PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-all lint clean experiments-controlled
+.PHONY: quickstart test test-slow test-all lint docs clean experiments-controlled
 
 quickstart: .venv/installed
 	$(BIN)/python -m mixcpt_jax.main --config=configs/quickstart.py
@@ -40,6 +41,9 @@ lint: .venv/installed-test
 .venv/installed-test: .venv/installed pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+docs: .venv/installed-test
+	$(BIN)/python docs/site.py
 
 clean:
 	rm -rf .venv

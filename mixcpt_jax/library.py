@@ -31,21 +31,22 @@ class Mixture:
     `lssd_weights`, `kd_weights` and `selective_weights` are the weights of each objective
     at each target, 0 where it does not count.
 
-    >>> from mixcpt_jax import Mixture
-    >>> mixture = Mixture(
-    ...     {
-    ...         "domain": {"path": "domain.jsonl", "weight": 0.5},
-    ...         "instructions": {
-    ...             "path": "instructions.jsonl", "format": "instruction", "weight": 0.5
-    ...         },
-    ...     },
-    ...     tokenizer="model",
-    ...     row_length=64,
-    ...     batch_size=2,
-    ...     num_steps=3,
-    ... )
-    >>> [batch["tokens"].shape for batch in mixture]
-    [(2, 64), (2, 64), (2, 64)]
+    Examples:
+      >>> from mixcpt_jax import Mixture
+      >>> mixture = Mixture(
+      ...     {
+      ...         "domain": {"path": "domain.jsonl", "weight": 0.5},
+      ...         "instructions": {
+      ...             "path": "instructions.jsonl", "format": "instruction", "weight": 0.5
+      ...         },
+      ...     },
+      ...     tokenizer="model",
+      ...     row_length=64,
+      ...     batch_size=2,
+      ...     num_steps=3,
+      ... )
+      >>> [batch["tokens"].shape for batch in mixture]
+      [(2, 64), (2, 64), (2, 64)]
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class Mixture:
           num_steps: number of batches; 0: until all sources reach their `epochs` or
             `max_tokens`.
           seed: of the order of the rows.
-          num_hosts, host: each host gets `batch_size / num_hosts` rows of every batch.
+          num_hosts: each host gets `batch_size / num_hosts` rows of every batch.
+          host: the number of this one, from 0.
 
         Raises:
           InputError: names the setting, or the file and the line, that is wrong.
@@ -129,12 +131,13 @@ def evaluate(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Measures texts, exams and clozes, as the command `evaluate` does.
 
-    >>> from mixcpt_jax import evaluate, load_model
-    >>> measured = evaluate(load_model("model"), {"book": "domain.jsonl"})
-    >>> sorted(measured["book"])
-    ['accuracy', 'bits_per_byte', 'perplexity']
-    >>> sorted(measured["book"]["perplexity"])
-    ['high', 'low', 'value']
+    Examples:
+      >>> from mixcpt_jax import evaluate, load_model
+      >>> measured = evaluate(load_model("model"), {"book": "domain.jsonl"})
+      >>> sorted(measured["book"])
+      ['accuracy', 'bits_per_byte', 'perplexity']
+      >>> sorted(measured["book"]["perplexity"])
+      ['high', 'low', 'value']
 
     Args:
       model: from `load_model`.
@@ -167,20 +170,22 @@ def generate(
 ) -> list[str]:
     """Continues texts, or answers conversations in the chat template.
 
-    >>> from mixcpt_jax import generate, load_model
-    >>> model = load_model("model")
-    >>> len(generate(model, ["optax chains transformations"], max_new_tokens=4))
-    1
-    >>> messages = [{"role": "user", "content": "hello"}]
-    >>> len(generate(model, [messages], max_new_tokens=4, temperature=1.0, seed=1))
-    1
+    Examples:
+      >>> from mixcpt_jax import generate, load_model
+      >>> model = load_model("model")
+      >>> len(generate(model, ["optax chains transformations"], max_new_tokens=4))
+      1
+      >>> messages = [{"role": "user", "content": "hello"}]
+      >>> len(generate(model, [messages], max_new_tokens=4, temperature=1.0, seed=1))
+      1
 
     Args:
       model: from `load_model`.
       prompts: texts to continue, or lists of messages to answer.
       max_new_tokens: longer answers are cut off.
       temperature: 0 decodes greedily.
-      top_k, top_p: see `generation.SamplingParams`.
+      top_k: samples from this many of the most likely tokens; None: from all.
+      top_p: of these, samples from the smallest set with this share of the probability.
       seed: of the random keys.
 
     Returns:

@@ -51,13 +51,14 @@ def lssd(
     Returns:
       `[...]`, nats; never negative, 0 where `q` equals the swapped teacher.
 
-    >>> import jax.numpy as jnp
-    >>> from mixcpt_jax import lssd, swap_logits
-    >>> teacher = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
-    >>> print(jnp.exp(swap_logits(teacher, jnp.array([2]))).round(1))
-    [[0.1 0.2 0.7]]
-    >>> print(lssd(teacher, teacher, jnp.array([2])).round(2))  # 0.6 log 7
-    [1.17]
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mixcpt_jax import lssd, swap_logits
+      >>> teacher = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
+      >>> print(jnp.exp(swap_logits(teacher, jnp.array([2]))).round(1))
+      [[0.1 0.2 0.7]]
+      >>> print(lssd(teacher, teacher, jnp.array([2])).round(2))  # 0.6 log 7
+      [1.17]
     """
     return distillation(student_logits, swap_logits(teacher_logits, targets))
 
