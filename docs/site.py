@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import ml_collections
 from mkdocs.commands import build
 from mkdocs.config import load_config
+from mkdocs.exceptions import Abort as Abort
 
 import mixcpt_jax
 from mixcpt_jax.config import defaults, settings
@@ -56,7 +57,7 @@ def keys_page() -> str:
         "`config.exam` describe the keys of a source and of an exam.",
     ]
     section = None
-    for key, default, allowed, meaning in keys():
+    for key, default, allowed, meaning in settings_rows():
         if key.partition(".")[0] != section or section is None:
             section = key.partition(".")[0]
             lines += ["", f"## {section}", "", "| key | default | may be | meaning |"]
@@ -69,7 +70,7 @@ def keys_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def keys() -> Iterator[tuple[str, object, str, str]]:
+def settings_rows() -> Iterator[tuple[str, object, str, str]]:
     """Yields (dotted key, default, what it may be, its meaning) of each key.
 
     The meaning is the comment above the key or beside it. The comment of a section goes

@@ -35,6 +35,7 @@ def default() -> ml_collections.ConfigDict:
 def bounded_config() -> ml_collections.ConfigDict:
     """Every key with its default, its bounds and its meaning."""
     config = ml_collections.ConfigDict()
+    # Of random weights, the order of rows, holdouts and sampling.
     config.seed = number(0, least=0, most=2**31 - 1)
     # What the phase does: train; generate a source (see `generate`); merge the start and
     # the end of a trained phase (see `merge`); select samples (see `select`); evaluate;
@@ -48,11 +49,13 @@ def bounded_config() -> ml_collections.ConfigDict:
     # single phase with this config. A path that begins with "phase:NAME" is in the
     # folder of phase NAME.
     config.phases = ()
+    # Phase -> its settings that differ from those of this config.
     config.overrides = ml_collections.ConfigDict()
 
     # The model: an HF folder (config.json and safetensors) or a GGUF file.
     config.model = ml_collections.ConfigDict(
         {
+            # Folder or file of the model; an empty path is an error.
             "path": "",
             # "random" initializes the weights from `seed`; then only config.json and
             # the tokenizer of the HF folder at `path` are read.
@@ -67,6 +70,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             # stochastically, so that small ones are not lost. Norm scales and biases
             # are always float32.
             "param_dtype": one_of("float32", "bfloat16"),
+            # Dtype of the activations and of matrix products, which add up in float32.
             "compute_dtype": one_of("bfloat16", "float32"),
             # Dtype of the frozen model: teacher, reference or base of the adapters.
             # Empty: the coarser of the two above. Then both models compute the same at
@@ -82,9 +86,13 @@ def bounded_config() -> ml_collections.ConfigDict:
     # slice that the mesh is for, such as v5e:4x4; only `plan` reads it.
     config.mesh = ml_collections.ConfigDict(
         {
+            # Copies of the weights; the batch is split over them.
             "data": number(1, least=1, most=2**20, also=-1),
+            # Devices over which weights, moments and the batch are split.
             "fsdp": number(-1, least=1, most=2**20, also=-1),
+            # Devices over which heads, the MLP and the vocabulary are split.
             "tensor": number(1, least=1, most=2**20, also=-1),
+            # TPU slice of the mesh, such as v5e:4x4, for `plan`.
             "topology": "",
         }
     )
@@ -110,9 +118,11 @@ def bounded_config() -> ml_collections.ConfigDict:
     # the optimizer. Their frozen base is also the teacher or reference, in one copy.
     config.lora = ml_collections.ConfigDict(
         {
+            # Columns of each adapter; 0: all weights are trained.
             "rank": number(0, least=0, most=8192),
             # The adapters' product is scaled by alpha / rank.
             "alpha": number(16.0, above=0, most=1e6),
+            # The layers' matrices that have adapters.
             "targets": ("query", "key", "value", "output", "gate", "up", "down"),
         }
     )
@@ -124,6 +134,7 @@ def bounded_config() -> ml_collections.ConfigDict:
     # 0.2 were the best of the weights compared in experiments/README.md.
     config.objective = ml_collections.ConfigDict(
         {
+            # "tokens" or "preference", as above.
             "kind": one_of("tokens", "preference"),
             "ntp_weight": number(0.8, least=0, most=1000),  # next-token prediction
             # Logit swap self-distillation.
@@ -154,6 +165,7 @@ def bounded_config() -> ml_collections.ConfigDict:
     config.preference = ml_collections.ConfigDict(
         {
             "loss": one_of("sigmoid", "ipo"),  # sigmoid: DPO; ipo
+            # Scales the margin: a larger value keeps the model nearer to the reference.
             "beta": number(0.1, above=0, most=1000),
             # Assumed share of pairs whose chosen and rejected answers are swapped.
             "label_smoothing": number(0.0, least=0, below=0.5),
@@ -175,6 +187,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             # batch sizes, optimizer.accumulation_steps and a row_length of 0 are chosen
             # from the corpus and the memory of a device, see `sizing`.
             "row_length": number(2048, least=0, most=2**20),
+            # Rows of a step, over all devices and microbatches.
             "batch_size": number(8, least=0, most=2**20),
             # split: joins all examples of a source end to end and cuts them into full
             # rows. best_fit: keeps an example whole if it fits in a row, and pads a
@@ -195,6 +208,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             # 0: no limit. Up to 4 epochs, repeated text is nearly as good as new text; from
             # about 40 epochs on it is worth nothing (Muennighoff et al. 2023).
             "warn_epochs": number(4.0, least=0, most=1e6),
+            # Epochs from which a source is refused; 0: no limit.
             "max_epochs": number(40.0, least=0, most=1e6),
             # Processes that build batches; 0: threads.
             "num_workers": number(0, least=0, most=256),
@@ -216,6 +230,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             # Documents shorter or longer than this, in characters; 0: no limit. These and
             # the next two rules are for format "document" only.
             "min_characters": number(0, least=0, most=10**9),
+            # The maximum, see above.
             "max_characters": number(0, least=0, most=10**9),
             # Documents with a smaller share of letters (any script) among the
             # non-whitespace characters.
@@ -231,19 +246,26 @@ def bounded_config() -> ml_collections.ConfigDict:
 
     config.optimizer = ml_collections.ConfigDict(
         {
+            # The peak of the schedule.
             "learning_rate": number(1e-5, above=0, most=10),
+            # After the warmup: cosine decay; wsd: constant, then a linear decay; constant.
             "schedule": one_of("cosine", "wsd", "constant"),
             # Steps over which the rate rises to its peak; 0: `warmup_share` of all
             # steps.
             "warmup_steps": number(0, least=0, most=10**8),
+            # Share of the steps over which the rate rises, if `warmup_steps` is 0.
             "warmup_share": number(0.0, least=0, most=1),
             # Learning rate of the last step / peak (cosine, wsd).
             "final_ratio": number(0.1, least=0, most=1),
             # Share of the steps over which the rate decays (wsd).
             "decay_fraction": number(0.2, above=0, most=1),
+            # Decoupled, on matrices alone, as in AdamW.
             "weight_decay": number(0.1, least=0, most=100),
+            # Decay of Adam's first moment.
             "beta1": number(0.9, least=0, below=1),
+            # Decay of Adam's second moment.
             "beta2": number(0.95, least=0, below=1),
+            # Added to the root of Adam's second moment.
             "epsilon": number(1e-8, above=0, most=1),
             # Dtype of Adam's moments; with bfloat16 they are rounded stochastically
             # too.
@@ -268,6 +290,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             "save_every": number(200, least=0, most=10**8),  # 0: only at the end
             # 0: only before the first step and after the last.
             "eval_every": number(0, least=0, most=10**8),
+            # Whether to measure before the first step, which every change is relative to.
             "eval_before": True,
             # Checkpoints to keep. If the newest is damaged on disk, the previous one is
             # used.
@@ -294,6 +317,7 @@ def bounded_config() -> ml_collections.ConfigDict:
 
     config.eval = ml_collections.ConfigDict(
         {
+            # Rows measured at a time.
             "batch_size": number(8, least=0, most=2**20),
             # Tokens per measured row; 0: data.row_length. To compare the numbers of
             # phases, give them the same length, since longer rows give more context.
@@ -313,6 +337,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             # JSONL of {"prompt"} or {"messages"}, answered greedily before the first step
             # and after the last.
             "prompts": "",
+            # Longer answers to `prompts` are cut off.
             "max_new_tokens": number(128, least=1, most=2**20),
         }
     )
@@ -330,10 +355,13 @@ def bounded_config() -> ml_collections.ConfigDict:
             "source": "",
             # JSONL of {"prompt"} or {"messages"}, for kind replay; empty: none.
             "prompts": "",
+            # Tokens to write, at least.
             "num_tokens": number(100_000, least=1, most=2**40),
+            # Longer samples are cut off.
             "max_new_tokens": number(256, least=1, most=2**20),
             # 1 samples from the model's own distribution.
             "temperature": number(1.0, least=0, most=100),
+            # Samples from the most likely tokens with this share of the probability.
             "top_p": number(1.0, above=0, most=1),
         }
     )
@@ -376,12 +404,16 @@ def bounded_config() -> ml_collections.ConfigDict:
             # Field with a sample's origin, and the largest share of the selected samples
             # that may have the same origin; 1: no limit.
             "origin_field": "origin",
+            # The largest share of one origin, see above.
             "origin_share": number(1.0, above=0, most=1),
         }
     )
 
     config.export = ml_collections.ConfigDict(
-        {"dtype": one_of("bfloat16", "float32", "float16")}
+        {
+            # Of the exported weights.
+            "dtype": one_of("bfloat16", "float32", "float16"),
+        }
     )
     config.runtime = ml_collections.ConfigDict(
         {
@@ -393,8 +425,10 @@ def bounded_config() -> ml_collections.ConfigDict:
     )
     config.metrics = ml_collections.ConfigDict(
         {
+            # Whether to write TensorBoard files beside metrics.jsonl.
             "tensorboard": True,
             "wandb_project": "",  # empty: none
+            # Whether to print progress.
             "progress": True,
             # Terminal output: "text"; or "json": one object per line with time, severity,
             # message and a step's scalars, as GKE and Cloud Logging expect.
