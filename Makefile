@@ -43,7 +43,7 @@ lint: .venv/installed-test
 	touch $@
 
 docs: .venv/installed-test
-	$(BIN)/python docs/site.py
+	$(BIN)/python docs/build_site.py
 
 clean:
 	rm -rf .venv

@@ -1,6 +1,6 @@
 """Builds the documentation site from the project's Markdown pages.
 
-    python docs/site.py [FOLDER]
+    python docs/build_site.py [FOLDER]
 
 Collects the pages in the layout that they have in the project, so that their links hold on
 the site as they do in a clone; adds a page of all keys, made from `config/defaults.py`, and
