@@ -10,7 +10,9 @@ from mixcpt_jax.config import defaults, settings
 @pytest.fixture(scope="module")
 def site(project):
     pytest.importorskip("mkdocs", reason="the site's packages are in the extra `dev`")
-    spec = importlib.util.spec_from_file_location("site", project / "docs" / "build_site.py")
+    spec = importlib.util.spec_from_file_location(
+        "site", project / "docs" / "build_site.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
