@@ -27,7 +27,8 @@ from experiments import cells
 from experiments.arms import ARMS
 from experiments.book import run as book_run
 from experiments.controlled import confidence, cost, run
-from experiments.controlled.run import RATE, RATES
+from experiments.controlled.config import MERGED_SHARES
+from experiments.controlled.run import HIGH, HIGH_RATES, KEEP_RATES, RATE, RATES
 from mixcpt_jax.core import intervals
 from mixcpt_jax.reporting import report as report_lib
 from mixcpt_jax.runtime import metrics
@@ -36,6 +37,8 @@ FOLDER = pathlib.Path(__file__).parent
 PAGES = (
     FOLDER.parent / "README.md",
     FOLDER / "README.md",
+    FOLDER / "controlled" / "README.md",
+    FOLDER / "book" / "README.md",
     FOLDER / "quickstart" / "README.md",
     FOLDER / "anatomy" / "README.md",
 )
@@ -92,7 +95,12 @@ def judge(record: Record) -> Point:
     return after[kept], after["domain_use/exact"]
 
 
-def curves(records: Iterable[Record], base: str, arm: str) -> dict[int, list[Point]]:
+def curves(
+    records: Iterable[Record],
+    base: str,
+    arm: str,
+    rates: tuple[float, ...] = RATES,
+) -> dict[int, list[Point]]:
     """Seed -> its (kept, use) points: the start, then the learning rates in order.
 
     The start has the rate 0. A run that diverged has the point (0, 0). Seeds without all
@@ -106,16 +114,30 @@ def curves(records: Iterable[Record], base: str, arm: str) -> dict[int, list[Poi
         if record["arm"] == "base":
             after = record["phases"]["base"]["after"]
             starts[record["seed"]] = after[JUDGED[base][1]], after["domain_use/exact"]
-        elif record["arm"] == arm:
+        elif record["arm"] == arm and record["rate"] in rates:
             point = (0.0, 0.0) if "failed" in record else judge(record)
             points = found.setdefault(record["seed"], {})
             if record["rate"] in points:
                 raise ValueError(f"{base}, {arm}: two records of rate {record['rate']}")
             points[record["rate"]] = point
     return {
-        seed: [starts[seed], *(points[rate] for rate in RATES)]
+        seed: [starts[seed], *(points[rate] for rate in rates)]
         for seed, points in sorted(found.items())
-        if set(points) == set(RATES)
+        if set(points) == set(rates)
+    }
+
+
+def merge_curves(
+    records: Iterable[Record], arm: str, rate: float
+) -> dict[int, list[Point]]:
+    """Seed -> (kept, use) of each share of a merge on the chat base, the start first."""
+    return {
+        record["seed"]: [
+            (row["untold_use/exact"], row["domain_use/exact"])
+            for row in record["phases"]["merge"]["curve"]
+        ]
+        for record in sorted(records, key=lambda record: record["seed"])
+        if (record["base"], record["arm"], record["rate"]) == ("chat", arm, rate)
     }
 
 
@@ -186,13 +208,6 @@ def arms_table(records: list[Record], base: str) -> str:
             continue
         areas = [hypervolume(points) for points in found.values()]
         gains = _gains(records, base, arm, "mixture_ntp")
-        at_rates = [
-            [
-                statistics.fmean(points[i][part] for points in found.values())
-                for part in (1, 0)
-            ]
-            for i in range(1, len(RATES) + 1)
-        ]
         rows.append(
             (
                 statistics.fmean(areas),
@@ -202,7 +217,7 @@ def arms_table(records: list[Record], base: str) -> str:
                     _cell(areas),
                     "" if arm == "mixture_ntp" else _cell(gains, True),
                     _cell([use_at(points, KEPT_LEVEL) for points in found.values()]),
-                    *(f"{100 * use:.0f} / {100 * kept:.0f}" for use, kept in at_rates),
+                    *_use_and_kept(found.values()),
                 ],
             )
         )
@@ -375,6 +390,143 @@ def alignment_table(records: list[Record], base: str) -> str:
     header = ["arm and phase", "seeds", "format, domain", "format, untold"]
     header += ["value, domain", "value, untold", "untold values", "pairs ranked right"]
     return _table(header, rows)
+
+
+# Arms that need no general data, then those with a mixture; and the arm of each group that
+# the others are compared with.
+KEEP_GROUPS = (
+    (
+        "plain",
+        (
+            "self_replay",
+            "self_replay_lssd20",
+            "comprehension",
+            "plain_teacher",
+            "plain_excess",
+            "lssd20",
+        ),
+    ),
+    (
+        "mixture_ntp",
+        ("mixture_ntp_teacher", "mixture_ntp_excess", "mixture_lssd20", "ntp_kl"),
+    ),
+)
+_KEEP_LEVELS = (0.4, 0.6)
+
+
+def keep_table(records: list[Record]) -> str:
+    """Arms on the chat base at the rates of `KEEP_RATES`, each against its reference."""
+    rows = []
+    for reference, arms in KEEP_GROUPS:
+        others = curves(records, "chat", reference, KEEP_RATES)
+        for arm in (reference, *arms):
+            found = curves(records, "chat", arm, KEEP_RATES)
+            if not found:
+                continue
+            gains = [
+                hypervolume(points) - hypervolume(others[seed])
+                for seed, points in found.items()
+                if seed in others
+            ]
+            rows.append(
+                [
+                    ARMS[arm].label,
+                    str(len(found)),
+                    _cell([hypervolume(points) for points in found.values()]),
+                    "" if arm == reference else _cell(gains, True),
+                    _cell([use_at(points, KEPT_LEVEL) for points in found.values()]),
+                    *(_kept_at(found.values(), level) for level in _KEEP_LEVELS),
+                    *_use_and_kept(found.values()),
+                ]
+            )
+    header = ["arm", "seeds", "area", "area over first row of group"]
+    header += [f"use at {KEPT_LEVEL:.0%} kept"]
+    header += [f"kept at a use of {level:.0%}" for level in _KEEP_LEVELS]
+    return _table([*header, *(f"{rate:g}" for rate in KEEP_RATES)], rows)
+
+
+def _kept_at(found: Iterable[list[Point]], level: float) -> str:
+    """What is kept at a use that all curves reach."""
+    kept = [kept_at(points, level) for points in found]
+    return _cell(kept) if all(kept) else "not reached"
+
+
+def _use_and_kept(found: Iterable[list[Point]]) -> list[str]:
+    """Mean use / kept of each point of the curves but the start, in percent."""
+    return [
+        " / ".join(
+            f"{100 * statistics.fmean(point[part] for point in points):.0f}"
+            for part in (1, 0)
+        )
+        for points in list(zip(*found, strict=True))[1:]
+    ]
+
+
+def merge_table(records: list[Record]) -> str:
+    """Merges of one run, against the runs of the same arm at all rates."""
+    rows = []
+    for arm in (name for name, arm in ARMS.items() if arm.is_merged):
+        trained = curves(records, "chat", arm.removesuffix("_merged"))
+        for rate in RATES:
+            found = merge_curves(records, arm, rate)
+            if not found:
+                continue
+            both = sorted(found.keys() & trained.keys())
+            rows.append(
+                [
+                    f"{ARMS[arm].label}, {rate:g}",
+                    str(len(found)),
+                    _cell([hypervolume(points) for points in found.values()]),
+                    _cell(
+                        [hypervolume(found[s]) - hypervolume(trained[s]) for s in both],
+                        True,
+                    ),
+                    _cell([use_at(points, KEPT_LEVEL) for points in found.values()]),
+                    *_use_and_kept(found.values()),
+                ]
+            )
+    header = ["arm, rate", "seeds", "area", "area over the sweep of rates"]
+    header += [f"use at {KEPT_LEVEL:.0%} kept", *(f"{a:g}" for a in MERGED_SHARES)]
+    return _table(header, rows)
+
+
+def summary(records: list[Record]) -> str:
+    """The sentences at the top of the first page, with their numbers."""
+
+    def measured(arm: str) -> str:
+        found = curves(records, "chat", arm).values()
+        points = [curve[1 + RATES.index(RATE)] for curve in found]
+        use, kept = (statistics.fmean(p[part] for p in points) for part in (1, 0))
+        return f"answers {use:.0%} of the questions about it and keeps {kept:.0%}"
+
+    sentences = (
+        f"A model that reads the domain alone {measured('plain')} of what it knew.",
+        "With general questions and answers beside the same domain text, it "
+        f"{measured('mixture_ntp')}.",
+        "With a small weight on what it predicted at the start as well, which is our "
+        f"default, it {measured('mixture_lssd20')}.",
+        "Whether that prediction has its top two tokens exchanged, as in Mix-CPT, or not, "
+        "as in plain distillation, makes a difference only where the model is sure and "
+        "wrong.",
+        "These models have a million parameters and live in an invented world; on a "
+        "model of 135 million the gain is seen in one run so far, and not yet repeated.",
+    )
+    return "\n".join(
+        textwrap.fill(f"{number}. {text}", 88, subsequent_indent="   ")
+        for number, text in enumerate(sentences, 1)
+    )
+
+
+def high_table(records: list[Record]) -> str:
+    """Use / kept of the first seed at rates up to where every arm forgets."""
+    rates = (*RATES[2:], *HIGH_RATES)
+    found = {arm: curves(records, "chat", arm, rates) for arm in HIGH}
+    rows = [
+        [ARMS[arm].label, *_use_and_kept([seeds[0]])]
+        for arm, seeds in found.items()
+        if 0 in seeds
+    ]
+    return _table(["arm", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def selection_table(records: list[Record]) -> str:
@@ -576,6 +728,8 @@ STYLES = {
     "mixture_lssd20": Style("mixture,\n0.8 NTP +\n0.2 LSSD", "#0072B2", "o"),
     "ntp_kl": Style("NTP on domain,\nKL on general", "#009E73", "D"),
     "mixture_lssd": Style("mixture, LSSD alone", "#CC79A7", "v"),
+    "self_replay": Style("replay of own samples,\nno general data", "#E69F00", "P"),
+    "plain_merged": Style("plain CPT, merged\nwith the start", "#56B4E9", "X"),
 }
 # Base -> arm -> place of the label: kept, use, and the side of the label that is there.
 _LABELS = {
@@ -618,20 +772,56 @@ def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
             found = list(curves(records, base, arm).values())
             if not found:
                 continue
-            (kept, kept_bars), (use, use_bars) = _means_and_bars(found)
-            axis.errorbar(
-                kept, use, xerr=kept_bars, yerr=use_bars, color=style.color,
-                marker=style.marker, ms=6, lw=2, elinewidth=0.8,
-            )  # fmt: skip
-            if top == tops[-1]:
-                x, y, side = _LABELS[base][arm]
-                axis.text(
-                    x, y, style.label, color=style.color, ha=side, va="bottom",
-                    bbox={"color": "white", "alpha": 0.8, "pad": 1}, zorder=5,
-                )  # fmt: skip
+            label = _LABELS[base][arm] if top == tops[-1] else None
+            _draw_curve(axis, found, style, label)
         _label_axes(axis, base, top)
     figure.tight_layout()
     _save(figure, path)
+
+
+# The arms of the figure of the first page: kept, use and side of the label.
+_SUMMARY = {
+    "plain": (53, 66, "left"),
+    "mixture_ntp": (24, 82, "left"),
+    "mixture_lssd20": (76, 70, "left"),
+    "self_replay": (76, 40, "left"),
+}
+
+
+def draw_summary(records: list[Record], path: pathlib.Path) -> None:
+    """Learnt against kept on the chat base, for the choices of the first page."""
+    figure, axis = _pyplot().subplots(figsize=(6.6, 5.2))
+    for arm, (x, y, side) in _SUMMARY.items():
+        found = list(curves(records, "chat", arm, KEEP_RATES).values())
+        if found:
+            _draw_curve(axis, found, STYLES[arm], (x, y, side))
+    merged = list(merge_curves(records, "plain_merged", RATES[-1]).values())
+    if merged:
+        _draw_curve(axis, merged, STYLES["plain_merged"], (60, 30, "left"))
+    axis.set(xlim=(0, 100), ylim=(0, 100))
+    axis.set_xlabel("kept: general facts that training never mentions, %")
+    axis.set_ylabel("learnt: answers about the domain, %")
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _draw_curve(
+    axis, found, style: Style, place: tuple[float, float, str] | None
+) -> None:
+    """A curve with its bars, and its label, if any, at (kept, use, side)."""
+    (kept, kept_bars), (use, use_bars) = _means_and_bars(found)
+    axis.errorbar(
+        kept, use, xerr=kept_bars, yerr=use_bars, color=style.color,
+        marker=style.marker, ms=6, lw=2, elinewidth=0.8,
+    )  # fmt: skip
+    if place is None:
+        return
+    x, y, side = place
+    axis.text(
+        x, y, style.label, color=style.color, ha=side, va="bottom",
+        bbox={"color": "white", "alpha": 0.8, "pad": 1}, zorder=5,
+    )  # fmt: skip
 
 
 def draw_others(records: list[Record], base: str, path: pathlib.Path) -> None:
@@ -806,6 +996,10 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "documents-alignment": lambda: alignment_table(records, "documents"),
         "selection": lambda: selection_table(records),
         "shares": lambda: shares_table(records),
+        "summary": lambda: summary(records),
+        "keep": lambda: keep_table(records),
+        "merge": lambda: merge_table(records),
+        "high-rates": lambda: high_table(records),
         "confidence": lambda: confidence_table(json.loads(confidence.FILE.read_text())),
         "book": lambda: book_table(book, is_aligned=False),
         "book-changes": lambda: book_changes_table(book),
@@ -854,6 +1048,7 @@ def main() -> None:
         return
     for page in PAGES:
         page.write_text(fill(page.read_text(), records))
+    draw_summary(records, FOLDER / "summary.png")
     for base in JUDGED:
         if any(curves(records, base, arm) for arm in ARMS):
             draw(records, base, FOLDER / "controlled" / f"{base}.png")

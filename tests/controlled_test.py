@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from experiments import cells, tables
 from experiments.arms import ARMS
 from experiments.controlled import run, world
-from experiments.controlled.config import Cell, make
+from experiments.controlled.config import MERGED_SHARES, Cell, make
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.models import pretrained, tokenizer
 
@@ -270,16 +270,56 @@ def test_a_constraint_is_judged_at_the_same_use():
         }
     )  # fmt: skip
     table = tables.constraint_table(records, "chat")
-    _, _, *rows = (
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in table.splitlines()
-    )
+    rows = _rows(table)
     assert [row[0] for row in rows] == [
         ARMS["mixture_lssd20"].label, ARMS["mixture_lssd"].label,
     ]  # fmt: skip
     assert rows[0][1] == "3"
     assert rows[0][3:] == ["+10.0 ± 0.0"] * 3
     assert rows[1][3:] == ["+10.0 ± 0.0", "+10.0 (1 of 3)", "not reached"]
+
+
+def _rows(table):
+    _, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+    )
+    return rows
+
+
+def test_a_merge_is_compared_with_the_sweep_of_its_arm():
+    """A merge that keeps a tenth more at any use covers a tenth more area at its top."""
+    sweep = [(0.9, 0.2), (0.8, 0.4), (0.6, 0.6), (0.3, 0.8)]
+    shares = [(1.0, 0.0), (1.0, 0.2), (0.9, 0.4), (0.7, 0.6), (0.4, 0.8), (0.3, 0.8)]
+    records = _records({"plain": [sweep] * 3})
+    for seed in range(3):
+        curve = [
+            {"share": a, "untold_use/exact": kept, "domain_use/exact": use}
+            for a, (kept, use) in zip((0, *MERGED_SHARES), shares, strict=True)
+        ]
+        records.append(
+            {"base": "chat", "arm": "plain_merged", "rate": 4e-3, "seed": seed,
+             "share": 0.0, "rule": "first", "phases": {"merge": {"curve": curve}}}
+        )  # fmt: skip
+    (row,) = _rows(tables.merge_table(records))
+    # Widths of the steps at uses of 0.2, 0.4, 0.6 and 0.8: each is 0.1 longer.
+    assert row[1:4] == ["3", "60.0 (60 to 60)", "+8.0 ± 0.0"]
+    assert row[5:] == ["20 / 100", "40 / 90", "60 / 70", "80 / 40", "80 / 30"]
+
+
+def test_every_arm_of_a_table_is_planned():
+    planned = {
+        (cell.arm, cell.rate)
+        for part in run.PARTS
+        for cell in run.plan(part, 0)
+        if cell.base == "chat"
+    }
+    shown = [arm for first, arms in tables.KEEP_GROUPS for arm in (first, *arms)]
+    assert {(arm, rate) for arm in shown for rate in run.KEEP_RATES} <= planned
+    rates = (*run.RATES, *run.HIGH_RATES)
+    assert {(arm, rates[-1]) for arm in run.HIGH} <= planned
+    for arm in run.KEEP:
+        assert arm in shown or ARMS[arm].is_merged
 
 
 def test_bars_of_a_plot_stay_within_shares():
