@@ -8,7 +8,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-all lint docs clean experiments-controlled
+.PHONY: quickstart test test-slow test-all format-check lint docs clean \
+	experiments-controlled
 
 quickstart: .venv/installed
 	$(BIN)/python -m mixcpt_jax.main --config=configs/quickstart.py
@@ -17,15 +18,17 @@ experiments-controlled: .venv/installed
 	$(BIN)/python -m experiments.controlled.run --part core --results runs/controlled/results
 	$(BIN)/python -m experiments.tables --beside runs/controlled/results
 
-test: .venv/installed-test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: format-check
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: test test-slow
 
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+format-check: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 lint: .venv/installed-test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

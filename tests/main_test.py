@@ -235,7 +235,7 @@ def test_a_key_by_another_name(project, write_config):
     ],
 )
 def test_a_wrong_flag_is_one_line(flag, problem, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["main", "--config=quickstart", f"--{flag}"])
+    monkeypatch.setattr(sys, "argv", ["main", "--config=mixcpt", f"--{flag}"])
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
         main._parse(sys.argv)
     [line] = capsys.readouterr().err.splitlines()
@@ -312,8 +312,8 @@ def test_a_config_file_that_fails_or_returns_no_config(
 def test_a_config_of_the_package_is_found_anywhere(tmp_path, monkeypatch):
     """By both spellings, and although a folder has the same name."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "quickstart").mkdir()
-    for given in (["--config=quickstart:tiny"], ["--config", "configs/quickstart.py"]):
+    (tmp_path / "mixcpt").mkdir()
+    for given in (["--config=mixcpt:tiny"], ["--config", "configs/mixcpt.py"]):
         monkeypatch.setattr(sys, "argv", ["main", *given])
         with flagsaver.flagsaver():
             main._parse(sys.argv)
