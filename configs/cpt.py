@@ -4,17 +4,17 @@ The loss of each token is next-token prediction plus logit swap self-distillatio
 default weights of `config.objective`; `docs/mixture.md` explains the alternatives.
 
     python -m mixcpt_jax.main --config=configs/cpt.py --workdir=runs/mine \\
-        --config.model.path=/models/Llama-3.2-1B \\
+        --config.model.path=meta-llama/Llama-3.2-1B \\
         --config.sources.domain.path='/data/domain/*.jsonl' \\
         --config.sources.instructions.path=/data/instructions.jsonl \\
         --config.sources.preferences.path=/data/preferences.jsonl
 
-`model.path` is a Hugging Face folder (config.json and safetensors) or a GGUF file of the
-Llama, Mistral, Qwen or Gemma family. Records are JSON lines: `{"text"}` for documents (or
-.txt and .md files), `{"instruction", "input", "output"}` or `{"prompt", "response"}` for
-instructions, `{"prompt", "chosen", "rejected"}` for preferences; other field names are
-mapped with `sources.NAME.fields`. Weights are shares of tokens. All other
-keys and their defaults are in `mixcpt_jax/config/defaults.py`.
+`model.path` is a model of the Hugging Face Hub, a Hugging Face folder (config.json and
+safetensors) or a GGUF file of the Llama, Mistral, Qwen or Gemma family. Records are JSON
+lines: `{"text"}` for documents (or .txt and .md files), `{"instruction", "input",
+"output"}` or `{"prompt", "response"}` for instructions, `{"prompt", "chosen", "rejected"}`
+for preferences; other field names are mapped with `sources.NAME.fields`. Weights are shares
+of tokens. All other keys and their defaults are in `mixcpt_jax/config/defaults.py`.
 
 `python -m mixcpt_jax prepare` with the same flags and `--config.data.prepared=FOLDER`
 tokenizes the sources once, for all runs with that `data.prepared`.

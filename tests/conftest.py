@@ -10,6 +10,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 COMPILED = tempfile.TemporaryDirectory(prefix="mixcpt-compiled-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+# No test reaches the Hub; those of `hub_server` are served on this machine.
+os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny programs take longer to compile well than to run; jax tests itself so, too.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 

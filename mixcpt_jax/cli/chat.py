@@ -4,8 +4,8 @@
         [--raw] [--temperature=0.7 --top_p=0.9 ...]
 
 opens a chat, or answers the given prompts. RUN is the workdir of a run, a phase's folder, a
-Hugging Face folder or a GGUF file. If the output is not a terminal, only answers are
-printed.
+Hugging Face folder, a model of the Hub (ORG/NAME) or a GGUF file. If the output is not a
+terminal, only answers are printed.
 """
 
 import argparse

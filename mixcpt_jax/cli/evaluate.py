@@ -5,7 +5,8 @@
 
 measures a model outside a run, with 95 % intervals, and compares it with a second model on
 the same items. RUN and OTHER are workdirs of runs, phases' folders, Hugging Face folders,
-GGUF files or earlier files of `--output`. `data/tasks.py` describes tasks.
+models of the Hub (ORG/NAME), GGUF files or earlier files of `--output`. `data/tasks.py`
+describes tasks.
 """
 
 import argparse

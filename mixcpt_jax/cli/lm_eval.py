@@ -3,9 +3,10 @@
     python -m mixcpt_jax lm-eval --checkpoint=RUN --tasks=NAME,... [--include_path=FOLDER]
         [--limit=N] [--num_fewshot=K] [--apply_chat_template] [--output=results.json]
 
-RUN is the workdir of a run, a phase's folder, a Hugging Face folder or a GGUF file;
-tasks are the harness's own, or YAML files under `--include_path`. Needs the package
-`lm-eval`. In Python the model is `lm_eval_adapter.Model`.
+RUN is the workdir of a run, a phase's folder, a Hugging Face folder, a model of the Hub
+(ORG/NAME) or a GGUF file; tasks are the harness's own, or YAML files under
+`--include_path`. Needs the package `lm-eval`. In Python the model is
+`lm_eval_adapter.Model`.
 """
 
 import argparse

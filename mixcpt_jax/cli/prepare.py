@@ -42,13 +42,14 @@ def main(argv: list[str]) -> None:
         )
     # Imported here so that --help does not wait for them.
     from mixcpt_jax import config as config_lib
-    from mixcpt_jax.data import token_cache_writer
+    from mixcpt_jax.data import hub, token_cache_writer
     from mixcpt_jax.models import tokenizer
 
     if _TEACHER.value:
         config.objective.teacher = "prepared"
     config_lib.validate(config)
     resolved = config_lib.resolve_phases(config, str(epath.Path(folder).parent))
+    resolved = hub.pin(resolved, hub.commits(resolved, {}))
     vocabulary = tokenizer.load(
         resolved.model.tokenizer or resolved.model.path, resolved.model.chat_template
     )

@@ -52,7 +52,8 @@ def bounded_config() -> ml_collections.ConfigDict:
     # Phase -> its settings that differ from those of this config.
     config.overrides = ml_collections.ConfigDict()
 
-    # The model: an HF folder (config.json and safetensors) or a GGUF file.
+    # The model: an HF folder (config.json and safetensors), a GGUF file, or a model of the
+    # Hub, ORG/NAME or hf://ORG/NAME@REVISION. So is the tokenizer.
     config.model = ml_collections.ConfigDict(
         {
             # Folder or file of the model; an empty path is an error.

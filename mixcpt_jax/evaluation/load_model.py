@@ -1,4 +1,4 @@
-"""Loads a model from a run, a phase, a Hugging Face folder or a GGUF file."""
+"""Loads a model from a run, a phase, a Hugging Face folder, the Hub or a GGUF file."""
 
 import math
 from collections.abc import Callable
@@ -8,9 +8,9 @@ import jax
 import ml_collections
 from etils import epath
 
-from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import hub
 from mixcpt_jax.models import huggingface, pretrained, tokenizer, transformer
 from mixcpt_jax.models.huggingface_export import FOLDER as EXPORT_FOLDER
 from mixcpt_jax.runtime import sharding
@@ -51,7 +51,7 @@ def load(path: str, dtype: str = "") -> LoadedModel:
     Args:
       path: the workdir of a run (the end of its last finished training phase), a phase's
         folder (its newest checkpoint, or its export), a Hugging Face folder or a GGUF
-        file; local, `gs://` or `package:NAME/FILE`.
+        file; local, `gs://`, `package:NAME/FILE` or on the Hub, see `data.hub`.
       dtype: "float32" or "bfloat16"; empty: float32 on CPUs, bfloat16 elsewhere.
 
     Raises:
@@ -99,19 +99,19 @@ def _model_settings(
         return ml_collections.ConfigDict(
             {"path": path, "tokenizer": "", "chat_template": ""}
         )
-    run_folder = checkpoint.phase_folder(path).parent
-    return config_lib.resolve_phases(stored, str(run_folder)).model
+    resolved, _ = phase.resolve(stored, checkpoint.phase_folder(path))
+    return resolved.model
 
 
 def _find(path: str) -> tuple[str, ml_collections.ConfigDict | None]:
     """The folder or file of a model, and the config of the phase that trained it."""
-    if path.endswith(".gguf"):
+    if path.endswith(".gguf") or hub.local_model(path) != path:
         return path, None
     folder = paths.resolve(path)
     if not folder.is_dir():
         raise InputError(
             f"{path}: no such folder; give the workdir of a run, a phase's folder, a "
-            "Hugging Face folder or a .gguf file (nothing is downloaded)"
+            "Hugging Face folder, a .gguf file or a model of the Hub as ORG/NAME"
         )
     if checkpoint.exists(str(folder)):
         stored = checkpoint.read_config(str(folder))

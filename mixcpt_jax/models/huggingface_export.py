@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import hub
 from mixcpt_jax.models import families, headers
 from mixcpt_jax.models.huggingface import MARKER
 from mixcpt_jax.models.tokenizer import Tokenizer
@@ -107,7 +108,7 @@ def save_pretrained(
 
 def _files_beside(start: str) -> dict[str, epath.Path]:
     """The files of a checkpoint's folder by name; empty for a GGUF file."""
-    folder = paths.resolve(start)
+    folder = paths.resolve(hub.local_model(start))
     files = folder.iterdir() if start and folder.is_dir() else ()
     return {file.name: file for file in files if file.is_file()}
 
@@ -296,7 +297,7 @@ def check_target(folder: epath.Path, *models: str) -> None:
     """
     target = _real(folder)
     for path in filter(None, models):
-        model = _real(paths.resolve(path))
+        model = _real(paths.resolve(hub.local_model(path)))
         if model == target or model in target.parents or target in model.parents:
             raise InputError(
                 f"{folder}: the export would change {path}, which it is made of; name "

@@ -14,6 +14,7 @@ import numpy as np
 
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import hub
 from mixcpt_jax.models import families, gguf_checkpoint, huggingface
 from mixcpt_jax.models.families import Index, Tensor
 from mixcpt_jax.models.gguf_file import open_gguf
@@ -23,8 +24,8 @@ from mixcpt_jax.models.transformer import ModelConfig, Params
 from mixcpt_jax.runtime import finite
 
 _REMEDY = (
-    "give a Hugging Face folder or a .gguf file. Nothing is downloaded: "
-    "`hf download NAME --local-dir FOLDER` gets a model from the hub"
+    "give a Hugging Face folder, a .gguf file, or a model of the Hub as ORG/NAME or "
+    "hf://ORG/NAME"
 )
 
 
@@ -34,13 +35,15 @@ def read_model_config(path: str) -> ModelConfig:
     Args:
       path: a Hugging Face folder (its `config.json`, of model type llama, mistral,
         qwen2, qwen3, gemma2 or gemma3_text), a `.json` file like that one, or a `.gguf`
-        file (of architecture llama, qwen2, qwen3, gemma2 or gemma3).
+        file (of architecture llama, qwen2, qwen3, gemma2 or gemma3). Each may be on the
+        Hub, see `data.hub`.
 
     Raises:
       InputError: the file is missing or damaged, or describes a network that
         `transformer` does not compute; names the file, the key, its value and what is
         supported.
     """
+    path = hub.local_model(path)
     if path.endswith(".gguf"):
         file = paths.require_file(path)
         return gguf_checkpoint.read_config(open_gguf(file), file)
@@ -64,6 +67,7 @@ def load_params(path: str, abstract_params: Params) -> Params:
       InputError: a file is missing or damaged, or a tensor is missing, left over,
         misshapen or holds a NaN or an infinity; names the tensor and the file.
     """
+    path = _with_weights(path)
     family = read_model_config(path).family
     if path.endswith(".gguf"):
         tensors = gguf_checkpoint.open_tensors(paths.require_file(path))
@@ -120,6 +124,7 @@ def identity(path: str) -> str:
       InputError: a file is missing or damaged.
     """
     digest = hashlib.blake2b(digest_size=8)
+    path = _with_weights(path)
     if path.endswith(".gguf"):
         reader = open_gguf(paths.require_file(path))
         content, header_end = reader.data, int(reader.data_offset)
@@ -151,6 +156,26 @@ def identity(path: str) -> str:
         for sample in paths.read_ranges(file, ranges) if ranges else ():
             digest.update(sample)
     return digest.hexdigest()
+
+
+def exists(path: str) -> bool:
+    """Whether a checkpoint is there, or can be downloaded."""
+    try:
+        return paths.exists(hub.local_model(path))
+    except InputError:
+        return False
+
+
+def _with_weights(path: str) -> str:
+    """The local path of a checkpoint; downloads its weights if it is on the Hub."""
+    local = hub.local_model(path)
+    folder = paths.resolve(local)
+    if local == path or not folder.is_dir():
+        return local
+    names = {"model.safetensors"}
+    if (folder / huggingface.INDEX).exists():
+        names = {*huggingface.weight_map_of(folder).values()}
+    return hub.local_model(path, *names)
 
 
 _MOST_BYTES_WHOLE = 2**29

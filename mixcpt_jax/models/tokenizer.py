@@ -27,6 +27,7 @@ from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core import text as text_lib
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.core.small_files import MOST_BYTES_OF_VOCABULARY
+from mixcpt_jax.data import hub
 from mixcpt_jax.models import companions, gguf_vocabulary, headers, template_sandbox
 from mixcpt_jax.models.companions import Added, Companions
 from mixcpt_jax.models.gguf_file import gguf_header, open_gguf
@@ -520,7 +521,8 @@ def load(path: str, chat_template: str = "") -> Tokenizer:
 
     Args:
       path: a folder with `tokenizer.json` or `tokenizer.model`, or a `.json`, `.model`
-        or `.gguf` file. The files beside it are read too, see `companions`.
+        or `.gguf` file, also on the Hub, see `data.hub`. The files beside it are read
+        too, see `companions`.
       chat_template: a file with a Jinja template to use instead of the tokenizer's own, see
         `Tokenizer.with_template`; empty: none.
 
@@ -541,6 +543,7 @@ def load(path: str, chat_template: str = "") -> Tokenizer:
 
 
 def _load(path: str) -> Tokenizer:
+    path = hub.local_model(path)
     resolved = paths.resolve(path)
     if resolved.is_dir():
         names = ("tokenizer.json", "tokenizer.model")

@@ -526,6 +526,6 @@ def _text(value: Any) -> str:
 
 
 def _provenance(arm: Arm) -> Iterator[tuple[str, str]]:
-    for part in ("start", "environment", "files"):
+    for part in ("start", "commits", "environment", "files"):
         for key, value in _flatten(arm.provenance.get(part, {})):
             yield f"{part} · {key}", _text(value)

@@ -42,6 +42,7 @@ RESULTS = {
 _PROVENANCE = {
     "start?": _START,
     "files?": OBJECT,
+    "commits?": {str: str},
     "environment?": {"devices?": str, "parameters?": int, "started?": str},
 }
 _WEIGHT = (float, None)

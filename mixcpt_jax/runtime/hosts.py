@@ -20,9 +20,6 @@ from jax.experimental import multihost_utils
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import lease, terminal
 
-# Maximum bytes of a message from one host to the others.
-_MESSAGE = 2048
-
 
 def join(
     coordinator: str | None = None,
@@ -99,20 +96,23 @@ def owning(folder: epath.Path) -> Iterator[None]:
                 held.enter_context(lease.hold(folder))
             except InputError as error:
                 problem = str(error)
-        if jax.process_count() > 1:
-            text = np.frombuffer(problem.encode().ljust(_MESSAGE)[:_MESSAGE], np.uint8)
-            text = np.asarray(multihost_utils.broadcast_one_to_all(text))
-            problem = text.tobytes().decode(errors="replace").rstrip()
-        if problem:
+        if problem := text_of_first(problem):
             raise InputError(problem)
         yield
 
 
-def of_first(value: int | bool | list[bool]) -> np.ndarray:
+def of_first(value: int | bool | list[bool] | np.ndarray) -> np.ndarray:
     """The first host's value on every host; others may see a change of a folder later."""
     if jax.process_count() == 1:
         return np.asarray(value)
     return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def text_of_first(text: str) -> str:
+    """The first host's text on every host."""
+    content = np.frombuffer(text.encode(), np.uint8)
+    size = int(of_first(len(content)))
+    return of_first(np.resize(content, size)).tobytes().decode()
 
 
 def wait_for_all(place: str) -> None:

@@ -249,11 +249,12 @@ class Restored(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a checkpoint keeps of its phase: its step, the config, the record's files."""
+    """What a checkpoint keeps of its phase: step, config, record's files, provenance."""
 
     step: int
     config: dict[str, Any]
     files: dict[str, str]
+    provenance: dict[str, Any]
 
 
 def restore(
@@ -374,7 +375,8 @@ def newest_readable(workdir: epath.Path) -> Kept | None:
             if _is_not_damage(error):
                 raise
             continue
-        return Kept(entry.step, json.loads(record["config"]), _unpacked(record))
+        config, provenance = map(json.loads, (record["config"], record["provenance"]))
+        return Kept(entry.step, config, _unpacked(record), provenance)
     return None
 
 
@@ -602,8 +604,8 @@ def _check_record(record: dict[str, Any]) -> None:
     small_files.check(record, _RECORD, place)
     config = small_files.parse(record["config"], f"{place}: config", small_files.OBJECT)
     config_lib.check_stored(config)
-    start = {"start": small_files.OBJECT}
-    small_files.parse(record["provenance"], f"{place}: provenance", start)
+    shape = {"start": small_files.OBJECT, "commits?": {str: str}}
+    small_files.parse(record["provenance"], f"{place}: provenance", shape)
     for name, text in _unpacked(record).items():
         if not record_lib.is_copy(name, text):
             raise _Damaged(f"its copy of {name} is not one")

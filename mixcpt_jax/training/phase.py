@@ -9,6 +9,7 @@ the base of adapters.
 import dataclasses
 import datetime
 import functools
+import json
 import platform
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import mesh_shape, paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.core.small_files import OBJECT
-from mixcpt_jax.data import corpus, pipeline
+from mixcpt_jax.data import corpus, hub, pipeline
 from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import pretrained, tokenizer, transformer
 from mixcpt_jax.objectives import interface, streamed
@@ -67,11 +68,12 @@ class Phase:
       name: for the terminal.
       folder: where it writes.
       given: its config as written to the folder.
-      config: the same with "phase:NAME" paths resolved.
+      config: the same with "phase:NAME" paths resolved, and commits in paths on the Hub.
       model_config: the architecture.
       tokenizer: the model's.
       mesh: over all devices of all hosts.
       started: when this process started the phase, on the monotonic clock.
+      commits: repository and revision on the Hub -> the commit that the phase reads.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Phase:
     tokenizer: tokenizer.Tokenizer
     mesh: jax.sharding.Mesh
     started: float
+    commits: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def lora(self) -> lora_lib.Lora | None:
@@ -213,6 +216,7 @@ class Phase:
         return {
             "start": self.starts_from,
             "files": files,
+            "commits": self.commits,
             "split_version": corpus.SPLIT_VERSION,
         }
 
@@ -332,14 +336,50 @@ def start(config: ml_collections.ConfigDict, workdir: str, name: str) -> Phase:
     started = time.monotonic()
     folder = paths.absolute(workdir)
     check_workdir(folder, config)
-    given, config = config, config_lib.resolve_phases(config, str(folder.parent))
+    given = config
+    config, commits = resolve(config, folder)
     model_config = pretrained.read_model_config(config.model.path)
     check_model(config, model_config)
     source = config.model.tokenizer or config.model.path
     vocabulary = tokenizer.load(source, config.model.chat_template)
     tokenizer.check_vocabulary(vocabulary, model_config.vocab_size, source)
     mesh = sharding.make_mesh(config.mesh)
-    return Phase(name, folder, given, config, model_config, vocabulary, mesh, started)
+    return Phase(
+        name, folder, given, config, model_config, vocabulary, mesh, started, commits
+    )
+
+
+def resolve(
+    config: ml_collections.ConfigDict, folder: epath.Path
+) -> tuple[ml_collections.ConfigDict, dict[str, str]]:
+    """The config of a phase with all paths resolved, and the commits in them.
+
+    A phase keeps the commits that it recorded, or else those of the phase that it starts
+    from; others are the commits of the Hub now, the same on all hosts.
+
+    Args:
+      config: of the phase, as it was given.
+      folder: of the phase.
+
+    Raises:
+      InputError: the Hub has no such repository or revision, or cannot be reached.
+    """
+    config = config_lib.resolve_phases(config, str(folder.parent))
+    commits = {}
+    if hosts.is_first():
+        start = config.init_from
+        recorded = _recorded_commits(checkpoint.phase_folder(start)) if start else {}
+        commits = hub.commits(config, recorded | _recorded_commits(folder))
+    commits = json.loads(hosts.text_of_first(json.dumps(commits)))
+    return hub.pin(config, commits), commits
+
+
+def _recorded_commits(folder: epath.Path) -> dict[str, str]:
+    shape = {"commits?": {str: str}}
+    provenance = _read_object(folder / PROVENANCE_FILE, shape)
+    if provenance is None and (kept := checkpoint.newest_readable(folder)):
+        provenance = kept.provenance
+    return (provenance or {}).get("commits", {})
 
 
 def job(work: Callable[[Phase], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -392,11 +432,11 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
             )
         logging.warning("%s; the phase is finished again", damage)
         return None
-    resolved = config_lib.resolve_phases(config, str(folder.parent))
+    resolved, _ = resolve(config, folder)
     # What a finished phase started from may have been deleted.
     model_path, start = resolved.model.path, resolved.init_from
-    if checkpoint.exists(start) if start else paths.exists(model_path):
-        has_model = paths.exists(model_path)
+    has_model = pretrained.exists(model_path)
+    if checkpoint.exists(start) if start else has_model:
         architecture = pretrained.read_model_config(model_path) if has_model else None
         now = _start_identity(config, resolved, architecture)
         _check_start(folder, provenance, now)
@@ -631,10 +671,11 @@ def load_params(
 
 def _load_start(folder, stored, model_config, mesh, dtype) -> transformer.Params:
     """The full parameters that a phase with a checkpoint started from."""
-    run_folder = checkpoint.phase_folder(folder).parent
-    given, stored = stored, config_lib.resolve_phases(stored, str(run_folder))
+    phase_folder = checkpoint.phase_folder(folder)
+    given = stored
+    stored, _ = resolve(stored, phase_folder)
     _check_start(
-        checkpoint.phase_folder(folder),
+        phase_folder,
         checkpoint.read_provenance(folder),
         _start_identity(given, stored, model_config),
     )

@@ -1,0 +1,275 @@
+"""Models and data sets by their names on the Hub, through the Hub's own client.
+
+`hub_server` speaks the Hub's API on this machine.
+"""
+
+import errno
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import hub_server
+import huggingface_hub
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from etils import epath
+from huggingface_hub import constants, file_download
+
+from mixcpt_jax import config as config_lib
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import hub
+from mixcpt_jax.models import huggingface_export, pretrained, tokenizer, transformer
+from mixcpt_jax.training import phase
+
+ID = "org/tiny"
+
+
+def forget() -> None:
+    """What a new process would not know."""
+    hub._commit.cache_clear()
+    hub._files.cache_clear()
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with hub_server.serving() as server:
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        forget()
+        yield server
+        huggingface_hub.close_session()
+    forget()
+
+
+@pytest.fixture
+def served(server, tiny_model):
+    """The server, with the tiny model and files that nobody needs."""
+    server.commit("models", ID, contents(tiny_model))
+    server.commit("models", ID, {"pytorch_model.bin": b"-", "onnx/model.onnx": b"-"})
+    return server
+
+
+def contents(folder):
+    return {f.name: f.read_bytes() for f in pathlib.Path(folder).iterdir()}
+
+
+def load(path):
+    config = pretrained.read_model_config(path)
+    template = transformer.abstract_params(config)
+    return pretrained.load_params(path, template)
+
+
+def test_a_model_by_its_id_is_the_model_of_its_files(served, tiny_model):
+    expected, found = load(tiny_model), load(ID)
+    jax.tree.map(np.testing.assert_array_equal, expected, found)
+    assert pretrained.identity(ID) == pretrained.identity(tiny_model)
+    mine, theirs = tokenizer.load(ID), tokenizer.load(tiny_model)
+    assert mine.fingerprint == theirs.fingerprint
+
+
+def test_only_what_is_read_is_downloaded_once(served):
+    load(ID)
+    tokenizer.load(ID)
+    forget()
+    load(f"hf://{ID}")
+    found = served.downloads()
+    assert len(found) == len({*found})
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= {*found}
+    assert not {"pytorch_model.bin", "onnx/model.onnx"} & {*found}
+
+
+def test_a_config_is_read_without_the_weights(served):
+    pretrained.read_model_config(ID)
+    assert "model.safetensors" not in served.downloads()
+
+
+def test_of_several_formats_the_shards_in_the_index_are_downloaded(
+    server, tiny_model, tmp_path
+):
+    config = pretrained.read_model_config(tiny_model)
+    folder = str(tmp_path / "sharded")
+    params = load(tiny_model)
+    huggingface_export.save_pretrained(
+        folder, params, config, dtype="float32", max_shard_bytes=2**15
+    )
+    server.commit("models", ID, contents(folder) | {"consolidated.safetensors": b"-"})
+    jax.tree.map(np.testing.assert_array_equal, params, load(ID))
+    names = [n for n in server.downloads() if n.endswith(".safetensors")]
+    assert len(names) > 1
+    assert "consolidated.safetensors" not in names
+
+
+def test_a_folder_and_a_file_in_a_repository(server, tiny_model):
+    below = {f"base/{name}": c for name, c in contents(tiny_model).items()}
+    server.commit("models", ID, below)
+    load(f"hf://{ID}/base")
+    expected = tokenizer.load(tiny_model).fingerprint
+    assert tokenizer.load(f"hf://{ID}/base/tokenizer.json").fingerprint == expected
+
+
+def test_a_local_folder_wins(served, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    (tmp_path / ID).symlink_to(tiny_model)
+    pretrained.identity(ID)
+    assert not served.requests
+
+
+def test_a_broken_transfer_resumes_where_it_broke(server, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    content = os.urandom(3000)
+    server.commit("models", ID, {"config.json": b"{}", "model.safetensors": content})
+    server.cut["model.safetensors"] = 2000
+    folder = hub.local_model(ID, "model.safetensors")
+    assert pathlib.Path(folder, "model.safetensors").read_bytes() == content
+    (again,) = [request.range for request in server.requests if request.range]
+    assert again == "bytes=2000-"
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_its_whole_files(server, tmp_path, project):
+    names = ["model-1.safetensors", "model-2.safetensors"]
+    files = {name: name.encode() for name in ("config.json", *names)}
+    server.commit("models", ID, files)
+    held = server.hold(names[1])
+    code = f"from mixcpt_jax.data import hub; hub.local_model({ID!r}, *{names})"
+    environment = os.environ | {
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_CACHE": constants.HF_HUB_CACHE,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "PYTHONPATH": str(project),
+    }
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
+        try:
+            assert held.wait(120)
+            deadline = time.monotonic() + 120
+            while not any(pathlib.Path(constants.HF_HUB_CACHE).rglob(names[0])):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            process.kill()
+    server.release()
+    hub.local_model(ID, *names)
+    assert server.downloads().count(names[0]) == 1
+    assert server.downloads().count(names[1]) == 2
+
+
+def test_a_process_reads_one_commit(served):
+    first = hub.local_model(ID)
+    served.commit("models", ID, {"config.json": b"{}"})
+    assert hub.local_model(ID) == first
+
+
+def test_a_run_keeps_its_commits(served, tmp_path):
+    """On resume, and in phases that start from its phases."""
+    config = ml_collections.ConfigDict(
+        {"init_from": "", "model": {"path": ID, "tokenizer": f"hf://{ID}@main"}}
+    )
+    folder = epath.Path(tmp_path)
+    now, commits = phase.resolve(config, folder)
+    commit = commits[f"hf://{ID}"]
+    assert now.model.path == now.model.tokenizer == f"hf://{ID}@{commit}"
+    for name in ("provenance.json", "cpt/provenance.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps({"commits": commits}))
+    newer = served.commit("models", ID, {"config.json": b"{}"})
+    forget()
+    assert phase.resolve(config, folder) == (now, commits)
+    config.init_from = "phase:cpt"
+    assert phase.resolve(config, folder / "sft")[1] == commits
+    config.init_from = ""
+    assert {*phase.resolve(config, folder / "sft")[1].values()} == {newer}
+
+
+def test_a_pinned_config_names_what_the_config_named(served):
+    config = config_lib.default()
+    config.model.path = f"{ID}@main"
+    config.eval.prompts = f"data.jsonl, hf://{ID}/config.json,hf://{ID}"
+    commits = hub.commits(config, {})
+    pinned = hub.pin(config, commits)
+    (commit,) = {*commits.values()}
+    at = f"hf://{ID}@{commit}"
+    assert pinned.model.path == at
+    assert pinned.eval.prompts == f"data.jsonl, {at}/config.json,{at}"
+    assert hub.pin(pinned, hub.commits(pinned, {})).to_dict() == pinned.to_dict()
+
+
+def problem(path, *names) -> str:
+    with pytest.raises(InputError) as error:
+        hub.local_model(path, *names)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"{path}: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("org/none", ["no such file or folder", "the Hub shows no such model", "HF_TOKEN"]),
+        ("hf://org/none", ["the Hub shows no such model"]),
+        ("hf://datasets/org/none", ["the Hub shows no such data set"]),
+        ("org/tiny@v3", ["no revision 'v3'", "name a branch"]),
+        ("org/gated", ["restricted", "accept its terms at http", "/org/gated ", "HF_"]),
+        ("hf://tiny", ["write hf://ORG/NAME"]),
+        ("hf://spaces/org/tiny", ["names a space"]),
+        ("hf://org/tiny/gguf", ["has no gguf", "config.json"]),
+    ],
+)  # fmt: skip
+def test_what_the_hub_refuses_is_one_line(served, path, told):
+    served.commit("models", "org/gated", {})
+    served.gated.add("org/gated")
+    line = problem(path)
+    assert all(part in line for part in told), line
+
+
+def test_a_token_opens_what_is_gated(served, monkeypatch):
+    served.gated.add(ID)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    pretrained.read_model_config(ID)
+
+
+def test_a_repository_without_safetensors(server):
+    server.commit("models", ID, {"config.json": b"{}", "pytorch_model.bin": b"-"})
+    line = problem(ID, "model.safetensors")
+    assert "has no model.safetensors" in line
+    assert "pytorch_model.bin" in line
+
+
+def test_without_network_the_cache_serves(served, monkeypatch):
+    load(ID)
+    forget()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    load(ID)
+    line = problem("org/other")
+    assert "the Hub cannot be reached at http://127.0.0.1:9" in line
+    assert "check the network and HF_ENDPOINT" in line
+
+
+def test_offline_the_cache_serves(served, monkeypatch):
+    pretrained.read_model_config(ID)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget()
+    asked = len(served.requests)
+    pretrained.read_model_config(ID)
+    assert "HF_HUB_OFFLINE is set" in problem(ID, "model.safetensors")
+    assert "HF_HUB_OFFLINE is set" in problem("hf://org/other")
+    assert len(served.requests) == asked
+
+
+def test_a_full_disk(served, monkeypatch):
+    def write(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(file_download, "http_get", write)
+    assert "make room on the disk" in problem(ID)
