@@ -391,7 +391,7 @@ def launch(main: Callable[[list[str]], None]) -> None:
 
     def run(argv: list[str]) -> None:
         with _ending_together():
-            command.explained(main, argv)
+            command.run(main, argv)
 
     app.run(run, flags_parser=_parse)
 

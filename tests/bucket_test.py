@@ -119,7 +119,7 @@ def test_a_bucket_that_is_away_is_named_and_nothing_is_taken_for_damaged(
     monkeypatch.setattr(gcsfs.retry, "min", lambda *_: 0, raising=False)  # no waiting
     faults.share = 1.0
     with pytest.raises(SystemExit) as stop:
-        command.explained((folder / "config.json").exists)
+        command.run((folder / "config.json").exists)
     assert stop.value.code == 1
     assert "error: the bucket cannot be read or written" in capsys.readouterr().err
     with pytest.raises(gcsfs.retry.HttpError):

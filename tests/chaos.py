@@ -144,7 +144,7 @@ def start(
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)
-    command.explained(_train, ml_collections.ConfigDict(json.loads(config)), workdir)
+    command.run(_train, ml_collections.ConfigDict(json.loads(config)), workdir)
 
 
 def _train(config: ml_collections.ConfigDict, workdir: str) -> None:

@@ -26,7 +26,7 @@ def test_sigterm_ends_a_command_at_once_with_status_0(capsys):
         reached.append("what comes after")
 
     reached = []
-    command_line.explained(command, reached)
+    command_line.run(command, reached)
     assert not reached
     assert capsys.readouterr().err == "stopped by SIGTERM; the same command resumes\n"
     sigterm()  # at exit nothing is interrupted
@@ -37,13 +37,13 @@ def test_sighup_ends_a_command_as_sigterm_does(capsys):
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(600)
 
-    command_line.explained(command)
+    command_line.run(command)
     assert capsys.readouterr().err.startswith("stopped by SIGTERM; ")
 
 
 def test_sighup_stays_ignored_under_nohup(capsys):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
-    command_line.explained(lambda: os.kill(os.getpid(), signal.SIGHUP))
+    command_line.run(lambda: os.kill(os.getpid(), signal.SIGHUP))
     assert capsys.readouterr().err == ""
 
 
@@ -53,7 +53,7 @@ def test_ctrl_c_is_one_line(capsys):
         time.sleep(600)
 
     with pytest.raises(SystemExit) as caught:
-        command_line.explained(command)
+        command_line.run(command)
     assert caught.value.code == 130
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "stopped; a run keeps what it saved: the same command resumes it"
@@ -140,7 +140,7 @@ def test_a_signal_lost_in_a_callback_repeats(capsys):
         time.sleep(600)
         pytest.fail("the signal does not repeat")
 
-    command_line.explained(command)
+    command_line.run(command)
     assert capsys.readouterr().err == "stopped by SIGTERM; the same command resumes\n"
 
 
@@ -205,7 +205,7 @@ def stopped_in_the_call():
 
 
 def test_a_long_call_without_signals_is_ended(stopped_in_the_call):
-    process = stopped_in_the_call("command.explained(long_call)")
+    process = stopped_in_the_call("command.run(long_call)")
     assert process.wait(600) == 0  # although its input is open
     assert process.stderr.read() == "stopped by SIGTERM; the same command resumes\n"
 
@@ -218,7 +218,7 @@ def train():
         long_call()
         assert preemption_guard.is_requested(1)
         print("saved", flush=True)
-command.explained(train)
+command.run(train)
 """)
     time.sleep(1)  # twice its patience
     output, _ = process.communicate("", timeout=600)

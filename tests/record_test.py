@@ -109,15 +109,21 @@ def written(tmp_path_factory):
     return folder, write_record(folder)
 
 
+def changed_copy(tmp_path_factory, source, name, change):
+    """A copy of a folder in which one file is changed."""
+    folder = tmp_path_factory.mktemp("changed") / "run"
+    shutil.copytree(source, folder)
+    change(folder / name)
+    return folder
+
+
 @mutated
 @hypothesis.given(name=st.sampled_from(NAMES), change=changes())
 def test_whatever_happens_to_a_record_it_is_restored_from_its_copy(
     written, tmp_path_factory, name, change
 ):
     source, copies = written
-    folder = tmp_path_factory.mktemp("changed") / "run"
-    shutil.copytree(source, folder)
-    change(folder / name)
+    folder = changed_copy(tmp_path_factory, source, name, change)
     expected = {
         k: [r for r in v if r["step"] <= STEP] for k, v in read_all(source).items()
     }
@@ -133,9 +139,7 @@ def test_a_damaged_line_is_named_and_none_is_left_out_in_silence(
     written, tmp_path_factory, name, change
 ):
     source, _ = written
-    folder = tmp_path_factory.mktemp("changed") / "run"
-    shutil.copytree(source, folder)
-    change(folder / name)
+    folder = changed_copy(tmp_path_factory, source, name, change)
     lines = []
     if (folder / name).exists():
         lines = (folder / name).read_bytes().split(b"\n")

@@ -24,7 +24,7 @@ def one_line(capsys, raising):
         raise raising
 
     with pytest.raises(SystemExit) as caught:
-        command.explained(run)
+        command.run(run)
     assert caught.value.code == 1
     [line] = capsys.readouterr().err.splitlines()
     return line
@@ -64,7 +64,7 @@ def test_a_fault_of_the_program_keeps_its_traceback():
         raise RuntimeError("a fault")
 
     with pytest.raises(RuntimeError, match="a fault"):
-        command.explained(run)
+        command.run(run)
     assert system.problem(RuntimeError("a fault")) is None
 
 
@@ -134,7 +134,7 @@ def run():
         terminal.say("nobody reads this")
         raise
 
-command.explained(run)
+command.run(run)
 """
 
 
@@ -156,7 +156,7 @@ def test_output_that_nobody_reads_ends_a_command_in_silence(project):
     script = (
         "from mixcpt_jax.cli import command\n"
         "from mixcpt_jax.runtime import terminal\n"
-        "command.explained(lambda: [terminal.show('row') for _ in range(10**5)])"
+        "command.run(lambda: [terminal.show('row') for _ in range(10**5)])"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script],

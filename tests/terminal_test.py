@@ -128,7 +128,7 @@ def test_an_error_has_a_length_whatever_it_quotes():
 
 
 PATHS = {
-    "error": lambda bad: command.explain(InputError(bad)),
+    "error": lambda bad: command.fail(InputError(bad)),
     "say": lambda bad: terminal.say(f"{bad}: is damaged"),
     "field": lambda bad: terminal.say("a step", **{bad: bad}),
     "log": lambda bad: logging.warning("%s: %s", bad, bad),
@@ -269,7 +269,7 @@ def test_generated_text_is_raw_in_a_pipe_alone(streams, encoding, is_terminal):
 
 
 def test_an_ascii_terminal_takes_what_others_print(project):
-    code = "from mixcpt_jax.cli import command; command.explained(print, 'é日\\ud800')"
+    code = "from mixcpt_jax.cli import command; command.run(print, 'é日\\ud800')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=project,

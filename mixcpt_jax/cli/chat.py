@@ -233,4 +233,4 @@ def print_pieces(pieces: Iterator[str]) -> None:
 
 def start() -> None:
     """Runs the command from the command line."""
-    command.explained(main)
+    command.run(main)

@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports a wrong flag as any other user error: one line, exit status 1."""
 
     def error(self, message: str) -> NoReturn:
-        explain(InputError(f"{message}; `{self.prog} --help` explains the flags"))
+        fail(InputError(f"{message}; `{self.prog} --help` explains the flags"))
 
 
 def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], float]:
@@ -64,7 +64,7 @@ batch_size = number(int, least=1, most=4096)
 seed = number(int, least=0, most=2**31 - 1)
 
 
-def explained(command: Callable[..., Any], *args: Any) -> None:
+def run(command: Callable[..., Any], *args: Any) -> None:
     """Runs a command to its end; reports anything that ends it early in one line.
 
     The exit status is 0 after SIGTERM, SIGHUP or a closed pipe, 1 after a user error or an
@@ -75,7 +75,7 @@ def explained(command: Callable[..., Any], *args: Any) -> None:
     terminal.take_logs()
     sys.unraisablehook = _report_unraisable
     preemption.interrupt()
-    with preemption.in_time(_stop), boundary():
+    with preemption.exit_deadline(_stop), boundary():
         try:
             command(*args)
         finally:
@@ -88,7 +88,7 @@ def boundary() -> Iterator[None]:
     try:
         yield
     except (InputError, FloatingPointError) as error:
-        explain(error)
+        fail(error)
     except preemption.Preempted as stop:
         terminal.say(str(stop))
         _leave()
@@ -100,10 +100,10 @@ def boundary() -> Iterator[None]:
     except Exception as error:
         kind = type(error).__name__
         if problem := system.problem(error):
-            explain(InputError(problem))
+            fail(InputError(problem))
         if not paths.is_bucket_error(error):
             raise
-        explain(
+        fail(
             InputError(
                 f"the bucket cannot be read or written, even after retries ({kind}: "
                 f"{error}); what was saved is whole: the same command resumes it"
@@ -146,7 +146,7 @@ def _report_unraisable(entry: Any) -> None:
         sys.__unraisablehook__(entry)
 
 
-def explain(error: Exception) -> NoReturn:
+def fail(error: Exception) -> NoReturn:
     """Reports a user error in one line and exits with status 1."""
     # Grain appends its own trace.
     text = str(error).partition("\n-----")[0]

@@ -148,17 +148,17 @@ def _read_results(path: str) -> dict[str, Any]:
         if task["kind"] not in tasks.MEASURES:
             raise InputError(
                 f"{path}: task {name!a}: its kind {task['kind']!a:.80} must be one of "
-                f"{', '.join(tasks.MEASURES)}; measure it anew"
+                f"{', '.join(tasks.MEASURES)}; evaluate it again"
             )
         lengths = sorted(map(len, task["items"].values()))
         if not lengths or not 0 < lengths[0] == lengths[-1]:
             raise InputError(
                 f"{path}: task {name!a}: its columns must have a number for each item, "
-                f"they have {lengths!s:.80}; measure it anew"
+                f"they have {lengths!s:.80}; evaluate it again"
             )
     return result
 
 
 def start() -> None:
     """Runs the command from the command line."""
-    command.explained(main)
+    command.run(main)

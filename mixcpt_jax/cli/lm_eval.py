@@ -91,4 +91,4 @@ def _parse() -> argparse.Namespace:
 
 def start() -> None:
     """Runs the command from the command line."""
-    command.explained(main)
+    command.run(main)

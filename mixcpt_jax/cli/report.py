@@ -45,4 +45,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 def start() -> None:
     """Runs the command from the command line."""
-    command.explained(main)
+    command.run(main)

@@ -153,7 +153,7 @@ def _check_teacher(config) -> None:
     # Adapters are trained on top of the frozen model itself.
     if config.job == "train" and not config.lora.rank and frozen != student:
         raise InputError(
-            f"model.teacher_dtype={model.teacher_dtype}: rounds otherwise than "
+            f"model.teacher_dtype={model.teacher_dtype}: has another precision than "
             f"model.param_dtype={model.param_dtype} and "
             f"model.compute_dtype={model.compute_dtype}, so margins and KL would not begin "
             "at 0; leave it empty"

@@ -233,7 +233,7 @@ class Corpus:
         for record in records:
             is_empty = False
             yield record
-        left_out, bad = tally.left_out, tally.such.get("bad_record")
+        left_out, bad = tally.left_out, tally.examples.get("bad_record")
         if bad:
             logging.warning(
                 "%s: skipped %d bad records or ends of damaged files, such as %s",
@@ -245,7 +245,7 @@ class Corpus:
             reasons = ", ".join(f"{n} {why}" for why, n in left_out.items())
             such = f", such as {bad}" if bad else ""
             if "held_out" in left_out:
-                such += f"; {tally.such['held_out']} measures the same texts"
+                such += f"; {tally.examples['held_out']} measures the same texts"
             raise InputError(
                 f"{self._source.path}: no record is left; left out are {reasons}{such}"
             )

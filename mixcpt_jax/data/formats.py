@@ -215,14 +215,14 @@ def chat_pair(
     Raises:
       InputError: see `encode`, format 'chat', and `fields.pair`.
     """
-    said = _read(record, "chat_preference", fields, "both")
+    content = _read(record, "chat_preference", fields, "both")
     arrays = []
-    for example in _pair(said, tokenizer, record.place):
+    for example in _pair(content, tokenizer, record.place):
         arrays += map(np.asarray, example, (np.int32, bool))
     return Pair(*arrays)
 
 
-class Said(NamedTuple):
+class Content(NamedTuple):
     """The content of a record, read in its format.
 
     Attributes:
@@ -242,7 +242,7 @@ class Said(NamedTuple):
 
 def _read(
     record: Record, format: str, fields: Mapping[str, str] | None, side: str
-) -> Said:
+) -> Content:
     _check_settings(format, fields or {}, side)
     reading = fields_lib.Reading(record, fields, format)
     left_out = ""
@@ -263,7 +263,7 @@ def _read(
             if not fields_lib.prefers(*parts[1:]):
                 left_out = "no_preference"
     unread = reading.unread(format, texts)
-    return Said(texts, parts, unread, reading.layout, left_out)
+    return Content(texts, parts, unread, reading.layout, left_out)
 
 
 def _contents(messages: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -272,40 +272,40 @@ def _contents(messages: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _checked(
     records: Iterable[Record], settings: tuple, tally: Tally, on_bad: OnBad
-) -> Iterator[tuple[Said, str]]:
+) -> Iterator[tuple[Content, str]]:
     """Yields the content and place of each record; counts dropped records."""
     for record in records:
         try:
-            said = _read(record, *settings)
+            content = _read(record, *settings)
         except InputError as error:
             on_bad(error)
             continue
-        if said.left_out:
-            tally.leave_out(said.left_out, record.place)
+        if content.left_out:
+            tally.leave_out(content.left_out, record.place)
             continue
-        tally.leave_unread(said.unread, record.place)
-        tally.read_by(said.layout, record.place)
-        yield said, record.place
+        tally.leave_unread(content.unread, record.place)
+        tally.read_by(content.layout, record.place)
+        yield content, record.place
 
 
 def _one_by_one(checked, encode_one, tokenizer, tally: Tally, on_bad: OnBad):
     """The examples of records that are encoded one by one; one or two per record."""
-    for said, place in checked:
+    for content, place in checked:
         try:
-            examples = encode_one(said, tokenizer, place)
+            examples = encode_one(content, tokenizer, place)
         except InputError as error:
             on_bad(error)
             continue
-        for text in said.texts:
+        for text in content.texts:
             tally.see(text, place, tokenizer)
-        tally.leave_without_loss(_num_without_loss(said, examples), place)
+        tally.leave_without_loss(_num_without_loss(content, examples), place)
         tally.keep(place)
         yield from examples
 
 
-def _num_without_loss(said: Said, examples) -> int:
+def _num_without_loss(content: Content, examples) -> int:
     """How many turns have no loss tokens although they should."""
-    match said.parts:
+    match content.parts:
         case [str(), *_]:
             return 0
         case [list(), *answers]:
@@ -325,8 +325,8 @@ def _tokenize(
     end = np.array([tokenizer.end_of_document_id], np.int32)
 
     def texts() -> Iterator[str]:
-        for said, place in checked:
-            for text in _plain(said):
+        for content, place in checked:
+            for text in _plain(content):
                 tally.see(text, place, tokenizer)
                 tally.keep(place)
                 yield text
@@ -337,26 +337,26 @@ def _tokenize(
         yield np.concatenate([start, ids, end]), mask
 
 
-def _plain(said: Said) -> list[str]:
+def _plain(content: Content) -> list[str]:
     """The text of each example of a plain format."""
-    match said.parts:
+    match content.parts:
         case [list(messages), list(answers)]:
             question = _contents(messages)
             return [SEPARATOR.join([*question, answer]) for answer in answers]
-    return [SEPARATOR.join(said.texts)]
+    return [SEPARATOR.join(content.texts)]
 
 
-def _chat(said: Said, tokenizer, place: str):
-    return [_encode_chat(said.parts, tokenizer, place)]
+def _chat(content: Content, tokenizer, place: str):
+    return [_encode_chat(content.parts, tokenizer, place)]
 
 
-def _pair(said: Said, tokenizer, place: str):
-    prompt, *answers = said.parts
+def _pair(content: Content, tokenizer, place: str):
+    prompt, *answers = content.parts
     return [encode_answer(prompt, answer, tokenizer, place) for answer in answers]
 
 
-def _cloze(said: Said, tokenizer, place: str):
-    return list(encode_continuations([(*said.parts, place)], tokenizer))
+def _cloze(content: Content, tokenizer, place: str):
+    return list(encode_continuations([(*content.parts, place)], tokenizer))
 
 
 def encode_continuations(
@@ -405,10 +405,10 @@ def plain_text(
     Raises:
       InputError: see `encode`.
     """
-    said = _read(record, format, fields, preference_side)
+    content = _read(record, format, fields, preference_side)
     if format == "cloze":
-        return "".join(said.texts)
-    return SEPARATOR.join(_plain(said) if format == "preference" else said.texts)
+        return "".join(content.texts)
+    return SEPARATOR.join(_plain(content) if format == "preference" else content.texts)
 
 
 class Passages(NamedTuple):

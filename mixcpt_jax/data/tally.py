@@ -43,7 +43,7 @@ class Tally:
       without_loss: reason -> number of the assistant's turns that have no loss tokens
         although they should.
       places: where the record of each example is from, if `keeps_places`.
-      such: name of a finding -> place or error of the first one.
+      examples: name of a finding -> place or error of the first one.
     """
 
     def __init__(self, keeps_places: bool = False):
@@ -54,15 +54,15 @@ class Tally:
         self.spelt: collections.Counter[str] = collections.Counter()
         self.without_loss: collections.Counter[str] = collections.Counter()
         self.places: list[str] = []
-        self.such: dict[str, str] = {}
+        self.examples: dict[str, str] = {}
         self._keeps_places = keeps_places
         self._seen: set[str] = set()
         self._lost: set[str] = set()
 
-    def leave_out(self, why: str, such: str) -> None:
-        """Counts a record that is left out; `such` is its place or error."""
+    def leave_out(self, why: str, example: str) -> None:
+        """Counts a record that is left out; `example` is its place or error."""
         self.left_out[why] += 1
-        self.such.setdefault(why, such)
+        self.examples.setdefault(why, example)
 
     def skip(self, error: InputError) -> None:
         """Counts a record that cannot be used."""
@@ -116,7 +116,7 @@ class Tally:
         if name not in counts and len(counts) >= _MOST_NAMES:
             name = _OTHERS
         counts[name[:64]] += number
-        self.such.setdefault(name[:64], place)
+        self.examples.setdefault(name[:64], place)
 
     def add(self, counts: Mapping[str, Mapping[str, int]]) -> None:
         """Adds the `counts` of another tally."""
@@ -129,7 +129,7 @@ class Tally:
 
     def lines(self, kinds: Sequence[str] = KINDS) -> list[str]:
         """One line per kind of finding; see the function `lines`."""
-        return lines({kind: getattr(self, kind) for kind in kinds}, self.such)
+        return lines({kind: getattr(self, kind) for kind in kinds}, self.examples)
 
     def warn(self, where: str, kinds: Sequence[str] = KINDS) -> None:
         """Logs each line after `where`."""
@@ -148,13 +148,13 @@ def _spelling_of(special: frozenset[str]) -> re.Pattern:
 
 
 def lines(
-    counts: Mapping[str, Mapping[str, int]], such: Mapping[str, str] | None = None
+    counts: Mapping[str, Mapping[str, int]], examples: Mapping[str, str] | None = None
 ) -> list[str]:
     """Describes findings as lines of text.
 
     Args:
       counts: from `Tally.counts`, and `overlong`, see `mixture.fit`.
-      such: `Tally.such`, for an example of each.
+      examples: as `Tally.examples`.
     """
 
     def listed(kind: str, form: Callable[[str], str] = str) -> str:
@@ -163,7 +163,7 @@ def lines(
         if len(found) > _MOST_SHOWN:
             shown.append(f"and {len(found) - _MOST_SHOWN} more")
         text = ", ".join(shown)
-        first = (such or {}).get(found[0][0]) if found else None
+        first = (examples or {}).get(found[0][0]) if found else None
         return f"{text}, such as {first}" if first else text
 
     texts = {

@@ -17,7 +17,7 @@ AGAIN = "download it again"
 # Number of characters of the found value that an error shows.
 _SHOWN = 80
 # The largest values are RoPE bases, up to 4.5e10 in models for long contexts.
-_MOST = 1e12
+_LARGEST = 1e12
 # The default of a key that must be present.
 _REQUIRED: Any = object()
 
@@ -69,7 +69,7 @@ class Header:
         key: str,
         default: Any = _REQUIRED,
         least: float = 0.0,
-        most: float = _MOST,
+        most: float = _LARGEST,
     ) -> Any:
         """A positive number from `least` to `most`."""
 

@@ -14,7 +14,7 @@ _WIDTH, _HEIGHT = 360, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 38
 _COLORS = 6
 _LABEL_GAP = 13
-_MOST = 1e100
+_LARGEST = 1e100
 
 
 class Series(NamedTuple):
@@ -102,7 +102,7 @@ class _Scale:
 
 def _bounded(value: float) -> float:
     """A value within the range of a scale; a diverged run has perplexities beyond it."""
-    return 0.0 if math.isnan(value) else min(max(value, -_MOST), _MOST)
+    return 0.0 if math.isnan(value) else min(max(value, -_LARGEST), _LARGEST)
 
 
 def style(number: int) -> str:

@@ -5,7 +5,7 @@ training steps since the last checkpoint would be lost. So SIGTERM raises `Preem
 immediately, except in the training loop: there a `Guard` records the signal, and the loop
 finishes its step, saves, and raises `Preempted` itself. Python handles signals only between
 two of its instructions, and one instruction, such as a compilation, can take minutes. So
-`in_time` ends a command that does not end by itself.
+`exit_deadline` ends a command that does not end by itself.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def _raise(*_) -> None:
 
 
 @contextlib.contextmanager
-def in_time(end: Callable[[], Any]) -> Iterator[None]:
+def exit_deadline(end: Callable[[], Any]) -> Iterator[None]:
     """Calls `end` seconds after a SIGTERM in the block, even if the main thread is busy.
 
     Does not call it while a `Guard` defers the signal, nor in forked children.

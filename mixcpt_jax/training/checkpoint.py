@@ -63,7 +63,7 @@ _RECORD = {
     "files?": {str: str},
 }
 # Maximum bytes of the copy of a file.
-_MOST = 2**31
+_MAX_BYTES = 2**31
 # The name of an array; its first key is the item.
 _LEAF = re.compile(r"\['(params|optimizer)'\].*", re.DOTALL)
 
@@ -625,7 +625,9 @@ def _packed(text: str) -> str:
 def _unpacked(record: dict[str, Any]) -> dict[str, str]:
     """The files in a checkpoint's metadata."""
     return {
-        name: zlib.decompressobj().decompress(base64.b64decode(text), _MOST).decode()
+        name: zlib.decompressobj()
+        .decompress(base64.b64decode(text), _MAX_BYTES)
+        .decode()
         for name, text in record.get("files", {}).items()
     }
 
