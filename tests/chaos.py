@@ -22,6 +22,7 @@ A new kind of fault is a function of a `Round`, named in `FAULTS`.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -33,10 +34,11 @@ import select
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import bucket
@@ -113,6 +115,7 @@ def start(
     limit: int,
     environment: dict[str, str],
     user: int,
+    temporary: str,
     output,
 ) -> None:
     """What the command line does, in a process of its own; prints the parameters' hash.
@@ -124,6 +127,7 @@ def start(
       limit: bytes that a file can hold; 0: any number.
       environment: by which buckets are found.
       user: whose process it becomes; 0: it stays the one that it is.
+      temporary: the folder for temporary files; "": the usual one.
       output: a pipe, for standard output and error.
     """
     os.dup2(output.fileno(), sys.__stdout__.fileno())
@@ -140,6 +144,7 @@ def start(
     if limit:
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    tempfile.tempdir = temporary or None
     if user:
         os.setgroups([])
         os.setgid(user)
@@ -223,6 +228,7 @@ class Stage:
         signal_after: tuple[int, float] | None = None,
         limit: int = 0,
         user: int = 0,
+        temporary: str = "",
     ) -> Ended:
         """Starts the run, or lets it go on, and waits for its end.
 
@@ -230,13 +236,15 @@ class Stage:
           workdir: the run's.
           save_every: steps between checkpoints.
           signal_after: a signal to send, and the seconds before it.
-          limit, user: see the function `start`.
+          limit, user, temporary: see the function `start`. A worker process builds the
+            batches if there is a temporary folder, which is for its tokens.
 
         Raises:
           Failure: it hangs.
         """
         config = self.config.copy_and_resolve_references()
         config.train.save_every = save_every
+        config.data.num_workers = int(bool(temporary))
         reader, writer = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=start,
@@ -247,6 +255,7 @@ class Stage:
                 limit,
                 self._environment,
                 user,
+                temporary,
                 writer,
             ),
         )
@@ -456,6 +465,38 @@ def lost_permission(this: Round) -> None:
     this.outcomes.append("no permission")
 
 
+@contextlib.contextmanager
+def small_folder(folder: epath.Path, num_bytes: int) -> Iterator[None]:
+    """A folder with little space; without the right to mount one, it does not exist."""
+    folder.mkdir()
+    options = f"size={num_bytes}"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    try:
+        is_mounted = not subprocess.run(mount, stderr=subprocess.DEVNULL).returncode
+    except FileNotFoundError:
+        is_mounted = False
+    if not is_mounted:
+        folder.rmdir()
+    try:
+        yield
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+            folder.rmdir()
+
+
+def full_temporary_folder(this: Round) -> None:
+    """The folder for temporary files is full, or nearly, or not there."""
+    folder = this.stage.folder / "temporary"
+    with small_folder(folder, this.rng.choice((4096, 16_384, 1 << 20))):
+        ended = this.stage.start(this.workdir, temporary=str(folder))
+    *_, last = ended.output.splitlines()
+    is_refused = ended.status == 1 and last.startswith(f"error: {folder}/mixcpt-tokens")
+    if "Traceback" in ended.output or not (ended.parameters or is_refused):
+        raise Failure(f"with a small temporary folder, it ends with {ended}")
+    this.outcomes.append("no temporary space" if is_refused else "at its end")
+
+
 def second_process(this: Round) -> None:
     """Two processes on the workdir: each ends, or says in one line that the other has it.
 
@@ -491,6 +532,7 @@ FAULTS = _SIGNALS | {
     "delete": lambda this: this.damage(pathlib.Path.unlink),
     "full disk": full_disk,
     "lost permission": lost_permission,
+    "full temporary folder": full_temporary_folder,
 }
 
 

@@ -6,6 +6,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import mutations
 import numpy as np
 import optax
 import pytest
@@ -14,7 +15,7 @@ from etils import epath
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import mesh_shape
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.runtime import sharding
+from mixcpt_jax.runtime import record, sharding
 from mixcpt_jax.training import checkpoint
 from mixcpt_jax.training.steps import TrainState
 
@@ -254,7 +255,7 @@ def test_a_step_that_was_damaged_is_saved_again_and_again(tmp_path, caplog):
         save(tmp_path, [2])
         spoil(tmp_path, 2)
         assert restore(tmp_path, make_state(1)).step == 1
-        assert "2 is damaged: cannot be read (ValueError: NOT_FOUND" in caplog.text
+        assert "2 is damaged: its file params/manifest.ocdbt is missing" in caplog.text
         assert "the run resumes from step 1" in caplog.text
     names = {path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()}
     assert names == {"1", "damaged-2", "damaged-2-2", "damaged-2-3"}
@@ -467,6 +468,88 @@ def test_a_forged_checkpoint_is_refused_in_a_line_or_its_state_is_one_that_was_s
         except InputError as error:
             message = str(error)
             assert "\n" not in message
+
+
+@pytest.mark.slow
+def test_a_changed_small_file_is_found_before_orbax_reads_it(
+    two_saved, tmp_path, monkeypatch
+):
+    """Or the change is of no consequence: the time of the save, or a file without use."""
+    state, load, outcomes = make_state(2), checkpoint.ocp.load_checkpointables, []
+    monkeypatch.setattr(
+        checkpoint.ocp,
+        "load_checkpointables",
+        lambda *args: outcomes.append("read") or load(*args),
+    )
+    monkeypatch.setattr(checkpoint.gc, "collect", int)  # which takes most of the time
+    for seed in range(mutations.EXAMPLES):
+        rng = random.Random(seed)
+        folder = tmp_path / str(seed)
+        shutil.copytree(two_saved, folder)
+        path = folder / checkpoint.FOLDER
+        shutil.rmtree(path / "1")
+        files = [file for file in sorted((path / "2").rglob("*")) if file.is_file()]
+        file = rng.choice([f for f in files if f.name != "commit_success.txt"])
+        content = file.read_bytes()
+        mutations.change(file, [other for other in files if other != file], rng)
+        unread = len(outcomes)
+        try:
+            restored = restore(folder, state)
+        except InputError as error:
+            message = str(error)
+            assert "\n" not in message
+            assert len(outcomes) == unread
+            outcomes.append("refused")
+        else:
+            assert_equal(restored.state, state)
+            is_ours = file.name in ("_CHECKPOINT_METADATA", "manifest.json")
+            assert is_ours or file.read_bytes() == content
+        shutil.rmtree(folder)
+    assert outcomes.count("refused") > 0.8 * mutations.EXAMPLES
+
+
+def test_a_checkpoint_without_a_manifest_is_read(two_saved, tmp_path):
+    """Earlier versions wrote none."""
+    shutil.copytree(two_saved, tmp_path / "run")
+    (tmp_path / "run" / checkpoint.FOLDER / "2" / "manifest.json").unlink()
+    assert_equal(restore(tmp_path / "run", make_state(2)).state, make_state(2))
+
+
+def test_a_checkpoint_with_a_copy_of_the_record_in_its_metadata_is_read(
+    tmp_path, monkeypatch
+):
+    """As earlier versions wrote it."""
+    texts = {"metrics.jsonl": '{"step": 2}\n', "items.jsonl": ""}
+    monkeypatch.setattr(checkpoint.record_lib.Copy, "add", lambda *_: {})
+    original = checkpoint.ocp.training.Checkpointer.save_checkpointables_async
+
+    def save_as_before(self, *args, custom_metadata, **kwargs):
+        del custom_metadata["record"], custom_metadata["digest"]
+        packed = {k: record.pack(text.encode()) for k, text in texts.items()}
+        custom_metadata["files"] = packed
+        custom_metadata["digest"] = checkpoint._digest(custom_metadata)
+        return original(self, *args, custom_metadata=custom_metadata, **kwargs)
+
+    monkeypatch.setattr(
+        checkpoint.ocp.training.Checkpointer,
+        "save_checkpointables_async",
+        save_as_before,
+    )
+    save(tmp_path, [2])
+    assert checkpoint.read_files(epath.Path(tmp_path), 2) == texts
+    assert checkpoint.newest_readable(epath.Path(tmp_path)).files == texts
+    assert restore(tmp_path, make_state(2)).step == 2
+
+
+def test_a_checkpoint_whose_record_is_lost_is_not_used(two_saved, tmp_path):
+    """Neither the phase's files nor their copy at step 2 are what was written."""
+    shutil.copytree(two_saved, tmp_path / "run")
+    folder = tmp_path / "run" / checkpoint.FOLDER
+    (tmp_path / "run" / checkpoint.RECORD_FOLDER / "2.json").unlink()
+    assert restore(tmp_path / "run", make_state(1)).step == 1
+    (folder / "damaged-2").rename(folder / "2")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
+    assert restore(tmp_path / "run", make_state(2)).step == 2
 
 
 def assert_one_of(restored, states):

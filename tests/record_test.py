@@ -1,16 +1,21 @@
 """What a resumed run needs is what was written, or is restored, or refused in one line."""
 
+import collections
 import json
+import pathlib
+import random
 import re
 import shutil
 
 import hypothesis
 import jax
 import ml_collections
+import mutations
 import numpy as np
 import pytest
 from etils import epath
 from hypothesis import strategies as st
+from mutations import EXAMPLES
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import main
@@ -176,6 +181,95 @@ def test_what_was_measured_after_the_checkpoint_stays(written, tmp_path):
     copies[record.METRICS] = "".join(lines)
     record.restore(epath.Path(tmp_path) / "run", STEP, copies)
     assert record.read(epath.Path(tmp_path) / "run")[-1] == json.loads(last)
+
+
+def grown(texts, rng, step):
+    """Later texts of a record: rows are added, and sometimes earlier ones replaced."""
+    texts = dict(texts)
+    if rng.random() < 0.2:
+        texts[record.ITEMS] = ""
+    for name in NAMES:
+        for _ in range(rng.randrange(3)):
+            texts[name] += (
+                json.dumps({"step": step, "x": rng.randbytes(40).hex()}) + "\n"
+            )
+    return texts
+
+
+def write_copies(folder, rng):
+    """Copies of processes, some of which resume from the last but one checkpoint.
+
+    Returns:
+      The steps of the two last checkpoints -> lengths and texts.
+    """
+    saved = [(0, {}, dict.fromkeys(NAMES, ""))]
+    for _ in range(rng.randint(1, 3)):
+        if rng.random() < 0.3 and len(saved) > 1:
+            saved.pop()
+        step, _, texts = saved[-1]
+        copy = record.Copy(folder)
+        for _ in range(rng.randint(1, 4)):
+            step += rng.randint(1, 3)
+            texts = grown(texts, rng, step)
+            kept = [entry[0] for entry in saved]
+            saved = [*saved[-1:], (step, copy.add(step, texts, kept), texts)]
+    return {step: (lengths, texts) for step, lengths, texts in saved if lengths}
+
+
+def test_a_copy_in_parts_is_whole_after_any_restarts(tmp_path):
+    for seed in range(EXAMPLES):
+        folder = epath.Path(tmp_path / str(seed))
+        for step, (lengths, texts) in write_copies(folder, random.Random(seed)).items():
+            assert record.read_copy(folder / "no", folder, step, lengths) == texts
+
+
+def test_a_changed_copy_or_file_is_never_taken_for_what_was_written(tmp_path):
+    """If only one of the two is changed, the other is read."""
+    outcomes = collections.Counter()
+    for seed in range(EXAMPLES):
+        rng = random.Random(seed)
+        folder = epath.Path(tmp_path / str(seed))
+        step, (lengths, texts) = write_copies(folder / "copy", rng).popitem()
+        for name, content in texts.items():
+            (folder / name).write_text(content + '{"step": 99}\n')
+        parts = sorted(pathlib.Path(folder / "copy").iterdir())
+        files = [pathlib.Path(folder / name) for name in NAMES if texts[name]]
+        what = rng.choice(("parts", "files", "both"))
+        for name, changed in (("parts", parts), ("files", files)):
+            if what in (name, "both") and changed:
+                file = rng.choice(changed)
+                others = [other for other in parts + files if other != file]
+                mutations.change(file, others or [__file__], rng)
+        arguments = folder, folder / "copy", step, lengths
+        found, refusal = outcome(record.read_copy, *arguments)
+        assert found == texts if found is not None else what == "both"
+        assert "\n" not in refusal
+        outcomes[what, bool(refusal)] += 1
+        shutil.rmtree(folder)
+    assert outcomes["both", True]
+    assert outcomes["both", False]
+
+
+def test_a_save_costs_what_is_new(tmp_path):
+    folder, rng = epath.Path(tmp_path), random.Random(0)
+    copy, texts, kept = record.Copy(folder), dict.fromkeys(NAMES, ""), []
+    for step in range(100):
+        line = json.dumps({"step": step, "x": rng.randbytes(500).hex()}) + "\n"
+        texts[record.METRICS] += line
+        copy.add(step, texts, kept)
+        kept = [*kept[-1:], step]
+    sizes = [file.stat().length for file in folder.iterdir()]
+    assert len(sizes) == 100
+    assert max(sizes) < 2 * min(sizes)
+    # The first save of the next process holds everything; what nobody needs is deleted.
+    record.Copy(folder).add(100, texts, [])
+    assert [file.name for file in folder.iterdir()] == ["100.json"]
+
+
+@pytest.mark.parametrize("name", ["../x", "results.json", ""])
+def test_no_other_file_is_read_as_a_record(tmp_path, name):
+    with pytest.raises(InputError, match="no file of a record"):
+        record.read_copy(epath.Path(tmp_path), epath.Path(tmp_path), 1, {name: [1, ""]})
 
 
 FILES = (*NAMES, "results.json", "provenance.json", "config.json")

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -250,13 +251,28 @@ def _read_range(content: BinaryIO, start: int, end: int) -> bytes:
     return content.read(end - start)
 
 
+def sizes(folder: epath.Path) -> dict[str, int]:
+    """The regular files in a folder at any depth: path from the folder -> bytes."""
+    if is_remote(folder):
+        system, name = url_to_fs(str(folder))
+        found = system.find(name, detail=True).items()
+        return {path.removeprefix(f"{name}/"): facts["size"] for path, facts in found}
+    found = {}
+    for place, _, names in os.walk(folder):
+        for path in (os.path.join(place, name) for name in names):
+            status = os.stat(path)
+            if stat.S_ISREG(status.st_mode):
+                found[os.path.relpath(path, folder)] = status.st_size
+    return found
+
+
 def stamp(file: epath.Path) -> tuple[int, ...]:
     """Numbers that change when a file is overwritten or replaced."""
     if is_remote(file):
-        stat = file.stat()
-        return stat.length, int(stat.mtime)
-    stat = os.stat(file)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+        status = file.stat()
+        return status.length, int(status.mtime)
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def hash_of(file: epath.Path) -> str:

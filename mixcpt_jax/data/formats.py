@@ -106,8 +106,15 @@ class Examples:
     def _folder(self) -> str:
         folder = tempfile.mkdtemp(prefix="mixcpt-tokens-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        for field in dataclasses.fields(self):
-            np.save(f"{folder}/{field.name}.npy", getattr(self, field.name))
+        try:
+            for field in dataclasses.fields(self):
+                np.save(f"{folder}/{field.name}.npy", getattr(self, field.name))
+        except OSError as error:
+            raise InputError(
+                f"{folder}: the tokens for worker processes cannot be written there "
+                f"({error}); make room in that folder, set TMPDIR to another one, or set "
+                "data.num_workers=0"
+            ) from error
         return folder
 
     def __reduce__(self):

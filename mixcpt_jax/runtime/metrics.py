@@ -97,6 +97,10 @@ class Writer:
         self._workdir = workdir
         # The files are written from these rows and are not read again.
         self._rows = record.restore(workdir, resume_step, {})
+        self._lines = {
+            name: [record.text_of(row) for row in rows]
+            for name, rows in self._rows.items()
+        }
         file = workdir / FILE
         self._file = _lines_of(file)
         # A kill may have cut the last row short.
@@ -163,8 +167,9 @@ class Writer:
             return
         self._check()
         scalars = {k: float(v) for k, v in scalars.items() if math.isfinite(v)}
-        self._rows[FILE].append({"step": step, **scalars})
-        self._file.write(record.text_of(self._rows[FILE][-1]))
+        line = record.text_of({"step": step, **scalars})
+        self._lines[FILE].append(line)
+        self._file.write(line)
         for copy in self._copies.values():
             copy.put(lambda place: place.write(step, scalars))
 
@@ -229,15 +234,12 @@ class Writer:
         """Name of a file -> its text, for `record.restore`; {} on other hosts."""
         if not self._file:
             return {}
-        return {
-            name: "".join(map(record.text_of, rows))
-            for name, rows in self._rows.items()
-        }
+        return {name: "".join(lines) for name, lines in self._lines.items()}
 
     def _replace(self, name: str, rows: list[record.Row]) -> None:
         self._rows[name] = rows
-        text = "".join(map(record.text_of, rows))
-        paths.replace(self._workdir / name, text)
+        self._lines[name] = [record.text_of(row) for row in rows]
+        paths.replace(self._workdir / name, "".join(self._lines[name]))
 
     def _check(self, must_ask: bool = False) -> None:
         lease.check(self._workdir, must_ask)

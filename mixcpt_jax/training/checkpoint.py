@@ -10,13 +10,13 @@ phase started, and the provenance shows whether that is unchanged.
 
 Saves are asynchronous and atomic: a checkpoint appears under its number only when it is
 complete, so a killed run leaves the last complete one in place. Later damage is detected
-when the checkpoint is read: the metadata holds a checksum of every array, computed on the
-devices, and a digest of itself. A run that resumes renames a damaged checkpoint, never
-deletes it, and uses the previous one. Hand-over to the next phase uses only the newest
-checkpoint, and fails if it is damaged.
+when the checkpoint is read. Its manifest lists the size of every file and a hash of every
+small one, and is checked before Orbax parses them. The metadata holds a checksum of every
+array, computed on the devices, and a digest of itself. A run that resumes renames a damaged
+checkpoint, never deletes it, and uses the previous one. Hand-over to the next phase uses
+only the newest checkpoint, and fails if it is damaged.
 """
 
-import base64
 import contextlib
 import gc
 import hashlib
@@ -28,8 +28,7 @@ import time
 import types
 import uuid
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +51,13 @@ from mixcpt_jax.training.steps import TrainState
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"  # of the phase, beside that folder
 _DAMAGED = "damaged"
+RECORD_FOLDER = f"{FOLDER}.record"  # the copy of the phase's record
+_MANIFEST = "manifest.json"
+_METADATA = "_CHECKPOINT_METADATA"
+# In a bucket, Orbax writes files of this name last; only their existence matters.
+_COMMITTED = "commit_success.txt"
+# Files up to this size are hashed: all but most of those that hold arrays.
+_MAX_HASHED_BYTES = 2**24
 _RECORD = {
     "id": str,
     "step?": int,  # earlier versions had neither of these two
@@ -60,10 +66,19 @@ _RECORD = {
     "sources": {str: str},
     "provenance": str,
     "leaves": {str: [object]},
+    # Lengths and hashes of the record's files; earlier versions had copies of the files.
+    "record?": {str: [(int, str)]},
     "files?": {str: str},
 }
-# Maximum bytes of the copy of a file.
-_MAX_BYTES = 2**31
+_MANIFEST_SHAPE = {
+    "files": {str: [(int, str, None)]},
+    "metadata": str,
+    "digest": str,
+}
+_METADATA_SHAPE = {
+    "custom_metadata": small_files.OBJECT,
+    "commit_timestamp_nsecs?": (int, None),
+}
 # The name of an array; its first key is the item.
 _LEAF = re.compile(r"\['(params|optimizer)'\].*", re.DOTALL)
 
@@ -95,10 +110,16 @@ class Checkpoints:
           keep_last: the number of newest checkpoints to keep.
         """
         self._folder = workdir / FOLDER
+        self._step = -1  # of the save in progress
+        self._copy = record_lib.Copy(workdir / RECORD_FOLDER)
+        context = ocp.Context()
+        # Orbax makes deep copies of its options, but not of a function.
+        context.asynchronous.post_finalization_callback = lambda: self._write_manifest()
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep_last),
             cleanup_tmp_directories=True,
+            context=context,
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -142,6 +163,10 @@ class Checkpoints:
             process owns the folder.
         """
         lease.check(self._folder, must_ask=True)
+        self.wait()  # which Orbax would do later
+        with self._writing():
+            steps = (entry.step for entry in _steps(self._folder))
+            lengths = self._copy.add(step, files or {}, steps)
         items = _items(state)
         record = {
             "id": uuid.uuid4().hex,
@@ -151,8 +176,9 @@ class Checkpoints:
             "sources": sources,
             "provenance": paths.to_json(provenance),
             "leaves": _describe(items),
-            "files": {name: _packed(text) for name, text in (files or {}).items()},
+            "record": lengths,
         }
+        self._step = step
         with self._writing():
             self._checkpointer.save_checkpointables_async(
                 step,
@@ -169,6 +195,23 @@ class Checkpoints:
         """
         with self._writing():
             self._checkpointer.wait()
+
+    def _write_manifest(self) -> None:
+        """Writes the manifest of the checkpoint whose files Orbax has just completed.
+
+        Orbax calls this on the first host. On a disk the checkpoint does not have its
+        number yet.
+        """
+        unfinished = [*self._folder.glob(f"{self._step}.orbax-checkpoint-tmp*")]
+        path = (unfinished or [self._folder / str(self._step)])[0]
+        files = {
+            name: [size, _hash_of(path / name) if size <= _MAX_HASHED_BYTES else None]
+            for name, size in paths.sizes(path).items()
+            if name != _METADATA and not name.endswith(_COMMITTED)
+        }
+        manifest = {"files": files, "metadata": _hash_of_metadata(_read_metadata(path))}
+        text = paths.to_json(manifest | {"digest": _hash(manifest)}, indent=1)
+        paths.replace(path / _MANIFEST, text)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -293,6 +336,7 @@ def restore(
             if restored is None:
                 _check_config(path, record, config)
                 _check_resumable(folder, record, abstract_state, sources, provenance)
+                _read(_files, entry, record)
                 items = _load(path, record, _items(abstract_state))
                 state = _state(items)
                 # Earlier versions did not record the step.
@@ -359,7 +403,7 @@ def read_files(workdir: epath.Path, step: int) -> dict[str, str]:
       Name of a file -> its text; empty if the version that saved it kept no copies.
     """
     entry = next(e for e in _steps(workdir / FOLDER) if e.step == step)
-    return _unpacked(_read(_read_record, entry))
+    return _read(_files, entry, _read(_read_record, entry))
 
 
 def newest_readable(workdir: epath.Path) -> Kept | None:
@@ -371,12 +415,13 @@ def newest_readable(workdir: epath.Path) -> Kept | None:
         try:
             with _without_logs():
                 record = _read_record(entry)
+                files = _files(entry, record)
         except Exception as error:  # Orbax raises of every kind.
             if _is_not_damage(error):
                 raise
             continue
         config, provenance = map(json.loads, (record["config"], record["provenance"]))
-        return Kept(entry.step, config, _unpacked(record), provenance)
+        return Kept(entry.step, config, files, provenance)
     return None
 
 
@@ -568,17 +613,75 @@ def _without_logs() -> Iterator[None]:
             logging.set_verbosity(verbosity)
 
 
+def _read_metadata(path: epath.Path) -> dict[str, Any]:
+    # Orbax's own reader skips what it cannot read.
+    return small_files.read_json(
+        path / _METADATA, _METADATA_SHAPE, most_bytes=small_files.MOST_BYTES_OF_ROWS
+    )
+
+
+def _hash_of_metadata(metadata: dict[str, Any]) -> str:
+    # Orbax adds the time when it gives the checkpoint its number.
+    return _hash(metadata | {"commit_timestamp_nsecs": None})
+
+
+def _hash_of(file: epath.Path) -> str:
+    return hashlib.sha256(small_files.read_bytes(file)).hexdigest()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(path: epath.Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint; None for one of an earlier version.
+
+    Raises:
+      _Damaged: it is not the one that was saved.
+      InputError: it cannot be read.
+    """
+    if not (path / _MANIFEST).exists():
+        return None
+    manifest = small_files.read_json(path / _MANIFEST, _MANIFEST_SHAPE)
+    if manifest.pop("digest") != _hash(manifest):
+        raise _Damaged(f"its {_MANIFEST} is not what was saved")
+    return manifest
+
+
+def _check_files(path: epath.Path, items: Container[str]) -> None:
+    """Checks the files of items against the manifest, before Orbax reads them.
+
+    Args:
+      path: of the checkpoint.
+      items: their names.
+
+    Raises:
+      _Damaged: names the first file that is missing or has another size or content.
+      InputError: the manifest or a file cannot be read.
+    """
+    manifest = _read_manifest(path)
+    if manifest is None or not hosts.is_first():
+        return
+    found = paths.sizes(path)
+    for name, (size, saved) in manifest["files"].items():
+        if name.partition("/")[0] not in items:
+            continue
+        if name not in found:
+            raise _Damaged(f"its file {name} is missing")
+        if found[name] != size:
+            raise _Damaged(f"its file {name} has {found[name]:,} bytes, not {size:,}")
+        if saved is not None and _hash_of(path / name) != saved:
+            raise _Damaged(f"its file {name} is not what was saved")
+
+
 def _read_record(entry: orbax_path.step.Metadata) -> dict[str, Any]:
     """The metadata that `Checkpoints.save` wrote beside the arrays."""
     path = entry.path
+    stored, manifest = _read_metadata(path), _read_manifest(path)
+    if manifest and manifest["metadata"] != _hash_of_metadata(stored):
+        raise _Damaged("its metadata is not what was saved")
     # Orbax reads it from all checkpoints when it opens the folder, and may raise.
     _ = entry.commit_timestamp
-    # Orbax's own reader skips what it cannot read.
-    stored = small_files.read_json(
-        path / "_CHECKPOINT_METADATA",
-        {"custom_metadata": small_files.OBJECT},
-        most_bytes=small_files.MOST_BYTES_OF_ROWS,
-    )
     record = stored["custom_metadata"]
     if record.keys() & {"digest", "leaves"}:
         if record.pop("digest", None) != _digest(record):
@@ -606,7 +709,7 @@ def _check_record(record: dict[str, Any]) -> None:
     config_lib.check_stored(config)
     shape = {"start": small_files.OBJECT, "commits?": {str: str}}
     small_files.parse(record["provenance"], f"{place}: provenance", shape)
-    for name, text in _unpacked(record).items():
+    for name, text in _old_files(record).items():
         if not record_lib.is_copy(name, text):
             raise _Damaged(f"its copy of {name} is not one")
     for name, leaf in record["leaves"].items():
@@ -618,16 +721,24 @@ def _check_record(record: dict[str, Any]) -> None:
         raise _Damaged(f"its metadata has no valid description of array {name}")
 
 
-def _packed(text: str) -> str:
-    return base64.b64encode(zlib.compress(text.encode())).decode()
+def _files(entry: orbax_path.step.Metadata, record: dict[str, Any]) -> dict[str, str]:
+    """The files of the phase's record as they were at a checkpoint.
+
+    Raises:
+      InputError: see `record.read_copy`.
+    """
+    if "record" not in record:
+        return _old_files(record)
+    workdir = entry.path.parent.parent
+    return record_lib.read_copy(
+        workdir, workdir / RECORD_FOLDER, entry.step, record["record"]
+    )
 
 
-def _unpacked(record: dict[str, Any]) -> dict[str, str]:
-    """The files in a checkpoint's metadata."""
+def _old_files(record: dict[str, Any]) -> dict[str, str]:
+    """The files that earlier versions stored in the metadata."""
     return {
-        name: zlib.decompressobj()
-        .decompress(base64.b64decode(text), _MAX_BYTES)
-        .decode()
+        name: record_lib.unpack(text, f"its copy of {name}").decode()
         for name, text in record.get("files", {}).items()
     }
 
@@ -638,6 +749,8 @@ def _load(path: epath.Path, record: dict[str, Any], abstract_items: Any) -> Any:
     Raises:
       _Damaged: they cannot be read, or their checksums differ.
     """
+    # All hosts learn of damage before they begin to read together.
+    _read(_check_files, path, abstract_items)
     items = _read(ocp.load_checkpointables, path, abstract_items)
     for name, found in _describe(items).items():
         if record["leaves"].get(name, found)[-1] not in (None, found[-1]):
