@@ -78,6 +78,7 @@ def lines(workdir):
     return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows]
 
 
+@pytest.mark.long
 def test_a_run_in_a_bucket_that_fails_now_and_then_is_killed_and_goes_on(
     launcher,
     tiny_config,

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "50"))
 
 
+@pytest.mark.long
 def test_disturbed_runs_end_like_one_that_is_not(capfd):
     assert chaos.run(ROUNDS, seed=0), capfd.readouterr().out
 

@@ -56,6 +56,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("here")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.get_closest_marker("long"))
+
+
 @pytest.fixture(autouse=True)
 def process_state():
     """Restores what a command changes in its process, so that no later test sees it.

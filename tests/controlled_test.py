@@ -357,6 +357,7 @@ def test_repeated_cells_are_shown_below_their_records():
     assert len(here.splitlines()) == 2 + 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_tiny_study_runs_and_runs_nothing_twice(project, tmp_path):
     command = [sys.executable, "-m", "experiments.controlled.run", "--tiny"]

@@ -64,6 +64,7 @@ def scripts():
             yield pytest.param("\n".join(blocks), id=page.stem)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("script", list(scripts()))
@@ -152,6 +153,7 @@ done
 }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("script", list(blocks()))

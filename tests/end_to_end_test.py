@@ -262,6 +262,7 @@ def is_under_way(folder, moment):
     return any(row["step"] >= moment for row in metrics.read(folder) if "loss" in row)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_in_every_phase_it_ends_the_same(whole, start, tmp_path, tiny_model):
     workdir, landed = epath.Path(tmp_path) / "run", []
@@ -310,6 +311,7 @@ def test_killed_in_every_phase_it_ends_the_same(whole, start, tmp_path, tiny_mod
         assert set(kept) == {str(NUM_STEPS - 2), str(NUM_STEPS)}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_adapters_go_through_all_phases(start, tmp_path, tiny_model):
     workdir = epath.Path(tmp_path) / "run"

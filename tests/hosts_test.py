@@ -77,6 +77,7 @@ def wait_for_steps(folder, num_steps, hosts):
     wait_until(lambda: lines(folder) and lines(folder)[-1]["step"] >= num_steps, hosts)
 
 
+@pytest.mark.long
 def test_a_run_on_two_hosts_is_stopped_and_killed_and_ends_like_one_on_one(
     launcher, config_flag, alone, tmp_path
 ):
@@ -225,6 +226,7 @@ def test_two_hosts_prepare_the_same_as_one(launcher, config_flag, tmp_path):
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
+@pytest.mark.long
 def test_the_phases_on_two_hosts(
     launcher, project, tiny_model, six_phase_run, tmp_path
 ):

@@ -220,6 +220,7 @@ def check_that_it_fits(name, part, quick):
     return made
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(("name", "part"), QUICK)
@@ -230,6 +231,7 @@ def test_presets_fit_small_slices(name, part):
         assert 2 * received(made, "reduce-scatter") > received(made, "all-reduce")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(("name", "part"), WHOLE)

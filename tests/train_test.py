@@ -47,6 +47,7 @@ def test_a_phase_learns_and_leaves_its_record(finished):
     assert asked == pytest.approx({"domain": 0.6, "instructions": 0.4})
 
 
+@pytest.mark.slow
 def test_every_mesh_gives_the_same_run(tiny_config, finished, tmp_path):
     """`finished` is on a mesh of (1, 8, 1)."""
     config = tiny_config
@@ -421,6 +422,7 @@ def assert_same_losses(actual, expected, rtol):
             assert actual[step][name] == pytest.approx(value, rel=rtol, abs=1e-3), name
 
 
+@pytest.mark.slow
 def test_a_preference_phase_learns_and_its_reference_may_run_ahead(
     dpo_config, tmp_path
 ):
