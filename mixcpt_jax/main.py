@@ -308,7 +308,9 @@ def run(
     with hosts.owning(paths.absolute(workdir)):
         # Check all phases before the first one: hours of training must not end in an error.
         for name, phase_config in configs.items():
-            phase.finished(phase_config, folders[name])
+            if phase.finished(phase_config, folders[name]) is None:
+                with _naming(name, config):
+                    phase.check_teacher(phase_config)
         for number, (name, phase_config) in enumerate(configs.items(), 1):
             if config.phases and config.metrics.progress and hosts.is_first():
                 terminal.say(f"phase {number} of {len(configs)}: {name}")

@@ -8,9 +8,12 @@ from mixcpt_jax.config.defaults import all_sources as all_sources
 from mixcpt_jax.config.defaults import check_variant as check_variant
 from mixcpt_jax.config.defaults import default as default
 from mixcpt_jax.config.defaults import exam as exam
+from mixcpt_jax.config.defaults import has_other_teacher as has_other_teacher
 from mixcpt_jax.config.defaults import measure_general as measure_general
+from mixcpt_jax.config.defaults import needs_teacher as needs_teacher
 from mixcpt_jax.config.defaults import objective_weights as objective_weights
 from mixcpt_jax.config.defaults import source as source
+from mixcpt_jax.config.defaults import uses_teacher as uses_teacher
 from mixcpt_jax.config.defaults import warmup_steps as warmup_steps
 from mixcpt_jax.config.phases import changed as changed
 from mixcpt_jax.config.phases import check_stored as check_stored

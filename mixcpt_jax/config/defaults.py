@@ -83,6 +83,24 @@ def bounded_config() -> ml_collections.ConfigDict:
         }
     )
 
+    # Another teacher: the model whose distributions `lssd_weight`, `kd_weight`,
+    # `selective_weight` and `token_weighting` of `objective` use. Empty paths: the model
+    # that the phase starts from. It must have the vocabulary of `model`; its size, depth
+    # and number of padding rows may differ. The reference of preference phases, the base of
+    # adapters, measures and selection are always the model that the phase starts from.
+    config.teacher = ml_collections.ConfigDict(
+        {
+            # As `model.path`; for `plan`, a config.json is enough. Empty with `init_from`:
+            # `model.path`.
+            "path": "",
+            # Folder of a phase: the teacher is the model at its end. Empty: the weights of
+            # `path`.
+            "init_from": "",
+            # Folder or file of its tokenizer; empty: `path`.
+            "tokenizer": "",
+        }
+    )
+
     # The device mesh; one size may be -1: the remaining devices. `topology` is the TPU
     # slice that the mesh is for, such as v5e:4x4; only `plan` reads it.
     config.mesh = ml_collections.ConfigDict(
@@ -588,6 +606,30 @@ def objective_weights(config: ml_collections.ConfigDict, name: str) -> dict[str,
         for objective in OBJECTIVES
         for key in (f"{objective}_weight",)
     }
+
+
+def needs_teacher(config: ml_collections.ConfigDict, weights: dict[str, float]) -> bool:
+    """Whether the losses with these weights, by objective, need a teacher."""
+    alone = ("ntp",) if config.objective.token_weighting == "none" else ()
+    return any(weight for name, weight in weights.items() if name not in alone)
+
+
+def uses_teacher(config: ml_collections.ConfigDict) -> bool:
+    """Whether a phase trains with a teacher."""
+    return (
+        config.job == "train"
+        and config.objective.kind == "tokens"
+        and any(
+            entry.weight and needs_teacher(config, objective_weights(config, name))
+            for name, entry in config.sources.items()
+        )
+    )
+
+
+def has_other_teacher(config: ml_collections.ConfigDict) -> bool:
+    """Whether a phase trains with a teacher that is not the model it starts from."""
+    named = config.teacher.path or config.teacher.init_from
+    return bool(named) and uses_teacher(config)
 
 
 def all_sources(config) -> Iterator[tuple[str, ml_collections.ConfigDict]]:

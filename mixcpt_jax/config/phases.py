@@ -7,7 +7,13 @@ from typing import Any
 
 import ml_collections
 
-from mixcpt_jax.config.defaults import bounded_config, default, exam, source
+from mixcpt_jax.config.defaults import (
+    bounded_config,
+    default,
+    exam,
+    source,
+    uses_teacher,
+)
 from mixcpt_jax.config.settings import check, leaves
 from mixcpt_jax.config.validation import check_names
 from mixcpt_jax.core.errors import InputError
@@ -22,6 +28,7 @@ FREE_ON_RESUME = (
     "runtime",
     # The weights may move; their identity is in the provenance.
     "model.path",
+    "teacher.path",
     "model.remat",
     "model.architecture",
     "head",
@@ -47,7 +54,7 @@ _REMOVED = {
 
 # Job -> sections that it does not read. They may change too, so a mistake in a later phase
 # can be fixed without running the earlier phases again.
-_OF_TRAINING = ("optimizer", "train", "objective", "preference", "lora")
+_OF_TRAINING = ("optimizer", "train", "objective", "preference", "lora", "teacher")
 _UNREAD = {
     "train": ("generate", "merge", "select", "export"),
     "generate": ("merge", "select", "export", *_OF_TRAINING),
@@ -86,11 +93,12 @@ def for_phase(
         for part in _PHASE.split(value)[1:] if isinstance(value, str) else ():
             name = re.split("[/,]", part)[0]
             # A phase may name a source that only a later phase reads.
-            known = earlier if key == "init_from" else tuple(config.phases)
+            is_start = key in ("init_from", "teacher.init_from")
+            known = earlier if is_start else tuple(config.phases)
             if name not in known:
                 raise InputError(
                     f"{key}={value!r} (phase {phase}): there is no phase {name!r}"
-                    f"{' before it' if key == 'init_from' else ''}; known: "
+                    f"{' before it' if is_start else ''}; known: "
                     f"{', '.join(known) or 'none'}"
                 )
     return merged
@@ -199,6 +207,8 @@ def _unread(config) -> Iterator[str]:
         return
     if config.objective.kind != "preference":
         yield "preference"
+    if not uses_teacher(config):
+        yield "teacher"
     for name, entry in config.sources.items():
         if not (entry.weight or entry.holdout):
             yield f"sources.{name}"

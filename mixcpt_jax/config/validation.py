@@ -20,6 +20,7 @@ from mixcpt_jax.config.defaults import (
     bounded_exam,
     bounded_source,
     default,
+    has_other_teacher,
     objective_weights,
     warmup_steps,
 )
@@ -150,8 +151,10 @@ def _check_teacher(config) -> None:
     model = config.model
     student = _coarser(model.param_dtype, model.compute_dtype)
     frozen = _coarser(frozen_dtype(model), model.compute_dtype)
-    # Adapters are trained on top of the frozen model itself.
-    if config.job == "train" and not config.lora.rank and frozen != student:
+    # Adapters are trained on top of the frozen model itself, and another teacher differs
+    # from the start.
+    is_start = not (config.lora.rank or has_other_teacher(config))
+    if config.job == "train" and is_start and frozen != student:
         raise InputError(
             f"model.teacher_dtype={model.teacher_dtype}: has another precision than "
             f"model.param_dtype={model.param_dtype} and "
@@ -168,6 +171,12 @@ def _check_teacher(config) -> None:
     elif config.job == "train" and not config.data.prepared:
         raise InputError(
             "objective.teacher=prepared: set data.prepared to the folder that holds it"
+        )
+    teacher = config.teacher
+    if teacher.tokenizer and not (teacher.path or teacher.init_from):
+        raise InputError(
+            f"teacher.tokenizer={teacher.tokenizer}: teacher.path and teacher.init_from "
+            "are empty, so there is no other teacher; set one of them"
         )
 
 

@@ -31,7 +31,9 @@ from mixcpt_jax.runtime import terminal
 
 SCHEME = "hf://"
 # The keys of a config whose values may be `ORG/NAME`.
-_OF_MODELS = (("model", "path"), ("model", "tokenizer"), ("teacher", "path"))
+_OF_MODELS = tuple(
+    (section, key) for section in ("model", "teacher") for key in ("path", "tokenizer")
+)
 # What is read of a model besides its weights.
 _MODEL_FILES = (
     "config.json",

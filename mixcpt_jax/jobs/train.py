@@ -39,6 +39,7 @@ from mixcpt_jax.training.program import (
     make_program,
     reads_teacher,
     starting_state,
+    teacher_part,
     with_teacher,
 )
 from mixcpt_jax.training.steps import TrainState
@@ -118,7 +119,9 @@ def _run(
             batch = _put_rows(next(batches), config, phase.mesh)
             tracer.before(step)
             times.enter("compilation" if step == start.step + 1 else "steps")
-            state, step_metrics = program.train_step(state, start.frozen, batch)
+            state, step_metrics = program.train_step(
+                state, start.frozen, batch, start.teacher
+            )
             times.enter("steps")
             tracer.after(step, step_metrics)
             preemption_guard.defer()
@@ -171,7 +174,7 @@ class _Start(NamedTuple):
       step, row: number of steps done, and of rows of the stream that they read.
       is_resumed: whether a checkpoint was restored.
       state: of the step.
-      frozen: the frozen parameters that the step needs; None if it needs none.
+      frozen, teacher: the frozen parameters that the step needs, see `Program`.
       references: the reference's log-probabilities of pairs, if computed ahead.
       data: with these references in its rows.
       recorded: whether the record of an interrupted run already has the measures and the
@@ -184,6 +187,7 @@ class _Start(NamedTuple):
     is_resumed: bool
     state: TrainState
     frozen: transformer.Params | None
+    teacher: transformer.Params | None
     references: dict[str, np.ndarray]
     data: pipeline.Data
     recorded: tuple[bool, bool]
@@ -206,9 +210,11 @@ def _start(phase: phase_lib.Phase, data: pipeline.Data, program: Program) -> _St
             lease.check(phase.folder, must_ask=True)
             record.restore(phase.folder, step, files)
         recorded = _recorded(phase, data, step)
-    frozen, references = None, {}
+    frozen, teacher, references = None, None, {}
     if step < data.num_steps or not all(recorded):
         frozen, references = _load_frozen(phase, data, program)
+    if step < data.num_steps and program.teacher is not None:
+        teacher = teacher_part(phase, data)(phase.teacher_params())
     if phase.config.preference.reference == "precomputed":
         data = pipeline.with_references(data, references)
     if restored is None:
@@ -219,6 +225,7 @@ def _start(phase: phase_lib.Phase, data: pipeline.Data, program: Program) -> _St
         restored is not None,
         state,
         frozen,
+        teacher,
         references,
         data,
         recorded,

@@ -599,6 +599,39 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, where: str) ->
             )
 
 
+def shared_size(ours: Tokenizer, theirs: Tokenizer, own: str, other: str) -> int:
+    """The number of tokens of two tokenizers that have the same ones.
+
+    llama.cpp's files name a row without a token `[PAD` and its id; it counts as padding.
+
+    Args:
+      ours, theirs: the model's and the teacher's.
+      own, other: their paths, for the message.
+
+    Raises:
+      InputError: names the first id with different tokens, and both sizes.
+    """
+
+    def tokens(tokenizer: Tokenizer) -> list[str | None]:
+        found = map(tokenizer.model.id_to_token, range(tokenizer.vocab_size))
+        found = [None if t == f"[PAD{i}]" else t for i, t in enumerate(found)]
+        while found and found[-1] is None:
+            found.pop()
+        return found
+
+    one, two = tokens(ours), tokens(theirs)
+    pairs = enumerate(itertools.zip_longest(two, one))
+    if found := next(((i, pair) for i, pair in pairs if pair[0] != pair[1]), None):
+        token_id, pair = found
+        token, expected = (text_lib.value(repr(t)) for t in pair)
+        raise InputError(
+            f"{other}: the teacher's {len(two)} tokens are not the {len(one)} of the model "
+            f"in {own}: token {token_id} is {token} instead of {expected}; use a teacher "
+            "with the model's vocabulary"
+        )
+    return len(one)
+
+
 def _load_json(file: epath.Path) -> Tokenizer:
     beside = companions.read(file)
     source = small_files.read_text(file, headers.AGAIN, MOST_BYTES_OF_VOCABULARY)

@@ -160,6 +160,7 @@ class _Options(NamedTuple):
     soft_cap: float | None
     layout: Layout
     token_weighting: str = "none"
+    teacher_vocab_first: bool = False
 
 
 def head_loss(
@@ -176,6 +177,7 @@ def head_loss(
     vocab_tile: int | None = None,
     vocab_size: int | None = None,
     vocab_first: bool = False,
+    teacher_vocab_first: bool | None = None,
     soft_cap: float | None = None,
     vocab_parallel: bool = True,
     token_weighting: str = "none",
@@ -203,9 +205,11 @@ def head_loss(
         for one pair of products; a multiple of `chunk_size`.
       vocab_tile: columns whose logits are computed and reduced at a time; None: all.
         Without gradients nothing larger than `[vocab_tile, chunk_size]` exists.
-      vocab_size: columns from this index on are padding and get no probability.
-      vocab_first: both unembeddings are `[V, D]`, as tied embeddings are stored;
-        transposing one would copy it.
+      vocab_size: columns from this index on are padding and get no probability, of
+        either model.
+      vocab_first: the unembedding is `[V, D]`, as tied embeddings are stored; transposing
+        it would copy it.
+      teacher_vocab_first: the same for the teacher's; None: as the student's.
       soft_cap: both models' logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2).
       vocab_parallel: splits the vocabulary over `fsdp` and `tensor` and gathers hidden
         states; if False, splits it only over `tensor` and gathers the unembedding.
@@ -231,14 +235,15 @@ def head_loss(
             "a compact teacher replaces the teacher's hidden states and unembedding; "
             "give one or the other"
         )
-    vocab_dimension = 0 if vocab_first else 1
-    num_columns = unembedding_DxV.shape[vocab_dimension]
+    num_columns = unembedding_DxV.shape[0 if vocab_first else 1]
+    if teacher_vocab_first is None:
+        teacher_vocab_first = vocab_first
     if teacher_unembedding_ExV is not None:
-        if teacher_unembedding_ExV.shape[vocab_dimension] != num_columns:
+        teacher_columns = teacher_unembedding_ExV.shape[0 if teacher_vocab_first else 1]
+        if teacher_columns != num_columns:
             raise ValueError(
                 f"teacher and student must share one vocabulary: the unembeddings have "
-                f"{teacher_unembedding_ExV.shape[vocab_dimension]} and {num_columns} "
-                "columns"
+                f"{teacher_columns} and {num_columns} columns"
             )
         teacher_hidden_TxE = jax.lax.stop_gradient(teacher_hidden_TxE)
         teacher_unembedding_ExV = jax.lax.stop_gradient(teacher_unembedding_ExV)
@@ -260,6 +265,7 @@ def head_loss(
         soft_cap,
         layout,
         token_weighting,
+        teacher_vocab_first,
     )
     return _weighted_sum(
         options,
@@ -378,7 +384,7 @@ def compact_teacher(
 
     def of_chunk(chunk):
         hidden_CxE, targets_C = chunk
-        logits_VxC = columns.logits(kernel, hidden_CxE, 0, soft_cap)[:vocab_size]
+        logits_VxC = columns.logits(kernel, hidden_CxE, 0, vocab_first)[:vocab_size]
         logps_VxC = jax.nn.log_softmax(logits_VxC, axis=0)
         _, top_CxK = jax.lax.top_k(logits_VxC.T, top_k)
         ids_MxC = jnp.concatenate([top_CxK.T, targets_C[None]])
@@ -477,7 +483,7 @@ def _sweep_shards(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
         value, statistics, gradients = sweep(by_token, kernel, teacher_kernel)
     else:
         num_tokens, hidden_size = hidden_TxD.shape
-        vocab_dimension = 0 if options.vocab_first else 1
+        vocab_dimension = _vocab_dimension(options.vocab_first)
         num_columns = kernel.shape[vocab_dimension]
 
         def pad(x, dimension, axes):
@@ -486,11 +492,15 @@ def _sweep_shards(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
             return jnp.pad(x, widths) if missing else x
 
         by_token = jax.tree.map(lambda x: pad(x, 0, token_axes), by_token)
-        kernels = jax.tree.map(
-            lambda x: pad(x, vocab_dimension, vocab_axes), (kernel, teacher_kernel)
-        )
-        rows = P(token_axes)
-        columns = P(vocab_axes) if options.vocab_first else P(None, vocab_axes)
+        kernels, specs = [], []
+        for x, vocab_first in (
+            (kernel, options.vocab_first),
+            (teacher_kernel, options.teacher_vocab_first),
+        ):
+            dimension = _vocab_dimension(vocab_first)
+            kernels.append(None if x is None else pad(x, dimension, vocab_axes))
+            specs.append(P(vocab_axes) if vocab_first else P(None, vocab_axes))
+        rows, columns = P(token_axes), specs[0]
         gradients = None
         if with_gradients:
             # Sum over the axes that split the tokens. Over fsdp, unless it splits the
@@ -503,7 +513,7 @@ def _sweep_shards(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
             gradients = (rows, scattered)
         value, statistics, gradients = jax.shard_map(
             sweep,
-            in_specs=(rows, columns, columns),
+            in_specs=(rows, *specs),
             out_specs=(P(), rows, gradients),
             check_vma=False,
         )(by_token, *kernels)
@@ -519,6 +529,10 @@ def _sweep_shards(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
         d_hidden_TxD, d_kernel = gradients
         gradients = (d_hidden_TxD, d_kernel.astype(unembedding_DxV.dtype))
     return value, statistics, gradients
+
+
+def _vocab_dimension(vocab_first: bool) -> int:
+    return 0 if vocab_first else 1
 
 
 def _scatters(options: _Options, hidden_size: int) -> bool:
@@ -627,13 +641,13 @@ def _chunk(
     """Value and statistics of one chunk of tokens; with gradients, that of its logits."""
 
     def tile(start):
-        student_VxC = columns.logits(kernel, hidden_CxD, start, options.soft_cap)
+        student_VxC = columns.logits(kernel, hidden_CxD, start, options.vocab_first)
         if columns.has_tail:
             return student_VxC, columns.spread(compact, start)
         if teacher_hidden_CxE is None:
             return student_VxC, None
         teacher = teacher_kernel, teacher_hidden_CxE
-        return student_VxC, columns.logits(*teacher, start, options.soft_cap)
+        return student_VxC, columns.logits(*teacher, start, options.teacher_vocab_first)
 
     if columns.num_tiles == 1:
         both_VxC = tile(0)
@@ -736,30 +750,30 @@ class _Columns:
     """This device's columns of the vocabulary: computes and reduces their logits."""
 
     def __init__(self, kernel, options: _Options, has_tail: bool = False):
-        self.vocab_dimension = 0 if options.vocab_first else 1
-        self.num_local = kernel.shape[self.vocab_dimension]
+        self.num_local = kernel.shape[_vocab_dimension(options.vocab_first)]
         self.axes = options.layout.vocab_axes
         self.offset = jax.lax.axis_index(self.axes) * self.num_local if self.axes else 0
         self.tile = options.vocab_tile
         self.num_tiles = math.ceil(self.num_local / self.tile)
         self.vocab_size = options.vocab_size
         self.padded = options.vocab_size < self.num_local * _axes_size(self.axes)
+        self.soft_cap = options.soft_cap
         self.has_tail = has_tail
-        self.equation = ("vd" if options.vocab_first else "dv") + ",cd->vc"
 
     def ids(self, start=0, size: int | None = None):
         """Token ids of `size` columns from the local column `start`, `[size, 1]`."""
         return (self.offset + start + jnp.arange(size or self.num_local))[:, None]
 
-    def logits(self, kernel, hidden_CxD, start, soft_cap) -> jax.Array:
+    def logits(self, kernel, hidden_CxD, start, vocab_first) -> jax.Array:
         """Float32 logits of the tile at `start`, padding masked."""
         if self.num_tiles > 1:
             kernel = jax.lax.dynamic_slice_in_dim(
-                kernel, start, self.tile, self.vocab_dimension
+                kernel, start, self.tile, _vocab_dimension(vocab_first)
             )
-        logits_VxC = _product(self.equation, kernel, hidden_CxD)
-        if soft_cap is not None:
-            logits_VxC = soft_cap * jnp.tanh(logits_VxC / soft_cap)
+        axes = "vd" if vocab_first else "dv"
+        logits_VxC = _product(f"{axes},cd->vc", kernel, hidden_CxD)
+        if self.soft_cap is not None:
+            logits_VxC = self.soft_cap * jnp.tanh(logits_VxC / self.soft_cap)
         if self.padded:
             is_real_Vx1 = self.ids(start, self.tile) < self.vocab_size
             logits_VxC = jnp.where(is_real_Vx1, logits_VxC, MASKED)

@@ -71,12 +71,16 @@ def compact_teacher() -> Teacher:
 def _logits_from(
     hidden_TxE: jax.Array, frozen_params: transformer.Params
 ) -> dict[str, Any]:
-    unembedding, _ = transformer.unembedding(frozen_params)
-    return {"teacher_hidden_TxE": hidden_TxE, "teacher_unembedding_ExV": unembedding}
+    unembedding, vocab_first = transformer.unembedding(frozen_params)
+    return {
+        "teacher_hidden_TxE": hidden_TxE,
+        "teacher_unembedding_ExV": unembedding,
+        "teacher_vocab_first": vocab_first,
+    }
 
 
 def make_teacher_step(
-    forward: transformer.Forward, top_k: int = 0
+    forward: transformer.Forward, top_k: int = 0, vocab_size: int | None = None
 ) -> Callable[[transformer.Params, Batch], dict[str, jax.Array]]:
     """Builds `(params, batch) -> teacher outputs`, arrays `[B, L, ...]` for a cache.
 
@@ -84,6 +88,7 @@ def make_teacher_step(
       forward: from `transformer.make_forward`.
       top_k: 0: hidden states, see `prepared_teacher`; else the number of tokens to list,
         see `compact_teacher`.
+      vocab_size: of `streamed.compact_teacher`.
     """
 
     def teacher_step(params, batch: Batch):
@@ -96,6 +101,7 @@ def make_teacher_step(
                 flatten(batch["targets"]),
                 top_k,
                 vocab_first=vocab_first,
+                vocab_size=vocab_size,
                 soft_cap=soft_cap_of(forward),
             )
             arrays = {f"teacher_{k}": v for k, v in compact._asdict().items()}

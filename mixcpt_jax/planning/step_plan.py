@@ -77,6 +77,7 @@ def count_flops(
     frozen: str = "none",
     has_adapters: bool = False,
     is_preference: bool = False,
+    teacher_config: transformer.ModelConfig | None = None,
 ) -> Flops:
     """FLOPs by formula: `2 N P` per pass, for N layers of P weights each.
 
@@ -90,12 +91,31 @@ def count_flops(
       row_length: tokens of a row, L.
       remat: of `config.model.remat`. "full" repeats the forward pass of each layer, except
         its last product if no norm follows it; "dots" and "none" repeat no product.
-      frozen: the part of the frozen model that runs: "whole", "unembedding" or "none".
+      frozen: the part of teacher or reference that runs: "whole", "unembedding" or "none".
       has_adapters: whether only adapters are trained.
       is_preference: whether the head sweeps the vocabulary twice, see
         `streamed.log_probabilities`.
+      teacher_config: of another teacher; None: as the student.
     """
     c = model_config
+    layers, attend, head = _forward_flops(c, row_length)
+    of_teacher = _forward_flops(teacher_config or c, row_length)
+    back = 1 if has_adapters else 2
+    runs = frozen == "whole"
+    # The gradient of a norm after the last product needs that product.
+    last = 0 if c.post_norms else 2 * c.num_layers * c.hidden_size * c.mlp_size
+    again = layers - last if remat == "full" else 0.0
+    return Flops(
+        student=layers * (1 + back),
+        teacher=of_teacher[0] * runs,
+        head=head * (1 + back) + of_teacher[2] * (frozen != "none"),
+        attention=attend * 3 + of_teacher[1] * runs,
+        rematerialization=again + head * is_preference,
+    )
+
+
+def _forward_flops(c: transformer.ModelConfig, row_length: int) -> tuple[float, ...]:
+    """FLOPs of a token's forward pass: of the layers, of attention and of the head."""
     heads = (c.num_heads + c.num_kv_heads) * c.head_size
     down = c.hidden_size * c.mlp_size
     layers = 2 * c.num_layers * (2 * c.hidden_size * heads + 3 * down)
@@ -103,19 +123,7 @@ def count_flops(
     # Sum over the layers, because each may have its own window.
     seen = sum(w - w * (w - 1) / (2 * row_length) for w in windows)
     attend = 4 * c.num_heads * c.head_size * seen
-    head = 2 * c.hidden_size * c.vocab_size
-    back = 1 if has_adapters else 2
-    runs = frozen == "whole"
-    # The gradient of a norm after the last product needs that product.
-    last = 0 if c.post_norms else 2 * c.num_layers * down
-    again = layers - last if remat == "full" else 0.0
-    return Flops(
-        student=layers * (1 + back),
-        teacher=layers * runs,
-        head=head * (1 + back + (frozen != "none")),
-        attention=attend * (3 + runs),
-        rematerialization=again + head * is_preference,
-    )
+    return layers, attend, 2 * c.hidden_size * c.vocab_size
 
 
 class DoesNotFit(Exception):
@@ -155,6 +163,9 @@ def compile_step(
     # The weights and the text need not exist.
     config.init_from = ""
     config.model.path = config.model.path or config.model.architecture
+    if config.teacher.init_from:
+        config.teacher.path = config.teacher.path or config.model.path
+        config.teacher.init_from = ""
     for source in config.sources.values():
         source.path = source.path or "planned"
     config_lib.validate(config, mesh.size)
@@ -168,6 +179,7 @@ def compile_step(
         tokenizer=None,
         mesh=mesh,
         started=time.monotonic(),
+        other_teacher=phase.other_teacher(config, model_config, None, mesh.size),
     )
     reads = config.objective.teacher == "prepared"
     data = pipeline.synthetic(
@@ -184,7 +196,9 @@ def compile_step(
         for key, value in data.packed[0].empty_row().items()
     }
     with jax.set_mesh(mesh):
-        lowered = program.train_step.lower(program.state, program.frozen, batch)
+        lowered = program.train_step.lower(
+            program.state, program.frozen, batch, program.teacher
+        )
         compiled = compile_lowered(lowered, mesh, quick)
     return Step(planned, data, program, batch, compiled)
 
@@ -294,7 +308,7 @@ def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
         )
 
     analysis = step.compiled.memory_analysis()
-    state, frozen = step.program.state, step.program.frozen
+    state, program = step.program.state, step.program
     # Gradients are summed over microbatches in float32.
     gradients = sum(
         4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
@@ -303,7 +317,7 @@ def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
     return {
         "parameters": size(state.params),
         "optimizer": size(state.opt_state),
-        "frozen model": size(frozen),
+        "frozen model": size((program.frozen, program.teacher)),
         "batch": size(step.batch),
         "temporary": analysis.temp_size_in_bytes,
         "of it gradients": gradients,
@@ -346,29 +360,44 @@ def _flops(step: Step, module: hlo.Module) -> dict[str, float]:
     config, model_config = step.phase.config, step.phase.model_config
     mesh = step.phase.mesh
     row_length = config.data.row_length
+    frozen = program_lib.frozen_passes(config, step.data)
     counted = count_flops(
         model_config,
         row_length,
         config.model.remat,
-        program_lib.frozen_passes(config, step.data),
+        frozen,
         step.phase.lora is not None,
         config.objective.kind == "preference",
+        step.phase.teacher_config,
     )
     tokens = config.data.batch_size * row_length
     parts = {k: v * tokens for k, v in dataclasses.asdict(counted).items()}
     rows_at_once = config.data.batch_size // config.optimizer.accumulation_steps
     done = sum(module.executions(name) * n for name, n in _KERNELS.items())
     if done:
-        windows = model_config.windows
-        pairs = [attention.splash_pairs(row_length, window) for window in windows]
-        pairs = sum(pairs) / len(pairs)
-        done *= 2 * model_config.num_heads * model_config.head_size * pairs
+        done *= _kernel_flops(model_config, row_length)
+        teacher = step.phase.other_teacher
+        if teacher is not None and frozen == "whole":
+            c, parts_of_batch = (
+                teacher.model_config,
+                config.optimizer.accumulation_steps,
+            )
+            excess = _kernel_flops(c, row_length) - _kernel_flops(
+                model_config, row_length
+            )
+            done += parts_of_batch * c.num_layers * _KERNELS["splash_mha_fwd"] * excess
     return parts | {
         "model": counted.model * tokens,
         "products, by formula": counted.products * tokens,
         "products, compiled": module.flops * mesh.size,
         "attention kernels": rows_at_once * done,
     }
+
+
+def _kernel_flops(c: transformer.ModelConfig, row_length: int) -> float:
+    """FLOPs of one product in attention's kernels for a row, mean over the layers."""
+    pairs = [attention.splash_pairs(row_length, window) for window in c.windows]
+    return 2 * c.num_heads * c.head_size * sum(pairs) / len(pairs)
 
 
 def _collectives(
@@ -536,15 +565,18 @@ def least_memory(
     config: ml_collections.ConfigDict, model_config: transformer.ModelConfig
 ) -> float:
     """Bytes of a chip for weights and moments, on the config's mesh."""
-    number = sum(
-        x.size for x in jax.tree.leaves(transformer.abstract_params(model_config))
-    )
     size = {"float32": 4, "bfloat16": 2}
-    settings = config.model
+    settings, teacher = config.model, phase.other_teacher_config(config)
     frozen, trained = size[config_lib.frozen_dtype(settings)], 0
     if not config.lora.rank:
         trained = size[settings.param_dtype] + 2 * size[config.optimizer.moments_dtype]
-    return number * (trained + frozen) / (config.mesh.fsdp * config.mesh.tensor)
+    number = phase.num_parameters(model_config)
+    total = number * trained
+    if teacher is not None:
+        total += phase.num_parameters(teacher) * frozen
+    if teacher is None or config.lora.rank:
+        total += number * frozen
+    return total / (config.mesh.fsdp * config.mesh.tensor)
 
 
 def step_memory(
@@ -556,9 +588,10 @@ def step_memory(
 ) -> float:
     """An upper estimate, by formula, of the bytes of a device that a training step needs.
 
-    The sum of: weights, moments, the frozen model and gradients; the activations that all
+    The sum of: weights, moments, the frozen models and gradients; the activations that all
     layers keep; four times the activations of one layer; with fsdp, four times the weights
-    of a layer; the head's logits and two float32 copies of the device's unembedding.
+    of a layer; the head's logits and two float32 copies of the device's unembedding. For a
+    layer and the unembedding, the larger of model and teacher counts.
 
     Args:
       config, model_config: of the phase.
@@ -569,22 +602,30 @@ def step_memory(
     c, settings = model_config, config.model
     _, fsdp, tensor = mesh
     sized = _with(config, mesh={"fsdp": fsdp, "tensor": tensor})
-    number = sum(x.size for x in jax.tree.leaves(transformer.abstract_params(c)))
+    number = phase.num_parameters(c)
     gradients = 0 if config.lora.rank else 4 * number / (fsdp * tensor)
     tokens, itemsize = rows * row_length, jnp.dtype(settings.compute_dtype).itemsize
-    heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_size
-    layer = tokens * (heads + 4 * c.hidden_size + 3 * c.mlp_size) / tensor
-    scores = rows * c.num_heads * row_length * min(row_length, _LIVE_KEYS) / tensor
+    teacher = phase.other_teacher_config(config) or c
+    layer = tokens * max(map(_layer_width, (c, teacher))) / tensor
+    num_heads = max(c.num_heads, teacher.num_heads)
+    scores = rows * num_heads * row_length * min(row_length, _LIVE_KEYS) / tensor
     columns = c.vocab_size / tensor
     if config.head.vocab_parallel:
         columns /= fsdp
-    gathered = 4 * number / c.num_layers / tensor if fsdp > 1 else 0
+    largest = max(phase.num_parameters(m) / m.num_layers for m in (c, teacher))
+    gathered = 4 * largest / tensor if fsdp > 1 else 0
     logits = 3 * _LIVE_LOGITS * columns
-    unembedding = 2 * columns * c.hidden_size
+    unembedding = 2 * columns * max(c.hidden_size, teacher.hidden_size)
     kept = activations_kept(config, c, tokens)
     working = itemsize * (4 * layer + gathered)
     working += 4 * (scores + logits + unembedding)
     return least_memory(sized, c) + gradients + kept + working
+
+
+def _layer_width(c: transformer.ModelConfig) -> int:
+    """Activations of a token in a layer."""
+    heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_size
+    return heads + 4 * c.hidden_size + 3 * c.mlp_size
 
 
 def _microbatches(config, mesh: dict[str, int]) -> Iterator[int]:

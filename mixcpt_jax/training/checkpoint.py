@@ -155,7 +155,7 @@ class Checkpoints:
           rows: the number of rows of the stream read so far.
           config: written beside the arrays.
           sources: source name -> hash of its tokens, checked by `restore`.
-          provenance: `start`, also checked, and other facts to record.
+          provenance: `start` and `teacher`, also checked, and other facts to record.
           files: the phase's record up to this step, for `read_files`.
 
         Raises:
@@ -801,13 +801,19 @@ def _check_resumable(
             "start a new --workdir"
         )
     before = json.loads(record["provenance"])
-    start = before["start"]
-    if not is_same_start(start, provenance["start"]):
-        key = "init_from" if "init_from" in provenance["start"] else "model.path"
-        raise InputError(
-            f"{key}: {folder} was trained from {start}, which is now "
-            f"{provenance['start']}; restore it, or start a new --workdir"
-        )
+    for part, section, verb in (
+        ("start", "model", "trained from"),
+        ("teacher", "teacher", "distilled from"),
+    ):
+        then, now = (facts.get(part, {}) for facts in (before, provenance))
+        if not is_same_start(then, now):
+            key = f"{section}.path"
+            if "init_from" in now:
+                key = "init_from" if part == "start" else "teacher.init_from"
+            raise InputError(
+                f"{key}: {folder} was {verb} {then or 'its start'}, which is now "
+                f"{now or 'its start'}; restore it, or start a new --workdir"
+            )
     stored = record["sources"]
     for name in sorted(stored.keys() | sources.keys()):
         if stored.get(name) == sources.get(name):

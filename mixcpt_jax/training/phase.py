@@ -2,8 +2,8 @@
 
 A phase starts from the end of another phase, `init_from`; without that, from the pretrained
 weights in `model.path`, or from random weights if the config says so. The starting weights
-are also the frozen model: the teacher of continual pre-training, the reference of DPO, and
-the base of adapters.
+are also the frozen model: the reference of DPO, the base of adapters and, unless the config
+names another one, the teacher of continual pre-training.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import platform
 import time
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,19 @@ _VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 _SECONDS_UNTIL_SEEN = 60
 
 
+class OtherTeacher(NamedTuple):
+    """A teacher that is not the model that the phase starts from.
+
+    Attributes:
+      model_config: its architecture.
+      num_tokens: of the vocabulary that it shares with the model; later rows of their
+        embeddings are padding.
+    """
+
+    model_config: transformer.ModelConfig
+    num_tokens: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """One phase of a run, before anything is computed.
@@ -74,6 +87,8 @@ class Phase:
       mesh: over all devices of all hosts.
       started: when this process started the phase, on the monotonic clock.
       commits: repository and revision on the Hub -> the commit that the phase reads.
+      other_teacher: None if the model that the phase starts from is the teacher, or if
+        there is none.
     """
 
     name: str
@@ -85,6 +100,7 @@ class Phase:
     mesh: jax.sharding.Mesh
     started: float
     commits: dict[str, str] = dataclasses.field(default_factory=dict)
+    other_teacher: OtherTeacher | None = None
 
     @property
     def lora(self) -> lora_lib.Lora | None:
@@ -125,12 +141,54 @@ class Phase:
         If the phase starts from a model with adapters, these are merged into it; rounding
         to a lower precision than they were trained with would lose them.
         """
-        model_settings = self.config.model
-        if self.config.init_from and self.lora:
-            stored = checkpoint.read_config(self.config.init_from)
-            if _trained_lora(ml_collections.ConfigDict(stored)):
-                return model_settings.param_dtype
-        return config_lib.frozen_dtype(model_settings)
+        folder = self.config.init_from if self.lora else ""
+        return _frozen_dtype(self.config.model, folder)
+
+    @property
+    def teacher_config(self) -> transformer.ModelConfig:
+        """The teacher's architecture, with the model's number of rows per embedding."""
+        if self.other_teacher is None:
+            return self.model_config
+        return dataclasses.replace(
+            self.other_teacher.model_config, vocab_size=self.model_config.vocab_size
+        )
+
+    @property
+    def teacher_dtype(self) -> str:
+        if self.other_teacher is None:
+            return self.frozen_dtype
+        return _frozen_dtype(self.config.model, self.config.teacher.init_from)
+
+    @property
+    def num_tokens(self) -> int | None:
+        """How many tokens have a probability in training; None: all rows."""
+        return self.other_teacher and self.other_teacher.num_tokens
+
+    def teacher_forward(self) -> transformer.Forward:
+        """The teacher's network, in the phase's compute dtype."""
+        return transformer.make_forward(
+            self.teacher_config, self.config.model.compute_dtype
+        )
+
+    def teacher_params(self) -> transformer.Params:
+        """The teacher's full parameters, sharded.
+
+        The embeddings of another teacher get as many rows as the model's. The rows cut or
+        added are padding, which has no probability.
+
+        Raises:
+          InputError: they are missing, damaged or of another model.
+        """
+        if self.other_teacher is None:
+            return self.starting_params(self.frozen_dtype)
+        params = _start(
+            _teacher_as_start(self.config),
+            self.other_teacher.model_config,
+            self.mesh,
+            self.teacher_dtype,
+        )
+        template = abstract_params(self.teacher_config, self.mesh, self.teacher_dtype)
+        return jax.tree.map(_with_shape, params, template)
 
     def eval_step(self, lora: lora_lib.Lora | None = None) -> Callable[..., Any]:
         """`(params, batch on the host) -> {"ntp", "correct"}` on the host, `[B, L]`."""
@@ -209,23 +267,40 @@ class Phase:
     @property
     def start_key(self) -> dict[str, Any]:
         """The part of `starts_from` that caches check, without the path of the weights."""
-        return {k: v for k, v in self.starts_from.items() if k != "weights"}
+        return _without_path(self.starts_from)
+
+    @functools.cached_property
+    def teacher_is_from(self) -> dict[str, Any] | None:
+        """Which checkpoint or weights another teacher is from; read once."""
+        if self.other_teacher is None:
+            return None
+        return _start_identity(
+            *map(_teacher_as_start, (self.given, self.config)),
+            self.other_teacher.model_config,
+        )
+
+    @property
+    def teacher_key(self) -> dict[str, Any]:
+        """What caches of the teacher's outputs check."""
+        if self.teacher_is_from is None:
+            return {"start": self.start_key}
+        return {"teacher": _without_path(self.teacher_is_from)}
 
     def provenance(self, files: dict[str, dict[str, str]]) -> dict[str, Any]:
-        """What the phase starts from and which files it reads."""
-        return {
+        """What the phase starts from, its teacher and which files it reads."""
+        facts = {
             "start": self.starts_from,
             "files": files,
             "commits": self.commits,
             "split_version": corpus.SPLIT_VERSION,
         }
+        if self.teacher_is_from is not None:
+            facts["teacher"] = self.teacher_is_from
+        return facts
 
     @property
     def num_parameters(self) -> int:
-        return sum(
-            x.size
-            for x in jax.tree.leaves(transformer.abstract_params(self.model_config))
-        )
+        return num_parameters(self.model_config)
 
     @property
     def devices(self) -> str:
@@ -247,9 +322,15 @@ class Phase:
             weights = f"random weights (seed {self.config.seed})"
         else:
             weights = self.config.model.path
+        teacher = ""
+        if self.other_teacher is not None:
+            size = num_parameters(self.other_teacher.model_config) / 1e6
+            settings = self.config.teacher
+            place = settings.init_from or settings.path
+            teacher = f"; the teacher is {place}, {size:,.1f} M parameters"
         self.say(
             f"{self.devices}, {self.num_parameters / 1e6:,.1f} M parameters, {work}; "
-            f"{resumed or f'starts from {weights}'}"
+            f"{resumed or f'starts from {weights}'}{teacher}"
         )
 
     @property
@@ -343,9 +424,19 @@ def start(config: ml_collections.ConfigDict, workdir: str, name: str) -> Phase:
     source = config.model.tokenizer or config.model.path
     vocabulary = tokenizer.load(source, config.model.chat_template)
     tokenizer.check_vocabulary(vocabulary, model_config.vocab_size, source)
+    teacher = other_teacher(config, model_config, vocabulary)
     mesh = sharding.make_mesh(config.mesh)
     return Phase(
-        name, folder, given, config, model_config, vocabulary, mesh, started, commits
+        name,
+        folder,
+        given,
+        config,
+        model_config,
+        vocabulary,
+        mesh,
+        started,
+        commits,
+        teacher,
     )
 
 
@@ -380,6 +471,91 @@ def _recorded_commits(folder: epath.Path) -> dict[str, str]:
     if provenance is None and (kept := checkpoint.newest_readable(folder)):
         provenance = kept.provenance
     return (provenance or {}).get("commits", {})
+
+
+def check_teacher(config: ml_collections.ConfigDict) -> None:
+    """Checks another teacher before any phase runs; reads no weights.
+
+    Args:
+      config: of a phase. Models that earlier phases write are not checked.
+
+    Raises:
+      InputError: the teacher does not fit the model.
+    """
+    if not config_lib.has_other_teacher(config):
+        return
+    models = config.model, _teacher_as_start(config).model
+    used = [path for model in models for path in (model.path, model.tokenizer)]
+    if not any(path.startswith("phase:") for path in used):
+        model_config = pretrained.read_model_config(config.model.path)
+        source = config.model.tokenizer or config.model.path
+        other_teacher(config, model_config, tokenizer.load(source))
+
+
+def other_teacher(
+    config: ml_collections.ConfigDict,
+    model_config: transformer.ModelConfig,
+    vocabulary: tokenizer.Tokenizer | None,
+    num_devices: int | None = None,
+) -> OtherTeacher | None:
+    """Reads the architecture and the tokenizer of another teacher, and no weights.
+
+    Args:
+      config: of the phase, with its paths resolved.
+      model_config: the model's architecture.
+      vocabulary: the model's; None: the teacher's is not compared with it.
+      num_devices: as for `check_model`.
+
+    Raises:
+      InputError: the teacher does not fit the model; names the setting and the remedy.
+    """
+    found = other_teacher_config(config)
+    if found is None:
+        return None
+    as_start = _teacher_as_start(config)
+    path = as_start.model.path
+    _check_mesh(config, found, num_devices, "teacher")
+    if config.data.row_length > found.max_positions:
+        raise InputError(
+            f"data.row_length={config.data.row_length}: longer than the teacher's context "
+            f"of {found.max_positions}; use at most that"
+        )
+    if found.final_soft_cap != model_config.final_soft_cap:
+        raise InputError(
+            f"{path}: the teacher's logits are capped at {found.final_soft_cap}, the "
+            f"model's at {model_config.final_soft_cap}; use a teacher of the same family"
+        )
+    rows = min(found.vocab_size, model_config.vocab_size)
+    if vocabulary is None:
+        return OtherTeacher(found, rows)
+    place = as_start.model.tokenizer or path
+    own = config.model.tokenizer or config.model.path
+    theirs = vocabulary if place == own else tokenizer.load(place)
+    num_tokens = tokenizer.shared_size(vocabulary, theirs, own, place)
+    tokenizer.check_vocabulary(theirs, found.vocab_size, place)
+    return OtherTeacher(found, min(rows, num_tokens))
+
+
+def other_teacher_config(
+    config: ml_collections.ConfigDict,
+) -> transformer.ModelConfig | None:
+    """The architecture of another teacher, as its files have it; None if there is none."""
+    if not config_lib.has_other_teacher(config):
+        return None
+    model = config.model
+    path = config.teacher.path or model.path or model.architecture
+    return pretrained.read_model_config(path)
+
+
+def _teacher_as_start(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of a phase that would start from the teacher."""
+    teacher, config = config.teacher, ml_collections.ConfigDict(config.to_dict())
+    config.init_from = teacher.init_from
+    config.model.weights = "pretrained"
+    if teacher.path or teacher.tokenizer:
+        config.model.tokenizer = teacher.tokenizer
+    config.model.path = teacher.path or config.model.path
+    return config
 
 
 def job(work: Callable[[Phase], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -422,7 +598,9 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
     if not path.exists():
         return None
     results = _read_object(path, _RESULTS[config.job])
-    provenance = _read_object(folder / PROVENANCE_FILE, {"start": {str: object}})
+    provenance = _read_object(
+        folder / PROVENANCE_FILE, {"start": OBJECT, "teacher?": OBJECT}
+    )
     kept = checkpoint.newest_readable(folder)
     if damage := _damage(folder, results, provenance, kept):
         if config.job == "train" and kept is None:
@@ -433,13 +611,12 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
         logging.warning("%s; the phase is finished again", damage)
         return None
     resolved, _ = resolve(config, folder)
-    # What a finished phase started from may have been deleted.
-    model_path, start = resolved.model.path, resolved.init_from
-    has_model = pretrained.exists(model_path)
-    if checkpoint.exists(start) if start else has_model:
-        architecture = pretrained.read_model_config(model_path) if has_model else None
-        now = _start_identity(config, resolved, architecture)
-        _check_start(folder, provenance, now)
+    now = {"start": _identity_now(config, resolved), "teacher": {}}
+    if config_lib.has_other_teacher(config):
+        now["teacher"] = _identity_now(*map(_teacher_as_start, (config, resolved)))
+    for part, facts in now.items():
+        if facts is not None:
+            _check_start(folder, provenance.get(part, {}), facts)
     return results
 
 
@@ -509,13 +686,27 @@ def _start_identity(
     return start | {"architecture": model_config.fingerprint}
 
 
-def _check_start(
-    folder: epath.Path, provenance: dict[str, Any], now: dict[str, Any]
-) -> None:
-    if not checkpoint.is_same_start(provenance["start"], now):
+def _identity_now(
+    given: ml_collections.ConfigDict, config: ml_collections.ConfigDict
+) -> dict[str, Any] | None:
+    """`_start_identity`; None if the start of a finished phase has been deleted."""
+    model_path, start = config.model.path, config.init_from
+    has_model = pretrained.exists(model_path)
+    if not (checkpoint.exists(start) if start else has_model):
+        return None
+    architecture = pretrained.read_model_config(model_path) if has_model else None
+    return _start_identity(given, config, architecture)
+
+
+def _without_path(start: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in start.items() if key != "weights"}
+
+
+def _check_start(folder: epath.Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    if not checkpoint.is_same_start(then, now):
         raise InputError(
-            f"{folder}: was made from {provenance['start']}, which is now {now}; restore "
-            f"it, or delete {folder} to run its phase again"
+            f"{folder}: was made from {then}, which is now {now}; restore it, or delete "
+            f"{folder} to run its phase again"
         )
 
 
@@ -571,14 +762,26 @@ def check_model(
                 f"{section}.row_length={row_length}: longer than the model's context "
                 f"of {model_config.max_positions}; use at most that"
             )
-    data, fsdp, tensor = mesh_shape.mesh_shape(
-        config.mesh, num_devices or jax.device_count()
-    )
+    num_devices = num_devices or jax.device_count()
+    data, fsdp, _ = mesh_shape.mesh_shape(config.mesh, num_devices)
     if data * fsdp % jax.process_count():
         raise InputError(
             f"mesh: data x fsdp = {data} x {fsdp} cannot be shared by "
             f"{jax.process_count()} hosts; make mesh.tensor smaller"
         )
+    _check_mesh(config, model_config, num_devices, "model")
+
+
+def _check_mesh(
+    config: ml_collections.ConfigDict,
+    model_config: transformer.ModelConfig,
+    num_devices: int | None,
+    model: str,
+) -> None:
+    """Checks that the mesh's axes divide the dimensions of a model."""
+    _, fsdp, tensor = mesh_shape.mesh_shape(
+        config.mesh, num_devices or jax.device_count()
+    )
     for axis, size, dimension, value in (
         ("tensor", tensor, "attention heads", model_config.num_heads),
         ("tensor", tensor, "key-value heads", model_config.num_kv_heads),
@@ -588,7 +791,7 @@ def check_model(
     ):
         if value % size:
             raise InputError(
-                f"mesh.{axis}={size} does not divide the model's {value} {dimension}; "
+                f"mesh.{axis}={size} does not divide the {model}'s {value} {dimension}; "
                 f"choose a divisor and give the rest of the devices to mesh.data"
             )
 
@@ -676,7 +879,7 @@ def _load_start(folder, stored, model_config, mesh, dtype) -> transformer.Params
     stored, _ = resolve(stored, phase_folder)
     _check_start(
         phase_folder,
-        checkpoint.read_provenance(folder),
+        checkpoint.read_provenance(folder)["start"],
         _start_identity(given, stored, model_config),
     )
     return _start(stored, model_config, mesh, dtype)
@@ -708,6 +911,34 @@ def _start(config, model_config, mesh, dtype) -> transformer.Params:
         )
         return make(jax.random.key(config.seed))
     return pretrained.load_params(config.model.path, template)
+
+
+def _frozen_dtype(settings: ml_collections.ConfigDict, folder: str) -> str:
+    """The dtype of a frozen model, the end of the phase in a folder if there is one."""
+    if folder:
+        stored = checkpoint.read_config(folder)
+        if _trained_lora(ml_collections.ConfigDict(stored)):
+            return settings.param_dtype
+    return config_lib.frozen_dtype(settings)
+
+
+def _with_shape(x: jax.Array, template: jax.ShapeDtypeStruct) -> jax.Array:
+    """Cuts an array at its ends, or pads it with zeros there."""
+    if x.shape == template.shape:
+        return x
+
+    def fit(x):
+        kept = x[tuple(slice(size) for size in template.shape)]
+        missing = [b - a for a, b in zip(kept.shape, template.shape, strict=True)]
+        return jnp.pad(kept, [(0, size) for size in missing])
+
+    return jax.jit(fit, out_shardings=template.sharding)(x)
+
+
+def num_parameters(model_config: transformer.ModelConfig) -> int:
+    """Of a whole model."""
+    leaves = jax.tree.leaves(transformer.abstract_params(model_config))
+    return sum(leaf.size for leaf in leaves)
 
 
 def _is_random(config: ml_collections.ConfigDict) -> bool:

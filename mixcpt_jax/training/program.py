@@ -31,14 +31,16 @@ class Program(NamedTuple):
     Attributes:
       train_step: the jitted `(state, frozen, batch) -> (state, metrics)`.
       transforms: the optimizer.
-      state, frozen: shapes, dtypes and shardings of the step's arguments; `frozen` is None
-        if the step needs no frozen model, and may be only a part of the model.
+      state, frozen, teacher: shapes, dtypes and shardings of the step's arguments.
+        `frozen` is of the model that the phase starts from, `teacher` of another teacher;
+        each is None if the step does not need it, and may be only a part of the model.
     """
 
     train_step: Any
     transforms: optax.GradientTransformation
     state: steps.TrainState
     frozen: transformer.Params | None
+    teacher: transformer.Params | None = None
 
 
 def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
@@ -68,7 +70,14 @@ def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
     frozen = frozen_part(phase, data)(
         phase_lib.abstract_params(phase.model_config, phase.mesh, phase.frozen_dtype)
     )
-    return Program(train_step, transforms, state, frozen)
+    teacher = None
+    if phase.other_teacher is not None:
+        teacher = teacher_part(phase, data)(
+            phase_lib.abstract_params(
+                phase.teacher_config, phase.mesh, phase.teacher_dtype
+            )
+        )
+    return Program(train_step, transforms, state, frozen, teacher)
 
 
 def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> interface.Objective:
@@ -84,6 +93,7 @@ def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> interface.Objecti
             functools.partial(
                 streamed.head_loss,
                 token_weighting=config.objective.token_weighting,
+                vocab_size=phase.num_tokens,
                 **phase.head_options,
             ),
             _without_teacher(config, data),
@@ -127,7 +137,7 @@ def _teacher(phase: phase_lib.Phase, data: pipeline.Data) -> teachers.Teacher | 
     if not _needs_teacher(config, data):
         return None
     if not reads_teacher(config, data):
-        return teachers.running_teacher(phase.forward())
+        return teachers.running_teacher(phase.teacher_forward())
     if config.objective.teacher_top_k:
         return teachers.compact_teacher()
     return teachers.prepared_teacher(config.model.compute_dtype)
@@ -146,7 +156,7 @@ def _without_teacher(config, data: pipeline.Data) -> list[str]:
 
 
 def frozen_passes(config: ml_collections.ConfigDict, data: pipeline.Data) -> str:
-    """The frozen model's part that runs in a step: "whole", "unembedding" or "none"."""
+    """The part of teacher or reference that runs in a step: whole, unembedding or none."""
     if config.objective.kind == "preference":
         return "whole" if config.preference.reference == "step" else "none"
     if not _needs_teacher(config, data):
@@ -159,13 +169,26 @@ def frozen_passes(config: ml_collections.ConfigDict, data: pipeline.Data) -> str
 def frozen_part(
     phase: phase_lib.Phase, data: pipeline.Data
 ) -> Callable[[transformer.Params], transformer.Params | None]:
-    """Selects the frozen model's parameters that the step needs."""
-    passes = frozen_passes(phase.config, data)
-    if phase.lora or passes == "whole":
-        return lambda params: params
-    if passes == "unembedding":
-        return transformer.unembedding_alone
-    return lambda params: None
+    """Selects the parameters of the phase's start that the step needs."""
+    if phase.lora:
+        return _PARTS["whole"]
+    if phase.other_teacher is not None:
+        return _PARTS["none"]
+    return teacher_part(phase, data)
+
+
+def teacher_part(
+    phase: phase_lib.Phase, data: pipeline.Data
+) -> Callable[[transformer.Params], transformer.Params | None]:
+    """Selects the parameters of the teacher, or reference, that the step needs."""
+    return _PARTS[frozen_passes(phase.config, data)]
+
+
+_PARTS = {
+    "whole": lambda params: params,
+    "unembedding": transformer.unembedding_alone,
+    "none": lambda params: None,
+}
 
 
 def _abstract_state(phase: phase_lib.Phase, transforms) -> steps.TrainState:

@@ -56,8 +56,13 @@ def make_train_step(
     schedule: optax.Schedule,
     accumulation_steps: int = 1,
     has_adapters: bool = False,
-) -> Callable[[TrainState, transformer.Params, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the step of any phase.
+
+    It is `(state, frozen_params, batch, teacher_params=None) -> (state, metrics)`. The
+    frozen parameters are those of the model that the phase starts from: the base of
+    adapters, the reference, and the teacher unless `teacher_params` are another one's. They
+    may be None if nothing needs them.
 
     Args:
       objective: from `token_objective` or `preference_objective`.
@@ -69,23 +74,28 @@ def make_train_step(
         whole student.
     """
 
-    def loss_sum(params, frozen_params, batch: Batch, scale):
+    def loss_sum(params, frozen_params, teacher_params, batch: Batch, scale):
         student = params
-        if frozen_params is not None:
-            frozen_params = jax.lax.stop_gradient(frozen_params)
+        frozen_params, teacher_params = jax.lax.stop_gradient(
+            (frozen_params, teacher_params)
+        )
         if has_adapters:
             student = lora_lib.with_adapters(frozen_params, params)
-        return objective.loss_sum(student, frozen_params, batch, scale)
+        if teacher_params is None:
+            teacher_params = frozen_params
+        return objective.loss_sum(student, teacher_params, batch, scale)
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
 
-    def train_step(state: TrainState, frozen_params, batch: Batch):
+    def train_step(state: TrainState, frozen_params, batch: Batch, teacher_params=None):
         # Compute the denominator before any microbatch runs.
         count, count_metrics = objective.count(batch)
         scale = 1.0 / jnp.maximum(count, 1.0)
 
         def totals(batch):
-            (loss, metrics), grads = gradient(state.params, frozen_params, batch, scale)
+            (loss, metrics), grads = gradient(
+                state.params, frozen_params, teacher_params, batch, scale
+            )
             # Sums over microbatches are float32, whatever the dtype of the parameters.
             return loss, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 

@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import mixture, pipeline, teacher_cache, token_cache
 from mixcpt_jax.objectives import teachers
@@ -24,9 +25,8 @@ _BYTES_PER_SHARD = 2**28
 
 def needs_teacher(config: ml_collections.ConfigDict, rows: mixture.PackedRows) -> bool:
     """Whether a source is in the stream and has an objective that needs the teacher."""
-    alone = ("ntp",) if config.objective.token_weighting == "none" else ()
-    objectives = rows.source.objectives.items()
-    return rows.source.share > 0 and any(w for n, w in objectives if n not in alone)
+    objectives = rows.source.objectives
+    return rows.source.share > 0 and config_lib.needs_teacher(config, objectives)
 
 
 def open_rows(
@@ -48,7 +48,7 @@ def open_rows(
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
-    """Runs the frozen model of a phase over the rows that need it.
+    """Runs the teacher of a phase over the rows that need it.
 
     Complete shards that match are kept. On several hosts, the first one writes.
 
@@ -75,9 +75,13 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
             f"reads {epochs:.2f} epochs; max_records reduces it"
         )
     with jax.set_mesh(phase.mesh):
-        params = phase.starting_params(phase.frozen_dtype) if needed else None
+        params = phase.teacher_params() if needed else None
         step = jax.jit(
-            teachers.make_teacher_step(phase.forward(), config.objective.teacher_top_k),
+            teachers.make_teacher_step(
+                phase.teacher_forward(),
+                config.objective.teacher_top_k,
+                phase.num_tokens,
+            ),
             out_shardings=sharding.replicated(phase.mesh),
             compiler_options=phase.compiler_options,
         )
@@ -156,7 +160,7 @@ def _folder(phase: phase_lib.Phase, rows: mixture.PackedRows) -> epath.Path:
 
 def form_of(phase: phase_lib.Phase) -> teacher_cache.Form:
     top_k = phase.config.objective.teacher_top_k
-    vocab_size = phase.model_config.vocab_size
+    vocab_size = phase.num_tokens or phase.model_config.vocab_size
     if top_k > vocab_size:
         raise InputError(
             f"objective.teacher_top_k={top_k}: the model's vocabulary has {vocab_size} "
@@ -164,7 +168,7 @@ def form_of(phase: phase_lib.Phase) -> teacher_cache.Form:
         )
     if top_k:
         return teacher_cache.Form.compact(top_k, vocab_size)
-    return teacher_cache.Form.of_hidden_states(phase.model_config.hidden_size)
+    return teacher_cache.Form.of_hidden_states(phase.teacher_config.hidden_size)
 
 
 def _key(phase: phase_lib.Phase, rows: mixture.PackedRows) -> dict[str, Any]:
@@ -176,8 +180,8 @@ def _key(phase: phase_lib.Phase, rows: mixture.PackedRows) -> dict[str, Any]:
         "seed": config.seed,
         "tokens": rows.source.examples.fingerprint,
         "rows": rows.plan.fingerprint,
-        "start": phase.start_key,
-        "teacher_dtype": phase.frozen_dtype,
+        **phase.teacher_key,
+        "teacher_dtype": phase.teacher_dtype,
         "compute_dtype": config.model.compute_dtype,
     }
     if config.objective.teacher_top_k:
