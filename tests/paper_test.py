@@ -77,7 +77,9 @@ def test_rehearsal(tiny_model, tmp_path, monkeypatch, capsys):
         made = paper.get_config(f"{arm},rehearsal")
         made.model.path = tiny_model
         if arm == "traditional":  # its later phases are those of the other arm
-            made.phases, made.overrides = ("cpt",), {"cpt": made.overrides.cpt}
+            made.phases = ("cpt", "select")
+            for name in set(made.overrides) - set(made.phases):
+                del made.overrides[name]
         folders.append(f"{tmp_path}/{arm}")
         main.run(made, folders[-1])
         monkeypatch.setattr(
