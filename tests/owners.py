@@ -26,6 +26,7 @@ from mixcpt_jax.runtime import lease
 
 NUM_STEPS = 12
 _RECORD = "record.json"
+_LONGEST = 600.0  # seconds that a process may take on a busy machine
 
 
 def work(folder: str, log: str, seed: int, environment: dict[str, str]) -> None:
