@@ -4,9 +4,11 @@
 """
 
 import errno
+import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -16,13 +18,15 @@ import huggingface_hub
 import jax
 import ml_collections
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from huggingface_hub import constants, file_download
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import hub
+from mixcpt_jax.data import hub, sources
 from mixcpt_jax.models import huggingface_export, pretrained, tokenizer, transformer
 from mixcpt_jax.training import phase
 
@@ -273,3 +277,147 @@ def test_a_full_disk(served, monkeypatch):
 
     monkeypatch.setattr(file_download, "http_get", write)
     assert "make room on the disk" in problem(ID)
+
+
+SET = "hf://datasets/org/facts"
+
+
+def lines(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def rows(*texts):
+    pq.write_table(pa.table({"text": texts}), sink := io.BytesIO())
+    return sink.getvalue()
+
+
+def texts(**settings):
+    """What a source with these settings reads."""
+    config = config_lib.default()
+    config.sources.facts = config_lib.source(**settings)
+    source = hub.pin(config, hub.commits(config, {})).sources.facts
+    read = sources.read(source.path, source.reader, source.split)
+    return [record.fields["text"] for record in read]
+
+
+SHARDS = {
+    "README.md": b"# Facts",
+    "data/train-00000-of-00002.parquet": rows("a", "b"),
+    "data/train-00001-of-00002.parquet": rows("c"),
+    "data/test-00000-of-00001.parquet": rows("d"),
+    "de/train.jsonl": lines("e"),
+}
+CARD = b"""---
+configs:
+- config_name: en
+  data_files:
+  - {split: first, path: "data/train-*"}
+  - {split: second, path: ["data/**/test-*"]}
+- config_name: de
+  data_files: de/train.jsonl
+---
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"path": f"{SET}/data"}, "abc"),
+        ({"path": f"{SET}/data", "split": "test"}, "d"),
+        ({"path": f"{SET}/data", "split": "all"}, "dabc"),
+        ({"path": f"{SET}/data/train-*.parquet"}, "abc"),
+        ({"path": SET, "data_files": "data/test*, de/*"}, "de"),
+        ({"path": SET, "subset": "de"}, "e"),
+        ({"path": f"{SET}/de/train.jsonl,{SET}@main/data"}, "eabc"),
+    ],
+    ids=str,
+)
+def test_files_of_a_data_set_by_their_names(server, settings, expected):
+    server.commit("datasets", "org/facts", SHARDS)
+    assert texts(**settings) == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"subset": "en", "split": "first"}, "abc"),
+        ({"subset": "en", "split": "second"}, "d"),
+        ({"subset": "en", "split": "all"}, "abcd"),
+        ({"subset": "de"}, "e"),
+        ({"subset": "de", "split": "train"}, "e"),
+        ({"data_files": "data/train-00001*"}, "c"),
+    ],
+    ids=str,
+)
+def test_files_of_a_data_set_by_its_card(server, settings, expected):
+    server.commit("datasets", "org/facts", SHARDS | {"README.md": CARD})
+    assert texts(path=SET, **settings) == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "facts.subset='': must be one of de, en"),
+        ({"subset": "fr"}, "facts.subset='fr': must be one of de, en"),
+        ({"subset": "en"}, "facts.split='': must be one of all, first, second"),
+        (
+            {"subset": "de", "split": "dev"},
+            "facts.split='dev': must be one of all, train",
+        ),
+        ({"data_files": "*.csv"}, "no file matches"),
+    ],
+)
+def test_what_is_ambiguous_lists_the_choices(server, settings, told):
+    server.commit("datasets", "org/facts", SHARDS | {"README.md": CARD})
+    with pytest.raises(InputError, match=re.escape(told)):
+        texts(path=SET, **settings)
+
+
+def test_a_subset_without_a_card_is_a_folder(server):
+    server.commit("datasets", "org/facts", SHARDS)
+    with pytest.raises(InputError, match=r"subset='fr': .* only README.md, data, de;"):
+        texts(path=SET, subset="fr")
+
+
+@pytest.mark.parametrize("key", ["subset", "data_files"])
+def test_a_local_source_has_no_keys_of_the_hub(key):
+    config = config_lib.default()
+    config.model.path = "model"
+    config.sources.facts = config_lib.source(path="facts", **{key: "de"})
+    with pytest.raises(
+        InputError, match=rf"sources.facts.{key}='de': needs one data set"
+    ):
+        config_lib.validate(config)
+
+
+def test_a_source_is_read_while_its_files_arrive(server):
+    server.commit("datasets", "org/facts", SHARDS)
+    records = sources.read(f"{SET}/data")
+    next(records)
+    assert server.downloads()[1:] == ["data/train-00000-of-00002.parquet"]
+    place = [record.place for record in records][-1]
+    commit = hub.commits(ml_collections.ConfigDict({"eval": SET}), {})[SET]
+    file = f"{SET}@{commit}/data/train-00001-of-00002.parquet"
+    assert place == f"{file}:row group 0, row 0"
+
+
+def test_files_on_the_hub_are_hashed_without_a_download(server):
+    server.commit("datasets", "org/facts", SHARDS)
+    before = sources.hashes(SET, split="train")
+    assert [f for f in server.downloads() if f != "README.md"] == []
+    server.commit("datasets", "org/facts", {"de/train.jsonl": lines("f")})
+    forget()
+    after = sources.hashes(SET, split="train")
+    changed = [a != b for a, b in zip(before.values(), after.values(), strict=True)]
+    assert changed == [False, False, True]
+
+
+def test_offline_a_file_that_is_not_in_the_cache_is_an_error(server, monkeypatch):
+    server.commit("datasets", "org/facts", SHARDS)
+    next(sources.read(f"{SET}/data"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget()
+    records = sources.read(f"{SET}/data")
+    assert [next(records).fields["text"] for _ in range(2)] == ["a", "b"]
+    with pytest.raises(InputError, match="train-00001.*HF_HUB_OFFLINE is set"):
+        next(records)

@@ -471,13 +471,17 @@ def measure_general(config: ml_collections.ConfigDict) -> None:
 def source(**settings: Any) -> ml_collections.ConfigDict:
     """One source of text.
 
-    path: a file, a folder, a glob or a comma-separated list of them. The files in a folder
-      decide how it is read. A path that exists is taken literally, with its commas and
-      wildcards.
+    path: a file, a folder, a glob or a comma-separated list of them, also of a data set on
+      the Hub, hf://datasets/ORG/NAME@REVISION. The files in a folder decide how it is read.
+      A local path that exists is taken literally, with its commas and wildcards.
     reader: "jsonl", "text", "parquet", "arrow" (of Hugging Face datasets), "tfds" or
       "array_record"; empty: from the file names, see `sources.read`.
     split: the split of a dataset with several splits, such as a folder whose files are
       named by the Hub's conventions; empty: "train", or the only split; "all": every file.
+    subset: of a data set on the Hub, as its card names it, or else a folder of it; empty:
+      "default", or the only one.
+    data_files: of a data set on the Hub: files or globs, separated by commas, instead of
+      those of the subset and the split.
     format: "document", "instruction" or "preference", as plain text; "chat";
       "chat_preference" for pairs; or "cloze", a context and a target that continues it,
       where only the target is trained on or measured.
@@ -511,6 +515,8 @@ def bounded_source() -> ml_collections.ConfigDict:
             "path": "",
             "reader": "",
             "split": "",
+            "subset": "",
+            "data_files": "",
             "format": one_of(
                 "document",
                 "instruction",

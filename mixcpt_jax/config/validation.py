@@ -223,6 +223,13 @@ def _check_sources(config) -> None:
             "sources: none has a weight above 0; set a weight, as in sources.NAME.weight=1"
         )
     for place, entry in all_sources(config):
+        is_on_hub = entry.path.startswith("hf://datasets/") and "," not in entry.path
+        for key in ("subset", "data_files"):
+            if entry[key] and not is_on_hub:
+                raise InputError(
+                    f"{place}.{key}={entry[key]!r}: needs one data set of the Hub as path, "
+                    f"hf://datasets/ORG/NAME, not {entry.path!r}; leave it empty"
+                )
         if entry.final_weight is not None and not entry.weight:
             raise InputError(
                 f"{place}.final_weight={entry.final_weight}: {place}.weight is 0; set it "
@@ -304,7 +311,9 @@ def _is_all_measured(trained, measured) -> bool:
         trained.weight > 0
         and not measured.holdout
         and is_read_whole
-        and trained.split == measured.split
+        and all(
+            trained[key] == measured[key] for key in ("split", "subset", "data_files")
+        )
         and (
             trained.reader == measured.reader or "" in (trained.reader, measured.reader)
         )

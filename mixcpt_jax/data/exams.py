@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import mixture, readers, sources
+from mixcpt_jax.data import hub, mixture, readers, sources
 from mixcpt_jax.data.fields import check_text
 from mixcpt_jax.data.formats import Examples, encode_continuations
 from mixcpt_jax.data.sources import Record
@@ -87,7 +86,7 @@ def check_all(records: Sequence[Record], path: str) -> None:
 def reader(path: str) -> str:
     """The reader of a measured file: JSON lines unless its suffix names another."""
     is_known = readers.suffix(path) in readers.READER_OF_SUFFIX
-    return "jsonl" if not is_known and paths.resolve(path).is_file() else ""
+    return "jsonl" if not is_known and hub.resolve(path).is_file() else ""
 
 
 def check(question: dict[str, Any], place: str) -> None:

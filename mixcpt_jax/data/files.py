@@ -18,11 +18,10 @@ from etils import epath
 
 from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import readers
+from mixcpt_jax.data import hub, readers
 
 READERS = ("jsonl", "text", "parquet", "arrow", "array_record", "tfds")
-# Stands for the files of all splits.
-ALL = "all"
+ALL = hub.ALL
 
 _WILDCARD = re.compile(r"[*?\[]")
 # A word of a file or folder name, separated by these characters, can name its split, as on
@@ -143,7 +142,10 @@ def suffixes(files: list[epath.Path]) -> str:
 
 
 def _pieces(path: str) -> Iterator[str]:
-    """The paths in a list; a name with commas is one path if it exists."""
+    """The paths in a list; a local name with commas is one path if it exists."""
+    if hub.SCHEME in path:
+        yield from filter(None, map(str.strip, path.split(",")))
+        return
     if _exists(path):
         yield path
         return
@@ -419,7 +421,7 @@ def _has_card_header(file: epath.Path) -> bool:
 
 def _matches(piece: str) -> Iterator[epath.Path]:
     """The file or folder of a path, or what a glob matches."""
-    resolved = paths.resolve(piece)
+    resolved = hub.resolve(piece)
     if resolved.exists():
         yield resolved
         return
@@ -430,7 +432,7 @@ def _matches(piece: str) -> Iterator[epath.Path]:
     while not root.exists() and root != root.parent:
         root = root.parent
     pattern = str(resolved)[0 if str(root) == "." else len(str(root)) :].lstrip("/")
-    if "**" in pattern:
+    if "**" in pattern and not isinstance(root, hub.HubPath):
         raise InputError(f"{piece}: ** is not supported; name the folder instead")
     yield from sorted(root.glob(pattern))
 
@@ -456,7 +458,7 @@ def _nothing(
     found: Found,
     num_hidden: int,
 ) -> str:
-    is_folder = paths.resolve(piece).is_dir()
+    is_folder = hub.resolve(piece).is_dir()
     if not passed_over and (
         found.notes[_CARDS] or len(found.notes[_HIDDEN]) > num_hidden
     ):

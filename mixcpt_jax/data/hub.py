@@ -20,9 +20,11 @@ import pathlib
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import ml_collections
+from etils import epath
+from etils.epath import gpath, stat_utils
 
 from mixcpt_jax import __version__
 from mixcpt_jax.core import paths, system
@@ -30,6 +32,8 @@ from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import terminal
 
 SCHEME = "hf://"
+# Stands for the files of all splits.
+ALL = "all"
 # The keys of a config whose values may be `ORG/NAME`.
 _OF_MODELS = tuple(
     (section, key) for section in ("model", "teacher") for key in ("path", "tokenizer")
@@ -141,9 +145,161 @@ def pin(
       config: any.
       commits: see `commits`.
     """
-    return _map_addresses(
-        config, lambda address: str(address.at(commits[address.root]))
-    )
+    pinned = _map_addresses(config, lambda found: str(found.at(commits[found.root])))
+    measured = pinned.get("eval", {})  # a stored config may be of another version
+    sections = {"sources": pinned.get("sources", {})}
+    sections |= {f"eval.{k}": measured.get(k, {}) for k in ("texts", "pairs")}
+    for section, entries in sections.items():
+        for name, entry in entries.items():
+            _choose_files(entry, f"{section}.{name}")
+    return pinned
+
+
+def resolve(path: str) -> epath.Path:
+    """Turns a path of a source into a path object, see `paths.resolve`.
+
+    Raises:
+      InputError: see `local_model` and `paths.resolve`.
+    """
+    address = _Address.parse(path)
+    if address is None:
+        return paths.resolve(path)
+    return HubPath(str(address.at(address.commit)))
+
+
+class HubPath(gpath.PosixGPath):
+    """A file or folder of a repository on the Hub, at a commit.
+
+    Its names come from the list of the repository's files. A file is downloaded when it is
+    opened, so a source is read while its later files are still on the Hub.
+    """
+
+    @property
+    def _address(self) -> "_Address":
+        return _Address.parse(str(self))
+
+    @property
+    def _file(self) -> Any:
+        return self._address.files().get(self._address.path)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that identify a file's content, as the Hub gives them."""
+        return self._file.blob_id[:16]
+
+    def exists(self) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def is_file(self) -> bool:
+        return self._file is not None
+
+    def is_dir(self) -> bool:
+        return any(True for _ in self._below())
+
+    def _below(self) -> Iterator[str]:
+        """The names of all files below, relative to this folder."""
+        address = self._address
+        prefix = f"{address.path}/" if address.path else ""
+        for name in address.files():
+            if name.startswith(prefix):
+                yield name.removeprefix(prefix)
+
+    def iterdir(self) -> Iterator["HubPath"]:
+        """The files and folders in a folder, without hidden ones."""
+        for name in dict.fromkeys(name.partition("/")[0] for name in self._below()):
+            if not name.startswith("."):
+                yield self / name
+
+    def glob(self, pattern: str) -> Iterator["HubPath"]:
+        """The files below that match a pattern, in which ** is any number of folders."""
+        for name in self._below():
+            if _is_match(name.split("/"), pattern.split("/")):
+                yield self / name
+
+    def stat(self) -> stat_utils.StatResult:
+        size = self._file.size if self.is_file() else 0
+        return stat_utils.StatResult(not self.is_file(), size, mtime=0)
+
+    def open(self, mode: str = "r", **options: Any) -> IO[Any]:
+        return open(self._address.download([self._address.path]), mode, **options)
+
+
+def _is_match(names: list[str], patterns: list[str]) -> bool:
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return any(_is_match(names[i:], patterns[1:]) for i in range(len(names) + 1))
+    is_first = bool(names) and fnmatch.fnmatchcase(names[0], patterns[0])
+    return is_first and _is_match(names[1:], patterns[1:])
+
+
+def _choose_files(entry: ml_collections.ConfigDict, place: str) -> None:
+    """Puts the files of a source's subset and split into its path.
+
+    `data_files` names them; without it, the card of the data set does, or a folder that has
+    the name of the subset. Otherwise the names of files tell the split, see `files.find`.
+    """
+    address = None if "," in entry.path else _Address.parse(entry.path)
+    if address is None:
+        return
+    # Stored configs may be older than these two keys.
+    subset, globs = entry.get("subset", ""), entry.get("data_files", "").split(",")
+    subsets = {} if address.path or globs != [""] else _subsets(address)
+    if subsets:
+        splits = _choose(subsets, subset, "default", f"{place}.subset")
+        whole = [glob for globs in splits.values() for glob in globs]
+        globs = _choose(splits, entry.split, "train", f"{place}.split", {ALL: whole})
+        entry.split = ""
+    elif subset and globs == [""]:
+        globs = [subset]
+        if not HubPath(str(address.below(subset))).exists():
+            raise InputError(
+                f"{place}.subset={subset!r}: {address} has no such subset or folder, only "
+                f"{_shown(f.name for f in HubPath(str(address)).iterdir())}; leave it "
+                f"empty, or name files by {place}.data_files"
+            )
+    entry.path = ",".join(str(address.below(glob.strip())) for glob in globs)
+    entry.subset = entry.data_files = ""
+
+
+def _choose(
+    options: dict[str, Any], wanted: str, usual: str, place: str, more: Any = None
+) -> Any:
+    """The wanted option; if none is wanted, the usual or the only one."""
+    name = wanted or (usual if usual in options else "")
+    if not name and len(options) == 1:
+        (name,) = options
+    options = options | (more or {})
+    if name not in options:
+        raise InputError(f"{place}={wanted!r}: must be one of {_shown(options)}")
+    return options[name]
+
+
+def _subsets(address: "_Address") -> dict[str, dict[str, list[str]]]:
+    """Subset -> split -> globs, as the card of a data set says; empty: it says nothing."""
+    if "README.md" not in address.files():
+        return {}
+    card = address.below("README.md").download(["README.md"])
+    try:
+        configs = _library().metadata_load(card)["configs"]
+        return {str(c["config_name"]): _splits(c["data_files"]) for c in configs}
+    except Exception:  # a card may hold anything
+        return {}
+
+
+def _splits(data_files: Any) -> dict[str, list[str]]:
+    """Split -> globs, from the forms that cards have."""
+    match data_files:
+        case [{"split": _}, *_]:
+            pairs = [(entry["split"], entry["path"]) for entry in data_files]
+        case dict():
+            pairs = data_files.items()
+        case _:
+            pairs = [("train", data_files)]
+    return {
+        str(split): [globs] if isinstance(globs, str) else list(map(str, globs))
+        for split, globs in pairs
+    }
 
 
 def _map_addresses(config, change) -> ml_collections.ConfigDict:
@@ -210,7 +366,13 @@ class _Address:
         return f"{self.root}/{self.path}".rstrip("/")
 
     def at(self, commit: str) -> "_Address":
+        """The same place at a commit."""
         return dataclasses.replace(self, revision=commit)
+
+    def below(self, name: str) -> "_Address":
+        """A file or folder in this folder."""
+        path = f"{self.path}/{name}".strip("/")
+        return dataclasses.replace(self, path=path)
 
     @property
     def commit(self) -> str:

@@ -14,7 +14,7 @@ from etils import epath
 from mixcpt_jax.config.defaults import MAX_EXPANSION
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import files, filters, readers
+from mixcpt_jax.data import files, filters, hub, readers
 from mixcpt_jax.data.files import Part
 from mixcpt_jax.data.readers import OnBad, Record
 
@@ -45,11 +45,11 @@ def read(
 
     Args:
       path: a file, a folder, a glob, or several of these separated by commas, each local,
-        `gs://` or `package:NAME/FILE`; ArrayRecord and TFDS on `gs://` are copied while
-        they are read. A path that exists literally is taken as one name, whatever commas
-        and wildcards it has. A folder is read recursively, each file once: files by their
-        suffix; folders written by `datasets.save_to_disk` or TFDS (as ArrayRecord) as
-        datasets. Skipped files are logged, see `files.Found`.
+        `gs://`, `package:NAME/FILE` or on the Hub, see `hub`; ArrayRecord and TFDS on
+        `gs://` are copied while they are read. A local path that exists literally is taken
+        as one name, whatever commas and wildcards it has. A folder is read recursively,
+        each file once: files by their suffix; folders written by `datasets.save_to_disk`
+        or TFDS (as ArrayRecord) as datasets. Skipped files are logged, see `files.Found`.
       reader: 'jsonl' (one object per line; .jsonl, .jsonl.gz, .jsonl.zst), 'text' (one
         record `{'id', 'text'}` per file; .txt, .md), 'parquet', 'arrow' (IPC streams and
         files, and saved datasets), 'array_record' (JSON objects or else texts
@@ -95,6 +95,8 @@ def hashes(path: str, reader: str = "", split: str = "") -> dict[str, str]:
 
 
 def _file_hash(file: epath.Path) -> str:
+    if isinstance(file, hub.HubPath):
+        return file.digest
     if not file.exists():
         return "missing"  # a shard of a dataset; `read` raises the error
     return paths.hash_of(file)

@@ -24,7 +24,7 @@ from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import mesh_shape, paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import formats as format_lib
-from mixcpt_jax.data import sources
+from mixcpt_jax.data import hub, sources
 from mixcpt_jax.data.corpus import Corpus
 from mixcpt_jax.models import pretrained, tokenizer, transformer
 from mixcpt_jax.planning import step_plan, utilization
@@ -92,6 +92,7 @@ def resolve(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def _sizes(config: ml_collections.ConfigDict, name: str) -> Sizes:
+    config = hub.pin(config, hub.commits(config, {}))
     model_config = pretrained.read_model_config(config.model.path)
     mesh, available = _devices(config)
     num_tokens = 0.0 if config.train.num_steps else _num_tokens(config)
@@ -196,6 +197,7 @@ def _limit_holdouts(
       config: of all phases.
       stored: the config of a phase that has begun; its holdouts are kept.
     """
+    read = config if stored else hub.pin(config, hub.commits(config, {}))
     for name, entry in config.sources.items():
         if not (entry.weight and entry.holdout):
             continue
@@ -207,9 +209,9 @@ def _limit_holdouts(
         enough = RECORDS_PER_HELD_OUT * entry.holdout
         # Bad records are reported later, when the whole source is read.
         records = sources.read(
-            entry.path,
+            read.sources[name].path,
             entry.reader,
-            entry.split,
+            read.sources[name].split,
             lambda error: None,
             entry.max_expansion,
         )
