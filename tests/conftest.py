@@ -1,5 +1,6 @@
 """Eight CPU devices, no silent broadcasting, and warnings of ours are errors."""
 
+import contextlib
 import os
 import tempfile
 
@@ -7,8 +8,10 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # What one test compiles serves the others, in all processes of this run of the tests.
-COMPILED = tempfile.TemporaryDirectory(prefix="mixcpt-compiled-")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
+COMPILED = contextlib.ExitStack()
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.TemporaryDirectory(prefix="mixcpt-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.enter_context(folder)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 # No test reaches the Hub; those of `hub_server` are served on this machine.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -54,6 +57,10 @@ hypothesis.settings.register_profile(
     ],
 )
 hypothesis.settings.load_profile("here")
+
+
+def pytest_unconfigure():
+    COMPILED.close()
 
 
 @pytest.hookimpl(trylast=True)
