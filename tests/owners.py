@@ -85,9 +85,9 @@ def check_round(
         killed = rng.choice(started)
         killed.kill()
     for process in started:
-        process.join(600)
+        process.join(_LONGEST)
     started.append(start(99))
-    started[-1].join(600)
+    started[-1].join(_LONGEST)
 
     statuses = {process.pid: process.exitcode for process in started}
     assert set(statuses.values()) <= {0, 1, -9}, statuses

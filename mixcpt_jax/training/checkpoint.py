@@ -68,6 +68,7 @@ _RECORD = {
     "leaves": {str: [object]},
     # Lengths and hashes of the record's files; earlier versions had copies of the files.
     "record?": {str: [(int, str)]},
+    "has_manifest?": bool,
     "files?": {str: str},
 }
 _MANIFEST_SHAPE = {
@@ -177,6 +178,7 @@ class Checkpoints:
             "provenance": paths.to_json(provenance),
             "leaves": _describe(items),
             "record": lengths,
+            "has_manifest": True,
         }
         self._step = step
         with self._writing():
@@ -691,6 +693,8 @@ def _read_record(entry: orbax_path.step.Metadata) -> dict[str, Any]:
         described = {name: [str(x.dtype), x.shape, None] for name, x in _named(leaves)}
         record["leaves"] = described
     _check_record(record)
+    if record.get("has_manifest") and manifest is None:
+        raise _Damaged(f"its {_MANIFEST} is missing")
     if record.get("step", entry.step) != entry.step:
         raise _Damaged(f"it is the checkpoint of step {record['step']}")
     return record
