@@ -68,6 +68,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.get_closest_marker("long"))
 
 
+_SIGNALS = dict.fromkeys(
+    (signal.SIGTERM, signal.SIGALRM, signal.SIGHUP), signal.SIG_DFL
+)
+_SIGNALS[signal.SIGINT] = signal.default_int_handler
+
+
 @pytest.fixture(autouse=True)
 def process_state():
     """Restores what a command changes in its process, so that no later test sees it.
@@ -82,20 +88,17 @@ def process_state():
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in on_signal.items():
-        signal.signal(number, handler)
+        signal.signal(number, handler or signal.SIG_DFL)  # None: that of a library
     sys.excepthook, sys.unraisablehook = hooks
     root.handlers[:] = handlers
     root.setLevel(level)
-    if os.environ != environment:
-        os.environ.clear()
-        os.environ.update(environment)
+    changed = {name for name, _ in os.environ.items() ^ environment.items()}
+    for name in changed - {"PYTEST_CURRENT_TEST"}:
+        if name in environment:
+            os.environ[name] = environment[name]
+        else:
+            del os.environ[name]
     os.chdir(folder)
-
-
-_SIGNALS = dict.fromkeys(
-    (signal.SIGTERM, signal.SIGALRM, signal.SIGHUP), signal.SIG_DFL
-)
-_SIGNALS[signal.SIGINT] = signal.default_int_handler
 
 
 @pytest.fixture(scope="session")
