@@ -168,7 +168,10 @@ def _phase_record(
         ]
     items = folder / "items.jsonl"
     if questions and items.exists():
-        measured = json.loads(items.read_text().splitlines()[-1])["items"]
+        rows = [json.loads(line) for line in items.read_text().splitlines()]
+        # A phase whose budget is spent has evaluated later steps, too.
+        end = result["after"].get("step", rows[-1]["step"])
+        measured = next(row["items"] for row in rows if row["step"] == end)
         record["questions"] = {
             name: "".join(map(str, _answered(measured, name))) for name in questions
         }

@@ -219,7 +219,9 @@ def test_hand_over_starts_the_next_phase_where_the_last_one_ended(
     results = train.run(tiny_config, str(tmp_path / "second"), "cpt")
     end = json.loads((finished / phase.RESULTS_FILE).read_text())["after"]
     for name, value in results["before"].items():
-        if name != "step":
+        if name.endswith("/kl_from_start"):  # the start is this phase's own
+            assert value == pytest.approx(0, abs=1e-6) != end[name]
+        elif name != "step":
             assert value == pytest.approx(end[name], rel=1e-5)
     # The teacher, too, is what this phase started from.
     assert losses(tmp_path / "second")[1]["kd"] == pytest.approx(0.0, abs=1e-5)
@@ -498,7 +500,9 @@ def test_adapters_alone_are_trained_kept_and_handed_over_merged(tiny_config, tmp
         config.lora.rank = rank
         after = train.run(config, str(tmp_path / f"next{rank}"), "sft")["before"]
         for name, value in results["after"].items():
-            if name != "step":
+            if name.endswith("/kl_from_start"):
+                assert after.get(name, 0) == pytest.approx(0, abs=1e-6) != value
+            elif name != "step":
                 assert after[name] == pytest.approx(value, rel=1e-4), name
 
 

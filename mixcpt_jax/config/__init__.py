@@ -1,6 +1,8 @@
 """Configs: `default`, `source` and `exam` make one, `validate` checks it."""
 
+from mixcpt_jax.config.budgets import is_within as is_within
 from mixcpt_jax.config.budgets import lost as lost
+from mixcpt_jax.config.budgets import require_measured as require_measured
 from mixcpt_jax.config.defaults import OBJECTIVES as OBJECTIVES
 from mixcpt_jax.config.defaults import REMAT as REMAT
 from mixcpt_jax.config.defaults import add_entry as add_entry
@@ -9,7 +11,9 @@ from mixcpt_jax.config.defaults import check_variant as check_variant
 from mixcpt_jax.config.defaults import default as default
 from mixcpt_jax.config.defaults import exam as exam
 from mixcpt_jax.config.defaults import has_other_teacher as has_other_teacher
+from mixcpt_jax.config.defaults import holds_start as holds_start
 from mixcpt_jax.config.defaults import measure_general as measure_general
+from mixcpt_jax.config.defaults import measures_kl as measures_kl
 from mixcpt_jax.config.defaults import needs_teacher as needs_teacher
 from mixcpt_jax.config.defaults import objective_weights as objective_weights
 from mixcpt_jax.config.defaults import source as source

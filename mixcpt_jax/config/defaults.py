@@ -22,7 +22,7 @@ REMAT = ("none", "dots", "full")
 # expands tenfold.
 MAX_EXPANSION = 200
 
-# Bounds of the values in `select.keep` and in `merge.keep`.
+# Bounds of the values in `select.keep`, and in `merge.keep` and `train.keep_budget`.
 SAMPLES = number(200, least=1, most=10**8)
 BUDGET = number(0.02, least=0, most=1e6)
 
@@ -311,6 +311,12 @@ def bounded_config() -> ml_collections.ConfigDict:
             "eval_every": number(0, least=0, most=10**8),
             # Whether to measure before the first step, which every change is relative to.
             "eval_before": True,
+            # Measure -> its budget, as in `merge.keep`: how much worse than at the start of
+            # the phase it may become, such as {"general/kl_from_start": 0.05}. Training
+            # stops at the first evaluation that finds a budget exceeded, and the phase
+            # ends with the weights of the evaluation before. Needs `eval_every`; every
+            # evaluation also saves a checkpoint. Empty: no budget.
+            "keep_budget": ml_collections.ConfigDict(),
             # Checkpoints to keep. If the newest is damaged on disk, the previous one is
             # used.
             "keep_last": number(2, least=1, most=10**8),
@@ -344,6 +350,13 @@ def bounded_config() -> ml_collections.ConfigDict:
             # Maximum number of tokens to measure of each text, exam and set of pairs;
             # 0: all. `mixture.within` selects the examples.
             "max_tokens": number(65536, least=0, most=10**12),
+            # Whether each text's `kl_from_start` is measured, the forecast of forgetting:
+            # KL(start || now) per loss token. if_loaded: if training holds the start
+            # anyway, as teacher, reference or base of adapters; always: the start is
+            # loaded, in `model.teacher_dtype`; never. The start is what a training
+            # phase starts from. A merge measures from its share 0, and an evaluation from
+            # the weights of `model.path`, both only with "always".
+            "kl_from_start": one_of("if_loaded", "always", "never"),
             # Measured texts: name -> source(...). No source trains on them. With a
             # `holdout`, that many records are measured: the same records as the holdout
             # of a source with the same path. For format "cloze", the share of targets
@@ -636,6 +649,24 @@ def has_other_teacher(config: ml_collections.ConfigDict) -> bool:
     """Whether a phase trains with a teacher that is not the model it starts from."""
     named = config.teacher.path or config.teacher.init_from
     return bool(named) and uses_teacher(config)
+
+
+def holds_start(config: ml_collections.ConfigDict) -> bool:
+    """Whether a training step holds the whole model that its phase starts from."""
+    if config.lora.rank:
+        return True
+    if config.objective.kind == "preference":
+        return config.preference.reference == "step"
+    is_start = uses_teacher(config) and not has_other_teacher(config)
+    return is_start and config.objective.teacher == "step"
+
+
+def measures_kl(config: ml_collections.ConfigDict) -> bool:
+    """Whether the phase measures `kl_from_start`, see `config.eval`."""
+    setting = config.eval.kl_from_start
+    if config.job == "train" and setting == "if_loaded":
+        return holds_start(config)
+    return setting == "always" and (config.job != "evaluate" or bool(config.init_from))
 
 
 def all_sources(config) -> Iterator[tuple[str, ml_collections.ConfigDict]]:

@@ -167,6 +167,9 @@ def first_difference(
     """
     now, then = (changed(c) for c in (config.to_dict(), stored))
     free = (*FREE_ON_RESUME, *_unread(config))
+    if config.train.keep_budget:
+        # Where the phase ends depends on it.
+        free = tuple(key for key in free if key != "train.eval_every")
     moves = any(entry.final_weight is not None for entry in config.sources.values())
     if config.train.num_steps and not moves and not is_finished:
         free = (*free, "data.batch_size")

@@ -87,6 +87,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     _check_selection(config)
     _check_generate(config)
     _check_merge(config)
+    _check_keep_budget(config)
     if config.job != "export":
         _check_batch(config, num_devices)
 
@@ -110,7 +111,11 @@ def check_values(config: ml_collections.ConfigDict) -> None:
         for place, entry in entries:
             settings.check(entry, reference, place)
             settings.check_complete(entry, reference, place)
-    for place, reference in (("select.keep", SAMPLES), ("merge.keep", BUDGET)):
+    for place, reference in (
+        ("select.keep", SAMPLES),
+        ("merge.keep", BUDGET),
+        ("train.keep_budget", BUDGET),
+    ):
         for name, value in config[place].items():
             settings.check(value, reference, f"{place}.{name}")
 
@@ -395,6 +400,18 @@ def _check_merge(config) -> None:
                 "start, such as phase:cpt"
             )
         check_budgets("merge.keep", config.merge.keep, config)
+
+
+def _check_keep_budget(config) -> None:
+    budgets = config.train.keep_budget
+    if config.job != "train" or not budgets:
+        return
+    check_budgets("train.keep_budget", budgets, config)
+    if not config.train.eval_every:
+        raise InputError(
+            "train.keep_budget: needs train.eval_every, which is 0; set it to the number "
+            "of steps between two evaluations"
+        )
 
 
 def _check_batch(config, num_devices: int | None) -> None:

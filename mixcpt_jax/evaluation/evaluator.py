@@ -25,12 +25,16 @@ from mixcpt_jax.data import mixture, pipeline, tasks
 from mixcpt_jax.data.exams import Exam
 from mixcpt_jax.evaluation import generation, load_model
 from mixcpt_jax.models import lora as lora_lib
+from mixcpt_jax.models import transformer
 from mixcpt_jax.runtime import hosts, lease, metrics
 from mixcpt_jax.training import phase as phase_lib
 
 # The largest loss whose perplexity is a finite float.
 _MAX_NATS = math.log(np.finfo(float).max)
 _SECONDS_BETWEEN_SAVES = 30.0
+
+# What is summed over the targets of an example.
+_SUMMED = ("loss", "correct", "tokens")
 
 HostBatch = dict[str, np.ndarray]
 Score = Callable[[HostBatch], Mapping[str, Any]]
@@ -50,6 +54,7 @@ class Evaluator:
         data: pipeline.Data,
         references: Mapping[str, np.ndarray] | None = None,
         lora: lora_lib.Lora | None = None,
+        start: transformer.Params | None = None,
     ):
         """
         Args:
@@ -58,11 +63,13 @@ class Evaluator:
           references: "pairs/NAME" -> the reference's log-probabilities of the examples
             of `data.pairs[NAME]`; without them, pairs have no rewards.
           lora: the adapters in the parameters.
+          start: the frozen start; without it, texts have no `kl_from_start`.
         """
         self._config = phase.config
         self._data = data
         self._references = references or {}
         self._score = phase.eval_step(lora)
+        self._start = start
         self.items: dict[str, np.ndarray] = {}
         self._sampler = generation.Sampler(
             phase.model_config,
@@ -91,14 +98,19 @@ class Evaluator:
         """
         done = itertools.count(1)
 
-        def score(batch):
-            scores = self._score(params, batch)
+        def score(batch, *start):
+            scores = self._score(params, batch, *start)
             on_batch(next(done))
             return scores
 
+        def score_text(batch):
+            return score(batch, self._start)
+
         data, batch_size = self._data, self._config.eval.batch_size
         self.items = {}
-        results = measure(score, data.texts, data.exams, batch_size, self.items)
+        summed = _SUMMED if self._start is None else (*_SUMMED, "kl")
+        results = measure(score_text, data.texts, {}, batch_size, self.items, summed)
+        results |= measure(score, {}, data.exams, batch_size, self.items)
         for name, rows in data.pairs.items():
             sums = sums_per_example(score, rows, batch_size)
             references = self._references.get(f"pairs/{name}")
@@ -121,21 +133,25 @@ def measure(
     exams: Mapping[str, Exam],
     batch_size: int,
     items: dict[str, np.ndarray] | None = None,
+    summed: Sequence[str] = _SUMMED,
 ) -> dict[str, float]:
     """Computes the measures of texts and exams.
 
     Args:
-      score: maps a batch to `ntp` (nats) and `correct`, `[B, L]` each, replicated over
-        all hosts; see `steps.make_eval_step`.
+      score: maps a batch to `ntp` (nats), `correct` and perhaps `kl`, `[B, L]` each,
+        replicated over all hosts; see `steps.make_eval_step`.
       texts: name -> holdout text.
       exams: name -> exam.
       batch_size: rows per batch.
-      items: filled with the terms of the results: `{text}/loss`, `{text}/correct` and
-        `{text}/tokens`, sums over each example, and `{exam}/exam`, correct or not.
+      items: filled with the terms of the results: `{text}/loss`, `{text}/correct`,
+        `{text}/tokens` and `{text}/kl`, sums over each example, and `{exam}/exam`,
+        correct or not.
+      summed: of texts, see `sums_per_example`; must begin with its default.
 
     Returns:
       `{text}/loss` (nats per token), `{text}/perplexity`, `{text}/accuracy` (share of
-      tokens that are the top token) and `{exam}/exam` (share of correct answers). If
+      tokens that are the top token) and `{exam}/exam` (share of correct answers). With
+      "kl" in `summed` also `{text}/kl_from_start`: KL(start || now), nats per token. If
       examples begin with a prompt (formats cloze and chat), also `{text}/exact`: the
       share of examples whose continuation greedy decoding would generate exactly. A text
       without loss tokens has no results; a perplexity that overflows is left out.
@@ -146,16 +162,18 @@ def measure(
     results = {}
     items = {} if items is None else items
     for name, rows in texts.items():
-        sums = sums_per_example(score, rows, batch_size)
-        for key, values in zip(("loss", "correct", "tokens"), sums, strict=True):
+        sums = sums_per_example(score, rows, batch_size, "", summed)
+        for key, values in zip(summed, sums, strict=True):
             items[f"{name}/{key}"] = values
-        loss, correct, count = sums.sum(axis=1)
+        loss, correct, count, *kl = sums.sum(axis=1)
         if not count:
             continue
         results[f"{name}/loss"] = float(loss / count)
         if loss / count < _MAX_NATS:
             results[f"{name}/perplexity"] = math.exp(loss / count)
         results[f"{name}/accuracy"] = float(correct / count)
+        if kl:
+            results[f"{name}/kl_from_start"] = float(kl[0] / count)
         if rows.source.examples.is_continuation:
             is_asked = sums[2] > 0
             results[f"{name}/exact"] = float((sums[1] == sums[2])[is_asked].mean())
@@ -210,19 +228,24 @@ def _prefers_chosen(sums: np.ndarray) -> np.ndarray:
 
 
 def sums_per_example(
-    score: Score, rows: mixture.PackedRows, batch_size: int, shown_as: str = ""
+    score: Score,
+    rows: mixture.PackedRows,
+    batch_size: int,
+    shown_as: str = "",
+    summed: Sequence[str] = _SUMMED,
 ) -> np.ndarray:
-    """Sums of loss, correct and count over each example's targets, [3, examples].
+    """Sums of loss, correct and count over each example's targets, [sums, examples].
 
     Args:
       score, rows, batch_size: as for `measure`.
       shown_as: label of a progress bar; empty: none.
+      summed: which sums; "kl" needs a score with `kl`.
 
     Raises:
       InputError: a score is not finite; names the item.
     """
-    sums = np.zeros((3, len(rows.source.examples)))
-    done = add_sums(sums, score, rows, batch_size)
+    sums = np.zeros((len(summed), len(rows.source.examples)))
+    done = add_sums(sums, score, rows, batch_size, summed=summed)
     if shown_as:
         done = metrics.track(done, shown_as, rows.num_batches(batch_size))
     for _ in done:
@@ -279,14 +302,16 @@ def add_sums(
     rows: mixture.PackedRows,
     batch_size: int,
     first_batch: int = 0,
+    summed: Sequence[str] = _SUMMED,
 ) -> Iterator[int]:
     """Computes `sums_per_example` batch by batch.
 
     Args:
-      sums: [3, examples], updated in place; holds the sums of the batches before
+      sums: [sums, examples], updated in place; holds the sums of the batches before
         `first_batch`.
       score, rows, batch_size: as for `measure`.
       first_batch: number of the first batch.
+      summed: as for `sums_per_example`.
 
     Yields:
       After each batch, the number of batches in `sums`.
@@ -309,14 +334,16 @@ def add_sums(
                 "the model's training diverged, or its activations overflow the compute "
                 "dtype; use float32 or other weights"
             )
-        for total, values in zip(
-            sums,
-            (scores["ntp"], scores["correct"], batch["loss_mask"]),
-            strict=True,
-        ):
+        values = {
+            "loss": scores["ntp"],
+            "correct": scores["correct"],
+            "tokens": batch["loss_mask"],
+            "kl": scores.get("kl"),
+        }
+        for total, name in zip(sums, summed, strict=True):
             total += np.bincount(
                 owners[counted],
-                np.asarray(values, np.float64)[counted],
+                np.asarray(values[name], np.float64)[counted],
                 minlength=sums.shape[1],
             )
         yield number + 1

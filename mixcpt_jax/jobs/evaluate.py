@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from mixcpt_jax import config as config_lib
 from mixcpt_jax.evaluation.evaluator import Evaluator
 from mixcpt_jax.runtime import hosts, metrics
 from mixcpt_jax.training import phase as phase_lib
@@ -23,7 +24,10 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     data = phase.load_data()
     with jax.set_mesh(phase.mesh):
         params = phase.starting_params(phase.config.model.param_dtype)
-        evaluate = Evaluator(phase, data)
+        start = None
+        if config_lib.measures_kl(phase.config):
+            start = phase.original_params(phase.frozen_dtype)
+        evaluate = Evaluator(phase, data, start=start)
         with metrics.bar(
             phase.name, evaluate.num_batches, phase.shows_progress
         ) as show:

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.evaluation.evaluator import Evaluator
 from mixcpt_jax.runtime import hosts, metrics, terminal
 from mixcpt_jax.training import checkpoint
@@ -68,31 +67,18 @@ def choose(curve: Sequence[Mapping[str, float]], keep: Mapping[str, float]) -> i
 
     Args:
       curve: the measures of each share, in ascending order of shares, the start first.
-      keep: measure -> how much worse than at the start it may be: losses and
-        perplexities by how much higher, all others by how much lower.
+      keep: measure -> how much worse than at the start it may be, see
+        `config.is_within`.
 
     Returns:
       The row's index in the curve; without budgets, that of the last row.
     """
 
-    def is_within(row: Mapping[str, float]) -> bool:
-        return all(
-            config_lib.lost(name, curve[0][name], row[name]) <= budget
-            for name, budget in keep.items()
-        )
-
     return max(
-        number for number, row in enumerate(curve) if not number or is_within(row)
+        number
+        for number, row in enumerate(curve)
+        if not number or config_lib.is_within(keep, curve[0], row)
     )
-
-
-def _require_measured(keep: Mapping[str, float], results: Mapping[str, float]) -> None:
-    for name in keep:
-        if name not in results:
-            raise InputError(
-                f"merge.keep: {name!r} has no value, as no token of it counts; measured "
-                f"are {', '.join(results)}"
-            )
 
 
 def _measure(phase, data, shares: Sequence[float]) -> list[dict[str, float]]:
@@ -102,18 +88,21 @@ def _measure(phase, data, shares: Sequence[float]) -> list[dict[str, float]]:
     curve = [
         {"share": row[SHARE], **metrics.evaluation_of(row)} for row in recorded[:done]
     ]
-    evaluator = Evaluator(phase, data)
+    start = None
+    if config_lib.measures_kl(phase.config):
+        start = _params(phase, 0.0, phase.frozen_dtype)
+    evaluator = Evaluator(phase, data, start=start)
     keep = phase.config.merge.keep
     with metrics.Writer(
         phase.folder, phase.config.metrics, done - 1, {}, hosts.is_first()
     ) as writer:
         for number, share in list(enumerate(shares))[done:]:
-            params = _params(phase, share)
+            params = _params(phase, share, phase.config.model.param_dtype)
             name = f"{phase.name} {share:g}"
             with metrics.bar(name, evaluator.num_batches, phase.shows_progress) as show:
                 results = evaluator(params, show)
             writer.write_items(number, evaluator.items)
-            _require_measured(keep, results)
+            config_lib.require_measured("merge.keep", keep, results)
             scalars = metrics.evaluation_scalars(results)
             writer.write(number, scalars | {SHARE: share})
             writer.save()
@@ -122,19 +111,20 @@ def _measure(phase, data, shares: Sequence[float]) -> list[dict[str, float]]:
     return curve
 
 
-def _params(phase: phase_lib.Phase, share: float):
+def _params(phase: phase_lib.Phase, share: float, dtype: str):
     return phase_lib.load_params(
         phase.config.init_from,
         phase.model_config,
         phase.mesh,
-        phase.config.model.param_dtype,
+        dtype,
         phase.config.model.path,
         share,
     )
 
 
 def _save(phase: phase_lib.Phase, data, share: float) -> None:
-    state = TrainState(jnp.zeros((), jnp.int32), _params(phase, share), ())
+    params = _params(phase, share, phase.config.model.param_dtype)
+    state = TrainState(jnp.zeros((), jnp.int32), params, ())
     with checkpoint.Checkpoints(phase.folder) as checkpoints:
         checkpoints.save(
             state, 1, 0, phase.given.to_dict(), {}, phase.provenance(data.files)

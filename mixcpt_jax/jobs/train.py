@@ -8,12 +8,14 @@ is the same.
 import functools
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
+from mixcpt_jax import config as config_lib
 from mixcpt_jax.data import pipeline, tally
 from mixcpt_jax.evaluation import evaluator
 from mixcpt_jax.models import lora as lora_lib
@@ -33,6 +35,7 @@ from mixcpt_jax.runtime import (
 )
 from mixcpt_jax.training import checkpoint
 from mixcpt_jax.training import phase as phase_lib
+from mixcpt_jax.training.budget import Budget
 from mixcpt_jax.training.program import (
     Program,
     frozen_part,
@@ -77,7 +80,7 @@ def _run(
     program = make_program(phase, data)
     with times.of("restoring"):
         start = _start(phase, data, program)
-    data, state = start.data, start.state
+    data, state, budget = start.data, start.state, start.budget
     guard = watchdog.Watchdog(config.train.timeout)
     batches = iter(
         pipeline.batches(
@@ -108,13 +111,33 @@ def _run(
         evaluation = _Evaluation(
             phase, start, writer, progress, guard, preemption_guard
         )
+
+        def save(step: int, state: TrainState) -> None:
+            writer.save()
+            checkpoints.save(
+                state,
+                step,
+                start.row + (step - start.step) * config.data.batch_size,
+                phase.given.to_dict(),
+                start.fingerprint,
+                start.provenance,
+                writer.texts(),
+            )
+            checkpoints.keep(budget.end)
+
         _say_what_is_read(config, data, progress)
         with times.of("evaluation"):
             evaluation.run(start.step, state, skip=start.recorded)
         if preemption_guard.is_requested(start.step):
             raise preemption.Preempted(f" after step {start.step}")
+        checkpoints.keep(budget.end)
+        if budget.limits and not start.is_resumed:
+            with times.of("saving"):
+                save(0, state)
 
         for step in range(start.step + 1, num_steps + 1):
+            if budget.spent_at is not None:
+                break
             times.enter("data")
             batch = _put_rows(next(batches), config, phase.mesh)
             tracer.before(step)
@@ -128,29 +151,22 @@ def _run(
             # The device runs this step while the host reads the metrics of the previous
             # one.
             log.read()
+            is_evaluated = evaluation.is_due(step)
             is_saved = step == num_steps or _is_due(step, config.train.save_every)
+            is_saved |= is_evaluated and bool(budget.limits)
             if is_saved or _is_due(step, config.train.log_every):
                 log.put(step, step_metrics)
-            if evaluation.is_due(step):
+            if is_evaluated:
                 log.read()
                 with times.of("evaluation"):
                     evaluation.run(step, state)
                 log.restart_clock(step)
             is_stopped = preemption_guard.is_requested(step)
-            if is_saved or is_stopped:
+            if (is_saved or is_stopped) and budget.spent_at is None:
                 # Metrics are read before the save, so no checkpoint holds a NaN.
                 log.require(step, step_metrics)
                 times.enter("saving")
-                writer.save()
-                checkpoints.save(
-                    state,
-                    step,
-                    start.row + (step - start.step) * config.data.batch_size,
-                    phase.given.to_dict(),
-                    start.fingerprint,
-                    start.provenance,
-                    writer.texts(),
-                )
+                save(step, state)
                 guard.alive()
                 log.restart_clock(step)
             if is_stopped:
@@ -160,11 +176,17 @@ def _run(
 
         times.enter("saving")
         checkpoints.wait()
-        writer.write_timing(times.row(num_steps))
+        if budget.spent_at is not None:
+            del state
+            _go_back(phase, program, start, evaluation, progress)
+        last = num_steps if budget.spent_at is None else budget.spent_at
+        writer.write_timing(times.row(last))
     if hosts.is_first():
         spent = timing.spent(record.read_timing(phase.folder))
         phase.say(timing.describe(spent))
-    return phase.finish(_results(phase.folder, data) if hosts.is_first() else {})
+    return phase.finish(
+        _results(phase.folder, data, budget) if hosts.is_first() else {}
+    )
 
 
 class _Start(NamedTuple):
@@ -176,7 +198,9 @@ class _Start(NamedTuple):
       state: of the step.
       frozen, teacher: the frozen parameters that the step needs, see `Program`.
       references: the reference's log-probabilities of pairs, if computed ahead.
+      start: the frozen start, if evaluations measure the KL from it.
       data: with these references in its rows.
+      budget: of `train.keep_budget`, with the recorded evaluations.
       recorded: whether the record of an interrupted run already has the measures and the
         answers of `step`.
       fingerprint, provenance: what a checkpoint belongs to, see `Checkpoints.save`.
@@ -189,7 +213,9 @@ class _Start(NamedTuple):
     frozen: transformer.Params | None
     teacher: transformer.Params | None
     references: dict[str, np.ndarray]
+    start: transformer.Params | None
     data: pipeline.Data
+    budget: Budget
     recorded: tuple[bool, bool]
     fingerprint: dict[str, str]
     provenance: dict[str, Any]
@@ -203,6 +229,7 @@ def _start(phase: phase_lib.Phase, data: pipeline.Data, program: Program) -> _St
         phase.folder, program.state, fingerprint, provenance, phase.given
     )
     step, row, recorded = 0, 0, (False, False)
+    budget = Budget(phase.config.train.keep_budget)
     if restored is not None:
         step, row, state = restored
         files = checkpoint.read_files(phase.folder, step)
@@ -210,9 +237,10 @@ def _start(phase: phase_lib.Phase, data: pipeline.Data, program: Program) -> _St
             lease.check(phase.folder, must_ask=True)
             record.restore(phase.folder, step, files)
         recorded = _recorded(phase, data, step)
-    frozen, teacher, references = None, None, {}
-    if step < data.num_steps or not all(recorded):
-        frozen, references = _load_frozen(phase, data, program)
+        budget.replay(_recorded_evaluations(phase, budget.limits))
+    frozen, teacher, references, start = None, None, {}, None
+    if step < data.num_steps or not all(recorded) or budget.spent_at is not None:
+        frozen, references, start = _load_frozen(phase, data, program)
     if step < data.num_steps and program.teacher is not None:
         teacher = teacher_part(phase, data)(phase.teacher_params())
     if phase.config.preference.reference == "precomputed":
@@ -227,11 +255,29 @@ def _start(phase: phase_lib.Phase, data: pipeline.Data, program: Program) -> _St
         frozen,
         teacher,
         references,
+        start,
         data,
+        budget,
         recorded,
         fingerprint,
         provenance,
     )
+
+
+def _go_back(phase, program: Program, start: _Start, evaluation, progress) -> None:
+    """Ends a phase whose budget is spent with the last checkpoint within it."""
+    budget = start.budget
+    progress.say(
+        f"{phase.name}: train.keep_budget is spent at step {budget.spent_at}; the phase "
+        f"ends with step {budget.end}"
+    )
+    checkpoint.set_aside(phase.folder, budget.end)
+    if not start.data.prompts or evaluation.has_answered(budget.end):
+        return
+    restored = checkpoint.restore(
+        phase.folder, program.state, start.fingerprint, start.provenance, phase.given
+    )
+    evaluation.answer(restored.step, restored.state)
 
 
 class _StepLog:
@@ -317,8 +363,9 @@ class _Evaluation:
         self._writer, self._progress = writer, progress
         self._guard, self._preemption_guard = guard, preemption_guard
         self._measure = evaluator.Evaluator(
-            phase, start.data, start.references, phase.lora
+            phase, start.data, start.references, phase.lora, start.start
         )
+        self._answered = {start.step} if start.recorded[1] else set()
 
     def is_due(self, step: int) -> bool:
         return any(self._due(step))
@@ -336,24 +383,38 @@ class _Evaluation:
         measured, answered = (
             due and not done for due, done in zip(self._due(step), skip, strict=True)
         )
-        params = state.params
-        if self._phase.lora:
-            params = lora_lib.with_adapters(self._start.frozen, params)
         if measured:
-            self._measure_texts(step, params)
+            self._measure_texts(step, self._params(state))
         if answered:
-            answers = self._preemption_guard.interruptible(
-                self._measure.answers, params
-            )
-            self._guard.alive()
-            self._writer.write_samples(step, self._start.data.prompts, answers or [])
+            self.answer(step, state)
+
+    def answer(self, step: int, state: TrainState) -> None:
+        """Answers the prompts with the state after a step; SIGTERM interrupts it."""
+        answers = self._preemption_guard.interruptible(
+            self._measure.answers, self._params(state)
+        )
+        self._guard.alive()
+        self._writer.write_samples(step, self._start.data.prompts, answers or [])
+        self._answered.add(step)
+
+    def has_answered(self, step: int) -> bool:
+        return step in self._answered
+
+    def _params(self, state: TrainState) -> transformer.Params:
+        """All parameters of a state."""
+        if self._phase.lora:
+            return lora_lib.with_adapters(self._start.frozen, state.params)
+        return state.params
 
     def _due(self, step: int) -> tuple[bool, bool]:
         """Whether to measure, and whether to answer."""
         train, is_last = self._phase.config.train, step == self._start.data.num_steps
         at_start = step == 0 and train.eval_before
         is_between = step > 0 and _is_due(step, train.eval_every)
-        return at_start or is_last or is_between, at_start or is_last
+        # Budgets are relative to the start.
+        is_needed = step == 0 and bool(train.keep_budget)
+        is_measured = at_start or is_needed or is_between or is_last
+        return is_measured, at_start or is_last
 
     def _measure_texts(self, step: int, params: transformer.Params) -> None:
         name, place = self._phase.name, f"step {step}" if step else "the start"
@@ -372,9 +433,14 @@ class _Evaluation:
         self._writer.write_items(step, self._measure.items)
         scalars = metrics.evaluation_scalars(results)
         self._writer.write(step, scalars)
+        budget = self._start.budget
+        budget.observe(step, results)
         losses = [v for k, v in results.items() if k.endswith("/loss")]
-        mean = f", mean loss {np.mean(losses):.4f}" if losses else ""
-        self._progress.say(f"{name}: measured {place}{mean}", step=step, **scalars)
+        told = [f"mean loss {np.mean(losses):.4f}"] if losses else []
+        if step and budget.limits:
+            told.append(budget.describe(results))
+        text = ", ".join([f"{name}: measured {place}", *told])
+        self._progress.say(text, step=step, **scalars)
 
 
 def _say_what_is_read(config, data: pipeline.Data, progress: metrics.Progress) -> None:
@@ -387,23 +453,24 @@ def _say_what_is_read(config, data: pipeline.Data, progress: metrics.Progress) -
 
 def _load_frozen(
     phase: phase_lib.Phase, data: pipeline.Data, program: Program
-) -> tuple[transformer.Params | None, dict[str, np.ndarray]]:
-    """The frozen parameters that the steps need, and the reference's log-probabilities.
+) -> tuple[transformer.Params | None, dict[str, np.ndarray], transformer.Params | None]:
+    """The frozen parameters of the steps, the reference's log-probabilities, the start.
 
+    The last is the whole starting model, if evaluations measure the KL from it.
     The log-probabilities cover measured pairs and, with
     `preference.reference="precomputed"`, training pairs: "pairs/NAME" or "sources/NAME" ->
     nats, float32 [examples].
     """
     config = phase.config
 
-    def load() -> transformer.Params:
-        return phase.starting_params(phase.frozen_dtype)
-
-    needed = program.frozen is not None
-    frozen = frozen_part(phase, data)(load()) if needed else None
+    load = functools.cache(lambda: phase.starting_params(phase.frozen_dtype))
+    frozen = start = None
+    if program.frozen is not None:
+        frozen = frozen_part(phase, data)(load())
+    if config_lib.measures_kl(config):
+        start = load()
     references = {}
     if config.objective.kind == "preference":
-        params = functools.cache(lambda: load() if frozen is None else frozen)
         eval_step = phase.eval_step()
         pairs = {f"pairs/{name}": rows for name, rows in data.pairs.items()}
         if config.preference.reference == "precomputed":
@@ -413,12 +480,12 @@ def _load_frozen(
             nats, _, _ = evaluator.kept_sums(
                 phase.folder / f"reference.{name.replace('/', '.')}.npz",
                 phase.start_key,
-                lambda batch: eval_step(params(), batch),
+                lambda batch: eval_step(load(), batch),
                 rows,
                 config.eval.batch_size,
             )
             references[name] = -nats.astype(np.float32)
-    return frozen, references
+    return frozen, references, start
 
 
 def _put_rows(batch: dict[str, np.ndarray], config, mesh) -> Batch:
@@ -465,6 +532,25 @@ def _recorded(phase: phase_lib.Phase, data, step: int) -> tuple[bool, bool]:
         row["step"] == step for row in metrics.read(phase.folder, metrics.SAMPLES_FILE)
     )
     return tuple(hosts.of_first([measured, answered]).tolist())
+
+
+def _recorded_evaluations(phase, limits: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The measures with a budget of each recorded evaluation, equal on all hosts."""
+    rows = metrics.evaluations(metrics.read(phase.folder)) if limits else []
+    if jax.process_count() > 1:
+        names = sorted(limits)
+        count = int(hosts.of_first(len(rows)))
+        table = np.full((count, len(names) + 1), np.nan)
+        for number, row in enumerate(rows[:count]):
+            table[number] = [row["step"], *(row.get(n, np.nan) for n in names)]
+        # As integers, because jax would round them to float32.
+        bits = np.ascontiguousarray(hosts.of_first(table.view(np.uint32)))
+        rows = [
+            {"step": int(step)}
+            | {n: v for n, v in zip(names, values, strict=True) if not np.isnan(v)}
+            for step, *values in bits.view(np.float64).tolist()
+        ]
+    return rows
 
 
 def _check_step(
@@ -550,9 +636,11 @@ def _limits(data: pipeline.Data) -> list[str]:
     return [f"measured, to eval.max_tokens of each: {limited}"] if limited else []
 
 
-def _results(folder: epath.Path, data: pipeline.Data) -> dict[str, Any]:
+def _results(folder: epath.Path, data: pipeline.Data, budget: Budget) -> dict[str, Any]:
     """Collects results from the run's record, which survives interruptions."""
     rows = metrics.read(folder)
+    if budget.spent_at is not None:
+        rows = [row for row in rows if row["step"] <= budget.end]
     evaluations = metrics.evaluations(rows)
     rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     skipped = [int(row["skipped"]) for row in rows if "skipped" in row]
@@ -561,4 +649,6 @@ def _results(folder: epath.Path, data: pipeline.Data) -> dict[str, Any]:
         "after": evaluations[-1] if evaluations else {},
         "tokens_per_second": float(np.median(rates)) if rates else None,
         "mixture": data.report,
-    } | ({"skipped": skipped[-1]} if skipped else {})
+        **({"skipped": skipped[-1]} if skipped else {}),
+        **({"keep_budget": budget.result()} if budget.limits else {}),
+    }

@@ -280,6 +280,9 @@ def make(
     }
     try:
         step = compile_step(config, mesh, quick)
+        memory = _memory(step, chip)
+        if memory["peak"] > memory["available"]:
+            raise DoesNotFit(memory["peak"], memory["available"])
     except DoesNotFit as refusal:
         memory = {"needed": refusal.needed, "available": refusal.available}
         return result | {"fits": False, "memory": memory}
@@ -291,7 +294,7 @@ def make(
     return result | {
         "fits": True,
         "compile_seconds": time.monotonic() - started,
-        "memory": _memory(step, chip),
+        "memory": memory,
         "flops": flops,
         "collectives": collectives,
         "time": _time(step, module, flops, collectives, chip),
@@ -309,6 +312,9 @@ def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
 
     analysis = step.compiled.memory_analysis()
     state, program = step.program.state, step.program
+    # The start of `kl_from_start` is in memory beside the step's arguments, which share
+    # their part of it.
+    apart = size(program.start) - size(program.frozen) if program.start else 0
     # Gradients are summed over microbatches in float32.
     gradients = sum(
         4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
@@ -317,12 +323,12 @@ def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
     return {
         "parameters": size(state.params),
         "optimizer": size(state.opt_state),
-        "frozen model": size((program.frozen, program.teacher)),
+        "frozen model": size((program.frozen, program.teacher)) + apart,
         "batch": size(step.batch),
         "temporary": analysis.temp_size_in_bytes,
         "of it gradients": gradients,
         "of it activations kept, by formula": _kept_activations(step),
-        "peak": analysis.peak_memory_in_bytes,
+        "peak": analysis.peak_memory_in_bytes + apart,
         "available": chip.hbm_bytes,
     }
 

@@ -16,6 +16,13 @@ ROLES = ("domain", "untouched", "rehearsed")
 # An interval that reaches so far below zero shows little.
 _WIDE = 0.05
 SHORT = {"exam": "exam", "exact": "exact match", "accuracy": "token accuracy"}
+# Measure of a text -> the items whose mean it is.
+_COLUMNS = {
+    "accuracy": "correct",
+    "exact": "correct",
+    "loss": "loss",
+    "kl_from_start": "kl",
+}
 MATCHED = "Exams and pairs: matched pairs, question by question (Agresti and Min)"
 
 
@@ -99,7 +106,7 @@ def interval(key: str, start: Arm, arm: Arm) -> tuple[intervals.Interval | None,
     after = arm.items.get(arm.after.get("step", max(arm.items, default=0)), {})
     if suffix in ("exam", "pair_accuracy") and are_alike(before, after, key):
         return intervals.change_of_share(before[key], after[key]), MATCHED
-    column = {"accuracy": "correct", "loss": "loss", "exact": "correct"}.get(suffix)
+    column = _COLUMNS.get(suffix)
     needed = [f"{name}/{column}", f"{name}/tokens"]
     if column is None or not all(are_alike(before, after, k) for k in needed):
         return None, ""
@@ -169,6 +176,24 @@ def changes(arm: Arm, arms: Sequence[Arm], domain: set[str]) -> list[Change]:
         )
         for key in sorted(arm.after.keys() & start.before.keys() - {"step"})
     ]
+
+
+def budgets(arms: Sequence[Arm]) -> list[str]:
+    """For each arm with `train.keep_budget`: what it has spent, and where it ended."""
+    sentences = []
+    for arm in arms:
+        if not (result := arm.results.get("keep_budget")):
+            continue
+        spent = ", ".join(
+            f"spent {entry['spent']:.4g} of {entry['budget']:g} of {name}"
+            for name, entry in result["measures"].items()
+        )
+        stopped = result["exceeded_at"]
+        where = "" if stopped is None else f", as step {stopped} exceeds the budget"
+        sentences.append(
+            f"{arm.name}: {spent}; ends with step {result['step']}{where}."
+        )
+    return sentences
 
 
 def ends(arms: Sequence[Arm]) -> list[Arm]:

@@ -30,6 +30,7 @@ MEASURES = (
     ("exact", "exact match, %", "{:.1%}", "{:+.1%}"),
     ("exam", "exam, %", "{:.1%}", "{:+.1%}"),
     ("pair_accuracy", "chosen answer preferred, %", "{:.1%}", "{:+.1%}"),
+    ("kl_from_start", "KL(start ‖ now), nats per token", "{:.4f}", "{:+.4f}"),
 )
 # Key of the metric, title, factor.
 _CURVES = (
@@ -47,6 +48,7 @@ _CHANGES = (
     ("accuracy", "Top-1 token accuracy", "change, points", 100),
     ("pair_accuracy", "Chosen answer preferred", "change, points", 100),
     ("loss", "Cross-entropy", "change, nats per token; lower is better", 1),
+    ("kl_from_start", "KL(start ‖ now)", "nats per token; lower is better", 1),
 )
 # Points of a curve.
 _POINTS = 100
@@ -86,11 +88,15 @@ def _content(arms: Sequence[Arm], domain: Sequence[str]) -> dict[str, Any]:
         title=", ".join(dict.fromkeys(run_records.name_of(arm.run) for arm in arms)),
         arms=arms,
         style=figures.style,
-        facts=[("Outcome", " ".join(changes.verdict(arms, domain))), *_facts(arms)],
+        facts=[
+            ("Outcome", " ".join(changes.verdict(arms, domain))),
+            ("Budget", " ".join(changes.budgets(arms))),
+            *_facts(arms),
+        ],
         work=[_work(arm) for arm in arms],
         table=_table(arms, domain_names),
         planes=list(_planes(arms, domain_names)),
-        curves=list(_curves(arms)),
+        curves=[*_curves(arms), *_forecasts(arms)],
         mixtures=list(_mixtures(arms)),
         swaps=list(_swaps(arms)),
         changes=_changes(arms, domain_names),
@@ -228,7 +234,7 @@ def _table(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
                 change = None
                 if before is not None and after is not None:
                     change = after - before
-                is_good = bool(change) and (change < 0) == key.endswith("/perplexity")
+                is_good = bool(change) and config_lib.lost(key, before, after) < 0
                 kind = "" if not change else "good" if is_good else "bad"
                 cells.append(_cell(change_form, change, arm.name, "change", kind))
         rows.append((key, name, label, cells))
@@ -353,6 +359,22 @@ def _curves(arms: Sequence[Arm]) -> Iterator[dict[str, str]]:
                 "title": title,
                 "svg": figures.lines(series, f"{title} over the steps"),
             }
+
+
+def _forecasts(arms: Sequence[Arm]) -> Iterator[dict[str, str]]:
+    """For each text, its KL from the start of the phase at every evaluation."""
+    trained = [arm for arm in arms if arm.trains]
+    rows = [row for arm in trained for row in arm.evaluations]
+    keys = sorted({k for row in rows for k in row if k.endswith("/kl_from_start")})
+    for key in keys:
+        series = [
+            figures.Series(arm.number, arm.name, _curve(arm.evaluations, key))
+            for arm in trained
+            if any(key in row for row in arm.evaluations)
+        ]
+        title = f"{_name(key)}: KL(start ‖ now), nats per token"
+        svg = figures.lines(series, f"{title}, over the steps")
+        yield {"title": title, "svg": svg}
 
 
 def _curve(

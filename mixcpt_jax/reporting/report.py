@@ -28,7 +28,8 @@ def write(workdir: str, results: dict[str, dict[str, Any]]) -> None:
     if any("after" in result for result in results.values()):
         roles = changes.roles(arms, changes.domain_names(arms, ()))
         parts = comparison(results, roles), wall_times(results)
-        text = "\n\n".join([*parts, "\n".join(changes.verdict(arms))]).rstrip()
+        sentences = "\n".join([*changes.budgets(arms), *changes.verdict(arms)])
+        text = "\n\n".join([*parts, sentences]).rstrip()
         terminal.show(f"\n{text}\n")
         paths.replace(folder / TABLE_FILE, text + "\n")
     if any(arm.steps or arm.after for arm in arms):

@@ -27,6 +27,11 @@ RESULTS = {
     "tokens_per_second?": (float, None),
     "start?": _START,
     "files?": OBJECT,
+    "keep_budget?": {
+        "step": int,
+        "exceeded_at": (int, None),
+        "measures": {str: {"spent": float, "budget": float}},
+    },
     "mixture?": [
         {
             "name": str,
@@ -107,7 +112,8 @@ class Arm:
     items: dict[int, dict[str, np.ndarray]]
 
     @property
-    def _evaluations(self) -> list[dict[str, Any]]:
+    def evaluations(self) -> list[dict[str, Any]]:
+        """`step` and measures of each evaluation, also of those over a budget."""
         return metrics.evaluations(self.rows)
 
     @property
@@ -115,14 +121,14 @@ class Arm:
         """The measures before the first step."""
         if "before" in self.results:
             return self.results["before"] or {}
-        return next((e for e in self._evaluations if e["step"] == 0), {})
+        return next((e for e in self.evaluations if e["step"] == 0), {})
 
     @property
     def after(self) -> dict[str, Any]:
         """The last measures."""
         if "after" in self.results:
             return self.results["after"] or {}
-        return next((e for e in self._evaluations[::-1] if e["step"]), {})
+        return next((e for e in self.evaluations[::-1] if e["step"]), {})
 
     @property
     def steps(self) -> list[dict[str, Any]]:

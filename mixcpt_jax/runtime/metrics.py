@@ -195,15 +195,16 @@ class Writer:
 
         Args:
           step: the measured step.
-          items: `{text}/loss` (nats), `{text}/correct` and `{text}/tokens`, sums over
-            each example; `{exam}/exam` and `{pairs}/pair_accuracy`, correct or not.
+          items: `{text}/loss` and `{text}/kl` (nats), `{text}/correct` and
+            `{text}/tokens`, sums over each example; `{exam}/exam` and
+            `{pairs}/pair_accuracy`, correct or not.
         """
         if not self._file or not items:
             return
         self._check()
         row = {
             name: np.round(values, 4).tolist()
-            if name.endswith("/loss")
+            if name.endswith(("/loss", "/kl"))
             else np.asarray(values, int).tolist()
             for name, values in items.items()
         }

@@ -51,6 +51,7 @@ from mixcpt_jax.training.steps import TrainState
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"  # of the phase, beside that folder
 _DAMAGED = "damaged"
+_OVER_BUDGET = "over-budget"
 RECORD_FOLDER = f"{FOLDER}.record"  # the copy of the phase's record
 _MANIFEST = "manifest.json"
 _METADATA = "_CHECKPOINT_METADATA"
@@ -100,6 +101,17 @@ for _name, _module in list(sys.modules.items()):
         _module.time = _CLOCK
 
 
+class _Preserved:
+    """A preservation policy of Orbax: the newest checkpoints, and that of `also`."""
+
+    def __init__(self, number: int):
+        self._number, self.also = number, None
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        newest = {entry.step for entry in checkpoints[-self._number :]}
+        return [entry.step in newest | {self.also} for entry in checkpoints]
+
+
 class Checkpoints:
     """Writes the checkpoints of one phase; a context manager."""
 
@@ -116,9 +128,10 @@ class Checkpoints:
         context = ocp.Context()
         # Orbax makes deep copies of its options, but not of a function.
         context.asynchronous.post_finalization_callback = lambda: self._write_manifest()
+        self._policy = _Preserved(keep_last)
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep_last),
+            preservation_policy=self._policy,
             cleanup_tmp_directories=True,
             context=context,
         )
@@ -188,6 +201,10 @@ class Checkpoints:
                 force=True,
                 custom_metadata=record | {"digest": _digest(record)},
             )
+
+    def keep(self, step: int | None) -> None:
+        """Keeps also the checkpoint of this step, however many newer ones there are."""
+        self._policy.also = step
 
     def wait(self) -> None:
         """Returns when every save is on disk.
@@ -363,10 +380,20 @@ def restore(
             "%s is damaged: %s; it is now %s, and the run resumes from step %d",
             path,
             why,
-            _rename_damaged(path).name,
+            _rename(path, _DAMAGED).name,
             restored.step,
         )
     return restored
+
+
+def set_aside(workdir: epath.Path, step: int) -> None:
+    """Renames the checkpoints after a step to `over-budget-STEP`, the newest first.
+
+    The phase then ends with that step's checkpoint.
+    """
+    for entry in _steps(workdir / FOLDER):
+        if entry.step > step:
+            _rename(entry.path, _OVER_BUDGET)
 
 
 def newest_step(workdir: epath.Path) -> int | None:
@@ -548,9 +575,9 @@ def _renamed(folder: epath.Path) -> list[epath.Path]:
     return sorted(folder.glob(f"{_DAMAGED}-*")) if folder.exists() else []
 
 
-def _rename_damaged(path: epath.Path) -> epath.Path:
-    """Renames a checkpoint so that Orbax ignores it."""
-    names = [f"{_DAMAGED}-{path.name}"]
+def _rename(path: epath.Path, why: str) -> epath.Path:
+    """Renames a checkpoint to `WHY-STEP`, so that Orbax ignores it."""
+    names = [f"{why}-{path.name}"]
     while (path.parent / names[-1]).exists():
         names.append(f"{names[0]}-{len(names) + 1}")
     renamed = path.parent / names[-1]

@@ -134,6 +134,12 @@ class Phase:
         """
         return _start(self.config, self.model_config, self.mesh, dtype)
 
+    def original_params(self, dtype: str) -> transformer.Params:
+        """The weights of `model.path`, from which the first phase of a run starts."""
+        config = ml_collections.ConfigDict(self.config.to_dict())
+        config.init_from = ""
+        return _start(config, self.model_config, self.mesh, dtype)
+
     @property
     def frozen_dtype(self) -> str:
         """The dtype of the frozen model.
@@ -191,9 +197,9 @@ class Phase:
         return jax.tree.map(_with_shape, params, template)
 
     def eval_step(self, lora: lora_lib.Lora | None = None) -> Callable[..., Any]:
-        """`(params, batch on the host) -> {"ntp", "correct"}` on the host, `[B, L]`."""
+        """The step of `make_eval_step`; the start's parameters have no adapters."""
         forward = self.forward(lora=lora)
-        return make_eval_step(forward, self.mesh, **self.head_options)
+        return make_eval_step(forward, self.mesh, self.forward(), **self.head_options)
 
     def put(self, batch: dict[str, np.ndarray]) -> interface.Batch:
         """Puts a global batch that every host has on the devices."""
@@ -386,19 +392,24 @@ def put(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> interface.Batc
 
 
 def make_eval_step(
-    forward: transformer.Forward, mesh: jax.sharding.Mesh, **head_options: Any
+    forward: transformer.Forward,
+    mesh: jax.sharding.Mesh,
+    start_forward: transformer.Forward | None = None,
+    **head_options: Any,
 ) -> Callable[..., Any]:
-    """`(params, batch on the host) -> {"ntp", "correct"}` on the host, `[B, L]`."""
+    """`steps.make_eval_step`, jitted, with its batch and its result on the host."""
     step = jax.jit(
         steps.make_eval_step(
-            forward, functools.partial(streamed.head_loss, **head_options)
+            forward,
+            functools.partial(streamed.head_loss, **head_options),
+            start_forward,
         ),
         out_shardings=sharding.replicated(mesh),
         compiler_options=compiler_options(mesh),
     )
 
-    def run(params, batch):
-        return jax.device_get(step(params, put(batch, mesh)))
+    def run(params, batch, start_params=None):
+        return jax.device_get(step(params, put(batch, mesh), start_params))
 
     return run
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from mixcpt_jax import config as config_lib
 from mixcpt_jax.data import pipeline
 from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
@@ -34,6 +35,8 @@ class Program(NamedTuple):
       state, frozen, teacher: shapes, dtypes and shardings of the step's arguments.
         `frozen` is of the model that the phase starts from, `teacher` of another teacher;
         each is None if the step does not need it, and may be only a part of the model.
+      start: those of the whole model that the phase starts from, if evaluations need it
+        and `frozen` is not it.
     """
 
     train_step: Any
@@ -41,6 +44,7 @@ class Program(NamedTuple):
     state: steps.TrainState
     frozen: transformer.Params | None
     teacher: transformer.Params | None = None
+    start: transformer.Params | None = None
 
 
 def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
@@ -67,9 +71,10 @@ def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
         ),
         compiler_options=phase.compiler_options,
     )
-    frozen = frozen_part(phase, data)(
-        phase_lib.abstract_params(phase.model_config, phase.mesh, phase.frozen_dtype)
+    whole = phase_lib.abstract_params(
+        phase.model_config, phase.mesh, phase.frozen_dtype
     )
+    frozen = frozen_part(phase, data)(whole)
     teacher = None
     if phase.other_teacher is not None:
         teacher = teacher_part(phase, data)(
@@ -77,7 +82,9 @@ def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
                 phase.teacher_config, phase.mesh, phase.teacher_dtype
             )
         )
-    return Program(train_step, transforms, state, frozen, teacher)
+    is_apart = config_lib.measures_kl(config) and not config_lib.holds_start(config)
+    start = whole if is_apart else None
+    return Program(train_step, transforms, state, frozen, teacher, start)
 
 
 def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> interface.Objective:

@@ -12,7 +12,7 @@ import optax
 
 from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
-from mixcpt_jax.objectives import streamed
+from mixcpt_jax.objectives import streamed, teachers
 from mixcpt_jax.objectives.interface import (
     Batch,
     Metrics,
@@ -140,35 +140,40 @@ def make_eval_step(
     head_loss: Callable[
         ..., tuple[jax.Array, streamed.TokenStatistics]
     ] = streamed.head_loss,
-) -> Callable[[transformer.Params, Batch], dict[str, jax.Array]]:
-    """Builds `(params, batch) -> {"ntp", "correct"}`, `[B, L]` float32 per target.
+    start_forward: transformer.Forward | None = None,
+) -> Callable[..., dict[str, jax.Array]]:
+    """Builds `(params, batch, start_params=None) -> {"ntp", "correct"}`, `[B, L]` float32.
 
     All scoring uses it: runs, `evaluate`, `lm-eval`, selection and the reference of pairs
-    take their log-likelihoods, `-ntp` in nats, from this step.
+    take their log-likelihoods, `-ntp` in nats, from this step. With `start_params` the
+    result also has `kl`: KL(start || now) at each target, nats, in the same sweep.
 
     Args:
       forward: from `transformer.make_forward`.
       head_loss: `streamed.head_loss` with its settings.
+      start_forward: the network of `start_params`; None: `forward`.
     """
+    start = teachers.running_teacher(start_forward or forward)
 
-    def eval_step(params, batch: Batch):
+    def eval_step(params, batch: Batch, start_params=None):
+        of_start = {"teacher_hidden_TxE": None, "teacher_unembedding_ExV": None}
+        if start_params is not None:
+            of_start = start(start_params, batch)
         hidden = flatten(forward(params, *model_inputs(batch)))
         targets = flatten(batch["targets"])
         unembedding, vocab_first = transformer.unembedding(params)
         _, statistics = with_soft_cap(head_loss, forward)(
             hidden,
             unembedding,
-            None,
-            None,
-            targets,
-            streamed.TokenWeights.of(len(targets)),
+            targets_T=targets,
+            weights=streamed.TokenWeights.of(len(targets)),
             vocab_first=vocab_first,
+            **of_start,
         )
-        shape = batch["targets"].shape
-        return {
-            "ntp": statistics.ntp.reshape(shape),
-            "correct": statistics.correct.reshape(shape),
-        }
+        values = {"ntp": statistics.ntp, "correct": statistics.correct}
+        if start_params is not None:
+            values["kl"] = statistics.kd
+        return {k: v.reshape(batch["targets"].shape) for k, v in values.items()}
 
     return eval_step
 
