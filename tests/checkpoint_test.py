@@ -428,7 +428,7 @@ def change(tree, rng):
 
 
 def forge(folder, rng):
-    """Changes the metadata of the newest checkpoint, and lets its digest be of that."""
+    """Changes the metadata of the newest checkpoint, with the right digests of it."""
     file = folder / checkpoint.FOLDER / "2" / "_CHECKPOINT_METADATA"
     stored = json.loads(file.read_text())
     record = stored["custom_metadata"]
@@ -436,6 +436,11 @@ def forge(folder, rng):
     record.pop("digest", None)
     record["digest"] = checkpoint._digest(record)
     file.write_text(json.dumps(stored))
+    file = file.parent / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["digest"]
+    manifest["metadata"] = checkpoint._hash_of_metadata(stored)
+    file.write_text(json.dumps(manifest | {"digest": checkpoint._hash(manifest)}))
 
 
 QUICK_SEEDS = (7, 11, 24, 25)

@@ -193,6 +193,18 @@ def test_a_bad_setting_is_named(settings, words):
         _encode([{"text": "x"}], **{"name": "document"} | settings)
 
 
+def test_a_temporary_folder_that_is_full_is_named(monkeypatch):
+    def full(file, array):
+        raise OSError(f"{array.size} requested and 0 written")
+
+    monkeypatch.setattr(np, "save", full)
+    examples = formats.Examples.collect([([1, 2, 3], [0, 1, 1])])
+    with pytest.raises(
+        InputError, match=r"mixcpt-tokens-\w+: .*3 requested and 0 written.* set TMPDIR"
+    ):
+        pickle.dumps(examples)
+
+
 def test_pickling_maps_one_file_and_removes_it_at_the_end():
     examples = _encode([{"text": "ab"}], "document")
     copy = pickle.loads(pickle.dumps(examples))
