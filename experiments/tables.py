@@ -915,6 +915,12 @@ def run_table(study: str, roles: Mapping[str, str] | None = None) -> str:
     return "\n\n".join(parts)
 
 
+def five_numbers() -> str:
+    """What the quickstart learned and kept, without the rehearsed sources."""
+    header, rule, *rows = run_table("quickstart", QUICKSTART_ROLES).splitlines()
+    return "\n".join([header, rule, *rows[:5]])
+
+
 # Columns of the quickstart's pilot.
 _PILOT = {
     "domain, perplexity": "domain/perplexity",
@@ -981,6 +987,7 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
     }
     return compared | {
         "quickstart": lambda: run_table("quickstart", QUICKSTART_ROLES),
+        "five-numbers": five_numbers,
         "quickstart-pilot": pilot_table,
         "quickstart-rates": pilot_rates_table,
         "anatomy": lambda: run_table("anatomy"),

@@ -100,6 +100,8 @@ def blocks():
     """The blocks that are not marked `sh`, as scripts that may run at the same time."""
     found = collections.defaultdict(list)
     for page in (PROJECT / "README.md", *PAGES):
+        if page.stem == "reproduce":
+            continue  # paper_test rehearses it
         text = page.read_text()
         indented = map(textwrap.dedent, _INDENTED.findall(_FENCED.sub("", text)))
         for number, block in enumerate([*indented, *_CONSOLE.findall(text)]):

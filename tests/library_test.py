@@ -63,10 +63,15 @@ def test_examples_in_docstrings(module, folder):
     assert not failed
 
 
-def test_page_runs_from_top_to_bottom(project, folder):
-    blocks = _PYTHON.findall((project / "docs" / "library.md").read_text())
-    assert len(blocks) == 4
+@pytest.mark.parametrize(("page", "number"), [("docs/library.md", 4), ("README.md", 1)])
+def test_page_runs_from_top_to_bottom(project, folder, page, number):
+    blocks = _PYTHON.findall((project / page).read_text())
+    assert len(blocks) == number
     exec("\n".join(blocks), {"__name__": "page"})
+
+
+def test_readme_is_short(project):
+    assert len((project / "README.md").read_text().splitlines()) <= 120
 
 
 def test_target_outside_the_vocabulary_is_seen():
