@@ -5,6 +5,7 @@ import dataclasses
 from mixcpt_jax import config as config_lib
 
 NTP = {"ntp": 1.0}
+BUDGET = 0.15  # of the arms with a budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Arm:
       rate_scale: multiplies the learning rates of the sweep.
       token_weighting: the factor on next-token prediction at each token.
       is_merged: weights between the start and the end are measured too.
+      budget: training stops before the KL from the start on held-out general text exceeds
+        it, in nats per token; 0: no budget.
+      has_longer_teacher: the teacher is the start after more training on general text.
     """
 
     label: str
@@ -34,6 +38,8 @@ class Arm:
     rate_scale: float = 1.0
     token_weighting: str = "none"
     is_merged: bool = False
+    budget: float = 0.0
+    has_longer_teacher: bool = False
 
     @property
     def domain_share(self) -> float:
@@ -119,10 +125,18 @@ ARMS |= {
         ("teacher", "the teacher's probability", "teacher_probability"),
         ("excess", "excess loss", "excess_loss"),
     )
-} | {
-    f"{arm}_merged": _variant(arm, "merged with the start", is_merged=True)
-    for arm in ("plain", "mixture_lssd20")
 }
+for _arm in ("plain", "mixture_lssd20"):
+    ARMS |= {
+        f"{_arm}_merged": _variant(_arm, "merged with the start", is_merged=True),
+        f"{_arm}_budget": _variant(
+            _arm, f"a budget of {BUDGET:g} nats of KL", budget=BUDGET
+        ),
+    }
+for _arm in ("mixture_lssd", "mixture_lssd20"):
+    ARMS[f"{_arm}_longer"] = _variant(
+        _arm, "a teacher trained longer", has_longer_teacher=True
+    )
 
 
 def source_weights(objectives: dict[str, float]) -> dict[str, float]:

@@ -112,9 +112,10 @@ def run(
 
     The record has the cell's fields, the digest of its config, and hashes of the data of
     the first phase after generation. For each phase it has the measures at its end, its
-    seconds and speed, the curve of a merge, what a generation wrote, and its answers, if
-    any, as lists of (prompt, answer). For each exam and cloze in `questions` it also has
-    the outcome of every question at the end of each phase: "1" if it is correct, else "0".
+    seconds and speed, the curve of a merge, what a generation wrote, what is spent of a
+    budget, and its answers, if any, as lists of (prompt, answer). For each exam and cloze
+    in `questions` it also has the outcome of every question at the end of each phase: "1"
+    if it is correct, else "0".
     """
     # Imported here, because the main process does not need jax.
     import jax
@@ -152,7 +153,7 @@ def run(
 def _phase_record(
     folder: pathlib.Path, result: Record, questions: Iterable[str]
 ) -> Record:
-    keys = ("seconds", "tokens_per_second", "selection", "generated")
+    keys = "seconds", "tokens_per_second", "selection", "generated", "keep_budget"
     record = {key: result[key] for key in keys if result.get(key) is not None}
     record["after"] = _rounded(result.get("after") or {})
     if "curve" in result:

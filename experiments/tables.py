@@ -353,11 +353,13 @@ def _measures_table(
     return _table([first, "seeds", *columns], rows)
 
 
-def _at_rate(records: list[Record], base: str, arm: str) -> list[Record]:
+def _at_rate(
+    records: list[Record], base: str, arm: str, rate: float = RATE
+) -> list[Record]:
     return [
         r
         for r in records
-        if (r["base"], r["arm"], r["rate"], r["rule"]) == (base, arm, RATE, "first")
+        if (r["base"], r["arm"], r["rate"], r["rule"]) == (base, arm, rate, "first")
         and not r["share"]
         and "failed" not in r
     ]
@@ -515,6 +517,61 @@ def summary(records: list[Record]) -> str:
         textwrap.fill(f"{number}. {text}", 88, subsequent_indent="   ")
         for number, text in enumerate(sentences, 1)
     )
+
+
+def budget_table(records: list[Record]) -> str:
+    """Arms with a budget of forgetting, beside the same arms without one."""
+    rows = []
+    for arm in (name for name, arm in ARMS.items() if arm.budget):
+        for name in (arm.removesuffix("_budget"), arm):
+            for rate in RATES[1:]:
+                found = _at_rate(records, "chat", name, rate)
+                if not found:
+                    continue
+                phases = [record["phases"]["cpt"] for record in found]
+                ends = [p["keep_budget"] for p in phases if "keep_budget" in p]
+                rows.append(
+                    [
+                        f"{ARMS[name].label}, {rate:g}",
+                        str(len(found)),
+                        _cell([judge(record)[1] for record in found]),
+                        _cell([judge(record)[0] for record in found]),
+                        _loss(phases, "untold_documents/loss"),
+                        ", ".join(str(end["step"]) for end in ends),
+                    ]
+                )
+    header = ["arm, rate", "seeds", "domain answers", "untold answers"]
+    return _table([*header, "untold documents, loss", "steps of each seed"], rows)
+
+
+def teacher_table(records: list[Record]) -> str:
+    """Arms with a teacher trained longer, beside the same arms and seeds without it."""
+    rows = []
+    for arm in (name for name, arm in ARMS.items() if arm.has_longer_teacher):
+        found = _at_rate(records, "chat", arm)
+        seeds = {record["seed"] for record in found}
+        own = _at_rate(records, "chat", arm.removesuffix("_longer"))
+        for group in ([r for r in own if r["seed"] in seeds], found):
+            if not group:
+                continue
+            phases = [record["phases"]["cpt"] for record in group]
+            rows.append(
+                [
+                    ARMS[group[0]["arm"]].label,
+                    str(len(group)),
+                    _cell([judge(record)[1] for record in group]),
+                    _cell([judge(record)[0] for record in group]),
+                    _loss(phases, "domain_memory/loss"),
+                    _loss(phases, "untold_documents/loss"),
+                ]
+            )
+    header = ["arm", "seeds", "domain answers", "untold answers"]
+    header += ["domain values, loss", "untold documents, loss"]
+    return _table(header, rows)
+
+
+def _loss(phases: list[Record], measure: str) -> str:
+    return f"{statistics.fmean(phase['after'][measure] for phase in phases):.2f}"
 
 
 def high_table(records: list[Record]) -> str:
@@ -1007,6 +1064,8 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "keep": lambda: keep_table(records),
         "merge": lambda: merge_table(records),
         "high-rates": lambda: high_table(records),
+        "budget": lambda: budget_table(records),
+        "teacher": lambda: teacher_table(records),
         "confidence": lambda: confidence_table(json.loads(confidence.FILE.read_text())),
         "book": lambda: book_table(book, is_aligned=False),
         "book-changes": lambda: book_changes_table(book),

@@ -38,6 +38,10 @@ GENERATE = {
     },
 }  # fmt: skip
 MERGED_SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+# Of arms with a budget: its measure, on documents that no arm reads, and the number of
+# evaluations after the start.
+BUDGET_MEASURE = "untold_documents/kl_from_start"
+EVALUATIONS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,24 +134,48 @@ def _shared(cell: Cell) -> ml_collections.ConfigDict:
 def _base(config, cell: Cell) -> ml_collections.ConfigDict:
     """Training of a base, from random weights, on all texts about general people."""
     config.model.weights = "random"
-    weights = {"general_documents": 0.45, "strangers": 0.25}
-    if cell.base == "narrow":
-        weights = {"general_documents": 0.7}
-    for name, weight in weights.items():
-        config.sources[name] = config_lib.source(
-            path=f"{cell.world}/{name}.jsonl", weight=weight
-        )
-    if cell.base != "documents":
-        config.sources.questions = config_lib.source(
-            path=f"{cell.world}/general_questions.jsonl",
-            format="instruction",
-            weight=0.3,
-        )
+    config.sources.update(_general_texts(cell))
     config.objective.ntp_weight, config.objective.lssd_weight = 1.0, 0.0
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = min(50, cell.base_steps - 1)
     config.train.num_steps = cell.base_steps
     return config
+
+
+def _general_texts(cell: Cell) -> dict[str, ml_collections.ConfigDict]:
+    """The sources of a base."""
+    weights = {"general_documents": 0.45, "strangers": 0.25}
+    if cell.base == "narrow":
+        weights = {"general_documents": 0.7}
+    texts = {
+        name: config_lib.source(path=f"{cell.world}/{name}.jsonl", weight=weight)
+        for name, weight in weights.items()
+    }
+    if cell.base != "documents":
+        texts["questions"] = config_lib.source(
+            path=f"{cell.world}/general_questions.jsonl",
+            format="instruction",
+            weight=0.3,
+        )
+    return texts
+
+
+def _train_teacher(config, cell: Cell) -> None:
+    """A phase before `cpt` that trains the base longer; its end is the teacher of `cpt`."""
+    texts = _general_texts(cell)
+    weights = {name: {"weight": 0.0} for name in config.sources}
+    weights |= {name: {"weight": text.weight} for name, text in texts.items()}
+    for name, text in texts.items():
+        text.weight = 0.0
+        config.sources[name] = text
+    config.phases = ("teacher", *config.phases)
+    config.overrides.teacher = {
+        "sources": weights,
+        "objective": {"ntp_weight": 1.0, "lssd_weight": 0.0},
+        "optimizer": {"learning_rate": 1e-3},
+        "train": {"num_steps": cell.base_steps // 2},
+    }
+    config.overrides.cpt = {"teacher": {"init_from": "phase:teacher"}}
 
 
 def _arm(config, cell: Cell, arm: arms.Arm) -> ml_collections.ConfigDict:
@@ -180,6 +208,13 @@ def _arm(config, cell: Cell, arm: arms.Arm) -> ml_collections.ConfigDict:
             "generate": GENERATE[arm.text],
             "eval": {"batch_size": 128},
         }
+    if arm.has_longer_teacher:
+        _train_teacher(config, cell)
+    if arm.budget:
+        config.train.keep_budget = {BUDGET_MEASURE: arm.budget}
+        config.train.eval_every = config.train.num_steps // EVALUATIONS
+        config.train.eval_before = True
+        config.eval.kl_from_start = "always"
     if arm.is_merged:
         config.phases = (*config.phases, "merge")
         config.overrides.merge = {

@@ -48,6 +48,10 @@ KEEP = {
     "plain_excess": (KEEP_RATES, 3),
     "mixture_ntp_teacher": (KEEP_RATES, 3),
     "mixture_ntp_excess": (KEEP_RATES, 3),
+    "plain_budget": (RATES[2:], 3),
+    "mixture_lssd20_budget": (RATES[2:], 3),
+    "mixture_lssd_longer": ((RATE,), 1),
+    "mixture_lssd20_longer": ((RATE,), 1),
 }
 # Rates at which every arm forgets, one seed.
 HIGH_RATES = (8e-3, 1.6e-2)
