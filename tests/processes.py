@@ -115,18 +115,28 @@ def finish(processes: list[Process]) -> None:
         assert process.wait() == 0, process.output
 
 
+def _poll(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline, "nothing happens"
+        time.sleep(0.01)
+
+
 def wait_until(holds: Callable[[], bool], processes: list[Process]) -> None:
     """Returns when it holds; fails when a process ends before."""
-    while not holds():
-        for process in processes:
-            assert process.process.is_alive(), process.output
-        time.sleep(0.01)
+
+    def holds_or_fails():
+        ended = [process for process in processes if not process.process.is_alive()]
+        found = holds()
+        assert found or not ended, ended[0].output
+        return found
+
+    _poll(holds_or_fails)
 
 
 def kill(process: Process, holds: Callable[[], bool]) -> bool:
     """Kills a process once it holds; False if the process ended by itself before."""
-    while process.process.is_alive() and not holds():
-        time.sleep(0.01)
+    _poll(lambda: not process.process.is_alive() or holds())
     process.kill()
     return process.wait() == -signal.SIGKILL
 
