@@ -24,6 +24,7 @@ _ROUTES = {
     ("POST", rf"/api/(?P<kind>{_KINDS})/(?P<id>[^/]+/[^/]+)/preupload/.+"): "preupload",
     ("POST", rf"/api/(?P<kind>{_KINDS})/(?P<id>[^/]+/[^/]+)/commit/.+"): "commit",
     ("POST", "/api/repos/create"): "create",
+    ("POST", "/api/validate-yaml"): "validate",
     ("POST", r"/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch"): "batch",
     ("PUT", r"/lfs/(?P<oid>\w+)"): "put",
     (
@@ -132,8 +133,12 @@ def _handler(hub: HubServer) -> type[http.server.BaseHTTPRequestHandler]:
             method = "GET" if is_head else self.command
             given = self.headers.get("Range", "")
             hub.requests.append(Request(self.command, path, given))
-            size = int(self.headers.get("Content-Length", 0))
-            self.content = self.rfile.read(size)
+            self.content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers.get("Transfer-Encoding") == "chunked":
+                while size := int(self.rfile.readline(), 16):
+                    self.content += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
             for (wanted, pattern), name in _ROUTES.items():
                 if wanted == method and (found := re.fullmatch(pattern, path)):
                     return getattr(self, f"_{name}")(**found.groupdict())
@@ -216,11 +221,16 @@ def _handler(hub: HubServer) -> type[http.server.BaseHTTPRequestHandler]:
             given = json.loads(self.content)
             name = f"{given.get('organization') or 'me'}/{given['name']}"
             kind = given.get("type") or "model"
-            hub.private[name] = given.get("private")
+            if name in hub.gated:
+                return self._fail(403, "")
+            hub.private[name] = given.get("visibility", given.get("private"))
             hub._commits.setdefault((f"{kind}s", name), [])
             if not hub._commits[f"{kind}s", name]:
                 hub.commit(f"{kind}s", name, {})
             self._send({"url": f"{hub.url}/{name}", "name": name, "id": name})
+
+        def _validate(self):
+            self._send({"errors": [], "warnings": []})
 
         def _preupload(self, kind, id):
             modes = [

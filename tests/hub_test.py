@@ -25,12 +25,15 @@ from etils import epath
 from huggingface_hub import constants, file_download
 
 from mixcpt_jax import config as config_lib
+from mixcpt_jax import main
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import hub, sources
 from mixcpt_jax.models import huggingface_export, pretrained, tokenizer, transformer
 from mixcpt_jax.training import phase
 
 ID = "org/tiny"
+# The client's own way to send bytes.
+uploads = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 def forget() -> None:
@@ -421,3 +424,92 @@ def test_offline_a_file_that_is_not_in_the_cache_is_an_error(server, monkeypatch
     assert [next(records).fields["text"] for _ in range(2)] == ["a", "b"]
     with pytest.raises(InputError, match="train-00001.*HF_HUB_OFFLINE is set"):
         next(records)
+
+
+@uploads
+def test_a_push_makes_one_commit(server, tmp_path):
+    files = {
+        "config.json": b"{}",
+        "README.md": b"# Mine",
+        "model.safetensors": b"-" * 9,
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    first = hub.push(epath.Path(tmp_path), "me/mine", True)
+    found = server.files("models", "me/mine")
+    assert {name: found[name] for name in files} == files
+    assert server.private["me/mine"] in (True, "private")
+    (tmp_path / "config.json").write_bytes(b"[]")
+    second = hub.push(epath.Path(tmp_path), "me/mine", True)
+    assert first.partition("@")[0] == second.partition("@")[0] == "hf://me/mine"
+    assert (
+        server.files("models", "me/mine", second.partition("@")[2])["config.json"]
+        == b"[]"
+    )
+
+
+def test_a_push_that_the_hub_refuses_is_one_line(server, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_bytes(b"{}")
+    server.gated.add("me/mine")
+    with pytest.raises(InputError, match=r"export.hub_id=me/mine: .*set HF_TOKEN"):
+        hub.push(epath.Path(tmp_path), "me/mine", True)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match="export.hub_id=me/mine: the Hub cannot be re"):
+        hub.push(epath.Path(tmp_path), "me/mine", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("mine", "export.hub_id='mine': must be ORG/NAME"), ("me/mine", "set HF_TOKEN")],
+)
+def test_a_push_is_checked_before_the_run(name, told, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    config = config_lib.default()
+    config.job = "export"
+    config.model.path = "model"
+    config.export.hub_id = name
+    with pytest.raises(InputError, match=told):
+        config_lib.validate(config)
+
+
+@uploads
+@pytest.mark.slow
+def test_from_the_hub_to_the_hub(served, tiny_config, tmp_path, monkeypatch):
+    """A model and a data set by their names, and the card of what was made of them."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    card = b"---\nlicense: apache-2.0\n---\n# Tiny\n"
+    base = served.commit("models", ID, {"README.md": card})
+    passages = [f"passage {i} about the facts of day {i}" for i in range(64)]
+    facts = served.commit("datasets", "org/facts", {"train.jsonl": lines(*passages)})
+    config = tiny_config
+    config.model.path = ID
+    config.sources.domain.path = SET
+    config.train.num_steps = 1
+    config.phases = ("cpt", "export")
+    config.overrides.export = {"init_from": "phase:cpt", "job": "export"}
+    config.export.hub_id = "me/mine"
+    _, results = main.run(config, str(tmp_path / "run"))
+    pushed = served.files("models", "me/mine")
+    written = contents(tmp_path / "run" / "export" / "hf")
+    assert {k: v for k, v in pushed.items() if k != ".gitattributes"} == written
+    text = written["README.md"].decode()
+    header = huggingface_hub.ModelCard(text).data.to_dict()
+    assert header["base_model"] == [ID]
+    assert header["license"] == "apache-2.0"
+    assert header["datasets"] == ["org/facts"]
+    assert f"org/facts@{facts[:12]}" in text
+    assert "logit swap self-distillation" in text
+    assert "arxiv.org/abs/2407.10804" in text
+    assert "| domain: perplexity" in text
+    assert str(tmp_path) not in text
+    provenance = json.loads((tmp_path / "run/cpt/provenance.json").read_text())
+    assert provenance["commits"] == {f"hf://{ID}": base, SET: facts}
+    # Both repositories move on; the run does not.
+    served.commit("models", ID, {"config.json": b"{}"})
+    served.commit("datasets", "org/facts", {"train.jsonl": b"{}"})
+    forget()
+    (tmp_path / "run" / "export" / "results.json").unlink()
+    _, again = main.run(config, str(tmp_path / "run"))
+    assert again["cpt"] == results["cpt"]
+    assert contents(tmp_path / "run" / "export" / "hf") == written

@@ -445,6 +445,11 @@ def bounded_config() -> ml_collections.ConfigDict:
         {
             # Of the exported weights.
             "dtype": one_of("bfloat16", "float32", "float16"),
+            # The model of the Hub, ORG/NAME, that the folder is pushed to with a model
+            # card, as the owner of HF_TOKEN; empty: none.
+            "hub_id": "",
+            # Whether that model, if it is new, is shown to its owner alone.
+            "private": True,
         }
     )
     config.runtime = ml_collections.ConfigDict(

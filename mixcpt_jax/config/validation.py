@@ -6,6 +6,7 @@ conflict with others, and the remedy.
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterable
 
 import ml_collections
@@ -76,6 +77,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         "data.prepared",
         "a folder on a local disk",
     )
+    _check_push(config)
     if config.clean.decontaminate and not config.eval.exams:
         raise InputError(
             f"clean.decontaminate={config.clean.decontaminate}: eval.exams has no exam; "
@@ -90,6 +92,26 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     _check_keep_budget(config)
     if config.job != "export":
         _check_batch(config, num_devices)
+
+
+def _check_push(config) -> None:
+    """Checks that an export can be pushed, before hours of training."""
+    name = config.export.hub_id
+    if config.job != "export" or not name:
+        return
+    _check(
+        re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None,
+        config,
+        "export.hub_id",
+        "ORG/NAME, of a model on the Hub",
+    )
+    from huggingface_hub import get_token  # takes a fifth of a second
+
+    if not get_token():
+        raise InputError(
+            f"export.hub_id={name}: no token is set to push with; set HF_TOKEN to one that "
+            "may write, or run `hf auth login`"
+        )
 
 
 def check_values(config: ml_collections.ConfigDict) -> None:

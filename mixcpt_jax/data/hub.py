@@ -18,6 +18,7 @@ import io
 import logging
 import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
@@ -112,6 +113,48 @@ def local_model(path: str, *names: str) -> str:
         if name in names or any(fnmatch.fnmatch(name.lower(), p) for p in _MODEL_FILES)
     ]
     return str(address.download([prefix + name for name in read]))
+
+
+def card_of_model(path: str) -> dict[str, Any]:
+    """The header of a model's card on the Hub; empty if it has none."""
+    address = _Address.parse(SCHEME + path if is_model_id(path) else path, path)
+    return _card(dataclasses.replace(address, path="")) if address else {}
+
+
+def name_of_model(path: str) -> str:
+    """The ORG/NAME of a model on the Hub; empty for any other path."""
+    address = _Address.parse(SCHEME + path if is_model_id(path) else path, path)
+    return address.repository if address else ""
+
+
+def push(folder: epath.Path, name: str, private: bool) -> str:
+    """Pushes a folder as one commit of a model, which is made if there is none.
+
+    Args:
+      folder: on a local disk or in a bucket; without folders in it.
+      name: ORG/NAME.
+      private: whether a new model is shown to its owner alone.
+
+    Returns:
+      The address of the model, at the new commit.
+
+    Raises:
+      InputError: the Hub refuses it or cannot be reached.
+    """
+    address = _Address("model", name, None, "", f"export.hub_id={name}")
+    with tempfile.TemporaryDirectory(prefix="mixcpt-push-") as local:
+        if paths.is_remote(folder):
+            for file in folder.iterdir():
+                paths.copy_file(file, epath.Path(local) / file.name)
+        else:
+            local = str(folder)
+        terminal.say(f"{folder}: is pushed to {name}")
+        with address._explained():
+            _api().create_repo(name, private=private, exist_ok=True)
+            done = _api().upload_folder(
+                repo_id=name, folder_path=local, commit_message="Export of mixcpt_jax"
+            )
+    return str(address.at(done.oid))
 
 
 def commits(
@@ -277,12 +320,20 @@ def _choose(
 
 def _subsets(address: "_Address") -> dict[str, dict[str, list[str]]]:
     """Subset -> split -> globs, as the card of a data set says; empty: it says nothing."""
+    try:
+        configs = _card(address)["configs"]
+        return {str(c["config_name"]): _splits(c["data_files"]) for c in configs}
+    except (KeyError, TypeError, ValueError):  # a card may hold anything
+        return {}
+
+
+def _card(address: "_Address") -> dict[str, Any]:
+    """The header of a repository's card; empty if it has none."""
     if "README.md" not in address.files():
         return {}
-    card = address.below("README.md").download(["README.md"])
+    file = address.below("README.md").download(["README.md"])
     try:
-        configs = _library().metadata_load(card)["configs"]
-        return {str(c["config_name"]): _splits(c["data_files"]) for c in configs}
+        return dict(_library().metadata_load(file) or {})
     except Exception:  # a card may hold anything
         return {}
 
@@ -420,8 +471,10 @@ class _Address:
         except InputError:
             raise
         except Exception as error:
-            if problem := self._problem(error):
-                raise InputError(f"{self.place}: {problem}") from error
+            # An upload wraps its errors.
+            for found in (error, error.__cause__):
+                if isinstance(found, Exception) and (problem := self._problem(found)):
+                    raise InputError(f"{self.place}: {problem}") from error
             raise
 
     def _problem(self, error: Exception) -> str | None:
@@ -432,7 +485,7 @@ class _Address:
         page = (
             f"{constants.ENDPOINT}/{self.root.partition('@')[0].removeprefix(SCHEME)}"
         )
-        is_bare = not self.place.startswith(SCHEME)
+        is_bare = _ID.fullmatch(self.place) is not None
         absent = "there is no such file or folder, and " if is_bare else ""
         unread = (
             errors.RevisionResolutionError,
@@ -496,6 +549,7 @@ def _library() -> Any:
     logger = logging.getLogger("huggingface_hub")
     logger.handlers.clear()
     logger.propagate = True
+    huggingface_hub.utils.disable_progress_bars()  # ours, `_progress`, are not of its kind
     return huggingface_hub
 
 

@@ -49,6 +49,7 @@ def save_pretrained(
     stop_ids: Iterable[int] = (),
     max_shard_bytes: int = 5 * 2**30,
     start: str = "",
+    card: str = "",
 ) -> None:
     """Writes a folder that transformers' `from_pretrained` loads.
 
@@ -68,6 +69,7 @@ def save_pretrained(
         tensor). The host holds one such file at a time.
       start: the checkpoint that the parameters were trained from. Its license files are
         copied, and its `generation_config.json` except for special tokens.
+      card: the text of the model's card, `README.md`; empty: none.
 
     Raises:
       InputError: `folder` exists and holds something other than an export, or contains
@@ -101,6 +103,8 @@ def save_pretrained(
             if _LICENSE.fullmatch(name):
                 small_files.require_regular(file)
                 paths.copy_file(file, new / name)
+        if card:
+            (new / "README.md").write_text(card)
         raw = _config_to_hf(config, tokenizer, dtype)
         names = sorted({MARKER, *(file.name for file in new.iterdir())})
         _write_json(new / MARKER, raw | {_WRITTEN: names})

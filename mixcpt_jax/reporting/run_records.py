@@ -67,6 +67,7 @@ CONFIG = {
     "data?": {"row_length?": int, "batch_size?": int},
     "train?": {"num_steps?": int},
     "optimizer?": {"learning_rate?": float},
+    "lora?": {"rank?": int},
     "objective?": {
         "kind?": str,
         "ntp_weight?": float,

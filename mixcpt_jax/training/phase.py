@@ -52,7 +52,7 @@ _RESULTS: dict[str, small_files.Shape] = {
     "merge": _MEASURED | {"share": float, "curve": [_MEASURES]},
     "select": {"selection": {str: {str: object}}, "seconds?": float},
     "generate": {"generated": {str: int}, "folder": str, "seconds?": float},
-    "export": {"folder": str, "dtype": str, "seconds?": float},
+    "export": {"folder": str, "dtype": str, "pushed?": str, "seconds?": float},
 }
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
