@@ -219,41 +219,54 @@ def owning(folder: str) -> contextlib.AbstractContextManager:
     return hosts.owning(path)
 
 
-def phase_configs(
+def checked_phases(
     config: ml_collections.ConfigDict, workdir: str
 ) -> dict[str, ml_collections.ConfigDict]:
     """Phase -> its config; for a config without phases, the workdir's name -> the config.
 
     Raises:
-      InputError: a key or a value is wrong, or sizes cannot be chosen.
+      InputError: a key or a value is wrong.
     """
     from mixcpt_jax import config as config_lib
 
-    def by_name() -> dict[str, ml_collections.ConfigDict]:
-        return {name: config_lib.for_phase(config, name) for name in config.phases} or {
-            pathlib.PurePath(workdir).name: config
-        }
-
     config_lib.check_values(config)
-    for name, phase_config in by_name().items():
+    configs = {name: config_lib.for_phase(config, name) for name in config.phases} or {
+        pathlib.PurePath(workdir).name: config
+    }
+    for name, phase_config in configs.items():
         with _naming(name, config):
             config_lib.check_values(phase_config)
-    if config.data.batch_size == 0:
-        from mixcpt_jax.planning import sizing
+    return configs
 
-        sizing.resolve(config, workdir)
-    return by_name()
+
+def phase_configs(
+    config: ml_collections.ConfigDict, workdir: str
+) -> dict[str, ml_collections.ConfigDict]:
+    """As `checked_phases`, with all sizes chosen.
+
+    Raises:
+      InputError: a key or a value is wrong, or sizes cannot be chosen.
+    """
+    configs = checked_phases(config, workdir)
+    if config.data.batch_size != 0:
+        return configs
+    from mixcpt_jax.planning import sizing
+
+    sizing.resolve(config, workdir)
+    return checked_phases(config, workdir)
 
 
 def training_phase(
-    config: ml_collections.ConfigDict, workdir: str
+    configs: dict[str, ml_collections.ConfigDict],
 ) -> tuple[str, ml_collections.ConfigDict]:
     """The phase named by `--phase`, or the first one that trains, and its config.
+
+    Args:
+      configs: phase -> its config.
 
     Raises:
       InputError: no phase of this name trains.
     """
-    configs = phase_configs(config, workdir)
     trained = [key for key, entry in configs.items() if entry.job == "train"]
     name = _PHASE.value or next(iter(trained), "")
     if name not in trained:

@@ -99,7 +99,7 @@ BAD = [
     (
         "sources.domain.on_bad_record",
         "drop",
-        "on_bad_record='drop': must be one of refuse, skip",
+        "on_bad_record='drop': must be one of by_kind, refuse, skip",
     ),
     (
         "data.overlong",

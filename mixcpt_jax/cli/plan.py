@@ -46,7 +46,9 @@ def main(argv: list[str]) -> None:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     config, workdir = command_line.read(argv)
     output = _OUTPUT.value and paths.output_file(_OUTPUT.value)
-    name, config = command_line.training_phase(config, workdir)
+    name, config = command_line.training_phase(
+        command_line.phase_configs(config, workdir)
+    )
     topology = _TOPOLOGY.value or config.mesh.topology
     if not topology:
         raise InputError(

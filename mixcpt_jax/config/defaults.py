@@ -492,8 +492,9 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     path: a file, a folder, a glob or a comma-separated list of them, also of a data set on
       the Hub, hf://datasets/ORG/NAME@REVISION. The files in a folder decide how it is read.
       A local path that exists is taken literally, with its commas and wildcards.
-    reader: "jsonl", "text", "parquet", "arrow" (of Hugging Face datasets), "tfds" or
-      "array_record"; empty: from the file names, see `sources.read`.
+    reader: "text", "html", "pdf", "docx", "csv", "jsonl", "parquet", "arrow" (of Hugging
+      Face datasets), "tfds" or "array_record"; empty: from the file names, see
+      `sources.read`.
     split: the split of a dataset with several splits, such as a folder whose files are
       named by the Hub's conventions; empty: "train", or the only split; "all": every file.
     subset: of a data set on the Hub, as its card names it, or else a folder of it; empty:
@@ -505,6 +506,8 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
       where only the target is trained on or measured.
     fields: the record's field names, where they differ from the format's and from those
       that `data.layouts` recognises, as in {"text": "abstract"}; "a.b" is nested.
+      {"csv": {"text": "abstract"}} is a map for one reader; files that are one text have
+      no fields to map.
     preference_side: the answer that goes into the plain text: "chosen", "rejected" or
       "both".
     weight: share of the mixture's tokens, relative to the other sources.
@@ -513,11 +516,10 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     max_tokens: maximum number of its loss tokens, to within a row; 0: no limit. When a
       source reaches a limit, the other sources fill its share.
     max_records: only this many records are read, from the beginning; 0: all.
-    on_bad_record: "refuse" ends the run; "skip" leaves out, with a warning, records
-      that cannot be read, lack a field, have a blank field or are not a conversation,
-      and the rest of a damaged file.
-    max_expansion: a compressed file (.gz, .zst) whose text is larger than the file by more
-      than this factor, and than 256 MiB, is refused: it may have been made to fill memory.
+    on_bad_record: what happens to records that cannot be read, lack a field, have a blank
+      field or are not a conversation, and to the rest of a damaged file. "by_kind": of
+      documents (text, HTML, PDF, docx, CSV) they are left out and counted by reason; of
+      data sets they end the run. "refuse": they end the run. "skip": they are left out.
     holdout: how many records are measured, chosen by a hash of their text. In
       `eval.texts` and `eval.pairs` 0 means all. No source trains on measured records.
     ntp_weight, lssd_weight, kd_weight, selective_weight: weights of the losses on this
@@ -550,7 +552,7 @@ def bounded_source() -> ml_collections.ConfigDict:
             "epochs": number(0.0, least=0, most=1e6),
             "max_tokens": number(0, least=0, most=10**15),
             "max_records": number(0, least=0, most=10**12),
-            "on_bad_record": one_of("refuse", "skip"),
+            "on_bad_record": one_of("by_kind", "refuse", "skip"),
             "max_expansion": number(MAX_EXPANSION, least=1, most=10**9),
             "holdout": number(0, least=0, most=10**9),
             "ntp_weight": number(None, least=0, most=1000),

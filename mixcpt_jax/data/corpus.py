@@ -13,7 +13,8 @@ from absl import logging
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import exams, filters, formats, sources
+from mixcpt_jax.data import exams, filters, formats, readers, sources
+from mixcpt_jax.data.readers import OnBad
 from mixcpt_jax.data.tally import Tally
 
 # `(function, items) -> (item, function(item))` in order.
@@ -123,7 +124,9 @@ class Corpus:
 
     Attributes:
       left_out: reason -> number of records, of the last complete pass of `train_split`;
-        "bad_record", "held_out" or one of `filters.REASONS`.
+        the reason of a `readers.DocumentError`, "bad_record", "held_out" or one of
+        `filters.REASONS`.
+      examples: reason -> one of them.
     """
 
     def __init__(
@@ -150,6 +153,7 @@ class Corpus:
             source.preference_side,
         )
         self.left_out: dict[str, int] = {}
+        self.examples: dict[str, str] = {}
 
     @functools.cached_property
     def _chosen(self) -> list[sources.Record]:
@@ -166,11 +170,11 @@ class Corpus:
     def _to_choose_from(self) -> Iterator[sources.Record]:
         # Report an error in the first record, such as a wrong field name, before an error
         # about the number of records.
-        is_first = self._refuses
-        for record in self._read(None if self._refuses else lambda error: None):
-            if is_first:
-                formats.plain_text(record, *self._settings)
-                is_first = False
+        on_bad, is_first = self._handler(lambda error: None), True
+        for record in self._read(on_bad):
+            if is_first and (complaint := self._complaint(record)):
+                on_bad(complaint)
+            is_first = False
             yield record
 
     @functools.cached_property
@@ -193,9 +197,8 @@ class Corpus:
         Raises:
           InputError: see `sources.read` and `sources.choose_holdout`.
         """
-        if self._refuses:
-            return self._chosen
-        return [r for r in self._chosen if self._complaint(r) is None]
+        on_bad = self._handler(lambda error: None)
+        return [record for record in self._chosen if self._is_usable(record, on_bad)]
 
     def measured(self) -> list[sources.Record]:
         """Its holdout, or all of its records if it has none.
@@ -224,6 +227,7 @@ class Corpus:
             records = self._cleaned(records, in_order, tally)
         yield from self._reported(records, tally)
         self.left_out = dict(tally.left_out)
+        self.examples = {reason: tally.examples[reason] for reason in tally.left_out}
 
     def _reported(
         self, records: Iterator[sources.Record], tally: Tally
@@ -243,18 +247,20 @@ class Corpus:
             )
         if is_empty and left_out:
             reasons = ", ".join(f"{n} {why}" for why, n in left_out.items())
-            such = f", such as {bad}" if bad else ""
+            first = bad or next(
+                (s for why, s in tally.examples.items() if why in readers.REASONS), ""
+            )
+            such = f", such as {first}" if first else ""
             if "held_out" in left_out:
                 such += f"; {tally.examples['held_out']} measures the same texts"
             raise InputError(
                 f"{self._source.path}: no record is left; left out are {reasons}{such}"
             )
 
-    @property
-    def _refuses(self) -> bool:
-        return self._source.on_bad_record == "refuse"
+    def _handler(self, leave_out: OnBad) -> OnBad:
+        return readers.handler(self._source.on_bad_record, leave_out)
 
-    def _read(self, on_bad) -> Iterator[sources.Record]:
+    def _read(self, on_bad: OnBad) -> Iterator[sources.Record]:
         source = self._source
         records = sources.read(
             source.path, source.reader, source.split, on_bad, source.max_expansion
@@ -262,15 +268,15 @@ class Corpus:
         return itertools.islice(records, source.max_records or None)
 
     def _usable(self, tally: Tally) -> Iterator[sources.Record]:
-        if self._refuses:
-            yield from self._read(None)
-            return
-        for record in self._read(tally.skip):
-            complaint = self._complaint(record)
-            if complaint is None:
+        on_bad = self._handler(tally.skip)
+        policy = self._source.on_bad_record
+        for record in self._read(on_bad):
+            # Where an error ends the run anyway, encoding the record will find it.
+            is_checked = policy == "skip" or (
+                policy == "by_kind" and record.kind in readers.DOCUMENTS
+            )
+            if not is_checked or self._is_usable(record, on_bad):
                 yield record
-            else:
-                tally.skip(complaint)
 
     def _without_holdout(self, tally: Tally) -> Iterator[sources.Record]:
         holdout = self._phase_holdout
@@ -280,11 +286,17 @@ class Corpus:
             else:
                 yield record
 
+    def _is_usable(self, record: sources.Record, on_bad: OnBad) -> bool:
+        complaint = self._complaint(record)
+        if complaint is not None:
+            on_bad(complaint)
+        return complaint is None
+
     def _complaint(self, record: sources.Record) -> InputError | None:
         try:
             formats.plain_text(record, *self._settings)
         except InputError as error:
-            return error
+            return readers.of_record(error, record)
         return None
 
     def _cleaned(self, records, in_order, tally: Tally) -> Iterator[sources.Record]:

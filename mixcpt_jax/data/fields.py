@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import layouts
+from mixcpt_jax.data import layouts, readers
 from mixcpt_jax.data.readers import Record
 
 _INSTRUCTION = (
@@ -95,7 +95,8 @@ class Reading:
         Args:
           record: to read.
           fields: our field -> the source's name for it, where they differ; "a.b" is the
-            value `b` in the object `a`.
+            value `b` in the object `a`. Under the name of a reader, such a map is for its
+            records only. Files that are one text have no fields to map.
           format: that will read it; '': no layout is recognised.
 
         Raises:
@@ -103,9 +104,10 @@ class Reading:
         """
         self.place = record.place
         self._format = format
-        self._values = _unnested(record.fields, (fields or {}).values())
+        named = _of_kind(fields or {}, record.kind)
+        self._values = _unnested(record.fields, named.values())
         self._names, self.layout = layouts.recognise(
-            self._values, format, fields or {}, record.place
+            self._values, format, named, record.place
         )
         self._read: set[str] = set()
         self._in_messages: set[str] = set()
@@ -556,6 +558,14 @@ def _exchange(reading: Reading, value: Any, where: str) -> list[Message]:
         {"role": role, "content": text}
         for role, text in zip(("user", "assistant"), value, strict=True)
     ]
+
+
+def _of_kind(fields: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """The map of fields for the records of one reader."""
+    if kind in readers.TEXTS:
+        return {}
+    names = {ours: name for ours, name in fields.items() if isinstance(name, str)}
+    return names | dict(fields.get(kind, {}))
 
 
 def _unnested(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import hub, readers
 
-READERS = ("jsonl", "text", "parquet", "arrow", "array_record", "tfds")
+READERS = (*readers.TEXTS, *readers.RECORDS)
 ALL = hub.ALL
 
 _WILDCARD = re.compile(r"[*?\[]")
@@ -58,6 +58,18 @@ _ABOUT_OTHERS = re.compile(
 )
 
 
+# Kinds of files that hold no text, by their suffixes.
+_OTHER_KINDS = {
+    "archive": ("zip", "tar", "tgz", "gz", "bz2", "xz", "zst", "7z", "rar", "jar", "whl"),
+    "media": (
+        "png", "jpg", "jpeg", "gif", "svg", "webp", "bmp", "tif", "tiff", "ico", "mp3",
+        "mp4", "wav", "ogg", "avi", "mov", "mkv", "ttf", "woff", "woff2",
+    ),
+    "office": ("doc", "xls", "xlsx", "ppt", "pptx", "odt", "ods", "odp", "rtf", "epub"),
+    "program": ("exe", "dll", "so", "bin", "o", "a", "class", "pyc", "pkl", "pt", "npy"),
+}  # fmt: skip
+
+
 class Part(NamedTuple):
     """A file, or the folder of a TFDS dataset and its split."""
 
@@ -93,6 +105,18 @@ class Found:
     notes: dict[str, list[str]] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(list)
     )
+
+    def not_read(self) -> dict[str, list[str]]:
+        """Reason -> the files below the path that are not read for it."""
+        found = collections.defaultdict(list)
+        for file in self.passed_over:
+            ending = readers.suffix(file.name).rpartition(".")[2]
+            kind = next((k for k, names in _OTHER_KINDS.items() if ending in names), "")
+            found[kind or "no_reader"].append(str(file))
+        for reason, note in (("hidden", _HIDDEN), ("about_the_data", _CARDS)):
+            if names := self.notes.get(note):
+                found[reason] += names
+        return dict(found)
 
     def lines(self) -> list[str]:
         """The notes and the skipped files, as text."""
@@ -313,10 +337,11 @@ class _Search:
         if self._split == ALL:
             return {path: split or ALL for path, split in split_of.items()}
         unnamed = [entry for entry in files if not split_of[entry.path]]
-        if any(split_of[e.path] and e.reader != "text" for e in files):
-            beside = [entry.path for entry in unnamed if entry.reader == "text"]
+        texts = readers.TEXTS
+        if any(split_of[e.path] and e.reader not in texts for e in files):
+            beside = [entry.path for entry in unnamed if entry.reader in texts]
             self._note(_BESIDE, beside)
-            unnamed = [entry for entry in unnamed if entry.reader != "text"]
+            unnamed = [entry for entry in unnamed if entry.reader not in texts]
             for path in beside:
                 del split_of[path]
         if set(counts) == {"train"} and not self._split:
@@ -373,8 +398,9 @@ def _splits(files: list[_Entry]) -> dict[epath.Path, str]:
     }
     # A text file may be called "test" by chance; it is a split only beside one called
     # "train".
-    if not any(by_name[e.path] == "train" for e in files if e.reader == "text"):
-        by_name |= {entry.path: "" for entry in files if entry.reader == "text"}
+    texts = [entry.path for entry in files if entry.reader in readers.TEXTS]
+    if not any(by_name[path] == "train" for path in texts):
+        by_name |= dict.fromkeys(texts, "")
     return {
         path: _canonical(shards[path])
         if path in shards

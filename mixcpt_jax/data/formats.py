@@ -19,7 +19,7 @@ import numpy as np
 
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import fields as fields_lib
-from mixcpt_jax.data import layouts, long_texts
+from mixcpt_jax.data import layouts, long_texts, readers
 from mixcpt_jax.data.fields import FIELDS, PREFERENCE_SIDES, SEPARATOR
 from mixcpt_jax.data.readers import OnBad
 from mixcpt_jax.data.sources import Record
@@ -181,7 +181,8 @@ def encode(
         `layouts.recognise` does not find it.
       preference_side: 'chosen', 'rejected', or 'both' for two examples per record.
       tally: counts findings; if None, dropped records and characters are logged.
-      on_bad_record: 'refuse', or 'skip' to leave out and count bad records.
+      on_bad_record: 'refuse', or 'skip' to leave out and count bad records, or 'by_kind'
+        to do so for those of documents only.
 
     Raises:
       InputError: an unknown format, side or field name; a record that lacks a field, or
@@ -190,9 +191,9 @@ def encode(
         one that the chat template cannot write.
     """
     settings = format, fields or {}, preference_side
-    _check_settings(*settings)
+    check_settings(*settings)
     ours = tally or Tally()
-    on_bad = ours.skip if on_bad_record == "skip" else _raise
+    on_bad = readers.handler(on_bad_record, ours.skip)
     checked = _checked(records, settings, ours, on_bad)
     match format:
         case "chat" | "chat_preference" | "cloze":
@@ -222,7 +223,7 @@ def chat_pair(
     Raises:
       InputError: see `encode`, format 'chat', and `fields.pair`.
     """
-    content = _read(record, "chat_preference", fields, "both")
+    content = read(record, "chat_preference", fields, "both")
     arrays = []
     for example in _pair(content, tokenizer, record.place):
         arrays += map(np.asarray, example, (np.int32, bool))
@@ -247,10 +248,15 @@ class Content(NamedTuple):
     left_out: str = ""
 
 
-def _read(
+def read(
     record: Record, format: str, fields: Mapping[str, str] | None, side: str
 ) -> Content:
-    _check_settings(format, fields or {}, side)
+    """Reads the content of a record; arguments as for `encode`.
+
+    Raises:
+      InputError: see `encode`.
+    """
+    check_settings(format, fields or {}, side)
     reading = fields_lib.Reading(record, fields, format)
     left_out = ""
     match format:
@@ -279,29 +285,30 @@ def _contents(messages: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _checked(
     records: Iterable[Record], settings: tuple, tally: Tally, on_bad: OnBad
-) -> Iterator[tuple[Content, str]]:
-    """Yields the content and place of each record; counts dropped records."""
+) -> Iterator[tuple[Content, Record]]:
+    """Yields each record with its content; counts dropped records."""
     for record in records:
         try:
-            content = _read(record, *settings)
+            content = read(record, *settings)
         except InputError as error:
-            on_bad(error)
+            on_bad(readers.of_record(error, record))
             continue
         if content.left_out:
             tally.leave_out(content.left_out, record.place)
             continue
         tally.leave_unread(content.unread, record.place)
-        tally.read_by(content.layout, record.place)
-        yield content, record.place
+        tally.read(content.layout, record.encoding, record.place)
+        yield content, record
 
 
 def _one_by_one(checked, encode_one, tokenizer, tally: Tally, on_bad: OnBad):
     """The examples of records that are encoded one by one; one or two per record."""
-    for content, place in checked:
+    for content, record in checked:
+        place = record.place
         try:
             examples = encode_one(content, tokenizer, place)
         except InputError as error:
-            on_bad(error)
+            on_bad(readers.of_record(error, record))
             continue
         for text in content.texts:
             tally.see(text, place, tokenizer)
@@ -332,10 +339,10 @@ def _tokenize(
     end = np.array([tokenizer.end_of_document_id], np.int32)
 
     def texts() -> Iterator[str]:
-        for content, place in checked:
+        for content, record in checked:
             for text in _plain(content):
-                tally.see(text, place, tokenizer)
-                tally.keep(place)
+                tally.see(text, record.place, tokenizer)
+                tally.keep(record.place)
                 yield text
 
     for ids in long_texts.encode(tokenizer, texts()):
@@ -412,7 +419,7 @@ def plain_text(
     Raises:
       InputError: see `encode`.
     """
-    content = _read(record, format, fields, preference_side)
+    content = read(record, format, fields, preference_side)
     if format == "cloze":
         return "".join(content.texts)
     return SEPARATOR.join(_plain(content) if format == "preference" else content.texts)
@@ -446,7 +453,7 @@ def passages(
     Raises:
       InputError: see `encode`.
     """
-    parts = _read(record, format, fields, preference_side).parts
+    parts = read(record, format, fields, preference_side).parts
     match format:
         case "document" | "cloze":
             return Passages(["".join(parts)], [])
@@ -555,13 +562,13 @@ def prompt_and_response(
     Raises:
       InputError: see `encode`; also if no message with content precedes the response.
     """
-    _check_settings(format, fields or {}, "chosen")
+    check_settings(format, fields or {}, "chosen")
     if format not in ("instruction", "preference", "chat"):
         raise InputError(
             f"format {format!r} has no prompt with a response; use 'instruction', "
             "'preference' or 'chat'"
         )
-    parts = _read(record, format, fields, "chosen").parts
+    parts = read(record, format, fields, "chosen").parts
     if format == "preference":
         prompt, [response] = parts
         return prompt, response
@@ -614,14 +621,20 @@ def _encode_chat(
         raise InputError(f"{place}: {error}") from error
 
 
-def _raise(error: InputError) -> None:
-    raise error
-
-
-def _check_settings(format: str, fields: Mapping, preference_side: str) -> None:
+def check_settings(format: str, fields: Mapping, preference_side: str) -> None:
+    """Raises InputError if a setting of a source is wrong, see `encode`."""
     if format not in FIELDS:
         raise InputError(f"format {format!r} is unknown; use one of {sorted(FIELDS)}")
-    if unknown := sorted(set(fields) - set(FIELDS[format])):
+    of_kinds = {
+        key: names for key, names in fields.items() if isinstance(names, Mapping)
+    }
+    if unknown := sorted(of_kinds.keys() - set(readers.RECORDS)):
+        raise InputError(
+            f"fields: {unknown[0]!r} is no kind of file whose records have fields; use "
+            f"some of {list(readers.RECORDS)}"
+        )
+    ours = fields.keys() - of_kinds.keys()
+    if unknown := sorted(ours.union(*of_kinds.values()) - set(FIELDS[format])):
         raise InputError(
             f"fields: {unknown[0]!r} is not a field of format {format!r}; "
             f"use some of {list(FIELDS[format])}"

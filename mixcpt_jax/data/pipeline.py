@@ -286,7 +286,10 @@ def _examples(
     tally = Tally(keeps_places=config.data.overlong == "refuse")
     examples = _encode(corpus.train_split(), source, tokenizer, tally)
     tally.left_out.update(corpus.left_out)
-    return examples, tally.places, {"prepared": False} | tally.counts()
+    tally.pass_over(sources.not_read(source.path, source.reader, source.split))
+    found, shown = tally.counts(), corpus.examples | tally.examples
+    shown = {why: shown[why] for kind in ("left_out", "files") for why in found[kind]}
+    return examples, tally.places, {"prepared": False, "examples": shown} | found
 
 
 def _num_steps(config, packed: list[mixture.PackedRows]) -> int:

@@ -1,8 +1,9 @@
-"""Reads the records of one file or dataset folder; one generator per format.
+"""Reads the records of one file or folder of a data set; one generator per format.
 
 Each is a function `(file, on_bad)`. The error of one record goes to `on_bad`, which raises
 or counts it, and reading continues. If a library raises an exception on a damaged file, the
-generator ends; `sources.read` adds the place. Only text files are loaded whole.
+generator ends; `sources.read` adds the place. No file is loaded whole. `documents` reads
+what is not a data set.
 """
 
 import codecs
@@ -35,10 +36,24 @@ READER_OF_SUFFIX = {
     ".jsonl.zst": "jsonl",
     ".txt": "text",
     ".md": "text",
+    ".markdown": "text",
+    ".rst": "text",
+    ".html": "html",
+    ".htm": "html",
+    ".xhtml": "html",
+    ".pdf": "pdf",
+    ".docx": "docx",
+    ".csv": "csv",
+    ".tsv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".array_record": "array_record",
 }
+# Readers of whole files, each one text; readers of records with fields; and readers of
+# what people write as documents.
+TEXTS = ("text", "html", "pdf", "docx")
+RECORDS = ("jsonl", "csv", "parquet", "arrow", "array_record", "tfds")
+DOCUMENTS = (*TEXTS, "csv")
 MAX_LINE_BYTES = 64 << 20
 MAX_TEXT_BYTES = MAX_GROUP_BYTES = 1 << 30
 # The text in a compressed file may always have this size.
@@ -60,10 +75,57 @@ class Record:
       fields: field name -> value, of JSON's types.
       place: where it is: `file:line`, `file:row group 0, row 5`, `file#record` or a file;
         error messages begin with it.
+      kind: the reader of its file, see `files.READERS`.
+      encoding: of its file, where it was detected.
     """
 
     fields: dict
     place: str
+    kind: str = ""
+    encoding: str = ""
+
+
+# Why a document is left out, see `documents`.
+REASONS = (
+    "no_text", "binary", "unknown_encoding", "encrypted", "too_large", "damaged",
+    "no_header", "bad_row",
+)  # fmt: skip
+
+
+class DocumentError(InputError):
+    """What is wrong with a document or a row of one.
+
+    Attributes:
+      reason: one of `REASONS`, or "bad_record", to count it by.
+    """
+
+    def __init__(self, problem: str, reason: str = "bad_record"):
+        super().__init__(problem)
+        self.reason = reason
+
+
+def of_record(error: InputError, record: Record) -> InputError:
+    """The error of a record, as a `DocumentError` if it is of a document."""
+    if record.kind in DOCUMENTS and not isinstance(error, DocumentError):
+        return DocumentError(str(error))
+    return error
+
+
+def handler(on_bad_record: str, leave_out: OnBad) -> OnBad:
+    """Raises errors or passes them to `leave_out`, see `config.source`."""
+
+    def on_bad(error: InputError) -> None:
+        is_document = isinstance(error, DocumentError)
+        is_left_out = {
+            "by_kind": is_document,
+            "skip": True,
+            "refuse": is_document and error.reason == "no_text",
+        }
+        if not is_left_out[on_bad_record]:
+            raise error
+        leave_out(error)
+
+    return on_bad
 
 
 def suffix(name: str) -> str:
@@ -177,31 +239,6 @@ def _lines(content: io.BufferedIOBase) -> Iterator[bytes]:
         while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
             rest = content.readline(_BUFFER_BYTES)
         yield line
-
-
-def text(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
-    """One record `{'id', 'text'}`, none if the file is blank."""
-    if (size := file.stat().length) > MAX_TEXT_BYTES:
-        on_bad(
-            InputError(
-                f"{file}: has {size >> 20:,} MiB, at most {MAX_TEXT_BYTES >> 20:,} are "
-                "supported in one document; split the file"
-            )
-        )
-        return
-    content = file.read_bytes()
-    try:
-        document = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        on_bad(
-            InputError(
-                f"{file}:{line}: not UTF-8 (byte {error.start} of the file); convert it"
-            )
-        )
-        return
-    if document.strip():
-        yield Record({"id": str(file), "text": document}, str(file))
 
 
 def parquet(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:

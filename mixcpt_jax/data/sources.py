@@ -14,13 +14,17 @@ from etils import epath
 from mixcpt_jax.config.defaults import MAX_EXPANSION
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import files, filters, hub, readers
+from mixcpt_jax.data import documents, files, filters, hub, readers
 from mixcpt_jax.data.files import Part
 from mixcpt_jax.data.readers import OnBad, Record
 
 READERS = files.READERS
 _READ_FILE = {
-    "text": readers.text,
+    "text": documents.text,
+    "html": documents.html,
+    "pdf": documents.pdf,
+    "docx": documents.docx,
+    "csv": documents.table,
     "parquet": readers.parquet,
     "arrow": readers.arrow,
     "array_record": readers.array_record,
@@ -51,7 +55,8 @@ def read(
         each file once: files by their suffix; folders written by `datasets.save_to_disk`
         or TFDS (as ArrayRecord) as datasets. Skipped files are logged, see `files.Found`.
       reader: 'jsonl' (one object per line; .jsonl, .jsonl.gz, .jsonl.zst), 'text' (one
-        record `{'id', 'text'}` per file; .txt, .md), 'parquet', 'arrow' (IPC streams and
+        record `{'id', 'text'}` per file; .txt, .md, .rst), 'html', 'pdf' and 'docx' (the
+        same), 'csv' (one record per row; .csv, .tsv), 'parquet', 'arrow' (IPC streams and
         files, and saved datasets), 'array_record' (JSON objects or else texts
         `{'text'}`), 'tfds', or '' to go by the suffixes. With a reader, a named file may
         have any suffix, and in a folder only the files of that reader are read.
@@ -60,7 +65,7 @@ def read(
         'all' for every file; '' for 'train' if there are several, or for the only one.
       on_bad: called with the error of each record that cannot be read, and of each
         damaged file after the records before the damage; reading then continues. None
-        raises the error.
+        raises the error, except that of a text without content.
       max_expansion: see `config.source`.
 
     Raises:
@@ -72,10 +77,18 @@ def read(
     found = files.find(path, reader, split)
     if reader:  # other files of a folder are not requested
         found.passed_over.clear()
+    documents.require_libraries({part.reader for part in found.parts})
     if lines := found.lines():
         logging.warning("%s: %s", path, "; ".join(lines))
     parts = functools.partial(_read_part, max_expansion=max_expansion)
-    return _read_parts(found.parts, path, on_bad or _raise, parts)
+    empty: list[InputError] = []
+    on_bad = on_bad or readers.handler("refuse", empty.append)
+    return _read_parts(found.parts, on_bad, parts, empty)
+
+
+def not_read(path: str, reader: str = "", split: str = "") -> dict[str, list[str]]:
+    """Reason -> the files below `path` that `read` passes over, see `files.Found`."""
+    return {} if reader else files.find(path, reader, split).not_read()
 
 
 def hashes(path: str, reader: str = "", split: str = "") -> dict[str, str]:
@@ -164,30 +177,25 @@ def _spelling(record: Record) -> str:
 
 def _read_parts(
     parts: list[Part],
-    path: str,
     on_bad: OnBad,
     read_part: Callable[[Part, OnBad], Iterator[Record]],
+    empty: list[InputError],
 ) -> Iterator[Record]:
-    num_records = num_problems = 0
-
-    def note(error: InputError) -> None:
-        nonlocal num_problems
-        num_problems += 1
-        on_bad(error)
-
+    """The records of all parts; raises the first of `empty` if there are none."""
+    num_records = 0
     for part in parts:
         place = None
         try:
-            for record in read_part(part, note):
+            for record in read_part(part, on_bad):
                 num_records += 1
                 place = record.place
-                yield record
+                yield dataclasses.replace(record, kind=part.reader)
         except InputError:
             raise
         except Exception as error:  # libraries share no class for damage
-            note(_damaged(part, place, error))
-    if not num_records and not num_problems:  # readers report files without records
-        on_bad(InputError(f"{path}: has no text; every file found is empty"))
+            on_bad(_damaged(part, place, error))
+    if not num_records and empty:
+        raise empty[0]
 
 
 def _read_part(
@@ -238,7 +246,3 @@ def _damaged(part: Part, place: str | None, error: Exception) -> InputError:
         f"{part.path}: cannot be read as {part.reader} ({reason}); write or download it "
         "again"
     )
-
-
-def _raise(error: InputError) -> None:
-    raise error

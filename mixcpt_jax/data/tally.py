@@ -14,7 +14,10 @@ from absl import logging
 
 from mixcpt_jax.core.errors import InputError
 
-KINDS = ("layouts", "left_out", "unread", "lost", "spelt", "without_loss")
+KINDS = (
+    "layouts", "encodings", "files", "left_out", "unread", "lost", "spelt",
+    "without_loss",
+)  # fmt: skip
 # Special tokens that texts often contain, even if the vocabulary lacks them: ends of
 # documents in concatenated files, and tags of chats that were saved as text.
 _USUAL = (
@@ -36,7 +39,9 @@ class Tally:
 
     Attributes:
       layouts: layout that was recognised, with its field map -> number of records.
-      left_out: reason -> number of records.
+      encodings: encoding other than UTF-8 -> number of records.
+      files: reason -> number of files that are not read.
+      left_out: reason -> number of records, or of documents.
       unread: field -> number of records that have it and whose text lacks its value.
       lost: character that the vocabulary drops -> number of occurrences.
       spelt: special token that occurs in texts, as plain text -> number of occurrences.
@@ -48,6 +53,8 @@ class Tally:
 
     def __init__(self, keeps_places: bool = False):
         self.layouts: collections.Counter[str] = collections.Counter()
+        self.encodings: collections.Counter[str] = collections.Counter()
+        self.files: collections.Counter[str] = collections.Counter()
         self.left_out: collections.Counter[str] = collections.Counter()
         self.unread: collections.Counter[str] = collections.Counter()
         self.lost: collections.Counter[str] = collections.Counter()
@@ -65,8 +72,8 @@ class Tally:
         self.examples.setdefault(why, example)
 
     def skip(self, error: InputError) -> None:
-        """Counts a record that cannot be used."""
-        self.leave_out("bad_record", str(error))
+        """Counts a record or a document that cannot be used."""
+        self.leave_out(getattr(error, "reason", "bad_record"), str(error))
 
     def keep(self, place: str, num_examples: int = 1) -> None:
         """Keeps the place of examples."""
@@ -78,10 +85,24 @@ class Tally:
         for name in names:
             self._count(self.unread, name, place)
 
-    def read_by(self, layout: str, place: str) -> None:
-        """Counts a record whose layout was recognised; '' if none was."""
+    def read(self, layout: str, encoding: str, place: str) -> None:
+        """Counts a record whose layout was recognised, or that was not in UTF-8.
+
+        Args:
+          layout: '' if none was recognised.
+          encoding: of its file; '' if it does not matter.
+          place: where it is from.
+        """
         if layout:
             self._count(self.layouts, layout, place)
+        if encoding and not encoding.startswith("utf-8"):
+            self._count(self.encodings, encoding, place)
+
+    def pass_over(self, files: Mapping[str, Sequence[str]]) -> None:
+        """Counts files that are not read, given by reason."""
+        for reason, names in files.items():
+            self.files[reason] += len(names)
+            self.examples.setdefault(reason, names[0])
 
     def leave_without_loss(self, number: int, place: str) -> None:
         """Counts turns that the chat template rewrites once other turns follow."""
@@ -159,15 +180,28 @@ def lines(
 
     def listed(kind: str, form: Callable[[str], str] = str) -> str:
         found = sorted(counts.get(kind, {}).items(), key=lambda item: -item[1])
-        shown = [f"{form(name)} ({number})" for name, number in found[:_MOST_SHOWN]]
+        # Each reason has its own example; of other findings, the first.
+        with_example = found if kind in ("left_out", "files") else found[:1]
+        ends = {
+            name: f", such as {example}"
+            for name, _ in with_example
+            if (example := (examples or {}).get(name))
+        }
+        are_several = len(ends) > 1
+        shown = [
+            f"{form(name)} ({number})" + ends.get(name, "") * are_several
+            for name, number in found[:_MOST_SHOWN]
+        ]
         if len(found) > _MOST_SHOWN:
             shown.append(f"and {len(found) - _MOST_SHOWN} more")
-        text = ", ".join(shown)
-        first = (examples or {}).get(found[0][0]) if found else None
-        return f"{text}, such as {first}" if first else text
+        if are_several:
+            return "; ".join(shown)
+        return ", ".join(shown) + "".join(ends.values())
 
     texts = {
         "layouts": "read as {}",
+        "encodings": "decoded from {}",
+        "files": "files that are not read: {}",
         "left_out": "left out: {}",
         "unread": "fields that are not read: {}",
         "lost": "characters that the vocabulary lacks and drops: {}",

@@ -90,6 +90,8 @@ def _prepare_source(
                 f"{entry['examples']} examples",
             )
     tally.left_out.update(corpus.left_out)
+    tally.examples.update(corpus.examples)
+    tally.pass_over(sources.not_read(source.path, source.reader, source.split))
     examples = token_cache.finish_examples(folder, key, shards, tally.counts())
     terminal.show(
         f"{name}: {examples.num_tokens} tokens of {len(examples)} examples in "

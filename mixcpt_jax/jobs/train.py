@@ -627,7 +627,8 @@ def _mixture_table(report: list[dict[str, Any]]) -> str:
     for source in used:
         if source["prepared"]:
             notes.append(f"{source['name']}: read from data.prepared")
-        notes += [f"{source['name']}: {line}" for line in tally.lines(source)]
+        found = tally.lines(source, source.get("examples"))
+        notes += [f"{source['name']}: {line}" for line in found]
     return "\n".join([table, *notes])
 
 

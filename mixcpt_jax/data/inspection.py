@@ -1,0 +1,140 @@
+"""What the sources of a config would read, without a model or a tokenizer."""
+
+import collections
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import ml_collections
+
+from mixcpt_jax import config as config_lib
+from mixcpt_jax.core import text as text_lib
+from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import files, formats, readers, sources
+from mixcpt_jax.data import tally as tally_lib
+from mixcpt_jax.data.tally import Tally
+
+
+@dataclasses.dataclass
+class Inspection:
+    """What was found of one source.
+
+    Attributes:
+      files: reader -> number of files or data sets.
+      encodings: encoding -> number of records.
+      num_records, num_characters: of what was read.
+      first: the place and text of the first record.
+      tally: layouts, and what is not read or left out.
+      refused: errors that would end the run.
+      is_whole: whether all files were read.
+    """
+
+    files: dict[str, int]
+    encodings: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    num_records: int = 0
+    num_characters: int = 0
+    first: tuple[str, str] = ("", "")
+    tally: Tally = dataclasses.field(default_factory=Tally)
+    refused: list[InputError] = dataclasses.field(default_factory=list)
+    is_whole: bool = True
+
+    def lines(self) -> Iterator[str]:
+        """One line per kind of finding."""
+        yield f"files: {_counted(self.files)}"
+        extent = "" if self.is_whole else " so far, there are more"
+        yield (
+            f"records: {self.num_records:,}, {self.num_characters:,} characters{extent}"
+        )
+        if self.encodings:
+            yield f"encodings: {_counted(self.encodings)}"
+        if self.num_records:
+            place, text = self.first
+            yield f'first: {place}: "{text_lib.value(text)}"'
+        yield from self.tally.lines(["layouts", "unread"])
+        for kind in ("files", "left_out"):
+            for reason, number in self.tally.counts()[kind].items():
+                yield from tally_lib.lines(
+                    {kind: {reason: number}}, self.tally.examples
+                )
+        if self.refused:
+            number, first = len(self.refused), self.refused[0]
+            yield f"refused, which ends a run: {number}, such as {first}"
+
+
+def inspect(config: ml_collections.ConfigDict, seconds: float) -> Iterator[str]:
+    """Describes what a phase reads: each source, and each text and pairs it measures.
+
+    Args:
+      config: of the phase, with resolved paths; only its sources matter.
+      seconds: how long each source is read at most.
+
+    Yields:
+      Lines of text.
+    """
+    for place, source in config_lib.all_sources(config):
+        if not (source.weight or source.holdout):
+            continue
+        yield f"{place}: {source.path or 'no path is given'} as {source.format}"
+        if not source.path:
+            continue
+        try:
+            yield from (f"  {line}" for line in of_source(source, seconds).lines())
+        except InputError as error:
+            yield f"  refused: {error}"
+
+
+def of_source(source: ml_collections.ConfigDict, seconds: float) -> Inspection:
+    """Reads a source, or as much as `seconds` allow.
+
+    Raises:
+      InputError: nothing is found, or a setting of the source is wrong.
+    """
+    deadline = time.monotonic() + seconds
+    settings = source.format, source.fields.to_dict(), source.preference_side
+    formats.check_settings(*settings)
+    found = files.find(source.path, source.reader, source.split)
+    seen = Inspection(dict(collections.Counter(part.reader for part in found.parts)))
+    tally = seen.tally
+    if not source.reader:
+        tally.pass_over(found.not_read())
+    judge = readers.handler(source.on_bad_record, tally.skip)
+
+    def on_bad(error: InputError) -> None:
+        try:
+            judge(error)
+        except InputError as refused:
+            seen.refused.append(refused)
+
+    records = sources.read(
+        source.path, source.reader, source.split, on_bad, source.max_expansion
+    )
+    with contextlib.closing(records):
+        for record in records:
+            try:
+                said = formats.read(record, *settings)
+            except InputError as error:
+                on_bad(readers.of_record(error, record))
+            else:
+                tally.leave_unread(said.unread, record.place)
+                tally.read(said.layout, "", record.place)
+                text = formats.SEPARATOR.join(said.texts)
+                if not seen.num_records:
+                    seen.first = record.place, text
+                seen.num_records += 1
+                seen.num_characters += len(text)
+                if record.encoding:
+                    seen.encodings[record.encoding] += 1
+            if seen.num_records == source.max_records != 0:
+                break
+            if time.monotonic() > deadline:
+                seen.is_whole = False
+                break
+    return seen
+
+
+def _counted(counts: dict[str, int]) -> str:
+    found = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} ({number})" for name, number in found)
