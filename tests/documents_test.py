@@ -4,13 +4,23 @@ import collections
 import pathlib
 
 import document_folder
+import fields_test
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import corpus, documents, files, inspection, readers, sources
+from mixcpt_jax.data import (
+    corpus,
+    documents,
+    files,
+    inspection,
+    pipeline,
+    readers,
+    sources,
+)
+from mixcpt_jax.jobs import train
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +170,41 @@ def test_inspection_says_that_time_was_short_and_what_ends_a_run(folder, tmp_pat
     assert "refused, which ends a run: 1, such as " in text
     assert "\\x1b[31m" in text
     assert "refused: " in text.partition("sources.other")[2]
+
+
+def test_the_table_before_the_first_step_says_what_was_read(folder):
+    root, texts = folder
+    config = config_lib.default()
+    config.sources.domain = config_lib.source(path=str(root))
+    config.data.row_length, config.data.batch_size = 256, 2
+    config.train.num_steps = 1
+    data = pipeline.load(config, fields_test.Letters())
+    [row] = data.report
+    assert row["documents"] == len(texts)
+    table = train._mixture_table(data.report)
+    assert "domain: read as content (text=content) (3), body (text=body) (1)" in table
+    assert "domain: decoded from cp1252 (" in table
+    for kind, files_of in (
+        ("left_out", document_folder.LEFT_OUT),
+        ("files", document_folder.NOT_READ),
+    ):
+        assert row[kind] == {reason: len(names) for reason, names in files_of.items()}
+        for reason, names in files_of.items():
+            assert f"{reason} ({len(names)}), such as {root}/" in table
+
+
+@pytest.mark.slow
+def test_the_command_needs_no_model(folder, launcher):
+    root, _ = folder
+    done = launcher.start(
+        "--inspect",
+        "--config=configs/mixcpt.py",
+        f"--config.sources.domain.path={root}",
+        module="mixcpt_jax.cli.prepare",
+    )
+    assert done.wait() == 0, done.output
+    assert f"sources.domain: {root} as document" in done.output
+    assert "sources.instructions: no path is given as instruction" in done.output
 
 
 def test_a_missing_library_is_named_before_anything_is_read(tmp_path, monkeypatch):
