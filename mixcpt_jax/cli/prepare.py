@@ -85,12 +85,15 @@ def main(argv: list[str]) -> None:
 
 def _inspect(run_config: ml_collections.ConfigDict, workdir: str) -> None:
     from mixcpt_jax import config as config_lib
-    from mixcpt_jax.data import inspection
+    from mixcpt_jax.data import hub, inspection
     from mixcpt_jax.runtime import terminal
 
     phases = command_line.checked_phases(run_config, workdir)
     _, config = command_line.training_phase(phases)
     resolved = config_lib.resolve_phases(config, workdir)
+    # No model needs to exist.
+    resolved.model.path = resolved.model.tokenizer = resolved.teacher.path = ""
+    resolved = hub.pin(resolved, hub.commits(resolved, {}))
     for line in inspection.inspect(resolved, _SECONDS.value):
         terminal.show(line)
 

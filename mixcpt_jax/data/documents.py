@@ -142,7 +142,9 @@ def _guess(content: bytes, place: int) -> str:
 def text(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     """One record `{'id', 'text'}`."""
     with _reporting(file, on_bad, readers.MAX_TEXT_BYTES):
-        yield from _document(file, *decode(file.read_bytes(), file))
+        with file.open("rb") as content:
+            document, encoding = decode(content.read(), file)
+        yield from _document(file, document, encoding)
 
 
 def html(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
@@ -151,8 +153,8 @@ def html(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     import lxml.html
 
     with _reporting(file, on_bad, MAX_TREE_BYTES):
-        content = file.read_bytes()
-        page, encoding = _decode_page(content, file)
+        with file.open("rb") as content:
+            page, encoding = _decode_page(content.read(), file)
         page = _PROLOG.sub("", page, count=1)
         if not page.strip():
             raise _empty(file)
