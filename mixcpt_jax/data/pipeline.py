@@ -14,6 +14,7 @@ from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import corpus as corpus_lib
 from mixcpt_jax.data import exams, formats, mixture, sources, token_cache
+from mixcpt_jax.data import files as files_lib
 from mixcpt_jax.data.corpus import Corpus
 from mixcpt_jax.data.tally import Tally
 from mixcpt_jax.data.teacher_cache import Form, TeacherRows
@@ -68,6 +69,7 @@ def load(
     row_length = config.eval.row_length or config.data.row_length
     max_tokens, limited = config.eval.max_tokens, []
     is_training = config.job == "train"
+    _find_sources(config)
     measured = corpus_lib.measure(config)
     corpora, texts, pairs, files = {}, {}, {}, {}
     for name, source in config.sources.items():
@@ -129,6 +131,23 @@ def load(
         report=report,
         limited=limited,
     )
+
+
+def _find_sources(config: ml_collections.ConfigDict) -> None:
+    """Looks for the files on local disks, so that a wrong path is named by its key.
+
+    Raises:
+      InputError: nothing is found.
+    """
+    for place, source in config_lib.all_sources(config):
+        is_read = source.weight if config.job == "train" else False
+        is_read = is_read or source.holdout or place.startswith("eval.")
+        if not is_read or "://" in source.path:
+            continue
+        try:
+            files_lib.find(source.path, source.reader, source.split)
+        except InputError as error:
+            raise InputError(f"{place}.path: {error}") from error
 
 
 def synthetic(config: ml_collections.ConfigDict, form: Form | None = None) -> Data:

@@ -297,8 +297,8 @@ def _restore(path: epath.Path, step: int, copy: str | None) -> list[Row]:
         raise InputError(damage)
     elif step < 0 and rows:
         logging.warning(
-            "%s: there is no checkpoint of the work that its %d rows are from; the run "
-            "starts from the beginning",
+            "%s: its %d rows are of an attempt that ended before its first checkpoint, so "
+            "the phase starts at step 0",
             path,
             len(rows),
         )
