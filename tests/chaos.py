@@ -340,7 +340,11 @@ class Round:
         self.workdir.rmtree()
 
     def start(
-        self, signal_number: int = 0, limit: int = 0, bucket_faults: float = 0.0
+        self,
+        signal_number: int = 0,
+        limit: int = 0,
+        bucket_faults: float = 0.0,
+        temporary: str = "",
     ) -> None:
         """Starts the run once; a signal comes at a moment drawn from how long it takes."""
         after = None
@@ -348,10 +352,13 @@ class Round:
             after = signal_number, self.rng.uniform(0, self.stage.seconds)
         good = self._whole_checkpoints()
         self.stage.way.share = bucket_faults
-        ended = self.stage.start(self.workdir, self.rng.choice((1, 1, 2)), after, limit)
+        save_every = self.rng.choice((1, 1, 2))
+        ended = self.stage.start(
+            self.workdir, save_every, after, limit, temporary=temporary
+        )
         self.stage.way.share = 0.0
         self._is_done = ended.parameters
-        outcome = self._outcome(ended, signal_number, limit)
+        outcome = self._outcome(ended, signal_number, limit, temporary)
         self.outcomes.append(outcome)
         self.events.append(
             f"start{f', signal {after[0]} after {after[1]:.3f} s' if after else ''}"
@@ -367,7 +374,9 @@ class Round:
         if outcome == "its end is damaged":
             self.workdir.rmtree()
 
-    def _outcome(self, ended: Ended, signal_number: int, limit: int) -> str:
+    def _outcome(
+        self, ended: Ended, signal_number: int, limit: int, temporary: str
+    ) -> str:
         lines = [line for line in ended.output.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
         if "Traceback" in ended.output:
@@ -391,6 +400,8 @@ class Round:
                 return "its end is damaged"
             if limit and "File too large" in last:
                 return "no room"
+            if temporary and f"{temporary}/mixcpt-tokens" in last:
+                return "no temporary space"
         raise Failure(f"ends with status {ended.status}: {ended.output[-3000:]}")
 
     def _whole_checkpoints(self) -> dict[int | str, int]:
@@ -489,12 +500,7 @@ def full_temporary_folder(this: Round) -> None:
     """The folder for temporary files is full, or nearly, or not there."""
     folder = this.stage.folder / "temporary"
     with small_folder(folder, this.rng.choice((4096, 16_384, 1 << 20))):
-        ended = this.stage.start(this.workdir, temporary=str(folder))
-    *_, last = ended.output.splitlines()
-    is_refused = ended.status == 1 and last.startswith(f"error: {folder}/mixcpt-tokens")
-    if "Traceback" in ended.output or not (ended.parameters or is_refused):
-        raise Failure(f"with a small temporary folder, it ends with {ended}")
-    this.outcomes.append("no temporary space" if is_refused else "at its end")
+        this.start(temporary=str(folder))
 
 
 def second_process(this: Round) -> None:

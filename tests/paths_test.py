@@ -159,3 +159,15 @@ def test_a_name_from_data_stays_in_its_folder(name):
         child = paths.child(*place)
         assert os.path.dirname(os.path.normpath(child)) == "/run"
         assert str(child).isprintable()
+
+
+def test_sizes_are_of_regular_files_at_any_depth(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_text("123")
+    (tmp_path / "link").symlink_to("a/b/file")
+    (tmp_path / "nowhere").symlink_to("gone")
+    (tmp_path / "itself").symlink_to("itself")
+    (tmp_path / "folder").symlink_to("a")
+    os.mkfifo(tmp_path / "pipe")
+    assert paths.sizes(epath.Path(tmp_path)) == {"a/b/file": 3, "link": 3}
+    assert paths.sizes(epath.Path(tmp_path / "none")) == {}

@@ -260,9 +260,10 @@ def sizes(folder: epath.Path) -> dict[str, int]:
     found = {}
     for place, _, names in os.walk(folder):
         for path in (os.path.join(place, name) for name in names):
-            status = os.stat(path)
-            if stat.S_ISREG(status.st_mode):
-                found[os.path.relpath(path, folder)] = status.st_size
+            with contextlib.suppress(OSError):  # a link to nothing
+                status = os.stat(path)
+                if stat.S_ISREG(status.st_mode):
+                    found[os.path.relpath(path, folder)] = status.st_size
     return found
 
 
