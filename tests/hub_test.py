@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,12 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from etils import epath
-from huggingface_hub import constants, file_download
+from huggingface_hub import _tree_cache, constants, file_download
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import main
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import hub, sources
+from mixcpt_jax.data import exams, hub, sources, tasks
+from mixcpt_jax.evaluation import load_model
 from mixcpt_jax.models import huggingface_export, pretrained, tokenizer, transformer
 from mixcpt_jax.training import phase
 
@@ -274,6 +276,34 @@ def test_offline_the_cache_serves(served, monkeypatch):
     assert len(served.requests) == asked
 
 
+def test_offline_the_files_of_other_programs_serve(served, monkeypatch):
+    """An older version of the library keeps no list of a repository's files."""
+    expected = load(ID)
+    for lists in pathlib.Path(constants.HF_HUB_CACHE).rglob("trees"):
+        shutil.rmtree(lists)
+    monkeypatch.setattr(_tree_cache, "_IN_MEMORY_TREE_CACHE", {})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget()
+    jax.tree.map(np.testing.assert_array_equal, expected, load(ID))
+
+
+def test_commands_load_a_model_of_the_hub(served, tiny_model):
+    assert load_model.context(ID) == load_model.context(tiny_model)
+    with pytest.raises(InputError, match="org/none: .* the Hub shows no such model"):
+        load_model.context("org/none")
+
+
+def test_a_template_exam_and_task_on_the_hub(served):
+    served.commit("models", ID, {"mine.jinja": tokenizer.CHATML.encode()})
+    loaded = tokenizer.load(ID, f"hf://{ID}/mine.jinja")
+    assert loaded.template == tokenizer.CHATML
+    question = {"question": "one?", "choices": ["a", "b"], "answer": 1}
+    exam = {"exam.jsonl": json.dumps(question).encode()}
+    served.commit("datasets", "org/facts", exam)
+    assert exams.read(f"{SET}/exam.jsonl") == [question]
+    assert tasks.read(f"quiz={SET}").kind == "choice"
+
+
 def test_a_full_disk(served, monkeypatch):
     def write(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -391,6 +421,13 @@ def test_a_local_source_has_no_keys_of_the_hub(key):
         InputError, match=rf"sources.facts.{key}='de': needs one data set"
     ):
         config_lib.validate(config)
+
+
+def test_an_id_of_a_data_set_needs_its_scheme():
+    with pytest.raises(
+        InputError, match="no file matches; .* hf://datasets/org/facts$"
+    ):
+        sources.read("org/facts")
 
 
 def test_a_source_is_read_while_its_files_arrive(server):

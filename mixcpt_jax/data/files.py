@@ -495,7 +495,10 @@ def _nothing(
     if not passed_over and is_folder:
         return f"{piece}: is an empty folder; put the texts there, or name another path"
     if not passed_over:
-        return f"{piece}: no file matches; check the path"
+        remedy = "check the path"
+        if hub.is_model_id(piece):
+            remedy += f", or name a data set of the Hub, hf://datasets/{piece}"
+        return f"{piece}: no file matches; {remedy}"
     known = [s for s, r in readers.READER_OF_SUFFIX.items() if reader in ("", r)]
     return (
         f"{piece}: {f'reader {reader!r}' if reader else 'no reader'} goes with what is "

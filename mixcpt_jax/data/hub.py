@@ -21,7 +21,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import ml_collections
 from etils import epath
@@ -61,7 +61,7 @@ _MODEL_FILES = (
     "use_policy*",
 )
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?", re.ASCII)
-_LOCAL_FILES = (".gguf", ".json", ".model")
+_LOCAL_FILES = (".gguf", ".json", ".jinja", ".model")
 # One of an address in a list of paths.
 _ADDRESS = re.compile(rf"(?:^|(?<=,)|(?<=, )){SCHEME}[^,]+")
 _MOST_NAMES = 8
@@ -572,14 +572,30 @@ def _files(kind: str, repository: str, commit: str) -> Mapping[str, Any]:
         found = library.get_cached_repo_tree(repository, **place)
     except library.errors.CachedRepoTreeNotFoundError:
         # This writes the list to the cache. Every repository has one of these files.
-        _api().snapshot_download(
+        folder = _api().snapshot_download(
             repository,
             **place,
             allow_patterns=["README.md", ".gitattributes"],
             tqdm_class=_progress(),
         )
-        found = library.get_cached_repo_tree(repository, **place)
+        try:
+            found = library.get_cached_repo_tree(repository, **place)
+        except library.errors.CachedRepoTreeNotFoundError:
+            # Without a connection there is only what another program has downloaded.
+            files = (f for f in pathlib.Path(folder).rglob("*") if f.is_file())
+            found = [
+                _Cached(str(f.relative_to(folder)), f.stat().st_size, f.resolve().name)
+                for f in files
+            ]
     return {file.path: file for file in found}
+
+
+class _Cached(NamedTuple):
+    """A file in the cache, as the library describes one in a list of files."""
+
+    path: str
+    size: int
+    blob_id: str
 
 
 @functools.cache

@@ -531,7 +531,7 @@ def load(path: str, chat_template: str = "") -> Tokenizer:
     """
     loaded = _load(path)
     if chat_template:
-        file = paths.require_file(chat_template)
+        file = paths.require_file(hub.local_model(chat_template))
         return loaded.with_template(companions.read_template(file))
     templates = loaded.companions.templates
     if templates and loaded.chat_template is None:
