@@ -544,7 +544,11 @@ def _first_line(error: BaseException) -> str:
 @functools.cache
 def _library() -> Any:
     """The package huggingface_hub, which writes its log as other packages do."""
-    import huggingface_hub  # takes a fifth of a second; few runs need it
+    # This takes a fifth of a second, and few runs need it.
+    import huggingface_hub
+    import huggingface_hub.constants
+    import huggingface_hub.errors
+    import huggingface_hub.utils
 
     logger = logging.getLogger("huggingface_hub")
     logger.handlers.clear()
