@@ -150,6 +150,16 @@ def test_each_layout_is_said_with_its_fields(name):
             assert counted.lines(["layouts"]) == [f"read as {said} (1), such as f:7"]
 
 
+@pytest.mark.parametrize(
+    "fields", [{"output": "a"}, {"prompt": "q"}, {"messages": "m"}]
+)
+@pytest.mark.parametrize("record", [{}, {"text": "x"}, {"messages": None}])
+def test_a_record_without_the_fields_that_are_named_is_refused(record, fields):
+    for name in ("chat", "instruction"):
+        with pytest.raises(InputError, match="f:7: no field '"):
+            text(record, name, fields=fields)
+
+
 def test_a_record_of_another_format_is_named():
     with pytest.raises(InputError, match="fields of ShareGPT, which format='instruct"):
         text({"conversations": SHARED}, "document")

@@ -131,9 +131,9 @@ def recognise(
             f'--config.sources.NAME.fields="{dict(fit[0].fields)}"'
         )
     # The formats of dialogues prefer messages to a question, whatever the layout.
-    used = fit[0].fields if fit else decided
-    is_dialogue = layouts is _DIALOGUES
-    others = dict.fromkeys(_QUESTIONS - used.keys() if used and is_dialogue else ())
+    used = (fit[0].fields if fit else decided).keys()
+    is_dialogue = layouts is _DIALOGUES and not used.isdisjoint(_QUESTIONS)
+    others = dict.fromkeys(_QUESTIONS - used if is_dialogue else ())
     if not fit:
         return others | dict(fields), ""
     [layout] = fit
