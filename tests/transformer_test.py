@@ -43,6 +43,20 @@ GEMMA = dataclasses.replace(
     attention_soft_cap=2.0,
     tie_embeddings=True,
 )
+# What other families add, at once.
+OTHERS = dataclasses.replace(
+    GEMMA,
+    family="smollm3",
+    nope_layers=(0,),
+    rope_fraction=0.5,
+    rope_scaling=transformer.YarnRopeScaling(4.0, 8, 1.2, 4.0, 0.5),
+    query_growth=0.5,
+    qk_norm_over_heads=True,
+    pre_norms=False,
+    embedding_multiplier=6.0,
+    residual_multiplier=0.4,
+    logits_scaling=0.7,
+)
 
 
 def run(tokens, config=CONFIG, positions=None, segment_ids=None, **options):
@@ -119,6 +133,7 @@ def test_compute_dtype_is_apart_from_parameter_dtype():
 @pytest.mark.parametrize("bias", [False, True])
 def test_shapes_axes_and_parameters_agree(tied, bias):
     settings = {"qkv_bias": bias, "qk_norm": tied, "post_norms": bias}
+    settings |= {"qk_norm_over_heads": bias, "pre_norms": not tied}
     config = dataclasses.replace(CONFIG, tie_embeddings=tied, **settings)
     params = transformer.init_params(config, jax.random.key(0), jnp.bfloat16)
     abstract = transformer.abstract_params(config, jnp.bfloat16)
@@ -249,8 +264,12 @@ def test_adapter_gradients_follow_the_chain_rule(config, remat):
 
 @pytest.mark.parametrize(
     ("config", "sizes"),
-    [(BIASED, (2, 2, 2)), pytest.param(GEMMA, (1, 4, 2), marks=pytest.mark.slow)],
-    ids=["qwen2", "gemma"],
+    [
+        (BIASED, (2, 2, 2)),
+        pytest.param(GEMMA, (1, 4, 2), marks=pytest.mark.slow),
+        pytest.param(OTHERS, (2, 2, 2), marks=pytest.mark.slow),
+    ],
+    ids=["qwen2", "gemma", "others"],
 )
 def test_adapters_do_not_depend_on_the_mesh(config, sizes):
     config = dataclasses.replace(config, vocab_size=48)
@@ -325,10 +344,10 @@ def test_the_backward_pass_makes_no_gradient_of_a_kernel(remat):
         (CONFIG, LORA),
         *(
             pytest.param(config, None, marks=pytest.mark.slow)
-            for config in (BIASED, WINDOWED, GEMMA)
+            for config in (BIASED, WINDOWED, GEMMA, OTHERS)
         ),
     ],
-    ids=["llama-lora", "qwen2", "window", "gemma"],
+    ids=["llama-lora", "qwen2", "window", "gemma", "others"],
 )
 def test_decoding_in_pieces_equals_the_forward_pass(config, lora):
     params, adapters = adapted(config)

@@ -17,6 +17,7 @@ import numpy as np
 
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.models.headers import Header
+from mixcpt_jax.models.transformer import ModelConfig
 from mixcpt_jax.runtime import finite
 
 # Llama's names of our parameters.
@@ -41,28 +42,48 @@ TENSORS = {
 }
 
 
+# The sizes that all formats state -> their keys in `config.json`.
+SIZES = {
+    "hidden_size": "hidden_size",
+    "mlp_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "max_positions": "max_position_embeddings",
+}
+
+
 class Setting(NamedTuple):
     """A number in `config.json` that sets a field of `ModelConfig`.
 
     Attributes:
       key: of the file. An absent number leaves the field at its default.
       field: of `ModelConfig`.
+      power: the field is the number to this power.
+      is_of_rope: the key lies among RoPE's settings, and must be there.
     """
 
     key: str
     field: str
+    power: float = 1
+    is_of_rope: bool = False
+
+
+# Header and number of layers -> a truth value for each layer.
+_OfLayers = Callable[[Header, int], list[bool]]
 
 
 class Windows(NamedTuple):
     """How a `config.json` says which layers have the sliding window.
 
     Attributes:
-      local: `(header, num_layers) -> [is_local]`, for files without `layer_types`.
+      local: which have it, in files without `layer_types`.
       is_by_layer: whether the files have `layer_types`.
       has_switch: whether no layer has the window unless `use_sliding_window` is true.
     """
 
-    local: Callable[[Header, int], list[bool]]
+    local: _OfLayers
     is_by_layer: bool = True
     has_switch: bool = False
 
@@ -76,7 +97,7 @@ def _from_max_window_layers(header: Header, num_layers: int) -> list[bool]:
     return [i >= first_local for i in range(num_layers)]
 
 
-def _all_but_one_in(period: int) -> Callable[[Header, int], list[bool]]:
+def _all_but_one_in(period: int) -> _OfLayers:
     return lambda header, num_layers: [(i + 1) % period != 0 for i in range(num_layers)]
 
 
@@ -85,38 +106,90 @@ def _by_pattern(header: Header, num_layers: int) -> list[bool]:
     return _all_but_one_in(period)(header, num_layers)
 
 
+class Nope(NamedTuple):
+    """How a `config.json` says which layers lack RoPE.
+
+    Attributes:
+      layers: which lack it.
+      keys: the keys of a network, to be written.
+    """
+
+    layers: _OfLayers
+    keys: Callable[[ModelConfig], dict[str, Any]]
+
+
+def _smollm3_layers(header: Header, num_layers: int) -> list[bool]:
+    period = header.integer("no_rope_layer_interval")
+    usual = [int(has_rope) for has_rope in _all_but_one_in(period)(header, num_layers)]
+    # The name says the opposite: 1 is a layer with RoPE.
+    listed = header.many(
+        "no_rope_layers", (0, 1).__contains__, "a list of 0 and 1", usual
+    )
+    if len(listed) < num_layers:
+        raise header.wrong("no_rope_layers", f"a list of {num_layers}")
+    return [not has_rope for has_rope in listed[:num_layers]]
+
+
+def _smollm3_keys(config: ModelConfig) -> dict[str, Any]:
+    layers = range(config.num_layers)
+    return {"no_rope_layers": [int(i not in config.nope_layers) for i in layers]}
+
+
+def _granite4_layers(header: Header, num_layers: int) -> list[bool]:
+    kinds = ("attention", "full_attention")
+    header.many("layer_types", kinds.__contains__, "a list of attention; not Mamba's")
+    return [header.text("position_embedding_type", None) != "rope"] * num_layers
+
+
+def _granite4_keys(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "layer_types": ["attention"] * config.num_layers,
+        "position_embedding_type": None if config.nope_layers else "rope",
+    }
+
+
 class Family(NamedTuple):
     """How the checkpoints of a family differ from Llama's.
 
     Attributes:
       architecture: transformers' class, written to `config.json`.
       network: the fields of `ModelConfig` that the files do not state.
+      sizes: where keys differ from `SIZES`.
       defaults: the keys that a `config.json` may leave out, and their values then. An
         explicit null is not replaced.
       fixed: the keys that change the network's function, and their only supported value.
       settings: the keys of numbers that Llama does not have.
       windows: None: no layer has a sliding window.
+      nope: None: all layers have RoPE.
       local_theta: the key of RoPE's base in local layers, whose RoPE is not scaled; empty:
         all layers have the same RoPE.
       tensors: where names differ from `TENSORS`.
+      fused: the tensors that hold the rows of several of our parameters, in this order.
       norm_offset: added to a norm's tensor to get its scale.
       gguf: GGUF's name of the architecture; empty: not read from GGUF files.
     """
 
     architecture: str
     network: Mapping[str, Any] = {}
+    sizes: Mapping[str, str] = {}
     defaults: Mapping[str, Any] = {}
     fixed: Mapping[str, Any] = {"hidden_act": "silu"}
     settings: tuple[Setting, ...] = ()
     windows: Windows | None = None
+    nope: Nope | None = None
     local_theta: str = ""
     tensors: Mapping[str, str] = {}
+    fused: Mapping[str, tuple[str, ...]] = {}
     norm_offset: int = 0
     gguf: str = ""
 
 
 _QWEN_WINDOWS = Windows(_from_max_window_layers, has_switch=True)
 _QWEN_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28}
+_POST_NORMS = {
+    "layers/post_attention_norm": TENSORS["layers/mlp_norm"],
+    "layers/post_mlp_norm": "model.layers.{}.post_feedforward_layernorm.weight",
+}
 _GEMMA = Family(
     architecture="",
     network={"post_norms": True, "activation": "gelu_tanh", "scale_embeddings": True},
@@ -131,13 +204,32 @@ _GEMMA = Family(
         Setting("query_pre_attn_scalar", "query_scale"),
         Setting("final_logit_softcapping", "final_soft_cap"),
     ),
-    tensors={
-        "layers/post_attention_norm": TENSORS["layers/mlp_norm"],
-        "layers/mlp_norm": "model.layers.{}.pre_feedforward_layernorm.weight",
-        "layers/post_mlp_norm": "model.layers.{}.post_feedforward_layernorm.weight",
-    },
+    tensors=_POST_NORMS
+    | {"layers/mlp_norm": "model.layers.{}.pre_feedforward_layernorm.weight"},
     norm_offset=1,
 )
+_OLMO = Family(
+    architecture="",
+    network={
+        "qk_norm": True,
+        "qk_norm_over_heads": True,
+        "pre_norms": False,
+        "post_norms": True,
+    },
+    defaults={"rms_norm_eps": 1e-5},
+    tensors=_POST_NORMS,
+)
+_GRANITE = Family(
+    architecture="",
+    defaults={"attention_multiplier": 1.0},
+    settings=(
+        Setting("attention_multiplier", "query_scale", power=-2),
+        Setting("embedding_multiplier", "embedding_multiplier"),
+        Setting("residual_multiplier", "residual_multiplier"),
+        Setting("logits_scaling", "logits_scaling"),
+    ),
+)
+_GATE_AND_UP = "layers/gate", "layers/up"
 
 # By `model_type`.
 FAMILIES = {
@@ -180,13 +272,74 @@ FAMILIES = {
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
             "sliding_window_pattern": 6,
+            # The models of 4B to 27B leave these out.
+            "vocab_size": 262_208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131_072,
         },
         fixed=_GEMMA.fixed | {"attn_logit_softcapping": None},
         windows=Windows(_by_pattern),
         local_theta="rope_local_base_freq",
         gguf="gemma3",
     ),
+    "ministral": Family(
+        "MinistralForCausalLM",
+        defaults={"sliding_window": 4096},
+        windows=Windows(_every_layer),
+    ),
+    "ministral3": Family(
+        "Ministral3ForCausalLM",
+        defaults={"rms_norm_eps": 1e-5, "head_dim": 128},
+        settings=(Setting("llama_4_scaling_beta", "query_growth", is_of_rope=True),),
+        windows=Windows(_every_layer, is_by_layer=False),
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        defaults={
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "no_rope_layer_interval": 4,
+        },
+        windows=Windows(_smollm3_layers, has_switch=True),
+        nope=Nope(_smollm3_layers, _smollm3_keys),
+    ),
+    "olmo2": _OLMO._replace(architecture="Olmo2ForCausalLM"),
+    "olmo3": _OLMO._replace(
+        architecture="Olmo3ForCausalLM",
+        defaults=_OLMO.defaults | {"rope_theta": 5e5, "sliding_window": 4096},
+        windows=Windows(_all_but_one_in(4)),
+        local_theta="rope_theta",
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        settings=(Setting("partial_rotary_factor", "rope_fraction"),),
+        windows=Windows(_every_layer, is_by_layer=False),
+        fused={
+            "model.layers.{}.self_attn.qkv_proj.weight": (
+                "layers/query",
+                "layers/key",
+                "layers/value",
+            ),
+            "model.layers.{}.mlp.gate_up_proj.weight": _GATE_AND_UP,
+        },
+    ),
+    "granite": _GRANITE._replace(architecture="GraniteForCausalLM"),
+    # Granite 4: its dense models are hybrids without Mamba layers and experts.
+    "granitemoehybrid": _GRANITE._replace(
+        architecture="GraniteMoeHybridForCausalLM",
+        sizes={"mlp_size": "shared_intermediate_size"},
+        defaults=_GRANITE.defaults | {"num_local_experts": 8},
+        fixed=_GRANITE.fixed | {"num_local_experts": 0},
+        nope=Nope(_granite4_layers, _granite4_keys),
+        tensors={"layers/down": "model.layers.{}.shared_mlp.output_linear.weight"},
+        fused={"model.layers.{}.shared_mlp.input_linear.weight": _GATE_AND_UP},
+    ),
 }
+
+# Models that read images too -> the `model_type` of their text model, if they leave it out.
+WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 
 MOST_LAYERS = 10_000
 Index = tuple[slice, ...]
@@ -216,8 +369,12 @@ def is_transposed(key: str) -> bool:
 
 
 def norm_offset(name: str, family: str) -> int:
-    """The number to add to a norm's Hugging Face tensor to get its scale."""
-    return FAMILIES[family].norm_offset if name.endswith("norm.weight") else 0
+    """The number to add to a norm's Hugging Face tensor to get its scale.
+
+    `name` is the tensor's or that of our parameter.
+    """
+    is_norm = name.removesuffix(".weight").endswith("norm")
+    return FAMILIES[family].norm_offset if is_norm else 0
 
 
 def tensor_names(key: str, shape: tuple[int, ...], family: str) -> list[str]:
@@ -230,18 +387,6 @@ def name_of(broken: finite.Broken, family: str) -> str:
     """The Hugging Face tensor that is broken."""
     layer = broken.layer or 0
     return tensor_names(broken.key, (layer + 1,), family)[layer]
-
-
-# The sizes that all formats state -> their keys in `config.json`.
-SIZES = {
-    "hidden_size": "hidden_size",
-    "mlp_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_size": "head_dim",
-    "max_positions": "max_position_embeddings",
-}
 
 
 def read_sizes(header: Header, keys: Mapping[str, str]) -> dict[str, int]:

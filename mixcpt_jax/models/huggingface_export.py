@@ -1,6 +1,7 @@
 """Parameters -> a folder that transformers loads; writes the whole folder or nothing."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -23,10 +24,13 @@ from mixcpt_jax.models import families, headers
 from mixcpt_jax.models.huggingface import MARKER
 from mixcpt_jax.models.tokenizer import Tokenizer
 from mixcpt_jax.models.transformer import (
+    DynamicRopeScaling,
     LinearRopeScaling,
     Llama3RopeScaling,
+    LongRopeScaling,
     ModelConfig,
     Params,
+    YarnRopeScaling,
 )
 from mixcpt_jax.runtime import finite, hosts
 
@@ -168,19 +172,6 @@ def _upload(folder: epath.Path, target: epath.Path) -> None:
 def _config_to_hf(
     config: ModelConfig, tokenizer: Tokenizer | None, dtype: str
 ) -> dict[str, Any]:
-    match config.rope_scaling:
-        case None:
-            rope_scaling = None
-        case LinearRopeScaling(factor):
-            rope_scaling = {"rope_type": "linear", "type": "linear", "factor": factor}
-        case Llama3RopeScaling(factor, low, high, original):
-            rope_scaling = {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
     family = families.FAMILIES[config.family]
     raw = {
         "architectures": [family.architecture],
@@ -190,17 +181,27 @@ def _config_to_hf(
         "hidden_act": family.fixed.get("hidden_activation", "silu"),
         # Transformers 5 reads this older spelling of RoPE's settings too.
         "rope_theta": config.rope_theta,
-        "rope_scaling": rope_scaling,
+        "rope_scaling": _rope_scaling(config),
         "sliding_window": config.sliding_window,
         "rms_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": dtype,
     }
-    raw |= {key: getattr(config, name) for name, key in families.SIZES.items()}
+    for name, key in [*families.SIZES.items(), *family.sizes.items()]:
+        raw[key] = getattr(config, name)
     raw |= family.fixed
-    raw |= {key: getattr(config, field) for key, field in family.settings}
-    if "query_pre_attn_scalar" in raw:
-        raw["query_pre_attn_scalar"] = config.query_scale or config.head_size
+    for setting in family.settings:
+        value = getattr(config, setting.field)
+        if setting.field == "query_scale":
+            value = value or config.head_size
+        if setting.power != 1:
+            value **= 1 / setting.power
+        place = raw["rope_scaling"] if setting.is_of_rope else raw
+        place[setting.key] = value
+    if isinstance(config.rope_scaling, LongRopeScaling):
+        raw["max_position_embeddings"] = config.rope_scaling.max_positions
+        original = "original_max_position_embeddings"
+        raw[original] = config.rope_scaling.original_max_positions
     if family.windows is not None and family.windows.is_by_layer:
         raw["layer_types"] = [
             "full_attention" if window is None else "sliding_attention"
@@ -209,29 +210,74 @@ def _config_to_hf(
     if family.windows is not None and family.windows.has_switch:
         raw["use_sliding_window"] = config.sliding_window is not None
         raw["max_window_layers"] = len(config.global_layers)
-    if family.local_theta and config.local_rope_theta is not None:
+    if family.nope is not None:
+        raw |= family.nope.keys(config)
+    if config.local_rope_theta is not None and family.local_theta != "rope_theta":
         raw[family.local_theta] = config.local_rope_theta
-    if tokenizer is not None:
-        raw["bos_token_id"] = tokenizer.bos_id
-        raw["eos_token_id"] = tokenizer.eos_id
+    elif config.local_rope_theta is not None:
+        everywhere = raw["rope_scaling"] or {"rope_type": "default"}
+        local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
+        raw["rope_parameters"] = {
+            "full_attention": everywhere | {"rope_theta": config.rope_theta},
+            "sliding_attention": local,
+        }
+    # Null if there is none: families have defaults, of their own vocabularies.
+    for name in ("bos", "eos", "pad"):
+        raw[f"{name}_token_id"] = getattr(tokenizer, f"{name}_id", None)
     return raw
+
+
+_ROPE_TYPES = {
+    LinearRopeScaling: "linear",
+    DynamicRopeScaling: "dynamic",
+    YarnRopeScaling: "yarn",
+    LongRopeScaling: "longrope",
+    Llama3RopeScaling: "llama3",
+}
+
+
+def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
+    if config.rope_scaling is None:
+        return None
+    values = dataclasses.asdict(config.rope_scaling)
+    if "original_max_positions" in values:
+        key = "original_max_position_embeddings"
+        values[key] = values.pop("original_max_positions")
+    values.pop("max_positions", None)
+    kind = _ROPE_TYPES[type(config.rope_scaling)]
+    # Transformers before 4.43 read `type`.
+    return {"rope_type": kind, "type": kind} | values
 
 
 def _tensors(
     params: Params, family: str, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Copies the Hugging Face tensors to the host, one at a time."""
-    for key_path, leaf in jax.tree.leaves_with_path(params):
-        key = families.key_of(key_path)
-        for i, name in enumerate(families.tensor_names(key, leaf.shape, family)):
-            array = _layer(leaf, i) if families.is_stacked(key) else leaf
-            array = _cast(array, families.norm_offset(name, family), dtype)
-            if array.is_fully_addressable:
-                array = np.asarray(array)
-            else:
-                array = multihost_utils.process_allgather(array, tiled=True)
-            array = array.T if families.is_transposed(key) else array
-            yield name, np.ascontiguousarray(array)
+    leaves = {
+        families.key_of(path): leaf for path, leaf in jax.tree.leaves_with_path(params)
+    }
+    fused = families.FAMILIES[family].fused
+    inside = {key for keys in fused.values() for key in keys}
+    for key in (key for key in leaves if key not in inside):
+        for i, name in enumerate(families.tensor_names(key, leaves[key].shape, family)):
+            yield name, _tensor(key, leaves[key], i, family, dtype)
+    for name, keys in fused.items():
+        for i in range(len(leaves[keys[0]])):
+            parts = [_tensor(key, leaves[key], i, family, dtype) for key in keys]
+            yield name.format(i), np.concatenate(parts)
+
+
+def _tensor(
+    key: str, leaf: jax.Array, layer: int, family: str, dtype: str
+) -> np.ndarray:
+    """One of our parameters in one layer, as Hugging Face stores it."""
+    array = _layer(leaf, layer) if families.is_stacked(key) else leaf
+    array = _cast(array, families.norm_offset(key, family), dtype)
+    if array.is_fully_addressable:
+        array = np.asarray(array)
+    else:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.ascontiguousarray(array.T if families.is_transposed(key) else array)
 
 
 # Jitted, because arrays that span hosts do not support eager operations.

@@ -33,10 +33,9 @@ def read_model_config(path: str) -> ModelConfig:
     """Reads a checkpoint's architecture.
 
     Args:
-      path: a Hugging Face folder (its `config.json`, of model type llama, mistral,
-        qwen2, qwen3, gemma2 or gemma3_text), a `.json` file like that one, or a `.gguf`
-        file (of architecture llama, qwen2, qwen3, gemma2 or gemma3). Each may be on the
-        Hub, see `data.hub`.
+      path: a Hugging Face folder (its `config.json`, of a model type in
+        `families.FAMILIES`, or of a model around one that reads images too), a `.json`
+        file like that one, or a `.gguf` file. Each may be on the Hub, see `data.hub`.
 
     Raises:
       InputError: the file is missing or damaged, or describes a network that
@@ -68,11 +67,12 @@ def load_params(path: str, abstract_params: Params) -> Params:
         misshapen or holds a NaN or an infinity; names the tensor and the file.
     """
     path = _with_weights(path)
-    family = read_model_config(path).family
+    config = read_model_config(path)
+    family = config.family
     if path.endswith(".gguf"):
         tensors = gguf_checkpoint.open_tensors(paths.require_file(path))
     else:
-        tensors = huggingface.open_tensors(paths.resolve(path), family)
+        tensors = huggingface.open_tensors(paths.resolve(path), config)
     _check_tensors(path, tensors, abstract_params, family)
 
     def load(key_path, leaf: jax.ShapeDtypeStruct) -> jax.Array:

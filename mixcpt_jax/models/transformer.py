@@ -1,4 +1,4 @@
-"""The decoder of the Llama, Qwen and Gemma families; the only file that imports flax.
+"""The decoder of all model families; the only file that imports flax.
 
 NNX describes the network; the rest of the package sees a `graphdef` and plain nested
 dicts of arrays, so teacher and student are two such dicts that share a graphdef. The
@@ -10,6 +10,7 @@ Shape suffixes:
   D hidden size        F MLP size          V vocabulary
   H query heads        G key-value heads   K head size
   N layers             S cache slots       R rank of an adapter
+  P pairs of entries of a head that RoPE rotates
   I, O inputs and outputs of a kernel      HK, GK = H * K, G * K
 """
 
@@ -18,7 +19,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,24 +51,92 @@ class LinearRopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class DynamicRopeScaling:
+    """A larger RoPE base for positions beyond the context (`rope_type: dynamic`).
+
+    Positions here lie within the context, where nothing changes; only an export needs it.
+    """
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnRopeScaling:
+    """YaRN (Peng et al., arXiv 2309.00071; `rope_type: yarn`).
+
+    Attributes:
+      factor: of the wavelengths that turn less than `beta_slow` times over the original
+        context. Those that turn more than `beta_fast` times keep their length.
+      original_max_positions: the original context.
+      attention_factor: multiplies the rotated queries and keys.
+    """
+
+    factor: float
+    original_max_positions: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE within the original context (Ding et al., arXiv 2402.13753).
+
+    Longer texts would need other divisors, `long_factor`, for all their tokens. So the
+    context ends at `original_max_positions`.
+
+    Attributes:
+      short_factor: the divisor of each frequency.
+      long_factor, max_positions: only for an export.
+      original_max_positions: the original context.
+      attention_factor: multiplies the rotated queries and keys.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_positions: int
+    max_positions: int
+    attention_factor: float
+
+
+RopeScaling = (
+    LinearRopeScaling
+    | DynamicRopeScaling
+    | YarnRopeScaling
+    | LongRopeScaling
+    | Llama3RopeScaling
+)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything that determines the function a checkpoint computes.
 
     Attributes:
-      family: "llama", "mistral", "qwen2", "qwen3", "gemma2" or "gemma3_text": the
-        `model_type` written on export.
+      family: a key of `families.FAMILIES`, the `model_type` written on export.
       max_positions: the longest context the weights were trained for, in tokens.
       sliding_window: the number of tokens that attention reaches back, or None for all.
       global_layers: layers that attend to all tokens although there is a window. The others
         are called local.
       local_rope_theta: RoPE base of the local layers, whose RoPE is not scaled; None: the
         same as in the others.
+      nope_layers: layers without RoPE (SmolLM3).
+      rope_fraction: the fraction of each head that RoPE rotates (Phi).
+      query_growth: queries at position `p` are multiplied by
+        `1 + query_growth * log(1 + floor(p / rope_scaling.original_max_positions))`
+        (Ministral 3).
       qkv_bias: biases on the query, key and value projections (Qwen2).
       qk_norm: queries and keys are normed, head by head, before RoPE (Qwen3, Gemma 3).
+      qk_norm_over_heads: that norm is over all heads together (OLMo).
+      pre_norms: the inputs of attention and MLP are normed (all but OLMo).
       post_norms: the outputs of attention and MLP are normed before they are added
-        (Gemma).
+        (Gemma, OLMo).
       activation: of the MLP's gate, "silu" or "gelu_tanh".
       scale_embeddings: embeddings are multiplied by `sqrt(hidden_size)` (Gemma).
+      embedding_multiplier: of the embeddings (Granite).
+      residual_multiplier: of the outputs of attention and MLP (Granite).
+      logits_scaling: the last hidden states, and so the logits, are divided by it
+        (Granite).
       query_scale: scores are divided by its square root; None: `head_size`.
       attention_soft_cap: scores become `cap * tanh(scores / cap)` (Gemma 2).
       final_soft_cap: logits become `cap * tanh(logits / cap)` (Gemma 2).
@@ -83,16 +152,24 @@ class ModelConfig:
     head_size: int
     max_positions: int
     rope_theta: float
-    rope_scaling: Llama3RopeScaling | LinearRopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
     global_layers: tuple[int, ...] = ()
     local_rope_theta: float | None = None
+    nope_layers: tuple[int, ...] = ()
+    rope_fraction: float = 1.0
+    query_growth: float | None = None
     norm_epsilon: float = 1e-5
     qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     activation: str = "silu"
     scale_embeddings: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     query_scale: float | None = None
     attention_soft_cap: float | None = None
     final_soft_cap: float | None = None
@@ -133,15 +210,34 @@ REMAT_POLICIES = {
 }
 
 
+def rope_size(config: ModelConfig) -> int:
+    """The number of entries of each head that RoPE rotates, 2 P."""
+    return int(config.head_size * config.rope_fraction)
+
+
 def rope_frequencies(config: ModelConfig) -> jax.Array:
-    """Angular frequency of each of the K/2 rotated pairs, radians per position."""
-    half = jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size
-    frequencies = config.rope_theta**-half
+    """Angular frequency of each of the P rotated pairs, radians per position."""
+    size, theta = rope_size(config), config.rope_theta
+    frequencies = theta ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     match config.rope_scaling:
-        case None:
+        case None | DynamicRopeScaling():
             return frequencies
         case LinearRopeScaling(factor):
             return frequencies / factor
+        case LongRopeScaling(short_factor):
+            return frequencies / jnp.array(short_factor, jnp.float32)
+        case YarnRopeScaling(factor, original, _, fast, slow):
+            # The pairs, not rounded, that turn so often over the original context.
+            first, last = (
+                size
+                * math.log(original / (turns * 2 * math.pi))
+                / (2 * math.log(theta))
+                for turns in (fast, slow)
+            )
+            first, last = max(math.floor(first), 0), min(math.ceil(last), size - 1)
+            ramp = (jnp.arange(size // 2) - first) / max(last - first, 1e-3)
+            ramp = jnp.clip(ramp, 0, 1)
+            return frequencies * (1 - ramp + ramp / factor)
         case Llama3RopeScaling(factor, low, high, original):
             # Short wavelengths are unchanged, long ones are multiplied by `factor`, and
             # those between are interpolated (reference code of Llama 3.1's model card).
@@ -150,13 +246,45 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
             return frequencies * (smooth + (1 - smooth) / factor)
 
 
-def rotate(x_BxLxHxK: jax.Array, angles_BxLxK2: jax.Array) -> jax.Array:
-    """Applies RoPE with the halves convention: pair i is (x[i], x[i + K/2])."""
-    cos = jnp.cos(angles_BxLxK2)[:, :, None, :]
-    sin = jnp.sin(angles_BxLxK2)[:, :, None, :]
-    a, b = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
+class Rope(NamedTuple):
+    """What the positions of tokens do to their queries and keys in a layer.
+
+    Attributes:
+      cos_BxLxP, sin_BxLxP: of the angles, times the attention factor.
+      growth_BxL: multiplies the queries; None: nothing does.
+    """
+
+    cos_BxLxP: jax.Array
+    sin_BxLxP: jax.Array
+    growth_BxL: jax.Array | None = None
+
+
+def rope(config: ModelConfig, positions_BxL: jax.Array) -> Rope:
+    """RoPE of a layer with full attention."""
+    angles_BxLxP = positions_BxL[:, :, None] * rope_frequencies(config)[None, None, :]
+    factor = getattr(config.rope_scaling, "attention_factor", 1.0)
+    growth_BxL = None
+    if config.query_growth is not None:
+        contexts_BxL = positions_BxL // config.rope_scaling.original_max_positions
+        growth_BxL = 1 + config.query_growth * jnp.log1p(contexts_BxL)
+    return Rope(
+        factor * jnp.cos(angles_BxLxP), factor * jnp.sin(angles_BxLxP), growth_BxL
+    )
+
+
+def rotate(x_BxLxHxK: jax.Array, rope: Rope) -> jax.Array:
+    """Rotates pair i, which is (x[i], x[i + P]), and leaves the rest of a head as it is."""
+    cos, sin = rope.cos_BxLxP[:, :, None, :], rope.sin_BxLxP[:, :, None, :]
+    size = 2 * cos.shape[-1]
+    a, b = jnp.split(x_BxLxHxK[..., :size].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return rotated.astype(x_BxLxHxK.dtype)
+    rest = x_BxLxHxK[..., size:]
+    return jnp.concatenate([rotated.astype(x_BxLxHxK.dtype), rest], axis=-1)
+
+
+def scaled(x: jax.Array, factor: jax.Array | float) -> jax.Array:
+    """The product, rounded once to the dtype of `x`."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
@@ -225,7 +353,9 @@ class Layer(nnx.Module):
         def kernel(rows: int, columns: int, std: float = 0.02) -> nnx.Param:
             return nnx.Param(std * jax.random.normal(rngs.params(), (rows, columns)))
 
-        self.attention_norm = nnx.Param(jnp.ones(d))
+        if config.pre_norms:
+            self.attention_norm = nnx.Param(jnp.ones(d))
+            self.mlp_norm = nnx.Param(jnp.ones(d))
         self.query = kernel(d, heads)
         self.key = kernel(d, kv_heads)
         self.value = kernel(d, kv_heads)
@@ -235,12 +365,12 @@ class Layer(nnx.Module):
             self.key_bias = nnx.Param(jnp.zeros(kv_heads))
             self.value_bias = nnx.Param(jnp.zeros(kv_heads))
         if config.qk_norm:
-            self.query_norm = nnx.Param(jnp.ones(config.head_size))
-            self.key_norm = nnx.Param(jnp.ones(config.head_size))
+            whole, size = config.qk_norm_over_heads, config.head_size
+            self.query_norm = nnx.Param(jnp.ones(heads if whole else size))
+            self.key_norm = nnx.Param(jnp.ones(kv_heads if whole else size))
         if config.post_norms:
             self.post_attention_norm = nnx.Param(jnp.ones(d))
             self.post_mlp_norm = nnx.Param(jnp.ones(d))
-        self.mlp_norm = nnx.Param(jnp.ones(d))
         self.gate = kernel(d, f)
         self.up = kernel(d, f)
         self.down = kernel(f, d, branch_std)
@@ -252,44 +382,49 @@ class Layer(nnx.Module):
                 setattr(self, f"{name}_lora_a", Adapter(a))
                 setattr(self, f"{name}_lora_b", Adapter(b))
 
-    def project_heads(self, x_BxLxD, angles_BxLxK2):
+    def project_heads(self, x_BxLxD, rope: Rope):
         """Queries `[B, L, H, K]`, keys and values `[B, L, G, K]`, rotated."""
         config = self.config
-        x_TxD = self._flat_norm(x_BxLxD, self.attention_norm)
+        x_TxD = self._flat_norm(x_BxLxD, "attention_norm")
 
         def heads(name, number, axis):
-            shape = (*x_BxLxD.shape[:2], number, config.head_size)
-            y_BxLxHxK = self._project(name, x_TxD).reshape(shape)
+            y_TxHK = self._project(name, x_TxD)
+            if hasattr(self, f"{name}_norm"):
+                # Of one head or of all, as the norm is.
+                scale = getattr(self, f"{name}_norm")[...]
+                y_TxHK = y_TxHK.reshape(len(y_TxHK), -1, scale.size)
+                y_TxHK = rms_norm(y_TxHK, scale, config.norm_epsilon)
+            y_BxLxHxK = y_TxHK.reshape(*x_BxLxD.shape[:2], number, config.head_size)
             return constrain(y_BxLxHxK, "batch", "length", axis, None)
 
-        query = heads("query", config.num_heads, "heads")
-        key = heads("key", config.num_kv_heads, "kv_heads")
-        value = heads("value", config.num_kv_heads, "kv_heads")
-        if config.qk_norm:
-            query = rms_norm(query, self.query_norm[...], config.norm_epsilon)
-            key = rms_norm(key, self.key_norm[...], config.norm_epsilon)
-        return rotate(query, angles_BxLxK2), rotate(key, angles_BxLxK2), value
+        query = rotate(heads("query", config.num_heads, "heads"), rope)
+        key = rotate(heads("key", config.num_kv_heads, "kv_heads"), rope)
+        if rope.growth_BxL is not None:
+            query = scaled(query, rope.growth_BxL[:, :, None, None])
+        return query, key, heads("value", config.num_kv_heads, "kv_heads")
 
     def finish(self, x_BxLxD, mixed_BxLxHxK):
         """The layer's output, given its input and the output of attention."""
         mixed_TxHK = mixed_BxLxHxK.reshape(-1, self.output.shape[0])
-        branch_TxD = self._project("output", mixed_TxHK)
-        if self.config.post_norms:
-            branch_TxD = self._flat_norm(branch_TxD, self.post_attention_norm)
-        x = x_BxLxD + branch_TxD.reshape(x_BxLxD.shape)
-        x = constrain(x, "batch", "length", "activation")
-        x = x + self._mlp(x)
-        return constrain(x, "batch", "length", "activation")
+        x = self._add(x_BxLxD, self._project("output", mixed_TxHK), "attention")
+        return self._add(x, self._mlp(x), "mlp")
 
     def _mlp(self, x_BxLxD):
-        x_TxD = self._flat_norm(x_BxLxD, self.mlp_norm)
+        x_TxD = self._flat_norm(x_BxLxD, "mlp_norm")
         activation = ACTIVATIONS[self.config.activation]
         gate_TxF = activation(self._project("gate", x_TxD))
         up_TxF = self._project("up", x_TxD)
-        branch_TxD = self._project("down", gate_TxF * up_TxF)
-        if self.config.post_norms:
-            branch_TxD = self._flat_norm(branch_TxD, self.post_mlp_norm)
-        return branch_TxD.reshape(x_BxLxD.shape)
+        return self._project("down", gate_TxF * up_TxF)
+
+    def _add(self, x_BxLxD, branch_TxD, name):
+        """Adds the output of a branch to its input."""
+        config = self.config
+        if config.post_norms:
+            branch_TxD = self._flat_norm(branch_TxD, f"post_{name}_norm")
+        if config.residual_multiplier != 1:
+            branch_TxD = scaled(branch_TxD, config.residual_multiplier)
+        x_BxLxD = x_BxLxD + branch_TxD.reshape(x_BxLxD.shape)
+        return constrain(x_BxLxD, "batch", "length", "activation")
 
     def _project(self, name, x_TxI):
         """The product with a kernel, plus the adapter's product and the bias, if any."""
@@ -312,10 +447,26 @@ class Layer(nnx.Module):
             y_TxO = y_TxO + bias_TxO.astype(self.dtype)
         return checkpoint_name(y_TxO, "projection")
 
-    def _flat_norm(self, x, scale):
-        """Norm, then one row per token: XLA on CPU runs 2-D products 1.5-3x faster."""
-        normed = rms_norm(x, scale[...], self.config.norm_epsilon)
-        return normed.reshape(-1, x.shape[-1])
+    def _flat_norm(self, x, name):
+        """The norm of this name, if the layer has it, then one row per token.
+
+        XLA on CPU runs 2-D products 1.5 to 3 times faster.
+        """
+        if hasattr(self, name):
+            x = rms_norm(x, getattr(self, name)[...], self.config.norm_epsilon)
+        return x.reshape(-1, x.shape[-1])
+
+
+class Kind(NamedTuple):
+    """What differs between layers besides their parameters; arrays `[N]` or scalars.
+
+    Attributes:
+      is_local: whether it has the window.
+      has_rope: whether it has RoPE.
+    """
+
+    is_local: jax.Array
+    has_rope: jax.Array
 
 
 class Decoder(nnx.Module):
@@ -348,11 +499,11 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens_BxL, positions_BxL, segment_ids_BxL):
         x_BxLxD = self._embed(tokens_BxL)
-        angles_of = self._angles(positions_BxL)
+        rope_of = self._rope(positions_BxL)
         layer_graphdef, *layer_params = nnx.split(self.layers, Adapter, ...)
 
         def run(x_BxLxD, layer_input):
-            is_local, params = layer_input
+            kind, params = layer_input
             # Without barriers XLA casts the parameters of all layers at once, before the
             # loop, and keeps the copies. Adapters have a separate barrier, because if
             # anything that passes a barrier is differentiated, everything is.
@@ -360,44 +511,44 @@ class Decoder(nnx.Module):
                 layer_graphdef, *map(jax.lax.optimization_barrier, params)
             )
             operands = (
-                *layer.project_heads(x_BxLxD, angles_of(is_local)),
+                *layer.project_heads(x_BxLxD, rope_of(kind)),
                 segment_ids_BxL,
             )
-            mixed_BxLxHxK = self._mix(attend, is_local, *operands)
+            mixed_BxLxHxK = self._mix(attend, kind, *operands)
             return layer.finish(x_BxLxD, mixed_BxLxHxK), None
 
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
             run = jax.checkpoint(run, policy=policy, prevent_cse=False)
-        x_BxLxD, _ = jax.lax.scan(run, x_BxLxD, (self._is_local(), layer_params))
-        return rms_norm(x_BxLxD, self.final_norm[...], self.config.norm_epsilon)
+        x_BxLxD, _ = jax.lax.scan(run, x_BxLxD, (self._kinds(), layer_params))
+        return self._last_hidden(x_BxLxD)
 
     def decode(self, cache: Cache, tokens_BxL, positions_BxL):
         """See `make_decode`."""
         x_BxLxD = self._embed(tokens_BxL)
-        angles_of = self._angles(positions_BxL)
+        rope_of = self._rope(positions_BxL)
         layer_graphdef, layer_params = nnx.split(self.layers)
 
         def run(carry, layer_input):
             x_BxLxD, cache = carry
-            index, is_local, params = layer_input
+            index, kind, params = layer_input
             layer = nnx.merge(layer_graphdef, params)
-            query, key, value = layer.project_heads(x_BxLxD, angles_of(is_local))
+            query, key, value = layer.project_heads(x_BxLxD, rope_of(kind))
             cache = {
                 "key": _write(cache["key"], index, positions_BxL, key),
                 "value": _write(cache["value"], index, positions_BxL, value),
             }
             seen = cache["key"][:, index], cache["value"][:, index]
             operands = query, *seen, positions_BxL
-            mixed_BxLxHxK = self._mix(attend_to_cache, is_local, *operands)
+            mixed_BxLxHxK = self._mix(attend_to_cache, kind, *operands)
             return (layer.finish(x_BxLxD, mixed_BxLxHxK), cache), None
 
         # The cache is a carry, not scanned over, so it is updated in place.
         indices_N = jnp.arange(self.config.num_layers)
         (x_BxLxD, cache), _ = jax.lax.scan(
-            run, (x_BxLxD, cache), (indices_N, self._is_local(), layer_params)
+            run, (x_BxLxD, cache), (indices_N, self._kinds(), layer_params)
         )
-        return rms_norm(x_BxLxD, self.final_norm[...], self.config.norm_epsilon), cache
+        return self._last_hidden(x_BxLxD), cache
 
     def _embed(self, tokens_BxL):
         """The first layer's input."""
@@ -407,29 +558,50 @@ class Decoder(nnx.Module):
         if self.config.scale_embeddings:
             # The factor is rounded, as it was when the models were trained.
             x_BxLxD *= jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
+        if self.config.embedding_multiplier != 1:
+            x_BxLxD = scaled(x_BxLxD, self.config.embedding_multiplier)
         return constrain(x_BxLxD, "batch", "length", "activation")
 
-    def _is_local(self):
-        """Whether each layer has the window, `[N]`."""
-        return jnp.array([window is not None for window in self.config.windows])
+    def _last_hidden(self, x_BxLxD):
+        """The last layer's output, normed and scaled as the unembedding needs it."""
+        scale_D = self.final_norm[...].astype(jnp.float32) / self.config.logits_scaling
+        return rms_norm(x_BxLxD, scale_D, self.config.norm_epsilon)
 
-    def _angles(self, positions_BxL):
-        """`is_local -> [B, L, K/2]`: RoPE's angles at each position in such a layer."""
-
-        def angles(config):
-            frequencies_K2 = rope_frequencies(config)
-            return positions_BxL[:, :, None] * frequencies_K2[None, None, :]
-
-        theta = self.config.local_rope_theta
-        of_global = angles(self.config)
-        if theta is None:
-            return lambda is_local: of_global
-        of_local = angles(
-            dataclasses.replace(self.config, rope_theta=theta, rope_scaling=None)
+    def _kinds(self) -> Kind:
+        """The kind of each layer."""
+        layers = range(self.config.num_layers)
+        return Kind(
+            jnp.array([window is not None for window in self.config.windows]),
+            jnp.array([layer not in self.config.nope_layers for layer in layers]),
         )
-        return lambda is_local: jnp.where(is_local, of_local, of_global)
 
-    def _mix(self, attention, is_local, *operands):
+    def _rope(self, positions_BxL) -> Callable[[Kind], Rope]:
+        """`kind -> Rope` of such a layer."""
+        config = self.config
+        everywhere = rope(config, positions_BxL)
+        local = everywhere
+        if config.local_rope_theta is not None:
+            local_config = dataclasses.replace(
+                config,
+                rope_theta=config.local_rope_theta,
+                rope_scaling=None,
+                query_growth=None,
+            )
+            local = rope(local_config, positions_BxL)
+
+        def rope_of(kind):
+            cos, sin, growth = everywhere
+            if config.local_rope_theta is not None:
+                cos = jnp.where(kind.is_local, local.cos_BxLxP, cos)
+                sin = jnp.where(kind.is_local, local.sin_BxLxP, sin)
+            if config.nope_layers:
+                cos = jnp.where(kind.has_rope, cos, 1.0)
+                sin = jnp.where(kind.has_rope, sin, 0.0)
+            return Rope(cos, sin, growth)
+
+        return rope_of
+
+    def _mix(self, attention, kind, *operands):
         """Applies `attention` to the operands within the layer's window."""
         config = self.config
 
@@ -446,7 +618,7 @@ class Decoder(nnx.Module):
             return within(kinds.pop())(*operands)
         # One program per kind of layer, because the mask is part of a TPU kernel.
         local, everywhere = within(config.sliding_window), within(None)
-        return jax.lax.cond(is_local, local, everywhere, *operands)
+        return jax.lax.cond(kind.is_local, local, everywhere, *operands)
 
 
 def make_forward(
@@ -611,12 +783,10 @@ def param_axes(config: ModelConfig) -> Params:
     axes = {
         "embedding": ("vocab", "hidden"),
         "layers": {
-            "attention_norm": ("layers", None),
             "query": ("layers", "hidden", "heads"),
             "key": ("layers", "hidden", "kv_heads"),
             "value": ("layers", "hidden", "kv_heads"),
             "output": ("layers", "heads", "hidden"),
-            "mlp_norm": ("layers", None),
             "gate": ("layers", "hidden", "mlp"),
             "up": ("layers", "hidden", "mlp"),
             "down": ("layers", "mlp", "hidden"),
@@ -630,7 +800,14 @@ def param_axes(config: ModelConfig) -> Params:
             "value_bias": ("layers", "kv_heads"),
         }
     if config.qk_norm:
-        axes["layers"] |= dict.fromkeys(("query_norm", "key_norm"), ("layers", None))
+        over = ("heads", "kv_heads") if config.qk_norm_over_heads else (None, None)
+        axes["layers"] |= {
+            "query_norm": ("layers", over[0]),
+            "key_norm": ("layers", over[1]),
+        }
+    if config.pre_norms:
+        names = ("attention_norm", "mlp_norm")
+        axes["layers"] |= dict.fromkeys(names, ("layers", None))
     if config.post_norms:
         names = ("post_attention_norm", "post_mlp_norm")
         axes["layers"] |= dict.fromkeys(names, ("layers", None))
