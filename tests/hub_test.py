@@ -42,6 +42,7 @@ def forget() -> None:
     """What a new process would not know."""
     hub._commit.cache_clear()
     hub._files.cache_clear()
+    hub._folders.cache_clear()
 
 
 @pytest.fixture

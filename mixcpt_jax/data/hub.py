@@ -9,6 +9,7 @@ processes share, and reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE. A 
 resolves a revision to a commit once; a run records its commits and keeps them.
 """
 
+import collections
 import contextlib
 import dataclasses
 import fnmatch
@@ -237,7 +238,7 @@ class HubPath(gpath.PosixGPath):
         return self._file is not None
 
     def is_dir(self) -> bool:
-        return any(True for _ in self._below())
+        return self._address.path in self._address.folders()
 
     def _below(self) -> Iterator[str]:
         """The names of all files below, relative to this folder."""
@@ -249,7 +250,7 @@ class HubPath(gpath.PosixGPath):
 
     def iterdir(self) -> Iterator["HubPath"]:
         """The files and folders in a folder, without hidden ones."""
-        for name in dict.fromkeys(name.partition("/")[0] for name in self._below()):
+        for name in self._address.folders()[self._address.path]:
             if not name.startswith("."):
                 yield self / name
 
@@ -437,6 +438,11 @@ class _Address:
         with self._explained():
             return _files(self.kind, self.repository, commit)
 
+    def folders(self) -> Mapping[str, set[str]]:
+        """The folders of the whole repository by name, with the names of what they hold."""
+        self.files()  # explains errors
+        return _folders(self.kind, self.repository, self.commit)
+
     def download(self, names: Sequence[str]) -> pathlib.Path:
         """The local path; the files with these names in the repository lie below it."""
         library, files, commit = _library(), self.files(), self.commit
@@ -592,6 +598,17 @@ def _files(kind: str, repository: str, commit: str) -> Mapping[str, Any]:
                 for f in files
             ]
     return {file.path: file for file in found}
+
+
+@functools.cache
+def _folders(kind: str, repository: str, commit: str) -> Mapping[str, set[str]]:
+    folders = collections.defaultdict(set)
+    for name in _files(kind, repository, commit):
+        while name:
+            folder, _, last = name.rpartition("/")
+            folders[folder].add(last)
+            name = folder
+    return dict(folders)
 
 
 class _Cached(NamedTuple):
