@@ -10,7 +10,10 @@ from mixcpt_jax import main
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import comprehension
 from mixcpt_jax.evaluation import generation
-from mixcpt_jax.jobs import generate
+from mixcpt_jax.jobs import generate, train
+from mixcpt_jax.models import pretrained
+from mixcpt_jax.training import phase as phase_lib
+from mixcpt_jax.training import teacher_outputs
 
 ASSETS = "package:mixcpt_jax/assets"
 DOCUMENT = (
@@ -130,6 +133,47 @@ def test_a_later_phase_reads_what_was_written(config, tmp_path):
     _, results = main.run(config, str(tmp_path))
     mixture = {row["name"]: row for row in results["cpt"]["mixture"]}
     assert mixture["replay"]["documents"] == results["write"]["generated"]["records"]
+
+
+def test_samples_of_another_model_are_not_replayed(config, tiny_model, tmp_path):
+    file = tmp_path / "samples.jsonl"
+    replay = {"ntp_weight": 0.0, "lssd_weight": 0.0, "kd_weight": 1.0}
+    config.sources.replay = config_lib.source(path=str(file), **replay)
+    phase = phase_lib.start(config, str(tmp_path / "run"), "cpt")
+    own = phase_lib.model_hash({"architecture": phase.model_config.fingerprint}
+                               | {"identity": pretrained.identity(tiny_model)})  # fmt: skip
+
+    def write(*models, kind="replay"):
+        records = [
+            {"text": "A text.", "generated": {"kind": kind, "model": model}}
+            for model in models
+        ]
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    write(own, own)
+    teacher_outputs.check_replay(phase)
+    write("0" * 16, kind="comprehension")
+    teacher_outputs.check_replay(phase)
+    write(own, "0" * 16)
+    with pytest.raises(InputError) as error:
+        train.run(config, str(tmp_path / "run"), "cpt")
+    assert str(error.value) == (
+        f"{file}:2: a sample of model {'0' * 16}, the teacher of sources.replay is {own}, "
+        f"{tiny_model}; generate the source again from this model, set teacher.path to "
+        "the other one, or sources.replay.kd_weight=0"
+    )
+    assert not (tmp_path / "run").exists()
+    # The samples of another teacher are its own, those of the start are not.
+    with config.unlocked():
+        config.model.weights = "random"
+    config.teacher.path = tiny_model
+    phase = phase_lib.start(config, str(tmp_path / "run"), "cpt")
+    write(own)
+    teacher_outputs.check_replay(phase)
+    config.sources.replay.kd_weight = 0.0
+    write("0" * 16)
+    phase = phase_lib.start(config, str(tmp_path / "run"), "cpt")
+    teacher_outputs.check_replay(phase)
 
 
 @pytest.mark.parametrize(

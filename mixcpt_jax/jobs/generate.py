@@ -11,7 +11,6 @@ only on the seed and its number, so an interrupted phase resumes with the next b
 writes the same records.
 """
 
-import hashlib
 import itertools
 import json
 import re
@@ -69,12 +68,6 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     with jax.set_mesh(phase.mesh):
         written = _write(phase, requests)
     return phase.finish({"generated": written, "folder": str(phase.folder / FOLDER)})
-
-
-def identity(phase: phase_lib.Phase) -> str:
-    """A hash of the model that a phase starts from, 16 hex digits."""
-    text = json.dumps(phase.start_key, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _requests(
@@ -277,7 +270,7 @@ class _Output:
 
     def __init__(self, phase: phase_lib.Phase):
         self._phase, self._folder = phase, phase.folder / FOLDER
-        self._model = identity(phase)
+        self._model = phase_lib.model_hash(phase.start_key)
         self._lines: list[str] = []
         self._seen: set[bytes] = set()
         self.num_parts = int(

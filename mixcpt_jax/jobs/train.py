@@ -46,6 +46,7 @@ from mixcpt_jax.training.program import (
     with_teacher,
 )
 from mixcpt_jax.training.steps import TrainState
+from mixcpt_jax.training.teacher_outputs import check_replay
 
 _STEP_TO_COMPARE_MEMORY = 10
 
@@ -66,6 +67,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
     """
     times = timing.Timing()
     _announce(phase)
+    check_replay(phase)
     checkpoint.check_folder(phase.folder)
     data = phase.load_data(functools.partial(with_teacher, phase))
     with jax.set_mesh(phase.mesh):

@@ -9,6 +9,7 @@ names another one, the teacher of continual pre-training.
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
 import platform
 import time
@@ -170,6 +171,14 @@ class Phase:
         """How many tokens have a probability in training; None: all rows."""
         return self.other_teacher and self.other_teacher.num_tokens
 
+    @property
+    def teacher_name(self) -> str:
+        """The teacher's path, for the terminal."""
+        has_other = self.other_teacher is not None
+        return _name_of_start(
+            _teacher_as_start(self.config) if has_other else self.config
+        )
+
     def teacher_forward(self) -> transformer.Forward:
         """The teacher's network, in the phase's compute dtype."""
         return transformer.make_forward(
@@ -292,6 +301,12 @@ class Phase:
             return {"start": self.start_key}
         return {"teacher": _without_path(self.teacher_is_from)}
 
+    @property
+    def teacher_hash(self) -> str:
+        """See `model_hash`."""
+        (key,) = self.teacher_key.values()
+        return model_hash(key)
+
     def provenance(self, files: dict[str, dict[str, str]]) -> dict[str, Any]:
         """What the phase starts from, its teacher and which files it reads."""
         facts = {
@@ -322,18 +337,10 @@ class Phase:
           work: what the phase will do.
           resumed: where the phase resumes; empty if it does not.
         """
-        if self.config.init_from:
-            weights = self.config.init_from
-        elif _is_random(self.config):
-            weights = f"random weights (seed {self.config.seed})"
-        else:
-            weights = self.config.model.path
-        teacher = ""
+        weights, teacher = _name_of_start(self.config), ""
         if self.other_teacher is not None:
             size = num_parameters(self.other_teacher.model_config) / 1e6
-            settings = self.config.teacher
-            place = settings.init_from or settings.path
-            teacher = f"; the teacher is {place}, {size:,.1f} M parameters"
+            teacher = f"; the teacher is {self.teacher_name}, {size:,.1f} M parameters"
         self.say(
             f"{self.devices}, {self.num_parameters / 1e6:,.1f} M parameters, {work}; "
             f"{resumed or f'starts from {weights}'}{teacher}"
@@ -709,6 +716,14 @@ def _identity_now(
     return _start_identity(given, config, architecture)
 
 
+def model_hash(key: dict[str, Any]) -> str:
+    """A hash, 16 hex digits, of a model's weights, given a `start_key`."""
+    # A folder may be named in several ways; `step` and `id` identify its checkpoint.
+    facts = {name: value for name, value in key.items() if name != "init_from"}
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def _without_path(start: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in start.items() if key != "weights"}
 
@@ -950,6 +965,14 @@ def num_parameters(model_config: transformer.ModelConfig) -> int:
     """Of a whole model."""
     leaves = jax.tree.leaves(transformer.abstract_params(model_config))
     return sum(leaf.size for leaf in leaves)
+
+
+def _name_of_start(config: ml_collections.ConfigDict) -> str:
+    if config.init_from:
+        return config.init_from
+    if _is_random(config):
+        return f"random weights (seed {config.seed})"
+    return config.model.path
 
 
 def _is_random(config: ml_collections.ConfigDict) -> bool:

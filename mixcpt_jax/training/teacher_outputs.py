@@ -5,6 +5,7 @@ Neither the teacher nor the rows change between epochs, so the outputs can be ca
 as much as plain continual pre-training.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from etils import epath
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import mixture, pipeline, teacher_cache, token_cache
+from mixcpt_jax.data import mixture, pipeline, sources, teacher_cache, token_cache
 from mixcpt_jax.objectives import teachers
 from mixcpt_jax.runtime import hosts, sharding, terminal
 from mixcpt_jax.training import phase as phase_lib
@@ -27,6 +28,41 @@ def needs_teacher(config: ml_collections.ConfigDict, rows: mixture.PackedRows) -
     """Whether a source is in the stream and has an objective that needs the teacher."""
     objectives = rows.source.objectives
     return rows.source.share > 0 and config_lib.needs_teacher(config, objectives)
+
+
+def check_replay(phase: phase_lib.Phase) -> None:
+    """Checks that samples to replay under `kd_weight` are the teacher's own.
+
+    Replay is `KL(p || q)` on text drawn from `p`; on the samples of another model it
+    preserves less.
+
+    Raises:
+      InputError: a record is a sample of another model.
+    """
+    config = phase.config
+    for name, entry in config.sources.items():
+        weights = config_lib.objective_weights(config, name)
+        if not (config.objective.kind == "tokens" and entry.weight and weights["kd"]):
+            continue
+        records = sources.read(
+            entry.path,
+            entry.reader,
+            entry.split,
+            lambda error: None,
+            entry.max_expansion,
+        )
+        for record in itertools.islice(records, entry.max_records or None):
+            origin = record.fields.get("generated")
+            if not isinstance(origin, dict):
+                break  # Not a file of a phase that generates.
+            writer = origin.get("model")
+            if origin.get("kind") == "replay" and writer != phase.teacher_hash:
+                raise InputError(
+                    f"{record.place}: a sample of model {writer}, the teacher of "
+                    f"sources.{name} is {phase.teacher_hash}, {phase.teacher_name}; "
+                    "generate the source again from this model, set teacher.path to the "
+                    f"other one, or sources.{name}.kd_weight=0"
+                )
 
 
 def open_rows(
@@ -63,6 +99,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, name: str) -> None:
     """
     phase = phase_lib.start(config, workdir, name)
     config = phase.config
+    check_replay(phase)
     data = pipeline.load(config, phase.tokenizer)
     needed = [rows for rows in data.packed if needs_teacher(phase.config, rows)]
     form = form_of(phase)
