@@ -1,6 +1,7 @@
 """A written source: of the model's own text or of a document's tasks, resumed exactly."""
 
 import json
+import types
 
 import jax
 import pytest
@@ -133,6 +134,14 @@ def test_a_later_phase_reads_what_was_written(config, tmp_path):
     _, results = main.run(config, str(tmp_path))
     mixture = {row["name"]: row for row in results["cpt"]["mixture"]}
     assert mixture["replay"]["documents"] == results["write"]["generated"]["records"]
+
+
+@pytest.mark.parametrize(("add_bos", "first"), [(True, 1), (False, 0)])
+def test_texts_begin_after_the_token_that_precedes_them_in_training(add_bos, first):
+    """A chat model's BOS may begin turns; then texts follow the end of another one."""
+    tokenizer = types.SimpleNamespace(bos_id=1, end_of_document_id=0, add_bos=add_bos)
+    request = generate._from_start(types.SimpleNamespace(tokenizer=tokenizer))
+    assert request == generate.Request([first], {})
 
 
 def test_samples_of_another_model_are_not_replayed(config, tiny_model, tmp_path):

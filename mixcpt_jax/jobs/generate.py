@@ -102,13 +102,12 @@ def _requests(
 
 
 def _from_start(phase: phase_lib.Phase) -> Request:
+    """A request for a whole text, after the token that precedes texts in pre-training.
+
+    It is not always BOS, which begins a turn in some chat models.
+    """
     tokenizer = phase.tokenizer
-    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    if first is None:
-        raise InputError(
-            "generate.kind=replay: the tokenizer has neither BOS nor EOS for texts to "
-            "begin with; give generate.prompts or generate.source"
-        )
+    first = tokenizer.bos_id if tokenizer.add_bos else tokenizer.end_of_document_id
     return Request([first], {})
 
 
