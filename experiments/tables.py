@@ -331,6 +331,7 @@ def memory_table(records: list[Record], base: str) -> str:
             r["phases"]["cpt"]["after"] for r in _at_rate(records, base, arm)
         ]
         for arm in ARMS
+        if not ARMS[arm].is_merged
     }
     return _measures_table("arm", columns, found)
 
@@ -836,8 +837,8 @@ def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
     _save(figure, path)
 
 
-# The arms of the figure of the first page: kept, use and side of the label.
-_SUMMARY = {
+# The arms of the figure of ways to keep: kept, use and side of the label.
+_KEEP_LABELS = {
     "plain": (53, 66, "left"),
     "mixture_ntp": (24, 82, "left"),
     "mixture_lssd20": (76, 70, "left"),
@@ -845,20 +846,17 @@ _SUMMARY = {
 }
 
 
-def draw_summary(records: list[Record], path: pathlib.Path) -> None:
-    """Learnt against kept on the chat base, for the choices of the first page."""
+def draw_keep(records: list[Record], path: pathlib.Path) -> None:
+    """Use against kept on the chat base, with and without general data."""
     figure, axis = _pyplot().subplots(figsize=(6.6, 5.2))
-    for arm, (x, y, side) in _SUMMARY.items():
+    for arm, (x, y, side) in _KEEP_LABELS.items():
         found = list(curves(records, "chat", arm, KEEP_RATES).values())
         if found:
             _draw_curve(axis, found, STYLES[arm], (x, y, side))
-    merged = list(merge_curves(records, "plain_merged", RATES[-1]).values())
+    merged = list(merge_curves(records, "plain_merged", RATE).values())
     if merged:
         _draw_curve(axis, merged, STYLES["plain_merged"], (60, 30, "left"))
-    axis.set(xlim=(0, 100), ylim=(0, 100))
-    axis.set_xlabel("kept: general facts that training never mentions, %")
-    axis.set_ylabel("learnt: answers about the domain, %")
-    axis.grid(alpha=0.3)
+    _label_axes(axis, "chat", 100)
     figure.tight_layout()
     _save(figure, path)
 
@@ -1114,7 +1112,7 @@ def main() -> None:
         return
     for page in PAGES:
         page.write_text(fill(page.read_text(), records))
-    draw_summary(records, FOLDER / "summary.png")
+    draw_keep(records, FOLDER / "controlled" / "keep.png")
     for base in JUDGED:
         if any(curves(records, base, arm) for arm in ARMS):
             draw(records, base, FOLDER / "controlled" / f"{base}.png")
