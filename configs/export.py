@@ -5,7 +5,7 @@
 
 `model.path` is the model that the phase started from; its config and tokenizer go into
 the folder. Adapters are merged into the weights. `export.dtype` is bfloat16, float16 or
-float32.
+float32. `--config.export.hub_id=ORG/NAME` pushes the folder to the Hub with a model card.
 """
 
 from mixcpt_jax import config as config_lib

@@ -146,6 +146,16 @@ def test_a_broken_transfer_resumes_where_it_broke(server, monkeypatch):
     assert again == "bytes=2000-"
 
 
+def test_a_download_says_how_far_it_is(served, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "_SECONDS_BETWEEN_REPORTS", 0)
+    size = 3 * 2**20
+    served.commit("models", ID, {"model.safetensors": os.urandom(size)})
+    hub.local_model(ID, "model.safetensors")
+    said = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"{ID}: downloads 4 files of commit \w+, 3.0 MiB", said[0])
+    assert "downloaded 3 of 3 MiB" in said
+
+
 @pytest.mark.slow
 def test_a_killed_process_leaves_its_whole_files(server, tmp_path, project):
     names = ["model-1.safetensors", "model-2.safetensors"]

@@ -633,7 +633,7 @@ def _progress() -> type:
 
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
             now = time.monotonic()
-            is_due = now - Progress.reported > _SECONDS_BETWEEN_REPORTS
+            is_due = now - Progress.reported >= _SECONDS_BETWEEN_REPORTS
             if is_due and self.unit == "B" and self.total:
                 Progress.reported = now
                 terminal.say(
