@@ -187,7 +187,9 @@ def test_commands_with_models_buckets_and_slices_run(script, tmp_path, longer_mo
     (tmp_path / ".venv/bin/python").symlink_to(programs / "python")
     (tmp_path / "requirements.txt").symlink_to(PROJECT / "requirements.txt")
     (tmp_path / ".venv/installed").touch()
-    script = re.sub(r"/models/\S+", longer_model, script)
+    script = re.sub(
+        r"(model\.path=)(?!gs:)\S+", lambda found: found[1] + longer_model, script
+    )
     script = re.sub(r"gs://bucket/Meta\S+", "gs://bucket/model", script)
     script = re.sub(r"(?<=[= ])/data/", f"{tmp_path}/data/", script)
     with bucket.serve() as port:
