@@ -48,8 +48,8 @@ KEEP = {
     "plain_excess": (KEEP_RATES, 3),
     "mixture_ntp_teacher": (KEEP_RATES, 3),
     "mixture_ntp_excess": (KEEP_RATES, 3),
-    "plain_budget": (RATES[2:], 3),
-    "mixture_lssd20_budget": (RATES[2:], 3),
+    "plain_budget": (KEEP_RATES, 3),
+    "mixture_lssd20_budget": (KEEP_RATES[:2], 3),
     "mixture_lssd_longer": ((RATE,), 1),
     "mixture_lssd20_longer": ((RATE,), 1),
 }
