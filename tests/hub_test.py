@@ -240,7 +240,7 @@ def problem(path, *names) -> str:
         ("hf://org/none", ["the Hub shows no such model"]),
         ("hf://datasets/org/none", ["the Hub shows no such data set"]),
         ("org/tiny@v3", ["no revision 'v3'", "name a branch"]),
-        ("org/gated", ["restricted", "accept its terms at http", "/org/gated ", "HF_"]),
+        ("org/gated", ["restricted", "accept the terms at http", "/org/gated ", "HF_"]),
         ("hf://tiny", ["write hf://ORG/NAME"]),
         ("hf://spaces/org/tiny", ["names a space"]),
         ("hf://org/tiny/gguf", ["has no gguf", "config.json"]),

@@ -479,20 +479,18 @@ class _Address:
         except Exception as error:
             # An upload wraps its errors.
             for found in (error, error.__cause__):
-                if isinstance(found, Exception) and (problem := self._problem(found)):
-                    raise InputError(f"{self.place}: {problem}") from error
+                if isinstance(found, Exception) and (told := self._error(found)):
+                    raise told from error
             raise
 
-    def _problem(self, error: Exception) -> str | None:
-        """An error of the library, and its remedy; None for one that is not expected."""
+    def _error(self, error: Exception) -> InputError | None:
+        """What the library raised, as a user error; None if it is none."""
         library = _library()
         errors, constants = library.errors, library.constants
-        what = "data set" if self.kind == "dataset" else "model"
-        page = (
-            f"{constants.ENDPOINT}/{self.root.partition('@')[0].removeprefix(SCHEME)}"
-        )
+        name = self.root.partition("@")[0].removeprefix(SCHEME)
+        page = f"{constants.ENDPOINT}/{name}"
         is_bare = _ID.fullmatch(self.place) is not None
-        absent = "there is no such file or folder, and " if is_bare else ""
+        absent = " there is no such file or folder, and" if is_bare else ""
         unread = (
             errors.RevisionResolutionError,
             errors.LocalEntryNotFoundError,
@@ -501,41 +499,49 @@ class _Address:
         )
         match error:
             case errors.GatedRepoError():
-                return (
-                    f"access to this {what} is restricted; accept its terms at {page} and "
+                return InputError(
+                    f"{self.place}: access is restricted; accept the terms at {page} and "
                     "set HF_TOKEN to a token of your account"
                 )
             case errors.RepositoryNotFoundError():
-                return (
-                    f"{absent}the Hub shows no such {what} (looked for {page}); check the "
-                    "name, or set HF_TOKEN if it is private"
+                return InputError(
+                    f"{self.place}:{absent} the Hub shows no such {self._what} (looked for "
+                    f"{page}); check the name, or set HF_TOKEN if it is private"
                 )
             case errors.RevisionNotFoundError():
-                return (
-                    f"the {what} has no revision {self.revision!r}; name a branch, a tag "
-                    f"or a commit of {page}"
+                return InputError(
+                    f"{self.place}: the {self._what} has no revision {self.revision!r}; "
+                    f"name a branch, a tag or a commit of {page}"
                 )
             case _ if constants.HF_HUB_OFFLINE and isinstance(error, unread):
-                return (
-                    f"{absent}the cache of the Hub {constants.HF_HUB_CACHE} does not hold "
-                    "all of its files, and HF_HUB_OFFLINE is set; unset it to download them"
+                return InputError(
+                    f"{self.place}:{absent} HF_HUB_OFFLINE is set and the cache of the "
+                    f"Hub, {constants.HF_HUB_CACHE}, does not hold all of its files; unset "
+                    "it to download them"
                 )
             case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
-                return (
-                    f"the Hub refuses access to {page}; set HF_TOKEN to a valid token"
+                return InputError(
+                    f"{self.place}: the Hub refuses access to {page}; set HF_TOKEN to a "
+                    "token that may have it"
                 )
             case errors.HfHubHTTPError():
-                return (
-                    f"{constants.ENDPOINT} answers with HTTP status "
+                return InputError(
+                    f"{self.place}: {constants.ENDPOINT} answers with HTTP status "
                     f"{error.response.status_code}; run the same command again later"
                 )
             case _ if isinstance(error, unread) or _is_of_network(error):
-                return (
-                    f"{absent}the Hub cannot be reached at {constants.ENDPOINT} "
-                    f"({_first_line(error)}); check the network and HF_ENDPOINT, then run "
-                    "the same command again, which keeps all files that are complete"
+                return InputError(
+                    f"{self.place}:{absent} the Hub cannot be reached at "
+                    f"{constants.ENDPOINT} ({_first_line(error)}); check the network and "
+                    "HF_ENDPOINT, then run the same command again, which keeps all files "
+                    "that are complete"
                 )
-        return system.problem(error)
+        problem = system.problem(error)
+        return InputError(f"{self.place}: {problem}") if problem else None
+
+    @property
+    def _what(self) -> str:
+        return "data set" if self.kind == "dataset" else "model"
 
 
 def _is_of_network(error: BaseException) -> bool:
@@ -631,10 +637,13 @@ def _progress() -> type:
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **options | {"file": io.StringIO()})
 
+        def close(self) -> None:
+            self.disable = True  # tqdm would display it once more
+
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
             now = time.monotonic()
             is_due = now - Progress.reported >= _SECONDS_BETWEEN_REPORTS
-            if is_due and self.unit == "B" and self.total:
+            if is_due and self.unit == "B" and (self.total or 0) >= 2**20:
                 Progress.reported = now
                 terminal.say(
                     f"downloaded {self.n / 2**20:,.0f} of {self.total / 2**20:,.0f} MiB"
