@@ -18,7 +18,7 @@ import re
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -26,7 +26,7 @@ from scipy import stats
 from experiments import cells
 from experiments.arms import ARMS
 from experiments.book import run as book_run
-from experiments.controlled import confidence, cost, run
+from experiments.controlled import adaptive, confidence, cost, run
 from experiments.controlled.config import MERGED_SHARES
 from experiments.controlled.run import HIGH, HIGH_RATES, KEEP_RATES, RATE, RATES
 from mixcpt_jax.core import intervals
@@ -543,6 +543,39 @@ def budget_table(records: list[Record]) -> str:
                 )
     header = ["arm, rate", "seeds", "domain answers", "untold answers"]
     return _table([*header, "untold documents, loss", "steps of each seed"], rows)
+
+
+def adaptive_table(found: dict[str, Any]) -> str:
+    """Constant and adaptive weights of LSSD, and stops, by their KL from the start."""
+    labels = {
+        "weight": lambda w: f"{1 - w:g} NTP + {w:g} LSSD",
+        "budget": lambda kl: f"weight follows a KL of {kl:g}",
+        "ramp": lambda kl: f"weight rises to a KL of {kl:g}",
+    }
+    shown = {}
+    for key, record in found.items():
+        rate, _, name = key.partition(", ")
+        if name == "stops":
+            *_, last = record
+            for row in (record[1], record[2], last):
+                end = "to its end" if row is last else f"to step {row['step']:.0f}"
+                shown[f"NTP, {rate}, {end}"] = row
+            continue
+        kind, value = name.split()
+        if key != "rate 0.002, weight 0":  # the stops have its end
+            shown[labels[kind](float(value))] = record["after"]
+    measures = ("domain_use/exact", "untold_use/exact")
+    rows = [
+        (row[f"{adaptive.WATCHED}/kl_from_start"], label, [row[m] for m in measures])
+        for label, row in shown.items()
+    ]
+    return _table(
+        ["mixture", "KL", "domain answers", "untold answers"],
+        [
+            [label, f"{kl:.3f}", *(f"{100 * share:.1f}" for share in shares)]
+            for kl, label, shares in sorted(rows, reverse=True)
+        ],
+    )
 
 
 def teacher_table(records: list[Record]) -> str:
@@ -1063,6 +1096,7 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "merge": lambda: merge_table(records),
         "high-rates": lambda: high_table(records),
         "budget": lambda: budget_table(records),
+        "adaptive": lambda: adaptive_table(json.loads(adaptive.FILE.read_text())),
         "teacher": lambda: teacher_table(records),
         "confidence": lambda: confidence_table(json.loads(confidence.FILE.read_text())),
         "book": lambda: book_table(book, is_aligned=False),

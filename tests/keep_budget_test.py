@@ -61,7 +61,7 @@ def kl_oracle(now, start, batch):
     return (np.exp(p) * (p - q)).sum(-1)
 
 
-@pytest.mark.parametrize("chunk_size", [8, 256])
+@pytest.mark.parametrize("chunk_size", [8, pytest.param(256, marks=pytest.mark.slow)])
 def test_kl_from_the_start_equals_the_float64_one_for_any_chunk(chunk_size):
     batch = eval_batch()
 
@@ -80,7 +80,9 @@ def test_kl_from_the_start_equals_the_float64_one_for_any_chunk(chunk_size):
         np.testing.assert_allclose(scores[name], values, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)]
+)
 def test_kl_from_the_start_is_the_same_on_any_mesh(shape):
     mesh = sharding.make_mesh(dict(zip(mesh_shape.MESH_AXES, shape, strict=True)))
     batch, forward = eval_batch(), transformer.make_forward(CONFIG)
@@ -103,6 +105,7 @@ def test_kl_from_the_start_is_0_at_the_start(compute):
     np.testing.assert_allclose(kl, 0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_kl_from_the_base_of_fresh_adapters_is_0():
     lora = lora_lib.Lora(2, 16.0, ("query", "down"))
     adapters = lora_lib.init_adapters(CONFIG, lora, jax.random.key(0), "float32")

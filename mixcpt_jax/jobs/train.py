@@ -271,7 +271,8 @@ def _go_back(phase, program: Program, start: _Start, evaluation, progress) -> No
     budget = start.budget
     progress.say(
         f"{phase.name}: train.keep_budget is spent at step {budget.spent_at}; the phase "
-        f"ends with step {budget.end}"
+        f"ends with step {budget.end}. A lower optimizer.learning_rate, or more weight on "
+        "the start, learns more within the same budget"
     )
     checkpoint.set_aside(phase.folder, budget.end)
     if not start.data.prompts or evaluation.has_answered(budget.end):
