@@ -103,6 +103,7 @@ def test_a_config_is_read_without_the_weights(served):
     assert "model.safetensors" not in served.downloads()
 
 
+@pytest.mark.slow
 def test_of_several_formats_the_shards_in_the_index_are_downloaded(
     server, tiny_model, tmp_path
 ):
@@ -135,6 +136,7 @@ def test_a_local_folder_wins(served, tiny_model, tmp_path, monkeypatch):
     assert not served.requests
 
 
+@pytest.mark.slow
 def test_a_broken_transfer_resumes_where_it_broke(server, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     content = os.urandom(3000)
