@@ -43,9 +43,9 @@ def lines(folder):
 
 def files(folder):
     """Name -> content of the files of a run that depend on neither time nor chance."""
-    changing = ("checkpoints", "tensorboard", "metrics.jsonl")
-    changing += ("results.json", "provenance.json", "report.md", "report.json")
-    changing += ("report.html",)
+    changing = (checkpoint.FOLDER, checkpoint.RECORD_FOLDER, "tensorboard")
+    changing += ("metrics.jsonl", "results.json", "provenance.json", "report.md")
+    changing += ("report.json", "report.html")
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in folder.rglob("*")
