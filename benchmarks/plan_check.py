@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import resource
 import time
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -86,11 +87,11 @@ def measure(settings: str) -> list[str]:
     analysis = step.compiled.memory_analysis()
     announced = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     before = _resident()
-    state, frozen, batch = _random_arguments(step)
+    state, *others = random_arguments(step)
     seconds = []
     for _ in range(2):
         started = time.monotonic()
-        state, values = step.compiled(state, frozen, batch)
+        state, values = step.compiled(state, *others)
         jax.block_until_ready(values)
         seconds.append(time.monotonic() - started)
     taken = _peak() - before
@@ -108,7 +109,8 @@ def measure(settings: str) -> list[str]:
     ]
 
 
-def _random_arguments(step: step_plan.Step):
+def random_arguments(step: step_plan.Step) -> tuple[Any, ...]:
+    """Arguments for `step.compiled`."""
     rng = np.random.default_rng(0)
 
     def make(leaf):
@@ -118,8 +120,10 @@ def _random_arguments(step: step_plan.Step):
             value = np.zeros(leaf.shape)
         return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
 
-    state, frozen = (
-        jax.tree.map(make, tree) for tree in (step.program.state, step.program.frozen)
+    program = step.program
+    state, frozen, teacher = (
+        jax.tree.map(make, tree)
+        for tree in (program.state, program.frozen, program.teacher)
     )
     moments = jax.tree.map(jnp.zeros_like, state.opt_state)
     row = step.data.packed[0][0]
@@ -127,7 +131,7 @@ def _random_arguments(step: step_plan.Step):
         key: jax.device_put(np.stack([row[key]] * leaf.shape[0]), leaf.sharding)
         for key, leaf in step.batch.items()
     }
-    return state._replace(opt_state=moments), frozen, batch
+    return state._replace(opt_state=moments), frozen, batch, teacher
 
 
 def _product_rate() -> float:

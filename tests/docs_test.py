@@ -291,6 +291,7 @@ _SHORT = {
     "benchmarks.long_texts": "--megabytes 1",
     "benchmarks.pipeline": "--megabytes 1 --memory 0",
     "benchmarks.parity": "--only llama3",
+    "benchmarks.keeping": "--rounds 1",
     "benchmarks.plan_tunix": "--topology v5e:2x2 --layers 1",
 }
 # Beside what stands in an environment of its own, for it wants another jax.
