@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import signal
+import types
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives import streamed
 from mixcpt_jax.reporting import changes, page, run_records
-from mixcpt_jax.runtime import metrics, preemption, sharding
+from mixcpt_jax.runtime import hosts, metrics, preemption, sharding
 from mixcpt_jax.training import budget as budget_lib
 from mixcpt_jax.training import checkpoint, program, steps
 from mixcpt_jax.training import phase as phase_lib
@@ -193,6 +194,20 @@ def test_a_text_without_tokens_has_no_budget():
     budget = budget_lib.Budget({"a/loss": 0.1})
     with pytest.raises(InputError, match="train.keep_budget: 'a/loss' has no value"):
         budget.observe(0, {"b/loss": 9.0})
+
+
+def test_hosts_agree_on_recorded_measures_to_the_bit(tmp_path, monkeypatch):
+    rows = [{"step": 0, "eval/a/loss": 1 / 3}, {"step": 7, "eval/b/loss": 0.1}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / metrics.FILE).write_text(text)
+    phase = types.SimpleNamespace(folder=epath.Path(tmp_path))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    # What a broadcast keeps of floats.
+    monkeypatch.setattr(
+        hosts, "of_first", lambda value: np.asarray(jax.numpy.asarray(value))
+    )
+    found = train._recorded_evaluations(phase, {"a/loss": 0.1})
+    assert found == [{"step": 0, "a/loss": 1 / 3}, {"step": 7}]
 
 
 def ntp_only(config):
