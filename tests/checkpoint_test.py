@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import mesh_shape
@@ -624,6 +625,19 @@ def test_a_checkpoint_of_another_run_is_not_handed_over(tmp_path):
             read(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     assert checkpoint.identity(str(tmp_path))["step"] == 1
+
+
+def test_a_checkpoint_whose_metadata_is_written_late_is_whole(tmp_path, monkeypatch):
+    """A thread of Orbax writes it, and does so late on a busy machine."""
+    update = orbax_metadata._MetadataStoreImpl.update
+
+    def update_late(*args, **values):
+        time.sleep(0.5)
+        update(*args, **values)
+
+    monkeypatch.setattr(orbax_metadata._MetadataStoreImpl, "update", update_late)
+    save(tmp_path, [1, 2])
+    assert restore(tmp_path, make_state(2)).step == 2
 
 
 @pytest.mark.parametrize("seconds", [-(10**9), -3600, 10**9])

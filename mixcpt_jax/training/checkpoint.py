@@ -55,6 +55,7 @@ _OVER_BUDGET = "over-budget"
 RECORD_FOLDER = f"{FOLDER}.record"  # the copy of the phase's record
 _MANIFEST = "manifest.json"
 _METADATA = "_CHECKPOINT_METADATA"
+_SECONDS_FOR_METADATA = 300.0
 # In a bucket, Orbax writes files of this name last; only their existence matters.
 _COMMITTED = "commit_success.txt"
 # Files up to this size are hashed: all but most of those that hold arrays.
@@ -123,7 +124,7 @@ class Checkpoints:
           keep_last: the number of newest checkpoints to keep.
         """
         self._folder = workdir / FOLDER
-        self._step = -1  # of the save in progress
+        self._step, self._id = -1, ""  # of the save in progress
         self._copy = record_lib.Copy(workdir / RECORD_FOLDER)
         context = ocp.Context()
         # Orbax makes deep copies of its options, but not of a function.
@@ -193,7 +194,7 @@ class Checkpoints:
             "record": lengths,
             "has_manifest": True,
         }
-        self._step = step
+        self._step, self._id = step, record["id"]
         with self._writing():
             self._checkpointer.save_checkpointables_async(
                 step,
@@ -228,9 +229,24 @@ class Checkpoints:
             for name, size in paths.sizes(path).items()
             if name != _METADATA and not name.endswith(_COMMITTED)
         }
-        manifest = {"files": files, "metadata": _hash_of_metadata(_read_metadata(path))}
+        manifest = {"files": files, "metadata": _hash_of_metadata(self._metadata(path))}
         text = paths.to_json(manifest | {"digest": _hash(manifest)}, indent=1)
         paths.replace(path / _MANIFEST, text)
+
+    def _metadata(self, path: epath.Path) -> dict[str, Any]:
+        """The metadata of the save, which another thread of Orbax may not have written.
+
+        Raises:
+          OSError: that thread has not written it for minutes.
+        """
+        deadline = time.monotonic() + _SECONDS_FOR_METADATA
+        while time.monotonic() < deadline:
+            with contextlib.suppress(InputError, OSError):  # half of it is written
+                metadata = _read_metadata(path)
+                if metadata["custom_metadata"].get("id") == self._id:
+                    return metadata
+            time.sleep(0.01)
+        raise OSError(f"{path / _METADATA}: was not written")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
