@@ -335,6 +335,7 @@ def test_the_reference_names_every_model_type():
     assert named == families.FAMILIES.keys() | families.WRAPPERS.keys()
 
 
+@pytest.mark.slow
 def test_the_parity_table_has_every_model():
     parity = pytest.importorskip("benchmarks.parity")
     rows = table_rows("reference.md", "| | logits | round trip |")
