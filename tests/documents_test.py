@@ -5,6 +5,7 @@ import pathlib
 
 import document_folder
 import fields_test
+import pypdf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,6 +135,29 @@ def test_fields_are_of_the_kind_of_file(tmp_path):
         read({"pdf": {"text": "body"}})
     with pytest.raises(InputError, match="'words' is not a field of format 'document'"):
         read({"csv": {"words": "body"}})
+
+
+def test_a_document_is_parsed_once_until_it_changes(folder, monkeypatch, tmp_path):
+    root, _ = folder
+    parsed = []
+
+    class Reader(pypdf.PdfReader):
+        def __init__(self, *args):
+            parsed.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(pypdf, "PdfReader", Reader)
+    file = tmp_path / "a.pdf"
+    for content, text in ((b"one", "one"), (b"other", "other")):
+        file.write_bytes(document_folder.pdf(content.decode()))
+        for _ in range(3):
+            [record] = sources.read(str(file))
+            assert record.fields == {"id": str(file), "text": text}
+    assert len(parsed) == 2
+    for _ in range(2):
+        problems = []
+        assert not list(sources.read(str(root / "secret.pdf"), on_bad=problems.append))
+        assert [problem.reason for problem in problems] == ["encrypted"]
 
 
 def test_inspection_shows_what_would_be_read(folder):
@@ -274,5 +298,7 @@ def test_a_table_is_read_in_flat_memory_and_in_the_encoding_of_a_late_row(tmp_pa
 
 
 def test_every_kind_has_a_reader_and_a_suffix():
-    assert set(readers.READER_OF_SUFFIX.values()) | {"tfds"} == set(files.READERS)
+    assert set(readers.READER_OF_SUFFIX.values()) | {"tfds", "json"} == set(
+        files.READERS
+    )
     assert set(documents.LIBRARIES) < set(readers.TEXTS)

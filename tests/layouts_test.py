@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet as pq
 
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import formats, layouts, sources
+from mixcpt_jax.data import formats, layouts, readers, sources
 from mixcpt_jax.data.sources import Record
 
 ASKED, ANSWERED, WORSE, SYSTEM = "Why is it so?", "Because of that.", "No.", "Be brief."
@@ -167,6 +167,35 @@ def test_a_record_of_another_format_is_named():
         InputError, match="which format='preference' and format='chat_p"
     ):
         text(PAIRS["HH"], "document")
+
+
+def test_an_array_of_json_is_read_one_object_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_BUFFER_BYTES", 64)
+    records = [{"text": "é" * n, "n": [n]} for n in range(40)]
+    file = tmp_path / "a.json"
+    for indent in (None, 2):
+        file.write_text(f" {json.dumps(records, ensure_ascii=False, indent=indent)}\n")
+        found = list(sources.read(str(file)))
+        assert [record.fields for record in found] == records
+        assert found[1].place == f"{file}: value 2"
+    file.write_text("\n".join(map(json.dumps, records)))
+    assert len(list(sources.read(str(file)))) == 40
+
+
+def test_a_damaged_array_of_json_is_read_up_to_the_damage(tmp_path):
+    file = tmp_path / "a.json"
+    for content, number, words in (
+        ('[{"a": 1}, {"a": 2}, {"a"', 2, "value 3 is not JSON"),
+        ('[{"a": 1}, 5, {"a": 2}]', 2, "value 2: a JSON int, must be an object"),
+        ("[]", 0, "has no records"),
+        ("nothing", 0, "a.json:1: not JSON"),
+    ):
+        file.write_text(content)
+        problems = []
+        assert len(list(sources.read(str(file), on_bad=problems.append))) == number
+        assert words in str(problems[0])
+    (tmp_path / "b.txt").write_text("text")
+    assert [r.fields["text"] for r in sources.read(str(tmp_path))] == ["text"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

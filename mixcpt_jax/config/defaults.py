@@ -492,8 +492,8 @@ def source(**settings: Any) -> ml_collections.ConfigDict:
     path: a file, a folder, a glob or a comma-separated list of them, also of a data set on
       the Hub, hf://datasets/ORG/NAME@REVISION. The files in a folder decide how it is read.
       A local path that exists is taken literally, with its commas and wildcards.
-    reader: "text", "html", "pdf", "docx", "csv", "jsonl", "parquet", "arrow" (of Hugging
-      Face datasets), "tfds" or "array_record"; empty: from the file names, see
+    reader: "text", "html", "pdf", "docx", "csv", "jsonl", "json", "parquet", "arrow" (of
+      Hugging Face datasets), "tfds" or "array_record"; empty: from the file names, see
       `sources.read`.
     split: the split of a dataset with several splits, such as a folder whose files are
       named by the Hub's conventions; empty: "train", or the only split; "all": every file.

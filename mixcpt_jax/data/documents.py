@@ -5,16 +5,23 @@ goes to `on_bad` as a `DocumentError`, whose reason is counted. Libraries of the
 `documents` parse HTML, PDF and docx.
 """
 
+import atexit
 import codecs
 import contextlib
 import csv
+import dataclasses
+import functools
+import hashlib
 import io
 import itertools
+import json
 import logging
 import math
 import re
+import shutil
+import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import charset_normalizer
@@ -139,6 +146,39 @@ def _guess(content: bytes, place: int) -> str:
     return next(filter(likely.__contains__, _ENCODINGS), "")
 
 
+def _once(read: Callable[..., Iterator[Record]]) -> Callable[..., Iterator[Record]]:
+    """Parses each file once in a process; its text is kept on disk until the end.
+
+    A phase reads its sources several times, and parsing takes longer than reading.
+    """
+
+    @functools.wraps(read)
+    def read_once(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
+        key = repr((read.__name__, str(file), paths.stamp(file)))
+        name = hashlib.sha256(key.encode()).hexdigest()
+        try:
+            found, errors = json.loads((_kept() / name).read_bytes())
+        except OSError:
+            problems: list[DocumentError] = []
+            found = [dataclasses.astuple(r) for r in read(file, problems.append)]
+            errors = [(str(error), error.reason) for error in problems]
+            with contextlib.suppress(OSError):  # a full disk costs only time
+                paths.replace(_kept() / name, json.dumps([found, errors]))
+        for problem, reason in errors:
+            on_bad(DocumentError(problem, reason))
+        yield from (Record(*values) for values in found)
+
+    return read_once
+
+
+@functools.cache
+def _kept() -> epath.Path:
+    """The folder of parsed texts."""
+    folder = tempfile.mkdtemp(prefix="mixcpt-documents-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return epath.Path(folder)
+
+
 def text(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     """One record `{'id', 'text'}`."""
     with _reporting(file, on_bad, readers.MAX_TEXT_BYTES):
@@ -147,6 +187,7 @@ def text(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
         yield from _document(file, document, encoding)
 
 
+@_once
 def html(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     """The text of a page without its navigation, `{'id', 'text'}`."""
     import inscriptis
@@ -183,6 +224,7 @@ def _decode_page(content: bytes, file: epath.Path) -> tuple[str, str]:
     return decode(content, file)
 
 
+@_once
 def pdf(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     """The text of all pages, `{'id', 'text'}`."""
     import pypdf
@@ -203,6 +245,7 @@ def pdf(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
         yield from _document(file, _cleaned("\n\n".join(filter(None, pages))))
 
 
+@_once
 def docx(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
     """The paragraphs and tables of a document, `{'id', 'text'}`."""
     import docx

@@ -218,7 +218,7 @@ class _Search:
                 is_read |= not self._is_new(path) or self._add_folder(path)
             elif not _is_regular(path):
                 raise InputError(f"{path}: is no regular file; copy it into one")
-            elif known := self._reader or _reader_of(path):
+            elif known := self._reader or _reader_of(path) or _reader_if_named(path):
                 self._add_part(Part(path, known))
                 named.append(_Entry(path, (), known))
                 is_read = True
@@ -471,6 +471,11 @@ def _is_regular(path: epath.Path) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
         return True
+
+
+def _reader_if_named(file: epath.Path) -> str:
+    """The reader of files that in a folder rather describe the data."""
+    return "json" if readers.suffix(file.name) == ".json" else ""
 
 
 def _reader_of(file: epath.Path) -> str:

@@ -52,7 +52,7 @@ READER_OF_SUFFIX = {
 # Readers of whole files, each one text; readers of records with fields; and readers of
 # what people write as documents.
 TEXTS = ("text", "html", "pdf", "docx")
-RECORDS = ("jsonl", "csv", "parquet", "arrow", "array_record", "tfds")
+RECORDS = ("jsonl", "json", "csv", "parquet", "arrow", "array_record", "tfds")
 DOCUMENTS = (*TEXTS, "csv")
 MAX_LINE_BYTES = 64 << 20
 MAX_TEXT_BYTES = MAX_GROUP_BYTES = 1 << 30
@@ -64,6 +64,7 @@ _SHARD = re.compile(r"-\d+-of-\d+$")  # NAME.jsonl-00000-of-00008
 _BUFFER_BYTES = 1 << 20
 _FEATURES = "tensorflow_datasets.core.features."
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_BETWEEN_VALUES = re.compile(r"[\s,]*")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 
 
@@ -168,26 +169,71 @@ def parse_line(line: bytes, place: str) -> dict:
             "object per line, and split the document"
         )
     try:
-        fields = json.loads(line.decode("utf-8-sig"))
-        small_files.require_shallow(fields)
+        value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(
             f"{place}: not UTF-8 (byte {error.start} of the line); convert the file"
         ) from error
     except RecursionError as error:
-        raise InputError(
-            f"{place}: is nested deeper than {small_files.MOST_DEPTH} levels; flatten it"
-        ) from error
+        raise _too_deep(place) from error
     except ValueError as error:
         raise InputError(
             f"{place}: not JSON ({error}); write one object per line"
         ) from error
-    if not isinstance(fields, dict):
+    return _object(value, place)
+
+
+def _object(value: Any, place: str) -> dict:
+    """The fields of a record, checked."""
+    try:
+        small_files.require_shallow(value)
+    except RecursionError as error:
+        raise _too_deep(place) from error
+    if not isinstance(value, dict):
         raise InputError(
-            f"{place}: a JSON {type(fields).__name__}, must be an object such as "
+            f"{place}: a JSON {type(value).__name__}, must be an object such as "
             '{"text": "..."}'
         )
-    return fields
+    return value
+
+
+def _too_deep(place: str) -> InputError:
+    return InputError(
+        f"{place}: is nested deeper than {small_files.MOST_DEPTH} levels; flatten it"
+    )
+
+
+def json_array(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
+    """The objects of one array, in bounded memory; JSON lines are read as such."""
+    found = 0
+    with _open(file, MAX_EXPANSION) as content:
+        stream = io.TextIOWrapper(content, "utf-8-sig")
+        text = stream.read(_BUFFER_BYTES).lstrip()
+        if not text.startswith("["):
+            yield from jsonl(file, on_bad)
+            return
+        decode, at = json.JSONDecoder().raw_decode, 1
+        while True:
+            at = _BETWEEN_VALUES.match(text, at).end()
+            if text.startswith("]", at):
+                break
+            try:
+                value, at = decode(text, at)
+            except (ValueError, RecursionError) as error:
+                # The value may be cut. Reading as much again each time bounds the work.
+                rest = text[at:]
+                more = stream.read(max(len(rest), _BUFFER_BYTES))
+                if not more or len(rest) > MAX_LINE_BYTES:
+                    raise EOFError(f"value {found + 1} is not JSON: {error}") from error
+                text, at = rest + more, 0
+                continue
+            found += 1
+            place = f"{file}: value {found}"
+            try:
+                yield Record(_object(value, place), place)
+            except InputError as error:
+                on_bad(error)
+    _require(found, file, on_bad)
 
 
 @contextlib.contextmanager

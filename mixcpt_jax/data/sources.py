@@ -25,6 +25,7 @@ _READ_FILE = {
     "pdf": documents.pdf,
     "docx": documents.docx,
     "csv": documents.table,
+    "json": readers.json_array,
     "parquet": readers.parquet,
     "arrow": readers.arrow,
     "array_record": readers.array_record,
@@ -56,7 +57,8 @@ def read(
         or TFDS (as ArrayRecord) as datasets. Skipped files are logged, see `files.Found`.
       reader: 'jsonl' (one object per line; .jsonl, .jsonl.gz, .jsonl.zst), 'text' (one
         record `{'id', 'text'}` per file; .txt, .md, .rst), 'html', 'pdf' and 'docx' (the
-        same), 'csv' (one record per row; .csv, .tsv), 'parquet', 'arrow' (IPC streams and
+        same), 'csv' (one record per row; .csv, .tsv), 'json' (an array
+        of objects; a .json that is named itself), 'parquet', 'arrow' (IPC streams and
         files, and saved datasets), 'array_record' (JSON objects or else texts
         `{'text'}`), 'tfds', or '' to go by the suffixes. With a reader, a named file may
         have any suffix, and in a folder only the files of that reader are read.
