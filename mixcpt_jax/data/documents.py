@@ -27,7 +27,7 @@ from typing import Any
 import charset_normalizer
 from etils import epath
 
-from mixcpt_jax.core import paths
+from mixcpt_jax.core import paths, small_files
 from mixcpt_jax.core import text as text_lib
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import readers
@@ -155,15 +155,17 @@ def _once(read: Callable[..., Iterator[Record]]) -> Callable[..., Iterator[Recor
     @functools.wraps(read)
     def read_once(file: epath.Path, on_bad: OnBad) -> Iterator[Record]:
         key = repr((read.__name__, str(file), paths.stamp(file)))
-        name = hashlib.sha256(key.encode()).hexdigest()
+        kept = _kept() / hashlib.sha256(key.encode()).hexdigest()
         try:
-            found, errors = json.loads((_kept() / name).read_bytes())
-        except OSError:
+            found, errors = small_files.read_json(
+                kept, [[[object]]], most_bytes=readers.MAX_TEXT_BYTES
+            )
+        except (InputError, OSError):  # not parsed yet, or there is no room to keep it
             problems: list[DocumentError] = []
             found = [dataclasses.astuple(r) for r in read(file, problems.append)]
             errors = [(str(error), error.reason) for error in problems]
-            with contextlib.suppress(OSError):  # a full disk costs only time
-                paths.replace(_kept() / name, json.dumps([found, errors]))
+            with contextlib.suppress(OSError):
+                paths.replace(kept, json.dumps([found, errors]))
         for problem, reason in errors:
             on_bad(DocumentError(problem, reason))
         yield from (Record(*values) for values in found)
