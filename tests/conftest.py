@@ -176,11 +176,22 @@ def tiny_model(once) -> str:
 @pytest.fixture(scope="session")
 def longer_model(once) -> str:
     """`tiny_model` with a context that the pages' commands fit in."""
-    folder = once("longer_model", lambda folder: _write_tiny_model(folder, 512))
+    folder = once(
+        "longer_model", lambda folder: _write_tiny_model(folder, max_positions=512)
+    )
     return f"{folder}/hf"
 
 
-def _write_tiny_model(folder: pathlib.Path, max_positions: int = 256) -> None:
+@pytest.fixture(scope="session")
+def larger_model(once) -> str:
+    """A wider and deeper model with the vocabulary of `tiny_model`."""
+    size = {"hidden_size": 48, "num_layers": 3, "num_heads": 6}
+    return (
+        f"{once('larger_model', lambda folder: _write_tiny_model(folder, **size))}/hf"
+    )
+
+
+def _write_tiny_model(folder: pathlib.Path, **settings) -> None:
     bpe = tokenizers.ByteLevelBPETokenizer()
     lines = paths.require_file(f"{ASSETS}/instructions.jsonl").read_text().splitlines()
     bpe.train_from_iterator(
@@ -193,17 +204,20 @@ def _write_tiny_model(folder: pathlib.Path, max_positions: int = 256) -> None:
     config = {"eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     model_config = transformer.ModelConfig(
-        family="llama",
-        vocab_size=512,
-        hidden_size=32,
-        mlp_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_size=8,
-        max_positions=max_positions,
-        rope_theta=1e4,
-        tie_embeddings=True,
+        **dict(
+            family="llama",
+            vocab_size=512,
+            hidden_size=32,
+            mlp_size=64,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_size=8,
+            max_positions=256,
+            rope_theta=1e4,
+            tie_embeddings=True,
+        )
+        | settings
     )
     params = transformer.init_params(model_config, jax.random.key(0))
     pretrained.save_pretrained(

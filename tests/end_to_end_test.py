@@ -17,6 +17,7 @@ from six_phases import NUM_STEPS, PHASES, TRAINED
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import paths
+from mixcpt_jax.jobs import generate
 from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import pretrained, tokenizer, transformer
 from mixcpt_jax.runtime import metrics, sharding
@@ -309,6 +310,56 @@ def test_killed_in_every_phase_it_ends_the_same(whole, start, tmp_path, tiny_mod
     for name in TRAINED:
         kept = [path.name for path in (workdir / name / checkpoint.FOLDER).iterdir()]
         assert set(kept) == {str(NUM_STEPS - 2), str(NUM_STEPS)}
+
+
+# When the process of each of these phases is killed: once there is this file.
+KEEPING_KILLED_AT = {
+    "generate": f"{generate.FOLDER}/00000.jsonl",
+    "cpt": f"{checkpoint.FOLDER}/1",
+    "merge": metrics.FILE,
+}
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_killed_in_the_phases_that_keep_knowledge_it_ends_the_same(
+    launcher, write_config_file, tmp_path, tiny_model, larger_model
+):
+    config = six_phases.keeping(tiny_model, larger_model)
+    file = write_config_file(config)
+
+    def start(name):
+        return launcher.start(f"--config={file}", f"--workdir={tmp_path / name}")
+
+    whole, killed = epath.Path(tmp_path) / "whole", epath.Path(tmp_path) / "killed"
+    for name, moment in KEEPING_KILLED_AT.items():
+        kill(start("killed"), functools.partial(is_under_way, killed / name, moment))
+    finish([start("killed"), start("whole")])
+
+    samples = [*sorted((whole / "generate" / generate.FOLDER).iterdir())]
+    assert len(samples) > 1
+    for path in samples:
+        other = killed / path.relative_to(whole)
+        assert other.read_text() == path.read_text()
+    facts = read_json(whole / "cpt", phase.PROVENANCE_FILE)
+    assert facts["teacher"]["identity"] == pretrained.identity(larger_model)
+    assert facts["start"]["identity"] == pretrained.identity(tiny_model)
+    for name in TRAINED:
+        assert len(training_metrics(whole / name)) == 3
+        assert training_metrics(killed / name) == training_metrics(whole / name)
+    for name in ("merge", *TRAINED):
+        results = [read_json(run / name) for run in (killed, whole)]
+        for key in ("after", "curve") if name == "merge" else ("after",):
+            assert results[0][key] == results[1][key]
+        assert_same_bits(
+            *(final_params(run / name, tiny_model) for run in (killed, whole))
+        )
+    assert read_json(whole / "merge")["share"] == 1.0
+    for source in RANKED:
+        texts = [
+            (run / f"select/{source}.jsonl").read_text() for run in (killed, whole)
+        ]
+        assert texts[0] == texts[1]
 
 
 @pytest.mark.long
