@@ -236,6 +236,12 @@ def checked_phases(
     for name, phase_config in configs.items():
         with _naming(name, config):
             config_lib.check_values(phase_config)
+    teacher = config.teacher.path or config.teacher.init_from
+    if teacher and not any(map(config_lib.has_other_teacher, configs.values())):
+        raise InputError(
+            f"teacher: no phase distils from {teacher}, as every weight that needs a "
+            "teacher is 0; set objective.lssd_weight or kd_weight, or leave teacher empty"
+        )
     return configs
 
 

@@ -297,6 +297,11 @@ def test_the_end_of_an_earlier_phase_is_a_teacher(config, tmp_path):
             lambda c, folder: c.teacher.update(path="", tokenizer="x"),
             "teacher.tokenizer=x: teacher.path and teacher.init_from are empty",
         ),
+        (
+            lambda c, folder: c.objective.update(lssd_weight=0.0, kd_weight=0.0)
+            or c.sources.instructions.update(lssd_weight=0.0, selective_weight=0.0),
+            "teacher: no phase distils from .*padded, as every weight that needs a",
+        ),
     ],
 )  # fmt: skip
 def test_a_teacher_that_does_not_fit_is_refused_before_weights_are_read(
