@@ -563,3 +563,8 @@ def test_from_the_hub_to_the_hub(served, tiny_config, tmp_path, monkeypatch):
     _, again = main.run(config, str(tmp_path / "run"))
     assert again["cpt"] == results["cpt"]
     assert contents(tmp_path / "run" / "export" / "hf") == written
+    # A finished run needs neither the Hub nor the cache.
+    forget()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
+    assert main.run(config, str(tmp_path / "run"))[1] == again

@@ -628,7 +628,9 @@ def finished(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] 
             )
         logging.warning("%s; the phase is finished again", damage)
         return None
-    resolved, _ = resolve(config, folder)
+    # What the phase has read may be gone from the Hub by now.
+    start = {k: v for k, v in config.to_dict().items() if k not in ("sources", "eval")}
+    resolved, _ = resolve(ml_collections.ConfigDict(start), folder)
     now = {"start": _identity_now(config, resolved), "teacher": {}}
     if config_lib.has_other_teacher(config):
         now["teacher"] = _identity_now(*map(_teacher_as_start, (config, resolved)))
