@@ -45,7 +45,7 @@ def files(folder):
     """Name -> content of the files of a run that depend on neither time nor chance."""
     changing = (checkpoint.FOLDER, checkpoint.RECORD_FOLDER, "tensorboard")
     changing += ("metrics.jsonl", "results.json", "provenance.json", "report.md")
-    changing += ("report.json", "report.html")
+    changing += ("report.json", "report.html", "timing.jsonl")
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in folder.rglob("*")
