@@ -350,7 +350,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             # Maximum number of tokens to measure of each text, exam and set of pairs;
             # 0: all. `mixture.within` selects the examples.
             "max_tokens": number(65536, least=0, most=10**12),
-            # Whether each text's `kl_from_start` is measured, the forecast of forgetting:
+            # Whether to measure `kl_from_start` on each text, the forecast of forgetting:
             # KL(start || now) per loss token. if_loaded: if training holds the start
             # anyway, as teacher, reference or base of adapters; always: the start is
             # loaded, in `model.teacher_dtype`; never. The start is what a training
@@ -448,7 +448,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             # The model of the Hub, ORG/NAME, that the folder is pushed to with a model
             # card, as the owner of HF_TOKEN; empty: none.
             "hub_id": "",
-            # Whether that model, if it is new, is shown to its owner alone.
+            # Whether that model, if it is new, is private.
             "private": True,
         }
     )

@@ -45,12 +45,12 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# Encodings without a mark, the most usual first: it counts where several fit as well.
+# Encodings without a mark. If several are equally likely, the first of these counts.
 _ENCODINGS = (
     "cp1252", "gb18030", "cp932", "big5", "euc_jp", "cp949", "cp1251", "cp1250", "koi8_r",
     "cp1253", "iso8859_2",
 )  # fmt: skip
-# How much less likely, by the letters of known languages, counts as likely as the best.
+# Encodings within this distance of the best coherence count as equally likely.
 _COHERENCE_MARGIN = 0.05
 _BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _DECLARED = re.compile(
@@ -70,7 +70,7 @@ _AS_BROWSERS_DO = {
     "shift_jis": "cp932",
     "euc-kr": "cp949",
 }
-# What is around the text of a page rather than in it.
+# Elements and roles that surround the text of a page and do not belong to it.
 _AROUND = ("nav", "aside", "footer", "script", "style", "noscript", "template", "form")
 _ROLES_AROUND = ("navigation", "search", "contentinfo", "complementary")
 _DELIMITERS = ",;\t|"
@@ -160,7 +160,7 @@ def _once(read: Callable[..., Iterator[Record]]) -> Callable[..., Iterator[Recor
             found, errors = small_files.read_json(
                 kept, [[[object]]], most_bytes=readers.MAX_TEXT_BYTES
             )
-        except (InputError, OSError):  # not parsed yet, or there is no room to keep it
+        except (InputError, OSError):  # not parsed yet, or no space on the disk
             problems: list[DocumentError] = []
             found = [dataclasses.astuple(r) for r in read(file, problems.append)]
             errors = [(str(error), error.reason) for error in problems]

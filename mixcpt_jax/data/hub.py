@@ -63,7 +63,7 @@ _MODEL_FILES = (
 )
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?", re.ASCII)
 _LOCAL_FILES = (".gguf", ".json", ".jinja", ".model")
-# One of an address in a list of paths.
+# An address on the Hub, alone or in a list of paths.
 _ADDRESS = re.compile(rf"(?:^|(?<=,)|(?<=, )){SCHEME}[^,]+")
 _MOST_NAMES = 8
 _SECONDS_BETWEEN_REPORTS = 10
@@ -555,7 +555,7 @@ def _first_line(error: BaseException) -> str:
 
 @functools.cache
 def _library() -> Any:
-    """The package huggingface_hub, which writes its log as other packages do."""
+    """The package huggingface_hub, set to log as other packages do."""
     # This takes a fifth of a second, and few runs need it.
     import huggingface_hub
     import huggingface_hub.constants
@@ -565,7 +565,7 @@ def _library() -> Any:
     logger = logging.getLogger("huggingface_hub")
     logger.handlers.clear()
     logger.propagate = True
-    huggingface_hub.utils.disable_progress_bars()  # ours, `_progress`, are not of its kind
+    huggingface_hub.utils.disable_progress_bars()  # `_progress` shows ours
     return huggingface_hub
 
 
@@ -627,7 +627,7 @@ class _Cached(NamedTuple):
 
 @functools.cache
 def _progress() -> type:
-    """A progress bar that says now and then how far a download is."""
+    """A progress bar that reports the progress of a download now and then."""
     from tqdm.std import tqdm
 
     class Progress(tqdm):

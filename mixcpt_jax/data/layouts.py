@@ -18,7 +18,7 @@ class Layout(NamedTuple):
     Attributes:
       name: for the table of sources.
       fields: our field -> the record's, all of which a record of this layout has.
-      also: the same, of fields that it may have.
+      also: the same for fields that a record may have.
     """
 
     name: str

@@ -111,7 +111,7 @@ class Nope(NamedTuple):
 
     Attributes:
       layers: which lack it.
-      keys: the keys of a network, to be written.
+      keys: the keys that describe a network, for an export.
     """
 
     layers: _OfLayers

@@ -3,8 +3,8 @@
 `timing.jsonl` has a row at the start of each process, with each line of metrics, and at the
 end: the step, the time, the seconds of each activity since the process began, and the speed
 of the device. A resumed run appends to it and never shortens it, so time that a kill cost
-stays visible. It is a file of its own because the other records of a run are the same, row
-for row, however often it was interrupted.
+stays visible. It is a file of its own because the other records have the same rows however
+often a run was interrupted.
 """
 
 import contextlib

@@ -58,7 +58,7 @@ _METADATA = "_CHECKPOINT_METADATA"
 _SECONDS_FOR_METADATA = 300.0
 # In a bucket, Orbax writes files of this name last; only their existence matters.
 _COMMITTED = "commit_success.txt"
-# Files up to this size are hashed: all but most of those that hold arrays.
+# Files up to this size are hashed; most files of arrays are larger.
 _MAX_HASHED_BYTES = 2**24
 _RECORD = {
     "id": str,
