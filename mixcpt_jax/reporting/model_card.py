@@ -76,9 +76,11 @@ def render(
 
 def _license(license_of_base: dict[str, Any]) -> str:
     if not license_of_base:
-        return "The license of that model holds; its files, if it has any, lie here."
+        return (
+            "The license of that model applies; its files, if any, are in this folder."
+        )
     names = [str(v) for k, v in license_of_base.items() if k != "license_link"]
-    return f"The license of that model holds: {', '.join(names)}."
+    return f"The license of that model applies: {', '.join(names)}."
 
 
 def _sources(arm: Arm) -> list[list[str]]:
