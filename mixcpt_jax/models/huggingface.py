@@ -319,7 +319,7 @@ def read_config(file: epath.Path) -> ModelConfig:
 def _text_model(header: Header) -> Header:
     """The settings of the text model, of a model that reads images too."""
     name = header.get("model_type")
-    if name not in families.WRAPPERS:
+    if not isinstance(name, str) or name not in families.WRAPPERS:
         return header
     outer = {key: header.values[key] for key in _OUTER if key in header.values}
     inner = header.mapping("text_config")
