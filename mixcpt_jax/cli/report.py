@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
         and not given.runs[0].endswith(".json")
     ):
         output = f"{given.runs[0]}/{PAGE_FILE}"
-    file = paths.output_file(output)
     arms = run_records.load(given.runs)
+    file = paths.output_file(output)
     text = page.render(arms, [name for name in given.domain.split(",") if name])
     paths.replace(file, text)
     terminal.show(f"Written to {output}")

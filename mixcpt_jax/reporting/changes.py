@@ -220,6 +220,8 @@ def _verdict(arm: Arm, arms: Sequence[Arm], names: set[str]) -> str:
     of_domain = [change for change in found if change.role == "domain"]
     untouched = [change for change in found if change.role == "untouched"]
     lost = [c for c in untouched if c.bounds[1] < 0]
+    # A wide interval includes zero whatever happened.
+    blind = [c for c in untouched if c not in lost and c.bounds[0] < -_WIDE]
     gained = any(c.bounds[0] > 0 for c in of_domain)
     parts = []
     if of_domain:
@@ -233,10 +235,9 @@ def _verdict(arm: Arm, arms: Sequence[Arm], names: set[str]) -> str:
         parts.append(f"lost: {', '.join(map(str, untouched))}")
         advice = "lower the learning rate, or raise the weights of general sources"
     else:
-        parts.append(f"kept, no loss shown: {', '.join(map(str, untouched))}")
+        word = "no loss shown" if blind else "kept, no loss shown"
+        parts.append(f"{word}: {', '.join(map(str, untouched))}")
         advice = "read its answers" if gained else "train for more steps"
-    # A wide interval includes zero whatever happened.
-    blind = [c for c in untouched if c not in lost and c.bounds[0] < -_WIDE]
     for change in blind:
         parts.append(
             f"{change.name} could hide a loss of {-100 * change.bounds[0]:.0f} points, "
