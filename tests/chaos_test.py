@@ -15,7 +15,7 @@ from mixcpt_jax.training import phase
 
 pytestmark = pytest.mark.slow
 
-ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "50"))
+ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "25"))
 
 
 @pytest.mark.long
