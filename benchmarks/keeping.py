@@ -100,12 +100,7 @@ def make_config(folder: pathlib.Path, changes: dict[str, Any]):
 
 def train(config, mesh) -> Side:
     step = step_plan.compile_step(config, mesh)
-    flops = step_plan.count_flops(
-        step.phase.model_config,
-        LENGTH,
-        frozen=step_plan.program_lib.frozen_passes(config, step.data),
-        teacher_config=step.phase.teacher_config,
-    )
+    flops = step_plan.flops_of(step.phase, step.data)
     state, *others = plan_check.random_arguments(step)
 
     def run():

@@ -28,7 +28,6 @@ from configs import cpt
 from mixcpt_jax.planning import hlo, step_plan
 from mixcpt_jax.runtime import metrics, sharding
 from mixcpt_jax.runtime.chips import GIB
-from mixcpt_jax.training import program
 
 
 def main() -> None:
@@ -76,12 +75,7 @@ def measure(settings: str) -> list[str]:
     config = ml_collections.ConfigDict(json.loads(settings))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     step = step_plan.compile_step(config, mesh)
-    flops = step_plan.count_flops(
-        step.phase.model_config,
-        config.data.row_length,
-        config.model.remat,
-        program.frozen_passes(config, step.data),
-    )
+    flops = step_plan.flops_of(step.phase, step.data)
     tokens = config.data.batch_size * config.data.row_length
     compiled = hlo.Module(step.compiled.as_text()).flops
     analysis = step.compiled.memory_analysis()

@@ -89,7 +89,6 @@ class Mixture:
                     f"{', '.join(config_lib.source())}"
                 )
             config.sources[name] = config_lib.source(**settings)
-        config_lib.check_values(config)
         config_lib.validate(config, 1)
         self._config, self._hosts = config, (num_hosts, host)
         self._data = pipeline.load(config, tokenizer_lib.load(tokenizer))

@@ -331,7 +331,7 @@ def run(
                 with _naming(name, config):
                     phase.check_teacher(phase_config)
         for number, (name, phase_config) in enumerate(configs.items(), 1):
-            if config.phases and config.metrics.progress and hosts.is_first():
+            if config.phases and phase.shows_progress(config):
                 terminal.say(f"phase {number} of {len(configs)}: {name}")
             folder = paths.absolute(folders[name])
             with _naming(name, config), hosts.owning(folder):

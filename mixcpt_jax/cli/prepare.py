@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         config.objective.teacher = "prepared"
     config_lib.validate(config)
     resolved = config_lib.resolve_phases(config, str(epath.Path(folder).parent))
-    resolved = hub.pin(resolved, hub.commits(resolved, {}))
+    resolved = hub.pin_now(resolved)
     vocabulary = tokenizer.load(
         resolved.model.tokenizer or resolved.model.path, resolved.model.chat_template
     )
@@ -93,7 +93,7 @@ def _inspect(run_config: ml_collections.ConfigDict, workdir: str) -> None:
     resolved = config_lib.resolve_phases(config, workdir)
     # No model needs to exist.
     resolved.model.path = resolved.model.tokenizer = resolved.teacher.path = ""
-    resolved = hub.pin(resolved, hub.commits(resolved, {}))
+    resolved = hub.pin_now(resolved)
     for line in inspection.inspect(resolved, _SECONDS.value):
         terminal.show(line)
 

@@ -93,7 +93,7 @@ def local_model(path: str, *names: str) -> str:
       InputError: the Hub has no such repository, revision or file, refuses access, or
         cannot be reached and the cache does not hold the files.
     """
-    address = _Address.parse(SCHEME + path if is_model_id(path) else path, path)
+    address = _Address.of_model(path)
     if address is None:
         return path
     files = address.files()
@@ -118,13 +118,13 @@ def local_model(path: str, *names: str) -> str:
 
 def card_of_model(path: str) -> dict[str, Any]:
     """The header of a model's card on the Hub; empty if it has none."""
-    address = _Address.parse(SCHEME + path if is_model_id(path) else path, path)
+    address = _Address.of_model(path)
     return _card(dataclasses.replace(address, path="")) if address else {}
 
 
 def name_of_model(path: str) -> str:
     """The ORG/NAME of a model on the Hub; empty for any other path."""
-    address = _Address.parse(SCHEME + path if is_model_id(path) else path, path)
+    address = _Address.of_model(path)
     return address.repository if address else ""
 
 
@@ -197,6 +197,15 @@ def pin(
         for name, entry in entries.items():
             _choose_files(entry, f"{section}.{name}")
     return pinned
+
+
+def pin_now(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """`pin`, with the commits of the Hub now.
+
+    Raises:
+      InputError: see `local_model`.
+    """
+    return pin(config, commits(config, {}))
 
 
 def resolve(path: str) -> epath.Path:
@@ -309,7 +318,7 @@ def _choose_files(entry: ml_collections.ConfigDict, place: str) -> None:
 def _choose(
     options: dict[str, Any], wanted: str, usual: str, place: str, more: Any = None
 ) -> Any:
-    """The wanted option; if none is wanted, the usual or the only one."""
+    """The option of that name; without a name, the usual one or the only one."""
     name = wanted or (usual if usual in options else "")
     if not name and len(options) == 1:
         (name,) = options
@@ -363,7 +372,7 @@ def _map_addresses(config, change) -> ml_collections.ConfigDict:
         if not isinstance(value, str):
             return value
         if keys in _OF_MODELS and is_model_id(value):
-            return change(_Address.parse(SCHEME + value, value))
+            return change(_Address.of_model(value))
         return _ADDRESS.sub(lambda found: change(_Address.parse(found[0])), value)
 
     return ml_collections.ConfigDict(mapped(config.to_dict(), ()))
@@ -406,6 +415,11 @@ class _Address:
                 "write hf://ORG/NAME or hf://datasets/ORG/NAME, then @REVISION or /PATH"
             )
         return cls(uri.type, uri.id, uri.revision, uri.path_in_repo, place or path)
+
+    @classmethod
+    def of_model(cls, path: str) -> "_Address | None":
+        """The address that the path of a model is, which may be `ORG/NAME`, or None."""
+        return cls.parse(SCHEME + path if is_model_id(path) else path, path)
 
     @property
     def root(self) -> str:

@@ -73,7 +73,7 @@ def load(
     measured = corpus_lib.measure(config)
     corpora, texts, pairs, files = {}, {}, {}, {}
     for name, source in config.sources.items():
-        if (is_training and source.weight) or source.holdout:
+        if _is_read(config, f"sources.{name}", source):
             corpora[name] = Corpus(config, source, measured)
             files[name] = sources.hashes(source.path, source.reader, source.split)
     for place, source in config_lib.all_sources(config):
@@ -140,14 +140,18 @@ def _find_sources(config: ml_collections.ConfigDict) -> None:
       InputError: nothing is found.
     """
     for place, source in config_lib.all_sources(config):
-        is_read = source.weight if config.job == "train" else False
-        is_read = is_read or source.holdout or place.startswith("eval.")
-        if not is_read or "://" in source.path:
+        if not _is_read(config, place, source) or "://" in source.path:
             continue
         try:
             files_lib.find(source.path, source.reader, source.split)
         except InputError as error:
             raise InputError(f"{place}.path: {error}") from error
+
+
+def _is_read(config, place: str, source: ml_collections.ConfigDict) -> bool:
+    """Whether the phase trains on a source or measures it."""
+    trains = config.job == "train" and source.weight
+    return bool(trains or source.holdout or place.startswith("eval."))
 
 
 def synthetic(config: ml_collections.ConfigDict, form: Form | None = None) -> Data:

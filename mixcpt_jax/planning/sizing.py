@@ -92,7 +92,7 @@ def resolve(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def _sizes(config: ml_collections.ConfigDict, name: str) -> Sizes:
-    config = hub.pin(config, hub.commits(config, {}))
+    config = hub.pin_now(config)
     model_config = pretrained.read_model_config(config.model.path)
     mesh, available = _devices(config)
     num_tokens = 0.0 if config.train.num_steps else _num_tokens(config)
@@ -197,7 +197,7 @@ def _limit_holdouts(
       config: of all phases.
       stored: the config of a phase that has begun; its holdouts are kept.
     """
-    read = config if stored else hub.pin(config, hub.commits(config, {}))
+    read = config if stored else hub.pin_now(config)
     for name, entry in config.sources.items():
         if not (entry.weight and entry.holdout):
             continue

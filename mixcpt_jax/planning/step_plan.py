@@ -114,6 +114,20 @@ def count_flops(
     )
 
 
+def flops_of(trained: phase.Phase, data: pipeline.Data) -> Flops:
+    """`count_flops` of a training phase."""
+    config = trained.config
+    return count_flops(
+        trained.model_config,
+        config.data.row_length,
+        config.model.remat,
+        program_lib.frozen_passes(config, data),
+        trained.lora is not None,
+        config.objective.kind == "preference",
+        trained.teacher_config,
+    )
+
+
 def _forward_flops(c: transformer.ModelConfig, row_length: int) -> tuple[float, ...]:
     """FLOPs of a token's forward pass: of the layers, of attention and of the head."""
     heads = (c.num_heads + c.num_kv_heads) * c.head_size
@@ -367,15 +381,7 @@ def _flops(step: Step, module: hlo.Module) -> dict[str, float]:
     mesh = step.phase.mesh
     row_length = config.data.row_length
     frozen = program_lib.frozen_passes(config, step.data)
-    counted = count_flops(
-        model_config,
-        row_length,
-        config.model.remat,
-        frozen,
-        step.phase.lora is not None,
-        config.objective.kind == "preference",
-        step.phase.teacher_config,
-    )
+    counted = flops_of(step.phase, step.data)
     tokens = config.data.batch_size * row_length
     parts = {k: v * tokens for k, v in dataclasses.asdict(counted).items()}
     rows_at_once = config.data.batch_size // config.optimizer.accumulation_steps

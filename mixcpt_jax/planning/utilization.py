@@ -10,7 +10,6 @@ from mixcpt_jax.data import pipeline
 from mixcpt_jax.planning import step_plan
 from mixcpt_jax.runtime import chips
 from mixcpt_jax.training import phase as phase_lib
-from mixcpt_jax.training import program
 
 
 class Utilization:
@@ -21,14 +20,7 @@ class Utilization:
     """
 
     def __init__(self, phase: phase_lib.Phase, data: pipeline.Data):
-        config = phase.config
-        flops = step_plan.count_flops(
-            phase.model_config,
-            config.data.row_length,
-            frozen=program.frozen_passes(config, data),
-            has_adapters=phase.lora is not None,
-            is_preference=config.objective.kind == "preference",
-        )
+        flops = step_plan.flops_of(phase, data)
         self._devices = phase.mesh.local_devices
         self._flops_per_token = flops.model / phase.mesh.size
         self._peak = chips.peak_flops(self._devices[0].device_kind) or math.nan

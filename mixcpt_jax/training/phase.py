@@ -349,7 +349,7 @@ class Phase:
     @property
     def shows_progress(self) -> bool:
         """Whether this host prints progress."""
-        return _shows_progress(self.config)
+        return shows_progress(self.config)
 
     def say(self, text: str) -> None:
         """Prints a line about the phase, if the config asks for progress."""
@@ -592,7 +592,7 @@ def job(work: Callable[[Phase], dict[str, Any]]) -> Callable[..., dict[str, Any]
         results = finished(config, workdir)
         if results is None:
             return work(start(config, workdir, name))
-        if _shows_progress(config):
+        if shows_progress(config):
             terminal.say(f"{name}: finished before, in {workdir}")
         return results
 
@@ -671,7 +671,8 @@ def _read_object(path: epath.Path, shape: small_files.Shape) -> dict[str, Any] |
         return None
 
 
-def _shows_progress(config: ml_collections.ConfigDict) -> bool:
+def shows_progress(config: ml_collections.ConfigDict) -> bool:
+    """Whether this host prints progress."""
     return config.metrics.progress and hosts.is_first()
 
 
