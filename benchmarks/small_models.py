@@ -68,6 +68,11 @@ _GRANITE = {
     "residual_multiplier": 0.22,
     "logits_scaling": 0.5,
 }
+_GRANITE_4 = _GRANITE | {
+    "num_local_experts": 0,
+    "shared_intermediate_size": 96,
+    "layer_types": ["attention"] * 3,
+}
 _IMAGES = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -171,23 +176,9 @@ MODELS = {
     "Granite 3": Model("granite", _GRANITE),
     "Granite 4": Model(
         "granitemoehybrid",
-        _GRANITE
-        | {
-            "num_local_experts": 0,
-            "shared_intermediate_size": 96,
-            "layer_types": ["attention"] * 3,
-            "position_embedding_type": "rope",
-        },
+        _GRANITE_4 | {"position_embedding_type": "rope"},
     ),
-    "Granite 4, no RoPE": Model(
-        "granitemoehybrid",
-        _GRANITE
-        | {
-            "num_local_experts": 0,
-            "shared_intermediate_size": 96,
-            "layer_types": ["attention"] * 3,
-        },
-    ),
+    "Granite 4, no RoPE": Model("granitemoehybrid", _GRANITE_4),
 }
 
 

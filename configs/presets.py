@@ -1,9 +1,15 @@
 """Continual pre-training on TPU slices: what the configs of single models share.
 
 A preset is the first phase of Mix-CPT, `configs/cpt.py`, with the mesh and the batch
-for a model on a slice; `python -m mixcpt_jax plan` computes its memory and time. Set
-everything else as in `configs/cpt.py`: `model.path`, the paths of the sources, the
-steps.
+for a model on a slice of `SLICES`, v5e-16 if none is named; `python -m mixcpt_jax plan`
+computes its memory and time. Set everything else as in `configs/cpt.py`: `model.path`, the
+paths of the sources, the steps. On every host of the slice:
+
+    python -m mixcpt_jax.main --config=configs/llama3_8b.py:v5e-16 --distributed \\
+        --workdir=gs://BUCKET/runs/mine --config.model.path=/models/Meta-Llama-3-8B \\
+        --config.sources.domain.path='/data/domain/*.jsonl' \\
+        --config.sources.instructions.path=/data/instructions.jsonl \\
+        --config.sources.preferences.path=/data/preferences.jsonl
 """
 
 import math

@@ -1,14 +1,8 @@
 """Mix-CPT's first phase for SmolLM2-135M on a TPU slice.
 
     python -m mixcpt_jax plan --config=configs/smollm2_135m.py:v5e-16
-    python -m mixcpt_jax.main --config=configs/smollm2_135m.py:v5e-16 --distributed \\
-        --workdir=gs://BUCKET/runs/mine --config.model.path=/models/SmolLM2-135M \\
-        --config.sources.domain.path='/data/domain/*.jsonl' \\
-        --config.sources.instructions.path=/data/instructions.jsonl \\
-        --config.sources.preferences.path=/data/preferences.jsonl
 
-The slices are those of `configs/presets.py`; v5e-16 if none is named. Everything else is
-as in `configs/cpt.py`.
+`configs/presets.py` has the command that trains, and the slices.
 """
 
 from configs import presets

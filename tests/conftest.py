@@ -33,6 +33,7 @@ import sys
 import hypothesis
 import pytest
 import six_phases
+import tiny
 import tokenizers
 from jax.experimental.compilation_cache import compilation_cache
 from processes import Launcher, finish
@@ -196,29 +197,14 @@ def _write_tiny_model(folder: pathlib.Path, **settings) -> None:
     lines = paths.require_file(f"{ASSETS}/instructions.jsonl").read_text().splitlines()
     bpe.train_from_iterator(
         (json.loads(line)["output"] for line in lines),
-        vocab_size=512,
+        vocab_size=tiny.NUM_TOKENS,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         show_progress=False,
     )
     bpe.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    model_config = transformer.ModelConfig(
-        **dict(
-            family="llama",
-            vocab_size=512,
-            hidden_size=32,
-            mlp_size=64,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            head_size=8,
-            max_positions=256,
-            rope_theta=1e4,
-            tie_embeddings=True,
-        )
-        | settings
-    )
+    model_config = tiny.architecture(**{"tie_embeddings": True} | settings)
     params = transformer.init_params(model_config, jax.random.key(0))
     pretrained.save_pretrained(
         str(folder / "hf"),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import tiny
 import tokenizers
 from etils import epath
 
@@ -24,28 +25,12 @@ from mixcpt_jax.runtime import metrics, sharding
 from mixcpt_jax.training import checkpoint, program, teacher_outputs
 from mixcpt_jax.training import phase as phase_lib
 
-NUM_TOKENS = 512  # of the tiny model's tokenizer
-
 
 def write_model(folder, tokenizer, seed, **settings) -> str:
     """A random model; its rows of padding have large logits, so that they would show."""
-    model_config = transformer.ModelConfig(
-        **dict(
-            family="llama",
-            vocab_size=NUM_TOKENS,
-            hidden_size=32,
-            mlp_size=64,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            head_size=8,
-            max_positions=256,
-            rope_theta=1e4,
-        )
-        | settings
-    )
+    model_config = tiny.architecture(**settings)
     params = transformer.init_params(model_config, jax.random.key(seed))
-    padding = slice(NUM_TOKENS, None)
+    padding = slice(tiny.NUM_TOKENS, None)
     params["embedding"] = 5 * params["embedding"].at[padding].multiply(3)
     if "unembedding" in params:
         params["unembedding"] = 8 * params["unembedding"].at[:, padding].multiply(3)
@@ -105,7 +90,7 @@ def logits_of(path, batch):
     )
     matrix, vocab_first = transformer.unembedding(params)
     matrix = np.asarray(matrix.T if vocab_first else matrix, np.float64)
-    return np.asarray(hidden, np.float64) @ matrix[:, :NUM_TOKENS]
+    return np.asarray(hidden, np.float64) @ matrix[:, : tiny.NUM_TOKENS]
 
 
 def oracle(student, teacher, batch):
@@ -163,7 +148,7 @@ def test_a_step_equals_the_formulas_over_the_tokens_of_the_vocabulary(
 
     def dense_loss(params):
         hidden = forward(params, *inputs)
-        student = transformer.logits(params, hidden)[..., :NUM_TOKENS]
+        student = transformer.logits(params, hidden)[..., : tiny.NUM_TOKENS]
         teacher, targets = jnp.float32(logits[1]), batch["targets"]
         total = (
             batch["ntp_weights"] * dense.cross_entropy(student, targets)
