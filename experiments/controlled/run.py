@@ -48,7 +48,7 @@ KEEP = {
     "plain_excess": (KEEP_RATES, 3),
     "mixture_ntp_teacher": (KEEP_RATES, 3),
     "mixture_ntp_excess": (KEEP_RATES, 3),
-    "plain_budget": (KEEP_RATES, 3),
+    "plain_budget": (KEEP_RATES, 5),
     "mixture_lssd20_budget": (KEEP_RATES[:2], 3),
     "mixture_lssd_longer": ((RATE,), 1),
     "mixture_lssd20_longer": ((RATE,), 1),
