@@ -55,8 +55,7 @@ def make(cell: Cell) -> ml_collections.ConfigDict:
     config = config_lib.default()
     config.seed = cell.seed
     config.model.path = cell.start or GGUF
-    config.model.compute_dtype = "float32"
-    config.model.teacher_dtype = "float32"
+    config.model.compute_dtype = "bfloat16"
     config.model.remat = "dots"
     config.mesh.fsdp = 1
     config.data.row_length, config.data.batch_size = ROW_LENGTH, BATCH_SIZE
