@@ -1,11 +1,18 @@
 """The arms of the studies: objectives and the texts that they train on."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
 
 from mixcpt_jax import config as config_lib
 
 NTP = {"ntp": 1.0}
 BUDGET = 0.15  # of the arms with a budget
+EVALUATIONS = 8  # of the arms with a budget, after the start
+# The path of a source that the phase "generate" writes.
+GENERATED = "phase:generate/generated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,3 +149,41 @@ for _arm in ("mixture_lssd", "mixture_lssd20"):
 def source_weights(objectives: dict[str, float]) -> dict[str, float]:
     """The settings of a source with these weights and no others."""
     return {f"{o}_weight": objectives.get(o, 0.0) for o in config_lib.OBJECTIVES}
+
+
+def set_phases(
+    config: ml_collections.ConfigDict,
+    arm: Arm,
+    generate: Mapping[str, Mapping[str, Any]],
+    budget_measure: str,
+    merged_shares: Sequence[float],
+) -> None:
+    """Sets the phases of an arm up to a merge, and its budget.
+
+    Args:
+      config: of a run whose `train.num_steps` is set.
+      arm: the arm.
+      generate: kind of general text that is generated -> the settings `generate`.
+      budget_measure: the KL that a budget limits.
+      merged_shares: `merge.shares`.
+    """
+    config.phases = ("cpt",)
+    if arm.text in generate:
+        config.phases = ("generate", *config.phases)
+        config.overrides.generate = {
+            "job": "generate",
+            "generate": generate[arm.text],
+            "eval": {"batch_size": 128},
+        }
+    if arm.budget:
+        config.train.keep_budget = {budget_measure: arm.budget}
+        config.train.eval_every = config.train.num_steps // EVALUATIONS
+        config.train.eval_before = True
+        config.eval.kl_from_start = "always"
+    if arm.is_merged:
+        config.phases = (*config.phases, "merge")
+        config.overrides.merge = {
+            "job": "merge",
+            "init_from": "phase:cpt",
+            "merge": {"shares": merged_shares},
+        }

