@@ -56,7 +56,7 @@ class Cell:
     rate: float = 0.0
     seed: int = 0
     updates: int = 128
-    healing_steps: int = 128
+    healing_steps: int = 64
     questions: int = 500
 
 
