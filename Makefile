@@ -3,13 +3,14 @@
 # make test-all     run all tests, as CI does
 # make docs         build the documentation site into site/
 # make experiments-controlled   the core of experiments/README.md's first study anew, an hour
+# make experiments-real HANDBOOK=FOLDER DATA=FOLDER   experiments/german, about 60 hours
 # All make .venv first; PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: quickstart test test-slow test-all format-check lint docs clean \
-	experiments-controlled
+	experiments-controlled experiments-real
 
 quickstart: .venv/installed
 	$(BIN)/python -m mixcpt_jax.main --config=configs/quickstart.py
@@ -17,6 +18,9 @@ quickstart: .venv/installed
 experiments-controlled: .venv/installed
 	$(BIN)/python -m experiments.controlled.run --part core --results runs/controlled/results
 	$(BIN)/python -m experiments.tables --beside runs/controlled/results
+
+experiments-real: .venv/installed
+	$(BIN)/python -m experiments.german.run --handbook=$(HANDBOOK) --data=$(DATA)
 
 test: format-check
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -29,6 +29,7 @@ from experiments.book import run as book_run
 from experiments.controlled import adaptive, confidence, cost, run
 from experiments.controlled.config import MERGED_SHARES
 from experiments.controlled.run import HIGH, HIGH_RATES, KEEP_RATES, RATE, RATES
+from experiments.german import run as german_run
 from mixcpt_jax.core import intervals
 from mixcpt_jax.reporting import report as report_lib
 from mixcpt_jax.runtime import metrics
@@ -39,6 +40,7 @@ PAGES = (
     FOLDER / "README.md",
     FOLDER / "controlled" / "README.md",
     FOLDER / "book" / "README.md",
+    FOLDER / "german" / "README.md",
     FOLDER / "quickstart" / "README.md",
     FOLDER / "anatomy" / "README.md",
 )
@@ -731,50 +733,75 @@ def _perplexity(loss: float) -> str:
     return f"{math.exp(loss):.2f}"
 
 
-# Measures of the study of a book: column -> (measure, form). Shares are in percent.
-_BOOK = {
-    "unread modules, perplexity": ("unread/loss", _perplexity),
-    "top-1": ("unread/accuracy", _per_cent),
-    "exam, read": ("read_modules/exam", _per_cent),
-    "exam, unread": ("unread_modules/exam", _per_cent),
+# Study of a real model -> its measures: column -> (measure, form). Shares are in percent.
+_EXAMS = {
     "ARC-easy": ("arc_easy/exam", _per_cent),
     "PIQA": ("piqa/exam", _per_cent),
     "OpenBookQA": ("openbook_qa/exam", _per_cent),
     "LAMBADA": ("lambada/exact", _per_cent),
-    "WikiText-2, perplexity": ("wikitext/loss", _perplexity),
+}
+_WIKITEXT = {"WikiText-2, perplexity": ("wikitext/loss", _perplexity)}
+BOOK = {
+    "unread modules, perplexity": ("unread/loss", _perplexity),
+    "top-1": ("unread/accuracy", _per_cent),
+    "exam, read": ("read_modules/exam", _per_cent),
+    "exam, unread": ("unread_modules/exam", _per_cent),
+    **_EXAMS,
+    **_WIKITEXT,
+}
+GERMAN = {
+    "unread pages, perplexity": ("unread_pages/loss", _perplexity),
+    "top-1": ("unread_pages/accuracy", _per_cent),
+    "last words": ("last_words/exact", _per_cent),
+    "translation": ("translation/exam", _per_cent),
+    **_WIKITEXT,
+    "its KL from the start": ("wikitext/kl_from_start", "{:.3f}".format),
+    **_EXAMS,
 }
 # Measures of the phases after CPT, on holdout samples, which only their cells have.
-_BOOK_ALIGNED = {
+_ALIGNED = {
     "instructions, perplexity": ("instructions/loss", _perplexity),
     "chosen answer preferred": ("preferences/pair_accuracy", _per_cent),
 }
+_MEASURED = ("evaluate", "cpt", "sft", "dpo")  # phases with a row
+_Columns = dict[str, tuple[str, Callable[[float], str]]]
 
 
-def book_table(records: list[Record], is_aligned: bool) -> str:
-    """The book study: a row for each arm and rate, or for each phase after it."""
-    groups: dict[tuple[str, float], list[Record]] = {}
+def real_table(records: list[Record], columns: _Columns, is_aligned: bool) -> str:
+    """A study of a real model: a row for each arm and rate, or for each phase after it."""
+    groups: dict[tuple[int, float, str], list[Record]] = {}
     for record in records:
-        is_start = record["arm"] == "start"
-        if "failed" not in record and (is_start or bool(record["align"]) == is_aligned):
-            groups.setdefault((record["arm"], record["rate"]), []).append(record)
+        is_start = record["arm"] not in ARMS
+        if "failed" not in record and (
+            is_start or bool(record.get("align")) == is_aligned
+        ):
+            order = -1 if is_start else list(ARMS).index(record["arm"])
+            key = order, record["rate"], _arm_and_rate(record)
+            groups.setdefault(key, []).append(record)
     if is_aligned and len(groups) < 2:
         return _table([], [])
-    order = ["start", *ARMS]
-    columns = _BOOK | _BOOK_ALIGNED if is_aligned else _BOOK
+    columns = columns | _ALIGNED if is_aligned else columns
     rows = []
-    for arm, rate in sorted(groups, key=lambda key: (order.index(key[0]), key[1])):
-        found = groups[arm, rate]
-        name = f"{ARMS[arm].label}, {rate:g}" if arm in ARMS else arm
+    for (order, _, name), found in sorted(groups.items(), key=lambda group: group[0]):
         for phase in found[0]["phases"]:
-            after = [r["phases"][phase]["after"] for r in found if phase != "select"]
-            if not after:
+            if phase not in _MEASURED:
                 continue
-            label = f"{name}: {phase.upper()}" if is_aligned and arm in ARMS else name
+            after = [r["phases"][phase]["after"] for r in found]
+            is_phase = is_aligned and order >= 0
+            label = f"{name}: {phase.upper()}" if is_phase else name
             rows.append([label, str(len(found))] + [
                 _mean_and_range([seed[key] for seed in after if key in seed], form)
                 for key, form in columns.values()
             ])  # fmt: skip
     return _table(["arm, rate", "seeds", *columns], rows)
+
+
+def _arm_and_rate(record: Record) -> str:
+    """What names a run of a real model before a merge; a start has no rate."""
+    if record["arm"] not in ARMS:
+        return "start" if record.get("start", "start") else "four-bit file"
+    arm = ARMS[record["arm"].removesuffix("_merged")]
+    return f"{arm.label}, {record['rate']:g}"
 
 
 def _mean_and_range(values: list[float], form: Callable[[float], str]) -> str:
@@ -786,37 +813,54 @@ def _mean_and_range(values: list[float], form: Callable[[float], str]) -> str:
     return f"{mean} ({form(min(values))} to {form(max(values))})"
 
 
-def book_changes_table(records: list[Record]) -> str:
-    """The changes of each exam of the book study in points, for the first seed.
+def real_changes_table(records: list[Record], columns: _Columns) -> str:
+    """The changes of each exam and cloze of a real model in points, for the first seed.
 
     The interval is over questions, which are the same before and after.
     """
     first = [r for r in records if r["seed"] == 0 and "failed" not in r]
-    start = next((r for r in first if r["arm"] == "start"), None)
+    starts = [
+        p for r in first if _arm_and_rate(r) == "start" for p in r["phases"].values()
+    ]
+    start = next((phase for phase in starts if "questions" in phase), None)
     if start is None:
         return _table([], [])
-    (start_phase,) = start["phases"].values()
-    arms = [r for r in first if r["arm"] in ARMS and not r["align"]]
+    arms = [r for r in first if r["arm"] in ARMS and not r.get("align")]
     arms.sort(key=lambda r: (list(ARMS).index(r["arm"]), r["rate"]))
-    columns = {
+    shown = {
         key.partition("/")[0]: column
-        for column, (key, _) in _BOOK.items()
-        if key.partition("/")[0] in start_phase["questions"]
+        for column, (key, _) in columns.items()
+        if key.partition("/")[0] in start["questions"]
     }
     rows = []
     for record in arms:
-        rows.append([f"{ARMS[record['arm']].label}, {record['rate']:g}"])
-        for name in columns:
+        rows.append([_arm_and_rate(record)])
+        for name in shown:
             before_N, after_N = (
                 np.array(list(phase["questions"][name]), int)
-                for phase in (start_phase, record["phases"]["cpt"])
+                for phase in (start, record["phases"]["cpt"])
             )
             low, high = intervals.change_of_share(before_N, after_N)
             change = after_N.mean() - before_N.mean()
             rows[-1].append(
                 f"{100 * change:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
             )
-    return _table(["arm, rate", *columns.values()], rows)
+    return _table(["arm, rate", *shown.values()], rows)
+
+
+def real_merge_table(records: list[Record], columns: _Columns) -> str:
+    """The merges of a real model: a row for each share, the start first."""
+    rows = [
+        [
+            f"{ARMS[record['arm']].label}, {record['rate']:g}",
+            f"{row['share']:g}",
+            *(form(row[key]) if key in row else "" for key, form in columns.values()),
+        ]
+        for record in records
+        if "failed" not in record
+        for row in record["phases"].get("merge", {}).get("curve", ())
+    ]
+    return _table(["arm, rate", "share of the change", *columns], rows)
 
 
 class Style(NamedTuple):
@@ -1084,6 +1128,7 @@ def pilot_rates_table() -> str:
 def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
     """Name of a block of a page -> the function that writes it."""
     book = cells.load(book_run.RESULTS)
+    german = [r for r in cells.load(german_run.RESULTS) if r["arm"] != "start"]
     compared = {
         f"{base}-{name}": functools.partial(make, records, base)
         for base in JUDGED
@@ -1115,9 +1160,12 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "adaptive": lambda: adaptive_table(json.loads(adaptive.FILE.read_text())),
         "teacher": lambda: teacher_table(records),
         "confidence": lambda: confidence_table(json.loads(confidence.FILE.read_text())),
-        "book": lambda: book_table(book, is_aligned=False),
-        "book-changes": lambda: book_changes_table(book),
-        "book-alignment": lambda: book_table(book, is_aligned=True),
+        "book": lambda: real_table(book, BOOK, is_aligned=False),
+        "book-changes": lambda: real_changes_table(book, BOOK),
+        "book-alignment": lambda: real_table(book, BOOK, is_aligned=True),
+        "german": lambda: real_table(german, GERMAN, is_aligned=False),
+        "german-changes": lambda: real_changes_table(german, GERMAN),
+        "german-merge": lambda: real_merge_table(german, GERMAN),
         "cost": lambda: cost_table(records, json.loads(cost.FILE.read_text())),
     }
 

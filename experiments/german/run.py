@@ -1,6 +1,6 @@
 """Runs the German study, one cell after the other.
 
-    python -m experiments.german.run --handbook=FOLDER --data=FOLDER [--part=...]
+    python -m experiments.german.run --handbook=FOLDER --data=FOLDER [--part=...] [--tiny]
 
 `--handbook` is the folder of the unpacked package `debian-handbook`, `--data` a folder of
 general text, see `data.write`. A cell with a record in `results/` is not run again, and an
@@ -8,6 +8,7 @@ interrupted cell resumes from its last checkpoint.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ QUESTIONS = (
 )
 RESULTS = pathlib.Path(__file__).parent / "results"
 HEALING_RATE = 2e-4
+# A look at the machinery: one rate of the claims, with few tokens and questions.
+TINY = {"updates": 2, "healing_steps": 2, "questions": 4, "row_length": 64}
 
 
 def healing(folder: str) -> Cell:
@@ -52,6 +55,7 @@ def plan(part: str, folder: str, start: str) -> Iterator[Cell]:
     """The cells of a part of the study, in the order in which they run."""
     if part == "arms":
         yield Cell(folder, start)
+        yield Cell(folder)  # the four-bit file, to see what healing changes
         for rate in (RATES[1], RATES[0], RATES[2]):
             for arm in CLAIMS:
                 yield Cell(folder, start, arm, rate)
@@ -81,20 +85,29 @@ def main() -> None:
     parser.add_argument("--handbook", required=True, help="the unpacked package")
     parser.add_argument("--data", required=True, help="general text, see `data.write`")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--workdir", default="runs/german")
-    parser.add_argument("--results", default=RESULTS)
+    parser.add_argument("--tiny", action="store_true", help="a look at the machinery")
+    parser.add_argument("--workdir", help="default: runs/german[_tiny]")
+    parser.add_argument(
+        "--results", help="default: results/ here, or in a tiny workdir"
+    )
     arguments = parser.parse_args()
-    root = pathlib.Path(arguments.workdir)
+    tiny = arguments.tiny
+    root = pathlib.Path(arguments.workdir or f"runs/german{'_tiny' * tiny}")
+    results = arguments.results or (root / "results" if tiny else RESULTS)
+    settings = TINY if tiny else {}
     folder, start = root / "data", root / "start"
     data.write(pathlib.Path(arguments.handbook), pathlib.Path(arguments.data), folder)
-    records = cells.Records(pathlib.Path(arguments.results), STUDY)
+    records = cells.Records(pathlib.Path(results), STUDY)
     model = start / "export/hf"
     if not (model / "config.json").exists():
-        cell = healing(str(folder))
+        cell = dataclasses.replace(healing(str(folder)), **settings)
         record = run_cell(cell, str(start))
         records.add(cell, record | {"revision": cells.revision()})
     planned = [
-        cell for part in arguments.part for cell in plan(part, str(folder), str(model))
+        dataclasses.replace(cell, **settings)
+        for part in arguments.part
+        for cell in plan(part, str(folder), str(model))
+        if not tiny or cell.rate in (0, RATES[1])
     ]
     # One worker with all cores: two need twice the memory.
     for cell in planned:
