@@ -12,6 +12,11 @@ The library, each name imported when it is first used:
 
 import importlib
 
+from mixcpt_jax.core import machine as _machine
+
+# Before jax is imported, by a command or by code of the user.
+_machine.choose_platform()
+
 __version__ = "0.1.0"
 
 _HOMES = {

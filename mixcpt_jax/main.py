@@ -12,7 +12,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ml_collections
@@ -39,10 +39,25 @@ class _ConfigParser(flags.ArgumentParser):
         config = _load(self._files, path)
         keys = [found[1] for found in map(_NAMES_KEY.match, _given_flags()) if found]
         for entry in filter(None, map(_NEW_ENTRY.fullmatch, keys)):
-            config_lib.add_entry(config, *entry.groups())
+            section, name = entry.groups()
+            if section == "sources" and name not in config.sources:
+                _check_deliberate(name, keys, config.sources)
+            config_lib.add_entry(config, section, name)
         for key in keys:
             config_lib.check_key(config, key, f"--config.{key}")
         return config
+
+
+def _check_deliberate(name: str, keys: list[str], known: Iterable[str]) -> None:
+    """Checks that flags add a source on purpose: they must also give its share."""
+    from mixcpt_jax import config as config_lib
+
+    key = f"sources.{name}"
+    if f"{key}.weight" not in keys:
+        raise InputError(
+            f"--config.{key}.path: the config has no source {name!r}; to add one, give its "
+            f"share too, as in --config.{key}.weight=0.2; {config_lib.advice(name, known)}"
+        )
 
 
 def _load(files: flags.ArgumentParser, path: str) -> ml_collections.ConfigDict:

@@ -255,6 +255,15 @@ def test_what_the_hub_refuses_is_one_line(served, path, told):
     assert all(part in line for part in told), line
 
 
+def test_folders_with_the_names_of_kinds_on_the_hub_are_local():
+    """The Hub writes hf://models/ORG/NAME, so models/mine is no name of a model there."""
+    assert hub.is_model_id("org/mine")
+    for path in ("models/mine", "datasets/mine"):
+        assert not hub.is_model_id(path)
+        with pytest.raises(InputError, match=f"{path}/config.json: no such file"):
+            pretrained.read_model_config(path)
+
+
 def test_a_token_opens_what_is_gated(served, monkeypatch):
     served.gated.add(ID)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")

@@ -102,7 +102,7 @@ def test_the_second_is_told_who_owns_the_folder_and_touches_nothing(folder, caps
         pass
     host = os.uname().nodename
     assert str(error.value) == (
-        f"{folder}/lease-1.json: process {os.getpid()} on {host} has owned this folder "
+        f"{folder} (lease-1.json): process {os.getpid()} on {host} has owned this folder "
         "since 2026-01-01T00:00:00+00:00; wait for its end, or stop it, and run the same "
         "command again; or give another folder"
     )
@@ -200,10 +200,10 @@ def delete(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (take_over, r"lease-2\.json: process 12 on far has taken over this folder"),
+        (take_over, r"\(lease-2\.json\): process 12 on far has taken over this folder"),
         (rename, "was renamed or deleted"),
-        (replace, r"lease-1\.json: was deleted"),
-        (delete, r"lease-1\.json: was deleted"),
+        (replace, r"its lease-1\.json was deleted"),
+        (delete, r"its lease-1\.json was deleted"),
     ],
 )
 def test_who_has_lost_the_folder_writes_nothing_more(
@@ -359,7 +359,7 @@ def test_a_second_run_on_a_workdir_is_refused_and_the_first_ends(
         assert other.wait() == 1
         errors = [x for x in other.output.splitlines() if x.startswith("error: ")]
         assert len(errors) == 1, other.output
-        owner = f"lease-1.json: process {first.process.pid} on"
+        owner = f"(lease-1.json): process {first.process.pid} on"
         assert owner in errors[0]
     os.kill(first.process.pid, signal.SIGCONT)
     finish([first])

@@ -221,6 +221,11 @@ def test_a_key_by_another_name(project, write_config):
             "unknown key 'steps' in train; did you mean num_steps?",
         ),
         ("config.train.zzz=3", "unknown key 'zzz' in train; known here: eval_before, "),
+        (
+            "config.sources.domian.path=x",
+            "path: the config has no source 'domian'; to add one, give its share too, as "
+            "in --config.sources.domian.weight=0.2; did you mean domain?",
+        ),
         ("config.seed.x=3", "unknown key 'x' in seed; known here: none"),
         ("config.optimizer.learning_rate=fast", "learning_rate=fast: must be a number"),
         ("config.train.num_steps=1e5", "--config.train.num_steps=1e5: must be an int"),
@@ -362,7 +367,9 @@ def test_a_phase_whose_folder_is_the_workdir_of_a_living_run_is_refused(
     (tmp_path / "run" / "first").mkdir(parents=True)
     entry = tmp_path / "run" / "first" / "lease-1.json"
     entry.write_text(json.dumps(lease._facts()))
-    with pytest.raises(InputError, match=rf"{entry}: process .* has owned this folder"):
+    with pytest.raises(
+        InputError, match=rf"{entry.parent} \(lease-1\.json\): process .* has owned"
+    ):
         main.run(tiny_config, str(tmp_path / "run"))
     found = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert found == [entry]

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from mixcpt_jax.config import settings
 from mixcpt_jax.core import paths, system
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.runtime import chips, preemption, terminal
+from mixcpt_jax.runtime import preemption, terminal
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
@@ -70,7 +70,6 @@ def run(command: Callable[..., Any], *args: Any) -> None:
     The exit status is 0 after SIGTERM, SIGHUP or a closed pipe, 1 after a user error or an
     error of the system, and 130 after Ctrl-C.
     """
-    chips.choose_platform()
     terminal.take_any_text()
     terminal.take_logs()
     sys.unraisablehook = _report_unraisable
@@ -93,7 +92,9 @@ def boundary() -> Iterator[None]:
         terminal.say(str(stop))
         _leave()
     except KeyboardInterrupt:
-        terminal.say("stopped; a run keeps what it saved: the same command resumes it")
+        terminal.say(
+            "stopped; the same command resumes from what it has saved, if anything"
+        )
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         _leave()

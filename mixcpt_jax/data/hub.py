@@ -61,7 +61,11 @@ _MODEL_FILES = (
     "copying*",
     "use_policy*",
 )
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?", re.ASCII)
+# Not the folders `models` or `datasets`, which the Hub has as prefixes of its addresses.
+_ID = re.compile(
+    r"(?!(?:models|datasets|spaces)/)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?",
+    re.ASCII,
+)
 _LOCAL_FILES = (".gguf", ".json", ".jinja", ".model")
 # An address on the Hub, alone or in a list of paths.
 _ADDRESS = re.compile(rf"(?:^|(?<=,)|(?<=, )){SCHEME}[^,]+")
@@ -535,12 +539,12 @@ class _Address:
                 )
             case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
                 return InputError(
-                    f"{self.place}: the Hub refuses access to {page}; set HF_TOKEN to a "
-                    "token that may have it"
+                    f"{self.place}:{absent} the Hub refuses access to {page}; set HF_TOKEN "
+                    "to a token that may have it"
                 )
             case errors.HfHubHTTPError():
                 return InputError(
-                    f"{self.place}: {constants.ENDPOINT} answers with HTTP status "
+                    f"{self.place}:{absent} {constants.ENDPOINT} answers with HTTP status "
                     f"{error.response.status_code}; run the same command again later"
                 )
             case _ if isinstance(error, unread) or _is_of_network(error):

@@ -131,7 +131,7 @@ def _run(
         with times.of("evaluation"):
             evaluation.run(start.step, state, skip=start.recorded)
         if preemption_guard.is_requested(start.step):
-            raise preemption.Preempted(f" after step {start.step}")
+            raise preemption.Preempted(f"step {start.step}")
         checkpoints.keep(budget.end)
         if budget.limits and not start.is_resumed:
             with times.of("saving"):
@@ -174,7 +174,7 @@ def _run(
             if is_stopped:
                 checkpoints.wait()
                 writer.write_timing(times.row(step))
-                raise preemption.Preempted(f" after step {step}")
+                raise preemption.Preempted(f"step {step}")
 
         times.enter("saving")
         checkpoints.wait()

@@ -5,16 +5,10 @@ Your Model" (jax-ml.github.io/scaling-book); usable memory is the compiler's fig
 """
 
 import dataclasses
-import importlib.util
-import os
-import pathlib
-from collections.abc import MutableMapping
 
 from mixcpt_jax.core.errors import InputError
 
 GIB = 2**30
-# Of PCI devices: Google, NVIDIA, AMD's GPUs.
-_ACCELERATOR_VENDORS = ("0x1ae0", "0x10de", "0x1002")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,28 +47,6 @@ CHIPS = (
     Chip("v5p", "TPU v5", 459e12, 2765e9, int(95.74 * GIB), 90e9, 4, 1.75e9),
     Chip("v6e", "TPU v6 lite", 918e12, 1638e9, int(31.25 * GIB), 90e9, 16, 1.75e9),
 )
-
-
-def choose_platform(
-    environment: MutableMapping[str, str] = os.environ,
-    system: pathlib.Path = pathlib.Path("/"),
-) -> None:
-    """Keeps libtpu's alarms off a machine that has the package `libtpu` but no TPU.
-
-    Sets `JAX_PLATFORMS=cpu`, before jax is imported, if that is not set and neither a
-    device file nor the PCI bus shows an accelerator.
-    """
-    if "JAX_PLATFORMS" in environment or not importlib.util.find_spec("libtpu"):
-        return
-    if any(name.startswith(("TPU_", "COLAB_TPU")) for name in environment):
-        return
-    for pattern in ("accel*", "vfio/*", "nvidia*", "kfd"):
-        if any((system / "dev").glob(pattern)):
-            return
-    for file in (system / "sys/bus/pci/devices").glob("*/vendor"):
-        if file.read_text().strip() in _ACCELERATOR_VENDORS:
-            return
-    environment["JAX_PLATFORMS"] = "cpu"
 
 
 # Dense bfloat16 FLOPs per second by the manufacturer's data sheets; a device kind begins

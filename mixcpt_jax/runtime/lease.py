@@ -283,9 +283,9 @@ class _Lease:
         last = entries[-1] if entries else None
         if last is None or last.number < self._entry.number:
             raise InputError(
-                f"{_file(self._folder, self._entry)}: was deleted while this run wrote to "
-                "that folder, so the run no longer owns it and stops; the same command "
-                "resumes"
+                f"{self._folder}: its {_name(self._entry.number)} was deleted while this "
+                "run wrote there, so the run no longer owns the folder and stops; the same "
+                "command resumes"
             )
         raise InputError(
             f"{_file(self._folder, last)}: {_described(_facts_of(self._place, last))} has "
@@ -454,7 +454,8 @@ def _facts_of(place: _Disk | _Bucket, entry: _Entry) -> dict[str, Any]:
 
 
 def _file(folder: epath.Path, entry: _Entry) -> str:
-    return f"{folder}/{_name(entry.number)}"
+    """The folder, with the entry that a message is about."""
+    return f"{folder} ({_name(entry.number)})"
 
 
 def _name(number: int) -> str:

@@ -21,8 +21,8 @@ from typing import Any
 class Preempted(BaseException):
     """SIGTERM has arrived; like KeyboardInterrupt, it is not an `Exception`."""
 
-    def __init__(self, done: str = ""):
-        super().__init__(f"stopped by SIGTERM{done}; the same command resumes")
+    def __init__(self, saved: str = "what it has saved, if anything"):
+        super().__init__(f"stopped by SIGTERM; the same command resumes from {saved}")
 
 
 # SIGTERM, and the alarm that repeats it.

@@ -92,9 +92,12 @@ def make_topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
       InputError: no slice has that shape, or the sizes do not match it.
     """
     # Without these settings, libtpu waits for a metadata server that only cloud machines
-    # have, and takes a lock against other processes, as if it had a chip.
+    # have, takes a lock against other processes, as if it had a chip, and complains that it
+    # does not know its machine. The topology, not the machine, decides what is compiled.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         devices = topologies.get_topology_desc(
             platform="tpu", topology_name=topology

@@ -1,17 +1,20 @@
 """Which platform jax looks for on a machine without an accelerator."""
 
+import importlib
+
 import pytest
 
-from mixcpt_jax.runtime import chips
+import mixcpt_jax
+from mixcpt_jax.core import machine
 
 
 @pytest.fixture(autouse=True)
 def with_libtpu(monkeypatch):
-    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: object())
 
 
 def chosen(system, **environment):
-    chips.choose_platform(environment, system)
+    machine.choose_platform(environment, system)
     return environment.get("JAX_PLATFORMS")
 
 
@@ -28,7 +31,7 @@ def test_device_file_is_an_accelerator(tmp_path, device):
     assert chosen(tmp_path) is None
 
 
-@pytest.mark.parametrize("vendor", chips._ACCELERATOR_VENDORS)
+@pytest.mark.parametrize("vendor", machine._ACCELERATOR_VENDORS)
 def test_device_of_the_bus_is_an_accelerator(tmp_path, vendor):
     (tmp_path / "sys/bus/pci/devices/0").mkdir(parents=True)
     (tmp_path / "sys/bus/pci/devices/0/vendor").write_text(f"{vendor}\n")
@@ -41,5 +44,13 @@ def test_choice_of_the_user_stays(tmp_path):
 
 
 def test_without_libtpu_nothing_is_chosen(tmp_path, monkeypatch):
-    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     assert chosen(tmp_path) is None
+
+
+def test_platform_is_chosen_when_the_package_is_imported(monkeypatch):
+    """Before code of the user imports jax, as well as by each command."""
+    chosen = []
+    monkeypatch.setattr(machine, "choose_platform", lambda: chosen.append("once"))
+    importlib.reload(mixcpt_jax)
+    assert chosen == ["once"]
