@@ -55,10 +55,10 @@ def plan(part: str, folder: str, start: str) -> Iterator[Cell]:
     """The cells of a part of the study, in the order in which they run."""
     if part == "arms":
         yield Cell(folder, start)
-        yield Cell(folder)  # the four-bit file, to see what healing changes
         for rate in (RATES[1], RATES[0], RATES[2]):
             for arm in CLAIMS:
                 yield Cell(folder, start, arm, rate)
+        yield Cell(folder)  # the four-bit file, to see what healing changes
     elif part == "seeds":
         for seed in (1, 2):
             for rate in RATES:
