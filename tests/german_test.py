@@ -145,5 +145,3 @@ def test_a_tiny_study_runs_and_runs_nothing_twice(longer_model, project, tmp_pat
     assert len(records) == 2 + len(run.CLAIMS)
     rows = tables.real_table(records, tables.GERMAN, is_aligned=False).splitlines()[2:]
     assert len(rows) == len(records)
-    merged = [r for r in records if "merge" in r["phases"]]
-    assert [len(r["phases"]["merge"]["curve"]) for r in merged] == [5, 5]

@@ -19,10 +19,11 @@ from experiments.german.config import Cell, make
 
 # At the first rate little is forgotten, at the others plain pre-training forgets.
 RATES = (3e-4, 1e-3, 2e-3)
-# By importance: the claims first, then similar arms. A merge follows two of them; what it
-# merges is measured as well.
-CLAIMS = ("plain_merged", "mixture_lssd20_merged", "mixture_ntp", "self_replay")
+# By importance: the claims first, then similar arms.
+CLAIMS = ("plain", "mixture_lssd20", "mixture_ntp", "self_replay")
 NEIGHBOURS = (
+    "plain_merged",
+    "mixture_lssd20_merged",
     "mixture_lssd50",
     "ntp_kl",
     "lssd20",
