@@ -24,6 +24,7 @@ BASES = ("documents", "chat", "narrow")
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 RATE = 2e-3
 CLAIMS = ("plain", "mixture_ntp", "mixture_lssd", "mixture_mft80")
+DEFAULT = "mixture_lssd20"  # of `config`
 BEST = ("mixture_mft80", "mixture_ntp")
 # Further arms for the base to which general questions are new.
 OF_DOCUMENTS = (
@@ -79,10 +80,11 @@ def plan(part: str, seed: int) -> Iterator[Cell]:
         for base in ("chat", "documents"):
             for arm in CLAIMS:
                 yield from sweep(base, arm)
-    elif part == "arms" and seed < 3:
+    elif part == "arms":
         for base, arms in (("chat", ARMS), ("documents", OF_DOCUMENTS)):
             for arm in arms:
-                if arm not in CLAIMS and arm not in KEEP:
+                seeds = 5 if (base, arm) == ("chat", DEFAULT) else 3
+                if seed < seeds and arm not in CLAIMS and arm not in KEEP:
                     yield from sweep(base, arm)
     elif part == "selection" and seed < 3:
         for arm in BEST:
