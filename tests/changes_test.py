@@ -1,11 +1,13 @@
-"""Roles of measures, and the verdict at the end of a run."""
+"""Roles of measures, the verdict at the end of a run, and a phase's loss in words."""
+
+import dataclasses
 
 import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mixcpt_jax.reporting import changes, page
+from mixcpt_jax.reporting import changes, model_card, page
 from mixcpt_jax.reporting import report as report_lib
 from mixcpt_jax.reporting.run_records import Arm
 
@@ -127,3 +129,41 @@ def test_the_table_is_sorted_domain_untouched_rehearsed(suffix):
         ROLES.values(), key=changes.ROLES.index
     )
     assert all(role in ("", ROLES[name]) for name, _, role in order)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"objective": {"ntp_weight": 1.0, "lssd_weight": 0.0}},
+            "next-token prediction",
+        ),
+        (
+            {"objective": {"ntp_weight": 0.8, "lssd_weight": 0.2}, "lora": {"rank": 4}},
+            "0.8 next-token prediction + 0.2 logit swap self-distillation; adapters of "
+            "rank 4",
+        ),
+        (
+            {"objective": {"kd_weight": 0.5}, "sources": {"a": {"kd_weight": 0.0}}},
+            "0.5 distillation; some sources have weights of their own",
+        ),
+        (
+            {
+                "objective": {"kind": "preference", "ntp_weight": 0.8},
+                "preference": {"loss": "sigmoid", "beta": 0.1},
+            },
+            "DPO, beta 0.1",
+        ),
+        ({"job": "select", "objective": {"ntp_weight": 1.0}}, "select"),
+    ],
+)
+def test_page_and_card_have_the_same_words_for_a_loss(config, words):
+    sizes = {
+        "data": {"batch_size": 4, "row_length": 64},
+        "optimizer": {"learning_rate": 1e-3},
+        "train": {"num_steps": 2},
+    }
+    said = dataclasses.replace(arm(), config={"job": "train"} | config | sizes)
+    assert page._work(said)["objective"] == words
+    if said.trains:
+        assert f" {words} " in model_card.render([said], "", {}, "")

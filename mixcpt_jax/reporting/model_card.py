@@ -10,12 +10,6 @@ from mixcpt_jax.runtime import metrics
 
 _PAPER = "2407.10804"
 _DATA_SETS = "hf://datasets/"
-_OBJECTIVES = {
-    "ntp": "next-token prediction",
-    "lssd": "logit swap self-distillation",
-    "kd": "distillation",
-    "selective": "selective distillation",
-}
 
 
 def render(
@@ -115,15 +109,7 @@ def _data_sets(arm: Arm, source: dict[str, Any]) -> dict[str, str]:
 
 def _recipe(arm: Arm) -> list[str]:
     """The loss, the steps, the tokens of a step and the learning rate of a phase."""
-    objective, preference = arm.setting("objective") or {}, arm.setting("preference")
-    if objective.get("kind") == "preference":
-        loss = f"DPO ({preference['loss']}), beta {preference['beta']:g}"
-    else:
-        weights = {name: objective.get(f"{name}_weight") for name in _OBJECTIVES}
-        loss = " + ".join(f"{w:g} {_OBJECTIVES[k]}" for k, w in weights.items() if w)
-    if rank := arm.setting("lora.rank"):
-        loss += f"; adapters of rank {rank}"
     rows, length = arm.setting("data.batch_size"), arm.setting("data.row_length")
     steps = arm.after.get("step") or arm.setting("train.num_steps")
     rate = arm.setting("optimizer.learning_rate")
-    return [loss, f"{steps:,}", f"{rows} x {length:,}", f"{rate:g}"]
+    return [arm.objective, f"{steps:,}", f"{rows} x {length:,}", f"{rate:g}"]

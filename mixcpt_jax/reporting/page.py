@@ -166,7 +166,7 @@ def _work(arm: Arm) -> dict[str, Any]:
     sizes = [arm.setting(f"data.{name}") or 0 for name in ("row_length", "batch_size")]
     return {
         "arm": arm,
-        "objective": _objective(arm),
+        "objective": arm.objective,
         "starts": arm.starts_from or arm.setting("init_from") or "the model",
         "steps": shown(arm.trains and last, "{:,}") + shown(last and total, " of {:,}"),
         "tokens": shown(arm.trains and math.prod(sizes), "{:,}"),
@@ -177,30 +177,6 @@ def _work(arm: Arm) -> dict[str, Any]:
         "seconds": _duration(arm.results.get("seconds", 0)),
         "state": "done" if arm.results else "not finished",
     }
-
-
-def _objective(arm: Arm) -> str:
-    job = arm.setting("job")
-    if job is None:
-        return ""
-    if job != "train":
-        return {"select": "selection", "evaluate": "evaluation"}.get(job, job)
-    objective = arm.setting("objective") or {}
-    if objective.get("kind") == "preference":
-        loss = arm.setting("preference.loss") or ""
-        name = "DPO" if loss == "sigmoid" else loss.upper()
-        return f"{name}, beta {arm.setting('preference.beta') or 0:g}"
-    names = {"ntp": "next token", "lssd": "LSSD", "kd": "distillation",
-             "selective": "selective"}  # fmt: skip
-    weights = {n: objective.get(f"{key}_weight", 0) for key, n in names.items()}
-    text = " + ".join(f"{w:g} {n}" for n, w in weights.items() if w)
-    if any(
-        source.get(f"{key}_weight") is not None
-        for source in (arm.setting("sources") or {}).values()
-        for key in names
-    ):
-        text += "; some sources have weights of their own"
-    return text.removeprefix("1 ") if text.count("+") == 0 else text
 
 
 def _duration(seconds: float) -> str:

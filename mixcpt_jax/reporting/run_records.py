@@ -84,6 +84,13 @@ CONFIG = {
     },
 }
 
+_LOSSES = {
+    "ntp": "next-token prediction",
+    "lssd": "logit swap self-distillation",
+    "kd": "distillation",
+    "selective": "selective distillation",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
@@ -143,6 +150,31 @@ class Arm:
         if "job" in self.config:
             return self.config["job"] == "train"
         return bool(self.after.get("step"))  # an evaluation takes no steps
+
+    @property
+    def objective(self) -> str:
+        """The loss of a phase that trains, in words; of another its job."""
+        if not self.trains:
+            return self.setting("job") or ""
+        objective = self.setting("objective") or {}
+        if objective.get("kind") == "preference":
+            loss = self.setting("preference.loss") or ""
+            name = "DPO" if loss == "sigmoid" else loss.upper()
+            text = f"{name}, beta {self.setting('preference.beta') or 0:g}"
+        else:
+            weights = {key: objective.get(f"{key}_weight") for key in _LOSSES}
+            parts = [f"{w:g} {_LOSSES[key]}" for key, w in weights.items() if w]
+            text = " + ".join(parts)
+            if len(parts) == 1:
+                text = text.removeprefix("1 ")
+            sources = (self.setting("sources") or {}).values()
+            if any(
+                s.get(f"{key}_weight") is not None for s in sources for key in weights
+            ):
+                text += "; some sources have weights of their own"
+        if rank := self.setting("lora.rank"):
+            text += f"; adapters of rank {rank}"
+        return text
 
     @property
     def starts_from(self) -> str:
