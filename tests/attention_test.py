@@ -1,6 +1,8 @@
 """Attention: all forms against jax.nn's, forward and backward."""
 
 import functools
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,103 @@ def splash(
     )
 
 
+def cudnn(query, key, value, segments, sliding_window=None, query_scale=None):
+    """The arguments of the GPU kernel, computed by the library's reference."""
+    query = query * jnp.asarray((query_scale or query.shape[-1]) ** -0.5, query.dtype)
+    return attention.cudnn(
+        query, key, value, segments, sliding_window, implementation="xla"
+    )
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Traces and lowers as on an H100; the library's own checks ask a device."""
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    monkeypatch.setattr(sharding, "compute_capability", lambda: 9.0)
+    checks = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(checks, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(checks, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(
+        checks, "is_cuda_compute_capability_equal", lambda capability: False
+    )
+
+
+KERNELS = ("__cudnn$fmhaScaleBiasSoftmax(", "__cudnn$fmhaScaleBiasSoftmaxBackward(")
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("sliding_window", "shards"), [(40, 1), (None, 2)])
+def test_on_a_gpu_the_kernel_runs_both_passes_without_scores_in_memory(
+    sliding_window, shards
+):
+    def loss(query, key, value, segments):
+        out = attention.attend(query, key, value, segments, sliding_window)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    arrays = jax.eval_shape(lambda: operands(256, (4, 2, 2), 64, jnp.bfloat16))
+    sizes = dict(zip(mesh_shape.MESH_AXES, (shards, 1, shards)))
+    with jax.set_mesh(sharding.make_mesh(sizes, jax.devices()[: shards**2])):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in KERNELS:
+        assert text.count(kernel) == 1
+    # Pairs of tokens exist only in the mask of documents, which all heads share.
+    heads = re.findall(r"tensor<\d+x(\d+)x256x256x(?:bf16|f32)>", text)
+    assert set(heads) == {"1"}
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("length", "head_size", "dtype", "options", "form"),
+    [
+        (256, 64, jnp.bfloat16, (40, 50.0), "cudnn"),
+        (256, 64, jnp.float16, (), "cudnn"),
+        (256, 64, jnp.float32, (), "in_blocks"),
+        (255, 64, jnp.bfloat16, (), "in_blocks"),
+        (256, 60, jnp.bfloat16, (), "in_blocks"),
+        (256, 64, jnp.bfloat16, (None, 50.0, 2.0), "in_blocks"),
+    ],
+    ids=str,
+)
+def test_what_the_gpu_kernel_does_not_support_runs_in_blocks(
+    monkeypatch, length, head_size, dtype, options, form
+):
+    called = []
+    for name in ("cudnn", "in_blocks"):
+
+        def record(*operands, name=name):
+            called.append(name)
+            return operands[0]
+
+        monkeypatch.setattr(attention, name, record)
+    arrays = jax.eval_shape(lambda: operands(length, (4, 2, 2), head_size, dtype))
+    jax.eval_shape(lambda *arrays: attention.attend(*arrays, *options), *arrays)
+    assert called == [form]
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("capability", "largest"), [(0.0, 0), (7.5, 0), (8.0, 128), (8.9, 128), (10.0, 256)]
+)
+def test_older_gpus_have_kernels_for_smaller_heads(monkeypatch, capability, largest):
+    monkeypatch.setattr(sharding, "compute_capability", lambda: capability)
+    for head_size in (64, 128, 256):
+        query = jax.ShapeDtypeStruct((1, 256, 4, head_size), jnp.bfloat16)
+        assert attention._fits_cudnn(query) == (head_size <= largest)
+
+
+@pytest.mark.parametrize(
+    ("found", "capability"),
+    [("9.0", 9.0), ("12.1", 12.1), ("gfx942", 0.0), (None, 0.0)],
+)
+def test_the_compute_capability_is_a_number_on_nvidia_gpus(
+    monkeypatch, found, capability
+):
+    device = types.SimpleNamespace(compute_capability=found)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert sharding.compute_capability() == capability
+
+
 @pytest.mark.parametrize("sliding_window", [None, 7])
 @pytest.mark.parametrize("length", [1, 5, 128, 129, 300])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -66,6 +165,30 @@ def test_blocks_equal_the_library(length, dtype, sliding_window):
         actual.astype(jnp.float32),
         library(query, key, value, segments, sliding_window),
         atol=tolerance,
+    )
+
+
+@pytest.mark.parametrize("options", [(None,), (5, 50.0)], ids=str)
+def test_the_gpu_kernel_gets_the_documents_the_window_and_the_scale(options):
+    """In values and gradients; the portable form is the reference."""
+    query, key, value, segments = operands(24, (4, 2, 2))
+
+    def squares(attend, *qkv):
+        out = attend(*qkv, segments, *options)
+        return jnp.sum(out**2), out
+
+    found, expected = (
+        jax.jit(
+            jax.value_and_grad(
+                functools.partial(squares, form), (0, 1, 2), has_aux=True
+            )
+        )(query, key, value)
+        for form in (cudnn, attention.attend)
+    )
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5 * np.abs(e).max()),
+        found,
+        expected,
     )
 
 

@@ -128,7 +128,12 @@ def test_profile_of_another_form_is_refused(tiny_config, value):
 def test_peaks_of_known_devices_alone():
     assert chips.peak_flops("TPU v5 lite") == 197e12
     assert chips.peak_flops("NVIDIA H200") == 989e12
-    assert chips.peak_flops("NVIDIA L40S") > chips.peak_flops("NVIDIA L4")
+    sizes = [chips.peak_flops(f"NVIDIA {name}") for name in ("L40S", "L40", "L4")]
+    assert sizes == sorted(sizes, reverse=True)
+    # A chunk of the head's tokens keeps either busy.
+    assert 256 < chips.flops_per_byte("NVIDIA H100 80GB HBM3") < 512
+    assert 128 < chips.flops_per_byte("NVIDIA A100-SXM4-40GB") < 256
+    assert chips.flops_per_byte("cpu") is None
     assert chips.peak_flops("cpu") is None
 
 

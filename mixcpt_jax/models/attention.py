@@ -1,12 +1,16 @@
 """Causal grouped-query attention within packed documents, and over a cache.
 
-On a TPU, attention uses jax's splash attention kernel, which holds no scores in memory and
-skips the blocks that the causal mask hides. Elsewhere, and for shapes that the kernel does
-not support, XLA computes the same numbers block by block.
+On a TPU, attention uses jax's splash attention kernel, on an NVIDIA GPU cuDNN's flash
+attention. Both hold no scores in memory and skip the blocks that the causal mask hides.
+Elsewhere, and for what the kernels do not support, XLA computes the same numbers block by
+block.
 
 Shape suffixes: B batch rows, L row length, S cache slots, M keys attended to, H query
 heads, G key-value heads, R query heads per key-value head, K head size, GK = G * K.
 """
+
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,10 @@ _MIN_QUERY_BLOCK, _MAX_QUERY_BLOCKS = 128, 16
 
 # The kernel works on whole registers: lengths are multiples of their 128 lanes.
 _LANES, _SPLASH_BLOCKS = 128, (512, 384, 256, 128)
+
+# cuDNN's kernel: compute capability of the GPU -> the largest head. Ampere was the first
+# generation with such a kernel; Hopper's takes larger heads.
+_CUDNN_HEADS = {8.0: 128, 9.0: 256}
 
 
 def attend(
@@ -44,8 +52,11 @@ def attend(
         value_BxLxGxK,
         segment_ids_BxL,
     )
-    if sharding.platform() == "tpu" and query_BxLxHxK.shape[1] % _LANES == 0:
+    platform = sharding.platform()
+    if platform == "tpu" and query_BxLxHxK.shape[1] % _LANES == 0:
         return splash(*operands, sliding_window, soft_cap)
+    if platform == "gpu" and soft_cap is None and _fits_cudnn(query_BxLxHxK):
+        return cudnn(*operands, sliding_window)
     return in_blocks(*operands, sliding_window, soft_cap)
 
 
@@ -216,15 +227,67 @@ def splash(
             query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL
         )
 
-    if not jax.sharding.get_abstract_mesh().empty:
-        heads = P(sharding.BATCH_AXES, None, sharding.TENSOR)
-        local = jax.shard_map(
-            local,
-            in_specs=(heads, heads, heads, P(sharding.BATCH_AXES)),
-            out_specs=heads,
-            check_vma=False,
+    operands = query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL
+    return _on_each_device(local)(*operands)
+
+
+def cudnn(
+    query_BxLxHxK: jax.Array,
+    key_BxLxGxK: jax.Array,
+    value_BxLxGxK: jax.Array,
+    segment_ids_BxL: jax.Array,
+    sliding_window: int | None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> jax.Array:
+    """Runs cuDNN's flash attention on each device's rows and heads of scaled queries.
+
+    The kernel itself knows only the causal mask. Documents and the window reach it as a
+    mask `[B, 1, L, L]`, which all heads share. It has no soft cap.
+
+    Args:
+      implementation: of `jax.nn.dot_product_attention`; "xla" computes the same without a
+        GPU, with all scores in memory.
+    """
+
+    def local(query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL):
+        return jax.nn.dot_product_attention(
+            query_BxLxHxK,
+            key_BxLxGxK,
+            value_BxLxGxK,
+            mask=_mask(segment_ids_BxL, sliding_window)[:, None],
+            scale=1.0,
+            is_causal=True,
+            implementation=implementation,
         )
-    return local(query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL)
+
+    operands = query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL
+    return _on_each_device(local)(*operands)
+
+
+def _fits_cudnn(query_BxLxHxK: jax.Array) -> bool:
+    """Whether cuDNN has a kernel, with its gradient, for these queries."""
+    length, _, head_size = query_BxLxHxK.shape[1:]
+    capability = sharding.compute_capability()
+    heads = [size for least, size in _CUDNN_HEADS.items() if capability >= least]
+    return (
+        query_BxLxHxK.dtype in (jnp.bfloat16, jnp.float16)
+        and length % 2 == 0
+        and head_size % 8 == 0
+        and head_size <= max(heads, default=0)
+    )
+
+
+def _on_each_device(local: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Maps attention over the mesh: each device has its rows and its heads."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return local
+    heads = P(sharding.BATCH_AXES, None, sharding.TENSOR)
+    return jax.shard_map(
+        local,
+        in_specs=(heads, heads, heads, P(sharding.BATCH_AXES)),
+        out_specs=heads,
+        check_vma=False,
+    )
 
 
 def _splash_block(length: int) -> int:

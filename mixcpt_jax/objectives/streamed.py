@@ -422,8 +422,7 @@ def default_sizes(num_columns: int) -> tuple[int, int]:
     kind = device_kind()
     if kind == "cpu":
         return 128, 128
-    chip = chips.of_device_kind(kind)
-    busy = math.ceil((chip.flops_per_byte if chip else _FLOPS_PER_BYTE) / 256) * 256
+    busy = math.ceil((chips.flops_per_byte(kind) or _FLOPS_PER_BYTE) / 256) * 256
     chunk_size = max(
         busy, min(_MAX_CHUNK, _LOGITS_PER_CHUNK // num_columns // 256 * 256)
     )

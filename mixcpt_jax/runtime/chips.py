@@ -36,11 +36,6 @@ class Chip:
     wraps_from: int
     cycles: float
 
-    @property
-    def flops_per_byte(self) -> float:
-        """FLOPs that the chip can do in the time it takes to read one byte of memory."""
-        return self.flops / self.hbm_bandwidth
-
 
 CHIPS = (
     Chip("v5e", "TPU v5 lite", 197e12, 819e9, int(15.75 * GIB), 45e9, 16, 1.5e9),
@@ -49,25 +44,54 @@ CHIPS = (
 )
 
 
-# Dense bfloat16 FLOPs per second by the manufacturer's data sheets; a device kind begins
-# with the name. The first match counts.
-_GPU_FLOPS = (
-    ("NVIDIA B200", 2250e12),
-    ("NVIDIA GH200", 989e12),
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100", 989e12),
-    ("NVIDIA A100", 312e12),
-    ("NVIDIA L40S", 362e12),
-    ("NVIDIA L4", 121e12),
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A model of GPU, by the manufacturer's data sheet.
+
+    Attributes:
+      name: how its `jax.Device.device_kind` begins.
+      flops: bfloat16 with float32 sums, dense, per second.
+      hbm_bandwidth: bytes per second.
+    """
+
+    name: str
+    flops: float
+    hbm_bandwidth: float
+
+
+# The first match counts.
+_GPUS = (
+    Gpu("NVIDIA B200", 2250e12, 8000e9),
+    Gpu("NVIDIA GH200", 989e12, 4000e9),
+    Gpu("NVIDIA H200", 989e12, 4800e9),
+    Gpu("NVIDIA H100 PCIe", 756e12, 2000e9),
+    Gpu("NVIDIA H100", 989e12, 3350e9),
+    Gpu("NVIDIA A100", 312e12, 1555e9),
+    Gpu("NVIDIA A10G", 70e12, 600e9),
+    Gpu("NVIDIA A10", 125e12, 600e9),
+    Gpu("NVIDIA L40S", 362e12, 864e9),
+    Gpu("NVIDIA L40", 181e12, 864e9),
+    Gpu("NVIDIA L4", 121e12, 300e9),
+    Gpu("NVIDIA RTX A6000", 155e12, 768e9),
+    Gpu("NVIDIA GeForce RTX 4090", 165e12, 1008e9),
+    Gpu("NVIDIA GeForce RTX 3090", 71e12, 936e9),
 )
 
 
 def peak_flops(device_kind: str) -> float | None:
     """bfloat16 FLOPs per second of a kind of device; None if it is not known."""
-    if chip := of_device_kind(device_kind):
-        return chip.flops
-    return next((f for name, f in _GPU_FLOPS if device_kind.startswith(name)), None)
+    found = of_device_kind(device_kind) or _gpu(device_kind)
+    return found.flops if found else None
+
+
+def flops_per_byte(device_kind: str) -> float | None:
+    """FLOPs in the time it takes to read one byte of memory; None if not known."""
+    found = of_device_kind(device_kind) or _gpu(device_kind)
+    return found.flops / found.hbm_bandwidth if found else None
+
+
+def _gpu(device_kind: str) -> Gpu | None:
+    return next((gpu for gpu in _GPUS if device_kind.startswith(gpu.name)), None)
 
 
 def of_topology(topology: str) -> Chip:

@@ -9,6 +9,7 @@ gradients are reduced.
 
 import functools
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,13 @@ def platform() -> str:
     """The platform of the same devices: "cpu", "gpu" or "tpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def compute_capability() -> float:
+    """Of the default device if that is an NVIDIA GPU, such as 9.0 for an H100; else 0."""
+    found = getattr(jax.devices()[0], "compute_capability", "")
+    # On an AMD GPU it is a name, such as "gfx942".
+    return float(found) if re.fullmatch(r"\d+\.\d+", str(found)) else 0.0
 
 
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
