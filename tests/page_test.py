@@ -4,6 +4,7 @@
 a picture of the page of a run, such as that of `experiments/README.md`.
 """
 
+import csv
 import io
 import json
 import os
@@ -240,6 +241,56 @@ def test_sections_without_files_say_why(browser, run, tmp_path):
         assert len(reasons) == missing, reasons
         assert not wrong
     assert "not finished" in window.inner_text("#results")
+
+
+def test_data_of_every_figure_can_be_downloaded_and_lies_beside_the_page(browser, run):
+    folder, results = run
+    curve = [
+        {"share": share, "step": step, "domain/accuracy": 0.4 + share / 10}
+        for step, share in enumerate((0.0, 0.6, 1.0))
+    ]
+    (folder / "mixcpt" / "results.json").write_text(
+        json.dumps(results["mixcpt"] | {"curve": curve})
+    )
+    report.main([str(folder)])
+    rows = list(csv.reader((folder / "report.csv").read_text("utf-8").splitlines()))
+    window, wrong = open_page(browser, folder / "report.html", 390)
+    plots = window.query_selector_all("svg.plot")
+    links = window.query_selector_all("a[download]")
+    assert len(links) == len(plots)
+    downloaded = []
+    for link in links:
+        with window.expect_download() as download:
+            link.click()
+        header, *found = csv.reader(
+            download.value.path().read_text("utf-8").splitlines()
+        )
+        assert found
+        downloaded += found
+    assert [header, *downloaded] == rows
+    title = "mixcpt: top-1 token accuracy, %"
+    shares = [[float(v) for v in row[2:4]] for row in rows if row[0] == title]
+    assert shares == [[0.0, 40.0], [0.6, 46.0], [1.0, 50.0]]
+    assert [
+        row[2]
+        for row in rows
+        if row[0] == "Exams: change, points" and row[2] == "domain"
+    ] == ["domain", "domain"]
+    assert not wrong
+
+
+@pytest.mark.parametrize("display", ["", ":0"])
+def test_a_browser_opens_only_where_it_can_be_seen(run, display, monkeypatch, capsys):
+    folder, _ = run
+    opened = []
+    monkeypatch.setattr(report.webbrowser, "open", opened.append)
+    monkeypatch.setattr(report.sys, "platform", "linux")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setenv("DISPLAY", display)
+    report.main([str(folder), "--open"])
+    address = (folder / "report.html").as_uri()
+    assert capsys.readouterr().out == f"Report: {address}\n"
+    assert opened == [address] * bool(display)
 
 
 def test_runs_are_compared_in_one_page(run, tmp_path, monkeypatch):

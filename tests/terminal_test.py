@@ -291,3 +291,41 @@ def test_nothing_else_writes_to_the_terminal(project):
             if called in ("print", "sys.stdout.write", "sys.stderr.write"):
                 found.append(f"{file.name}: {ast.unparse(node)}")
     assert not found
+
+
+@hypothesis.given(
+    st.integers(1, 5),
+    st.lists(st.integers(1, 30), min_size=2, max_size=12),
+    st.integers(20, 200),
+)
+def test_folded_tables_fit_and_hold_every_column(num_rows, widths, width):
+    rows = [[f"{n},{i}".ljust(w, "x") for i, w in enumerate(widths)]
+            for n in range(num_rows)]  # fmt: skip
+    table = metrics.table(rows[0], rows[1:])
+    folded = text.folded(f"above\n\n{table}\nbelow", width)
+    assert folded.startswith("above\n\n| ")
+    assert folded.endswith(" |\nbelow")
+    parts = folded[len("above\n\n") : -len("\nbelow")].split("\n\n")
+    cells = [[line[2:-2].split(" | ") for line in part.split("\n")] for part in parts]
+    whole = [line[2:-2].split(" | ") for line in table.split("\n")]
+    assert all(part.partition("\n")[0][:8] == table[:8] for part in parts)
+    assert whole == [
+        [row[0], *(cell for part in cells for cell in part[n][1:])]
+        for n, row in enumerate(whole)
+    ]
+    for part, held in zip(parts, cells):
+        assert len(part.partition("\n")[0]) <= width or len(held[0]) == 2
+    if len(table.partition("\n")[0]) <= width:
+        assert len(parts) == 1
+
+
+def test_a_table_is_folded_on_a_terminal_alone(streams, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    table = metrics.table(["", *"abcdefgh"], [["name", *["1.0000"] * 8]])
+    for is_terminal in (False, True):
+        out, err = streams("utf-8", is_terminal)
+        terminal.show(table)
+        terminal.say(table)
+        for stream in (out, err):
+            widths = [len(line) for line in written(stream).splitlines()]
+            assert (max(widths) <= 40) == is_terminal

@@ -1,14 +1,20 @@
 """Writes the report page of a run, or one page that compares several runs.
 
     python -m mixcpt_jax report RUN [RUN ...] [--output=report.html]
-        [--domain=NAME,NAME]
+        [--domain=NAME,NAME] [--open]
 
-A run may still be in progress. RUN is a workdir, or a copy of a run's `report.json`.
+A run may still be in progress. RUN is a workdir, or a copy of a run's `report.json`. The
+page is one file that needs no server; the data of its figures are written beside it, as
+`report.csv`. `--open` shows the page in the browser, if this machine has a display.
 """
+
+import os
+import sys
+import webbrowser
 
 from mixcpt_jax.cli import command
 from mixcpt_jax.core import paths
-from mixcpt_jax.reporting import page, run_records
+from mixcpt_jax.reporting import report, run_records
 from mixcpt_jax.reporting.report import PAGE_FILE
 from mixcpt_jax.runtime import terminal
 
@@ -28,6 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
         help="names of the texts and exams that are about the domain, comma-separated; "
         "default: the sources of documents",
     )
+    parser.add_argument(
+        "--open", action="store_true", help="show the page in the browser"
+    )
     given = parser.parse_args(arguments)
     output = given.output or PAGE_FILE
     if (
@@ -38,9 +47,15 @@ def main(arguments: list[str] | None = None) -> None:
         output = f"{given.runs[0]}/{PAGE_FILE}"
     arms = run_records.load(given.runs)
     file = paths.output_file(output)
-    text = page.render(arms, [name for name in given.domain.split(",") if name])
-    paths.replace(file, text)
-    terminal.show(f"Written to {output}")
+    report.write_page(file, arms, [name for name in given.domain.split(",") if name])
+    terminal.show(f"Report: {paths.address(file)}")
+    if given.open and not paths.is_remote(file) and _has_display():
+        webbrowser.open(paths.address(file))
+
+
+def _has_display() -> bool:
+    is_desktop = sys.platform in ("darwin", "win32")
+    return is_desktop or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
 
 
 def start() -> None:

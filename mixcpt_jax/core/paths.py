@@ -150,6 +150,11 @@ def absolute(path: str) -> epath.Path:
     return folder
 
 
+def address(file: epath.Path) -> str:
+    """What a browser opens: a `file://` address; a path in a bucket, unchanged."""
+    return str(file) if is_remote(file) else file.absolute().as_uri()
+
+
 def output_file(path: str) -> epath.Path:
     """A file to write at the end of the work; creates its folder now.
 

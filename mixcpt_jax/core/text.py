@@ -1,6 +1,8 @@
 """Text that comes from data: made safe to show, and names that stay in their folder."""
 
+import itertools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 # Maximum number of characters shown of a value, and of a line with several values.
@@ -34,6 +36,38 @@ def lines(text: str) -> str:
     """Lines that hold values: escaped, with each word and each line truncated."""
     text = _LONG_WORD.sub(lambda word: _cut(word[0], MOST_OF_A_VALUE), escaped(text))
     return "\n".join(_cut(line, MOST_OF_A_LINE) for line in text.split("\n"))
+
+
+def folded(text: str, width: int) -> str:
+    """Divides each Markdown table that is wider than `width` into narrower ones.
+
+    Each part begins with the first column. A table of one other column stays as wide as it
+    is, as do lines that are not of a table.
+    """
+    parts = itertools.groupby(text.split("\n"), lambda line: line.startswith("| "))
+    return "\n".join(
+        line
+        for is_table, found in parts
+        for line in (_narrower(list(found), width) if is_table else found)
+    )
+
+
+def _narrower(table: list[str], width: int) -> Iterator[str]:
+    rows = [line[2:-2].split(" | ") for line in table]
+    if len(table[0]) <= width or len({len(row) for row in rows}) > 1:
+        yield from table
+        return
+    widths = [len(cell) + len(" | ") for cell in rows[0]]
+    first = begin = 1
+    while begin < len(widths):
+        end, total = begin + 1, widths[0] + widths[begin] + 1
+        while end < len(widths) and total + widths[end] <= width:
+            total += widths[end]
+            end += 1
+        if begin > first:
+            yield ""
+        yield from (f"| {' | '.join([row[0], *row[begin:end]])} |" for row in rows)
+        begin = end
 
 
 def _escape(found: re.Match) -> str:

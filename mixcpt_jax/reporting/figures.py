@@ -17,12 +17,28 @@ _LABEL_GAP = 13
 _LARGEST = 1e100
 
 
+# A row of a figure's data: series, x, y, and the bounds of an interval if there is one.
+Row = tuple[str, float | str, float, float | None, float | None]
+
+
+class Figure(NamedTuple):
+    """A figure: its title, its SVG and its data."""
+
+    title: str
+    svg: str
+    rows: Sequence[Row]
+
+
 class Series(NamedTuple):
     """A line: the number of its color, its name, and its points (x, y)."""
 
     number: int
     name: str
     points: Sequence[tuple[float, float]]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [(self.name, x, y, None, None) for x, y in self.points]
 
 
 class Journey(NamedTuple):
@@ -33,6 +49,11 @@ class Journey(NamedTuple):
     start: tuple[float, float] | None
     end: tuple[float, float]
 
+    @property
+    def rows(self) -> list[Row]:
+        ends = (f"{self.name}, start", self.start), (f"{self.name}, end", self.end)
+        return [(name, *point, None, None) for name, point in ends if point]
+
 
 class Whisker(NamedTuple):
     """The change of a measure in one arm, with its interval if there is one."""
@@ -42,6 +63,9 @@ class Whisker(NamedTuple):
     change: float
     interval: tuple[float, float] | None
 
+    def row(self, measure: str) -> Row:
+        return self.name, measure, self.change, *(self.interval or (None, None))
+
 
 class Bar(NamedTuple):
     """A source's share of the tokens, requested and delivered."""
@@ -49,6 +73,11 @@ class Bar(NamedTuple):
     name: str
     requested: float
     delivered: float
+
+    @property
+    def rows(self) -> list[Row]:
+        shares = ("requested", self.requested), ("delivered", self.delivered)
+        return [(name, self.name, share, None, None) for name, share in shares]
 
 
 class _Scale:
@@ -110,16 +139,22 @@ def style(number: int) -> str:
     return f"s{number % _COLORS}" + (" dashed" if number >= _COLORS else "")
 
 
-def lines(series: Sequence[Series], what: str, x_label: str = "step") -> str:
-    """Curves over the steps.
+def lines(
+    series: Sequence[Series],
+    what: str,
+    x_label: str = "step",
+    least_step: float = 1.0,
+) -> str:
+    """Curves, over the steps unless the label says otherwise.
 
     Args:
       series: the curves.
       what: a description, for screen readers.
       x_label: label of the x axis.
+      least_step: smallest distance of two ticks of the x axis.
     """
     steps = (p[0] for s in series for p in s.points)
-    x = _Scale(steps, _LEFT, _WIDTH - _RIGHT, least_step=1.0)
+    x = _Scale(steps, _LEFT, _WIDTH - _RIGHT, least_step=least_step)
     y = _Scale((p[1] for s in series for p in s.points), _HEIGHT - _BOTTOM, _TOP)
     marks = [_axes(x, y, x_label)]
     for one in series:

@@ -6,12 +6,15 @@ names them.
 """
 
 import base64
+import csv
 import datetime
 import functools
 import hashlib
+import io
+import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -50,6 +53,12 @@ _CHANGES = (
     ("loss", "Cross-entropy", "change, nats per token; lower is better", 1),
     ("kl_from_start", "KL(start ‖ now)", "nats per token; lower is better", 1),
 )
+# Suffix of the key in the results, title, factor.
+_OF_MERGES = (
+    ("/accuracy", "top-1 token accuracy, %", 100),
+    ("/exam", "exams, %", 100),
+    ("/kl_from_start", "KL(start ‖ now), nats per token", 1),
+)
 # Points of a curve.
 _POINTS = 100
 _TEMPLATE = "package:mixcpt_jax/assets/report.html"
@@ -70,6 +79,7 @@ def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["markup"] = jinja2.filters.do_mark_safe
+    environment.filters["download"] = _download
     source = paths.require_file(_TEMPLATE).read_text()
     style, script = (_between(source, tag) for tag in ("style", "script"))
     with np.errstate(all="ignore"):  # measures of a diverged run overflow
@@ -79,6 +89,36 @@ def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
         f"style-src {_hash(style)}; script-src {_hash(script)}",
         **content,
     )
+
+
+def data(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
+    """The data of all figures of the page as CSV; arguments as for `render`.
+
+    The columns are the figure, the series in it, x, y, and the bounds of the 95 % interval
+    of y where there is one.
+    """
+    with np.errstate(all="ignore"):
+        content = _content(arms, domain)
+    lists = [
+        content[part] for part in ("planes", "merges", "curves", "mixtures", "swaps")
+    ]
+    entries = itertools.chain(*lists, content["changes"]["panels"])
+    return _csv(entry["figure"] for entry in entries)
+
+
+def _csv(shown: Iterable[figures.Figure]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["figure", "series", "x", "y", "low", "high"])
+    for figure in shown:
+        writer.writerows((figure.title, *row) for row in figure.rows)
+    return text.getvalue()
+
+
+def _download(figure: figures.Figure) -> str:
+    """The address of a figure's data, which the page itself holds."""
+    content = base64.b64encode(_csv([figure]).encode()).decode()
+    return f"data:text/csv;charset=utf-8;base64,{content}"
 
 
 def _content(arms: Sequence[Arm], domain: Sequence[str]) -> dict[str, Any]:
@@ -96,6 +136,7 @@ def _content(arms: Sequence[Arm], domain: Sequence[str]) -> dict[str, Any]:
         work=[_work(arm) for arm in arms],
         table=_table(arms, domain_names),
         planes=list(_planes(arms, domain_names)),
+        merges=list(_merges(arms)),
         curves=[*_curves(arms), *_forecasts(arms)],
         mixtures=list(_mixtures(arms)),
         swaps=list(_swaps(arms)),
@@ -253,7 +294,7 @@ def _cell(form, value, arm: str, what: str, kind: str = "") -> dict[str, str]:
     return {"text": text.replace("-", "−"), "arm": arm, "what": what, "kind": kind}
 
 
-def _planes(arms: Sequence[Arm], domain: set[str]) -> Iterator[dict[str, str]]:
+def _planes(arms: Sequence[Arm], domain: set[str]) -> Iterator[dict[str, Any]]:
     """The domain against untouched text and exams, one figure per kind of measure."""
     measured = [arm for arm in arms if arm.trains and arm.after]
     # Only measures that all arms have can be compared.
@@ -289,10 +330,16 @@ def _planes(arms: Sequence[Arm], domain: set[str]) -> Iterator[dict[str, str]]:
         y_label = f"{_names(kept)}: {changes.SHORT[kept_suffix]}, %"
         what = f"{x_label}, against {y_label}"
         of = ["mean of " if len(keys) > 1 else "" for keys in (learned, kept)]
+        title = (
+            f"{changes.SHORT[suffix].capitalize()} learned, "
+            f"{changes.SHORT[kept_suffix]} kept"
+        )
         yield {
-            "svg": figures.journeys(journeys, x_label, y_label, what),
-            "title": f"{changes.SHORT[suffix].capitalize()} learned, "
-            f"{changes.SHORT[kept_suffix]} kept",
+            "figure": figures.Figure(
+                title,
+                figures.journeys(journeys, x_label, y_label, what),
+                [row for journey in journeys for row in journey.rows],
+            ),
             "caption": f"x: {of[0]}{_names(learned)} ({changes.SHORT[suffix]}). "
             f"y: {of[1]}{_names(kept)} ({changes.SHORT[kept_suffix]}; untouched).",
         }
@@ -323,7 +370,36 @@ def _name(key: str) -> str:
     return key.rpartition("/")[0]
 
 
-def _curves(arms: Sequence[Arm]) -> Iterator[dict[str, str]]:
+def _merges(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
+    """For each merge, its measures over the share of the phase that is merged."""
+    for arm in arms:
+        curve = arm.results.get("curve", [])
+        for suffix, title, factor in _OF_MERGES:
+            names = sorted(_name(k) for k in set().union(*curve) if k.endswith(suffix))
+            series = [
+                figures.Series(
+                    number,
+                    name,
+                    [
+                        (row["share"], factor * row[key])
+                        for row in curve
+                        if (key := name + suffix) in row
+                    ],
+                )
+                for number, name in enumerate(names)
+            ]
+            if series:
+                title = f"{arm.name}: {title}"
+                what = f"{title}, over the share"
+                svg = figures.lines(series, what, "share of the phase", 0.0)
+                yield {"figure": _of_lines(title, svg, series), "names": names}
+
+
+def _of_lines(title: str, svg: str, series: Sequence[figures.Series]) -> figures.Figure:
+    return figures.Figure(title, svg, [row for one in series for row in one.rows])
+
+
+def _curves(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
     for key, title, scale in _CURVES:
         series = [
             figures.Series(arm.number, arm.name, _curve(arm.steps, key, scale))
@@ -331,13 +407,11 @@ def _curves(arms: Sequence[Arm]) -> Iterator[dict[str, str]]:
             if any(key in row for row in arm.steps)
         ]
         if series:
-            yield {
-                "title": title,
-                "svg": figures.lines(series, f"{title} over the steps"),
-            }
+            svg = figures.lines(series, f"{title} over the steps")
+            yield {"figure": _of_lines(title, svg, series)}
 
 
-def _forecasts(arms: Sequence[Arm]) -> Iterator[dict[str, str]]:
+def _forecasts(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
     """For each text, its KL from the start of the phase at every evaluation."""
     trained = [arm for arm in arms if arm.trains]
     rows = [row for arm in trained for row in arm.evaluations]
@@ -350,7 +424,7 @@ def _forecasts(arms: Sequence[Arm]) -> Iterator[dict[str, str]]:
         ]
         title = f"{_name(key)}: KL(start ‖ now), nats per token"
         svg = figures.lines(series, f"{title}, over the steps")
-        yield {"title": title, "svg": svg}
+        yield {"figure": _of_lines(title, svg, series)}
 
 
 def _curve(
@@ -371,9 +445,14 @@ def _mixtures(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
             figures.Bar(row["name"], row["share_asked"], row["share_delivered"])
             for row in sources
         ]
+        title = f"{arm.name}: shares of the mixture"
         yield {
             "arm": arm,
-            "svg": figures.bars(bars, f"{arm.name}: shares of the mixture"),
+            "figure": figures.Figure(
+                title,
+                figures.bars(bars, title),
+                [row for bar in bars for row in bar.rows],
+            ),
             "rows": [
                 {
                     "name": row["name"],
@@ -403,8 +482,9 @@ def _swaps(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
             figures.Series(number, name, _curve(arm.steps, f"{name}/swapped", 100))
             for number, name in enumerate(names)
         ]
-        what = f"{arm.name}: swapped tokens, %"
-        yield {"arm": arm, "names": names, "svg": figures.lines(series, what)}
+        title = f"{arm.name}: swapped tokens, %"
+        figure = _of_lines(title, figures.lines(series, title), series)
+        yield {"arm": arm, "names": names, "figure": figure}
 
 
 def _keys(arm: Arm) -> list[str]:
@@ -444,7 +524,9 @@ def _changes(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
             rows.append((changes.label(_name(key), roles[key]), dots))
         if rows:
             svg = figures.whiskers(rows, f"{title}: change since the start", label)
-            panels.append({"title": title, "svg": svg})
+            data_rows = [dot.row(name) for name, dots in rows for dot in dots]
+            figure = figures.Figure(f"{title}: {label}", svg, data_rows)
+            panels.append({"title": title, "figure": figure})
     return {"arms": measured, "panels": panels, "methods": sorted(methods - {""})}
 
 

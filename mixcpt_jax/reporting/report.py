@@ -1,7 +1,9 @@
 """The report of a run: its table and its page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from etils import epath
 
 from mixcpt_jax.core import paths
 from mixcpt_jax.reporting import changes, page, run_records
@@ -33,10 +35,23 @@ def write(workdir: str, results: dict[str, dict[str, Any]]) -> None:
         terminal.show(f"\n{text}\n")
         paths.replace(folder / TABLE_FILE, text + "\n")
     if any(arm.steps or arm.after for arm in arms):
-        paths.replace(folder / PAGE_FILE, page.render(arms))
-        terminal.show(f"Report: {workdir}/{PAGE_FILE}")
+        write_page(folder / PAGE_FILE, arms)
+        terminal.show(f"Report: {paths.address(folder / PAGE_FILE)}")
         terminal.show(f"Chat: python -m mixcpt_jax chat --checkpoint={workdir}")
     terminal.show(f"Done. All files are in {workdir}")
+
+
+def write_page(
+    file: epath.Path, arms: Sequence[run_records.Arm], domain: Sequence[str] = ()
+) -> None:
+    """Writes the page, and the data of its figures beside it as CSV.
+
+    Args:
+      file: of the page.
+      arms, domain: as for `page.render`.
+    """
+    paths.replace(file, page.render(arms, domain))
+    paths.replace(file.with_suffix(".csv"), page.data(arms, domain))
 
 
 def comparison(

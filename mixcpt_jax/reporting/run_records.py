@@ -32,6 +32,7 @@ RESULTS = {
         "exceeded_at": (int, None),
         "measures": {str: {"spent": float, "budget": float}},
     },
+    "curve?": [{"share": float, str: float}],
     "mixture?": [
         {
             "name": str,

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -40,12 +41,12 @@ def say(message: str, severity: str = "INFO", **fields: Any) -> None:
         sys.stderr.say(message, severity, fields)
         return
     kind = "" if severity == "INFO" else f"{severity.lower()}: "
-    _write(sys.stderr, f"{kind}{text_lib.lines(message)}\n")
+    _write(sys.stderr, f"{kind}{_folded(sys.stderr, message)}\n")
 
 
 def show(text: str = "", end: str = "\n") -> None:
     """Writes requested output, such as a table, to stdout."""
-    _write(sys.stdout, text_lib.lines(text) + end)
+    _write(sys.stdout, _folded(sys.stdout, text) + end)
 
 
 def show_generated(text: str, end: str = "") -> None:
@@ -59,6 +60,14 @@ def show_json(value: Any) -> None:
     is_utf8 = codecs.lookup(_encoding(sys.stdout)).name == "utf-8"
     text = json.dumps(value, ensure_ascii=sys.stdout.isatty() or not is_utf8)
     _write(sys.stdout, text.replace("\x7f", r"\u007f") + "\n")
+
+
+def _folded(stream: TextIO, text: str) -> str:
+    """Escaped lines, in which tables are no wider than the terminal."""
+    text = text_lib.lines(text)
+    if not stream.isatty():
+        return text
+    return text_lib.folded(text, shutil.get_terminal_size().columns)
 
 
 def _write(stream: TextIO, text: str) -> None:
