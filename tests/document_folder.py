@@ -22,6 +22,8 @@ TEXTS = {
     "utf-8": ENGLISH,
     "utf-8-sig": ENGLISH,
     "utf-16": GERMAN,
+    "utf-16-le": ENGLISH,  # Python writes no mark in these two
+    "utf-16-be": RUSSIAN,
     "cp1252": GERMAN,
     "latin-1": ENGLISH,
     "gb18030": CHINESE,

@@ -190,10 +190,49 @@ def test_inspection_says_that_time_was_short_and_what_ends_a_run(folder, tmp_pat
     config = config_lib.default()
     config.sources.domain = config_lib.source(path=str(tmp_path))
     config.sources.other = config_lib.source(path=str(tmp_path / "none"))
-    text = "\n".join(inspection.inspect(config, 60.0))
+    shown = []
+    with pytest.raises(
+        InputError, match=r"sources\.domain, sources\.other: a run would"
+    ):
+        shown.extend(inspection.inspect(config, 60.0))
+    text = "\n".join(shown)
     assert "refused, which ends a run: 1, such as " in text
+    assert "--config.sources.domain.fields=" in text
     assert "\\x1b[31m" in text
     assert "refused: " in text.partition("sources.other")[2]
+
+
+def test_inspection_names_several_files_per_reason(tmp_path):
+    for number in range(7):
+        (tmp_path / f"{number}.csv").write_text("day,mass\n1,2\n3,4\n")
+    config = config_lib.default()
+    config.sources.domain = config_lib.source(path=str(tmp_path))
+    text = "\n".join(inspection.inspect(config, 60.0))
+    assert "bad_record (14), such as " in text
+    for number in range(7):
+        assert text.count(f"{tmp_path}/{number}.csv: ") == (number < 5)
+
+
+def test_an_error_names_its_source_and_what_helps(tmp_path):
+    """A table without the text, and a line that is no JSON."""
+    for name, content, told in (
+        (
+            "a.csv",
+            "day,mass\n1,2\n3,4\n",
+            r"the 0 distinct .*: bad_record \(2\), such as .*a\.csv: row 1: no field "
+            r"'text' \(found: day, mass\); map it, .*--config\.sources\.domain\.fields=",
+        ),
+        (
+            "b.jsonl",
+            '{"text": "one"}\n{"text": \n',
+            r"b\.jsonl:2: not JSON .*--config\.sources\.domain\.on_bad_record=skip",
+        ),
+    ):
+        (tmp_path / name).write_text(content)
+        config = config_lib.default()
+        config.sources.domain = config_lib.source(path=str(tmp_path / name), holdout=1)
+        with pytest.raises(InputError, match=told):
+            corpus.measure(config)
 
 
 def test_the_table_before_the_first_step_says_what_was_read(folder):

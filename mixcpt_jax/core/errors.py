@@ -1,5 +1,8 @@
 """The exception for user errors."""
 
+import contextlib
+from collections.abc import Iterator
+
 from mixcpt_jax.core import text
 
 
@@ -13,3 +16,19 @@ class InputError(Exception):
 
     def __init__(self, message: str):
         super().__init__(text.lines(" ".join(str(message).split("\n"))))
+
+
+def in_place(message: str, place: str) -> str:
+    """A message of code that reads any source, with `place` for "sources.NAME"."""
+    return message.replace("sources.NAME", place)
+
+
+@contextlib.contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Names the source in an error: its key in the config, such as "sources.domain"."""
+    try:
+        yield
+    except InputError as error:
+        if (message := in_place(str(error), place)) == str(error):
+            raise
+        raise InputError(message) from error

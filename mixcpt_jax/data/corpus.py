@@ -12,9 +12,9 @@ import ml_collections
 from absl import logging
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.core.errors import InputError, naming
 from mixcpt_jax.data import exams, filters, formats, readers, sources
-from mixcpt_jax.data.readers import OnBad
+from mixcpt_jax.data.readers import DocumentError, OnBad
 from mixcpt_jax.data.tally import Tally
 
 # `(function, items) -> (item, function(item))` in order.
@@ -108,7 +108,8 @@ def measure(config: ml_collections.ConfigDict) -> Measured:
     for place, entry in config_lib.all_sources(config):
         if place.startswith("eval.") or entry.holdout:
             corpus = Corpus(config, entry, measured)
-            measured.records[place] = corpus.measured()
+            with naming(place):
+                measured.records[place] = corpus.measured()
             for record in measured.records[place]:
                 measured.holdout.add(corpus.passages(record), place)
     return measured
@@ -157,25 +158,31 @@ class Corpus:
 
     @functools.cached_property
     def _chosen(self) -> list[sources.Record]:
-        source = self._source
-        chosen = sources.choose_holdout(
-            self._to_choose_from(),
-            lambda record: formats.said_in(record, *self._settings[:2]),
-            source.holdout,
-            self._config.seed,
-            source.path,
-        )
-        return list(chosen.values())
+        source, tally, num_read = self._source, Tally(), itertools.count()
+        on_bad = self._handler(tally.skip)
 
-    def _to_choose_from(self) -> Iterator[sources.Record]:
-        # Report an error in the first record, such as a wrong field name, before an error
-        # about the number of records.
-        on_bad, is_first = self._handler(lambda error: None), True
-        for record in self._read(on_bad):
-            if is_first and (complaint := self._complaint(record)):
-                on_bad(complaint)
-            is_first = False
-            yield record
+        def text_of(record: sources.Record) -> str:
+            text = formats.said_in(record, *self._settings[:2])
+            # Report an error in the first record, such as a wrong field name, before an
+            # error about the number of records.
+            if not text or not next(num_read):
+                self._is_usable(record, on_bad)
+            return text
+
+        try:
+            chosen = sources.choose_holdout(
+                self._read(on_bad),
+                text_of,
+                source.holdout,
+                self._config.seed,
+                source.path,
+            )
+        except InputError as error:
+            if not tally.left_out:
+                raise
+            [found] = tally.lines(["left_out"])
+            raise InputError(f"{error}; {found}") from error
+        return list(chosen.values())
 
     @functools.cached_property
     def _phase_holdout(self) -> Holdout:
@@ -262,8 +269,17 @@ class Corpus:
 
     def _read(self, on_bad: OnBad) -> Iterator[sources.Record]:
         source = self._source
+
+        def advise(error: InputError) -> None:
+            if source.on_bad_record != "skip" and not isinstance(error, DocumentError):
+                error = InputError(
+                    f"{error}; or leave out what cannot be read, "
+                    "--config.sources.NAME.on_bad_record=skip"
+                )
+            on_bad(error)
+
         records = sources.read(
-            source.path, source.reader, source.split, on_bad, source.max_expansion
+            source.path, source.reader, source.split, advise, source.max_expansion
         )
         return itertools.islice(records, source.max_records or None)
 

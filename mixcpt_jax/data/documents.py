@@ -113,9 +113,21 @@ def decode(content: bytes, file: epath.Path) -> tuple[str, str]:
 
 
 def _marked(content: bytes) -> tuple[bytes | None, str]:
-    """The byte order mark at the beginning, and the encoding that it stands for."""
+    """The byte order mark at the beginning, and the encoding that the beginning shows."""
     mark = next(filter(content.startswith, _BYTE_ORDER_MARKS), None)
-    return mark, _BYTE_ORDER_MARKS[mark] if mark else "utf-8"
+    return mark, _BYTE_ORDER_MARKS[mark] if mark else _unmarked(content[:_HEAD_BYTES])
+
+
+def _unmarked(head: bytes) -> str:
+    """UTF-16 if only one byte of the pairs is ever 0 and all characters are of a text."""
+    are_zero = 0 in head[::2], 0 in head[1::2]
+    if len(head) % 2 == 0 and sum(are_zero) == 1:
+        encoding = "utf-16-be" if are_zero[0] else "utf-16-le"
+        # A pair of surrogates may be cut at the end of the head.
+        text = head.decode(encoding, "ignore")
+        if text and all(c.isprintable() or c.isspace() for c in text):
+            return encoding
+    return "utf-8"
 
 
 def _unknown(content: bytes, place: str, encoding: str) -> DocumentError:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Iterator
 
@@ -10,10 +11,13 @@ import ml_collections
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import text as text_lib
-from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.core.errors import InputError, in_place
 from mixcpt_jax.data import files, formats, readers, sources
 from mixcpt_jax.data import tally as tally_lib
 from mixcpt_jax.data.tally import Tally
+
+# Of each reason.
+_MOST_EXAMPLES = 5
 
 
 @dataclasses.dataclass
@@ -26,6 +30,7 @@ class Inspection:
       num_records, num_characters: of what was read.
       first: the place and text of the first record.
       tally: layouts, and what is not read or left out.
+      examples: reason -> what was found, of different files, for what is left out.
       refused: errors that would end the run.
       is_whole: whether all files were read.
     """
@@ -38,6 +43,7 @@ class Inspection:
     num_characters: int = 0
     first: tuple[str, str] = ("", "")
     tally: Tally = dataclasses.field(default_factory=Tally)
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     refused: list[InputError] = dataclasses.field(default_factory=list)
     is_whole: bool = True
 
@@ -56,12 +62,20 @@ class Inspection:
         yield from self.tally.lines(["layouts", "unread"])
         for kind in ("files", "left_out"):
             for reason, number in self.tally.counts()[kind].items():
-                yield from tally_lib.lines(
-                    {kind: {reason: number}}, self.tally.examples
-                )
+                first, *others = self.examples[reason]
+                yield from tally_lib.lines({kind: {reason: number}}, {reason: first})
+                yield from (f"  and {other}" for other in others)
         if self.refused:
-            number, first = len(self.refused), self.refused[0]
+            first, *others = self.refused
+            number = len(self.refused)
             yield f"refused, which ends a run: {number}, such as {first}"
+            yield from (f"  and {other}" for other in others[: _MOST_EXAMPLES - 1])
+
+    def leave_out(self, reason: str, example: str) -> None:
+        """Keeps an example of a reason, if its file has none."""
+        kept = self.examples.setdefault(reason, [])
+        if len(kept) < _MOST_EXAMPLES and _file(example) not in map(_file, kept):
+            kept.append(example)
 
 
 def inspect(config: ml_collections.ConfigDict, seconds: float) -> Iterator[str]:
@@ -73,7 +87,11 @@ def inspect(config: ml_collections.ConfigDict, seconds: float) -> Iterator[str]:
 
     Yields:
       Lines of text.
+
+    Raises:
+      InputError: after the last line, if a run would refuse a source.
     """
+    refused = []
     for place, source in config_lib.all_sources(config):
         if not (source.weight or source.holdout):
             continue
@@ -81,9 +99,18 @@ def inspect(config: ml_collections.ConfigDict, seconds: float) -> Iterator[str]:
         if not source.path:
             continue
         try:
-            yield from (f"  {line}" for line in of_source(source, seconds).lines())
+            found = of_source(source, seconds)
+            yield from (f"  {in_place(line, place)}" for line in found.lines())
+            refused += [place] * bool(found.refused)
         except InputError as error:
-            yield f"  refused: {error}"
+            yield f"  refused: {in_place(str(error), place)}"
+            refused.append(place)
+    if refused:
+        raise InputError(
+            f"{', '.join(refused)}: a run would end with what is refused above; correct "
+            "it, or leave out what cannot be read, as in "
+            f"--config.{refused[0]}.on_bad_record=skip"
+        )
 
 
 def of_source(source: ml_collections.ConfigDict, seconds: float) -> Inspection:
@@ -99,8 +126,17 @@ def of_source(source: ml_collections.ConfigDict, seconds: float) -> Inspection:
     seen = Inspection(dict(collections.Counter(part.reader for part in found.parts)))
     tally = seen.tally
     if not source.reader:
-        tally.pass_over(found.not_read())
-    judge = readers.handler(source.on_bad_record, tally.skip)
+        not_read = found.not_read()
+        tally.pass_over(not_read)
+        for reason, names in not_read.items():
+            for name in names:
+                seen.leave_out(reason, name)
+
+    def leave_out(error: InputError) -> None:
+        tally.skip(error)
+        seen.leave_out(getattr(error, "reason", "bad_record"), str(error))
+
+    judge = readers.handler(source.on_bad_record, leave_out)
 
     def on_bad(error: InputError) -> None:
         try:
@@ -133,6 +169,11 @@ def of_source(source: ml_collections.ConfigDict, seconds: float) -> Inspection:
                 seen.is_whole = False
                 break
     return seen
+
+
+def _file(example: str) -> str:
+    """The file in an example, which begins with it: FILE, FILE:LINE or FILE: ROW."""
+    return re.sub(r":\d+$", "", example.partition(": ")[0])
 
 
 def _counted(counts: dict[str, int]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.core.errors import InputError, in_place, naming
 from mixcpt_jax.data import corpus as corpus_lib
 from mixcpt_jax.data import exams, formats, mixture, sources, token_cache
 from mixcpt_jax.data import files as files_lib
@@ -80,9 +80,10 @@ def load(
         if place not in measured.records:
             continue
         name = place.rpartition(".")[2]
-        examples, places = _measured(
-            name, measured.records[place], source, tokenizer, max_positions
-        )
+        with naming(place):
+            examples, places = _measured(
+                name, measured.records[place], source, tokenizer, max_positions
+            )
         group = len(examples) // max(len(places), 1)
         part, kept = mixture.within(examples, max_tokens, group)
         is_pair = source.format == "chat_preference"
@@ -220,9 +221,10 @@ def _pack(config, corpora, holdout, files, tokenizer):
         has_pairs = source.format == "chat_preference"
         examples, places, note = formats.Examples.collect([]), [], Tally().counts()
         if source.weight:
-            examples, places, note = _examples(
-                config, name, corpora[name], holdout, files[name], tokenizer
-            )
+            with naming(f"sources.{name}"):
+                examples, places, note = _examples(
+                    config, name, corpora[name], holdout, files[name], tokenizer
+                )
         examples, cut = mixture.fit(
             examples,
             config.data.row_length,
@@ -311,7 +313,11 @@ def _examples(
     tally.left_out.update(corpus.left_out)
     tally.pass_over(sources.not_read(source.path, source.reader, source.split))
     found, shown = tally.counts(), corpus.examples | tally.examples
-    shown = {why: shown[why] for kind in ("left_out", "files") for why in found[kind]}
+    shown = {
+        why: in_place(shown[why], f"sources.{name}")
+        for kind in ("left_out", "files")
+        for why in found[kind]
+    }
     return examples, tally.places, {"prepared": False, "examples": shown} | found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.core.errors import InputError, in_place, naming
 from mixcpt_jax.data import corpus as corpus_lib
 from mixcpt_jax.data import formats, sources, token_cache
 from mixcpt_jax.data.tally import Tally
@@ -46,7 +46,10 @@ def prepare(
     with _pool(num_workers) as in_order:
         for name, source in config.sources.items():
             if source.weight:
-                _prepare_source(config, name, measured, tokenizer, in_order, shard_size)
+                with naming(f"sources.{name}"):
+                    _prepare_source(
+                        config, name, measured, tokenizer, in_order, shard_size
+                    )
 
 
 def _prepare_source(
@@ -98,7 +101,7 @@ def _prepare_source(
         f"{len(shards)} shards, {num_kept} of them kept",
     )
     for line in tally.lines():
-        terminal.show(f"{name}: {line}")
+        terminal.show(f"{name}: {in_place(line, f'sources.{name}')}")
 
 
 def _make_shard(
