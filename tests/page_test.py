@@ -311,6 +311,18 @@ def test_a_change_has_the_interval_of_its_recorded_items(run):
     )
 
 
+def test_only_a_change_beyond_its_interval_has_a_color(run):
+    """The exam has the same answers before and after; no items of perplexity are kept."""
+    arms = run_records.load([str(run[0])])
+    kinds = {
+        key: cells[2]["kind"]
+        for key, _, _, cells in page._table(arms, {"domain"})["rows"]
+    }
+    assert kinds["domain/exam"] == ""
+    assert kinds["domain/perplexity"] == "good"
+    assert kinds["prose/exam"] == "bad"
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]"])
 def test_a_folder_without_a_run_is_an_input_error(tmp_path, content):
     if content is not None:
@@ -327,4 +339,4 @@ def test_picture(browser, tmp_path):
     end = window.query_selector("#samples").bounding_box()["y"]
     clip = {"x": 0, "y": 0, "width": 1280, "height": end}
     picture = image.open(io.BytesIO(window.screenshot(full_page=True, clip=clip)))
-    picture.quantize(64).save(os.environ["REPORT_PICTURE"], optimize=True)
+    picture.quantize(256).save(os.environ["REPORT_PICTURE"], optimize=True)

@@ -129,8 +129,8 @@ def _content(arms: Sequence[Arm], domain: Sequence[str]) -> dict[str, Any]:
         arms=arms,
         style=figures.style,
         facts=[
-            ("Outcome", " ".join(changes.verdict(arms, domain))),
-            ("Budget", " ".join(changes.budgets(arms))),
+            ("Outcome", "\n".join(changes.verdict(arms, domain))),
+            ("Budget", "\n".join(changes.budgets(arms))),
             *_facts(arms),
         ],
         work=[_work(arm) for arm in arms],
@@ -251,8 +251,10 @@ def _table(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
                 change = None
                 if before is not None and after is not None:
                     change = after - before
-                is_good = bool(change) and config_lib.lost(key, before, after) < 0
-                kind = "" if not change else "good" if is_good else "bad"
+                kind = ""
+                if change and not _may_be_chance(key, starts.get(arm.run), arm):
+                    is_good = config_lib.lost(key, before, after) < 0
+                    kind = "good" if is_good else "bad"
                 cells.append(_cell(change_form, change, arm.name, "change", kind))
         rows.append((key, name, label, cells))
     header = []
@@ -263,6 +265,13 @@ def _table(arms: Sequence[Arm], domain: set[str]) -> dict[str, Any]:
         )
         header += [(f"after {arm.name}", arm, 2) for arm in of_run]
     return {"header": header, "rows": rows}
+
+
+def _may_be_chance(key: str, start: Arm | None, arm: Arm) -> bool:
+    """Whether the interval of a change includes zero."""
+    key = key.replace("/perplexity", "/loss")
+    found = changes.interval(key, start, arm)[0] if start else None
+    return found is not None and found[0] <= 0 <= found[1]
 
 
 def measure_rows(
