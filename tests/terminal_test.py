@@ -2,6 +2,7 @@ import ast
 import contextlib
 import io
 import json
+import logging as std_logging
 import multiprocessing
 import os
 import subprocess
@@ -329,3 +330,14 @@ def test_a_table_is_folded_on_a_terminal_alone(streams, monkeypatch):
         for stream in (out, err):
             widths = [len(line) for line in written(stream).splitlines()]
             assert (max(widths) <= 40) == is_terminal
+
+
+def test_what_libraries_report_below_a_warning_is_not_printed(capsys):
+    """jax tries each backend, and logs those that the machine lacks."""
+    logging.use_absl_handler()
+    std_logging.getLogger().setLevel(std_logging.INFO)  # as absl's `app.run` does
+    terminal.take_logs()
+    logger = std_logging.getLogger("jax._src.xla_bridge")
+    logger.info("Unable to initialize backend 'tpu'")
+    logger.warning("heard")
+    assert capsys.readouterr().err == "warning: heard\n"

@@ -119,8 +119,9 @@ def use_json() -> None:
 
 
 def take_logs() -> None:
-    """Prints libraries' logs, warnings and a final traceback like our own messages."""
+    """Prints libraries' warnings and a final traceback like our own messages."""
     root = logging.getLogger()
+    root.setLevel(logging.WARNING)  # absl sets INFO, as long as its handler is there
     others = (absl_logging.ABSLHandler, _Handler)
     root.handlers = [h for h in root.handlers if not isinstance(h, others)]
     root.addHandler(_Handler())
