@@ -140,6 +140,8 @@ FAMILIES = {
     "Ministral 3": Family("Ministral 3", "", None),
     "Qwen2": Family("Qwen2", "Qwen2Tokenizer", _CHATML),
     "Qwen3": Family("Qwen3", "Qwen2Tokenizer", _CHATML),
+    "Qwen3-MoE": Family("Qwen3-MoE", "Qwen2Tokenizer", _CHATML),
+    "OLMoE": Family("OLMoE", "", None),
     "Gemma 2": Family("Gemma 2", "GemmaTokenizer", _GEMMA_CHAT),
     "Gemma 3": Family("Gemma 3", "GemmaTokenizer", _GEMMA_CHAT),
     "SmolLM3": Family("SmolLM3", "", None),

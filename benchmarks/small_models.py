@@ -173,6 +173,19 @@ MODELS = {
             },
         },
     ),
+    "Qwen3-MoE": Model(
+        "qwen3_moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 96,
+            "norm_topk_prob": True,
+        },
+    ),
+    "OLMoE": Model(
+        "olmoe",
+        {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 0.75},
+    ),
     "Granite 3": Model("granite", _GRANITE),
     "Granite 4": Model(
         "granitemoehybrid",

@@ -46,8 +46,19 @@ def test_several_slices_are_refused():
 
 
 def test_logical_axes_to_mesh_axes():
-    assert sharding.spec(("layers", "hidden", "mlp")) == P(None, "fsdp", "tensor")
-    assert sharding.spec(("batch", None)) == P(("data", "fsdp"), None)
+    split = ("fsdp", "expert")
+    assert sharding.spec(("layers", "hidden", "mlp")) == P(None, split, "tensor")
+    assert sharding.spec(("batch", None)) == P(("data", *split), None)
+    assert sharding.spec(("experts", "expert_hidden")) == P("expert", "fsdp")
+
+
+def test_the_experts_split_the_devices_of_fsdp():
+    sizes = {"data": 1, "fsdp": -1, "tensor": 2, "expert": 2}
+    mesh = sharding.make_mesh(sizes)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
+    assert sharding.sizes_of(mesh) == sizes | {"fsdp": 4}
+    with pytest.raises(InputError, match="mesh.expert=3: must divide mesh.fsdp, 4"):
+        sharding.make_mesh(sizes | {"expert": 3})
 
 
 def test_constrain_needs_a_mesh_to_have_an_effect():

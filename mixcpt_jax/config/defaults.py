@@ -111,6 +111,8 @@ def bounded_config() -> ml_collections.ConfigDict:
             "fsdp": number(-1, least=1, most=2**20, also=-1),
             # Devices over which heads, the MLP and the vocabulary are split.
             "tensor": number(1, least=1, most=2**20, also=-1),
+            # Mixture of experts: parts of the experts among the fsdp devices; divides fsdp.
+            "expert": number(1, least=1, most=2**20),
             # TPU slice of the mesh, such as v5e:4x4, for `plan`.
             "topology": "",
         }
@@ -176,6 +178,10 @@ def bounded_config() -> ml_collections.ConfigDict:
             # k > 0: its k most likely tokens and the gold token; all other tokens are
             # one outcome.
             "teacher_top_k": number(0, least=0, most=2**16),
+            # Mixture of experts: the weight of the loss that makes routers choose all
+            # experts equally often; 0.01 is common in pre-training. 0: routers change
+            # only as the other losses ask.
+            "load_balance": number(0.0, least=0, most=1000),
         }
     )
 

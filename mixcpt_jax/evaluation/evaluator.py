@@ -35,6 +35,8 @@ _SECONDS_BETWEEN_SAVES = 30.0
 
 # What is summed over the targets of an example.
 _SUMMED = ("loss", "correct", "tokens")
+# Sums that need the start -> the measures of texts that are their means.
+_OF_START = {"kl": "kl_from_start", "router_drift": "router_drift"}
 
 HostBatch = dict[str, np.ndarray]
 Score = Callable[[HostBatch], Mapping[str, Any]]
@@ -63,13 +65,17 @@ class Evaluator:
           references: "pairs/NAME" -> the reference's log-probabilities of the examples
             of `data.pairs[NAME]`; without them, pairs have no rewards.
           lora: the adapters in the parameters.
-          start: the frozen start; without it, texts have no `kl_from_start`.
+          start: the frozen start; without it, texts have no `kl_from_start` and no
+            `router_drift`.
         """
         self._config = phase.config
         self._data = data
         self._references = references or {}
         self._score = phase.eval_step(lora)
         self._start = start
+        of_experts = ("router_drift",) if phase.model_config.num_experts else ()
+        of_start = () if start is None else ("kl", *of_experts)
+        self._summed = (*_SUMMED, *of_start)
         self.items: dict[str, np.ndarray] = {}
         self._sampler = generation.Sampler(
             phase.model_config,
@@ -108,8 +114,9 @@ class Evaluator:
 
         data, batch_size = self._data, self._config.eval.batch_size
         self.items = {}
-        summed = _SUMMED if self._start is None else (*_SUMMED, "kl")
-        results = measure(score_text, data.texts, {}, batch_size, self.items, summed)
+        results = measure(
+            score_text, data.texts, {}, batch_size, self.items, self._summed
+        )
         results |= measure(score, {}, data.exams, batch_size, self.items)
         for name, rows in data.pairs.items():
             sums = sums_per_example(score, rows, batch_size)
@@ -138,20 +145,21 @@ def measure(
     """Computes the measures of texts and exams.
 
     Args:
-      score: maps a batch to `ntp` (nats), `correct` and perhaps `kl`, `[B, L]` each,
-        replicated over all hosts; see `steps.make_eval_step`.
+      score: maps a batch to `ntp` (nats), `correct` and perhaps `kl` and `router_drift`,
+        `[B, L]` each, replicated over all hosts; see `steps.make_eval_step`.
       texts: name -> holdout text.
       exams: name -> exam.
       batch_size: rows per batch.
       items: filled with the terms of the results: `{text}/loss`, `{text}/correct`,
-        `{text}/tokens` and `{text}/kl`, sums over each example, and `{exam}/exam`,
-        correct or not.
+        `{text}/tokens`, `{text}/kl` and `{text}/router_drift`, sums over each example,
+        and `{exam}/exam`, correct or not.
       summed: of texts, see `sums_per_example`; must begin with its default.
 
     Returns:
       `{text}/loss` (nats per token), `{text}/perplexity`, `{text}/accuracy` (share of
       tokens that are the top token) and `{exam}/exam` (share of correct answers). With
-      "kl" in `summed` also `{text}/kl_from_start`: KL(start || now), nats per token. If
+      "kl" in `summed` also `{text}/kl_from_start`: KL(start || now), nats per token; with
+      "router_drift", the share of the choices of experts that the start did not make. If
       examples begin with a prompt (formats cloze and chat), also `{text}/exact`: the
       share of examples whose continuation greedy decoding would generate exactly. A text
       without loss tokens has no results; a perplexity that overflows is left out.
@@ -165,15 +173,15 @@ def measure(
         sums = sums_per_example(score, rows, batch_size, "", summed)
         for key, values in zip(summed, sums, strict=True):
             items[f"{name}/{key}"] = values
-        loss, correct, count, *kl = sums.sum(axis=1)
+        loss, correct, count, *of_start = sums.sum(axis=1)
         if not count:
             continue
         results[f"{name}/loss"] = float(loss / count)
         if loss / count < _MAX_NATS:
             results[f"{name}/perplexity"] = math.exp(loss / count)
         results[f"{name}/accuracy"] = float(correct / count)
-        if kl:
-            results[f"{name}/kl_from_start"] = float(kl[0] / count)
+        for key, total in zip(summed[len(_SUMMED) :], of_start, strict=True):
+            results[f"{name}/{_OF_START[key]}"] = float(total / count)
         if rows.source.examples.is_continuation:
             is_asked = sums[2] > 0
             results[f"{name}/exact"] = float((sums[1] == sums[2])[is_asked].mean())
@@ -239,7 +247,7 @@ def sums_per_example(
     Args:
       score, rows, batch_size: as for `measure`.
       shown_as: label of a progress bar; empty: none.
-      summed: which sums; "kl" needs a score with `kl`.
+      summed: which sums; "kl" and "router_drift" need a score with them.
 
     Raises:
       InputError: a score is not finite; names the item.
@@ -338,7 +346,7 @@ def add_sums(
             "loss": scores["ntp"],
             "correct": scores["correct"],
             "tokens": batch["loss_mask"],
-            "kl": scores.get("kl"),
+            **{name: scores.get(name) for name in _OF_START},
         }
         for total, name in zip(sums, summed, strict=True):
             total += np.bincount(

@@ -41,6 +41,14 @@ TENSORS = {
     "layers/down": "model.layers.{}.mlp.down_proj.weight",
 }
 
+# In a mixture of experts there is a tensor per layer and expert.
+_EXPERT_TENSORS = {
+    "layers/router": "model.layers.{}.mlp.gate.weight",
+    "layers/gate": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+    "layers/up": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    "layers/down": "model.layers.{}.mlp.experts.{}.down_proj.weight",
+}
+
 
 # The sizes that all formats state -> their keys in `config.json`.
 SIZES = {
@@ -148,6 +156,21 @@ def _granite4_keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+class Experts(NamedTuple):
+    """The keys of a `config.json` that describe a mixture of experts.
+
+    Attributes:
+      usual: the number of experts, if the file leaves it out.
+      number: its key; transformers 5 writes the second one.
+      per_token, normalize: of the two other fields of `ModelConfig`.
+    """
+
+    usual: int
+    number: tuple[str, ...] = ("num_experts", "num_local_experts")
+    per_token: str = "num_experts_per_tok"
+    normalize: str = "norm_topk_prob"
+
+
 class Family(NamedTuple):
     """How the checkpoints of a family differ from Llama's.
 
@@ -161,6 +184,7 @@ class Family(NamedTuple):
       settings: the keys of numbers that Llama does not have.
       windows: None: no layer has a sliding window.
       nope: None: all layers have RoPE.
+      experts: None: each layer has one MLP.
       local_theta: the key of RoPE's base in local layers, whose RoPE is not scaled; empty:
         all layers have the same RoPE.
       tensors: where names differ from `TENSORS`.
@@ -177,6 +201,7 @@ class Family(NamedTuple):
     settings: tuple[Setting, ...] = ()
     windows: Windows | None = None
     nope: Nope | None = None
+    experts: Experts | None = None
     local_theta: str = ""
     tensors: Mapping[str, str] = {}
     fused: Mapping[str, tuple[str, ...]] = {}
@@ -325,6 +350,29 @@ FAMILIES = {
             "model.layers.{}.mlp.gate_up_proj.weight": _GATE_AND_UP,
         },
     ),
+    # Of its models, all layers have experts, as in one scan over layers.
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        network={"qk_norm": True},
+        sizes={"mlp_size": "moe_intermediate_size"},
+        defaults={
+            "sliding_window": 4096,
+            "moe_intermediate_size": 768,
+            "num_experts_per_tok": 8,
+        },
+        fixed={"hidden_act": "silu", "decoder_sparse_step": 1, "mlp_only_layers": []},
+        windows=Windows(_every_layer, is_by_layer=False, has_switch=True),
+        experts=Experts(128),
+        tensors=_EXPERT_TENSORS,
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        network={"qk_norm": True, "qk_norm_over_heads": True},
+        defaults={"rms_norm_eps": 1e-5, "num_experts_per_tok": 8},
+        settings=(Setting("clip_qkv", "qkv_clip"),),
+        experts=Experts(64),
+        tensors=_EXPERT_TENSORS,
+    ),
     "granite": _GRANITE._replace(architecture="GraniteForCausalLM"),
     # Granite 4: its dense models are hybrids without Mamba layers and experts.
     "granitemoehybrid": _GRANITE._replace(
@@ -359,8 +407,12 @@ def key_of(key_path) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
-def is_stacked(key: str) -> bool:
-    return key.startswith("layers/")
+def num_stacked(key: str, family: str) -> int:
+    """The number of leading dimensions of a parameter that count Hugging Face tensors.
+
+    They are the layers, and the experts of a layer.
+    """
+    return _name(key, family).count("{}")
 
 
 def is_transposed(key: str) -> bool:
@@ -377,16 +429,20 @@ def norm_offset(name: str, family: str) -> int:
     return FAMILIES[family].norm_offset if is_norm else 0
 
 
-def tensor_names(key: str, shape: tuple[int, ...], family: str) -> list[str]:
-    """The Hugging Face tensors of one of our parameters."""
-    name = {**TENSORS, **FAMILIES[family].tensors}[key]
-    return [name.format(i) for i in range(shape[0])] if is_stacked(key) else [name]
+def tensor_names(key: str, shape: tuple[int, ...], family: str) -> np.ndarray:
+    """The Hugging Face tensors of one of our parameters, in its stacked dimensions."""
+    name, stacked = _name(key, family), shape[: num_stacked(key, family)]
+    names = [name.format(*index) for index in np.ndindex(stacked)]
+    return np.array(names).reshape(stacked)
+
+
+def _name(key: str, family: str) -> str:
+    return {**TENSORS, **FAMILIES[family].tensors}[key]
 
 
 def name_of(broken: finite.Broken, family: str) -> str:
     """The Hugging Face tensor that is broken."""
-    layer = broken.layer or 0
-    return tensor_names(broken.key, (layer + 1,), family)[layer]
+    return _name(broken.key, family).format(broken.layer, broken.expert)
 
 
 def read_sizes(header: Header, keys: Mapping[str, str]) -> dict[str, int]:

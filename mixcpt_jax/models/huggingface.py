@@ -299,6 +299,8 @@ def read_config(file: epath.Path) -> ModelConfig:
     if family.local_theta and settings["sliding_window"] is not None:
         usual = header.number(family.local_theta, settings["rope_theta"], least=1)
         settings["local_rope_theta"] = local_rope.number("rope_theta", usual, least=1)
+    if family.experts is not None:
+        settings |= _experts(header, family.experts)
     if family.nope is not None:
         lack = family.nope.layers(header, sizes["num_layers"])
         settings["nope_layers"] = tuple(i for i, lacks in enumerate(lack) if lacks)
@@ -314,6 +316,18 @@ def read_config(file: epath.Path) -> ModelConfig:
         **settings,
     )
     return _checked_rope(config, rope)
+
+
+def _experts(header: Header, keys: families.Experts) -> dict[str, Any]:
+    """The fields of `ModelConfig` that describe a mixture of experts."""
+    number = keys.usual
+    for key in keys.number:
+        number = header.integer(key, number)
+    return {
+        "num_experts": number,
+        "experts_per_token": header.integer(keys.per_token, most=number),
+        "normalize_routing": header.flag(keys.normalize, False),
+    }
 
 
 def _text_model(header: Header) -> Header:

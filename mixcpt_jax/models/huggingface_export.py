@@ -210,6 +210,10 @@ def _config_to_hf(
     if family.windows is not None and family.windows.has_switch:
         raw["use_sliding_window"] = config.sliding_window is not None
         raw["max_window_layers"] = len(config.global_layers)
+    if family.experts is not None:
+        raw |= dict.fromkeys(family.experts.number, config.num_experts)
+        raw[family.experts.per_token] = config.experts_per_token
+        raw[family.experts.normalize] = config.normalize_routing
     if family.nope is not None:
         raw |= family.nope.keys(config)
     if config.local_rope_theta is not None and family.local_theta != "rope_theta":
@@ -259,8 +263,14 @@ def _tensors(
     fused = families.FAMILIES[family].fused
     inside = {key for keys in fused.values() for key in keys}
     for key in (key for key in leaves if key not in inside):
-        for i, name in enumerate(families.tensor_names(key, leaves[key].shape, family)):
-            yield name, _tensor(key, leaves[key], i, family, dtype)
+        names = families.tensor_names(key, leaves[key].shape, family)
+        for i in range(len(names) if names.ndim else 1):
+            tensor = _tensor(key, leaves[key], i, family, dtype)
+            if names.ndim < 2:
+                yield str(names[i] if names.ndim else names), tensor
+                continue
+            for name, of_expert in zip(names[i], tensor, strict=True):
+                yield str(name), of_expert
     for name, keys in fused.items():
         for i in range(len(leaves[keys[0]])):
             parts = [_tensor(key, leaves[key], i, family, dtype) for key in keys]
@@ -270,14 +280,16 @@ def _tensors(
 def _tensor(
     key: str, leaf: jax.Array, layer: int, family: str, dtype: str
 ) -> np.ndarray:
-    """One of our parameters in one layer, as Hugging Face stores it."""
-    array = _layer(leaf, layer) if families.is_stacked(key) else leaf
+    """One of our parameters in one layer, as Hugging Face stores it; of all its experts."""
+    array = _layer(leaf, layer) if families.num_stacked(key, family) else leaf
     array = _cast(array, families.norm_offset(key, family), dtype)
     if array.is_fully_addressable:
         array = np.asarray(array)
     else:
         array = multihost_utils.process_allgather(array, tiled=True)
-    return np.ascontiguousarray(array.T if families.is_transposed(key) else array)
+    if families.is_transposed(key) and array.ndim > 1:
+        array = array.swapaxes(-1, -2)
+    return np.ascontiguousarray(array)
 
 
 # Jitted, because arrays that span hosts do not support eager operations.

@@ -77,21 +77,16 @@ def load_params(path: str, abstract_params: Params) -> Params:
 
     def load(key_path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         key = families.key_of(key_path)
-        sources = [
-            tensors[name] for name in families.tensor_names(key, leaf.shape, family)
-        ]
+        names = families.tensor_names(key, leaf.shape, family)
 
         def read(index: Index, shape: tuple[int, ...]) -> np.ndarray:
             shard = np.empty(shape, leaf.dtype)
-            if families.is_stacked(key):
-                parts, tensors_of, index = shard, sources[index[0]], index[1:]
-            else:
-                parts, tensors_of = shard[None], sources
-            for part, source in zip(parts, tensors_of, strict=True):
+            names_of_shard, index = names[index[: names.ndim]], index[names.ndim :]
+            for place, name in np.ndenumerate(names_of_shard):
                 if families.is_transposed(key):
-                    part[...] = source.read(index[::-1]).T
+                    shard[place] = tensors[name].read(index[::-1]).T
                 else:
-                    part[...] = source.read(index)
+                    shard[place] = tensors[name].read(index)
             return shard
 
         return _make_array(leaf, read)
@@ -228,10 +223,11 @@ def _check_tensors(
     expected = {}
     for key_path, leaf in jax.tree.leaves_with_path(abstract_params):
         key = families.key_of(key_path)
-        shape = leaf.shape[1:] if families.is_stacked(key) else leaf.shape
+        names = families.tensor_names(key, leaf.shape, family)
+        shape = leaf.shape[names.ndim :]
         if families.is_transposed(key):
             shape = shape[::-1]
-        expected |= dict.fromkeys(families.tensor_names(key, leaf.shape, family), shape)
+        expected |= dict.fromkeys(names.ravel().tolist(), shape)
     for name, shape in expected.items():
         if name not in tensors:
             raise InputError(

@@ -10,6 +10,7 @@ Shape suffixes:
   D hidden size        F MLP size          V vocabulary
   H query heads        G key-value heads   K head size
   N layers             S cache slots       R rank of an adapter
+  E experts
   P pairs of entries of a head that RoPE rotates
   I, O inputs and outputs of a kernel      HK, GK = H * K, G * K
 """
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from mixcpt_jax.models import experts
 from mixcpt_jax.models.attention import attend, attend_to_cache
 from mixcpt_jax.runtime.sharding import constrain, scatter_gradient
 
@@ -128,6 +130,11 @@ class ModelConfig:
       qkv_bias: biases on the query, key and value projections (Qwen2).
       qk_norm: queries and keys are normed, head by head, before RoPE (Qwen3, Gemma 3).
       qk_norm_over_heads: that norm is over all heads together (OLMo).
+      qkv_clip: the largest magnitude of queries, keys and values, before RoPE (OLMoE).
+      num_experts: MLPs of a layer, of `mlp_size` each, of which a router chooses some for
+        each token; 0: one MLP for all tokens.
+      experts_per_token: how many it chooses.
+      normalize_routing: the weights of a token's experts are divided by their sum.
       pre_norms: the inputs of attention and MLP are normed (all but OLMo).
       post_norms: the outputs of attention and MLP are normed before they are added
         (Gemma, OLMo).
@@ -163,6 +170,10 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     qk_norm_over_heads: bool = False
+    qkv_clip: float | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalize_routing: bool = False
     pre_norms: bool = True
     post_norms: bool = False
     activation: str = "silu"
@@ -182,6 +193,11 @@ class ModelConfig:
             None if layer in self.global_layers else self.sliding_window
             for layer in range(self.num_layers)
         )
+
+    @property
+    def active_mlp_size(self) -> int:
+        """The columns of the MLPs that a token passes in a layer."""
+        return self.mlp_size * (self.experts_per_token or 1)
 
     @property
     def fingerprint(self) -> str:
@@ -309,10 +325,13 @@ class Forward:
       hidden: `(params, tokens_BxL, positions_BxL, segment_ids_BxL) -> hidden_BxLxD`;
         calling the object calls it.
       final_soft_cap: logits become `cap * tanh(logits / cap)`; None: no cap.
+      with_routing: like `hidden`, but returns `(hidden_BxLxD, experts.Routing)`; None: the
+        network has no experts.
     """
 
     hidden: Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
     final_soft_cap: float | None = None
+    with_routing: Callable[..., tuple[jax.Array, experts.Routing]] | None = None
 
     def __call__(self, params, tokens_BxL, positions_BxL, segment_ids_BxL):
         return self.hidden(params, tokens_BxL, positions_BxL, segment_ids_BxL)
@@ -350,8 +369,8 @@ class Layer(nnx.Module):
         # depth.
         branch_std = 0.02 / math.sqrt(2 * config.num_layers)
 
-        def kernel(rows: int, columns: int, std: float = 0.02) -> nnx.Param:
-            return nnx.Param(std * jax.random.normal(rngs.params(), (rows, columns)))
+        def kernel(*shape: int, std: float = 0.02) -> nnx.Param:
+            return nnx.Param(std * jax.random.normal(rngs.params(), shape))
 
         if config.pre_norms:
             self.attention_norm = nnx.Param(jnp.ones(d))
@@ -359,7 +378,7 @@ class Layer(nnx.Module):
         self.query = kernel(d, heads)
         self.key = kernel(d, kv_heads)
         self.value = kernel(d, kv_heads)
-        self.output = kernel(heads, d, branch_std)
+        self.output = kernel(heads, d, std=branch_std)
         if config.qkv_bias:
             self.query_bias = nnx.Param(jnp.zeros(heads))
             self.key_bias = nnx.Param(jnp.zeros(kv_heads))
@@ -371,9 +390,12 @@ class Layer(nnx.Module):
         if config.post_norms:
             self.post_attention_norm = nnx.Param(jnp.ones(d))
             self.post_mlp_norm = nnx.Param(jnp.ones(d))
-        self.gate = kernel(d, f)
-        self.up = kernel(d, f)
-        self.down = kernel(f, d, branch_std)
+        if config.num_experts:
+            self.router = kernel(d, config.num_experts)
+        of_each = (config.num_experts,) if config.num_experts else ()
+        self.gate = kernel(*of_each, d, f)
+        self.up = kernel(*of_each, d, f)
+        self.down = kernel(*of_each, f, d, std=branch_std)
         if lora is not None:
             # Only placeholders in the tree; `lora.init_adapters` creates the arrays.
             for name in lora.targets:
@@ -394,6 +416,8 @@ class Layer(nnx.Module):
                 scale = getattr(self, f"{name}_norm")[...]
                 y_TxHK = y_TxHK.reshape(len(y_TxHK), -1, scale.size)
                 y_TxHK = rms_norm(y_TxHK, scale, config.norm_epsilon)
+            if config.qkv_clip is not None:
+                y_TxHK = jnp.clip(y_TxHK, -config.qkv_clip, config.qkv_clip)
             y_BxLxHxK = y_TxHK.reshape(*x_BxLxD.shape[:2], number, config.head_size)
             return constrain(y_BxLxHxK, "batch", "length", axis, None)
 
@@ -404,17 +428,37 @@ class Layer(nnx.Module):
         return query, key, heads("value", config.num_kv_heads, "kv_heads")
 
     def finish(self, x_BxLxD, mixed_BxLxHxK):
-        """The layer's output, given its input and the output of attention."""
+        """The layer's output and the choices of its router, if it has one.
+
+        Args:
+          x_BxLxD: the layer's input.
+          mixed_BxLxHxK: the output of attention.
+        """
         mixed_TxHK = mixed_BxLxHxK.reshape(-1, self.output.shape[0])
         x = self._add(x_BxLxD, self._project("output", mixed_TxHK), "attention")
-        return self._add(x, self._mlp(x), "mlp")
+        x_TxD = self._flat_norm(x, "mlp_norm")
+        y_TxD, choices = (self._experts if self.config.num_experts else self._mlp)(
+            x_TxD
+        )
+        return self._add(x, y_TxD, "mlp"), choices
 
-    def _mlp(self, x_BxLxD):
-        x_TxD = self._flat_norm(x_BxLxD, "mlp_norm")
+    def _experts(self, x_TxD):
+        config = self.config
+        choices = experts.choose(
+            x_TxD,
+            self.router[...],
+            config.experts_per_token,
+            config.normalize_routing,
+        )
+        kernels = experts.Kernels(self.gate[...], self.up[...], self.down[...])
+        y_TxD = experts.mix(x_TxD, choices, kernels, ACTIVATIONS[config.activation])
+        return y_TxD, choices
+
+    def _mlp(self, x_TxD):
         activation = ACTIVATIONS[self.config.activation]
         gate_TxF = activation(self._project("gate", x_TxD))
         up_TxF = self._project("up", x_TxD)
-        return self._project("down", gate_TxF * up_TxF)
+        return self._project("down", gate_TxF * up_TxF), None
 
     def _add(self, x_BxLxD, branch_TxD, name):
         """Adds the output of a branch to its input."""
@@ -515,13 +559,16 @@ class Decoder(nnx.Module):
                 segment_ids_BxL,
             )
             mixed_BxLxHxK = self._mix(attend, kind, *operands)
-            return layer.finish(x_BxLxD, mixed_BxLxHxK), None
+            x_BxLxD, choices = layer.finish(x_BxLxD, mixed_BxLxHxK)
+            if choices is None:
+                return x_BxLxD, None
+            return x_BxLxD, experts.survey(choices, segment_ids_BxL.reshape(-1) > 0)
 
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
             run = jax.checkpoint(run, policy=policy, prevent_cse=False)
-        x_BxLxD, _ = jax.lax.scan(run, x_BxLxD, (self._kinds(), layer_params))
-        return self._last_hidden(x_BxLxD)
+        x_BxLxD, routing = jax.lax.scan(run, x_BxLxD, (self._kinds(), layer_params))
+        return self._last_hidden(x_BxLxD), routing
 
     def decode(self, cache: Cache, tokens_BxL, positions_BxL):
         """See `make_decode`."""
@@ -541,7 +588,8 @@ class Decoder(nnx.Module):
             seen = cache["key"][:, index], cache["value"][:, index]
             operands = query, *seen, positions_BxL
             mixed_BxLxHxK = self._mix(attend_to_cache, kind, *operands)
-            return (layer.finish(x_BxLxD, mixed_BxLxHxK), cache), None
+            x_BxLxD, _ = layer.finish(x_BxLxD, mixed_BxLxHxK)
+            return (x_BxLxD, cache), None
 
         # The cache is a carry, not scanned over, so it is updated in place.
         indices_N = jnp.arange(self.config.num_layers)
@@ -643,10 +691,15 @@ def make_forward(
     """
     graphdef = nnx.graphdef(_abstract_decoder(config, dtype, remat, lora))
 
-    def forward(params, tokens_BxL, positions_BxL, segment_ids_BxL):
+    def with_routing(params, tokens_BxL, positions_BxL, segment_ids_BxL):
         return nnx.merge(graphdef, params)(tokens_BxL, positions_BxL, segment_ids_BxL)
 
-    return Forward(forward, config.final_soft_cap)
+    def hidden(*operands):
+        return with_routing(*operands)[0]
+
+    return Forward(
+        hidden, config.final_soft_cap, with_routing if config.num_experts else None
+    )
 
 
 def make_decode(
@@ -763,8 +816,8 @@ def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
 def cast(params: Params, dtype) -> Params:
     """Casts the matrices among the parameters to a dtype.
 
-    Norm scales and biases are always at least float32. They are small, they are used in
-    float32, and in bfloat16 a scale of `1 + w` (Gemma) keeps few digits of `w`.
+    Norm scales, biases and routers are always at least float32. They are small, they are
+    used in float32, and in bfloat16 a scale of `1 + w` (Gemma) keeps few digits of `w`.
     """
     return jax.tree.map_with_path(
         lambda path, x: x.astype(_dtype_of(path, dtype)), params
@@ -773,7 +826,7 @@ def cast(params: Params, dtype) -> Params:
 
 def _dtype_of(path, dtype) -> jnp.dtype:
     """The dtype of the parameter at a path, if matrices have `dtype`."""
-    if path[-1].key.endswith(("norm", "bias")):
+    if path[-1].key.endswith(("norm", "bias", "router")):
         return jnp.promote_types(dtype, jnp.float32)
     return jnp.dtype(dtype)
 
@@ -793,6 +846,14 @@ def param_axes(config: ModelConfig) -> Params:
         },
         "final_norm": (None,),
     }
+    if config.num_experts:
+        wide = ("layers", "experts", "expert_hidden", "mlp")
+        axes["layers"] |= {
+            "router": ("layers", "hidden", None),
+            "gate": wide,
+            "up": wide,
+            "down": ("layers", "experts", "mlp", "expert_hidden"),
+        }
     if config.qkv_bias:
         axes["layers"] |= {
             "query_bias": ("layers", "heads"),

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mixcpt_jax.models import transformer
+from mixcpt_jax.models import experts, transformer
 
 Batch = dict[str, jax.Array]
 
@@ -58,6 +58,17 @@ def with_soft_cap(
 
 def model_inputs(batch: Batch):
     return batch["tokens"], batch["positions"], batch["segment_ids"]
+
+
+def run(
+    forward: transformer.Forward, params: transformer.Params, batch: Batch
+) -> tuple[jax.Array, experts.Routing | None]:
+    """The last hidden states `[T, D]`, and the routing of a mixture of experts."""
+    with_routing = getattr(forward, "with_routing", None)
+    if with_routing is None:
+        return flatten(forward(params, *model_inputs(batch))), None
+    hidden, routing = with_routing(params, *model_inputs(batch))
+    return flatten(hidden), routing
 
 
 def flatten(x_BxLx: jax.Array) -> jax.Array:

@@ -43,8 +43,8 @@ from mixcpt_jax.objectives.sharded_swap import (
 from mixcpt_jax.runtime import chips
 from mixcpt_jax.runtime.sharding import (
     BATCH_AXES,
-    FSDP,
     RULES,
+    SPLIT_AXES,
     constrain,
     device_kind,
     platform,
@@ -432,7 +432,7 @@ def default_sizes(num_columns: int) -> tuple[int, int]:
 def _layout(vocab_parallel: bool) -> Layout:
     if jax.sharding.get_abstract_mesh().empty:
         return Layout()
-    vocab_axes = (FSDP, RULES["vocab"]) if vocab_parallel else (RULES["vocab"],)
+    vocab_axes = (*SPLIT_AXES, RULES["vocab"]) if vocab_parallel else (RULES["vocab"],)
     # An axis of size 1 needs no communication.
     return Layout(BATCH_AXES, tuple(a for a in vocab_axes if _axes_size((a,)) > 1))
 
@@ -507,7 +507,9 @@ def _sweep_shards(options, with_gradients, hidden_TxD, unembedding_DxV, rest):
             scattered = columns
             if _scatters(options, hidden_size):
                 scattered = (
-                    P(vocab_axes, FSDP) if options.vocab_first else P(FSDP, vocab_axes)
+                    P(vocab_axes, SPLIT_AXES)
+                    if options.vocab_first
+                    else P(SPLIT_AXES, vocab_axes)
                 )
             gradients = (rows, scattered)
         value, statistics, gradients = jax.shard_map(
@@ -537,9 +539,9 @@ def _vocab_dimension(vocab_first: bool) -> int:
 def _scatters(options: _Options, hidden_size: int) -> bool:
     """Whether the unembedding's gradient is scattered over fsdp."""
     token_axes, vocab_axes = options.layout
-    if FSDP not in token_axes or FSDP in vocab_axes:
+    if not token_axes or set(SPLIT_AXES) & set(vocab_axes):
         return False
-    shards = _axes_size((FSDP,))
+    shards = _axes_size(SPLIT_AXES)
     return shards > 1 and hidden_size % shards == 0
 
 
@@ -608,7 +610,7 @@ def _sweep_shard(options, with_gradients, by_token, kernel, teacher_kernel):
     d_kernel = _sum(
         d_kernel,
         summed_axes,
-        scattered_over=(FSDP,) if _scatters(options, hidden_size) else (),
+        scattered_over=SPLIT_AXES if _scatters(options, hidden_size) else (),
         dimension=kernel_axes.index("d"),
     )
     return value, statistics, (d_hidden_TxD, d_kernel)

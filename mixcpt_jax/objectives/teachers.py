@@ -19,10 +19,12 @@ from mixcpt_jax.objectives.interface import (
     Metrics,
     flatten,
     model_inputs,
+    run,
     soft_cap_of,
 )
 
-# `(frozen_params, batch) -> the teacher's arguments of streamed.head_loss`.
+# `(frozen_params, batch) -> the teacher's arguments of streamed.head_loss`. If a teacher
+# runs that is a mixture of experts, there is also `experts_NxTxK`: its tokens' experts.
 Teacher = Callable[[transformer.Params, Batch], dict[str, Any]]
 
 
@@ -30,8 +32,9 @@ def running_teacher(forward: transformer.Forward) -> Teacher:
     """Runs the frozen model in the step; `forward` is from `transformer.make_forward`."""
 
     def teacher(frozen_params, batch: Batch):
-        hidden = flatten(forward(frozen_params, *model_inputs(batch)))
-        return _logits_from(hidden, frozen_params)
+        hidden, routing = run(forward, frozen_params, batch)
+        of_router = {} if routing is None else {"experts_NxTxK": routing.experts_TxK}
+        return _logits_from(hidden, frozen_params) | of_router
 
     return teacher
 

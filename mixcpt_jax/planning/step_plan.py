@@ -22,7 +22,7 @@ from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import mesh_shape, paths
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import pipeline
-from mixcpt_jax.models import attention, pretrained, transformer
+from mixcpt_jax.models import attention, experts, pretrained, transformer
 from mixcpt_jax.planning import hlo
 from mixcpt_jax.runtime import chips, metrics, sharding, terminal
 from mixcpt_jax.runtime.chips import GIB
@@ -81,6 +81,8 @@ def count_flops(
 ) -> Flops:
     """FLOPs by formula: `2 N P` per pass, for N layers of P weights each.
 
+    Of a mixture of experts, only the experts that a token passes count.
+
     The student has one forward pass and two backward, for the gradients of activations and
     of weights. With adapters there is one backward pass, and the adapters' own products
     are ignored. Attention takes `2 N H K (L + 1)` in the forward pass, less with a window,
@@ -103,7 +105,8 @@ def count_flops(
     back = 1 if has_adapters else 2
     runs = frozen == "whole"
     # The gradient of a norm after the last product needs that product.
-    last = 0 if c.post_norms else 2 * c.num_layers * c.hidden_size * c.mlp_size
+    last = 2 * c.num_layers * c.hidden_size * c.active_mlp_size
+    last = 0 if c.post_norms else last
     again = layers - last if remat == "full" else 0.0
     return Flops(
         student=layers * (1 + back),
@@ -131,8 +134,8 @@ def flops_of(trained: phase.Phase, data: pipeline.Data) -> Flops:
 def _forward_flops(c: transformer.ModelConfig, row_length: int) -> tuple[float, ...]:
     """FLOPs of a token's forward pass: of the layers, of attention and of the head."""
     heads = (c.num_heads + c.num_kv_heads) * c.head_size
-    down = c.hidden_size * c.mlp_size
-    layers = 2 * c.num_layers * (2 * c.hidden_size * heads + 3 * down)
+    mlp = 3 * c.active_mlp_size + c.num_experts
+    layers = 2 * c.num_layers * c.hidden_size * (2 * heads + mlp)
     windows = [min(window or row_length, row_length) for window in c.windows]
     # Sum over the layers, because each may have its own window.
     seen = sum(w - w * (w - 1) / (2 * row_length) for w in windows)
@@ -286,7 +289,7 @@ def make(
     result: dict[str, Any] = {
         "topology": topology,
         "chips": mesh.size,
-        "mesh": dict(mesh.shape),
+        "mesh": sharding.sizes_of(mesh),
         "batch_size": config.data.batch_size,
         "row_length": config.data.row_length,
         "accumulation_steps": config.optimizer.accumulation_steps,
@@ -300,9 +303,8 @@ def make(
     except DoesNotFit as refusal:
         memory = {"needed": refusal.needed, "available": refusal.available}
         return result | {"fits": False, "memory": memory}
-    windows = step.phase.model_config.windows
-    local = sum(window is not None for window in windows) / len(windows)
-    module = hlo.Module(step.compiled.as_text(), branch_shares=(1 - local, local))
+    taken = _taken(step.phase.model_config, config.mesh.expert)
+    module = hlo.Module(step.compiled.as_text(), branch_shares=(1 - taken, taken))
     flops = _flops(step, module)
     collectives = _collectives(module, mesh, topology)
     return result | {
@@ -313,6 +315,18 @@ def make(
         "collectives": collectives,
         "time": _time(step, module, flops, collectives, chip),
     }
+
+
+def _taken(c: transformer.ModelConfig, expert: int) -> float:
+    """The share of conditionals whose condition is true.
+
+    They choose between layers with and without a window; or they skip the parts of a
+    mixture of experts that have no rows, see `experts.mix`: all but the first two, if the
+    load is balanced.
+    """
+    if c.num_experts:
+        return min(1.0, 2 / expert)
+    return sum(window is not None for window in c.windows) / len(c.windows)
 
 
 def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
@@ -349,9 +363,9 @@ def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
 
 def _kept_activations(step: Step) -> int:
     """Bytes of a chip, see `activations_kept`."""
-    config, mesh = step.phase.config, step.phase.mesh
+    config, mesh = step.phase.config, sharding.sizes_of(step.phase.mesh)
     rows = config.data.batch_size // config.optimizer.accumulation_steps
-    tokens = rows * config.data.row_length // mesh.shape["data"] // mesh.shape["fsdp"]
+    tokens = rows * config.data.row_length // mesh["data"] // mesh["fsdp"]
     return activations_kept(config, step.phase.model_config, tokens)
 
 
@@ -369,7 +383,7 @@ def activations_kept(
     heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_size
     width = c.hidden_size
     if config.model.remat != "full":
-        width += heads + 2 * c.hidden_size + 2 * c.mlp_size
+        width += heads + 2 * c.hidden_size + 2 * c.active_mlp_size
     return (
         tokens * c.num_layers * width * jnp.dtype(config.model.compute_dtype).itemsize
     )
@@ -403,7 +417,26 @@ def _flops(step: Step, module: hlo.Module) -> dict[str, float]:
         "products, by formula": counted.products * tokens,
         "products, compiled": module.flops * mesh.size,
         "attention kernels": rows_at_once * done,
+        "expert kernels": _expert_flops(step) if module.executions("gmm") else 0.0,
     }
+
+
+def _expert_flops(step: Step) -> float:
+    """FLOPs of the grouped products of a mixture of experts on all chips, by formula.
+
+    A tile of rows that two experts share is computed twice.
+    """
+    config = step.phase.config
+    passes = 3 * (3 if step.phase.lora is None else 2)
+    passes += 2 if config.model.remat == "full" else 0
+    passes += 3 if program_lib.frozen_passes(config, step.data) == "whole" else 0
+    c, sizes = step.phase.model_config, sharding.sizes_of(step.phase.mesh)
+    tokens = config.data.batch_size * config.data.row_length
+    rows_of_chip = tokens * c.experts_per_token / sizes["data"] / sizes["fsdp"]
+    rows_of_chip /= config.optimizer.accumulation_steps
+    shared = c.num_experts / config.mesh.expert * experts.TILE / rows_of_chip
+    product = 2 * c.num_layers * c.hidden_size * c.active_mlp_size
+    return passes * product * tokens * (1 + shared)
 
 
 def _kernel_flops(c: transformer.ModelConfig, row_length: int) -> float:
@@ -456,7 +489,8 @@ def _time(step, module, flops, collectives, chip) -> dict[str, float]:
     """Seconds of a step, tokens per second and the bound of MFU."""
     mesh, data = step.phase.mesh, step.phase.config.data
     compute = module.roofline_seconds(chip.flops, chip.hbm_bandwidth)
-    compute += flops["attention kernels"] / mesh.size / chip.flops
+    kernels = flops["attention kernels"] + flops["expert kernels"]
+    compute += kernels / mesh.size / chip.flops
     waited = sum(row["seconds"] for row in collectives if not row["overlapped"])
     overlapped = sum(row["seconds"] for row in collectives if row["overlapped"])
     total = max(compute, overlapped) + waited
@@ -490,7 +524,8 @@ def describe(plan: dict[str, Any]) -> str:
     lines.append(metrics.table(["HBM of a chip", "GiB"], rows))
     flops, total = plan["flops"], plan["flops"]["model"]
     rows = [[key, f"{v:.3g}", f"{v / total:.3f}"] for key, v in flops.items()]
-    everything = flops["products, compiled"] + flops["attention kernels"]
+    kernels = flops["attention kernels"] + flops["expert kernels"]
+    everything = flops["products, compiled"] + kernels
     rows.append(["total", f"{everything:.3g}", f"{everything / total:.3f}"])
     lines.append(metrics.table(["FLOPs of a step", "all chips", "of model"], rows))
     rows = [
@@ -663,7 +698,7 @@ def _one_line(plan: dict[str, Any]) -> str:
 def search_table(plans: list[dict[str, Any]]) -> str:
     """A table of the plans of `search`."""
     columns = [
-        "data x fsdp x tensor",
+        " x ".join(plans[0]["mesh"]) if plans else "",
         "remat",
         "microbatches",
         "GiB",
@@ -698,7 +733,8 @@ def advise(config: ml_collections.ConfigDict, topology: str) -> str:
             changes.append(
                 {"model.remat": "full", "optimizer.accumulation_steps": parts}
             )
-    changes += [change | {"lora.rank": 16} for change in changes[-1:]]
+    if not _model_config(config).num_experts:
+        changes.append(changes[-1] | {"lora.rank": 16})
     for change in changes:
         changed = _with(config, **change)
         plan = make(changed, topology, quick=True)

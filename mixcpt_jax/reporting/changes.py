@@ -22,6 +22,7 @@ _COLUMNS = {
     "exact": "correct",
     "loss": "loss",
     "kl_from_start": "kl",
+    "router_drift": "router_drift",
 }
 MATCHED = "Exams and pairs: matched pairs, question by question (Agresti and Min)"
 

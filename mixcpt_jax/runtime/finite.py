@@ -22,15 +22,18 @@ class Broken(NamedTuple):
       key: such as "layers/query".
       layer: of a parameter that is stacked over layers; else None.
       largest: its largest magnitude; infinite if it holds a NaN.
+      expert: of a parameter of experts; else None.
     """
 
     key: str
     layer: int | None
     largest: float
+    expert: int | None = None
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f" of layer {self.layer}"
-        return f"{self.key}{layer}"
+        expert = "" if self.expert is None else f", expert {self.expert}"
+        return f"{self.key}{layer}{expert}"
 
 
 def find_broken(params: Any, dtype: str | None = None) -> Broken | None:
@@ -40,7 +43,8 @@ def find_broken(params: Any, dtype: str | None = None) -> Broken | None:
 
     Args:
       params: nested dict of arrays, sharded in any way. Those under "layers" have one
-        tensor for each layer, on the first axis.
+        tensor for each layer, on the first axis; those of four dimensions have one for
+        each layer and expert.
       dtype: the dtype whose range is the limit; None: each parameter's own dtype.
 
     Returns:
@@ -52,22 +56,26 @@ def find_broken(params: Any, dtype: str | None = None) -> Broken | None:
         leaves.append(leaf)
     if not leaves:
         return None
-    stacked = tuple(key.startswith("layers/") for key in keys)
+    stacked = tuple(
+        key.startswith("layers/") * max(1, leaf.ndim - 2)
+        for key, leaf in zip(keys, leaves, strict=True)
+    )
     where = leaves[0].sharding
     everywhere = NamedSharding(where.mesh, P()) if hasattr(where, "mesh") else None
     largest = jax.device_get(_make_survey(stacked, everywhere)(leaves))
-    for key, is_stacked, tops in zip(keys, stacked, largest, strict=True):
+    for key, tops in zip(keys, largest, strict=True):
         limit = float(jnp.finfo(dtype or tops.dtype).max)
-        above = np.ravel(tops).astype(np.float64) > limit
-        for layer in np.flatnonzero(above).tolist():
-            at = layer if is_stacked else None
-            return Broken(key, at, float(np.ravel(tops)[layer]))
+        for index in np.argwhere(tops.astype(np.float64) > limit).tolist():
+            layer, expert, *_ = [*index, None, None]
+            return Broken(key, layer, float(tops[tuple(index)]), expert)
     return None
 
 
 @functools.cache
-def _make_survey(stacked: tuple[bool, ...], everywhere: NamedSharding | None):
+def _make_survey(stacked: tuple[int, ...], everywhere: NamedSharding | None):
     """The largest magnitude of each tensor, infinite if it holds a NaN.
+
+    `stacked` are the numbers of the parameters' leading dimensions that count tensors.
 
     NaNs are replaced first: XLA's maximum on CPUs loses them.
     """
@@ -76,9 +84,9 @@ def _make_survey(stacked: tuple[bool, ...], everywhere: NamedSharding | None):
         return [
             jnp.max(
                 jnp.where(jnp.isnan(leaf), jnp.inf, jnp.abs(leaf)),
-                axis=tuple(range(int(is_stacked), leaf.ndim)),
+                axis=tuple(range(number, leaf.ndim)),
             )
-            for leaf, is_stacked in zip(leaves, stacked, strict=True)
+            for leaf, number in zip(leaves, stacked, strict=True)
         ]
 
     return jax.jit(survey, out_shardings=everywhere)

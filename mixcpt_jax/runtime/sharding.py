@@ -5,6 +5,10 @@ over `fsdp` (along the hidden size) and `tensor` (along heads, MLP columns and t
 vocabulary); `data` holds copies of them. All axes are Auto: the compiler places the
 collectives, `constrain` fixes the sharding of activations, and `scatter_gradient` how
 gradients are reduced.
+
+The devices of `mesh.fsdp` lie on two axes of the mesh, `fsdp` and `expert`. Together they
+split a hidden size. In a mixture of experts, `expert` splits the experts, and `fsdp` the
+hidden size of each.
 """
 
 import functools
@@ -23,13 +27,17 @@ from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.core.mesh_shape import MESH_AXES, mesh_shape
 
 DATA, FSDP, TENSOR = MESH_AXES
-BATCH_AXES = (DATA, FSDP)
+EXPERT = "expert"
+SPLIT_AXES = (FSDP, EXPERT)
+BATCH_AXES = (DATA, *SPLIT_AXES)
 
 RULES: Mapping[str, Any] = {
     "batch": BATCH_AXES,
     "length": None,
     "layers": None,
-    "hidden": FSDP,
+    "hidden": SPLIT_AXES,
+    "experts": EXPERT,
+    "expert_hidden": FSDP,
     "heads": TENSOR,
     "kv_heads": TENSOR,
     "mlp": TENSOR,
@@ -63,9 +71,13 @@ def compute_capability() -> float:
 
 
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
-    """Builds the `(data, fsdp, tensor)` mesh over all devices of all hosts.
+    """Builds the `(data, fsdp, expert, tensor)` mesh over all devices of all hosts.
 
     An axis may use a part of a side of the torus, such as data=4 and fsdp=64 of 16x16.
+
+    Args:
+      sizes: of `config.mesh`; its `expert`, 1 if it is left out, divides `fsdp`.
+      devices: None: all.
 
     Raises:
       InputError: the sizes do not match the devices, or the devices belong to several
@@ -78,11 +90,23 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
             f"mesh: the devices are of {len(slices)} slices, which is not supported; "
             "start the run on one slice"
         )
+    data, fsdp, tensor = mesh_shape(sizes, len(devices))
+    expert = sizes.get(EXPERT, 1)
+    if fsdp % expert:
+        raise InputError(f"mesh.expert={expert}: must divide mesh.fsdp, {fsdp}")
     # `jax.make_mesh` splits a side of the torus only on v5e.
     laid_out = mesh_utils.create_device_mesh(
-        mesh_shape(sizes, len(devices)), devices, allow_split_physical_axes=True
+        (data, fsdp // expert, expert, tensor), devices, allow_split_physical_axes=True
     )
-    return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    axes = DATA, *SPLIT_AXES, TENSOR
+    return Mesh(laid_out, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def sizes_of(mesh: Mesh) -> dict[str, int]:
+    """The sizes from which `make_mesh` builds a mesh; without `expert` if it is 1."""
+    data, fsdp, expert, tensor = mesh.shape.values()
+    sizes = {DATA: data, FSDP: fsdp * expert, TENSOR: tensor}
+    return sizes | ({EXPERT: expert} if expert > 1 else {})
 
 
 def make_topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
@@ -193,9 +217,9 @@ def _scatter_gradient_backward(logical_axes, _, gradient):
     if mesh.empty or mesh.shape[FSDP] != mesh.size or mesh.size < 8 or mesh.size % 2:
         return (gradient,)
     halved = AbstractMesh(
-        (1, mesh.size // 2, 2, 1),
-        (DATA, FSDP, "fsdp_halves", TENSOR),
-        axis_types=(AxisType.Auto,) * 4,
+        (1, mesh.size // 2, 1, 2, 1),
+        (DATA, *SPLIT_AXES, "fsdp_halves", TENSOR),
+        axis_types=(AxisType.Auto,) * 5,
     )
     where = NamedSharding(halved, spec(logical_axes))
     gradient = jax.lax.with_sharding_constraint(gradient, where)

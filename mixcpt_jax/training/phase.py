@@ -327,7 +327,8 @@ class Phase:
     def devices(self) -> str:
         """Such as "8 x TPU v5e, mesh data=1 fsdp=8 tensor=1"."""
         kind = self.mesh.devices.flat[0].device_kind
-        shape = " ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        sizes = sharding.sizes_of(self.mesh)
+        shape = " ".join(f"{axis}={size}" for axis, size in sizes.items())
         return f"{self.mesh.size} x {kind}, mesh {shape}"
 
     def announce(self, work: str, resumed: str = "") -> None:
@@ -799,6 +800,8 @@ def check_model(
             f"{jax.process_count()} hosts; make mesh.tensor smaller"
         )
     _check_mesh(config, model_config, num_devices, "model")
+    if (lora := _lora(config.lora)) is not None:
+        lora_lib.abstract_adapters(model_config, lora)
 
 
 def _check_mesh(
@@ -817,6 +820,7 @@ def _check_mesh(
         ("tensor", tensor, "MLP columns", model_config.mlp_size),
         ("tensor", tensor, "vocabulary entries", model_config.vocab_size),
         ("fsdp", fsdp, "hidden size", model_config.hidden_size),
+        ("expert", config.mesh.expert, "experts", model_config.num_experts),
     ):
         if value % size:
             raise InputError(

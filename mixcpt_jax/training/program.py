@@ -1,5 +1,6 @@
 """The step of a training phase and the shapes of its arguments, built from the config."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -104,6 +105,7 @@ def _objective(phase: phase_lib.Phase, data: pipeline.Data) -> interface.Objecti
                 **phase.head_options,
             ),
             _without_teacher(config, data),
+            config.objective.load_balance,
         )
     preference = config.preference
     return over_pairs.preference_objective(
@@ -144,7 +146,11 @@ def _teacher(phase: phase_lib.Phase, data: pipeline.Data) -> teachers.Teacher | 
     if not _needs_teacher(config, data):
         return None
     if not reads_teacher(config, data):
-        return teachers.running_teacher(phase.teacher_forward())
+        forward = phase.teacher_forward()
+        if phase.other_teacher is not None:
+            # Its experts are not those of the start.
+            forward = dataclasses.replace(forward, with_routing=None)
+        return teachers.running_teacher(forward)
     if config.objective.teacher_top_k:
         return teachers.compact_teacher()
     return teachers.prepared_teacher(config.model.compute_dtype)

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mixcpt_jax.models import experts, transformer
 from mixcpt_jax.models import lora as lora_lib
-from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives import streamed, teachers
 from mixcpt_jax.objectives.interface import (
     Batch,
     Metrics,
     Objective,
     flatten,
-    model_inputs,
+    run,
     with_soft_cap,
 )
 from mixcpt_jax.runtime.sharding import constrain
@@ -149,7 +149,9 @@ def make_eval_step(
 
     All scoring uses it: runs, `evaluate`, `lm-eval`, selection and the reference of pairs
     take their log-likelihoods, `-ntp` in nats, from this step. With `start_params` the
-    result also has `kl`: KL(start || now) at each target, nats, in the same sweep.
+    result also has `kl`: KL(start || now) at each target, nats, in the same sweep. In a
+    mixture of experts it then has `router_drift`: the share of the choices of each token's
+    experts, over all layers, that the start did not make.
 
     Args:
       forward: from `transformer.make_forward`.
@@ -162,7 +164,8 @@ def make_eval_step(
         of_start = {"teacher_hidden_TxE": None, "teacher_unembedding_ExV": None}
         if start_params is not None:
             of_start = start(start_params, batch)
-        hidden = flatten(forward(params, *model_inputs(batch)))
+        start_experts_NxTxK = of_start.pop("experts_NxTxK", None)
+        hidden, routing = run(forward, params, batch)
         targets = flatten(batch["targets"])
         unembedding, vocab_first = transformer.unembedding(params)
         _, statistics = with_soft_cap(head_loss, forward)(
@@ -176,6 +179,10 @@ def make_eval_step(
         values = {"ntp": statistics.ntp, "correct": statistics.correct}
         if start_params is not None:
             values["kl"] = statistics.kd
+        if routing is not None and start_experts_NxTxK is not None:
+            values["router_drift"] = experts.drift(
+                routing.experts_TxK, start_experts_NxTxK
+            )
         return {k: v.reshape(batch["targets"].shape) for k, v in values.items()}
 
     return eval_step
