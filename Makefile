@@ -22,6 +22,11 @@ experiments-controlled: .venv/installed
 experiments-real: .venv/installed
 	$(BIN)/python -m experiments.german.run --handbook=$(HANDBOOK) --data=$(DATA)
 
+# Tests start many processes: what one compiles, Python's and XLA's code, others read, and
+# the slow tier reads what the fast one compiled.
+unexport PYTHONDONTWRITEBYTECODE
+test test-slow: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/compiled
+
 test: format-check
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 

@@ -160,10 +160,14 @@ def test_no_number_of_a_shipped_config_takes_another_value(project, monkeypatch)
     assert len(of_one_slice) > 20
     for config in map(configs.get, of_one_slice):
         values = itertools.cycle([*OF_NO_NUMBER, None])
+        seen = set()  # most settings are the same in all phases
         for phase in config.phases or [""]:
             one = config_lib.for_phase(config, phase) if phase else config
             config_lib.check_values(one)
             for key, held in [*flat(one)]:
+                if (key, held) in seen:
+                    continue
+                seen.add((key, held))
                 value = next(values)
                 is_optional = re.search(
                     r"\.(sources|texts|pairs)\..*_weight$", f".{key}"

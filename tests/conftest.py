@@ -23,6 +23,7 @@ import jax
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import fcntl
+import gc
 import json
 import logging
 import pathlib
@@ -62,6 +63,12 @@ hypothesis.settings.load_profile("here")
 
 def pytest_unconfigure():
     COMPILED.close()
+
+
+def pytest_collection_finish():
+    """What all modules and tests are made of is never searched for garbage again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 _PRELOADED = [
     "mixcpt_jax.cli.prepare", "mixcpt_jax.cli.report", "mixcpt_jax.jobs.export",
     "mixcpt_jax.jobs.select", "mixcpt_jax.jobs.train", "mixcpt_jax.main",
+    "gcsfs", "pytest",  # of `chaos` and `bucket`
 ]  # fmt: skip
 # Seconds after which a process counts as hung, however slow the machine.
 _PATIENCE = 1200.0

@@ -62,14 +62,9 @@ def make_batch(row_length=32, rows=8, seed=0):
     return next(iter(stream))
 
 
-def take_step(
-    batch,
-    accumulation_steps=1,
-    mesh_sizes=None,
-    num_steps=1,
-    remat="none",
-    soft_cap=None,
-):
+@functools.cache
+def step_of(accumulation_steps, remat, soft_cap):
+    """The transformations of the optimizer, and the compiled step."""
     config = config_lib.default().optimizer
     config.learning_rate = 1e-2
     transforms, schedule = optimizer.make_optimizer(config, 10)
@@ -85,10 +80,21 @@ def take_step(
         schedule,
         accumulation_steps,
     )
+    return transforms, jax.jit(train_step)
+
+
+def take_step(
+    batch,
+    accumulation_steps=1,
+    mesh_sizes=None,
+    num_steps=1,
+    remat="none",
+    soft_cap=None,
+):
+    transforms, step = step_of(accumulation_steps, remat, soft_cap)
     state = steps.TrainState(jnp.zeros((), jnp.int32), params(), None)
     if mesh_sizes is None:
         state = state._replace(opt_state=transforms.init(params()))
-        step = jax.jit(train_step)
         for _ in range(num_steps):
             state, metrics = step(state, params(1), batch)
         return state, metrics
@@ -104,7 +110,6 @@ def take_step(
         )
         teacher = jax.device_put(params(1), where)
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        step = jax.jit(train_step)
         for _ in range(num_steps):
             state, metrics = step(state, teacher, batch)
     return state, metrics
