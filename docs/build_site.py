@@ -26,6 +26,9 @@ from mixcpt_jax.config import defaults, settings
 PROJECT = pathlib.Path(__file__).parent.parent
 _LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)")
 _SECTION = re.compile(r"    config\.(\w+)(?:\.(\w+))? = (.*)")
+_SECTION_ROW = "a section"
+# Keys in tables stay whole.
+_STYLE = ".md-typeset td:first-child code { white-space: nowrap }\n"
 _KEY = re.compile(r'            "(\w+)": (.*)')
 
 
@@ -43,6 +46,7 @@ def collect(folder: pathlib.Path) -> None:
         copy = folder / file.relative_to(PROJECT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
+    (folder / "site.css").write_text(_STYLE)
     (folder / "docs" / "keys.md").write_text(keys_page())
     (folder / "docs" / "api.md").write_text(library_page())
 
@@ -62,7 +66,8 @@ def keys_page() -> str:
             section = key.partition(".")[0]
             lines += ["", f"## {section}", "", "| key | default | may be | meaning |"]
             lines += ["|---|---|---|---|"]
-        cells = f"`{key}`", f"`{default!r}`", allowed, meaning
+        shown = "" if allowed == _SECTION_ROW else f"`{default!r}`"
+        cells = f"`{key}`", shown, allowed, meaning
         lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
     for function in (defaults.source, defaults.exam):
         lines += ["", f"## {function.__name__}(...)", "", "```text"]
@@ -81,7 +86,7 @@ def settings_rows() -> Iterator[tuple[str, object, str, str]]:
     for name, value in tree.items():
         if isinstance(value, ml_collections.ConfigDict) and len(value):
             if name in meanings:
-                yield name, "", "a section", meanings[name]
+                yield name, "", _SECTION_ROW, meanings[name]
             for key, entry in value.items():
                 yield _row(f"{name}.{key}", entry, meanings)
         else:
