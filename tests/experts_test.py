@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ import optax
 import pytest
 
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.models import experts, transformer
+from mixcpt_jax.evaluation import load_model
+from mixcpt_jax.jobs import train
+from mixcpt_jax.models import experts, pretrained, tokenizer, transformer
 from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.objectives import over_tokens, streamed, teachers
 from mixcpt_jax.planning import step_plan
-from mixcpt_jax.runtime import sharding
+from mixcpt_jax.runtime import metrics, sharding
 from mixcpt_jax.training import steps
 
 CONFIG = transformer.ModelConfig(
@@ -31,6 +34,7 @@ CONFIG = transformer.ModelConfig(
     num_experts=8,
     experts_per_token=3,
     normalize_routing=True,
+    qk_norm=True,
 )
 
 
@@ -306,6 +310,33 @@ def test_adapters_learn_and_rematerialization_changes_nothing():
     assert_close(both["full"], both["none"])
     moved = both["none"][0].params["layers"]["query_lora_b"]
     assert np.abs(moved).max() > 0
+
+
+@pytest.mark.slow
+def test_a_phase_trains_measures_and_exports_experts(tiny_config, tiny_model, tmp_path):
+    tokens = tokenizer.load(tiny_model)
+    model_config = dataclasses.replace(CONFIG, vocab_size=512, max_positions=256)
+    start = transformer.init_params(model_config, jax.random.key(0))
+    model = str(tmp_path / "model")
+    pretrained.save_pretrained(model, start, model_config, tokens, dtype="float32")
+    config = tiny_config
+    config.model.path, config.train.num_steps = model, 2
+    config.mesh.update(data=1, fsdp=8, expert=2)
+    config.objective.load_balance = 0.01
+    results = train.run(config, str(tmp_path / "run"), "cpt")
+    before, after = (results[at]["domain/router_drift"] for at in ("before", "after"))
+    assert before == 0 < after < 1
+    rows = (tmp_path / "run" / metrics.FILE).read_text().splitlines()
+    steps_of_run = [row for row in map(json.loads, rows) if "router_load_max" in row]
+    assert steps_of_run[0]["router_drift"] == 0
+    loaded = load_model.load(str(tmp_path / "run"), "float32")
+    exported = str(tmp_path / "export")
+    pretrained.save_pretrained(
+        exported, loaded.params, model_config, tokens, dtype="float32"
+    )
+    template = transformer.abstract_params(model_config)
+    again = pretrained.load_params(exported, template)
+    jax.tree.map(np.testing.assert_array_equal, again, loaded.params)
 
 
 def test_flops_count_the_experts_that_a_token_passes():
