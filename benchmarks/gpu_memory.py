@@ -7,6 +7,7 @@ with the teacher in the step, full rematerialization, and one row of 4,096 token
 microbatch.
 """
 
+import argparse
 import pathlib
 
 from configs import cpt
@@ -31,6 +32,7 @@ ARCHITECTURES = pathlib.Path(phase.__file__).parents[1] / "assets" / "architectu
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     print(table())
 
 

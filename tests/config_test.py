@@ -217,11 +217,15 @@ def flat(config, prefix=""):
             yield f"{prefix}{key}", value
 
 
-def test_wandb_must_be_installed(monkeypatch):
+@pytest.mark.parametrize(
+    ("key", "package"),
+    [("wandb_project", "wandb"), ("goodput_job", "ml-goodput-measurement")],
+)
+def test_the_package_of_a_setting_must_be_installed(monkeypatch, key, package):
     config = valid()
-    config.metrics.wandb_project = "mine"
+    config.metrics[key] = "mine"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install wandb"):
+    with pytest.raises(InputError, match=rf"metrics\.{key}.*pip install {package}"):
         config_lib.validate(config)
 
 

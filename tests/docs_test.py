@@ -293,9 +293,11 @@ _SHORT = {
     "benchmarks.parity": "--only llama3",
     "benchmarks.keeping": "--rounds 1",
     "benchmarks.plan_tunix": "--topology v5e:2x2 --layers 1",
+    "benchmarks.gpu_memory": "",
+    "benchmarks.side_by_side": "",
 }
 # Beside what stands in an environment of its own, for it wants another jax.
-_WANTS = {"benchmarks.plan_tunix": "tunix"}
+_WANTS = {"benchmarks.plan_tunix": "tunix", "benchmarks.side_by_side": "maxtext"}
 
 
 @pytest.mark.skipif("BENCHMARKS" not in os.environ, reason="BENCHMARKS=all: minutes")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import types
 
 import jax
@@ -10,7 +11,7 @@ from etils import epath
 
 from mixcpt_jax import main
 from mixcpt_jax.planning import utilization
-from mixcpt_jax.runtime import chips, record, timing
+from mixcpt_jax.runtime import chips, goodput, record, timing
 
 
 @pytest.fixture
@@ -101,6 +102,79 @@ def test_run_records_its_time(tiny_config, tmp_path, capsys):
         event.name for plane in planes for line in plane.lines for event in line.events
     }
     assert any("train_step" in name for name in names)
+
+
+class FakeRecorder:
+    """The methods of `ml_goodput_measurement`'s that are called, as it declares them."""
+
+    def __init__(self, job_name, logger_name, logging_enabled=False):
+        self.calls = [("job", job_name, logger_name, logging_enabled)]
+
+    def record_job_start_time(self, start_time=None):
+        self._add("job start", start_time)
+
+    def record_job_end_time(self, end_time=None):
+        self._add("job end", end_time)
+
+    def record_step_start_time(self, step, start_time=None):
+        self._add(f"step {step}", start_time)
+
+    def record_training_preparation_start_time(self, start_time=None):
+        self._add("preparation start", start_time)
+
+    def record_training_preparation_end_time(self, end_time=None):
+        self._add("preparation end", end_time)
+
+    def record_data_loading_start_time(self, start_time=None):
+        self._add("data start", start_time)
+
+    def record_data_loading_end_time(self, end_time=None):
+        self._add("data end", end_time)
+
+    def record_custom_badput_event_start_time(
+        self, start_time=None, custom_badput_event_type="unknown"
+    ):
+        self._add(f"{custom_badput_event_type} start", start_time)
+
+    def record_custom_badput_event_end_time(
+        self, end_time=None, custom_badput_event_type="unknown"
+    ):
+        self._add(f"{custom_badput_event_type} end", end_time)
+
+    def flush(self):
+        self.calls.append("flush")
+
+    def _add(self, what, when):
+        assert when.tzinfo is not None
+        self.calls.append(what)
+
+
+def test_activities_are_recorded_for_google_cloud(monkeypatch):
+    module = types.ModuleType("ml_goodput_measurement")
+    module.goodput = types.SimpleNamespace(GoodputRecorder=FakeRecorder)
+    monkeypatch.setitem(sys.modules, "ml_goodput_measurement", module)
+    recorder = goodput.Recorder("mine-cpt")
+    times = timing.Timing(recorder)
+    with times.of("restoring"):
+        pass
+    times.begin_step(1)
+    times.enter("compilation")
+    times.enter("steps")
+    with times.of("evaluation"):
+        times.row(1)
+    times.begin_step(2)
+    times.enter("saving")
+    times.finish()
+    assert recorder._recorder.calls == [
+        ("job", "mine-cpt", "goodput_mine-cpt", True),
+        "job start",
+        "preparation start",
+        *("preparation end", "restoring start", "restoring end", "preparation start"),
+        *("step 1", "preparation end", "data start", "data end"),
+        *("evaluation start", "evaluation end"),
+        *("step 2", "data start", "data end", "saving start"),
+        *("saving end", "job end", "flush"),
+    ]
 
 
 def test_signal_traces_the_next_steps(tmp_path):

@@ -471,6 +471,9 @@ def bounded_config() -> ml_collections.ConfigDict:
             # Whether to write TensorBoard files beside metrics.jsonl.
             "tensorboard": True,
             "wandb_project": "",  # empty: none
+            # Name of the run for ml-goodput-measurement, which records in Google Cloud
+            # Logging; empty: none.
+            "goodput_job": "",
             # Whether to print progress.
             "progress": True,
             # Terminal output: "text"; or "json": one object per line with time, severity,

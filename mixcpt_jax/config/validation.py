@@ -59,6 +59,12 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
             f"metrics.wandb_project={config.metrics.wandb_project}: the package wandb is "
             "not installed; run `pip install wandb`, or leave it empty"
         )
+    job = config.metrics.goodput_job
+    if job and importlib.util.find_spec("ml_goodput_measurement") is None:
+        raise InputError(
+            f"metrics.goodput_job={job}: the package ml-goodput-measurement is not "
+            "installed; run `pip install ml-goodput-measurement`, or leave it empty"
+        )
     preference, lora = config.preference, config.lora
     if preference.loss == "ipo" and preference.label_smoothing:
         raise InputError(

@@ -23,6 +23,7 @@ from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives.interface import Batch, Metrics
 from mixcpt_jax.planning import utilization
 from mixcpt_jax.runtime import (
+    goodput,
     hosts,
     lease,
     metrics,
@@ -65,7 +66,7 @@ def run(phase: phase_lib.Phase) -> dict[str, Any]:
       FloatingPointError: the loss is no longer finite.
       Preempted: SIGTERM has arrived; the state after the last step is saved.
     """
-    times = timing.Timing()
+    times = timing.Timing(_goodput_recorder(phase))
     _announce(phase)
     check_replay(phase)
     checkpoint.check_folder(phase.folder)
@@ -140,7 +141,7 @@ def _run(
         for step in range(start.step + 1, num_steps + 1):
             if budget.spent_at is not None:
                 break
-            times.enter("data")
+            times.begin_step(step)
             batch = _put_rows(next(batches), config, phase.mesh)
             tracer.before(step)
             times.enter("compilation" if step == start.step + 1 else "steps")
@@ -183,6 +184,7 @@ def _run(
             _go_back(phase, program, start, evaluation, progress)
         last = num_steps if budget.spent_at is None else budget.spent_at
         writer.write_timing(times.row(last))
+        times.finish()
     if hosts.is_first():
         spent = timing.spent(record.read_timing(phase.folder))
         phase.say(timing.describe(spent))
@@ -580,6 +582,17 @@ def _check_step(
         f"{saved} in {folder}. Lower optimizer.learning_rate, lengthen "
         "optimizer.warmup_steps or look at the batch of that step"
     )
+
+
+def _goodput_recorder(phase: phase_lib.Phase) -> goodput.Recorder | None:
+    """The recorder of `metrics.goodput_job`, on the first host.
+
+    Each phase is a job of its own, because its steps begin at 1.
+    """
+    job = phase.config.metrics.goodput_job
+    if not job or not hosts.is_first():
+        return None
+    return goodput.Recorder(f"{job}-{phase.name}" if phase.name else job)
 
 
 def _announce(phase: phase_lib.Phase) -> None:

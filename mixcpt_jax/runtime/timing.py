@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from mixcpt_jax.runtime import goodput
+
 # "starting": data and weights; "steps": the wait for the device too.
 ACTIVITIES = (
     "starting",
@@ -29,7 +31,12 @@ LOST = "lost to restarts"
 class Timing:
     """The seconds of each activity of this process; always one of them is under way."""
 
-    def __init__(self):
+    def __init__(self, recorder: goodput.Recorder | None = None):
+        """
+        Args:
+          recorder: gets each activity too.
+        """
+        self._recorder = recorder
         self._began = time.time()
         self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
         self._activity, self._since = ACTIVITIES[0], time.monotonic()
@@ -39,7 +46,21 @@ class Timing:
         now = time.monotonic()
         self._seconds[self._activity] += now - self._since
         before, self._activity, self._since = self._activity, activity, now
+        if self._recorder:
+            self._recorder.enter(before, activity)
         return before
+
+    def begin_step(self, step: int) -> None:
+        """Begins a step, with the wait for its batch."""
+        if self._recorder:
+            self._recorder.step(step)
+        self.enter("data")
+
+    def finish(self) -> None:
+        """Ends the phase for the recorder."""
+        if self._recorder:
+            self._recorder.enter(self._activity, "")
+            self._recorder.finish()
 
     @contextlib.contextmanager
     def of(self, activity: str) -> Iterator[None]:
