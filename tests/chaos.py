@@ -132,8 +132,7 @@ def start(
     """
     os.dup2(output.fileno(), sys.__stdout__.fileno())
     os.dup2(output.fileno(), sys.__stderr__.fileno())
-    # Of a process that has the usual eight.
-    os.environ |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | environment
+    os.environ |= {"JAX_PLATFORMS": "cpu"} | environment
     import jax
 
     from mixcpt_jax.cli import command

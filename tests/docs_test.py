@@ -85,7 +85,6 @@ def run(script, folder, *programs, **environment):
         | {
             "PATH": ":".join([*map(str, programs), os.environ["PATH"]]),
             "PYTHONPATH": str(PROJECT),
-            "XLA_FLAGS": "",
         }
         | environment,
         stdin=subprocess.DEVNULL,

@@ -166,7 +166,6 @@ def _run(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
-    os.environ.pop("XLA_FLAGS", None)
     import jax
 
     jax.config.update("jax_num_cpu_devices", num_devices)
