@@ -506,7 +506,7 @@ def test_a_stop_during_the_evaluation_over_the_budget_changes_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluator, "sums_per_example", interrupted)
-        with pytest.raises(preemption.Preempted, match="after step 6;"):
+        with pytest.raises(preemption.Preempted, match="from step 6"):
             main.run(budgeted, str(tmp_path))
     assert checkpoints_of(tmp_path / "cpt") == ["3", "6"]
     main.run(budgeted, str(tmp_path))
