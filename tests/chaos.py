@@ -385,7 +385,7 @@ class Round:
         last = lines[-1] if lines else ""
         match ended.status, signal_number:
             case 0, signal.SIGTERM | signal.SIGHUP if last.startswith("stopped by SIG"):
-                where = "in the loop" if " after step" in last else "elsewhere"
+                where = "in the loop" if " from step " in last else "elsewhere"
                 return f"stopped by {signal.Signals(signal_number).name} {where}"
             case -9, signal.SIGKILL:
                 return "killed"

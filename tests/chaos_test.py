@@ -68,7 +68,7 @@ def test_what_sigterm_cuts_off_of_the_measuring_is_made_up_for(
 
     monkeypatch.setattr(evaluator, "sums_per_example", interrupted)
     for step in (3, 6):
-        with pytest.raises(preemption.Preempted, match=f"after step {step};"):
+        with pytest.raises(preemption.Preempted, match=f"from step {step}"):
             tiny_run("parts")
     results = tiny_run("parts")
     # The start, and twice step 3 and 6.
@@ -93,7 +93,7 @@ def test_sigterm_in_a_step_ends_the_run_after_it(tiny_run, tmp_path, monkeypatch
     tiny_run("whole")
     monkeypatch.setattr(train.pipeline, "batches", interrupting)
     for step in (2, 4, 6):
-        with pytest.raises(preemption.Preempted, match=f"after step {step};"):
+        with pytest.raises(preemption.Preempted, match=f"from step {step}"):
             tiny_run("parts")
     assert not (tmp_path / "parts" / phase.RESULTS_FILE).exists()
     tiny_run("parts")

@@ -87,7 +87,7 @@ def test_a_run_on_two_hosts_is_stopped_and_killed_and_ends_like_one_on_one(
     wait_for_steps(folder, NUM_STEPS // 4, hosts)
     os.kill(hosts[1].process.pid, signal.SIGTERM)
     finish(hosts)
-    (stopped,) = {re.search(r"SIGTERM after step (\d+)", h.output)[1] for h in hosts}
+    (stopped,) = {re.search(r"SIGTERM; .* from step (\d+)", h.output)[1] for h in hosts}
     steps = {int(p.name) for p in (folder / checkpoint.FOLDER).iterdir()}
     assert max(steps) == int(stopped) < NUM_STEPS
 

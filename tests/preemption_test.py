@@ -88,9 +88,9 @@ def test_a_deferred_signal_interrupts_nothing():
                     sigterm()
                 done.append(step)
                 if preemption_guard.is_requested(step):
-                    raise preemption.Preempted(f" after step {step}")
+                    raise preemption.Preempted(f"step {step}")
 
-    with pytest.raises(preemption.Preempted, match="after step 2"):
+    with pytest.raises(preemption.Preempted, match="from step 2"):
         loop()
     assert done == [1, 2]
     # Outside it interrupts again.
@@ -158,10 +158,10 @@ def test_a_repeated_signal_interrupts_no_step():
             for step in range(1, 100):
                 time.sleep(0.1)
                 if preemption_guard.is_requested(step):
-                    raise preemption.Preempted(f" after step {step}")
+                    raise preemption.Preempted(f"step {step}")
 
     sys.unraisablehook = lambda _: None
-    with pytest.raises(preemption.Preempted, match="after step"):
+    with pytest.raises(preemption.Preempted, match="from step"):
         loop()
 
 
