@@ -17,7 +17,7 @@ from mixcpt_jax.runtime import metrics
 from mixcpt_jax.runtime.chips import GIB
 from mixcpt_jax.training import phase
 
-# Gigabytes on the box -> GiB that a run gets with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 of
+# Advertised gigabytes -> GiB that a run gets with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 of
 # what the smallest common card of this size reports (L4, L40S, H100).
 GPUS = {"24": 0.92 * 22.0, "48": 0.92 * 44.5, "80": 0.92 * 79.0}
 

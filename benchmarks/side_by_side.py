@@ -1,4 +1,4 @@
-"""Compares the plain CPT step with MaxText's, compiled for the same slice, by one ruler.
+"""Compares the plain CPT step with MaxText's, compiled for one slice, by one cost model.
 
     python3.12 -m venv ENVIRONMENT      # outside of this clone
     ENVIRONMENT/bin/pip install 'jax[tpu]' absl-py aqtp drjax etils flax grain \\
@@ -10,8 +10,8 @@
 
 Both compile one step of next-token prediction: float32 weights and moments, bfloat16
 products, full rematerialization, the same rows per chip and splash attention. MaxText's
-`train_compile` runs in its own environment. The compiled modules are kept in the folder,
-and read from it the next time. `planning.hlo` reads both: FLOPs of products and kernels,
+`train_compile` runs in its own environment. The folder keeps the compiled modules, and the
+next run reads them. `planning.hlo` reads both: FLOPs of products and kernels,
 bytes between chips, the roofline time of `plan`, and the compiler's own estimate in cycles
 of a core. Needs libtpu in both environments; each compilation takes minutes.
 """
@@ -141,7 +141,7 @@ COLUMNS = [
 
 
 def measures(config, compiled: Compiled) -> list[str]:
-    """The other columns, by `plan`'s ruler."""
+    """The other columns, by the cost model of `plan`."""
     topology = config.mesh.topology
     chip = chips.of_topology(topology)
     mesh = sharding.make_topology_mesh(topology, config.mesh)

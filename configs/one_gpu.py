@@ -7,10 +7,10 @@
         --config.sources.instructions.path=/data/instructions.jsonl \\
         --config.sources.preferences.path=/data/preferences.jsonl
 
-Variants: the memory, and what is trained. The model is the largest of this package's
-presets that fits by the formula of `docs/gpu.md`, with LSSD's teacher in the step:
+Variants: the memory, and what is trained. Each has a large model of this package's presets
+that fits by the formula of `docs/gpu.md`, with LSSD's teacher in the step:
 
-- `:24`: all weights of Llama-3.2-1B, with Adam's moments in bfloat16;
+- `:24`: all weights of Llama-3.2-1B, rows of 1,024 tokens, Adam's moments in bfloat16;
 - `:24-lora`: adapters of rank 16 on Llama-3.2-3B;
 - `:48`: all weights of SmolLM2-1.7B; `:48-lora`: adapters on Llama-3-8B;
 - `:80`: all weights of Llama-3.2-3B; `:80-lora`: adapters on Llama-3-8B, more rows at once.

@@ -17,6 +17,7 @@ def get_config(slice_name: str = ""):
     config_lib.check_variant(slice_name, SLICES)
     slice_name = slice_name or SLICES[0]
     config = presets.get_config("qwen3_30b_a3b", slice_name, 1, fsdp=(64, 64))
-    # As many as a token has experts: more would move more bytes than choices have.
+    # As many as a token has experts; with more, gathering tokens moves more bytes than an
+    # all-to-all of choices would.
     config.mesh.expert = 8
     return config

@@ -27,7 +27,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Of this process alone; those that it starts have one, or as many as they are told.
+# In this process alone; processes that it starts have one device, or as many as asked.
 jax.config.update("jax_num_cpu_devices", 8)
 
 import fcntl
@@ -74,7 +74,7 @@ def pytest_unconfigure():
 
 
 def pytest_collection_finish():
-    """What all modules and tests are made of is never searched for garbage again."""
+    """Excludes the objects of modules and tests from later garbage collections."""
     gc.collect()
     gc.freeze()
 

@@ -256,7 +256,7 @@ def test_what_the_hub_refuses_is_one_line(served, path, told):
 
 
 def test_folders_with_the_names_of_kinds_on_the_hub_are_local():
-    """The Hub writes hf://models/ORG/NAME, so models/mine is no name of a model there."""
+    """The Hub's addresses are hf://models/ORG/NAME, so models/mine is no model there."""
     assert hub.is_model_id("org/mine")
     for path in ("models/mine", "datasets/mine"):
         assert not hub.is_model_id(path)

@@ -333,7 +333,7 @@ def test_a_table_is_folded_on_a_terminal_alone(streams, monkeypatch):
 
 
 def test_what_libraries_report_below_a_warning_is_not_printed(capsys):
-    """jax tries each backend, and logs those that the machine lacks."""
+    """jax tries each backend and logs those that the machine lacks."""
     logging.use_absl_handler()
     std_logging.getLogger().setLevel(std_logging.INFO)  # as absl's `app.run` does
     terminal.take_logs()

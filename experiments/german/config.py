@@ -146,7 +146,7 @@ def _adapt(config, cell: Cell, arm: arms.Arm) -> None:
     config.optimizer.warmup_steps = max(config.train.num_steps // 16, 1)
     config.train.save_every = max(config.train.num_steps // 8, 1)
     config.train.keep_last = 1
-    # As many tokens as are read of them.
+    # As many tokens as training reads of them.
     samples = {
         "kind": "replay",
         "num_tokens": cell.updates * BATCH_SIZE * cell.row_length,

@@ -43,7 +43,7 @@ QUESTIONS = (
 )
 RESULTS = pathlib.Path(__file__).parent / "results"
 HEALING_RATE = 2e-4
-# A look at the machinery: one rate of the claims, with few tokens and questions.
+# A trial of the code: one rate of the claims, with few tokens and questions.
 TINY = {"updates": 2, "healing_steps": 2, "questions": 4, "row_length": 64}
 
 
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--handbook", required=True, help="the unpacked package")
     parser.add_argument("--data", required=True, help="general text, see `data.write`")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--tiny", action="store_true", help="a look at the machinery")
+    parser.add_argument("--tiny", action="store_true", help="a quick trial of the code")
     parser.add_argument("--workdir", help="default: runs/german[_tiny]")
     parser.add_argument(
         "--results", help="default: results/ here, or in a tiny workdir"

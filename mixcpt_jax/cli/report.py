@@ -4,8 +4,8 @@
         [--domain=NAME,NAME] [--open]
 
 A run may still be in progress. RUN is a workdir, or a copy of a run's `report.json`. The
-page is one file that needs no server; the data of its figures are written beside it, as
-`report.csv`. `--open` shows the page in the browser, if this machine has a display.
+page is one file that needs no server. The data of its figures go to a CSV file beside it.
+`--open` shows the page in the browser, if this machine has a display.
 """
 
 import os

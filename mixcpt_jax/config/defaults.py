@@ -111,7 +111,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             "fsdp": number(-1, least=1, most=2**20, also=-1),
             # Devices over which heads, the MLP and the vocabulary are split.
             "tensor": number(1, least=1, most=2**20, also=-1),
-            # Mixture of experts: parts of the experts among the fsdp devices; divides fsdp.
+            # Mixture of experts: devices over which experts are split; must divide fsdp.
             "expert": number(1, least=1, most=2**20),
             # TPU slice of the mesh, such as v5e:4x4, for `plan`.
             "topology": "",

@@ -13,7 +13,7 @@ def choose_platform(
     environment: MutableMapping[str, str] = os.environ,
     system: pathlib.Path = pathlib.Path("/"),
 ) -> None:
-    """Keeps libtpu's alarms off a machine that has the package `libtpu` but no TPU.
+    """Avoids libtpu's warnings on a machine that has the package `libtpu` but no TPU.
 
     Sets `JAX_PLATFORMS=cpu`, before jax is imported, if that is not set and neither a
     device file nor the PCI bus shows an accelerator.

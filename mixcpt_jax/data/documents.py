@@ -119,7 +119,7 @@ def _marked(content: bytes) -> tuple[bytes | None, str]:
 
 
 def _unmarked(head: bytes) -> str:
-    """UTF-16 if only one byte of the pairs is ever 0 and all characters are of a text."""
+    """UTF-16 if zeros are in one byte of the pairs only and all characters are text."""
     are_zero = 0 in head[::2], 0 in head[1::2]
     if len(head) % 2 == 0 and sum(are_zero) == 1:
         encoding = "utf-16-be" if are_zero[0] else "utf-16-le"

@@ -61,7 +61,7 @@ _MODEL_FILES = (
     "copying*",
     "use_policy*",
 )
-# Not the folders `models` or `datasets`, which the Hub has as prefixes of its addresses.
+# Not in the folders `models`, `datasets` or `spaces`: the Hub's addresses begin so.
 _ID = re.compile(
     r"(?!(?:models|datasets|spaces)/)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?",
     re.ASCII,

@@ -30,7 +30,7 @@ class Inspection:
       num_records, num_characters: of what was read.
       first: the place and text of the first record.
       tally: layouts, and what is not read or left out.
-      examples: reason -> what was found, of different files, for what is left out.
+      examples: reason for leaving out -> examples, each of another file.
       refused: errors that would end the run.
       is_whole: whether all files were read.
     """
@@ -72,7 +72,7 @@ class Inspection:
             yield from (f"  and {other}" for other in others[: _MOST_EXAMPLES - 1])
 
     def leave_out(self, reason: str, example: str) -> None:
-        """Keeps an example of a reason, if its file has none."""
+        """Keeps an example of a reason, unless it has enough or one of the same file."""
         kept = self.examples.setdefault(reason, [])
         if len(kept) < _MOST_EXAMPLES and _file(example) not in map(_file, kept):
             kept.append(example)

@@ -6,11 +6,11 @@ a dimension of tokens and one of experts, except the router's logits. No choice 
 
 On a mesh, the axis `expert` splits the experts. Devices of this axis exchange their tokens:
 each gathers the tokens of all, computes the choices that fall on its own experts, and the
-sums are scattered back. A token is sent to E' - 1 other devices on an axis of E'; if each
-choice were sent on its own (all-to-all), it would be sent to K (E' - 1) / E'. So gathering
-moves no more bytes as long as E' <= K, its shapes are static, and the result does not
-depend on an order of arrival. The kernels of a device's experts are gathered over `fsdp`
-like those of dense layers.
+sums are scattered back. On an axis of E' devices, this sends a token to E' - 1 others. If
+each choice were sent on its own (all-to-all), it would be K (E' - 1) / E' others on
+average. So gathering moves no more bytes as long as E' <= K, its shapes are static, and the
+result does not depend on an order of arrival. The kernels of a device's experts are
+gathered over `fsdp` like those of dense layers.
 
 Shape suffixes:
   T tokens             D hidden size        F size of an expert
@@ -187,7 +187,7 @@ def _mix_local(
     """The sum over the choices of these experts; those of other indices count as 0.
 
     Args:
-      parts: the rows are computed in so many parts, of which those without rows are
+      parts: number of parts in which the rows are computed; parts without rows are
         skipped. If the load is balanced over as many devices, nearly all rows of a device
         are in its first two parts; only the most unbalanced load fills all.
     """
@@ -256,8 +256,8 @@ def _mix_local(
 def _to_rows(x_TxD, choices_R, rows_TxK):
     """The token of each row.
 
-    Its transpose and that of `_to_tokens` are gathers: sums with one order on all devices,
-    where autodiff would scatter.
+    Its gradient and that of `_to_tokens` are gathers, whose sums have one order on all
+    devices; autodiff would scatter.
 
     Args:
       choices_R: the choice of each row; rows without one have the number of choices.
@@ -300,8 +300,8 @@ def product(
 ) -> jax.Array:
     """Multiplies each run of rows by one kernel, `[R, O]`; other rows become 0.
 
-    On a TPU this is jax's megablox kernel: XLA's own `ragged_dot` computes the gradient of
-    the kernels with all rows for each of them. Elsewhere a loop over blocks of rows.
+    On a TPU this is jax's megablox kernel, because XLA's own `ragged_dot` multiplies all
+    rows for the gradient of each kernel. Elsewhere it is a loop over blocks of rows.
 
     Args:
       rows_RxI: the rows; on a TPU, R is a multiple of 128.
@@ -339,7 +339,7 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def _megablox(rows_RxI, kernels_ExIxO, sizes_E, transpose=False):
-    # The kernel writes zeros to rows of later groups only: there is one for the rest.
+    # Only rows of groups beyond the kernels become zeros: one such group has the rest.
     rest = (len(rows_RxI) - sizes_E.sum()).astype(jnp.int32)
     inputs, outputs = kernels_ExIxO.shape[1:][:: -1 if transpose else 1]
     return gmm(

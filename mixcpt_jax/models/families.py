@@ -350,7 +350,7 @@ FAMILIES = {
             "model.layers.{}.mlp.gate_up_proj.weight": _GATE_AND_UP,
         },
     ),
-    # Of its models, all layers have experts, as in one scan over layers.
+    # All layers of its models have experts, so one scan runs over them.
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         network={"qk_norm": True},
@@ -408,7 +408,7 @@ def key_of(key_path) -> str:
 
 
 def num_stacked(key: str, family: str) -> int:
-    """The number of leading dimensions of a parameter that count Hugging Face tensors.
+    """The number of leading dimensions of a parameter that index Hugging Face tensors.
 
     They are the layers, and the experts of a layer.
     """

@@ -280,7 +280,7 @@ def _tensors(
 def _tensor(
     key: str, leaf: jax.Array, layer: int, family: str, dtype: str
 ) -> np.ndarray:
-    """One of our parameters in one layer, as Hugging Face stores it; of all its experts."""
+    """One of our parameters in one layer, of all experts, as Hugging Face stores it."""
     array = _layer(leaf, layer) if families.num_stacked(key, family) else leaf
     array = _cast(array, families.norm_offset(key, family), dtype)
     if array.is_fully_addressable:

@@ -196,7 +196,7 @@ class ModelConfig:
 
     @property
     def active_mlp_size(self) -> int:
-        """The columns of the MLPs that a token passes in a layer."""
+        """The columns of the MLPs that process a token in a layer."""
         return self.mlp_size * (self.experts_per_token or 1)
 
     @property

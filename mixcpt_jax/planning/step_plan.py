@@ -81,7 +81,7 @@ def count_flops(
 ) -> Flops:
     """FLOPs by formula: `2 N P` per pass, for N layers of P weights each.
 
-    Of a mixture of experts, only the experts that a token passes count.
+    In a mixture of experts, only the experts that process a token count.
 
     The student has one forward pass and two backward, for the gradients of activations and
     of weights. With adapters there is one backward pass, and the adapters' own products
@@ -320,9 +320,9 @@ def make(
 def _taken(c: transformer.ModelConfig, expert: int) -> float:
     """The share of conditionals whose condition is true.
 
-    They choose between layers with and without a window; or they skip the parts of a
-    mixture of experts that have no rows, see `experts.mix`: all but the first two, if the
-    load is balanced.
+    Conditionals choose between layers with and without a window, or skip the parts of a
+    mixture of experts that have no rows (see `experts.mix`). With a balanced load, these
+    are all but the first two.
     """
     if c.num_experts:
         return min(1.0, 2 / expert)

@@ -154,7 +154,7 @@ class Arm:
 
     @property
     def objective(self) -> str:
-        """The loss of a phase that trains, in words; of another its job."""
+        """The loss of a phase that trains, in words; for another phase, its job."""
         if not self.trains:
             return self.setting("job") or ""
         objective = self.setting("objective") or {}

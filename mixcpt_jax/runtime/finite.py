@@ -75,7 +75,7 @@ def find_broken(params: Any, dtype: str | None = None) -> Broken | None:
 def _make_survey(stacked: tuple[int, ...], everywhere: NamedSharding | None):
     """The largest magnitude of each tensor, infinite if it holds a NaN.
 
-    `stacked` are the numbers of the parameters' leading dimensions that count tensors.
+    `stacked` is, for each parameter, how many leading dimensions index its tensors.
 
     NaNs are replaced first: XLA's maximum on CPUs loses them.
     """

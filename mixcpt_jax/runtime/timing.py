@@ -34,7 +34,7 @@ class Timing:
     def __init__(self, recorder: goodput.Recorder | None = None):
         """
         Args:
-          recorder: gets each activity too.
+          recorder: is reported each activity too.
         """
         self._recorder = recorder
         self._began = time.time()

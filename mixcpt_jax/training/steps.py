@@ -39,8 +39,7 @@ COMPILER_OPTIONS = {
         "xla_enable_async_all_gather": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     },
-    # Overlap collectives with computation, as jax's advice for several GPUs says. This has
-    # not been timed.
+    # Overlaps collectives with computation, as jax recommends for several GPUs; not timed.
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
 }
 
@@ -150,8 +149,8 @@ def make_eval_step(
     All scoring uses it: runs, `evaluate`, `lm-eval`, selection and the reference of pairs
     take their log-likelihoods, `-ntp` in nats, from this step. With `start_params` the
     result also has `kl`: KL(start || now) at each target, nats, in the same sweep. In a
-    mixture of experts it then has `router_drift`: the share of the choices of each token's
-    experts, over all layers, that the start did not make.
+    mixture of experts it then has `router_drift`: the share of each token's experts, over
+    all layers, that the start did not choose.
 
     Args:
       forward: from `transformer.make_forward`.
