@@ -131,7 +131,8 @@ case "$*" in
     *"mixcpt_jax plan"*) set -- "$@" --topology=v5e:2x2 --config.mesh.data=1 \\
         --config.mesh.fsdp=4 --config.data.batch_size=4 --config.data.row_length=1024 \\
         --config.model.architecture=ARCHITECTURES/smollm2_135m.json ;;
-    *mixcpt_jax.main*:v*) set -- "$@" --config.mesh.data=1 --config.mesh.fsdp=1 \\
+    *mixcpt_jax.main*:v*|*configs/one_gpu.py*) set -- "$@" --config.mesh.data=1 \\
+        --config.mesh.fsdp=1 \\
         --config.data.batch_size=2 --config.eval.batch_size=2 \\
         --config.model.architecture= --config.data.row_length=64 \\
         --config.optimizer.accumulation_steps=1 \\
