@@ -118,8 +118,10 @@ def configs(tmp_path_factory):
     return found
 
 
-# They change the parameters.
+# They change the parameters, or mean nothing at their default.
 OF_SHAPES = {
+    "num_experts",
+    "experts_per_token",
     "qkv_bias",
     "qk_norm",
     "qk_norm_over_heads",
