@@ -13,6 +13,16 @@ BUDGET = 0.15  # of the arms with a budget
 EVALUATIONS = 8  # of the arms with a budget, after the start
 # The path of a source that the phase "generate" writes.
 GENERATED = "phase:generate/generated"
+# General text of an arm -> its sources: (name, file, format, part of the text).
+SOURCES = {
+    "questions": (
+        ("instructions", "instructions.jsonl", "instruction", 0.6),
+        ("preferences", "preferences.jsonl", "preference", 0.4),
+    ),
+    "documents": (("replay", "rehearsed_documents.jsonl", "document", 1.0),),
+    "samples": (("samples", GENERATED, "document", 1.0),),
+    "comprehension": (("comprehension", GENERATED, "document", 1.0),),
+}
 
 
 @dataclasses.dataclass(frozen=True)

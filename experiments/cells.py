@@ -4,6 +4,7 @@ A cell is a frozen dataclass with at least `arm`, `rate` and `seed`; a study map
 config. A record holds its results as plain JSON values.
 """
 
+import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -250,6 +251,27 @@ def load(folder: pathlib.Path) -> list[Record]:
         for file in sorted(folder.glob("*.json"))
         for record in json.loads(file.read_text())["cells"]
     ]
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, name: str, folder: pathlib.Path
+) -> tuple[argparse.Namespace, pathlib.Path, pathlib.Path]:
+    """The flags of a study, its working folder and the folder of its records.
+
+    Args:
+      parser: with the study's own flags; those that all studies have are added.
+      name: of the study.
+      folder: of the committed records.
+    """
+    parser.add_argument("--tiny", action="store_true", help="a quick trial of the code")
+    parser.add_argument("--workdir", help=f"default: runs/{name}[_tiny]")
+    parser.add_argument(
+        "--results", help="default: results/ here, or in a tiny workdir"
+    )
+    flags = parser.parse_args()
+    root = pathlib.Path(flags.workdir or f"runs/{name}{'_tiny' * flags.tiny}")
+    results = flags.results or (root / "results" if flags.tiny else folder)
+    return flags, root, pathlib.Path(results)
 
 
 class Workers:

@@ -4,10 +4,10 @@ import dataclasses
 import itertools
 import json
 import re
-import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -370,9 +370,7 @@ def test_a_tiny_study_runs_and_runs_nothing_twice(project, tmp_path):
     ]
 
     def once():
-        done = subprocess.run(command, cwd=project, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout.splitlines()
+        return processes.lines_of(command, project)
 
     first = once()
     assert len(first) == 1 + len(run.CLAIMS)

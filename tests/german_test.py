@@ -1,9 +1,9 @@
 """The German study: its cells are valid, and its data are split correctly."""
 
 import json
-import subprocess
 import sys
 
+import processes
 import pytest
 
 from experiments import cells, tables
@@ -131,9 +131,7 @@ def test_a_tiny_study_runs_and_runs_nothing_twice(longer_model, project, tmp_pat
     command += [f"--handbook={handbook}", f"--data={general}", f"--workdir={workdir}"]
 
     def once():
-        done = subprocess.run(command, cwd=project, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout.splitlines()
+        return processes.lines_of(command, project)
 
     assert len(once()) == 2 + len(run.CLAIMS)
     assert once() == []  # every cell has a record

@@ -412,7 +412,7 @@ def test_a_phase_ends_with_the_last_checkpoint_within_its_budget(
     assert sentence == (
         f"cpt: spent {spent} of {BUDGET}; ends with step 3, as step 6 exceeds the budget."
     )
-    html = page.render(arms)
+    html = page.render(arms).html
     assert sentence in html
     assert "domain: KL(start ‖ now), nats per token" in html
     # The next phase starts from it.

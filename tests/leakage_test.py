@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.data import formats, mixture
@@ -14,18 +15,7 @@ from mixcpt_jax.models import attention, transformer
 from mixcpt_jax.objectives import over_tokens, teachers
 from mixcpt_jax.training import steps
 
-CONFIG = transformer.ModelConfig(
-    family="llama",
-    vocab_size=64,
-    hidden_size=32,
-    mlp_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=8,
-    max_positions=64,
-    rope_theta=1e4,
-)
+CONFIG = tiny.architecture(vocab_size=64, max_positions=64)
 # The third document is longer than two rows.
 LENGTHS = (9, 14, 60, 7, 3, 20, 11, 16)
 ROW_LENGTH = 24

@@ -9,6 +9,7 @@ import pathlib
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -180,3 +181,10 @@ def _run(
     finally:
         # Processes of multiprocessing do not do so; jax leaves the other hosts here.
         atexit._run_exitfuncs()
+
+
+def lines_of(command: list[str], folder: pathlib.Path) -> list[str]:
+    """What a command that must succeed writes to stdout, run in a folder."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()

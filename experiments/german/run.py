@@ -86,19 +86,12 @@ def main() -> None:
     parser.add_argument("--handbook", required=True, help="the unpacked package")
     parser.add_argument("--data", required=True, help="general text, see `data.write`")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--tiny", action="store_true", help="a quick trial of the code")
-    parser.add_argument("--workdir", help="default: runs/german[_tiny]")
-    parser.add_argument(
-        "--results", help="default: results/ here, or in a tiny workdir"
-    )
-    arguments = parser.parse_args()
+    arguments, root, results = cells.parse_flags(parser, "german", RESULTS)
     tiny = arguments.tiny
-    root = pathlib.Path(arguments.workdir or f"runs/german{'_tiny' * tiny}")
-    results = arguments.results or (root / "results" if tiny else RESULTS)
     settings = TINY if tiny else {}
     folder, start = root / "data", root / "start"
     data.write(pathlib.Path(arguments.handbook), pathlib.Path(arguments.data), folder)
-    records = cells.Records(pathlib.Path(results), STUDY)
+    records = cells.Records(results, STUDY)
     model = start / "export/hf"
     if not (model / "config.json").exists():
         cell = dataclasses.replace(healing(str(folder)), **settings)

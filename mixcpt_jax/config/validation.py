@@ -54,17 +54,16 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
             f"optimizer.spike_factor={optimizer.spike_factor}: needs train.max_skipped, "
             "which is 0; set it to how many steps in a row may be skipped"
         )
-    if config.metrics.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise InputError(
-            f"metrics.wandb_project={config.metrics.wandb_project}: the package wandb is "
-            "not installed; run `pip install wandb`, or leave it empty"
-        )
-    job = config.metrics.goodput_job
-    if job and importlib.util.find_spec("ml_goodput_measurement") is None:
-        raise InputError(
-            f"metrics.goodput_job={job}: the package ml-goodput-measurement is not "
-            "installed; run `pip install ml-goodput-measurement`, or leave it empty"
-        )
+    for key, package in (
+        ("wandb_project", "wandb"),
+        ("goodput_job", "ml-goodput-measurement"),
+    ):
+        value = config.metrics[key]
+        if value and importlib.util.find_spec(package.replace("-", "_")) is None:
+            raise InputError(
+                f"metrics.{key}={value}: the package {package} is not installed; run "
+                f"`pip install {package}`, or leave it empty"
+            )
     preference, lora = config.preference, config.lora
     if preference.loss == "ipo" and preference.label_smoothing:
         raise InputError(

@@ -264,13 +264,10 @@ def _tensors(
     inside = {key for keys in fused.values() for key in keys}
     for key in (key for key in leaves if key not in inside):
         names = families.tensor_names(key, leaves[key].shape, family)
-        for i in range(len(names) if names.ndim else 1):
+        for i, of_layer in enumerate(np.atleast_1d(names)):
             tensor = _tensor(key, leaves[key], i, family, dtype)
-            if names.ndim < 2:
-                yield str(names[i] if names.ndim else names), tensor
-                continue
-            for name, of_expert in zip(names[i], tensor, strict=True):
-                yield str(name), of_expert
+            for expert, name in np.ndenumerate(of_layer):
+                yield str(name), tensor[expert]
     for name, keys in fused.items():
         for i in range(len(leaves[keys[0]])):
             parts = [_tensor(key, leaves[key], i, family, dtype) for key in keys]

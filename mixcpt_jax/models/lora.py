@@ -58,20 +58,25 @@ class Lora:
         return self.alpha / self.rank
 
 
-def abstract_adapters(config: ModelConfig, lora: Lora, dtype=jnp.float32) -> Params:
-    """Shapes and dtypes of the adapters: `{"layers": {"query_lora_a": ...}}`.
-
-    `a` is `[N, in, rank]` and `b` is `[N, rank, out]`, for each target.
-
-    Raises:
-      InputError: a target is a kernel of experts.
-    """
+def check_targets(config: ModelConfig, lora: Lora) -> None:
+    """Raises `InputError` if a target is a kernel of experts."""
     of_experts = [name for name in lora.targets if name in ("gate", "up", "down")]
     if config.num_experts and of_experts:
         raise InputError(
             f"lora.targets: {', '.join(of_experts)} are kernels of experts, which have no "
             "adapters; choose some of query, key, value, output"
         )
+
+
+def abstract_adapters(config: ModelConfig, lora: Lora, dtype=jnp.float32) -> Params:
+    """Shapes and dtypes of the adapters: `{"layers": {"query_lora_a": ...}}`.
+
+    `a` is `[N, in, rank]` and `b` is `[N, rank, out]`, for each target.
+
+    Raises:
+      InputError: see `check_targets`.
+    """
+    check_targets(config, lora)
     kernels = abstract_params(config, dtype)["layers"]
     adapters = {}
     for name in lora.targets:

@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -64,8 +64,21 @@ _POINTS = 100
 _TEMPLATE = "package:mixcpt_jax/assets/report.html"
 
 
-def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
-    """Renders the page as HTML.
+class Page(NamedTuple):
+    """A page.
+
+    Attributes:
+      html: the page, which needs no other file.
+      data: the data of all its figures as CSV. The columns are the figure, the series in
+        it, x, y, and the bounds of the 95 % interval of y where there is one.
+    """
+
+    html: str
+    data: str
+
+
+def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> Page:
+    """Renders the page and the data of its figures.
 
     Args:
       arms: from `run_records.load`.
@@ -84,26 +97,16 @@ def render(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
     style, script = (_between(source, tag) for tag in ("style", "script"))
     with np.errstate(all="ignore"):  # measures of a diverged run overflow
         content = _content(arms, domain)
-    return environment.from_string(source).render(
+    html = environment.from_string(source).render(
         policy="default-src 'none'; base-uri 'none'; form-action 'none'; "
         f"style-src {_hash(style)}; script-src {_hash(script)}",
         **content,
     )
-
-
-def data(arms: Sequence[Arm], domain: Sequence[str] = ()) -> str:
-    """The data of all figures of the page as CSV; arguments as for `render`.
-
-    The columns are the figure, the series in it, x, y, and the bounds of the 95 % interval
-    of y where there is one.
-    """
-    with np.errstate(all="ignore"):
-        content = _content(arms, domain)
-    lists = [
-        content[part] for part in ("planes", "merges", "curves", "mixtures", "swaps")
-    ]
-    entries = itertools.chain(*lists, content["changes"]["panels"])
-    return _csv(entry["figure"] for entry in entries)
+    parts = ("planes", "merges", "curves", "mixtures", "swaps")
+    entries = itertools.chain(
+        *(content[part] for part in parts), content["changes"]["panels"]
+    )
+    return Page(html, _csv(entry["figure"] for entry in entries))
 
 
 def _csv(shown: Iterable[figures.Figure]) -> str:

@@ -50,8 +50,9 @@ def write_page(
       file: of the page.
       arms, domain: as for `page.render`.
     """
-    paths.replace(file, page.render(arms, domain))
-    paths.replace(file.with_suffix(".csv"), page.data(arms, domain))
+    html, data = page.render(arms, domain)
+    paths.replace(file, html)
+    paths.replace(file.with_suffix(".csv"), data)
 
 
 def comparison(

@@ -801,7 +801,7 @@ def check_model(
         )
     _check_mesh(config, model_config, num_devices, "model")
     if (lora := _lora(config.lora)) is not None:
-        lora_lib.abstract_adapters(model_config, lora)
+        lora_lib.check_targets(model_config, lora)
 
 
 def _check_mesh(
