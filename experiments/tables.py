@@ -18,17 +18,18 @@ import re
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from experiments import cells
+from experiments import cells, figures
 from experiments.arms import ARMS
 from experiments.book import run as book_run
 from experiments.controlled import adaptive, confidence, cost, run
 from experiments.controlled.config import MERGED_SHARES
 from experiments.controlled.run import HIGH, HIGH_RATES, KEEP_RATES, RATE, RATES
+from experiments.german import figure as german_figure
 from experiments.german import run as german_run
 from mixcpt_jax.core import intervals
 from mixcpt_jax.reporting import report as report_lib
@@ -529,8 +530,8 @@ def summary(records: list[Record], german: list[Record]) -> str:
         f"{measured('self_replay')}.",
         "Where a model has already read the domain alone, taking back a fifth of the "
         f"change costs only evaluation: it {merged}.",
-        "These models have a million parameters and live in an invented world. "
-        + german_sentence(german),
+        "These models have a million parameters and live in an invented world. A real "
+        "one: " + german_sentence(german),
     )
     return "\n".join(
         textwrap.fill(f"{number}. {text}", 88, subsequent_indent="   ")
@@ -546,16 +547,25 @@ def german_sentence(german: list[Record]) -> str:
         for record in german
         if record["seed"] == 0 and record["rate"] in (0, rate) and record.get("start")
     }
-    start, plain, mixed = (after[arm] for arm in ("none", "plain", "mixture_lssd20"))
+    start, *ends = (
+        after[arm] for arm in ("none", "plain", "mixture_ntp", "mixture_lssd20")
+    )
+
+    def listed(values: Iterable[str]) -> str:
+        *others, last = values
+        return f"{', '.join(others)} and {last}"
 
     def perplexities(text: str) -> str:
-        before, *ends = (_perplexity(a[f"{text}/loss"]) for a in (start, plain, mixed))
-        return f"{before} to {ends[0]} and {ends[1]}"
+        before, *now = (f"{math.exp(a[f'{text}/loss']):.1f}" for a in (start, *ends))
+        return f"{before} to {listed(now)}"
 
+    lost = sorted(f"{100 * (start[LAMBADA] - end[LAMBADA]):.0f}" for end in ends)
     return (
-        f"SmolLM2-135M reading German at a rate of {rate:g}, one seed: perplexity goes "
-        f"from {perplexities('unread_pages')} under plain pre-training and the default, "
-        f"that of English WikiText-2 from {perplexities('wikitext')}."
+        f"SmolLM2-135M reads a German handbook (one seed, rate {rate:g}). Under plain CPT, "
+        "NTP on the mixture and the default, the perplexity of German goes from "
+        f"{perplexities('unread_pages')}, that of English (WikiText-2) from "
+        f"{perplexities('wikitext')}. LAMBADA, prose unlike the mixture, loses "
+        f"{' to '.join(dict.fromkeys((lost[0], lost[-1])))} points under each."
     )
 
 
@@ -754,12 +764,13 @@ def _perplexity(loss: float) -> str:
     return f"{math.exp(loss):.2f}"
 
 
+LAMBADA = "lambada/exact"
 # Study of a real model -> its measures: column -> (measure, form). Shares are in percent.
 _EXAMS = {
     "ARC-easy": ("arc_easy/exam", _per_cent),
     "PIQA": ("piqa/exam", _per_cent),
     "OpenBookQA": ("openbook_qa/exam", _per_cent),
-    "LAMBADA": ("lambada/exact", _per_cent),
+    "LAMBADA": (LAMBADA, _per_cent),
 }
 _WIKITEXT = {"WikiText-2, perplexity": ("wikitext/loss", _perplexity)}
 BOOK = {
@@ -884,25 +895,6 @@ def real_merge_table(records: list[Record], columns: _Columns) -> str:
     return _table(["arm, rate", "share of the change", *columns], rows)
 
 
-class Style(NamedTuple):
-    """How a plot shows an arm: the label beside its curve, color and marker."""
-
-    label: str
-    color: str
-    marker: str
-
-
-# The arms that carry the claims. The colors are those of Okabe and Ito, which readers with
-# any common color blindness tell apart.
-STYLES = {
-    "plain": Style("plain CPT", "#000000", "s"),
-    "mixture_ntp": Style("mixture, NTP", "#D55E00", "^"),
-    "mixture_lssd20": Style("mixture,\n0.8 NTP +\n0.2 LSSD", "#0072B2", "o"),
-    "ntp_kl": Style("NTP on domain,\nKL on general", "#009E73", "D"),
-    "mixture_lssd": Style("mixture, LSSD alone", "#CC79A7", "v"),
-    "self_replay": Style("replay of own samples,\nno general data", "#E69F00", "P"),
-    "plain_merged": Style("plain CPT, merged\nwith the start", "#56B4E9", "X"),
-}
 # Base -> arm -> place of the label: kept, use, and the side of the label that is there.
 _LABELS = {
     "chat": {
@@ -929,18 +921,18 @@ _LABELS = {
 
 
 def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
-    """The arms of `STYLES` as curves over learning rates, use against kept.
+    """The arms of `figures.STYLES` as curves over learning rates, use against kept.
 
     Bars are 95 % intervals over seeds. Where use stays low, a second panel shows the lower
     part of the square.
     """
     tops = sorted({100, _top(base)}, reverse=True)
-    pyplot = _pyplot()
+    pyplot = figures.pyplot()
     figure, axes = pyplot.subplots(
         1, len(tops), figsize=(6.2 * len(tops), 5.6), squeeze=False
     )
     for axis, top in zip(axes[0], tops, strict=True):
-        for arm, style in STYLES.items():
+        for arm, style in figures.STYLES.items():
             found = list(curves(records, base, arm).values())
             if not found:
                 continue
@@ -948,7 +940,7 @@ def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
             _draw_curve(axis, found, style, label)
         _label_axes(axis, base, top)
     figure.tight_layout()
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 # The arms of the figure of ways to keep: kept, use and side of the label.
@@ -962,21 +954,21 @@ _KEEP_LABELS = {
 
 def draw_keep(records: list[Record], path: pathlib.Path) -> None:
     """Use against kept on the chat base, with and without general data."""
-    figure, axis = _pyplot().subplots(figsize=(6.6, 5.2))
+    figure, axis = figures.pyplot().subplots(figsize=(6.6, 5.2))
     for arm, (x, y, side) in _KEEP_LABELS.items():
         found = list(curves(records, "chat", arm, KEEP_RATES).values())
         if found:
-            _draw_curve(axis, found, STYLES[arm], (x, y, side))
+            _draw_curve(axis, found, figures.STYLES[arm], (x, y, side))
     merged = list(merge_curves(records, "plain_merged", RATE).values())
     if merged:
-        _draw_curve(axis, merged, STYLES["plain_merged"], (60, 30, "left"))
+        _draw_curve(axis, merged, figures.STYLES["plain_merged"], (60, 30, "left"))
     _label_axes(axis, "chat", 100)
     figure.tight_layout()
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _draw_curve(
-    axis, found, style: Style, place: tuple[float, float, str] | None
+    axis, found, style: figures.Style, place: tuple[float, float, str] | None
 ) -> None:
     """A curve with its bars, and its label, if any, at (kept, use, side)."""
     (kept, kept_bars), (use, use_bars) = _means_and_bars(found)
@@ -995,12 +987,12 @@ def _draw_curve(
 
 def draw_others(records: list[Record], base: str, path: pathlib.Path) -> None:
     """A panel for each arm that `draw` leaves out, with next-token prediction in grey."""
-    arms = [a for a in ARMS if a not in STYLES and curves(records, base, a)]
+    arms = [a for a in ARMS if a not in figures.STYLES and curves(records, base, a)]
     if not arms:
         return
     columns = min(4, len(arms))
     rows = -(-len(arms) // columns)
-    figure, axes = _pyplot().subplots(
+    figure, axes = figures.pyplot().subplots(
         rows, columns, figsize=(3.1 * columns, 3.1 * rows), sharex=True, sharey=True,
         squeeze=False,
     )  # fmt: skip
@@ -1020,7 +1012,7 @@ def draw_others(records: list[Record], base: str, path: pathlib.Path) -> None:
         _label_axes(axis, base, _top(base))
         axis.label_outer()
     figure.tight_layout()
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _means_and_bars(
@@ -1051,21 +1043,6 @@ def _label_axes(axis, base: str, top: int) -> None:
     axis.set_xlabel(f"kept: {kept}")
     axis.set_ylabel(f"use: {use}")
     axis.grid(alpha=0.3)
-
-
-def _pyplot():
-    # Imported here: tables need no plots, and it is slow.
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure, path: pathlib.Path) -> None:
-    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    _pyplot().close(figure)
 
 
 def run_table(study: str, roles: Mapping[str, str] | None = None) -> str:
@@ -1184,6 +1161,7 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "book": lambda: real_table(book, BOOK, is_aligned=False),
         "book-changes": lambda: real_changes_table(book, BOOK),
         "book-alignment": lambda: real_table(book, BOOK, is_aligned=True),
+        "german-sentence": lambda: textwrap.fill(german_sentence(german), 88),
         "german": lambda: real_table(german, GERMAN, is_aligned=False),
         "german-changes": lambda: real_changes_table(german, GERMAN),
         "german-merge": lambda: real_merge_table(german, GERMAN),
@@ -1231,6 +1209,7 @@ def main() -> None:
         return
     for page in PAGES:
         page.write_text(fill(page.read_text(), records))
+    german_figure.draw(cells.load(german_run.RESULTS), FOLDER / "german" / "german.png")
     draw_keep(records, FOLDER / "controlled" / "keep.png")
     for base in JUDGED:
         if any(curves(records, base, arm) for arm in ARMS):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import cells, tables
+from experiments import cells, figures, tables
 from experiments.arms import ARMS
 from experiments.controlled import run, world
 from experiments.controlled.config import MERGED_SHARES, Cell, make
@@ -333,12 +333,12 @@ def test_bars_of_a_plot_stay_within_shares():
 
 def test_the_arms_of_a_plot_look_different():
     for key in ("color", "marker"):
-        assert len({getattr(s, key) for s in tables.STYLES.values()}) == len(
-            tables.STYLES
+        assert len({getattr(s, key) for s in figures.STYLES.values()}) == len(
+            figures.STYLES
         )
     records = cells.load(run.RESULTS)
     for base, labels in tables._LABELS.items():
-        shown = {arm for arm in tables.STYLES if tables.curves(records, base, arm)}
+        shown = {arm for arm in figures.STYLES if tables.curves(records, base, arm)}
         assert set(labels) == shown
 
 

@@ -3,12 +3,13 @@
 import json
 import sys
 
+import numpy as np
 import processes
 import pytest
 
 from experiments import cells, tables
 from experiments.arms import ARMS
-from experiments.german import config, data, run
+from experiments.german import config, data, figure, run
 from mixcpt_jax import config as config_lib
 
 PLANNED = [run.healing("data")] + [
@@ -139,3 +140,29 @@ def test_a_tiny_study_runs_and_runs_nothing_twice(longer_model, project, tmp_pat
     assert len(records) == 2 + len(run.CLAIMS)
     rows = tables.real_table(records, tables.GERMAN, is_aligned=False).splitlines()[2:]
     assert len(rows) == len(records)
+
+
+def _record(german, english, questions="0"):
+    after = {"unread_pages/loss": np.log(german), "wikitext/loss": np.log(english)}
+    answers = {name: questions for name in figure.EXAMS}
+    phase = {"after": after, "questions": answers}
+    return {"rate": 1e-3, "phases": {"cpt": phase}}
+
+
+def test_figure_takes_the_geometric_mean_of_the_seeds():
+    found = figure.perplexities([_record(10, 20), _record(40, 80)])
+    np.testing.assert_allclose(found[1e-3], (40, 20))
+
+
+def test_figure_shows_changes_in_points_with_intervals_over_questions():
+    start, end = _record(1, 1, "0011" * 25), _record(1, 1, "1011" * 25)
+    for change, low, high in figure.changes(start, end).values():
+        assert change == 25
+        assert 10 < low < 25 < high < 40
+
+
+@pytest.mark.slow
+def test_figure_has_a_light_and_a_dark_file(tmp_path):
+    figure.draw(cells.load(run.RESULTS), tmp_path / "a.png")
+    light, dark = (tmp_path / name for name in ("a.png", "a-dark.png"))
+    assert light.read_bytes() != dark.read_bytes()

@@ -1,0 +1,132 @@
+"""The figure of the German study: what is learned against what is kept."""
+
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from experiments import cells, figures
+from experiments.german import run
+from mixcpt_jax.core import intervals
+
+ARMS = {
+    "plain": "plain CPT",
+    "mixture_ntp": "the mixture, NTP alone",
+    "mixture_lssd20": "the mixture, 0.8 NTP + 0.2 LSSD (default)",
+    "self_replay": "no general data: KL on the model's own samples",
+}
+EXAMS = {
+    "translation": "which English sentence\ntranslates the German",
+    "arc_easy": "ARC-easy",
+    "piqa": "PIQA",
+    "openbook_qa": "OpenBookQA",
+    "lambada": "LAMBADA",
+}
+RATE = run.RATES[1]  # of the changes
+LEARNED, KEPT = "unread_pages/loss", "wikitext/loss"
+
+
+def perplexities(records: Iterable[cells.Record]) -> dict[float, tuple[float, float]]:
+    """Rate -> perplexity of English and of German, the geometric mean over seeds."""
+    losses: dict[float, list[tuple[float, float]]] = {}
+    for record in records:
+        after = next(iter(record["phases"].values()))["after"]
+        losses.setdefault(record["rate"], []).append((after[KEPT], after[LEARNED]))
+    return {
+        rate: tuple(np.exp(np.mean(losses[rate], axis=0))) for rate in sorted(losses)
+    }
+
+
+def changes(
+    start: cells.Record, end: cells.Record
+) -> dict[str, tuple[float, float, float]]:
+    """Exam -> (change, low, high) in points: 95 % intervals over the same questions."""
+    before, after = (
+        next(iter(record["phases"].values()))["questions"] for record in (start, end)
+    )
+    found = {}
+    for name in EXAMS:
+        answers = [np.array(list(text), int) for text in (before[name], after[name])]
+        change = statistics.fmean(answers[1]) - statistics.fmean(answers[0])
+        low, high = intervals.change_of_share(*answers)
+        found[name] = (100 * change, 100 * low, 100 * high)
+    return found
+
+
+def draw(records: list[cells.Record], path: pathlib.Path) -> None:
+    """Writes the figure, light and dark; see `figures.save_themes`."""
+    (start,) = (r for r in records if r["arm"] == "none" and r["start"])
+    found = {arm: [r for r in records if r["arm"] == arm] for arm in ARMS}
+    found = {arm: those for arm, those in found.items() if those}
+
+    def draw_one(shown: Callable[[str], str]) -> Any:
+        figure, (left, right) = figures.pyplot().subplots(
+            1, 2, figsize=(10.4, 4.4), width_ratios=(1.15, 1)
+        )
+        lines = [
+            _draw_perplexities(left, start, those, figures.STYLES[arm], shown)
+            for arm, those in found.items()
+        ]
+        _label_perplexities(left, start)
+        for place, (arm, those) in enumerate(found.items()):
+            first = (r for r in those if r["rate"] == RATE and r["seed"] == 0)
+            for record in first:
+                offset = (place - (len(found) - 1) / 2) * 0.18
+                measured = changes(start, record)
+                _draw_changes(right, measured, figures.STYLES[arm], offset, shown)
+        _label_changes(right)
+        figure.legend(
+            lines, [ARMS[arm] for arm in found], loc="lower center", frameon=False,
+            bbox_to_anchor=(0.5, 0.97), ncols=2, columnspacing=3,
+        )  # fmt: skip
+        figure.tight_layout(w_pad=2)
+        return figure
+
+    figures.save_themes(draw_one, path)
+
+
+def _draw_perplexities(axis, start, records, style: figures.Style, shown) -> Any:
+    points = [*perplexities([start]).values(), *perplexities(records).values()]
+    kept, learned = zip(*points, strict=True)
+    color = shown(style.color)
+    axis.plot(kept, learned, color=color, lw=1.2, alpha=0.5)
+    (line,) = axis.plot(
+        kept[1:], learned[1:], color=color, marker=style.marker, ms=9, lw=2
+    )
+    return line
+
+
+def _label_perplexities(axis, start) -> None:
+    ((kept, learned),) = perplexities([start]).values()
+    axis.plot([kept], [learned], "*", ms=15, color="#8B949E")
+    axis.annotate(
+        "start", (kept, learned), (-12, -5), textcoords="offset points", ha="right"
+    )
+    axis.set(xscale="log", yscale="log")
+    for which in (axis.xaxis, axis.yaxis):
+        which.set_major_locator(figures.ticks(10, 12, 15, 18, 20, 25, 30, 40, 50, 60))
+        which.set_major_formatter("{x:g}")
+        which.set_minor_locator(figures.ticks())
+        which.set_inverted(True)
+    axis.set_xlabel("English, perplexity on WikiText-2    (kept better →)")
+    axis.set_ylabel("German, perplexity of unread pages    (better →)")
+    axis.grid(alpha=0.25)
+
+
+def _draw_changes(axis, measured, style: figures.Style, offset: float, shown) -> None:
+    change, low, high = np.array(list(measured.values())).T
+    axis.errorbar(
+        change, np.arange(len(measured)) + offset, xerr=(change - low, high - change),
+        fmt=style.marker, color=shown(style.color), ms=6.5, elinewidth=1.3,
+    )  # fmt: skip
+
+
+def _label_changes(axis) -> None:
+    axis.axvline(0, color="#8B949E", lw=1)
+    axis.set_yticks(range(len(EXAMS)), EXAMS.values())
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel(f"change of correct answers in points, rate {RATE:g}")
+    axis.grid(alpha=0.25, axis="x")
