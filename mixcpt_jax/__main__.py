@@ -4,6 +4,7 @@ import importlib
 import sys
 
 from mixcpt_jax.cli import COMMANDS
+from mixcpt_jax.core import text as text_lib
 from mixcpt_jax.runtime import terminal
 
 
@@ -18,8 +19,8 @@ def main() -> None:
         terminal.show("\n`mixcpt COMMAND --help` explains a command.")
         return
     if name not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        sys.exit(f"mixcpt: {name!r} is not a command; use one of {known}")
+        problem = f"error: mixcpt {text_lib.value(name)}: no such command"
+        sys.exit(f"{problem}; {text_lib.advice(name, COMMANDS)}")
     module, _ = COMMANDS[name]
     sys.argv = [f"mixcpt {name}", *sys.argv[2:]]
     importlib.import_module(module).start()

@@ -21,6 +21,7 @@ from ml_collections import config_flags
 
 from mixcpt_jax.cli import command, shipped
 from mixcpt_jax.core import system
+from mixcpt_jax.core import text as text_lib
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import terminal
 
@@ -50,13 +51,12 @@ class _ConfigParser(flags.ArgumentParser):
 
 def _check_deliberate(name: str, keys: list[str], known: Iterable[str]) -> None:
     """Checks that flags add a source on purpose: they must also give its share."""
-    from mixcpt_jax import config as config_lib
 
     key = f"sources.{name}"
     if f"{key}.weight" not in keys:
         raise InputError(
             f"--config.{key}.path: the config has no source {name!r}; to add one, give its "
-            f"share too, as in --config.{key}.weight=0.2; {config_lib.advice(name, known)}"
+            f"share too, as in --config.{key}.weight=0.2; {text_lib.advice(name, known)}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import pathlib
+import tomllib
 
 import document_folder
 import fields_test
@@ -271,15 +272,38 @@ def test_the_command_needs_no_model(folder, launcher):
 
 
 def test_a_missing_library_is_named_before_anything_is_read(tmp_path, monkeypatch):
-    for kind, module in documents.LIBRARIES.items():
+    for kind, (module, packages) in documents.LIBRARIES.items():
         file = tmp_path / f"a.{kind}"
         file.write_bytes(b"")
-        monkeypatch.setitem(documents.LIBRARIES, kind, f"no_{module}")
+        missing = f"no_{module}", packages
+        monkeypatch.setitem(documents.LIBRARIES, kind, missing)
         with pytest.raises(InputError) as error:
             sources.read(str(file))
         line = f"reader '{kind}': the package no_{module} is not installed; run "
         assert str(error.value).startswith(line)
-        assert "`pip install 'mixcpt_jax[documents]'`" in str(error.value)
+        assert f"`pip install {packages}`" in str(error.value)
+
+
+def test_the_commands_that_install_a_library_are_of_the_extra():
+    file = pathlib.Path(__file__).parent.with_name("pyproject.toml")
+    project = tomllib.loads(file.read_text())
+    extra = project["project"]["optional-dependencies"]["documents"]
+    packages = " ".join(packages for _, packages in documents.LIBRARIES.values())
+    assert [part.partition(">=")[0] for part in extra] == packages.split()
+
+
+def test_an_inspection_without_a_library_shows_the_other_files(tmp_path, monkeypatch):
+    (tmp_path / "a.html").write_text("<p>One.</p>")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
+    (tmp_path / "c.txt").write_text("three")
+    monkeypatch.setitem(documents.LIBRARIES, "html", ("no_library", "library"))
+    config = config_lib.default()
+    config.sources.domain = config_lib.source(path=str(tmp_path))
+    lines = []
+    with pytest.raises(InputError, match="refused or not read above; correct it$"):
+        lines.extend(inspection.inspect(config, 60.0))
+    assert "  records: 2, 8 characters" in lines
+    assert any("not read: reader 'html': the package no_library" in x for x in lines)
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])),

@@ -21,7 +21,7 @@ from mixcpt_jax.data import corpus, files, readers, sources
 def warned(monkeypatch):
     """What is logged."""
     lines = []
-    monkeypatch.setattr(sources.logging, "warning", lambda f, *a: lines.append(f % a))
+    monkeypatch.setattr(files.logging, "warning", lambda f, *a: lines.append(f % a))
     return lines
 
 

@@ -10,7 +10,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax import main
+from mixcpt_jax import __main__, main
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.jobs import export, train
@@ -268,7 +268,8 @@ def test_a_number_out_of_bounds_is_refused_before_sizes_are_chosen(
     ("given", "problem"),
     [
         (["--config=none.py:tiny"], "--config=none.py:tiny: no such file below "),
-        (["--config", "quickstar"], "--config=quickstar: no such file below "),
+        (["--config", "quickstar"], "did you mean quickstart?"),
+        (["--config=configs/mixctp.py:laptop"], "did you mean mixcpt?"),
         (["--config=", "--config.train.num_steps=3"], "--config=: no such file below "),
         (["--config=none", "--config.sources.a.path=b"], "none: no such file below "),
         (["--config=mixcpt.txt"], "mixcpt.txt: no such file below "),
@@ -284,7 +285,7 @@ def test_a_missing_config_file(given, problem, monkeypatch, capsys):
         main._parse(sys.argv)
     [line] = capsys.readouterr().err.splitlines()
     assert problem in line
-    assert "quickstart" in line
+    assert "quickstart" in line or "did you mean" in line
     assert "earlier failure" not in line
 
 
@@ -436,3 +437,9 @@ def test_a_cluster_gets_json_that_begins_with_devices_and_model(
     assert (
         capsys.readouterr().err == f"last: finished before, in {tmp_path / 'third'}\n"
     )
+
+
+def test_a_misspelled_command_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mixcpt", "reprot"])
+    with pytest.raises(SystemExit, match="error: mixcpt reprot: .* mean report?"):
+        __main__.main()

@@ -19,7 +19,7 @@ from pyarrow import parquet as pq
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError
-from mixcpt_jax.data import corpus, readers, sources
+from mixcpt_jax.data import corpus, files, readers, sources
 
 RECORDS = [
     {
@@ -278,7 +278,7 @@ def test_a_bucket_is_read_as_a_disk_is(tmp_path, bucket, tfds_folder):
 
 def test_a_folder_is_read_by_what_lies_in_it(tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr(sources.logging, "warning", lambda *args: warnings.append(args))
+    monkeypatch.setattr(files.logging, "warning", lambda *args: warnings.append(args))
     for name in ("b", "a"):
         (tmp_path / name).mkdir()
         _write_jsonl(tmp_path / name / "one.jsonl", [{"text": f"{name} one"}])

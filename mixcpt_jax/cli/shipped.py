@@ -1,5 +1,6 @@
 """The configs of the package, found from any folder."""
 
+import difflib
 import importlib.util
 import pathlib
 import sys
@@ -32,16 +33,21 @@ def find(name: str) -> str:
     ours = _folder() / f"{file.stem}.py"
     if is_ours and ours.is_file():
         return f"{ours}{colon}{variant}"
+    near = difflib.get_close_matches(file.stem, _names(), n=1)
+    remedy = f"did you mean {near[0]}?" if near and is_ours else f"name {known()}"
     raise InputError(
-        f"--config={name}: no such file below {pathlib.Path.cwd()}; name {known()}"
+        f"--config={name}: no such file below {pathlib.Path.cwd()}; {remedy}"
     )
 
 
 def known() -> str:
     """The possible values of `--config`, as text."""
+    return f"a file, or a config of the package: {', '.join(_names())}"
+
+
+def _names() -> list[str]:
     files = sorted(_folder().glob("*.py"))
-    names = (file.stem for file in files if file.stem not in _HELPERS)
-    return f"a file, or a config of the package: {', '.join(names)}"
+    return [file.stem for file in files if file.stem not in _HELPERS]
 
 
 def make_importable() -> None:

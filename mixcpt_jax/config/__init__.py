@@ -24,7 +24,6 @@ from mixcpt_jax.config.phases import check_stored as check_stored
 from mixcpt_jax.config.phases import first_difference as first_difference
 from mixcpt_jax.config.phases import for_phase as for_phase
 from mixcpt_jax.config.phases import resolve_phases as resolve_phases
-from mixcpt_jax.config.settings import advice as advice
 from mixcpt_jax.config.settings import check_key as check_key
 from mixcpt_jax.config.validation import check_schedule as check_schedule
 from mixcpt_jax.config.validation import check_values as check_values

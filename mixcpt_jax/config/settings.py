@@ -1,15 +1,15 @@
 """A default with its bounds, and the checks that every key shares."""
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
+from mixcpt_jax.core import text as text_lib
 from mixcpt_jax.core.errors import InputError
 
 
@@ -96,7 +96,7 @@ def check_key(tree: ml_collections.ConfigDict, key: str, place: str) -> None:
             known = tree if isinstance(tree, ml_collections.ConfigDict) else ()
             raise InputError(
                 f"{place}: unknown key {part!r}{f' in {above}' if above else ''}; "
-                f"{advice(part, known)}"
+                f"{text_lib.advice(part, known)}"
             )
         tree = tree[part]
         above = f"{above}.{part}" if above else part
@@ -134,7 +134,9 @@ def check(value: Any, reference: Any, place: str) -> None:
         for key in value if len(reference) else ():
             inner = f"{place}.{key}" if place else key
             if key not in reference:
-                raise InputError(f"{inner}: unknown key; {advice(key, reference)}")
+                raise InputError(
+                    f"{inner}: unknown key; {text_lib.advice(key, reference)}"
+                )
             check(value[key], reference[key], inner)
         return
     setting = reference if isinstance(reference, Setting) else None
@@ -177,15 +179,6 @@ _TYPES = {
     tuple: "a list",
     list: "a list",
 }
-
-
-def advice(key: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown key."""
-    known = list(known)
-    near = difflib.get_close_matches(key, known)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"known here: {', '.join(known) or 'none'}"
 
 
 def shown(value: Any) -> str:

@@ -1,8 +1,9 @@
 """Text that comes from data: made safe to show, and names that stay in their folder."""
 
+import difflib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 # Maximum number of characters shown of a value, and of a line with several values.
@@ -20,6 +21,15 @@ _CONTROLS = (
 _IN_LINES = re.compile(f"[{_CONTROLS}]")
 _IN_A_LINE = re.compile(rf"[\t\n{_CONTROLS}]")
 _LONG_WORD = re.compile(rf"\S{{{MOST_OF_A_VALUE + 1},}}")
+
+
+def advice(name: str, known: Iterable[str]) -> str:
+    """The remedy for an unknown name: the nearest known one, else all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known here: {', '.join(known) or 'none'}"
 
 
 def escaped(text: str) -> str:

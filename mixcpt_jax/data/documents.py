@@ -21,7 +21,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import charset_normalizer
@@ -33,8 +33,12 @@ from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import readers
 from mixcpt_jax.data.readers import DocumentError, OnBad, Record
 
-# Kind of file -> the module that parses it.
-LIBRARIES = {"html": "inscriptis", "pdf": "pypdf", "docx": "docx"}
+# Kind of file -> the module that parses it, and the packages that install it.
+LIBRARIES = {
+    "html": ("inscriptis", "inscriptis lxml"),
+    "pdf": ("pypdf", "pypdf"),
+    "docx": ("docx", "python-docx"),
+}
 # A parsed tree takes many times the memory of its text.
 MAX_TREE_BYTES = 64 << 20
 
@@ -78,18 +82,20 @@ _DELIMITERS = ",;\t|"
 csv.field_size_limit(readers.MAX_LINE_BYTES)
 
 
-def require_libraries(kinds: set[str]) -> None:
-    """Checks that the libraries for these kinds of files are installed.
+def missing_libraries(kinds: Iterable[str]) -> dict[str, InputError]:
+    """Those of these kinds of files whose library is not installed.
 
-    Raises:
-      InputError: names the kind and the command that installs its library.
+    Returns:
+      Kind -> an error that names the command that installs its library.
     """
-    for kind, module in LIBRARIES.items():
-        if kind in kinds and not paths.package_folders(module):
-            raise InputError(
-                f"reader {kind!r}: the package {module} is not installed; run "
-                "`pip install 'mixcpt_jax[documents]'`, or name other files"
-            )
+    return {
+        kind: InputError(
+            f"reader {kind!r}: the package {module} is not installed; run "
+            f"`pip install {packages}`, or name other files"
+        )
+        for kind, (module, packages) in LIBRARIES.items()
+        if kind in kinds and not paths.package_folders(module)
+    }
 
 
 def decode(content: bytes, file: epath.Path) -> tuple[str, str]:

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from absl import logging
 from etils import epath
 
 from mixcpt_jax.core import paths, small_files
@@ -106,6 +107,10 @@ class Found:
         default_factory=lambda: collections.defaultdict(list)
     )
 
+    def by_reader(self) -> dict[str, int]:
+        """Reader -> number of files or data sets that it reads."""
+        return dict(collections.Counter(part.reader for part in self.parts))
+
     def not_read(self) -> dict[str, list[str]]:
         """Reason -> the files below the path that are not read for it."""
         found = collections.defaultdict(list)
@@ -118,8 +123,12 @@ class Found:
                 found[reason] += names
         return dict(found)
 
-    def lines(self) -> list[str]:
-        """The notes and the skipped files, as text."""
+    def warn(self, path: str) -> None:
+        """Logs the notes and the skipped files of the path."""
+        if lines := self._lines():
+            logging.warning("%s: %s", path, "; ".join(lines))
+
+    def _lines(self) -> list[str]:
         lines = []
         if self.passed_over:
             lines.append(

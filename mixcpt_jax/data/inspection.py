@@ -12,7 +12,7 @@ import ml_collections
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import text as text_lib
 from mixcpt_jax.core.errors import InputError, in_place
-from mixcpt_jax.data import files, formats, readers, sources
+from mixcpt_jax.data import documents, files, formats, readers, sources
 from mixcpt_jax.data import tally as tally_lib
 from mixcpt_jax.data.tally import Tally
 
@@ -31,7 +31,8 @@ class Inspection:
       first: the place and text of the first record.
       tally: layouts, and what is not read or left out.
       examples: reason for leaving out -> examples, each of another file.
-      refused: errors that would end the run.
+      refused: errors of records that would end the run.
+      missing: errors of libraries, without which a run reads nothing of the source.
       is_whole: whether all files were read.
     """
 
@@ -45,6 +46,7 @@ class Inspection:
     tally: Tally = dataclasses.field(default_factory=Tally)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     refused: list[InputError] = dataclasses.field(default_factory=list)
+    missing: list[InputError] = dataclasses.field(default_factory=list)
     is_whole: bool = True
 
     def lines(self) -> Iterator[str]:
@@ -65,6 +67,7 @@ class Inspection:
                 first, *others = self.examples[reason]
                 yield from tally_lib.lines({kind: {reason: number}}, {reason: first})
                 yield from (f"  and {other}" for other in others)
+        yield from (f"not read: {error}" for error in self.missing)
         if self.refused:
             first, *others = self.refused
             number = len(self.refused)
@@ -91,7 +94,7 @@ def inspect(config: ml_collections.ConfigDict, seconds: float) -> Iterator[str]:
     Raises:
       InputError: after the last line, if a run would refuse a source.
     """
-    refused = []
+    refused, can_skip = [], []
     for place, source in config_lib.all_sources(config):
         if not (source.weight or source.holdout):
             continue
@@ -101,15 +104,21 @@ def inspect(config: ml_collections.ConfigDict, seconds: float) -> Iterator[str]:
         try:
             found = of_source(source, seconds)
             yield from (f"  {in_place(line, place)}" for line in found.lines())
-            refused += [place] * bool(found.refused)
+            refused += [place] * bool(found.refused or found.missing)
+            can_skip += [place] * bool(found.refused)
         except InputError as error:
             yield f"  refused: {in_place(str(error), place)}"
             refused.append(place)
     if refused:
+        remedy = "correct it"
+        if can_skip:
+            remedy += (
+                ", or leave out records that cannot be read, as in "
+                f"--config.{can_skip[0]}.on_bad_record=skip"
+            )
         raise InputError(
-            f"{', '.join(refused)}: a run would end with what is refused above; correct "
-            "it, or leave out what cannot be read, as in "
-            f"--config.{refused[0]}.on_bad_record=skip"
+            f"{', '.join(refused)}: a run would end with what is refused or not read "
+            f"above; {remedy}"
         )
 
 
@@ -123,7 +132,9 @@ def of_source(source: ml_collections.ConfigDict, seconds: float) -> Inspection:
     settings = source.format, source.fields.to_dict(), source.preference_side
     formats.check_settings(*settings)
     found = files.find(source.path, source.reader, source.split)
-    seen = Inspection(dict(collections.Counter(part.reader for part in found.parts)))
+    found.warn(source.path)
+    missing = documents.missing_libraries(found.by_reader())
+    seen = Inspection(found.by_reader(), missing=[*missing.values()])
     tally = seen.tally
     if not source.reader:
         not_read = found.not_read()
@@ -144,9 +155,8 @@ def of_source(source: ml_collections.ConfigDict, seconds: float) -> Inspection:
         except InputError as refused:
             seen.refused.append(refused)
 
-    records = sources.read(
-        source.path, source.reader, source.split, on_bad, source.max_expansion
-    )
+    parts = [part for part in found.parts if part.reader not in missing]
+    records = sources.read_parts(parts, on_bad, source.max_expansion)
     with contextlib.closing(records):
         for record in records:
             try:

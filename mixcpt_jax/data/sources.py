@@ -8,7 +8,6 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 
-from absl import logging
 from etils import epath
 
 from mixcpt_jax.config.defaults import MAX_EXPANSION
@@ -79,13 +78,20 @@ def read(
     found = files.find(path, reader, split)
     if reader:  # other files of a folder are not requested
         found.passed_over.clear()
-    documents.require_libraries({part.reader for part in found.parts})
-    if lines := found.lines():
-        logging.warning("%s: %s", path, "; ".join(lines))
-    parts = functools.partial(_read_part, max_expansion=max_expansion)
+    for error in documents.missing_libraries(found.by_reader()).values():
+        raise error
+    found.warn(path)
+    return read_parts(found.parts, on_bad, max_expansion)
+
+
+def read_parts(
+    parts: Iterable[Part], on_bad: OnBad | None, max_expansion: float
+) -> Iterator[Record]:
+    """Reads the records of files that `files.find` has found; see `read`."""
+    of_part = functools.partial(_read_part, max_expansion=max_expansion)
     empty: list[InputError] = []
     on_bad = on_bad or readers.handler("refuse", empty.append)
-    return _read_parts(found.parts, on_bad, parts, empty)
+    return _read_parts(parts, on_bad, of_part, empty)
 
 
 def not_read(path: str, reader: str = "", split: str = "") -> dict[str, list[str]]:

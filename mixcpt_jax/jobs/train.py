@@ -454,6 +454,7 @@ def _say_what_is_read(config, data: pipeline.Data, progress: metrics.Progress) -
         top_k = config.objective.teacher_top_k
         what = f"its top {top_k} tokens" if top_k else "its hidden states"
         progress.say(f"teacher: {what} are read, it is not run")
+    progress.say("the first evaluation and the first step compile their programs")
 
 
 def _load_frozen(
