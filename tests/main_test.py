@@ -9,8 +9,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from mixcpt_jax import config as config_lib
 from mixcpt_jax import __main__, main
+from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.jobs import export, train
