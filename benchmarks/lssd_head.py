@@ -211,7 +211,7 @@ def compile_head(form, mesh, num_tokens: int, vocab_size: int) -> jax.stages.Com
 
     Tokens lie over `data` and `fsdp`, the vocabulary over `tensor`.
     """
-    rows, columns = P(sharding.BATCH_AXES), P(None, sharding.TENSOR)
+    rows, columns = P(sharding.batch_axes(mesh)), P(None, sharding.TENSOR)
 
     def array(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))

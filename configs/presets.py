@@ -19,6 +19,7 @@ import ml_collections
 
 from configs import cpt
 from mixcpt_jax import config as config_lib
+from mixcpt_jax.runtime import chips
 
 
 class Slice(NamedTuple):
@@ -57,26 +58,27 @@ def get_config(
 
     Args:
       architecture: a file of `mixcpt_jax/assets/architectures`.
-      slice_name: of `SLICES`; empty: the first.
+      slice_name: of `SLICES`; empty: the first. "v5e-256*4": four of them.
       rows_per_chip: rows of 4,096 tokens per v5e chip and microbatch; other chips take
         rows in proportion to their memory.
       fsdp: the smallest number of v5e chips that can hold the weights together (other
         chips in proportion to their memory), and the largest number over which to shard
         them.
     """
+    slice_name, times, number = slice_name.partition("*")
     config_lib.check_variant(slice_name, tuple(SLICES))
-    slice_name = slice_name or next(iter(SLICES))
+    name, shared_by = SLICES[slice_name or next(iter(SLICES))]
+    topology = chips.Topology.parse(name + times + number)
+    memory, num_chips = MEMORY[topology.chip.name], math.prod(topology.sides)
     config = cpt.get_config()
     folder = "package:mixcpt_jax/assets/architectures"
     config.model.architecture = f"{folder}/{architecture}.json"
-    topology, shared_by = SLICES[slice_name]
-    chip, _, sides = topology.partition(":")
-    chips = math.prod(map(int, sides.split("x")))
     fewest, most = fsdp
-    config.mesh.topology = topology
-    config.mesh.fsdp = max(min(shared_by, most), fewest // MEMORY[chip])
-    config.mesh.data = chips // config.mesh.fsdp
-    config.data.batch_size = config.eval.batch_size = max(64, chips)
-    parts = config.data.batch_size // (chips * rows_per_chip * MEMORY[chip])
+    config.mesh.topology = name + times + number
+    config.mesh.fsdp = max(min(shared_by, most), fewest // memory)
+    config.mesh.data = topology.num_slices * num_chips // config.mesh.fsdp
+    rows = max(64, num_chips)
+    config.data.batch_size = config.eval.batch_size = topology.num_slices * rows
+    parts = rows // (num_chips * rows_per_chip * memory)
     config.optimizer.accumulation_steps = max(1, parts)
     return config

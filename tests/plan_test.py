@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -157,6 +158,31 @@ def test_a_plan_of_a_small_step(config):
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.usefixtures("compiled_quickly")
+def test_between_slices_go_each_gradient_once_a_step_and_scalars(config):
+    config.data.row_length, config.optimizer.accumulation_steps = 256, 2
+    config.data.batch_size = config.eval.batch_size = 16
+    config.mesh.update({"data": 4, "fsdp": 2})
+    made = step_plan.make(config, "v5e:2x2*2")
+    assert made["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1, "slices": 2}
+    crossing = made["between_slices"]
+    rows = crossing["rows"]
+    # Tiles are padded.
+    ratio = rows["gradients"]["bytes"] / crossing["gradients, by formula"]
+    assert 0.99 <= ratio <= 1.1
+    weights = transformer.abstract_params(
+        pretrained.read_model_config(config.model.architecture)
+    )
+    assert rows["gradients"]["times"] <= len(jax.tree.leaves(weights))
+    assert rows["scalars"]["bytes"] < 2**16
+    assert rows["other"]["times"] == 0
+    seconds = sum(row["seconds"] for row in rows.values())
+    assert made["time"]["between slices, waited for"] == seconds > 0
+    assert "from other slices into a chip" in step_plan.describe(made)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.usefixtures("compiled_quickly")
 def test_a_plan_that_does_not_fit_gives_the_excess_and_advice(config):
     config.data.row_length = 256
     config.data.batch_size = config.eval.batch_size = 4096
@@ -194,6 +220,20 @@ def test_a_quick_compilation_has_the_same_products(config):
     done = "products, compiled"
     assert quick["flops"][done] == pytest.approx(whole["flops"][done], rel=1e-3)
     assert received(quick) == pytest.approx(received(whole), rel=0.1)
+
+
+def test_several_slices_of_a_preset_take_as_many_rows_each():
+    one, four = preset("llama3_8b", "v5e-256"), preset("llama3_8b", "v5e-256*4")
+    assert four.mesh.topology == "v5e:16x16*4"
+    for now, before in (
+        (four.mesh.data, one.mesh.data),
+        (four.data.batch_size, one.data.batch_size),
+    ):
+        assert now == 4 * before
+    assert four.mesh.fsdp == one.mesh.fsdp
+    assert four.optimizer.accumulation_steps == one.optimizer.accumulation_steps
+    with pytest.raises(InputError, match="v5e:16x16.two: no slice has this shape"):
+        preset("llama3_8b", "v5e-256*two")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -274,9 +314,11 @@ def test_a_missing_compiler_is_named(config, monkeypatch):
 
 
 @needs_libtpu
-def test_an_impossible_shape_is_named(config):
-    with pytest.raises(InputError, match="v5e:3x5x7: no slice has this shape"):
-        step_plan.make(config, "v5e:3x5x7")
+@pytest.mark.parametrize("topology", ["v5e:3x5x7", "v5e:4x4*0", "v5e:4x4x*2", "v5e:"])
+def test_an_impossible_shape_is_named(config, topology):
+    problem = re.escape(topology) + ": no slice has this shape"
+    with pytest.raises(InputError, match=problem):
+        step_plan.make(config, topology)
 
 
 @pytest.mark.slow

@@ -39,10 +39,43 @@ def test_chips_that_share_weights_are_neighbours_on_every_slice(topology):
         assert box.prod() == group.size
 
 
-def test_several_slices_are_refused():
-    devices = [types.SimpleNamespace(slice_index=i // 4) for i in range(8)]
-    with pytest.raises(InputError, match="of 2 slices, .* start the run on one"):
-        sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, devices)
+def test_each_slice_has_a_copy_of_the_weights_and_its_own_rows():
+    sizes = {"slices": 2, "data": 4, "fsdp": 2, "tensor": 1}
+    mesh = sharding.make_mesh(sizes)
+    assert mesh.shape["slices"] == mesh.shape["data"] == 2
+    assert sharding.sizes_of(mesh) == sizes
+    numbers = [[device.id for device in part.flat] for part in mesh.devices]
+    assert [sorted(part) for part in numbers] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    where = NamedSharding(mesh, sharding.spec(("hidden", "mlp")))
+    for part in mesh.devices:
+        held = where.devices_indices_map((8, 4))
+        assert {held[device][0].start for device in part.flat} == {0, 4}
+    rows = sharding.batch_sharding(mesh).devices_indices_map((8,))
+    assert sorted(rows[device][0].start for device in mesh.devices.flat) == [*range(8)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices", "problem"),
+    [
+        ((6, 1, 1), 4, "mesh.slices=4 does not divide 6 devices"),
+        ((1, 8, 1), 2, "mesh.data=1 does not divide over 2 slices"),
+        ((2, 4, 1), 4, "mesh.data=2 does not divide over 4 slices"),
+    ],
+)
+def test_slices_that_do_not_divide_are_refused(sizes, slices, problem):
+    sizes = dict(zip(mesh_shape.MESH_AXES, sizes, strict=True))
+    devices = jax.devices()[: np.prod([*sizes.values()])]
+    with pytest.raises(InputError, match=problem):
+        sharding.make_mesh(sizes | {"slices": slices}, devices)
+
+
+def test_a_tpu_knows_its_slices():
+    devices = [
+        types.SimpleNamespace(slice_index=i // 4, platform="tpu") for i in range(8)
+    ]
+    sizes = {"data": 4, "fsdp": 2, "tensor": 1, "slices": 4}
+    with pytest.raises(InputError, match="mesh.slices=4: the devices are of 2 slices"):
+        sharding.make_mesh(sizes, devices)
 
 
 def test_logical_axes_to_mesh_axes():

@@ -65,6 +65,7 @@ def make_batch(row_length=32, rows=8, seed=0):
 @functools.cache
 def step_of(accumulation_steps, remat, soft_cap):
     """The transformations of the optimizer, and the compiled step."""
+    axes = transformer.param_axes(CONFIG)
     config = config_lib.default().optimizer
     config.learning_rate = 1e-2
     transforms, schedule = optimizer.make_optimizer(config, 10)
@@ -79,6 +80,9 @@ def step_of(accumulation_steps, remat, soft_cap):
         transforms,
         schedule,
         accumulation_steps,
+        param_specs=jax.tree.map(
+            sharding.spec, axes, is_leaf=lambda x: isinstance(x, tuple)
+        ),
     )
     return transforms, jax.jit(train_step)
 
@@ -90,6 +94,7 @@ def take_step(
     num_steps=1,
     remat="none",
     soft_cap=None,
+    slices=0,
 ):
     transforms, step = step_of(accumulation_steps, remat, soft_cap)
     state = steps.TrainState(jnp.zeros((), jnp.int32), params(), None)
@@ -98,7 +103,8 @@ def take_step(
         for _ in range(num_steps):
             state, metrics = step(state, params(1), batch)
         return state, metrics
-    mesh = sharding.make_mesh(dict(zip(mesh_shape.MESH_AXES, mesh_sizes, strict=True)))
+    sizes = dict(zip(mesh_shape.MESH_AXES, mesh_sizes, strict=True))
+    mesh = sharding.make_mesh(sizes | {"slices": slices})
     where = sharding.shardings(mesh, transformer.param_axes(CONFIG))
     moments = optimizer.state_shardings(
         transforms, params(), where, sharding.replicated(mesh)
@@ -248,6 +254,16 @@ def test_a_packed_row_gives_each_document_the_losses_it_has_alone(strategy):
             rtol=2e-5,
             atol=2e-6,
         )
+
+
+def test_slices_change_nothing_but_the_order_of_sums():
+    batch = make_batch(rows=16)
+    settings = {"accumulation_steps": 2, "mesh_sizes": (4, 2, 1), "num_steps": 2}
+    expected = take_step(batch, **settings)
+    actual = take_step(batch, slices=2, **settings)
+    assert_close(actual[1], expected[1])
+    assert_close(actual[0].params, expected[0].params)
+    assert_close(actual[0].opt_state, expected[0].opt_state)
 
 
 def test_accumulation_changes_nothing():

@@ -102,10 +102,15 @@ def bounded_config() -> ml_collections.ConfigDict:
     )
 
     # The device mesh; one size may be -1: the remaining devices. `topology` is the TPU
-    # slice that the mesh is for, such as v5e:4x4; only `plan` reads it.
+    # slice that the mesh is for, such as v5e:4x4, or v5e:16x16*4 for four slices; only
+    # `plan` reads it.
     config.mesh = ml_collections.ConfigDict(
         {
-            # Copies of the weights; the batch is split over them.
+            # Slices, which only the data center network connects. 0: found from the
+            # devices. A number is checked on TPUs; elsewhere it groups the devices.
+            "slices": number(0, least=1, most=2**12, also=0),
+            # Copies of the weights, over which the batch is split; on several slices a
+            # multiple of their number.
             "data": number(1, least=1, most=2**20, also=-1),
             # Devices over which weights, moments and the batch are split.
             "fsdp": number(-1, least=1, most=2**20, also=-1),
@@ -113,7 +118,7 @@ def bounded_config() -> ml_collections.ConfigDict:
             "tensor": number(1, least=1, most=2**20, also=-1),
             # Mixture of experts: devices over which experts are split; must divide fsdp.
             "expert": number(1, least=1, most=2**20),
-            # TPU slice of the mesh, such as v5e:4x4, for `plan`.
+            # TPU slice of the mesh, such as v5e:4x4, for `plan`; v5e:16x16*4: four slices.
             "topology": "",
         }
     )

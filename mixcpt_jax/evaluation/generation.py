@@ -667,7 +667,7 @@ def _check_room(
 def whole_batch(rows: int) -> int:
     """The smallest batch of at least `rows` rows that the mesh divides evenly."""
     mesh = jax.sharding.get_abstract_mesh()
-    ways = math.prod(mesh.shape.get(axis, 1) for axis in sharding.BATCH_AXES)
+    ways = math.prod(mesh.shape.get(axis, 1) for axis in sharding.batch_axes())
     return -(-rows // ways) * ways
 
 

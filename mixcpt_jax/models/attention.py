@@ -281,10 +281,11 @@ def _on_each_device(local: Callable[..., jax.Array]) -> Callable[..., jax.Array]
     """Maps attention over the mesh: each device has its rows and its heads."""
     if jax.sharding.get_abstract_mesh().empty:
         return local
-    heads = P(sharding.BATCH_AXES, None, sharding.TENSOR)
+    rows = sharding.batch_axes()
+    heads = P(rows, None, sharding.TENSOR)
     return jax.shard_map(
         local,
-        in_specs=(heads, heads, heads, P(sharding.BATCH_AXES)),
+        in_specs=(heads, heads, heads, P(rows)),
         out_specs=heads,
         check_vma=False,
     )

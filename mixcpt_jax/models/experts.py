@@ -143,7 +143,7 @@ def mix(
     local = functools.partial(_mix_local, activation)
     if jax.sharding.get_abstract_mesh().empty:
         return local(*operands)
-    rows = P(sharding.BATCH_AXES)
+    rows = P(sharding.batch_axes())
     axes = ("experts", "expert_hidden", "mlp")
     wide, narrow = sharding.spec(axes), sharding.spec((axes[0], axes[2], axes[1]))
     return jax.shard_map(

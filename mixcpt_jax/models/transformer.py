@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mixcpt_jax.models import experts
 from mixcpt_jax.models.attention import attend, attend_to_cache
-from mixcpt_jax.runtime.sharding import constrain, scatter_gradient
+from mixcpt_jax.runtime.sharding import by_columns, constrain, scatter_gradient
 
 if TYPE_CHECKING:
     from mixcpt_jax.models.lora import Lora
@@ -602,7 +602,7 @@ class Decoder(nnx.Module):
         """The first layer's input."""
         # Gather before the cast, so that gradients are summed per token in the dtype of the
         # table.
-        x_BxLxD = self.embedding[...][tokens_BxL].astype(self.dtype)
+        x_BxLxD = by_columns(self.embedding[...][tokens_BxL].astype(self.dtype))
         if self.config.scale_embeddings:
             # The factor is rounded, as it was when the models were trained.
             x_BxLxD *= jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)

@@ -42,9 +42,9 @@ from mixcpt_jax.objectives.sharded_swap import (
 )
 from mixcpt_jax.runtime import chips
 from mixcpt_jax.runtime.sharding import (
-    BATCH_AXES,
     RULES,
     SPLIT_AXES,
+    batch_axes,
     constrain,
     device_kind,
     platform,
@@ -434,7 +434,7 @@ def _layout(vocab_parallel: bool) -> Layout:
         return Layout()
     vocab_axes = (*SPLIT_AXES, RULES["vocab"]) if vocab_parallel else (RULES["vocab"],)
     # An axis of size 1 needs no communication.
-    return Layout(BATCH_AXES, tuple(a for a in vocab_axes if _axes_size((a,)) > 1))
+    return Layout(batch_axes(), tuple(a for a in vocab_axes if _axes_size((a,)) > 1))
 
 
 def _axes_size(axes: tuple[str, ...]) -> int:

@@ -83,10 +83,10 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective, which moves arrays between chips.
+    """A collective, which moves arrays between chips, or between slices.
 
     Attributes:
-      kind: one of `_COLLECTIVES`.
+      kind: one of `_COLLECTIVES`; between slices others are possible.
       arrays: its results on one chip.
       times: number of executions per run of the program.
       group: the devices of one of its groups, in the order of the program's devices;
@@ -109,20 +109,17 @@ class Collective:
         """Bytes that one chip receives, all executions, by the usual algorithms.
 
         Args:
-          num_devices: of the program, for a collective over all devices.
+          num_devices: of the program, or slices, for a collective over all of them.
         """
         size = len(self.group) or num_devices
         share = (size - 1) / size
-        return (
-            self.num_bytes
-            * {
-                "all-gather": share,
-                "all-reduce": 2 * share,
-                "all-to-all": share,
-                "collective-permute": 1.0,
-                "reduce-scatter": size - 1.0,
-            }[self.kind]
-        )
+        return self.num_bytes * {
+            "all-gather": share,
+            "all-reduce": 2 * share,
+            "all-to-all": share,
+            "collective-permute": 1.0,
+            "reduce-scatter": size - 1.0,
+        }.get(self.kind, 1.0)
 
 
 class Module:
@@ -259,6 +256,26 @@ class Module:
                         key, _collective(inner, inner.opcode, inner.arrays, times, True)
                     )
         return sorted(found.values(), key=lambda collective: -collective.num_bytes)
+
+    @functools.cached_property
+    def between_slices(self) -> list[Collective]:
+        """The collectives between the chips of several slices, largest first.
+
+        The program is that of one slice, so all its other collectives stay within it. A
+        transfer to the Megascale runtime is a collective with the chips at the same place
+        of the other slices.
+        """
+        kinds = (
+            (i, times, i.attribute(r'_xla_megascale_transfer_type="(\w+)"'))
+            for i, _, times in self._executed(into_fusions=False)
+            if i.opcode == "send"
+        )
+        found = [
+            Collective(kind.lower().replace("_", "-"), i.arrays[:1], times)
+            for i, times, kind in kinds
+            if kind
+        ]
+        return sorted(found, key=lambda collective: -collective.num_bytes)
 
     def _inside(self, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
         """Yields (computation, instruction) within a fusion, nested fusions included."""

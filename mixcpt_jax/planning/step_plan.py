@@ -3,7 +3,9 @@
 The step of a phase is compiled for the slice. FLOPs, traffic and modeled time are read from
 the compiled program, see `hlo`. The modeled time is a roofline: each instruction runs at
 the chip's peak of FLOPs or of memory bandwidth, whichever takes longer, one instruction
-after another; collectives run at the bandwidth of the links that their group spans.
+after another; collectives run at the bandwidth of the links that their group spans, and
+those between slices at the chip's share of the data center network (`chips.dcn_bandwidth`),
+while the chips wait.
 """
 
 import dataclasses
@@ -33,6 +35,10 @@ from mixcpt_jax.training import program as program_lib
 # are live at a time.
 _LIVE_KEYS = 512
 _LIVE_LOGITS = 1024
+
+# A transfer between slices of at most this many numbers is of scalars, such as the losses
+# of the sources.
+_SCALARS = 1024
 
 # The matrix products in splash attention's kernels over the blocks that they visit.
 # Forward: the scores and the outputs. Backward for queries: the scores, their gradient and
@@ -273,7 +279,7 @@ def make(
 
     Args:
       config: of a training phase.
-      topology: of the slice, such as "v5e:4x4".
+      topology: of the slice, such as "v5e:4x4", or of several, such as "v5e:16x16*4".
       quick: see `compile_lowered`; the modeled time is then without overlap.
 
     Returns:
@@ -307,13 +313,15 @@ def make(
     module = hlo.Module(step.compiled.as_text(), branch_shares=(1 - taken, taken))
     flops = _flops(step, module)
     collectives = _collectives(module, mesh, topology)
+    crossing = _between_slices(step, module, chip)
     return result | {
         "fits": True,
         "compile_seconds": time.monotonic() - started,
         "memory": memory,
         "flops": flops,
         "collectives": collectives,
-        "time": _time(step, module, flops, collectives, chip),
+        "between_slices": crossing,
+        "time": _time(step, module, flops, collectives, crossing, chip),
     }
 
 
@@ -462,7 +470,7 @@ def _collectives(
                 "seconds": 0.0,
             },
         )
-        received = collective.received(mesh.size)
+        received = collective.received(mesh.size // _num_slices(mesh))
         row["times"] += collective.times
         row["bytes"] += received
         row["seconds"] += received / _bandwidth(collective.group, mesh, topology)
@@ -474,8 +482,8 @@ def _bandwidth(group: tuple[int, ...], mesh: jax.sharding.Mesh, topology: str) -
 
     On an axis that is a ring, a chip has two neighbors; at the ends of a line, one.
     """
-    chip = chips.of_topology(topology)
-    sides = [int(size) for size in topology.partition(":")[2].split("x")]
+    chip, sides, _ = chips.Topology.parse(topology)
+    # Groups are of chips of one slice, and all slices are alike.
     devices = mesh.devices.flat
     members = [devices[i].coords for i in group] or [d.coords for d in devices]
     links = 0
@@ -485,7 +493,48 @@ def _bandwidth(group: tuple[int, ...], mesh: jax.sharding.Mesh, topology: str) -
     return max(links, 1) * chip.link_bandwidth
 
 
-def _time(step, module, flops, collectives, chip) -> dict[str, float]:
+def _between_slices(step: Step, module: hlo.Module, chip: chips.Chip) -> dict[str, Any]:
+    """What a chip exchanges with other slices in a step; empty on one slice.
+
+    Returns:
+      "rows": number, bytes into the chip and seconds of the sums of gradients, of scalars
+      and of everything else. "gradients, by formula": bytes into the chip if each chip of a
+      slice exchanges an equal share of all gradients.
+    """
+    num_slices = _num_slices(step.phase.mesh)
+    if num_slices == 1:
+        return {}
+    rows = {
+        what: {"times": 0, "bytes": 0.0, "seconds": 0.0}
+        for what in ("gradients", "scalars", "other")
+    }
+    for collective in module.between_slices:
+        (array,) = collective.arrays
+        what = "other"
+        if array.num_elements <= _SCALARS:
+            what = "scalars"
+        elif (collective.kind, array.dtype) == ("all-reduce", "f32"):
+            what = "gradients"
+        received = collective.received(num_slices)
+        rows[what]["times"] += collective.times
+        rows[what]["bytes"] += received
+        rows[what]["seconds"] += received / chip.dcn_bandwidth
+    mesh, params = step.phase.mesh, jax.tree.leaves(step.program.state.params)
+    size = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in params)
+    least = hlo.Collective("all-reduce", (hlo.Array("f32", (size,)),), 1)
+    copies = mesh.shape[sharding.DATA]
+    return {
+        "rows": rows,
+        "gradients, by formula": least.received(num_slices) / copies,
+        "bandwidth": chip.dcn_bandwidth,
+    }
+
+
+def _num_slices(mesh: jax.sharding.Mesh) -> int:
+    return mesh.shape.get(sharding.SLICES, 1)
+
+
+def _time(step, module, flops, collectives, crossing, chip) -> dict[str, float]:
     """Seconds of a step, tokens per second and the bound of MFU."""
     mesh, data = step.phase.mesh, step.phase.config.data
     compute = module.roofline_seconds(chip.flops, chip.hbm_bandwidth)
@@ -494,10 +543,16 @@ def _time(step, module, flops, collectives, chip) -> dict[str, float]:
     waited = sum(row["seconds"] for row in collectives if not row["overlapped"])
     overlapped = sum(row["seconds"] for row in collectives if row["overlapped"])
     total = max(compute, overlapped) + waited
+    between = {}
+    if crossing:
+        seconds = sum(row["seconds"] for row in crossing["rows"].values())
+        between = {"between slices, waited for": seconds}
+        total += seconds
     return {
         "compute and memory": compute,
         "collectives, waited for": waited,
         "collectives, overlapped": overlapped,
+        **between,
         "step": total,
         "tokens per second": data.batch_size * data.row_length / total,
         "mfu bound": flops["model"] / mesh.size / chip.flops / total,
@@ -538,6 +593,21 @@ def describe(plan: dict[str, Any]) -> str:
         for row in plan["collectives"]
     ]
     lines.append(metrics.table(["into a chip", "times", "GiB", "seconds"], rows))
+    if crossing := plan["between_slices"]:
+        rows = [
+            [
+                what,
+                f"{row['times']:g}",
+                f"{row['bytes'] / GIB:.3f}",
+                f"{row['seconds']:.3f}",
+            ]
+            for what, row in crossing["rows"].items()
+        ]
+        least = crossing["gradients, by formula"] / GIB
+        rows.append(["gradients, by formula", "", f"{least:.3f}", ""])
+        speed = f"at {crossing['bandwidth'] / 1e9:g} GB/s"
+        title = ["from other slices into a chip", "times", "GiB", f"seconds {speed}"]
+        lines.append(metrics.table(title, rows))
     times = plan["time"]
     rows = [
         [key, f"{value:,.0f}" if value > 100 else f"{value:.3f}"]

@@ -1,10 +1,14 @@
 """Peak figures of chips.
 
-Peaks and bandwidths are those of Google's system architecture pages and of "How to Scale
-Your Model" (jax-ml.github.io/scaling-book); usable memory is the compiler's figure.
+Peaks and bandwidths are those of Google's system architecture pages
+(docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x) and of "How to Scale Your Model"
+(jax-ml.github.io/scaling-book); usable memory is the compiler's figure.
 """
 
 import dataclasses
+import math
+import re
+from typing import NamedTuple
 
 from mixcpt_jax.core.errors import InputError
 
@@ -15,6 +19,8 @@ GIB = 2**30
 class Chip:
     """One TPU generation.
 
+    jax has one device per chip, but two per TPU7x: there, all figures are of half a chip.
+
     Attributes:
       name: as in a topology, "v5e:4x4".
       device_kind: as in `jax.Device.device_kind`.
@@ -24,7 +30,9 @@ class Chip:
       link_bandwidth: bytes per second from one neighbor in the torus.
       wraps_from: a side of a slice with at least this many chips is a ring; a shorter one
         is a line.
-      cycles: of a core, per second.
+      cycles: of a core, per second; NaN if not published.
+      dcn_bandwidth: bytes per second over the data center network, which connects slices.
+      config_name: of the compiler, where it needs one for one device per chip.
     """
 
     name: str
@@ -35,13 +43,56 @@ class Chip:
     link_bandwidth: float
     wraps_from: int
     cycles: float
+    dcn_bandwidth: float
+    config_name: str | None = None
 
 
+# Google publishes no bandwidth between slices of v4; v5p's is taken. A pod of 256 v5e chips
+# has 6.4 Tbit/s. A TPU7x chip has 2,307 TFLOP/s, 7,380 GB/s, links of 90 GB/s, 100 Gbit/s.
+_V4 = "megacore"
+# fmt: off
 CHIPS = (
-    Chip("v5e", "TPU v5 lite", 197e12, 819e9, int(15.75 * GIB), 45e9, 16, 1.5e9),
-    Chip("v5p", "TPU v5", 459e12, 2765e9, int(95.74 * GIB), 90e9, 4, 1.75e9),
-    Chip("v6e", "TPU v6 lite", 918e12, 1638e9, int(31.25 * GIB), 90e9, 16, 1.75e9),
+    Chip("v4", "TPU v4", 275e12, 1200e9, int(30.75 * GIB), 45e9, 4, 1.05e9, 6.25e9, _V4),
+    Chip("v5e", "TPU v5 lite", 197e12, 819e9, int(15.75 * GIB), 45e9, 16, 1.5e9, 3.125e9),
+    Chip("v5p", "TPU v5", 459e12, 2765e9, int(95.74 * GIB), 90e9, 4, 1.75e9, 6.25e9),
+    Chip("v6e", "TPU v6 lite", 918e12, 1638e9, int(31.25 * GIB), 90e9, 16, 1.75e9, 12.5e9),
+    Chip("tpu7x", "TPU7x", 1153.5e12, 3690e9, int(94.75 * GIB), 45e9, 4, math.nan, 6.25e9),
 )
+# fmt: on
+
+
+class Topology(NamedTuple):
+    """What a name of slices means: "v5e:16x16", or "v5e:16x16*4" for four of them.
+
+    Attributes:
+      chip: of all slices.
+      sides: numbers of chips along the axes of a slice's torus.
+      num_slices: how many slices there are.
+    """
+
+    chip: Chip
+    sides: tuple[int, ...]
+    num_slices: int
+
+    @classmethod
+    def parse(cls, name: str) -> "Topology":
+        """
+        Raises:
+          InputError: the chip is not supported, or the rest is not of this form.
+        """
+        chip = of_topology(name)
+        found = re.fullmatch(r"[^:]*:(\d+(?:x\d+)*)(?:\*([1-9]\d{0,3}))?", name)
+        if not found:
+            raise InputError(
+                f"{name}: no slice has this shape; write it as v5e:16x16 or v5p:2x2x1, and "
+                "v5e:16x16*4 for four slices"
+            )
+        return cls(chip, tuple(map(int, found[1].split("x"))), int(found[2] or 1))
+
+    @property
+    def of_slice(self) -> str:
+        """The name of one slice."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.sides))}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,17 @@ gradients are reduced.
 The devices of `mesh.fsdp` lie on two axes of the mesh, `fsdp` and `expert`. Together they
 split a hidden size. In a mixture of experts, `expert` splits the experts, and `fsdp` the
 hidden size of each.
+
+Devices of different slices have only the data center network (DCN) between them. There the
+mesh has one more axis, `slices`, before the others: each slice holds a copy of the
+parameters and takes its own rows of a batch, and `sum_over_slices` alone crosses it.
 """
 
 import functools
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,14 +30,15 @@ from jax.sharding import PartitionSpec as P
 
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.core.mesh_shape import MESH_AXES, mesh_shape
+from mixcpt_jax.runtime import chips
 
 DATA, FSDP, TENSOR = MESH_AXES
 EXPERT = "expert"
 SPLIT_AXES = (FSDP, EXPERT)
-BATCH_AXES = (DATA, *SPLIT_AXES)
+SLICES = "slices"
 
 RULES: Mapping[str, Any] = {
-    "batch": BATCH_AXES,
+    # "batch": `batch_axes`, which depends on the mesh.
     "length": None,
     "layers": None,
     "hidden": SPLIT_AXES,
@@ -73,52 +79,91 @@ def compute_capability() -> float:
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     """Builds the `(data, fsdp, expert, tensor)` mesh over all devices of all hosts.
 
-    An axis may use a part of a side of the torus, such as data=4 and fsdp=64 of 16x16.
+    An axis may use a part of a side of the torus, such as data=4 and fsdp=64 of 16x16. On
+    several slices the axis `slices` is before the others; `data` of the sizes is then their
+    number times the size of the axis `data`.
 
     Args:
-      sizes: of `config.mesh`; its `expert`, 1 if it is left out, divides `fsdp`.
-      devices: None: all.
+      sizes: of `config.mesh`. `expert`, 1 if it is left out, divides `fsdp`. `slices`, if
+        present, is the number of slices; 0: found from the devices.
+      devices: of all hosts; None: all devices of this run.
 
     Raises:
-      InputError: the sizes do not match the devices, or the devices belong to several
-        slices.
+      InputError: the sizes do not match the devices or their slices.
     """
     devices = jax.devices() if devices is None else devices
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    if len(slices) > 1:
-        raise InputError(
-            f"mesh: the devices are of {len(slices)} slices, which is not supported; "
-            "start the run on one slice"
-        )
     data, fsdp, tensor = mesh_shape(sizes, len(devices))
+    slices = _by_slice(devices, sizes.get(SLICES, 0))
+    if data % len(slices):
+        raise InputError(
+            f"mesh.data={data} does not divide over {len(slices)} slices; use a multiple, "
+            "because each slice holds a copy of the weights"
+        )
     expert = sizes.get(EXPERT, 1)
     if fsdp % expert:
         raise InputError(f"mesh.expert={expert}: must divide mesh.fsdp, {fsdp}")
     # `jax.make_mesh` splits a side of the torus only on v5e.
-    laid_out = mesh_utils.create_device_mesh(
-        (data, fsdp // expert, expert, tensor), devices, allow_split_physical_axes=True
-    )
+    laid_out = [
+        mesh_utils.create_device_mesh(
+            (data // len(slices), fsdp // expert, expert, tensor),
+            part,
+            allow_split_physical_axes=True,
+        )
+        for part in slices
+    ]
     axes = DATA, *SPLIT_AXES, TENSOR
-    return Mesh(laid_out, axes, axis_types=(AxisType.Auto,) * len(axes))
+    if len(slices) == 1:
+        return _auto_mesh(laid_out[0], axes)
+    return _auto_mesh(np.stack(laid_out), (SLICES, *axes))
 
 
 def sizes_of(mesh: Mesh) -> dict[str, int]:
-    """The sizes from which `make_mesh` builds a mesh; without `expert` if it is 1."""
-    data, fsdp, expert, tensor = mesh.shape.values()
-    sizes = {DATA: data, FSDP: fsdp * expert, TENSOR: tensor}
-    return sizes | ({EXPERT: expert} if expert > 1 else {})
+    """The sizes from which `make_mesh` builds a mesh; only what is > 1 of the optional."""
+    *slices, data, fsdp, expert, tensor = mesh.shape.values()
+    sizes = {DATA: data * math.prod(slices), FSDP: fsdp * expert, TENSOR: tensor}
+    sizes |= {EXPERT: expert} if expert > 1 else {}
+    return sizes | ({SLICES: slices[0]} if slices else {})
+
+
+def _auto_mesh(devices: np.ndarray, axes: tuple[str, ...]) -> Mesh:
+    return Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def _by_slice(devices: Sequence[jax.Device], number: int) -> list[list[jax.Device]]:
+    """The devices of each slice.
+
+    A TPU knows its slice. Other devices may be told: `number` groups, in their order.
+    """
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    found = [slices[index] for index in sorted(slices)]
+    if not number or number == len(found):
+        return found
+    if devices[0].platform == "tpu":
+        raise InputError(
+            f"mesh.slices={number}: the devices are of {len(found)} slices; use that "
+            "number, or 0 to find it"
+        )
+    size, rest = divmod(len(devices), number)
+    if rest:
+        raise InputError(
+            f"mesh.slices={number} does not divide {len(devices)} devices; use a divisor"
+        )
+    together = [device for part in found for device in part]
+    return [together[i : i + size] for i in range(0, len(together), size)]
 
 
 def make_topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over the abstract chips of a TPU slice, to compile for it.
+    """A mesh over the abstract chips of TPU slices, to compile for them.
 
     Needs the `libtpu` package but no TPU. `jit(f).lower(...)` takes `jax.ShapeDtypeStruct`s
     with shardings of this mesh.
 
     Args:
-      topology: such as "v5e:4x4" or "v5p:2x2x1".
-      sizes: as for `make_mesh`; their product is the number of the slice's chips in the
-        mesh. One may be -1.
+      topology: such as "v5e:4x4", "v5p:2x2x1", or "v5e:4x4*2" for two slices.
+      sizes: as for `make_mesh`; their product is the number of chips in the mesh. One may
+        be -1.
 
     Raises:
       InputError: no slice has that shape, or the sizes do not match it.
@@ -130,9 +175,15 @@ def make_topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    parts = chips.Topology.parse(topology)
+    name = parts.chip.config_name
+    options = {"chip_config_name": name} if name else {}
     try:
         devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology
+            platform="tpu",
+            topology_name=parts.of_slice,
+            num_slices=parts.num_slices,
+            **options,
         ).devices
     except RuntimeError as error:  # jax's own errors are RuntimeErrors too
         if "not installed" in str(error):
@@ -150,9 +201,22 @@ def make_topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
     return make_mesh(sizes, devices[:size] if size > 0 else devices)
 
 
+def batch_axes(mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:
+    """The axes of a mesh over which a batch is split.
+
+    Args:
+      mesh: None: the present one. Within `sum_over_slices` it is the mesh of a slice.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if mesh.shape.get(SLICES, 1) == 1 or SLICES in mesh.manual_axes:
+        return (DATA, *SPLIT_AXES)
+    return (SLICES, DATA, *SPLIT_AXES)
+
+
 def spec(logical_axes: tuple[str | None, ...]) -> P:
     """The partition spec of an array whose dimensions have these logical axes."""
-    return P(*(None if axis is None else RULES[axis] for axis in logical_axes))
+    rules = {None: None, "batch": batch_axes(), **RULES}
+    return P(*(rules[axis] for axis in logical_axes))
 
 
 def shardings(mesh: Mesh, logical_axes: Any) -> Any:
@@ -181,8 +245,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows are split over `data` and `fsdp`; no other dimension is split."""
-    return NamedSharding(mesh, P(BATCH_AXES))
+    """Rows are split over `batch_axes`; no other dimension is split."""
+    return NamedSharding(mesh, P(batch_axes(mesh)))
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
@@ -190,6 +254,17 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(logical_axes))
+
+
+def by_columns(x_BxLxD: jax.Array) -> jax.Array:
+    """Activations as a table of embeddings, split over fsdp along D, gives them.
+
+    The compiler finds this sharding by itself, but not within `sum_over_slices`: there the
+    gradient of the table would gather the rows of all chips on every chip.
+    """
+    if SLICES not in jax.sharding.get_abstract_mesh().manual_axes:
+        return x_BxLxD
+    return jax.lax.with_sharding_constraint(x_BxLxD, P(DATA, None, SPLIT_AXES))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -227,3 +302,57 @@ def _scatter_gradient_backward(logical_axes, _, gradient):
 
 
 scatter_gradient.defvjp(_scatter_gradient_forward, _scatter_gradient_backward)
+
+
+def sum_over_slices(
+    function: Callable[..., tuple[Any, Any]], specs: Any, batch: Any, *arguments: Any
+) -> tuple[Any, Any]:
+    """`function(batch, *arguments)`, which returns sums over the rows of the batch.
+
+    On several slices each one runs the function on its own rows, and the results are added
+    at the end. So the slices exchange the results and nothing else, once, however many
+    collectives the function has. Of a gradient, each chip exchanges its own share.
+
+    Args:
+      function: returns a tree of small sums, and a tree of gradients.
+      specs: partition specs of the gradients; None on one slice.
+      batch: arrays of rows.
+      arguments: trees that each slice has a copy of.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get(SLICES, 1) == 1:
+        return function(batch, *arguments)
+
+    def of_slice(batch, arguments):
+        sums, gradients = function(batch, *arguments)
+        gradients = jax.tree.map(_sum_shares, gradients, specs)
+        return jax.lax.psum(sums, SLICES), gradients
+
+    return jax.shard_map(
+        of_slice,
+        axis_names={SLICES},
+        in_specs=(P(SLICES), P()),
+        out_specs=P(),
+        check_vma=False,
+    )(batch, arguments)
+
+
+def _sum_shares(gradient: jax.Array, spec: P) -> jax.Array:
+    """Sums a gradient over the slices, and gathers it again in each slice.
+
+    Chips of a slice with copies of it, over `data`, divide it among them, along a dimension
+    that is not yet split over fsdp: a part of a part would be padded.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [*spec, *[None] * (gradient.ndim - len(spec))]
+    for i, size in enumerate(gradient.shape):
+        names = axes[i] if isinstance(axes[i], tuple) else (axes[i],) if axes[i] else ()
+        ways = math.prod(mesh.shape[name] for name in (*names, DATA))
+        if FSDP not in names and size % ways == 0:
+            axes[i] = (*names, DATA)
+            break
+    shares = P(*axes)
+    fix = jax.lax.with_sharding_constraint
+    # Without a constraint on both sides of a change, the compiler makes it elsewhere: in
+    # the loop over microbatches, or before the sum.
+    gradient = jax.lax.psum(fix(fix(gradient, spec), shares), SLICES)
+    return fix(fix(gradient, shares), spec)

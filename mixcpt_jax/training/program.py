@@ -64,6 +64,7 @@ def make_program(phase: phase_lib.Phase, data: pipeline.Data) -> Program:
             schedule,
             config.optimizer.accumulation_steps,
             has_adapters=phase.lora is not None,
+            param_specs=jax.tree.map(lambda leaf: leaf.sharding.spec, state.params),
         ),
         donate_argnums=0,
         out_shardings=(

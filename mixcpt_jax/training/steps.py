@@ -21,7 +21,7 @@ from mixcpt_jax.objectives.interface import (
     run,
     with_soft_cap,
 )
-from mixcpt_jax.runtime.sharding import constrain
+from mixcpt_jax.runtime.sharding import constrain, sum_over_slices
 from mixcpt_jax.training.optimizer import Guarded, apply_updates, global_norm
 
 # Compiler options for `jax.jit`, by platform.
@@ -58,6 +58,7 @@ def make_train_step(
     schedule: optax.Schedule,
     accumulation_steps: int = 1,
     has_adapters: bool = False,
+    param_specs: Any = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the step of any phase.
 
@@ -74,6 +75,7 @@ def make_train_step(
       accumulation_steps: microbatches per step; B must be a multiple.
       has_adapters: whether the state's parameters are adapters of `frozen_params`, not the
         whole student.
+      param_specs: partition specs of the state's parameters; needed on several slices.
     """
 
     def loss_sum(params, frozen_params, teacher_params, batch: Batch, scale):
@@ -89,32 +91,43 @@ def make_train_step(
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
 
+    def totals(batch: Batch, *arguments):
+        """((loss, metrics), gradients): sums over the rows of all microbatches."""
+        *models, scale = arguments
+
+        def of_part(part):
+            sums, grads = gradient(*models, part, scale)
+            # Sums over microbatches are float32, whatever the dtype of the parameters.
+            return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+        if accumulation_steps == 1:
+            return of_part(batch)
+        microbatches = _split(batch, accumulation_steps)
+        first = jax.tree.map(lambda x: x[0], microbatches)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, first)
+        )
+        found, _ = jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None),
+            zeros,
+            microbatches,
+        )
+        return found
+
     def train_step(state: TrainState, frozen_params, batch: Batch, teacher_params=None):
         # Compute the denominator before any microbatch runs.
         count, count_metrics = objective.count(batch)
         scale = 1.0 / jnp.maximum(count, 1.0)
 
-        def totals(batch):
-            (loss, metrics), grads = gradient(
-                state.params, frozen_params, teacher_params, batch, scale
-            )
-            # Sums over microbatches are float32, whatever the dtype of the parameters.
-            return loss, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-
-        if accumulation_steps == 1:
-            loss, metrics, grads = totals(batch)
-        else:
-            microbatches = _split(batch, accumulation_steps)
-            first = jax.tree.map(lambda x: x[0], microbatches)
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(totals, first)
-            )
-            (loss, metrics, grads), _ = jax.lax.scan(
-                lambda sums, part: (jax.tree.map(jnp.add, sums, totals(part)), None),
-                zeros,
-                microbatches,
-            )
-
+        (loss, metrics), grads = sum_over_slices(
+            totals,
+            param_specs,
+            batch,
+            state.params,
+            frozen_params,
+            teacher_params,
+            scale,
+        )
         updates, opt_state = transforms.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, state.step)
         one = jnp.ones(())
