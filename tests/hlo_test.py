@@ -162,3 +162,23 @@ def test_unknown_trip_counts_are_refused(mesh):
     module = compile_on(mesh, until_small, (128, 128))
     with pytest.raises(ValueError, match="trip count is not a constant"):
         _ = module.flops
+
+
+def test_a_transfer_to_the_other_slices_is_a_collective():
+    module = hlo.Module(
+        """
+ENTRY %main (p: f32[4,8,128]) -> token[] {
+  %p = f32[4,8,128]{2,1,0} parameter(0)
+  %after = token[] after-all()
+  %host = (f32[4,8,128]{2,1,0}, u32[], token[]) send(%p, %after), is_host_transfer=true
+  %send = (f32[4,8,128]{2,1,0}, u32[], token[]) send(%p, %after), is_host_transfer=true, \
+frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+    )
+    (collective,) = module.between_slices
+    assert collective.kind == "all-reduce"
+    size = 4 * 4 * 8 * 128
+    assert collective.num_bytes == size
+    assert collective.received(num_devices=4) == 2 * 3 / 4 * size
+    assert module.collectives == []

@@ -158,31 +158,6 @@ def test_a_plan_of_a_small_step(config):
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.usefixtures("compiled_quickly")
-def test_between_slices_go_each_gradient_once_a_step_and_scalars(config):
-    config.data.row_length, config.optimizer.accumulation_steps = 256, 2
-    config.data.batch_size = config.eval.batch_size = 16
-    config.mesh.update({"data": 4, "fsdp": 2})
-    made = step_plan.make(config, "v5e:2x2*2")
-    assert made["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1, "slices": 2}
-    crossing = made["between_slices"]
-    rows = crossing["rows"]
-    # Tiles are padded.
-    ratio = rows["gradients"]["bytes"] / crossing["gradients, by formula"]
-    assert 0.99 <= ratio <= 1.1
-    weights = transformer.abstract_params(
-        pretrained.read_model_config(config.model.architecture)
-    )
-    assert rows["gradients"]["times"] <= len(jax.tree.leaves(weights))
-    assert rows["scalars"]["bytes"] < 2**16
-    assert rows["other"]["times"] == 0
-    seconds = sum(row["seconds"] for row in rows.values())
-    assert made["time"]["between slices, waited for"] == seconds > 0
-    assert "from other slices into a chip" in step_plan.describe(made)
-
-
-@pytest.mark.slow
-@needs_libtpu
-@pytest.mark.usefixtures("compiled_quickly")
 def test_a_plan_that_does_not_fit_gives_the_excess_and_advice(config):
     config.data.row_length = 256
     config.data.batch_size = config.eval.batch_size = 4096
