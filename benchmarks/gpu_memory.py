@@ -11,10 +11,10 @@ import argparse
 import pathlib
 
 from configs import cpt
+from mixcpt_jax.core.chips import GIB
 from mixcpt_jax.models import pretrained
 from mixcpt_jax.planning import step_plan
 from mixcpt_jax.runtime import metrics
-from mixcpt_jax.runtime.chips import GIB
 from mixcpt_jax.training import phase
 
 # Advertised gigabytes -> GiB that a run gets with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 of

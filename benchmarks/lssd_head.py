@@ -31,12 +31,13 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import head_cpu, head_forms
 from mixcpt_jax import config as config_lib
+from mixcpt_jax.core import chips
+from mixcpt_jax.core.chips import GIB
 from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives import dense, over_tokens, streamed, teachers
 from mixcpt_jax.planning import hlo, step_plan
-from mixcpt_jax.runtime import chips, sharding
-from mixcpt_jax.runtime.chips import GIB
+from mixcpt_jax.runtime import sharding
 from mixcpt_jax.training import optimizer, phase, steps
 
 # A slice of one chip of each kind.

@@ -25,9 +25,9 @@ import ml_collections
 import numpy as np
 
 from configs import cpt
+from mixcpt_jax.core.chips import GIB
 from mixcpt_jax.planning import hlo, step_plan
 from mixcpt_jax.runtime import metrics, sharding
-from mixcpt_jax.runtime.chips import GIB
 
 
 def main() -> None:

@@ -25,9 +25,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import llama3_8b
+from mixcpt_jax.core.chips import GIB
 from mixcpt_jax.planning import hlo, step_plan
 from mixcpt_jax.runtime import metrics, sharding
-from mixcpt_jax.runtime.chips import GIB
 
 ROW_LENGTH = 4096
 

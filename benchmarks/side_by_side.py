@@ -26,9 +26,10 @@ from typing import NamedTuple
 import jax
 
 from configs import presets
+from mixcpt_jax.core import chips
+from mixcpt_jax.core.chips import GIB
 from mixcpt_jax.planning import hlo, step_plan
-from mixcpt_jax.runtime import chips, metrics, sharding
-from mixcpt_jax.runtime.chips import GIB
+from mixcpt_jax.runtime import metrics, sharding
 
 # Name in `assets/architectures` -> in MaxText.
 MODELS = {"llama3_8b": "llama3-8b", "qwen25_1b5": "qwen2.5-1.5b"}

@@ -19,7 +19,7 @@ import ml_collections
 
 from configs import cpt
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.runtime import chips
+from mixcpt_jax.core import chips
 
 
 class Slice(NamedTuple):

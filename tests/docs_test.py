@@ -217,7 +217,10 @@ def commands(text):
     """Module and arguments of each command, except commands with an ellipsis."""
     for name, rest in _COMMAND.findall(text):
         module, _ = cli.COMMANDS["train" if name == ".main" else name.strip()]
-        arguments = shlex.split(re.sub(r"\\\n", " ", rest.rstrip("'`").split("&&")[0]))
+        rest = rest.rstrip("`")
+        if rest.count("'") % 2:  # a command within quotes
+            rest = rest.rstrip("'")
+        arguments = shlex.split(re.sub(r"\\\n", " ", rest.split("&&")[0]))
         if not any("..." in part or part.startswith("[") for part in arguments):
             yield module, arguments
 

@@ -6,9 +6,9 @@ import pytest
 from benchmarks import gpu_memory
 from configs import one_gpu
 from mixcpt_jax import config as config_lib
+from mixcpt_jax.core.chips import GIB
 from mixcpt_jax.models import pretrained
 from mixcpt_jax.planning import step_plan
-from mixcpt_jax.runtime.chips import GIB
 from mixcpt_jax.training import phase, steps
 
 

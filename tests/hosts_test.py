@@ -104,6 +104,34 @@ def test_a_run_on_two_hosts_is_stopped_and_killed_and_ends_like_one_on_one(
     assert lines(folder) == alone
 
 
+@pytest.mark.long
+def test_two_slices_lose_one_and_a_slice_alone_resumes(
+    launcher, config_flag, alone, tmp_path
+):
+    """Two processes of two devices are told to be slices."""
+    folder = tmp_path / "slices"
+    flags = (config_flag, f"--workdir={folder}")
+    slices = ("--config.mesh.slices=2", "--config.mesh.data=2")
+    timeout = f"--heartbeat_timeout={HEARTBEAT_TIMEOUT}"
+    hosts = launcher.start_hosts(2, *flags, *slices, timeout, num_devices=2)
+    wait_for_steps(folder, NUM_STEPS // 4, hosts)
+    os.kill(hosts[0].process.pid, signal.SIGTERM)
+    finish(hosts)
+    hosts = launcher.start_hosts(2, *flags, *slices, timeout, num_devices=2)
+    wait_for_steps(folder, lines(folder)[-1]["step"] + 2, hosts)
+    hosts[1].kill()
+    assert hosts[0].wait() in (1, -signal.SIGABRT)
+    # The checkpoint of two slices is restored on one.
+    finish([launcher.start(*flags, num_devices=2)])
+    found = lines(folder)
+    assert len(found) == len(alone)
+    for row, other in zip(found, alone, strict=True):
+        assert row.keys() == other.keys()
+        if "loss" in row:
+            # The order of sums differs, and training amplifies it.
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
 @whole
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", [0, 1])

@@ -14,11 +14,12 @@ import pytest
 
 from configs import cpt, presets
 from mixcpt_jax import config as config_lib
+from mixcpt_jax.core import chips
+from mixcpt_jax.core.chips import GIB
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.models import pretrained, transformer
 from mixcpt_jax.planning import hlo, step_plan
-from mixcpt_jax.runtime import chips, sharding
-from mixcpt_jax.runtime.chips import GIB
+from mixcpt_jax.runtime import sharding
 from mixcpt_jax.training import phase
 
 needs_libtpu = pytest.mark.skipif(
@@ -195,6 +196,31 @@ def test_a_quick_compilation_has_the_same_products(config):
     done = "products, compiled"
     assert quick["flops"][done] == pytest.approx(whole["flops"][done], rel=1e-3)
     assert received(quick) == pytest.approx(received(whole), rel=0.1)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.usefixtures("compiled_quickly")
+def test_between_slices_go_each_gradient_once_a_step_and_scalars(config):
+    config.data.row_length, config.optimizer.accumulation_steps = 256, 2
+    config.data.batch_size = config.eval.batch_size = 16
+    config.mesh.update({"data": 4, "fsdp": 2})
+    made = step_plan.make(config, "v5e:2x2*2")
+    assert made["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1, "slices": 2}
+    crossing = made["between_slices"]
+    rows = crossing["rows"]
+    # Tiles are padded.
+    ratio = rows["gradients"]["bytes"] / crossing["gradients, by formula"]
+    assert 0.99 <= ratio <= 1.1
+    weights = transformer.abstract_params(
+        pretrained.read_model_config(config.model.architecture)
+    )
+    assert rows["gradients"]["times"] <= len(jax.tree.leaves(weights))
+    assert rows["scalars"]["bytes"] < 2**16
+    assert rows["other"]["times"] == 0
+    seconds = sum(row["seconds"] for row in rows.values())
+    assert made["time"]["between slices, waited for"] == seconds > 0
+    assert "from other slices into a chip" in step_plan.describe(made)
 
 
 def test_several_slices_of_a_preset_take_as_many_rows_each():

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax import main
+from mixcpt_jax.core.chips import GIB
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.models import pretrained
 from mixcpt_jax.planning import sizing, step_plan
 from mixcpt_jax.runtime import sharding
-from mixcpt_jax.runtime.chips import GIB
 
 MODELS = {
     name: f"package:mixcpt_jax/assets/architectures/{name}.json"

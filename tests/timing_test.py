@@ -10,8 +10,9 @@ import pytest
 from etils import epath
 
 from mixcpt_jax import main
+from mixcpt_jax.core import chips
 from mixcpt_jax.planning import utilization
-from mixcpt_jax.runtime import chips, goodput, record, timing
+from mixcpt_jax.runtime import goodput, record, timing
 
 
 @pytest.fixture

@@ -7,12 +7,13 @@ import jax
 import pytest
 
 from benchmarks import lssd_head
+from mixcpt_jax.core import chips
+from mixcpt_jax.core.chips import GIB
 from mixcpt_jax.models import lora as lora_lib
 from mixcpt_jax.models import transformer
 from mixcpt_jax.objectives import streamed
 from mixcpt_jax.planning import hlo
-from mixcpt_jax.runtime import chips, sharding
-from mixcpt_jax.runtime.chips import GIB
+from mixcpt_jax.runtime import sharding
 
 pytestmark = [
     pytest.mark.slow,

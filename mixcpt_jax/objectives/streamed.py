@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from mixcpt_jax.core import chips
 from mixcpt_jax.objectives import dense
 from mixcpt_jax.objectives.sharded_swap import (
     MASKED,
@@ -40,7 +41,6 @@ from mixcpt_jax.objectives.sharded_swap import (
     merge,
     merge_shards,
 )
-from mixcpt_jax.runtime import chips
 from mixcpt_jax.runtime.sharding import (
     RULES,
     SPLIT_AXES,

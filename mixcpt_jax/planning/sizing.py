@@ -22,6 +22,7 @@ import ml_collections
 
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import mesh_shape, paths, small_files
+from mixcpt_jax.core.chips import GIB
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import formats as format_lib
 from mixcpt_jax.data import hub, sources
@@ -29,7 +30,6 @@ from mixcpt_jax.data.corpus import Corpus
 from mixcpt_jax.models import pretrained, tokenizer, transformer
 from mixcpt_jax.planning import step_plan, utilization
 from mixcpt_jax.runtime import terminal
-from mixcpt_jax.runtime.chips import GIB
 
 _STEP_TOKENS = (1024, 262_144)
 _ROW_LENGTHS = (256, 4096)

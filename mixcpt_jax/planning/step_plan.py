@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import ml_collections
 
 from mixcpt_jax import config as config_lib
-from mixcpt_jax.core import mesh_shape, paths
+from mixcpt_jax.core import chips, mesh_shape, paths
+from mixcpt_jax.core.chips import GIB
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.data import pipeline
 from mixcpt_jax.models import attention, experts, pretrained, transformer
 from mixcpt_jax.planning import hlo
-from mixcpt_jax.runtime import chips, metrics, sharding, terminal
-from mixcpt_jax.runtime.chips import GIB
+from mixcpt_jax.runtime import metrics, sharding, terminal
 from mixcpt_jax.training import phase, teacher_outputs
 from mixcpt_jax.training import program as program_lib
 

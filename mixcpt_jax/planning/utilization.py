@@ -5,10 +5,9 @@ import os
 
 import jax
 
-from mixcpt_jax.core import mesh_shape
+from mixcpt_jax.core import chips, mesh_shape
 from mixcpt_jax.data import pipeline
 from mixcpt_jax.planning import step_plan
-from mixcpt_jax.runtime import chips
 from mixcpt_jax.training import phase as phase_lib
 
 

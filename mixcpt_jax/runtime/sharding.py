@@ -28,9 +28,9 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mixcpt_jax.core import chips
 from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.core.mesh_shape import MESH_AXES, mesh_shape
-from mixcpt_jax.runtime import chips
 
 DATA, FSDP, TENSOR = MESH_AXES
 EXPERT = "expert"
