@@ -12,7 +12,6 @@ paths of the sources, the steps. On every host of the slice:
         --config.sources.preferences.path=/data/preferences.jsonl
 """
 
-import math
 from typing import NamedTuple
 
 import ml_collections
@@ -41,11 +40,13 @@ SLICES = {
     "v5p-64": Slice("v5p:2x4x4", 16),
     "v6e-16": Slice("v6e:4x4", 8),
     "v6e-256": Slice("v6e:16x16", 64),
+    "v4-32": Slice("v4:2x2x4", 8),
+    "tpu7x-8": Slice("tpu7x:2x2x1", 8),
 }
 
 
-# Chip -> its memory relative to a v5e's.
-MEMORY = {"v5e": 1, "v6e": 2, "v5p": 4}
+# Chip -> its memory relative to a v5e's; of a TPU7x, that of one of its two devices.
+MEMORY = {"v5e": 1, "v4": 2, "v6e": 2, "v5p": 4, "tpu7x": 4}
 
 
 def get_config(
@@ -69,7 +70,7 @@ def get_config(
     config_lib.check_variant(slice_name, tuple(SLICES))
     name, shared_by = SLICES[slice_name or next(iter(SLICES))]
     topology = chips.Topology.parse(name + times + number)
-    memory, num_chips = MEMORY[topology.chip.name], math.prod(topology.sides)
+    memory, num_chips = MEMORY[topology.chip.name], topology.num_devices
     config = cpt.get_config()
     folder = "package:mixcpt_jax/assets/architectures"
     config.model.architecture = f"{folder}/{architecture}.json"

@@ -182,3 +182,32 @@ frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
     assert collective.num_bytes == size
     assert collective.received(num_devices=4) == 2 * 3 / 4 * size
     assert module.collectives == []
+
+
+def test_a_slice_that_a_nested_fusion_reads_is_not_the_whole():
+    module = hlo.Module(
+        """
+%inner (a: f32[32,8,128], i: s32[]) -> f32[8,128] {
+  %a = f32[32,8,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %c = s32[] constant(0)
+  %part = f32[1,8,128]{2,1,0} dynamic-slice(%a, %i, %c, %c), dynamic_slice_sizes={1,8,128}
+  ROOT %b = f32[8,128]{1,0} bitcast(%part)
+}
+
+%outer (x: f32[32,8,128], j: s32[]) -> f32[8,128] {
+  %x = f32[32,8,128]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  ROOT %f = f32[8,128]{1,0} fusion(%x, %j), kind=kLoop, calls=%inner
+}
+
+ENTRY %main (p: f32[32,8,128], k: s32[]) -> f32[8,128] {
+  %p = f32[32,8,128]{2,1,0} parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %g = f32[8,128]{1,0} fusion(%p, %k), kind=kLoop, calls=%outer
+}
+"""
+    )
+    # Reads and writes one slice, and reads the index.
+    read_and_written = 2 * 4 * 8 * 128 + 4
+    assert module.roofline_seconds(1, 1) == read_and_written

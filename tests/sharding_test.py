@@ -34,7 +34,7 @@ def test_chips_that_share_weights_are_neighbours_on_every_slice(topology):
     sizes = {"data": 4, "fsdp": -1, "tensor": 1}
     mesh = sharding.make_topology_mesh(topology, sizes)
     for group in mesh.devices:
-        coordinates = np.array([chip.coords for chip in group.flat])
+        coordinates = np.array([(*d.coords, d.core_on_chip) for d in group.flat])
         box = np.ptp(coordinates, axis=0) + 1
         assert box.prod() == group.size
 

@@ -33,6 +33,7 @@ class Chip:
       cycles: of a core, per second; NaN if not published.
       dcn_bandwidth: bytes per second over the data center network, which connects slices.
       config_name: of the compiler, where it needs one for one device per chip.
+      num_devices: of jax, per chip.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Chip:
     cycles: float
     dcn_bandwidth: float
     config_name: str | None = None
+    num_devices: int = 1
 
 
 # Google publishes no bandwidth between slices of v4; v5p's is taken. A pod of 256 v5e chips
@@ -56,7 +58,8 @@ CHIPS = (
     Chip("v5e", "TPU v5 lite", 197e12, 819e9, int(15.75 * GIB), 45e9, 16, 1.5e9, 3.125e9),
     Chip("v5p", "TPU v5", 459e12, 2765e9, int(95.74 * GIB), 90e9, 4, 1.75e9, 6.25e9),
     Chip("v6e", "TPU v6 lite", 918e12, 1638e9, int(31.25 * GIB), 90e9, 16, 1.75e9, 12.5e9),
-    Chip("tpu7x", "TPU7x", 1153.5e12, 3690e9, int(94.75 * GIB), 45e9, 4, math.nan, 6.25e9),
+    Chip("tpu7x", "TPU7x", 1153.5e12, 3690e9, int(94.75 * GIB), 45e9, 4, math.nan, 6.25e9,
+         num_devices=2),
 )
 # fmt: on
 
@@ -88,6 +91,11 @@ class Topology(NamedTuple):
                 "v5e:16x16*4 for four slices"
             )
         return cls(chip, tuple(map(int, found[1].split("x"))), int(found[2] or 1))
+
+    @property
+    def num_devices(self) -> int:
+        """The devices of jax in one slice."""
+        return math.prod(self.sides) * self.chip.num_devices
 
     @property
     def of_slice(self) -> str:

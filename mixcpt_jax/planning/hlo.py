@@ -8,6 +8,7 @@ there (`jax.experimental.topologies`).
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ _COLLECTIVES = (
     "collective-permute",
     "reduce-scatter",
 )
+# What reads a part of its first operand, at a place that the others give.
+_SLICES = ("dynamic-slice", "gather")
 _UPDATE = "dynamic-update-slice"
 _FREE = (
     "bitcast",
@@ -198,12 +201,9 @@ class Module:
         read = [operand.arrays for operand in operands]
         if opcode == "fusion":
             inside = self.computations[_called(instruction)[0]]
-            parameters = sorted(
-                (i for i in inside.values() if i.opcode == "parameter"),
-                key=lambda i: int(i.attributes.split(")")[0]),
-            )
             read = [
-                _read_of(p, inside) or a for p, a in zip(parameters, read, strict=True)
+                self._read_of(p, inside) or a
+                for p, a in zip(_parameters(inside), read, strict=True)
             ]
             updates = [i for i in inside.values() if i.opcode == _UPDATE]
             for update in updates:
@@ -218,7 +218,7 @@ class Module:
         elif opcode == _UPDATE:
             written = list(operands[1].arrays)
             read = [operands[1].arrays]
-        elif opcode in ("dynamic-slice", "slice", "gather"):
+        elif opcode == "slice" or opcode in _SLICES:
             read = [instruction.arrays]
         arrays = [*written, *(a for arrays in read for a in arrays)]
         return sum(array.num_bytes for array in arrays if array.in_hbm)
@@ -276,6 +276,33 @@ class Module:
             if kind
         ]
         return sorted(found, key=lambda collective: -collective.num_bytes)
+
+    def _read_of(self, operand: Instruction, computation) -> tuple[Array, ...] | None:
+        """The slices of an operand that a fusion reads; None if it reads the whole.
+
+        A fusion may read them in a fusion of its own, as those do that overlap with a
+        collective.
+        """
+        found: list[Array] = []
+        for user in computation.values():
+            if operand.name not in user.operands:
+                continue
+            if user.opcode in _SLICES and user.operands[0] == operand.name:
+                found += user.arrays
+                continue
+            parts = [None]
+            if user.opcode == "bitcast":
+                parts = [self._read_of(user, computation)]
+            elif user.opcode == "fusion":
+                inside = self.computations[_called(user)[0]]
+                taken = (name == operand.name for name in user.operands)
+                parameters = itertools.compress(_parameters(inside), taken)
+                parts = [self._read_of(p, inside) for p in parameters]
+            if None in parts:
+                return None
+            found += itertools.chain.from_iterable(parts)
+        in_hbm = operand.arrays[0].in_hbm
+        return tuple(dataclasses.replace(a, in_hbm=in_hbm) for a in found) or None
 
     def _inside(self, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
         """Yields (computation, instruction) within a fusion, nested fusions included."""
@@ -377,16 +404,10 @@ def _group(instruction: Instruction) -> tuple[int, ...]:
     return ()
 
 
-def _read_of(parameter: Instruction, computation) -> tuple[Array, ...] | None:
-    """The slices that a fusion reads of a parameter; None if it reads the whole."""
-    users = [i for i in computation.values() if parameter.name in i.operands]
-    if users and all(user.opcode in ("dynamic-slice", "gather") for user in users):
-        return tuple(
-            dataclasses.replace(array, in_hbm=parameter.arrays[0].in_hbm)
-            for user in users
-            for array in user.arrays
-        )
-    return None
+def _parameters(computation: dict[str, Instruction]) -> list[Instruction]:
+    """The parameters of a computation, in order."""
+    found = (i for i in computation.values() if i.opcode == "parameter")
+    return sorted(found, key=lambda i: int(i.attributes.split(")")[0]))
 
 
 def _called(instruction: Instruction) -> list[str]:
