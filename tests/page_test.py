@@ -322,6 +322,24 @@ def test_only_a_change_beyond_its_interval_has_a_color(run):
     assert kinds["prose/exam"] == "bad"
 
 
+def test_the_times_of_a_resumed_run_say_which_starts_they_cover(run):
+    folder, _ = run
+
+    def labels():
+        arms = run_records.load([str(folder)])
+        return [label for label, _ in page._facts(arms) if label.startswith(("T", "G"))]
+
+    rows = [
+        {"step": step, "began": began, "time": began + 60.0, "seconds": {"steps": 60.0}}
+        for step, began in ((4, 1000.0), (9, 2000.0))
+    ]
+    file = folder / "plain" / "timing.jsonl"
+    file.write_text(json.dumps(rows[0]) + "\n")
+    assert labels() == ["Text", "Time", "Goodput"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert labels() == ["Text", "Time since the last start", "Goodput over all starts"]
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]"])
 def test_a_folder_without_a_run_is_an_input_error(tmp_path, content):
     if content is not None:

@@ -186,9 +186,14 @@ def _facts(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "Devices", joined(e.get("devices", "") for e in environments)
-    yield "Time", _duration(sum(arm.results.get("seconds", 0) for arm in arms))
+    # Results have the seconds of the last start only.
+    restarted = any(len({row["began"] for row in arm.timing}) > 1 for arm in arms)
     yield (
-        "Goodput",
+        "Time since the last start" if restarted else "Time",
+        _duration(sum(arm.results.get("seconds", 0) for arm in arms)),
+    )
+    yield (
+        "Goodput over all starts" if restarted else "Goodput",
         joined(
             f"{arm.name}: {shares}"
             for arm in arms
