@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.runtime import terminal
 
 # Parts of a package that are not its documentation: tests, generated or foreign code.
 _SKIPPED_PARTS = frozenset({"conftest", "dialects", "lib", "proto", "tools"}) | {
@@ -48,6 +49,7 @@ def file_of(*packages: str) -> str:
     file = FOLDER / f"{'_'.join(names)}.jsonl"
     if file.exists():
         return str(file)
+    terminal.say(f"{file}: writing the docstrings of {', '.join(packages)}")
     lines = "".join(json.dumps(record) + "\n" for record in records(packages))
     # Other processes may write the same file at the same time.
     temporary = file.with_suffix(f".{os.getpid()}")

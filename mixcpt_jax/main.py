@@ -320,6 +320,7 @@ def run(
 
     from mixcpt_jax import config as config_lib
     from mixcpt_jax.core import paths
+    from mixcpt_jax.data import pipeline
     from mixcpt_jax.jobs import evaluate, export, generate, merge, select, train
     from mixcpt_jax.runtime import compiled, hosts
     from mixcpt_jax.training import phase
@@ -344,6 +345,7 @@ def run(
         for name, phase_config in configs.items():
             if phase.finished(phase_config, folders[name]) is None:
                 with _naming(name, config):
+                    pipeline.find_files(phase_config, workdir)
                     phase.check_teacher(phase_config)
         for number, (name, phase_config) in enumerate(configs.items(), 1):
             if config.phases and phase.shows_progress(config):

@@ -114,7 +114,9 @@ def test_a_real_package(optax):
     assert not any("_src" in name for name in ids)
 
 
-def test_a_file_is_written_once_for_each_version(package, tmp_path, monkeypatch):
+def test_a_file_is_written_once_for_each_version(
+    package, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     installed = {package: ["lib-of-tests", "lib-of-tests-more"], "other": ["other"]}
     versions = {"lib-of-tests": "1.0", "lib-of-tests-more": "2"}
@@ -123,11 +125,13 @@ def test_a_file_is_written_once_for_each_version(package, tmp_path, monkeypatch)
     )
     monkeypatch.setattr(docstrings.importlib.metadata, "version", versions.get)
     file = docstrings.file_of(package)
+    assert capsys.readouterr().err == f"{file}: writing the docstrings of {package}\n"
     assert file == "runs/.docstrings/lib_of_tests-1.0+2.jsonl"
     read = [record.fields for record in sources.read(file)]
     assert read == docstrings.records([package])
     monkeypatch.setattr(docstrings, "records", pytest.fail)
     assert docstrings.file_of(package) == file
+    assert not capsys.readouterr().err
     monkeypatch.undo()
     assert os.listdir(tmp_path / "runs" / ".docstrings") == [file.rpartition("/")[2]]
 

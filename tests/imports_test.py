@@ -86,6 +86,8 @@ def test_configs_import_config_and_core_only(project):
         names = set(imported(ast.parse(file.read_text())))
         ours = {name for name in names if name.startswith("mixcpt_jax")}
         ours = {name for name in ours if not name.startswith("mixcpt_jax.core")}
+        if file.name == "docstrings.py":  # a helper that takes seconds, and says so
+            ours -= {"mixcpt_jax.runtime", "mixcpt_jax.runtime.terminal"}
         assert ours <= {"mixcpt_jax", "mixcpt_jax.config"}, file.name
 
 

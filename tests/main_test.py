@@ -13,6 +13,7 @@ from mixcpt_jax import __main__, main
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core import paths
 from mixcpt_jax.core.errors import InputError
+from mixcpt_jax.data import pipeline
 from mixcpt_jax.jobs import export, train
 from mixcpt_jax.runtime import lease
 from mixcpt_jax.training import phase
@@ -287,6 +288,39 @@ def test_a_missing_config_file(given, problem, monkeypatch, capsys):
     assert problem in line
     assert "quickstart" in line or "did you mean" in line
     assert "earlier failure" not in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"sources.domain.path": "{}/none.txt"}, "sources.domain.path"),
+        ({"sources.domain.path": "{}/odd.xyz"}, "sources.domain.path"),
+        ({"eval.prompts": "{}/none.jsonl"}, "eval.prompts"),
+        ({"eval.exams.one.path": "{}/none.jsonl"}, "eval.exams.one.path"),
+    ],
+)
+def test_a_path_to_nothing_is_named_before_the_model_is_read(
+    tiny_config, tmp_path, changes, key
+):
+    (tmp_path / "odd.xyz").write_text("of no kind")
+    tiny_config.model.path = str(tmp_path / "no model")
+    if "eval.exams" in key:
+        tiny_config.eval.exams.one = config_lib.exam()
+    for name, path in changes.items():
+        tiny_config.update_from_flattened_dict({name: path.format(tmp_path)})
+    with pytest.raises(InputError, match=rf"^{key}: {tmp_path}"):
+        main.run(tiny_config, str(tmp_path / "run"))
+
+
+def test_files_that_phases_of_the_run_write_may_be_missing_at_its_start(
+    tiny_config, tmp_path
+):
+    workdir = tmp_path / "run"
+    for path in ("phase:generate/samples.jsonl", f"{workdir}/replay/samples.jsonl"):
+        tiny_config.sources.domain.path = path
+        pipeline.find_files(tiny_config, str(workdir))
+    with pytest.raises(InputError, match=r"^sources\.domain\.path: "):
+        pipeline.find_files(tiny_config)
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from absl import logging
 from mixcpt_jax import config as config_lib
 from mixcpt_jax.core.errors import InputError, in_place, naming
 from mixcpt_jax.data import corpus as corpus_lib
-from mixcpt_jax.data import exams, formats, mixture, sources, token_cache
+from mixcpt_jax.data import documents, exams, formats, mixture, sources, token_cache
 from mixcpt_jax.data import files as files_lib
 from mixcpt_jax.data.corpus import Corpus
 from mixcpt_jax.data.tally import Tally
@@ -69,7 +70,7 @@ def load(
     row_length = config.eval.row_length or config.data.row_length
     max_tokens, limited = config.eval.max_tokens, []
     is_training = config.job == "train"
-    _find_sources(config)
+    find_files(config)
     measured = corpus_lib.measure(config)
     corpora, texts, pairs, files = {}, {}, {}, {}
     for name, source in config.sources.items():
@@ -134,19 +135,41 @@ def load(
     )
 
 
-def _find_sources(config: ml_collections.ConfigDict) -> None:
-    """Looks for the files on local disks, so that a wrong path is named by its key.
+def find_files(config: ml_collections.ConfigDict, workdir: str = "") -> None:
+    """Looks for what a phase reads from local disks; opens no data.
+
+    Args:
+      config: of the phase; its paths may still name other phases.
+      workdir: of the run, whose phases may still write files below it; empty: all files
+        must exist.
 
     Raises:
-      InputError: nothing is found.
+      InputError: names the key of a path at which nothing is found, or whose files need a
+        library that is not installed.
     """
-    for place, source in config_lib.all_sources(config):
-        if not _is_read(config, place, source) or "://" in source.path:
+    named = [
+        (f"{place}.path", source.path, source.reader, source.split)
+        for place, source in config_lib.all_sources(config)
+        if _is_read(config, place, source)
+    ]
+    named += [
+        (f"eval.exams.{name}.path", exam.path, None, "")
+        for name, exam in config.eval.exams.items()
+    ]
+    if config.eval.prompts:
+        named.append(("eval.prompts", config.eval.prompts, "jsonl", ""))
+    own = workdir and os.path.join(os.path.abspath(workdir), "")
+    for key, path, reader, split in named:
+        is_local = "://" not in path and not path.startswith("phase:")
+        if not is_local or (own and os.path.abspath(path).startswith(own)):
             continue
         try:
-            files_lib.find(source.path, source.reader, source.split)
+            reader = exams.reader(path) if reader is None else reader
+            found = files_lib.find(path, reader, split)
         except InputError as error:
-            raise InputError(f"{place}.path: {error}") from error
+            raise InputError(f"{key}: {error}") from error
+        for error in documents.missing_libraries(found.by_reader()).values():
+            raise InputError(f"{key}: {error}")
 
 
 def _is_read(config, place: str, source: ml_collections.ConfigDict) -> bool:
