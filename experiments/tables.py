@@ -1127,6 +1127,8 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
     """Name of a block of a page -> the function that writes it."""
     book = cells.load(book_run.RESULTS)
     german = [r for r in cells.load(german_run.RESULTS) if r["arm"] != "start"]
+    # A merge repeats the measures of the cell that it merges.
+    unmerged = [r for r in german if "merge" not in r.get("phases", ())]
     compared = {
         f"{base}-{name}": functools.partial(make, records, base)
         for base in JUDGED
@@ -1162,8 +1164,8 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "book-changes": lambda: real_changes_table(book, BOOK),
         "book-alignment": lambda: real_table(book, BOOK, is_aligned=True),
         "german-sentence": lambda: textwrap.fill(german_sentence(german), 88),
-        "german": lambda: real_table(german, GERMAN, is_aligned=False),
-        "german-changes": lambda: real_changes_table(german, GERMAN),
+        "german": lambda: real_table(unmerged, GERMAN, is_aligned=False),
+        "german-changes": lambda: real_changes_table(unmerged, GERMAN),
         "german-merge": lambda: real_merge_table(german, GERMAN),
         "cost": lambda: cost_table(records, json.loads(cost.FILE.read_text())),
     }

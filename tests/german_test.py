@@ -126,20 +126,26 @@ def test_a_tiny_study_runs_and_runs_nothing_twice(longer_model, project, tmp_pat
     program = (
         "from experiments.german import config, data, run\n"
         f"config.GGUF, data.NUM_UNREAD = {longer_model!r}, 2\n"
+        "run.NEIGHBOURS = 'plain_merged',\n"
         "run.main()"
     )
-    command = [sys.executable, "-c", program, "--tiny", "--part", "arms"]
+    command = [sys.executable, "-c", program, "--tiny", "--part", "arms", "neighbours"]
     command += [f"--handbook={handbook}", f"--data={general}", f"--workdir={workdir}"]
 
     def once():
         return processes.lines_of(command, project)
 
-    assert len(once()) == 2 + len(run.CLAIMS)
+    assert len(once()) == 3 + len(run.CLAIMS)
     assert once() == []  # every cell has a record
     records = [r for r in cells.load(workdir / "results") if r["arm"] != "start"]
-    assert len(records) == 2 + len(run.CLAIMS)
+    assert len(records) == 3 + len(run.CLAIMS)
     rows = tables.real_table(records, tables.GERMAN, is_aligned=False).splitlines()[2:]
     assert len(rows) == len(records)
+    phases = {record["arm"]: record["phases"] for record in records}
+    assert phases["plain_merged"]["cpt"] == phases["plain"]["cpt"]  # not trained again
+    curve = phases["plain_merged"]["merge"]["curve"]
+    assert {row["share"] for row in curve} >= set(config.MERGED_SHARES)
+    assert [folder.name for folder in workdir.glob("*-seed*")] == []
 
 
 def _record(german, english, questions="0"):
@@ -152,6 +158,16 @@ def _record(german, english, questions="0"):
 def test_figure_takes_the_geometric_mean_of_the_seeds():
     found = figure.perplexities([_record(10, 20), _record(40, 80)])
     np.testing.assert_allclose(found[1e-3], (40, 20))
+
+
+def test_figure_reads_the_training_of_an_arm_that_generates_its_general_text():
+    record = _record(10, 20)
+    record["phases"] = {"generate": {"after": {}}} | record["phases"]
+    np.testing.assert_allclose(figure.perplexities([record])[1e-3], (20, 10))
+    start = _record(1, 1, "0" * 9)
+    start["phases"] = {"evaluate": start["phases"]["cpt"]}
+    record["phases"]["cpt"]["questions"] = start["phases"]["evaluate"]["questions"]
+    assert all(change == 0 for change, *_ in figure.changes(start, record).values())
 
 
 def test_figure_shows_changes_in_points_with_intervals_over_questions():

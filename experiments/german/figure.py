@@ -18,7 +18,7 @@ ARMS = {
     "self_replay": "no general data: KL on the model's own samples",
 }
 EXAMS = {
-    "translation": "which English sentence\ntranslates the German",
+    "translation": "translation\n(one of four)",
     "arc_easy": "ARC-easy",
     "piqa": "PIQA",
     "openbook_qa": "OpenBookQA",
@@ -28,11 +28,17 @@ RATE = run.RATES[1]  # of the changes
 LEARNED, KEPT = "unread_pages/loss", "wikitext/loss"
 
 
+def _measured(record: cells.Record) -> cells.Record:
+    """The phase that measures a cell: training, or the evaluation of the start."""
+    phases = record["phases"]
+    return phases["cpt"] if "cpt" in phases else phases["evaluate"]
+
+
 def perplexities(records: Iterable[cells.Record]) -> dict[float, tuple[float, float]]:
     """Rate -> perplexity of English and of German, the geometric mean over seeds."""
     losses: dict[float, list[tuple[float, float]]] = {}
     for record in records:
-        after = next(iter(record["phases"].values()))["after"]
+        after = _measured(record)["after"]
         losses.setdefault(record["rate"], []).append((after[KEPT], after[LEARNED]))
     return {
         rate: tuple(np.exp(np.mean(losses[rate], axis=0))) for rate in sorted(losses)
@@ -43,9 +49,7 @@ def changes(
     start: cells.Record, end: cells.Record
 ) -> dict[str, tuple[float, float, float]]:
     """Exam -> (change, low, high) in points: 95 % intervals over the same questions."""
-    before, after = (
-        next(iter(record["phases"].values()))["questions"] for record in (start, end)
-    )
+    before, after = (_measured(record)["questions"] for record in (start, end))
     found = {}
     for name in EXAMS:
         answers = [np.array(list(text), int) for text in (before[name], after[name])]
@@ -56,14 +60,18 @@ def changes(
 
 
 def draw(records: list[cells.Record], path: pathlib.Path) -> None:
-    """Writes the figure, light and dark; see `figures.save_themes`."""
+    """Writes the figure, light and dark; see `figures.save_themes`.
+
+    A cell that diverged has no point.
+    """
+    records = [record for record in records if "failed" not in record]
     (start,) = (r for r in records if r["arm"] == "none" and r["start"])
     found = {arm: [r for r in records if r["arm"] == arm] for arm in ARMS}
     found = {arm: those for arm, those in found.items() if those}
 
     def draw_one(shown: Callable[[str], str]) -> Any:
         figure, (left, right) = figures.pyplot().subplots(
-            1, 2, figsize=(10.4, 4.4), width_ratios=(1.15, 1)
+            1, 2, figsize=(8.2, 4.6), width_ratios=(1.15, 1)
         )
         lines = [
             _draw_perplexities(left, start, those, figures.STYLES[arm], shown)
@@ -79,7 +87,7 @@ def draw(records: list[cells.Record], path: pathlib.Path) -> None:
         _label_changes(right)
         figure.legend(
             lines, [ARMS[arm] for arm in found], loc="lower center", frameon=False,
-            bbox_to_anchor=(0.5, 0.97), ncols=2, columnspacing=3,
+            bbox_to_anchor=(0.5, 0.97), ncols=2, columnspacing=2,
         )  # fmt: skip
         figure.tight_layout(w_pad=2)
         return figure
@@ -110,8 +118,8 @@ def _label_perplexities(axis, start) -> None:
         which.set_major_formatter("{x:g}")
         which.set_minor_locator(figures.ticks())
         which.set_inverted(True)
-    axis.set_xlabel("English, perplexity on WikiText-2    (kept better →)")
-    axis.set_ylabel("German, perplexity of unread pages    (better →)")
+    axis.set_xlabel("English, perplexity on WikiText-2\n(kept better →)")
+    axis.set_ylabel("German, perplexity of unread pages\n(learned better →)")
     axis.grid(alpha=0.25)
 
 
@@ -128,5 +136,5 @@ def _label_changes(axis) -> None:
     axis.set_yticks(range(len(EXAMS)), EXAMS.values())
     axis.invert_yaxis()
     axis.tick_params(axis="y", length=0)
-    axis.set_xlabel(f"change of correct answers in points, rate {RATE:g}")
+    axis.set_xlabel(f"correct answers, change in points\n(rate {RATE:g})")
     axis.grid(alpha=0.25, axis="x")

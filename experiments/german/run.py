@@ -9,6 +9,7 @@ interrupted cell resumes from its last checkpoint.
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -71,6 +72,11 @@ def plan(part: str, folder: str, start: str) -> Iterator[Cell]:
                 yield Cell(folder, start, arm, rate)
 
 
+def trained(cell: Cell) -> Cell:
+    """The cell whose training a cell measures: another one for a merge, else itself."""
+    return dataclasses.replace(cell, arm=cell.arm.removesuffix("_merged"))
+
+
 def run_cell(cell: Cell, workdir: str) -> cells.Record:
     """Runs or resumes a cell, and returns its record."""
     return cells.run(cell, make, workdir, () if cell.arm == "start" else QUESTIONS)
@@ -97,21 +103,27 @@ def main() -> None:
         cell = dataclasses.replace(healing(str(folder)), **settings)
         record = run_cell(cell, str(start))
         records.add(cell, record | {"revision": cells.revision()})
-    planned = [
-        dataclasses.replace(cell, **settings)
-        for part in arguments.part
-        for cell in plan(part, str(folder), str(model))
-        if not tiny or cell.rate in (0, RATES[1])
-    ]
+    planned = {
+        part: [
+            dataclasses.replace(cell, **settings)
+            for cell in plan(part, str(folder), str(model))
+            if not tiny or cell.rate in (0, RATES[1])
+        ]
+        for part in PARTS
+    }
     # One worker with all cores: two need twice the memory.
-    for cell in planned:
+    for cell in (cell for part in arguments.part for cell in planned[part]):
         if records.has(cell):
             continue
-        workdir = root / cells.name(cell, STUDY)
+        # A merge finds the end of training here, or trains again if it is gone.
+        workdir = root / cells.name(trained(cell), STUDY)
         record = run_cell(cell, str(workdir)) | {"revision": cells.revision()}
         records.add(cell, record)
-        print(f"{workdir.name}: {STUDY.summary(record)}", flush=True)
-        shutil.rmtree(workdir)
+        print(f"{cells.name(cell, STUDY)}: {STUDY.summary(record)}", flush=True)
+        others = itertools.chain.from_iterable(planned.values())
+        users = (other for other in others if trained(other) == trained(cell))
+        if all(records.has(user) for user in users):
+            shutil.rmtree(workdir)
 
 
 if __name__ == "__main__":
