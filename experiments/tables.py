@@ -920,11 +920,16 @@ _LABELS = {
 }
 
 
-def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
+def draw(records: list[Record], base: str, shown: Callable[[str], str]) -> Any:
     """The arms of `figures.STYLES` as curves over learning rates, use against kept.
 
     Bars are 95 % intervals over seeds. Where use stays low, a second panel shows the lower
     part of the square.
+
+    Args:
+      records: of the study.
+      base: its name.
+      shown: see `figures.save_themes`, for which this draws.
     """
     tops = sorted({100, _top(base)}, reverse=True)
     pyplot = figures.pyplot()
@@ -937,10 +942,10 @@ def draw(records: list[Record], base: str, path: pathlib.Path) -> None:
             if not found:
                 continue
             label = _LABELS[base][arm] if top == tops[-1] else None
-            _draw_curve(axis, found, style, label)
+            _draw_curve(axis, found, style, label, shown)
         _label_axes(axis, base, top)
     figure.tight_layout()
-    figures.save(figure, path)
+    return figure
 
 
 # The arms of the figure of ways to keep: kept, use and side of the label.
@@ -952,44 +957,48 @@ _KEEP_LABELS = {
 }
 
 
-def draw_keep(records: list[Record], path: pathlib.Path) -> None:
-    """Use against kept on the chat base, with and without general data."""
+def draw_keep(records: list[Record], shown: Callable[[str], str]) -> Any:
+    """Use against kept on the chat base, with and without general data; see `draw`."""
     figure, axis = figures.pyplot().subplots(figsize=(6.6, 5.2))
     for arm, (x, y, side) in _KEEP_LABELS.items():
         found = list(curves(records, "chat", arm, KEEP_RATES).values())
         if found:
-            _draw_curve(axis, found, figures.STYLES[arm], (x, y, side))
+            _draw_curve(axis, found, figures.STYLES[arm], (x, y, side), shown)
     merged = list(merge_curves(records, "plain_merged", RATE).values())
     if merged:
-        _draw_curve(axis, merged, figures.STYLES["plain_merged"], (60, 30, "left"))
+        style = figures.STYLES["plain_merged"]
+        _draw_curve(axis, merged, style, (60, 30, "left"), shown)
     _label_axes(axis, "chat", 100)
     figure.tight_layout()
-    figures.save(figure, path)
+    return figure
 
 
 def _draw_curve(
-    axis, found, style: figures.Style, place: tuple[float, float, str] | None
+    axis,
+    found,
+    style: figures.Style,
+    place: tuple[float, float, str] | None,
+    shown: Callable[[str], str],
 ) -> None:
     """A curve with its bars, and its label, if any, at (kept, use, side)."""
     (kept, kept_bars), (use, use_bars) = _means_and_bars(found)
+    color = shown(style.color)
     axis.errorbar(
-        kept, use, xerr=kept_bars, yerr=use_bars, color=style.color,
+        kept, use, xerr=kept_bars, yerr=use_bars, color=color,
         marker=style.marker, ms=6, lw=2, elinewidth=0.8,
     )  # fmt: skip
     if place is None:
         return
     x, y, side = place
     axis.text(
-        x, y, style.label, color=style.color, ha=side, va="bottom",
-        bbox={"color": "white", "alpha": 0.8, "pad": 1}, zorder=5,
+        x, y, style.label, color=color, ha=side, va="bottom",
+        bbox={"color": axis.get_facecolor(), "alpha": 0.8, "pad": 1}, zorder=5,
     )  # fmt: skip
 
 
-def draw_others(records: list[Record], base: str, path: pathlib.Path) -> None:
+def draw_others(records: list[Record], base: str, shown: Callable[[str], str]) -> Any:
     """A panel for each arm that `draw` leaves out, with next-token prediction in grey."""
     arms = [a for a in ARMS if a not in figures.STYLES and curves(records, base, a)]
-    if not arms:
-        return
     columns = min(4, len(arms))
     rows = -(-len(arms) // columns)
     figure, axes = figures.pyplot().subplots(
@@ -1005,14 +1014,14 @@ def draw_others(records: list[Record], base: str, path: pathlib.Path) -> None:
         found = list(curves(records, base, arm).values())
         (kept, kept_bars), (use, use_bars) = _means_and_bars(found)
         axis.errorbar(
-            kept, use, xerr=kept_bars, yerr=use_bars, color="#0072B2", marker="o", ms=4,
-            lw=1.5, elinewidth=0.7,
+            kept, use, xerr=kept_bars, yerr=use_bars, color=shown("#0072B2"),
+            marker="o", ms=4, lw=1.5, elinewidth=0.7,
         )  # fmt: skip
         axis.set_title("\n".join(textwrap.wrap(ARMS[arm].label, 34)), fontsize=8)
         _label_axes(axis, base, _top(base))
         axis.label_outer()
     figure.tight_layout()
-    figures.save(figure, path)
+    return figure
 
 
 def _means_and_bars(
@@ -1212,11 +1221,12 @@ def main() -> None:
     for page in PAGES:
         page.write_text(fill(page.read_text(), records))
     german_figure.draw(cells.load(german_run.RESULTS), FOLDER / "german" / "german.png")
-    draw_keep(records, FOLDER / "controlled" / "keep.png")
+    plots = {"keep": functools.partial(draw_keep, records)}
     for base in JUDGED:
-        if any(curves(records, base, arm) for arm in ARMS):
-            draw(records, base, FOLDER / "controlled" / f"{base}.png")
-            draw_others(records, base, FOLDER / "controlled" / f"{base}-others.png")
+        plots[base] = functools.partial(draw, records, base)
+        plots[f"{base}-others"] = functools.partial(draw_others, records, base)
+    for name, plot in plots.items():
+        figures.save_themes(plot, FOLDER / "controlled" / f"{name}.png")
 
 
 if __name__ == "__main__":

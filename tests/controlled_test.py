@@ -342,6 +342,19 @@ def test_the_arms_of_a_plot_look_different():
         assert set(labels) == shown
 
 
+@pytest.mark.parametrize(
+    "page", sorted(tables.FOLDER.rglob("README.md")), ids=lambda page: page.parent.name
+)
+def test_each_plot_of_a_page_has_a_dark_theme(page):
+    text = page.read_text()
+    shown = set(re.findall(r"(?:src=\"|\]\()([\w/-]+\.png)", text))
+    for name in shown - {"report.png"}:  # a picture of a page
+        dark = f"{name.removesuffix('.png')}-dark.png"
+        assert (page.parent / name).exists()
+        assert (page.parent / dark).exists()
+        assert f'(prefers-color-scheme: dark)" srcset="{dark}"' in text
+
+
 def test_repeated_cells_are_shown_below_their_records():
     records = cells.load(run.RESULTS)
     again = [
