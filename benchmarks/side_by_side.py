@@ -28,6 +28,7 @@ import jax
 from configs import presets
 from mixcpt_jax.core import chips
 from mixcpt_jax.core.chips import GIB
+from mixcpt_jax.models import pretrained
 from mixcpt_jax.planning import hlo, step_plan
 from mixcpt_jax.runtime import metrics, sharding
 
@@ -146,32 +147,24 @@ def measures(config, compiled: Compiled) -> list[str]:
     topology = config.mesh.topology
     chip = chips.of_topology(topology)
     mesh = sharding.make_topology_mesh(topology, config.mesh)
-    shape = step_plan._model_config(config)
+    shape = pretrained.read_model_config(config.model.architecture)
     tokens = config.data.batch_size * ROW_LENGTH
     module = hlo.Module(compiled.text)
-    products = step_plan._kernel_flops(shape, ROW_LENGTH) * config.data.batch_size
-    kernels = products * sum(
-        module.executions(name) * number for name, number in step_plan._KERNELS.items()
-    )
+    kernels = step_plan.attention_flops(module, shape, ROW_LENGTH)
+    kernels *= config.data.batch_size
     model = step_plan.count_flops(shape, ROW_LENGTH).model * tokens
-    moved = step_plan._collectives(module, mesh, topology)
-    seconds = {
-        is_async: sum(row["seconds"] for row in moved if row["overlapped"] == is_async)
-        for is_async in (False, True)
-    }
-    work = module.roofline_seconds(chip.flops, chip.hbm_bandwidth)
-    work += kernels / CHIPS / chip.flops
-    total = max(work, seconds[True]) + seconds[False]
+    moved = step_plan.collectives_of(module, mesh, topology)
+    seconds = step_plan.time_of(module, mesh, chip, moved, kernels, model, tokens)
     return [
         f"{compiled.peak / GIB:.2f}",
         f"{(module.flops * CHIPS + kernels) / model:.3f}",
         f"{sum(row['bytes'] for row in moved) / GIB:.1f}",
-        f"{work:.3f}",
+        f"{seconds['compute and memory']:.3f}",
         f"{module.cycles / chip.cycles:.3f}",
-        f"{seconds[False]:.3f}",
-        f"{seconds[True]:.3f}",
-        f"{tokens / total:,.0f}",
-        f"{model / CHIPS / chip.flops / total:.3f}",
+        f"{seconds['collectives, waited for']:.3f}",
+        f"{seconds['collectives, overlapped']:.3f}",
+        f"{seconds['tokens per second']:,.0f}",
+        f"{seconds['mfu bound']:.3f}",
     ]
 
 

@@ -312,7 +312,7 @@ def make(
     taken = _taken(step.phase.model_config, config.mesh.expert)
     module = hlo.Module(step.compiled.as_text(), branch_shares=(1 - taken, taken))
     flops = _flops(step, module)
-    collectives = _collectives(module, mesh, topology)
+    collectives = collectives_of(module, mesh, topology)
     crossing = _between_slices(step, module, chip)
     return result | {
         "fits": True,
@@ -321,7 +321,16 @@ def make(
         "flops": flops,
         "collectives": collectives,
         "between_slices": crossing,
-        "time": _time(step, module, flops, collectives, crossing, chip),
+        "time": time_of(
+            module,
+            mesh,
+            chip,
+            collectives,
+            kernel_flops=flops["attention kernels"] + flops["expert kernels"],
+            model_flops=flops["model"],
+            num_tokens=config.data.batch_size * config.data.row_length,
+            crossing=crossing,
+        ),
     }
 
 
@@ -407,24 +416,20 @@ def _flops(step: Step, module: hlo.Module) -> dict[str, float]:
     tokens = config.data.batch_size * row_length
     parts = {k: v * tokens for k, v in dataclasses.asdict(counted).items()}
     rows_at_once = config.data.batch_size // config.optimizer.accumulation_steps
-    done = sum(module.executions(name) * n for name, n in _KERNELS.items())
-    if done:
-        done *= _kernel_flops(model_config, row_length)
-        teacher = step.phase.other_teacher
-        if teacher is not None and frozen == "whole":
-            c, parts_of_batch = (
-                teacher.model_config,
-                config.optimizer.accumulation_steps,
-            )
-            excess = _kernel_flops(c, row_length) - _kernel_flops(
-                model_config, row_length
-            )
-            done += parts_of_batch * c.num_layers * _KERNELS["splash_mha_fwd"] * excess
+    kernels = attention_flops(module, model_config, row_length)
+    teacher = step.phase.other_teacher
+    if kernels and teacher is not None and frozen == "whole":
+        c, parts_of_batch = (
+            teacher.model_config,
+            config.optimizer.accumulation_steps,
+        )
+        excess = _kernel_flops(c, row_length) - _kernel_flops(model_config, row_length)
+        kernels += parts_of_batch * c.num_layers * _KERNELS["splash_mha_fwd"] * excess
     return parts | {
         "model": counted.model * tokens,
         "products, by formula": counted.products * tokens,
         "products, compiled": module.flops * mesh.size,
-        "attention kernels": rows_at_once * done,
+        "attention kernels": rows_at_once * kernels,
         "expert kernels": _expert_flops(step) if module.executions("gmm") else 0.0,
     }
 
@@ -447,13 +452,21 @@ def _expert_flops(step: Step) -> float:
     return passes * product * tokens * (1 + shared)
 
 
+def attention_flops(
+    module: hlo.Module, c: transformer.ModelConfig, row_length: int
+) -> float:
+    """FLOPs of attention's kernels in a compiled step, for each row that runs at once."""
+    products = sum(module.executions(name) * n for name, n in _KERNELS.items())
+    return products * _kernel_flops(c, row_length)
+
+
 def _kernel_flops(c: transformer.ModelConfig, row_length: int) -> float:
     """FLOPs of one product in attention's kernels for a row, mean over the layers."""
     pairs = [attention.splash_pairs(row_length, window) for window in c.windows]
     return 2 * c.num_heads * c.head_size * sum(pairs) / len(pairs)
 
 
-def _collectives(
+def collectives_of(
     module: hlo.Module, mesh: jax.sharding.Mesh, topology: str
 ) -> list[dict[str, Any]]:
     """By kind: number, bytes into a chip, and seconds at the bandwidth of the links."""
@@ -534,12 +547,30 @@ def _num_slices(mesh: jax.sharding.Mesh) -> int:
     return mesh.shape.get(sharding.SLICES, 1)
 
 
-def _time(step, module, flops, collectives, crossing, chip) -> dict[str, float]:
-    """Seconds of a step, tokens per second and the bound of MFU."""
-    mesh, data = step.phase.mesh, step.phase.config.data
+def time_of(
+    module: hlo.Module,
+    mesh: jax.sharding.Mesh,
+    chip: chips.Chip,
+    collectives: list[dict[str, Any]],
+    kernel_flops: float,
+    model_flops: float,
+    num_tokens: int,
+    crossing: dict[str, Any] | None = None,
+) -> dict[str, float]:
+    """Seconds of a compiled step, tokens per second and the bound of MFU.
+
+    Args:
+      module: the step.
+      mesh: for which it is compiled.
+      chip: of the mesh.
+      collectives: see `collectives_of`.
+      kernel_flops: of kernels, which the module does not show, on all chips.
+      model_flops: that MFU counts, on all chips.
+      num_tokens: of the step.
+      crossing: what a chip exchanges with other slices, if there are several.
+    """
     compute = module.roofline_seconds(chip.flops, chip.hbm_bandwidth)
-    kernels = flops["attention kernels"] + flops["expert kernels"]
-    compute += kernels / mesh.size / chip.flops
+    compute += kernel_flops / mesh.size / chip.flops
     waited = sum(row["seconds"] for row in collectives if not row["overlapped"])
     overlapped = sum(row["seconds"] for row in collectives if row["overlapped"])
     total = max(compute, overlapped) + waited
@@ -554,8 +585,8 @@ def _time(step, module, flops, collectives, crossing, chip) -> dict[str, float]:
         "collectives, overlapped": overlapped,
         **between,
         "step": total,
-        "tokens per second": data.batch_size * data.row_length / total,
-        "mfu bound": flops["model"] / mesh.size / chip.flops / total,
+        "tokens per second": num_tokens / total,
+        "mfu bound": model_flops / mesh.size / chip.flops / total,
     }
 
 
