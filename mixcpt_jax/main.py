@@ -345,7 +345,8 @@ def run(
         for name, phase_config in configs.items():
             if phase.finished(phase_config, folders[name]) is None:
                 with _naming(name, config):
-                    pipeline.find_files(phase_config, workdir)
+                    if phase_config.job in pipeline.JOBS:
+                        pipeline.find_files(phase_config, workdir)
                     phase.check_teacher(phase_config)
         for number, (name, phase_config) in enumerate(configs.items(), 1):
             if config.phases and phase.shows_progress(config):

@@ -312,6 +312,14 @@ def test_a_path_to_nothing_is_named_before_the_model_is_read(
         main.run(tiny_config, str(tmp_path / "run"))
 
 
+def test_an_export_needs_none_of_the_data(tiny_config, tmp_path):
+    tiny_config.job = "export"
+    tiny_config.model.path = str(tmp_path / "no model")
+    tiny_config.eval.prompts = tiny_config.sources.domain.path = "none.jsonl"
+    with pytest.raises(InputError, match="no model"):
+        main.run(tiny_config, str(tmp_path / "run"))
+
+
 def test_files_that_phases_of_the_run_write_may_be_missing_at_its_start(
     tiny_config, tmp_path
 ):

@@ -20,6 +20,9 @@ from mixcpt_jax.data.corpus import Corpus
 from mixcpt_jax.data.tally import Tally
 from mixcpt_jax.data.teacher_cache import Form, TeacherRows
 
+# The jobs that `load` their data; others read a part of it, or none.
+JOBS = ("train", "evaluate", "merge")
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
