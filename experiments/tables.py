@@ -544,44 +544,59 @@ def _listed(values: Iterable[str]) -> str:
     return f"{', '.join(others)} and {last}"
 
 
-def _german_measures(german: list[Record]) -> list[dict[str, float]]:
-    """Measures of the start, plain CPT, NTP on the mixture and the default.
+def _german_measures(german: list[Record]) -> dict[str, dict[str, float]]:
+    """Measures of the first seed: of the start, of arms at the middle rate, at the low one.
 
-    They are those of the first seed at the middle rate.
+    Returns:
+      "start", "plain", "mixture", "default", "replay" or "low" (plain CPT at the low rate)
+      -> its measures.
     """
-    after = {
-        record["arm"]: next(iter(record["phases"].values()))["after"]
-        for record in german
-        if record["seed"] == 0
-        and record["rate"] in (0, german_run.RATES[1])
-        and record.get("start")
+    low, middle, _ = german_run.RATES
+    cells_of = {
+        "start": ("none", 0),
+        "plain": ("plain", middle),
+        "mixture": ("mixture_ntp", middle),
+        "default": ("mixture_lssd20", middle),
+        "replay": ("self_replay", middle),
+        "low": ("plain", low),
     }
-    return [after[arm] for arm in ("none", "plain", "mixture_ntp", "mixture_lssd20")]
+    after = {
+        (record["arm"], record["rate"]): record["phases"][
+            "evaluate" if record["arm"] == "none" else "cpt"
+        ]["after"]
+        for record in german
+        if record["seed"] == 0 and record.get("start") and "failed" not in record
+    }
+    return {name: after[cell] for name, cell in cells_of.items()}
 
 
 def german_sentence(german: list[Record]) -> str:
-    """What one seed of the German study shows at its middle rate."""
-    start, *ends = _german_measures(german)
+    """What one seed of the German study shows."""
+    found = _german_measures(german)
+    low, rate, _ = german_run.RATES
+
+    def perplexity(name: str, text: str) -> str:
+        return f"{math.exp(found[name][f'{text}/loss']):.1f}"
 
     def perplexities(text: str) -> str:
-        before, *now = (f"{math.exp(a[f'{text}/loss']):.1f}" for a in (start, *ends))
-        return f"{before} to {_listed(now)}"
+        ends = ("plain", "mixture", "default", "replay")
+        now = _listed(perplexity(name, text) for name in ends)
+        return f"{perplexity('start', text)} to {now}"
 
-    lost = sorted(f"{100 * (start[LAMBADA] - end[LAMBADA]):.0f}" for end in ends)
     return (
-        "SmolLM2-135M reads a German handbook (one seed, rate "
-        f"{german_run.RATES[1]:g}). Under plain CPT, NTP on the mixture "
-        "and the default, the perplexity of German goes from "
-        f"{perplexities('unread_pages')}, that of English (WikiText-2) from "
-        f"{perplexities('wikitext')}. LAMBADA, prose unlike the mixture, loses "
-        f"{' to '.join(dict.fromkeys((lost[0], lost[-1])))} points under each."
+        f"SmolLM2-135M reads a German handbook (one seed, rate {rate:g}). Under plain CPT, "
+        "NTP on the mixture, the default, and replay of own samples, German perplexity "
+        f"goes from {perplexities('unread_pages')}, English from "
+        f"{perplexities('wikitext')}. A lower rate does as much: at {low:g} plain CPT ends at "
+        f"{perplexity('low', 'unread_pages')} and {perplexity('low', 'wikitext')}."
     )
 
 
 def german_findings(german: list[Record]) -> str:
-    """Seven sentences on the first seed at the middle rate, with their numbers."""
-    start, *ends = _german_measures(german)
-    plain, mixture, default = ends
+    """Seven sentences on the first seed, with their numbers."""
+    found = _german_measures(german)
+    start, plain, mixture, default, replay, low = found.values()
+    ends = plain, mixture, default, replay
 
     def changes(key: str) -> str:
         return _listed(f"{100 * (end[key] - start[key]):+.1f}" for end in ends)
@@ -595,24 +610,26 @@ def german_findings(german: list[Record]) -> str:
 
     german_now = _listed(f"{math.exp(end['unread_pages/loss']):.1f}" for end in ends)
     sentences = (
-        "Plain CPT, NTP on the mixture and the default learn the German about equally "
-        "well: the perplexity of unread pages goes from "
+        "Plain CPT, NTP on the mixture, the default and replay of own samples learn the "
+        "German about equally well: the perplexity of unread pages goes from "
         f"{math.exp(start['unread_pages/loss']):.1f} to {german_now}.",
-        f"The last words of German passages change by {changes('last_words/exact')} "
-        "points, in the same order.",
         "Plain CPT forgets: WikiText-2's perplexity becomes "
         f"{times(plain)} that of the start.",
         "To tell which English sentence translates a German one, a model needs its "
         f"English: these answers change by {changes('translation/exam')} points.",
         "NTP on the mixture keeps a part: WikiText-2's perplexity becomes "
         f"{times(mixture)} that of the start, and the KL from the start is "
-        f"{lower(mixture, plain)} than under plain CPT.",
-        f"LSSD beside it keeps more: {times(default)}, and the KL is "
-        f"{lower(default, plain)} than under plain CPT, {lower(default, mixture)} than "
-        "under NTP on the mixture.",
-        f"LAMBADA changes by {changes(LAMBADA)} points: neither the mixture nor LSSD "
-        "keeps it. LAMBADA is prose from novels; the mixture's general text is "
-        "instructions and preferences.",
+        f"{lower(mixture, plain)} than under plain CPT. LSSD beside it keeps more: "
+        f"{times(default)}, and the KL is {lower(default, plain)}.",
+        "KL on the model's own samples, without any general data, keeps most: "
+        f"{times(replay)}, and the KL is {lower(replay, plain)}.",
+        f"LAMBADA changes by {changes(LAMBADA)} points: only replay keeps a part of it. "
+        "LAMBADA is prose from novels; the mixture's general text is instructions and "
+        "preferences.",
+        f"The rate matters more than the arm: at {german_run.RATES[0]:g} plain CPT learns "
+        f"more German ({math.exp(low['unread_pages/loss']):.1f}), WikiText-2's perplexity "
+        f"becomes {times(low)} that of the start, and LAMBADA changes by "
+        f"{100 * (low[LAMBADA] - start[LAMBADA]):+.1f} points.",
     )
     return "\n".join(
         textwrap.fill(f"{number}. {sentence}", 92, subsequent_indent="   ")

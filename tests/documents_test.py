@@ -314,6 +314,12 @@ def test_a_text_with_a_mark_or_in_utf_8_is_decoded_exactly(text, encoding):
     assert found.removeprefix("\ufeff") == text
 
 
+def test_a_zero_in_a_text_in_utf_8_does_not_make_it_utf_16():
+    text = "\0" + "größer\n" * 9
+    assert len(text.encode()) % 2 == 0
+    assert documents.decode(text.encode(), pathlib.Path("a.txt")) == (text, "utf-8")
+
+
 @given(st.binary(max_size=400))
 def test_any_bytes_are_a_text_or_a_reason(content):
     problem = None

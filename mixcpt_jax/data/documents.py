@@ -63,6 +63,7 @@ _DECLARED = re.compile(
 _HEAD_BYTES, _AROUND_BYTES, _CHUNK_BYTES = 4096, 2**18, 2**20
 _PROLOG = re.compile(r"\s*<\?xml[^>]*\?>")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff]")
+_CONTROL_BYTES = re.compile(rb"[\x00-\x08\x0b\x0e-\x1f\x7f]")
 # Encodings that pages declare, and the larger ones that browsers then use.
 _AS_BROWSERS_DO = {
     "iso-8859-1": "cp1252",
@@ -124,10 +125,25 @@ def _marked(content: bytes) -> tuple[bytes | None, str]:
     return mark, _BYTE_ORDER_MARKS[mark] if mark else _unmarked(content[:_HEAD_BYTES])
 
 
+def _is_utf_8(head: bytes) -> bool:
+    """Whether bytes are UTF-8; the last character may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _unmarked(head: bytes) -> str:
-    """UTF-16 if zeros are in one byte of the pairs only and all characters are text."""
+    """UTF-16 if zeros are in one byte of the pairs only and all characters are text.
+
+    Bytes that are UTF-8 as well are UTF-16 only if they are full of control characters, as
+    Latin and Cyrillic letters in UTF-16 are when read as UTF-8.
+    """
     are_zero = 0 in head[::2], 0 in head[1::2]
-    if len(head) % 2 == 0 and sum(are_zero) == 1:
+    controls = len(_CONTROL_BYTES.findall(head))
+    is_utf_8 = _is_utf_8(head) and (len(head) < 4 or 4 * controls <= len(head))
+    if len(head) % 2 == 0 and sum(are_zero) == 1 and not is_utf_8:
         encoding = "utf-16-be" if are_zero[0] else "utf-16-le"
         # A pair of surrogates may be cut at the end of the head.
         text = head.decode(encoding, "ignore")
