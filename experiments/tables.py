@@ -587,8 +587,8 @@ def german_sentence(german: list[Record]) -> str:
         f"SmolLM2-135M reads a German handbook (one seed, rate {rate:g}). Under plain CPT, "
         "NTP on the mixture, the default, and replay of own samples, German perplexity "
         f"goes from {perplexities('unread_pages')}, English from "
-        f"{perplexities('wikitext')}. A lower rate does as much: at {low:g} plain CPT ends at "
-        f"{perplexity('low', 'unread_pages')} and {perplexity('low', 'wikitext')}."
+        f"{perplexities('wikitext')}. A lower rate does as much: at {low:g} plain CPT ends "
+        f"at {perplexity('low', 'unread_pages')} and {perplexity('low', 'wikitext')}."
     )
 
 
