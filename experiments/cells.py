@@ -19,8 +19,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import ml_collections
+import numpy as np
 
 from mixcpt_jax import config as config_lib
+from mixcpt_jax.core import intervals
 
 Record = dict[str, Any]
 
@@ -194,6 +196,17 @@ def _answered(items: dict[str, list[float]], name: str) -> list[int]:
         return items[f"{name}/exam"]
     parts = items[f"{name}/correct"], items[f"{name}/tokens"]
     return [int(correct == tokens) for correct, tokens in zip(*parts, strict=True)]
+
+
+def change(before: str, after: str) -> tuple[float, float, float]:
+    """The change of correct answers in points, and its 95 % interval over the questions.
+
+    Args:
+      before, after: outcomes of the same questions, see `run`.
+    """
+    before_N, after_N = (np.array(list(text), int) for text in (before, after))
+    low, high = intervals.change_of_share(before_N, after_N)
+    return 100 * (after_N.mean() - before_N.mean()), 100 * low, 100 * high
 
 
 class Records:

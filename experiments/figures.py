@@ -48,12 +48,6 @@ def ticks(*places: float) -> Any:
     return ticker.FixedLocator(places)
 
 
-def save(figure: Any, path: pathlib.Path) -> None:
-    """Writes a figure as a PNG whose bytes depend on its content only."""
-    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    pyplot().close(figure)
-
-
 def save_themes(
     draw: Callable[[Callable[[str], str]], Any], path: pathlib.Path
 ) -> None:
@@ -72,4 +66,9 @@ def save_themes(
         with pyplot().rc_context(settings):
             figure = draw(lambda color, colors=colors: colors.get(color, color))
             suffix = "" if theme == "light" else f"-{theme}"
-            save(figure, path.with_stem(path.stem + suffix))
+            # The bytes depend on the content only.
+            figure.savefig(
+                path.with_stem(path.stem + suffix),
+                dpi=110, bbox_inches="tight", metadata={"Software": None},
+            )  # fmt: skip
+            pyplot().close(figure)

@@ -31,7 +31,6 @@ from experiments.controlled.config import MERGED_SHARES
 from experiments.controlled.run import HIGH, HIGH_RATES, KEEP_RATES, RATE, RATES
 from experiments.german import figure as german_figure
 from experiments.german import run as german_run
-from mixcpt_jax.core import intervals
 from mixcpt_jax.reporting import report as report_lib
 from mixcpt_jax.runtime import metrics
 
@@ -561,9 +560,7 @@ def _german_measures(german: list[Record]) -> dict[str, dict[str, float]]:
         "low": ("plain", low),
     }
     after = {
-        (record["arm"], record["rate"]): record["phases"][
-            "evaluate" if record["arm"] == "none" else "cpt"
-        ]["after"]
+        (record["arm"], record["rate"]): german_figure.measured(record)["after"]
         for record in german
         if record["seed"] == 0 and record.get("start") and "failed" not in record
     }
@@ -936,15 +933,9 @@ def real_changes_table(records: list[Record], columns: _Columns) -> str:
     for record in arms:
         rows.append([_arm_and_rate(record)])
         for name in shown:
-            before_N, after_N = (
-                np.array(list(phase["questions"][name]), int)
-                for phase in (start, record["phases"]["cpt"])
-            )
-            low, high = intervals.change_of_share(before_N, after_N)
-            change = after_N.mean() - before_N.mean()
-            rows[-1].append(
-                f"{100 * change:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-            )
+            ends = start, record["phases"]["cpt"]
+            change = cells.change(*(phase["questions"][name] for phase in ends))
+            rows[-1].append("{:+.1f} ({:+.1f} to {:+.1f})".format(*change))
     return _table(["arm, rate", *shown.values()], rows)
 
 

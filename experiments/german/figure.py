@@ -1,7 +1,6 @@
 """The figure of the German study: what is learned against what is kept."""
 
 import pathlib
-import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +8,6 @@ import numpy as np
 
 from experiments import cells, figures
 from experiments.german import run
-from mixcpt_jax.core import intervals
 
 ARMS = {
     "plain": "plain CPT",
@@ -28,7 +26,7 @@ RATE = run.RATES[1]  # of the changes
 LEARNED, KEPT = "unread_pages/loss", "wikitext/loss"
 
 
-def _measured(record: cells.Record) -> cells.Record:
+def measured(record: cells.Record) -> cells.Record:
     """The phase that measures a cell: training, or the evaluation of the start."""
     phases = record["phases"]
     return phases["cpt"] if "cpt" in phases else phases["evaluate"]
@@ -38,7 +36,7 @@ def perplexities(records: Iterable[cells.Record]) -> dict[float, tuple[float, fl
     """Rate -> perplexity of English and of German, the geometric mean over seeds."""
     losses: dict[float, list[tuple[float, float]]] = {}
     for record in records:
-        after = _measured(record)["after"]
+        after = measured(record)["after"]
         losses.setdefault(record["rate"], []).append((after[KEPT], after[LEARNED]))
     return {
         rate: tuple(np.exp(np.mean(losses[rate], axis=0))) for rate in sorted(losses)
@@ -49,14 +47,8 @@ def changes(
     start: cells.Record, end: cells.Record
 ) -> dict[str, tuple[float, float, float]]:
     """Exam -> (change, low, high) in points: 95 % intervals over the same questions."""
-    before, after = (_measured(record)["questions"] for record in (start, end))
-    found = {}
-    for name in EXAMS:
-        answers = [np.array(list(text), int) for text in (before[name], after[name])]
-        change = statistics.fmean(answers[1]) - statistics.fmean(answers[0])
-        low, high = intervals.change_of_share(*answers)
-        found[name] = (100 * change, 100 * low, 100 * high)
-    return found
+    before, after = (measured(record)["questions"] for record in (start, end))
+    return {name: cells.change(before[name], after[name]) for name in EXAMS}
 
 
 def draw(records: list[cells.Record], path: pathlib.Path) -> None:
@@ -82,8 +74,8 @@ def draw(records: list[cells.Record], path: pathlib.Path) -> None:
             first = (r for r in those if r["rate"] == RATE and r["seed"] == 0)
             for record in first:
                 offset = (place - (len(found) - 1) / 2) * 0.18
-                measured = changes(start, record)
-                _draw_changes(right, measured, figures.STYLES[arm], offset, shown)
+                change = changes(start, record)
+                _draw_changes(right, change, figures.STYLES[arm], offset, shown)
         _label_changes(right)
         figure.legend(
             lines, [ARMS[arm] for arm in found], loc="lower center", frameon=False,
