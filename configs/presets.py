@@ -68,14 +68,15 @@ def get_config(
     """
     slice_name, times, number = slice_name.partition("*")
     config_lib.check_variant(slice_name, tuple(SLICES))
-    name, shared_by = SLICES[slice_name or next(iter(SLICES))]
-    topology = chips.Topology.parse(name + times + number)
+    one, shared_by = SLICES[slice_name or next(iter(SLICES))]
+    name = one + times + number
+    topology = chips.Topology.parse(name)
     memory, num_chips = MEMORY[topology.chip.name], topology.num_devices
     config = cpt.get_config()
     folder = "package:mixcpt_jax/assets/architectures"
     config.model.architecture = f"{folder}/{architecture}.json"
     fewest, most = fsdp
-    config.mesh.topology = name + times + number
+    config.mesh.topology = name
     config.mesh.fsdp = max(min(shared_by, most), fewest // memory)
     config.mesh.data = topology.num_slices * num_chips // config.mesh.fsdp
     rows = max(64, num_chips)

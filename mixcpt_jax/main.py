@@ -51,7 +51,6 @@ class _ConfigParser(flags.ArgumentParser):
 
 def _check_deliberate(name: str, keys: list[str], known: Iterable[str]) -> None:
     """Checks that flags add a source on purpose: they must also give its share."""
-
     key = f"sources.{name}"
     if f"{key}.weight" not in keys:
         raise InputError(

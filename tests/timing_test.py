@@ -93,8 +93,9 @@ def test_run_records_its_time(tiny_config, tmp_path, capsys):
     spent = timing.spent(rows)
     assert min(spent[name] for name in ("starting", "compilation", "evaluation")) > 0
     wall = rows[-1]["time"] - rows[0]["began"]
-    assert sum(spent.values()) == pytest.approx(wall, rel=0.1)
-    assert spent[timing.LOST] < 0.1 * wall
+    most = max(0.5, 0.02 * wall)  # on a slow machine, more
+    assert sum(spent.values()) == pytest.approx(wall, abs=most)
+    assert spent[timing.LOST] < most
     assert all(row["tflops_per_device"] > 0 for row in rows[2:-1])
     assert "in steps" in capsys.readouterr().err
     (trace,) = (tmp_path / "run/tensorboard/plugins/profile").glob("*/*.xplane.pb")

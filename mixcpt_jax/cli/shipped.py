@@ -1,12 +1,12 @@
 """The configs of the package, found from any folder."""
 
-import difflib
 import importlib.util
 import pathlib
 import sys
 import types
 
 import mixcpt_jax
+from mixcpt_jax.core import text as text_lib
 from mixcpt_jax.core.errors import InputError
 
 # Files in the folder that configs import, but that are not configs.
@@ -33,10 +33,10 @@ def find(name: str) -> str:
     ours = _folder() / f"{file.stem}.py"
     if is_ours and ours.is_file():
         return f"{ours}{colon}{variant}"
-    near = difflib.get_close_matches(file.stem, _names(), n=1)
-    remedy = f"did you mean {near[0]}?" if near and is_ours else f"name {known()}"
+    near = text_lib.nearest(file.stem, _names()) if is_ours else ""
     raise InputError(
-        f"--config={name}: no such file below {pathlib.Path.cwd()}; {remedy}"
+        f"--config={name}: no such file below {pathlib.Path.cwd()}; "
+        f"{near or f'name {known()}'}"
     )
 
 

@@ -51,10 +51,10 @@ class Chip:
 
 # Google publishes no bandwidth between slices of v4; v5p's is taken. A pod of 256 v5e chips
 # has 6.4 Tbit/s. A TPU7x chip has 2,307 TFLOP/s, 7,380 GB/s, links of 90 GB/s, 100 Gbit/s.
-_V4 = "megacore"
 # fmt: off
 CHIPS = (
-    Chip("v4", "TPU v4", 275e12, 1200e9, int(30.75 * GIB), 45e9, 4, 1.05e9, 6.25e9, _V4),
+    Chip("v4", "TPU v4", 275e12, 1200e9, int(30.75 * GIB), 45e9, 4, 1.05e9, 6.25e9,
+         config_name="megacore"),
     Chip("v5e", "TPU v5 lite", 197e12, 819e9, int(15.75 * GIB), 45e9, 16, 1.5e9, 3.125e9),
     Chip("v5p", "TPU v5", 459e12, 2765e9, int(95.74 * GIB), 90e9, 4, 1.75e9, 6.25e9),
     Chip("v6e", "TPU v6 lite", 918e12, 1638e9, int(31.25 * GIB), 90e9, 16, 1.75e9, 12.5e9),

@@ -23,13 +23,16 @@ _IN_A_LINE = re.compile(rf"[\t\n{_CONTROLS}]")
 _LONG_WORD = re.compile(rf"\S{{{MOST_OF_A_VALUE + 1},}}")
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Asks for the known name that is like an unknown one; empty if none is."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
 def advice(name: str, known: Iterable[str]) -> str:
     """The remedy for an unknown name: the nearest known one, else all of them."""
     known = list(known)
-    near = difflib.get_close_matches(name, known)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"known here: {', '.join(known) or 'none'}"
+    return nearest(name, known) or f"known here: {', '.join(known) or 'none'}"
 
 
 def escaped(text: str) -> str:

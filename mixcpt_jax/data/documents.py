@@ -99,6 +99,16 @@ def missing_libraries(kinds: Iterable[str]) -> dict[str, InputError]:
     }
 
 
+def require_libraries(kinds: Iterable[str]) -> None:
+    """Checks that the libraries for these kinds of files are installed.
+
+    Raises:
+      InputError: see `missing_libraries`.
+    """
+    for error in missing_libraries(kinds).values():
+        raise error
+
+
 def decode(content: bytes, file: epath.Path) -> tuple[str, str]:
     """Decodes a text by its byte order mark, as UTF-8, or as what its bytes suggest.
 
@@ -125,25 +135,10 @@ def _marked(content: bytes) -> tuple[bytes | None, str]:
     return mark, _BYTE_ORDER_MARKS[mark] if mark else _unmarked(content[:_HEAD_BYTES])
 
 
-def _is_utf_8(head: bytes) -> bool:
-    """Whether bytes are UTF-8; the last character may be cut."""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def _unmarked(head: bytes) -> str:
-    """UTF-16 if zeros are in one byte of the pairs only and all characters are text.
-
-    Bytes that are UTF-8 as well are UTF-16 only if they are full of control characters, as
-    Latin and Cyrillic letters in UTF-16 are when read as UTF-8.
-    """
+    """UTF-16 if zeros are in one byte of the pairs only and all characters are text."""
     are_zero = 0 in head[::2], 0 in head[1::2]
-    controls = len(_CONTROL_BYTES.findall(head))
-    is_utf_8 = _is_utf_8(head) and (len(head) < 4 or 4 * controls <= len(head))
-    if len(head) % 2 == 0 and sum(are_zero) == 1 and not is_utf_8:
+    if len(head) % 2 == 0 and sum(are_zero) == 1 and not _is_text_in_utf_8(head):
         encoding = "utf-16-be" if are_zero[0] else "utf-16-le"
         # A pair of surrogates may be cut at the end of the head.
         text = head.decode(encoding, "ignore")
@@ -159,6 +154,18 @@ def _unknown(content: bytes, place: str, encoding: str) -> DocumentError:
         f"{place}: is neither {encoding.upper()} nor of another known encoding; convert it",
         "unknown_encoding",
     )
+
+
+def _is_text_in_utf_8(head: bytes) -> bool:
+    """Whether bytes are UTF-8, of which the last character may be cut, and mostly text.
+
+    Latin and Cyrillic letters in UTF-16 may be UTF-8 as well, full of control characters.
+    """
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return len(head) < 4 or 4 * len(_CONTROL_BYTES.findall(head)) <= len(head)
 
 
 def _guess(content: bytes, place: int) -> str:

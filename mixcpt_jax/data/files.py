@@ -165,6 +165,8 @@ def find(path: str, reader: str, split: str) -> Found:
         raise InputError(
             f"{path}: split={split!r}, but nothing there has splits; leave it empty"
         )
+    if reader:  # other files of a folder are not requested
+        search.found.passed_over.clear()
     return search.found
 
 

@@ -169,10 +169,9 @@ def find_files(config: ml_collections.ConfigDict, workdir: str = "") -> None:
         try:
             reader = exams.reader(path) if reader is None else reader
             found = files_lib.find(path, reader, split)
+            documents.require_libraries(found.by_reader())
         except InputError as error:
             raise InputError(f"{key}: {error}") from error
-        for error in documents.missing_libraries(found.by_reader()).values():
-            raise InputError(f"{key}: {error}")
 
 
 def _is_read(config, place: str, source: ml_collections.ConfigDict) -> bool:

@@ -76,10 +76,7 @@ def read(
         without records (of 'text' for a source without).
     """
     found = files.find(path, reader, split)
-    if reader:  # other files of a folder are not requested
-        found.passed_over.clear()
-    for error in documents.missing_libraries(found.by_reader()).values():
-        raise error
+    documents.require_libraries(found.by_reader())
     found.warn(path)
     return read_parts(found.parts, on_bad, max_expansion)
 

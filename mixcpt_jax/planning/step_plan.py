@@ -483,7 +483,7 @@ def collectives_of(
                 "seconds": 0.0,
             },
         )
-        received = collective.received(mesh.size // _num_slices(mesh))
+        received = collective.received(mesh.size // sharding.num_slices(mesh))
         row["times"] += collective.times
         row["bytes"] += received
         row["seconds"] += received / _bandwidth(collective.group, mesh, topology)
@@ -514,7 +514,7 @@ def _between_slices(step: Step, module: hlo.Module, chip: chips.Chip) -> dict[st
       and of everything else. "gradients, by formula": bytes into the chip if each chip of a
       slice exchanges an equal share of all gradients.
     """
-    num_slices = _num_slices(step.phase.mesh)
+    num_slices = sharding.num_slices(step.phase.mesh)
     if num_slices == 1:
         return {}
     rows = {
@@ -541,10 +541,6 @@ def _between_slices(step: Step, module: hlo.Module, chip: chips.Chip) -> dict[st
         "gradients, by formula": least.received(num_slices) / copies,
         "bandwidth": chip.dcn_bandwidth,
     }
-
-
-def _num_slices(mesh: jax.sharding.Mesh) -> int:
-    return mesh.shape.get(sharding.SLICES, 1)
 
 
 def time_of(

@@ -103,7 +103,7 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     if fsdp % expert:
         raise InputError(f"mesh.expert={expert}: must divide mesh.fsdp, {fsdp}")
     # `jax.make_mesh` splits a side of the torus only on v5e.
-    laid_out = [
+    parts = [
         mesh_utils.create_device_mesh(
             (data // len(slices), fsdp // expert, expert, tensor),
             part,
@@ -113,8 +113,10 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     ]
     axes = DATA, *SPLIT_AXES, TENSOR
     if len(slices) == 1:
-        return _auto_mesh(laid_out[0], axes)
-    return _auto_mesh(np.stack(laid_out), (SLICES, *axes))
+        (laid_out,) = parts
+    else:
+        laid_out, axes = np.stack(parts), (SLICES, *axes)
+    return Mesh(laid_out, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def sizes_of(mesh: Mesh) -> dict[str, int]:
@@ -125,8 +127,9 @@ def sizes_of(mesh: Mesh) -> dict[str, int]:
     return sizes | ({SLICES: slices[0]} if slices else {})
 
 
-def _auto_mesh(devices: np.ndarray, axes: tuple[str, ...]) -> Mesh:
-    return Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
+def num_slices(mesh: Mesh | AbstractMesh) -> int:
+    """How many slices a mesh is over."""
+    return mesh.shape.get(SLICES, 1)
 
 
 def _by_slice(devices: Sequence[jax.Device], number: int) -> list[list[jax.Device]]:
@@ -208,7 +211,7 @@ def batch_axes(mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:
       mesh: None: the present one. Within `sum_over_slices` it is the mesh of a slice.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if mesh.shape.get(SLICES, 1) == 1 or SLICES in mesh.manual_axes:
+    if num_slices(mesh) == 1 or SLICES in mesh.manual_axes:
         return (DATA, *SPLIT_AXES)
     return (SLICES, DATA, *SPLIT_AXES)
 
@@ -319,7 +322,7 @@ def sum_over_slices(
       batch: arrays of rows.
       arguments: trees that each slice has a copy of.
     """
-    if jax.sharding.get_abstract_mesh().shape.get(SLICES, 1) == 1:
+    if num_slices(jax.sharding.get_abstract_mesh()) == 1:
         return function(batch, *arguments)
 
     def of_slice(batch, arguments):
