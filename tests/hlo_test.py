@@ -164,6 +164,51 @@ def test_unknown_trip_counts_are_refused(mesh):
         _ = module.flops
 
 
+def counted_loop(start: str, limit: int, step: int) -> hlo.Module:
+    return hlo.Module(
+        f"""
+%condition (c: (f32[8,128], s32[])) -> pred[] {{
+  %c = (f32[8,128]{{1,0}}, s32[]) parameter(0)
+  %counter = s32[] get-tuple-element(%c), index=1
+  %limit = s32[] constant({limit})
+  ROOT %more = pred[] compare(%counter, %limit), direction=LT
+}}
+
+%body (b: (f32[8,128], s32[])) -> (f32[8,128], s32[]) {{
+  %b = (f32[8,128]{{1,0}}, s32[]) parameter(0)
+  %x = f32[8,128]{{1,0}} get-tuple-element(%b), index=0
+  %i = s32[] get-tuple-element(%b), index=1
+  %step = s32[] constant({step})
+  %next = s32[] add(%i, %step)
+  %inside = f32[8,128]{{1,0}} negate(%x)
+  ROOT %t = (f32[8,128]{{1,0}}, s32[]) tuple(%inside, %next)
+}}
+
+ENTRY %main (p: f32[8,128]) -> (f32[8,128], s32[]) {{
+  %p = f32[8,128]{{1,0}} parameter(0)
+  %start = s32[] {start}
+  %copied = s32[] copy(%start)
+  %given = (f32[8,128]{{1,0}}, s32[]) tuple(%p, %copied)
+  ROOT %loop = (f32[8,128]{{1,0}}, s32[]) while(%given), condition=%condition, body=%body
+}}
+"""
+    )
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 7])
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_loops_run_from_their_start_to_their_limit(start, step):
+    """The compiler may peel the first iterations of a loop, and unroll it."""
+    module = counted_loop(f"constant({start})", 7, step)
+    assert module.executions("inside") == len(range(start, 7, step))
+
+
+def test_a_loop_that_starts_at_an_unknown_number_is_refused():
+    module = counted_loop("parameter(1)", 7, 1)
+    with pytest.raises(ValueError, match="trip count is not a constant"):
+        module.executions("inside")
+
+
 def test_a_transfer_to_the_other_slices_is_a_collective():
     module = hlo.Module(
         """

@@ -334,7 +334,8 @@ class Module:
                 yield instruction, computation, times
                 if instruction.opcode == "while":
                     body = instruction.attribute(r"body=%([^\s,]+)")
-                    waiting.append((body, times * self._trip_count(instruction)))
+                    trips = self._trip_count(instruction, computation)
+                    waiting.append((body, times * trips))
                 elif instruction.opcode == "conditional":
                     branches = _branches(instruction)
                     for branch, share in zip(branches, self.branch_shares, strict=True):
@@ -345,24 +346,37 @@ class Module:
                     for called in _called(instruction):
                         waiting.append((called, times))
 
-    def _trip_count(self, loop: Instruction) -> int:
+    def _trip_count(self, loop: Instruction, computation) -> int:
         if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
-        # A counted loop compares its counter, which starts at zero, with a constant.
+        # A counted loop compares its counter, which starts at a constant, with another.
         condition = self.computations[loop.attribute(r"condition=%([^\s,]+)")]
-        limits = [i for i in condition.values() if i.integer is not None]
+        limits = [i.integer for i in condition.values() if i.integer is not None]
         counters = [i for i in condition.values() if i.opcode == "get-tuple-element"]
-        if len(limits) != 1 or len(counters) != 1:
+        start = None
+        if len(limits) == len(counters) == 1:
+            place = int(counters[0].attribute(r"index=(\d+)"))
+            start = _start(loop, place, computation)
+        if start is None:
             raise ValueError(f"{loop.name}: the loop's trip count is not a constant")
         # The compiler may have unrolled the loop.
         body = self.computations[loop.attribute(r"body=%([^\s,]+)")]
         *_, root = body.values()
         step = 1
-        update = body[root.operands[int(counters[0].attribute(r"index=(\d+)"))]]
+        update = body[root.operands[place]]
         if update.opcode == "add":
             steps = [body[name].integer for name in update.operands]
             step = next((n for n in steps if n is not None), 1)
-        return math.ceil(limits[0].integer / step)
+        return len(range(start, limits[0], step))
+
+
+def _start(loop: Instruction, place: int, computation) -> int | None:
+    """The first value of a loop's counter; not 0 if the compiler peeled iterations."""
+    carried = computation[loop.operands[0]]
+    while carried.opcode in ("tuple", "copy", "bitcast"):
+        index = place if carried.opcode == "tuple" else 0
+        carried = computation[carried.operands[index]]
+    return carried.integer
 
 
 def _instruction(name: str, text: str) -> Instruction:
