@@ -172,6 +172,23 @@ def test_a_plan_that_does_not_fit_gives_the_excess_and_advice(config):
     assert "The step fits, with" in advice
 
 
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "devices", "device"),
+    [("v5e:2x2", "4 chips", "chip"), ("tpu7x:2x2x1", "8 cores", "core")],
+)
+def test_a_plan_names_the_devices_of_its_slice(
+    config, monkeypatch, topology, devices, device
+):
+    def refuse(*_):
+        raise step_plan.DoesNotFit(96 * GIB, 95 * GIB)
+
+    monkeypatch.setattr(step_plan, "compile_step", refuse)
+    text = step_plan.describe(step_plan.make(config, topology))
+    assert text.startswith(f"{topology}, {devices} (")
+    assert text.endswith(f"1.00 more than the 95.00 of a {device}")
+
+
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.usefixtures("compiled_quickly")
@@ -345,4 +362,4 @@ def test_the_command(config, tmp_path):
     assert "HBM of a chip" in done.stdout
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["fits"]
-    assert written["chips"] == 4
+    assert written["devices"] == 4

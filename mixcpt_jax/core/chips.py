@@ -19,7 +19,7 @@ GIB = 2**30
 class Chip:
     """One TPU generation.
 
-    jax has one device per chip, but two per TPU7x: there, all figures are of half a chip.
+    jax has one device per chip, but two per TPU7x: there, all figures are of one core.
 
     Attributes:
       name: as in a topology, "v5e:4x4".
@@ -34,6 +34,7 @@ class Chip:
       dcn_bandwidth: bytes per second over the data center network, which connects slices.
       config_name: of the compiler, where it needs one for one device per chip.
       num_devices: of jax, per chip.
+      device: what such a device is.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Chip:
     dcn_bandwidth: float
     config_name: str | None = None
     num_devices: int = 1
+    device: str = "chip"
 
 
 # Google publishes no bandwidth between slices of v4; v5p's is taken. A pod of 256 v5e chips
@@ -59,7 +61,7 @@ CHIPS = (
     Chip("v5p", "TPU v5", 459e12, 2765e9, int(95.74 * GIB), 90e9, 4, 1.75e9, 6.25e9),
     Chip("v6e", "TPU v6 lite", 918e12, 1638e9, int(31.25 * GIB), 90e9, 16, 1.75e9, 12.5e9),
     Chip("tpu7x", "TPU7x", 1153.5e12, 3690e9, int(94.75 * GIB), 45e9, 4, math.nan, 6.25e9,
-         num_devices=2),
+         num_devices=2, device="core"),
 )
 # fmt: on
 

@@ -294,7 +294,8 @@ def make(
     started = time.monotonic()
     result: dict[str, Any] = {
         "topology": topology,
-        "chips": mesh.size,
+        "devices": mesh.size,
+        "device": chip.device,
         "mesh": sharding.sizes_of(mesh),
         "batch_size": config.data.batch_size,
         "row_length": config.data.row_length,
@@ -588,11 +589,11 @@ def time_of(
 
 def describe(plan: dict[str, Any]) -> str:
     """A plan as a page of Markdown."""
-    shape = sharding.describe(plan["mesh"])
+    shape, device = sharding.describe(plan["mesh"]), plan["device"]
     lines = [
-        f"{plan['topology']}, {plan['chips']} chips ({shape}); {plan['batch_size']} rows "
-        f"of {plan['row_length']:,} tokens a step in {plan['accumulation_steps']} "
-        f"microbatches; remat {plan['remat']}"
+        f"{plan['topology']}, {plan['devices']} {device}s ({shape}); "
+        f"{plan['batch_size']} rows of {plan['row_length']:,} tokens a step in "
+        f"{plan['accumulation_steps']} microbatches; remat {plan['remat']}"
     ]
     memory = plan["memory"]
     if not plan["fits"]:
@@ -600,16 +601,16 @@ def describe(plan: dict[str, Any]) -> str:
         over = needed - available
         return (
             f"{lines[0]}\ndoes not fit: it needs {needed:.2f} GiB, {over:.2f} more than "
-            f"the {available:.2f} of a chip"
+            f"the {available:.2f} of a {device}"
         )
     rows = [[key, f"{value / GIB:.2f}"] for key, value in memory.items()]
-    lines.append(metrics.table(["HBM of a chip", "GiB"], rows))
+    lines.append(metrics.table([f"HBM of a {device}", "GiB"], rows))
     flops, total = plan["flops"], plan["flops"]["model"]
     rows = [[key, f"{v:.3g}", f"{v / total:.3f}"] for key, v in flops.items()]
     kernels = flops["attention kernels"] + flops["expert kernels"]
     everything = flops["products, compiled"] + kernels
     rows.append(["total", f"{everything:.3g}", f"{everything / total:.3f}"])
-    lines.append(metrics.table(["FLOPs of a step", "all chips", "of model"], rows))
+    lines.append(metrics.table(["FLOPs of a step", f"all {device}s", "of model"], rows))
     rows = [
         [
             f"{row['kind']}, {'overlapped' if row['overlapped'] else 'waited for'}",
@@ -619,7 +620,7 @@ def describe(plan: dict[str, Any]) -> str:
         ]
         for row in plan["collectives"]
     ]
-    lines.append(metrics.table(["into a chip", "times", "GiB", "seconds"], rows))
+    lines.append(metrics.table([f"into a {device}", "times", "GiB", "seconds"], rows))
     if crossing := plan["between_slices"]:
         rows = [
             [
@@ -633,7 +634,8 @@ def describe(plan: dict[str, Any]) -> str:
         least = crossing["gradients, by formula"] / GIB
         rows.append(["gradients, by formula", "", f"{least:.3f}", ""])
         speed = f"at {crossing['bandwidth'] / 1e9:g} GB/s"
-        title = ["from other slices into a chip", "times", "GiB", f"seconds {speed}"]
+        what = f"from other slices into a {device}"
+        title = [what, "times", "GiB", f"seconds {speed}"]
         lines.append(metrics.table(title, rows))
     times = plan["time"]
     rows = [
