@@ -161,6 +161,49 @@ def source_weights(objectives: dict[str, float]) -> dict[str, float]:
     return {f"{o}_weight": objectives.get(o, 0.0) for o in config_lib.OBJECTIVES}
 
 
+def add_alignment(
+    config: ml_collections.ConfigDict,
+    folder: str,
+    samples: int,
+    start: str,
+    rates: tuple[float, float],
+    settings: Mapping[str, Any],
+) -> None:
+    """Adds the phases "sft" and "dpo" on a few general samples, in the chat format.
+
+    Args:
+      config: of a run; its other sources are not read in these phases.
+      folder: with `instructions.jsonl` and `preferences.jsonl`, such as "phase:select".
+      samples: number of samples of each file, the first ones.
+      start: `init_from` of SFT.
+      rates: peak learning rates of SFT and DPO.
+      settings: of both phases.
+    """
+    sources = config.sources
+    for name, file, format in (
+        ("sft", "instructions", "chat"),
+        ("dpo", "preferences", "chat_preference"),
+    ):
+        sources[name] = config_lib.source(
+            path=f"{folder}/{file}.jsonl",
+            format=format,
+            weight=0.0,
+            max_records=samples,
+            **source_weights(NTP),
+        )
+    none = {name: {"weight": 0.0} for name in sources}
+    for name, init_from, rate in zip(
+        ("sft", "dpo"), (start, "phase:sft"), rates, strict=True
+    ):
+        config.overrides[name] = settings | {
+            "init_from": init_from,
+            "sources": none | {name: {"weight": 1.0}},
+        }
+        config.overrides[name].optimizer.learning_rate = rate
+    config.overrides.dpo.objective = {"kind": "preference"}
+    config.phases = (*config.phases, "sft", "dpo")
+
+
 def set_phases(
     config: ml_collections.ConfigDict,
     arm: Arm,

@@ -855,6 +855,17 @@ GERMAN = {
     "its KL from the start": ("wikitext/kl_from_start", "{:.3f}".format),
     **_EXAMS,
 }
+# After the phases that follow CPT.
+GERMAN_ALIGNED = {
+    column: GERMAN[column]
+    for column in (
+        "translation",
+        "ARC-easy",
+        "PIQA",
+        "unread pages, perplexity",
+        *_WIKITEXT,
+    )
+}
 # Measures of the phases after CPT, on holdout samples, which only their cells have.
 _ALIGNED = {
     "instructions, perplexity": ("instructions/loss", _perplexity),
@@ -952,6 +963,41 @@ def real_merge_table(records: list[Record], columns: _Columns) -> str:
         for row in record["phases"].get("merge", {}).get("curve", ())
     ]
     return _table(["arm, rate", "share of the change", *columns], rows)
+
+
+def aligned_table(records: list[Record], columns: _Columns) -> str:
+    """The phases after CPT, with each number of samples; one row for the end of CPT.
+
+    The change of the form is to plain CPT with the same rate, samples and phase.
+    """
+    found = {
+        (r["rate"], list(ARMS).index(r["arm"]), r["samples"]): r["phases"]
+        for r in records
+        if "failed" not in r
+    }
+    rows = []
+    for (rate, place, samples), phases in sorted(found.items()):
+        arm = list(ARMS)[place]
+        plain = found.get((rate, list(ARMS).index("plain"), samples), {})
+        for name, phase in phases.items():
+            if "answers" not in phase:
+                continue
+            form, right = (phase["answers"][key] for key in ("form", "right"))
+            change = ""
+            if arm != "plain" and name in plain:
+                ends = plain[name]["answers"]["form"], form
+                change = "{:+.1f} ({:+.1f} to {:+.1f})".format(*cells.change(*ends))
+            rows.append([
+                f"{ARMS[arm].label}, {rate:g}",
+                name.upper() if samples else "CPT",
+                str(samples) if samples else "",
+                _per_cent(form.count("1") / len(form)),
+                change,
+                _per_cent(right.count("1") / len(right)),
+                *(display(phase["after"][key]) for key, display in columns.values()),
+            ])  # fmt: skip
+    header = ["arm, rate", "after", "samples", "form", "against plain CPT", "right"]
+    return _table([*header, *columns], rows)
 
 
 # Base -> arm -> place of the label: kept, use, and the side of the label that is there.
@@ -1195,6 +1241,8 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
     """Name of a block of a page -> the function that writes it."""
     book = cells.load(book_run.RESULTS)
     german = [r for r in cells.load(german_run.RESULTS) if r["arm"] != "start"]
+    aligned = [r for r in german if r.get("trained")]
+    german = [r for r in german if not r.get("trained")]
     # A merge repeats the measures of the cell that it merges.
     unmerged = [r for r in german if "merge" not in r.get("phases", ())]
     compared = {
@@ -1236,6 +1284,7 @@ def blocks(records: list[Record]) -> dict[str, Callable[[], str]]:
         "german": lambda: real_table(unmerged, GERMAN, is_aligned=False),
         "german-changes": lambda: real_changes_table(unmerged, GERMAN),
         "german-merge": lambda: real_merge_table(german, GERMAN),
+        "german-aligned": lambda: aligned_table(aligned, GERMAN_ALIGNED),
         "cost": lambda: cost_table(records, json.loads(cost.FILE.read_text())),
     }
 

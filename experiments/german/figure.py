@@ -54,9 +54,9 @@ def changes(
 def draw(records: list[cells.Record], path: pathlib.Path) -> None:
     """Writes the figure, light and dark; see `figures.save_themes`.
 
-    A cell that diverged has no point.
+    A cell that diverged has no point, nor has one of the phases after CPT.
     """
-    records = [record for record in records if "failed" not in record]
+    records = [r for r in records if "failed" not in r and not r.get("trained")]
     (start,) = (r for r in records if r["arm"] == "none" and r["start"])
     found = {arm: [r for r in records if r["arm"] == arm] for arm in ARMS}
     found = {arm: those for arm, those in found.items() if those}
