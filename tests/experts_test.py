@@ -205,10 +205,10 @@ def make_batch(rows=8, length=16):
     }
 
 
-def objective(load_balance=0.0, remat="none", lora=None):
+def objective(load_balance=0.0, remat="none", lora=None, teacher=None):
     return over_tokens.token_objective(
         transformer.make_forward(CONFIG, remat=remat, lora=lora),
-        teachers.running_teacher(transformer.make_forward(CONFIG)),
+        teacher or teachers.running_teacher(transformer.make_forward(CONFIG)),
         ("domain", "general"),
         load_balance=load_balance,
     )
@@ -262,6 +262,31 @@ def test_metrics_show_the_load_and_how_far_routing_has_drifted():
     drift = np.sum(scores["router_drift"] * batch["loss_mask"])
     np.testing.assert_allclose(drift, moved["router_drift"][0], rtol=1e-5)
     assert "router_drift" not in score(params(), batch)
+
+
+def test_a_prepared_teacher_gives_the_loss_of_a_running_one():
+    """With experts too; only the drift of the routers needs a running teacher."""
+    # Logits far from equal, so that the loss depends on the teacher.
+    teacher = params(1) | {"unembedding": 50 * params(1)["unembedding"]}
+    forward, batch = transformer.make_forward(CONFIG), make_batch()
+
+    def loss(batch, source=None):
+        function = objective(teacher=source).loss_sum
+        return jax.jit(function)(params(), teacher, batch, 1 / 104)
+
+    expected, theirs = loss(batch)
+    for top_k, prepared in (
+        (0, teachers.prepared_teacher("float32")),
+        (CONFIG.vocab_size, teachers.compact_teacher()),
+    ):
+        outputs = jax.jit(teachers.make_teacher_step(forward, top_k))(teacher, batch)
+        found, ours = loss(batch | outputs, prepared)
+        # What is stored has the digits of bfloat16.
+        np.testing.assert_allclose(found, expected, rtol=2**-9)
+        assert "router_load_max" in ours
+        assert {name for name in theirs if name.endswith("router_drift")} == {
+            name for name in theirs if name not in ours
+        }
 
 
 def test_drift_counts_choices_in_any_order():

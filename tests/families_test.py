@@ -306,6 +306,18 @@ def test_what_a_config_may_leave_out_or_spell_otherwise(
             "quantization_config is .*supported: None",
         ),
         ("Mistral 3, with images", {"text_config": "absent"}, "text_config is missing"),
+        (
+            "Qwen3-MoE",
+            {"mlp_only_layers": [0]},
+            r"mlp_only_layers is \[0\]; supported: ",
+        ),
+        (
+            "Qwen3-MoE",
+            {"decoder_sparse_step": 2},
+            "decoder_sparse_step is 2; supported",
+        ),
+        ("Gemma 3", {"model_type": "gemma4_text"}, "gemma4_text is not .* wider heads"),
+        ("Llama 2", {"model_type": "gpt_oss"}, "gpt_oss is not supported.* MXFP4"),
     ],
 )
 def test_refused_configs(name, changes, message, tmp_path):

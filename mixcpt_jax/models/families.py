@@ -386,6 +386,15 @@ FAMILIES = {
     ),
 }
 
+# Known model types whose networks are not implemented -> what is missing.
+_ONE_SHAPE = "its layers with full attention have wider heads than the others"
+MISSING = dict.fromkeys(
+    ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _ONE_SHAPE
+) | {
+    "gpt_oss": "it has attention sinks, biases and a clamped activation in experts, and "
+    "MXFP4 weights",
+}
+
 # Models that read images too -> the `model_type` of their text model, if they leave it out.
 WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 

@@ -266,6 +266,12 @@ def read_config(file: epath.Path) -> ModelConfig:
       InputError: the file is damaged, or the network is not supported.
     """
     header = _text_model(headers.read(file))
+    if missing := families.MISSING.get(str(header.get("model_type"))):
+        name = header.text("model_type")
+        raise InputError(
+            f"{file}: model_type {name} is not supported, because {missing}; choose a "
+            "model of another family"
+        )
     header.require("model_type", tuple(FAMILIES))
     name = header.text("model_type")
     family = FAMILIES[name]
