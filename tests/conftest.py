@@ -58,7 +58,7 @@ ASSETS = "package:mixcpt_jax/assets"
 # What a property test tries: always the same. `EXAMPLES=1000` looks longer and elsewhere.
 hypothesis.settings.register_profile(
     "here",
-    max_examples=int(os.environ.get("EXAMPLES", "40")),
+    max_examples=int(os.environ.get("EXAMPLES", "60")),
     derandomize="EXAMPLES" not in os.environ,
     deadline=None,
     suppress_health_check=[

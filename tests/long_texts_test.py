@@ -41,7 +41,7 @@ def check(vocabulary, texts):
 
 
 @pytest.mark.usefixtures("short_pieces")
-@settings(max_examples=20)
+@settings(max_examples=settings().max_examples // 3)
 @given(
     seed=st.integers(0, 2**32),
     weights=st.lists(st.integers(0, 9), min_size=len(PARTS), max_size=len(PARTS)),

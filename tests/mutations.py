@@ -1,7 +1,6 @@
 """Files that were damaged or forged: random changes of bytes, of JSON, of the file itself.
 
-`FUZZ_EXAMPLES=10000 python -m pytest tests/..._fuzz_test.py` tries as many as are asked
-for; without it a test tries `EXAMPLES`.
+A test tries as many as a property test does, see `conftest.py`.
 """
 
 import json
@@ -9,7 +8,9 @@ import os
 import random
 import shutil
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
+import hypothesis
+
+EXAMPLES = hypothesis.settings.default.max_examples
 
 # As they stand in JSON.
 _VALUES = [

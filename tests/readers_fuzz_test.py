@@ -41,7 +41,8 @@ RECORDS = [
 @pytest.fixture(autouse=True)
 def _no_hang():
     """A library that is caught in a loop of its own ends the process."""
-    faulthandler.dump_traceback_later(300, exit=True)
+    seconds = 8 * hypothesis.settings.default.max_examples
+    faulthandler.dump_traceback_later(seconds, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
 
@@ -465,7 +466,7 @@ def test_any_record_is_examples_or_an_error_of_its_place(tokenizer, name, data, 
         assert complaint.startswith("f:7: ")
         return
     if name == "chat_preference" and not len(examples):
-        _, chosen, rejected = fields.pair(fields.Reading(record, mapped))
+        _, chosen, rejected = fields.pair(fields.Reading(record, mapped, name))
         assert not fields.prefers(chosen, rejected)
         return
     is_pair = name == "chat_preference" or (name == "preference" and side == "both")

@@ -23,8 +23,6 @@ from mixcpt_jax.core.errors import InputError
 from mixcpt_jax.runtime import metrics, record
 from mixcpt_jax.training import phase
 
-mutated = hypothesis.settings(max_examples=max(60, hypothesis.settings().max_examples))
-
 STEP = 4
 NAMES = (record.METRICS, record.SAMPLES, record.ITEMS)
 KINDS = ("delete", "repeat", "swap", "wrong", "cut", "bytes", "gone")
@@ -122,7 +120,6 @@ def changed_copy(tmp_path_factory, source, name, change):
     return folder
 
 
-@mutated
 @hypothesis.given(name=st.sampled_from(NAMES), change=changes())
 def test_whatever_happens_to_a_record_it_is_restored_from_its_copy(
     written, tmp_path_factory, name, change
@@ -138,7 +135,6 @@ def test_whatever_happens_to_a_record_it_is_restored_from_its_copy(
     shutil.rmtree(folder)
 
 
-@mutated
 @hypothesis.given(name=st.sampled_from(NAMES), change=changes())
 def test_a_damaged_line_is_named_and_none_is_left_out_in_silence(
     written, tmp_path_factory, name, change
@@ -320,7 +316,6 @@ def change_value(tree, choices, value, is_deleted):
 
 
 @pytest.mark.slow
-@mutated
 @hypothesis.given(name=st.sampled_from(FILES), change=changes(), other=json_changes())
 def test_of_a_finished_phase_nothing_damaged_is_taken(
     tiny_run, tmp_path_factory, name, change, other

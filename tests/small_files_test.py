@@ -294,7 +294,6 @@ def test_arrays_are_read_back(tmp_path):
     np.testing.assert_array_equal(found, np.arange(6).reshape(2, 3))
 
 
-@hypothesis.settings(max_examples=100)
 @hypothesis.given(data=st.data())
 def test_damaged_arrays_are_refused_or_whole(tmp_path, data):
     content, file = bytearray(saved()), epath.Path(tmp_path / "a.npz")

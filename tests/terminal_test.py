@@ -103,7 +103,6 @@ def test_what_is_shown_is_printable_and_says_what_was_there(content):
     assert back.decode("unicode_escape") == content
 
 
-@hypothesis.settings(max_examples=30)
 @hypothesis.given(content=st.text(st.sampled_from("ab \n\x1b"), max_size=50))
 def test_long_values_keep_their_ends(content):
     long = f"begin{content * 1000}{'x' * 5000} and the end"

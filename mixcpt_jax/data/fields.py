@@ -8,7 +8,7 @@ and the source reports their count.
 
 import itertools
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mixcpt_jax.core.errors import InputError
@@ -372,10 +372,7 @@ def prompt(reading: Reading) -> list[Message]:
         messages = reading.messages("messages")
     else:
         messages = [{"role": "user", "content": reading.text("prompt")}]
-    if messages[-1]["role"] == "assistant":
-        raise reading.fail(
-            "field 'messages' ends with the assistant's message; end it with the user's"
-        )
+    _check_end(reading, "messages", messages, "user")
     return _before(reading, messages)
 
 
@@ -399,12 +396,9 @@ def pair(reading: Reading) -> tuple[list[Message], list[Message], list[Message]]
     given = None
     if reading.has("prompt"):
         given = _messages_or_text(reading, "prompt", "user")
-        if given[-1]["role"] == "assistant":
-            raise reading.fail(
-                f"field {reading.name('prompt')!r} ends with the assistant's message; "
-                "end it with the user's"
-            )
-    sides = [_answer(reading, side) for side in PREFERENCE_SIDES[:2]]
+    sides = [
+        _messages_or_text(reading, side, "assistant") for side in PREFERENCE_SIDES[:2]
+    ]
     are_whole = [side[0]["role"] != "assistant" for side in sides]
     systems, turns = zip(*map(_split_system, sides), strict=True)
     shared = _shared_prompt(*turns) if all(are_whole) else []
@@ -447,26 +441,33 @@ def prefers(chosen: list[Message], rejected: list[Message]) -> bool:
     return [_key(m) for m in chosen] != [_key(m) for m in rejected]
 
 
-def _answer(reading: Reading, side: str) -> list[Message]:
-    answer = _messages_or_text(reading, side, "assistant")
-    if answer[-1]["role"] != "assistant":
-        raise reading.fail(
-            f"field {reading.name(side)!r} ends with a message of role "
-            f"{answer[-1]['role']!r}; end it with the assistant's"
-        )
-    return answer
-
-
 def _messages_or_text(reading: Reading, field: str, role: str) -> list[Message]:
-    """A field that is a list of messages, a transcript, or the text of one message."""
+    """A field that is a list of messages, a transcript, or the text of one message.
+
+    Raises:
+      InputError: its last message is not of the role.
+    """
     if isinstance(reading.get(field), (list, dict)):
-        return reading.messages(field)
-    text = reading.text(field, "a list or ")
-    messages = layouts.transcript(text) or [{"role": role, "content": text}]
-    for message in messages:
-        name = f"a turn of field {reading.name(field)!r}"
-        check_text(message["content"], name, reading.place)
+        messages = reading.messages(field)
+    else:
+        text = reading.text(field, "a list or ")
+        messages = layouts.transcript(text) or [{"role": role, "content": text}]
+        for message in messages:
+            name = f"a turn of field {reading.name(field)!r}"
+            check_text(message["content"], name, reading.place)
+    _check_end(reading, field, messages, role)
     return messages
+
+
+def _check_end(
+    reading: Reading, field: str, messages: Sequence[Message], role: str
+) -> None:
+    """Raises InputError if the last message is not of the role."""
+    if (last := messages[-1]["role"]) != role:
+        raise reading.fail(
+            f"field {reading.name(field)!r} ends with a message of role {last!r}; end it "
+            f"with the {role}'s"
+        )
 
 
 def _shared_prompt(chosen: list[Message], rejected: list[Message]) -> list[Message]:
