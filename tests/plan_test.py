@@ -41,7 +41,7 @@ def slices(name):
 
 # Compiled as they would run, and quickly; with `PLAN_PRESETS=all` every preset is, which
 # takes an hour.
-WHOLE = [("llama3_8b", "v5e-16"), ("llama32_1b", "v5p-8")]
+WHOLE = [("llama3_8b", "v5e-16")]
 QUICK = [("gemma2_2b", "v6e-16")]
 if os.environ.get("PLAN_PRESETS") == "all":
     least = {"v5e-16", "v5p-8", "v6e-16"}

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import aiohttp
 import pytest
 
 from mixcpt_jax.cli import command
@@ -47,6 +48,7 @@ def test_every_error_of_the_system_is_a_line(number, capsys):
         (MemoryError("Unable to allocate 9 GiB"), "Unable to allocate 9 GiB"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
         (RuntimeError("Could not determine home directory."), "HOME"),
+        (RuntimeError("Unable to initialize backend 'x': no"), "JAX_PLATFORMS"),
         (ValueError("embedded null byte"), "NUL"),
         (OSError("raised by a library, without a number"), "by a library"),
         (
@@ -84,6 +86,20 @@ def test_a_deleted_current_folder_is_named(tmp_path, monkeypatch):
 def test_schemes_that_are_not_supported_are_named(scheme, turn):
     with pytest.raises(InputError, match=f"{scheme}:// is not supported; .* gs://"):
         turn(f"{scheme}://bucket/folder")
+
+
+@pytest.mark.parametrize("path", ["gs:", "gs:/", "gs://", "gs:///a", "gs:/bucket/a"])
+@pytest.mark.parametrize("turn", [paths.resolve, paths.absolute])
+def test_a_path_without_a_bucket_is_a_line(path, turn):
+    with pytest.raises(InputError, match=f"{path}: names no bucket; write gs://BUCKET"):
+        turn(path)
+
+
+def test_a_bucket_that_cannot_be_reached_is_named(capsys):
+    """aiohttp raises errors that are the system's, too."""
+    line = one_line(capsys, aiohttp.ClientConnectionResetError("no connection"))
+    assert "the bucket cannot be read or written" in line
+    assert "no connection" in line
 
 
 @pytest.mark.parametrize("turn", [paths.resolve, paths.absolute])

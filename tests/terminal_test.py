@@ -10,6 +10,7 @@ import sys
 import unicodedata
 import warnings
 
+import aiohttp
 import hypothesis
 import mixture_test
 import pytest
@@ -340,3 +341,19 @@ def test_what_libraries_report_below_a_warning_is_not_printed(capsys):
     logger.info("Unable to initialize backend 'tpu'")
     logger.warning("heard")
     assert capsys.readouterr().err == "warning: heard\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one_line"),
+    [
+        (OSError("no route to host"), True),
+        (aiohttp.ClientError("no route to host"), True),
+        (ValueError("a fault"), False),
+    ],
+)
+def test_a_library_logs_the_trace_of_a_fault_only(error, is_one_line, capsys):
+    terminal.take_logs()
+    std_logging.getLogger("gcsfs").error("gives up: %s", error, exc_info=error)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"error: gives up: {error}"
+    assert (len(lines) == 1) == is_one_line

@@ -100,16 +100,17 @@ def boundary() -> Iterator[None]:
         _leave()
     except Exception as error:
         kind = type(error).__name__
+        # Some of a bucket's errors are the system's, too.
+        if paths.is_bucket_error(error):
+            fail(
+                InputError(
+                    f"the bucket cannot be read or written, even after retries ({kind}: "
+                    f"{error}); what was saved is whole: the same command resumes it"
+                )
+            )
         if problem := system.problem(error):
             fail(InputError(problem))
-        if not paths.is_bucket_error(error):
-            raise
-        fail(
-            InputError(
-                f"the bucket cannot be read or written, even after retries ({kind}: "
-                f"{error}); what was saved is whole: the same command resumes it"
-            )
-        )
+        raise
 
 
 def _leave() -> NoReturn:

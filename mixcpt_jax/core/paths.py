@@ -111,12 +111,14 @@ def child(folder: epath.Path, name: Any, place: str) -> epath.Path:
 
 
 def _expanded(path: str) -> _Path:
-    scheme, separator, _ = str(path).partition("://")
+    scheme, separator, rest = str(path).partition("://")
     if separator and scheme != "gs" and "/" not in scheme:
         raise InputError(
             f"{shown(path)}: {scheme}:// is not supported; supported are local paths, "
             "gs://BUCKET/PATH and package:NAME/FILE"
         )
+    if str(path).startswith("gs:") and rest[:1] in ("", "/"):
+        raise InputError(f"{path}: names no bucket; write gs://BUCKET/PATH")
     if "\0" in str(path):
         raise InputError(f"{path!r}: a path has a NUL character; name another path")
     expanded = _Path(path).expanduser()

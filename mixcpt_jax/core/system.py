@@ -46,6 +46,11 @@ def problem(error: BaseException) -> str | None:
             return _of_os(error)
         case RuntimeError() if "can't start new thread" in str(error):
             return f"{error}; {_REMEDIES[errno.EAGAIN]}"
+        case RuntimeError() if "Unable to initialize backend" in str(error):
+            return (
+                f"{error}; name an installed backend in JAX_PLATFORMS, or unset it, and "
+                "check that no other process holds the device"
+            )
         case RuntimeError() if "home directory" in str(error).lower():
             return "no home folder is known; set HOME or give whole paths"
         case ValueError() if "embedded null" in str(error):

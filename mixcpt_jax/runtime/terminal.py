@@ -26,6 +26,7 @@ from typing import Any, TextIO
 
 from absl import logging as absl_logging
 
+from mixcpt_jax.core import paths, system
 from mixcpt_jax.core import text as text_lib
 
 
@@ -155,8 +156,10 @@ class _Handler(logging.Handler):
             if text in self._warned:
                 return
             self._warned.add(text)
-        if record.exc_info:
-            text += "\n" + "".join(traceback.format_exception(*record.exc_info))
+        error = record.exc_info and record.exc_info[1]
+        # What the system or a bucket refused is no bug, so one line is enough.
+        if error and not (system.problem(error) or paths.is_bucket_error(error)):
+            text += "\n" + "".join(traceback.format_exception(error))
         severity = {"WARN": "WARNING", "FATAL": "CRITICAL"}.get(
             record.levelname, record.levelname
         )
