@@ -48,7 +48,6 @@ def test_every_error_of_the_system_is_a_line(number, capsys):
         (MemoryError("Unable to allocate 9 GiB"), "Unable to allocate 9 GiB"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
         (RuntimeError("Could not determine home directory."), "HOME"),
-        (RuntimeError("Unable to initialize backend 'x': no"), "JAX_PLATFORMS"),
         (ValueError("embedded null byte"), "NUL"),
         (OSError("raised by a library, without a number"), "by a library"),
         (
@@ -114,6 +113,22 @@ def test_a_nul_in_a_path_is_a_line(turn):
         turn("a\0b")
 
 
+def last_line(project, script, *args, **variables):
+    """What a process says that is refused something."""
+    process = subprocess.run(
+        [sys.executable, "-c", script, *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ
+        | {"PYTHONPATH": str(project), "PYTHONSAFEPATH": "1"}
+        | variables,
+    )
+    assert process.returncode == 1, process.stderr
+    assert "Traceback" not in process.stderr
+    return process.stderr.splitlines()[-1]
+
+
 def test_commands_in_a_deleted_folder_end_in_a_line(tmp_path, project):
     (tmp_path / "gone").mkdir()
     script = (
@@ -121,16 +136,20 @@ def test_commands_in_a_deleted_folder_end_in_a_line(tmp_path, project):
         "sys.argv = ['main', '--config=mixcpt.py:tiny'];"
         "from mixcpt_jax import main; main.start()"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "gone")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(project), "PYTHONSAFEPATH": "1"},
+    line = last_line(project, script, str(tmp_path / "gone"))
+    assert "current folder was deleted" in line
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nothing"])
+def test_a_backend_that_is_not_installed_is_a_line(platform, project):
+    """For the first jax asserts, for the second it raises."""
+    script = (
+        "import jax; from mixcpt_jax.cli import command; command.run(jax.device_count)"
     )
-    assert process.returncode == 1, process.stderr
-    assert "current folder was deleted" in process.stderr.splitlines()[-1]
-    assert "Traceback" not in process.stderr
+    line = last_line(project, script, JAX_PLATFORMS=platform)
+    assert line.startswith("error: jax finds no device to compute on (")
+    assert f"'{platform}'" in line
+    assert "JAX_PLATFORMS" in line
 
 
 _TALKS = """

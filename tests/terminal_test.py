@@ -343,6 +343,26 @@ def test_what_libraries_report_below_a_warning_is_not_printed(capsys):
     assert capsys.readouterr().err == "warning: heard\n"
 
 
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_no_file_gets_the_text_of_a_closed_stream(closed, tmp_path):
+    script = (
+        "import pathlib, sys; from mixcpt_jax.cli import command\n"
+        "from mixcpt_jax.runtime import terminal\n"
+        "def work():\n"
+        "    with open(sys.argv[1], 'w') as file:\n"
+        "        terminal.show('shown'); terminal.say('said'); print('printed')\n"
+        "        file.write('written')\n"
+        "command.run(work)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "a")],
+        check=False,
+        preexec_fn=lambda: [os.close(number) for number in closed],
+    )
+    assert process.returncode == 0
+    assert (tmp_path / "a").read_text() == "written"
+
+
 @pytest.mark.parametrize(
     ("error", "is_one_line"),
     [

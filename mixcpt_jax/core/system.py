@@ -2,6 +2,7 @@
 
 import errno
 import os
+import traceback
 
 _AGAIN = "then run the same command again"
 _REMEDIES = {
@@ -46,10 +47,12 @@ def problem(error: BaseException) -> str | None:
             return _of_os(error)
         case RuntimeError() if "can't start new thread" in str(error):
             return f"{error}; {_REMEDIES[errno.EAGAIN]}"
-        case RuntimeError() if "Unable to initialize backend" in str(error):
+        case RuntimeError() | AssertionError() if _is_of_backends(error):
+            reason = str(error) or f"no device of {os.environ.get('JAX_PLATFORMS')!r}"
             return (
-                f"{error}; name an installed backend in JAX_PLATFORMS, or unset it, and "
-                "check that no other process holds the device"
+                f"jax finds no device to compute on ({reason}); name an installed backend "
+                "in JAX_PLATFORMS, or unset it, and check that no other process holds the "
+                "device"
             )
         case RuntimeError() if "home directory" in str(error).lower():
             return "no home folder is known; set HOME or give whole paths"
@@ -68,6 +71,12 @@ def _of_os(error: OSError) -> str:
     names = (error.filename, error.filename2)
     shown = " -> ".join(os.fsdecode(n) for n in names if isinstance(n, str | bytes))
     return f"{shown}: {reason}; {remedy}" if shown else f"{reason}; {remedy}"
+
+
+def _is_of_backends(error: BaseException) -> bool:
+    """Whether jax raised it while it looked for devices."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.endswith("xla_bridge.py")
 
 
 def _has_folder() -> bool:

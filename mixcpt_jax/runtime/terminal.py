@@ -98,7 +98,16 @@ def _encoding(stream: TextIO) -> str:
 
 
 def take_any_text() -> None:
-    """Lets other code, such as a flag parser, print any character without an error."""
+    """Lets other code, such as a flag parser, print any character without an error.
+
+    Standard streams that are closed, as a daemon's may be, are opened on the null device.
+    Otherwise files that the process opens get their descriptors and the text.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
     for stream in (sys.stdout, sys.stderr):
         # A stream whose file was exchanged for a pipe cannot tell where it is.
         if isinstance(stream, io.TextIOWrapper):
