@@ -138,12 +138,12 @@ def _exit() -> NoReturn:
 def _report_unraisable(entry: Any) -> None:
     """Prints an exception in a callback, except for two that are reported elsewhere.
 
-    One is SIGTERM's, because the signal repeats. The other comes from threads of a failed
-    save or read, which may call into a closed event loop after the failure was reported.
+    One is SIGTERM's, because the signal repeats. The other comes from event loops of a
+    failed save or read, which was reported: they are closed already, or never began.
     """
     error = entry.exc_value
     if not isinstance(error, preemption.Preempted) and (
-        str(error) != "Event loop is closed"
+        not system.raised_in(error, "asyncio")
     ):
         sys.__unraisablehook__(entry)
 

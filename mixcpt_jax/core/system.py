@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pathlib
 import traceback
 
 _AGAIN = "then run the same command again"
@@ -47,7 +48,7 @@ def problem(error: BaseException) -> str | None:
             return _of_os(error)
         case RuntimeError() if "can't start new thread" in str(error):
             return f"{error}; {_REMEDIES[errno.EAGAIN]}"
-        case RuntimeError() | AssertionError() if _is_of_backends(error):
+        case RuntimeError() | AssertionError() if raised_in(error, "xla_bridge.py"):
             reason = str(error) or f"no device of {os.environ.get('JAX_PLATFORMS')!r}"
             return (
                 f"jax finds no device to compute on ({reason}); name an installed backend "
@@ -61,6 +62,12 @@ def problem(error: BaseException) -> str | None:
     return None
 
 
+def raised_in(error: BaseException, name: str) -> bool:
+    """Whether a file of this name, or in a folder of this name, raised the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and name in pathlib.PurePath(frames[-1].filename).parts
+
+
 def _of_os(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     remedy = _REMEDIES.get(error.errno, _AGAIN.removeprefix("then "))
@@ -71,12 +78,6 @@ def _of_os(error: OSError) -> str:
     names = (error.filename, error.filename2)
     shown = " -> ".join(os.fsdecode(n) for n in names if isinstance(n, str | bytes))
     return f"{shown}: {reason}; {remedy}" if shown else f"{reason}; {remedy}"
-
-
-def _is_of_backends(error: BaseException) -> bool:
-    """Whether jax raised it while it looked for devices."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and frames[-1].filename.endswith("xla_bridge.py")
 
 
 def _has_folder() -> bool:

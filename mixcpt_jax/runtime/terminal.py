@@ -177,6 +177,9 @@ class _Handler(logging.Handler):
 
 
 def _say_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    # What a save or a read that failed, and said so, left undone.
+    if str(message).endswith("was never awaited"):
+        return
     text = f"{filename}:{lineno}: {category.__name__}: {message}"
     say(text.replace("\n", "\n  "), "WARNING")
 
