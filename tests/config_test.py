@@ -59,7 +59,11 @@ BAD = [
     ("eval.batch_size", 6, "eval.batch_size = 6 rows do not divide"),
     ("mesh.tensor", 3, "mesh:.*does not lay out 8 devices"),
     ("model.path", "", "^model.path: no path.* add --config.model.path=...$"),
-    ("model.remat", "some", "model.remat='some': must be one of full, none, dots"),
+    (
+        "model.remat",
+        "some",
+        "model.remat='some': must be one of full, none, dots, offload",
+    ),
     ("model.weights", "new", "model.weights='new': must be one of pretrained, random"),
     ("sources.domain.path", "", "^sources.domain.path: no path is given"),
     ("sources.domain.weight", 0.0, "sources: none has a weight above 0"),

@@ -273,7 +273,7 @@ def test_accumulation_changes_nothing():
     assert_close(actual[0].opt_state, expected[0].opt_state)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_rematerialization_changes_nothing(remat):
     batch = make_batch()
     assert_close(take_step(batch, remat=remat)[1], take_step(batch)[1], rtol=1e-6)

@@ -323,6 +323,40 @@ def product_shapes(jaxpr):
             yield from product_shapes(inner)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_on_a_tpu_a_product_swaps_the_halves_of_a_head(monkeypatch, dtype, fraction):
+    """It is exact, and so are its gradients."""
+    size, rotated = 8, int(8 * fraction)
+    x = jax.random.normal(jax.random.key(1), (2, 5, 3, size)).astype(dtype)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    swapped = jnp.concatenate([-b, a], axis=-1)
+    np.testing.assert_array_equal(transformer._swap_halves(x), swapped)
+    config = dataclasses.replace(CONFIG, head_size=size, rope_fraction=fraction)
+    angles = transformer.rope(config, jnp.arange(10).reshape(2, 5))
+    assert 2 * angles.cos_BxLxP.shape[-1] == rotated
+
+    def value_and_gradient(platform):
+        monkeypatch.setattr(transformer, "platform", lambda: platform)
+        out, pullback = jax.vjp(lambda x: transformer.rotate(x, angles), x)
+        return out, *pullback(out)
+
+    for on_tpu, elsewhere in zip(*map(value_and_gradient, ("tpu", "cpu")), strict=True):
+        assert on_tpu.dtype == elsewhere.dtype == dtype
+        one = 1e-6 if dtype == "float32" else 1e-2
+        np.testing.assert_allclose(
+            on_tpu.astype(jnp.float32), elsewhere.astype(jnp.float32), one, one
+        )
+
+
+def test_only_a_tpu_offloads(monkeypatch):
+    policies = transformer.REMAT_POLICIES
+    assert policies["full"] is transformer.remat_policy("offload")
+    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
+    assert policies["offload"] is transformer.remat_policy("offload")
+    assert policies["dots"] is transformer.remat_policy("dots")
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_the_backward_pass_makes_no_gradient_of_a_kernel(remat):
     params, adapters = adapted()

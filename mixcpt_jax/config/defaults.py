@@ -15,7 +15,7 @@ from mixcpt_jax.core.errors import InputError
 
 OBJECTIVES = ("ntp", "lssd", "kd", "selective")
 
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "full", "offload")
 
 
 # The size of the text in a compressed file, as a multiple of the file's; text rarely
@@ -78,8 +78,10 @@ def bounded_config() -> ml_collections.ConfigDict:
             # the start, so margins and KL begin at 0.
             "teacher_dtype": one_of("", "float32", "bfloat16"),
             # What the backward pass recomputes. none: nothing; dots: everything except
-            # matrix products; full: each layer from its input.
-            "remat": one_of("full", "none", "dots"),
+            # matrix products; full: each layer from its input. offload: as full, but on
+            # a TPU the inputs wait in the host's memory, not in the chip's; elsewhere it
+            # is full.
+            "remat": one_of("full", "none", "dots", "offload"),
         }
     )
 

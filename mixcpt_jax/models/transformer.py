@@ -24,12 +24,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mixcpt_jax.models import experts
 from mixcpt_jax.models.attention import attend, attend_to_cache
-from mixcpt_jax.runtime.sharding import by_columns, constrain, scatter_gradient
+from mixcpt_jax.runtime.sharding import (
+    by_columns,
+    constrain,
+    platform,
+    scatter_gradient,
+)
 
 if TYPE_CHECKING:
     from mixcpt_jax.models.lora import Lora
@@ -223,7 +229,22 @@ REMAT_POLICIES = {
     # Match by name, not by primitive: an adapter's own products are not worth saving.
     "dots": jax.checkpoint_policies.save_only_these_names("projection"),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
+
+
+def remat_policy(remat: str) -> Callable | None:
+    """What the backward pass keeps of a layer; None: everything.
+
+    Only on a TPU does "offload" move anything; elsewhere it is "full".
+    """
+    is_moved = remat != "offload" or platform() == "tpu"
+    return REMAT_POLICIES[remat if is_moved else "full"]
 
 
 def rope_size(config: ModelConfig) -> int:
@@ -292,10 +313,34 @@ def rotate(x_BxLxHxK: jax.Array, rope: Rope) -> jax.Array:
     """Rotates pair i, which is (x[i], x[i + P]), and leaves the rest of a head as it is."""
     cos, sin = rope.cos_BxLxP[:, :, None, :], rope.sin_BxLxP[:, :, None, :]
     size = 2 * cos.shape[-1]
-    a, b = jnp.split(x_BxLxHxK[..., :size].astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    rest = x_BxLxHxK[..., size:]
+    whole, rest = x_BxLxHxK[..., :size], x_BxLxHxK[..., size:]
+    if platform() == "tpu":
+        cos, sin = (jnp.concatenate([half, half], axis=-1) for half in (cos, sin))
+        rotated = whole.astype(jnp.float32) * cos + _swap_halves(whole) * sin
+    else:
+        a, b = jnp.split(whole.astype(jnp.float32), 2, axis=-1)
+        rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return jnp.concatenate([rotated.astype(x_BxLxHxK.dtype), rest], axis=-1)
+
+
+def _swap_halves(x: jax.Array) -> jax.Array:
+    """The halves (a, b) of the last axis as (-b, a), in float32.
+
+    A product, which a TPU fuses with what uses it, where a concatenation of halves of its
+    128 lanes costs copies. It is exact: each sum has one term, and the factor is 1 or -1.
+    """
+    half = x.shape[-1] // 2
+    swap = np.zeros((2 * half, 2 * half), np.float32)
+    places = np.arange(half)
+    swap[half + places, places] = -1
+    swap[places, half + places] = 1
+    return jax.lax.dot_general(
+        x,
+        jnp.asarray(swap, x.dtype),
+        (((x.ndim - 1,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def scaled(x: jax.Array, factor: jax.Array | float) -> jax.Array:
@@ -547,6 +592,7 @@ class Decoder(nnx.Module):
         layer_graphdef, *layer_params = nnx.split(self.layers, Adapter, ...)
 
         def run(x_BxLxD, layer_input):
+            x_BxLxD = checkpoint_name(x_BxLxD, "layer_input")
             kind, params = layer_input
             # Without barriers XLA casts the parameters of all layers at once, before the
             # loop, and keeps the copies. Adapters have a separate barrier, because if
@@ -564,7 +610,7 @@ class Decoder(nnx.Module):
                 return x_BxLxD, None
             return x_BxLxD, experts.survey(choices, segment_ids_BxL.reshape(-1) > 0)
 
-        policy = REMAT_POLICIES[self.remat]
+        policy = remat_policy(self.remat)
         if policy is not None:
             run = jax.checkpoint(run, policy=policy, prevent_cse=False)
         x_BxLxD, routing = jax.lax.scan(run, x_BxLxD, (self._kinds(), layer_params))
@@ -682,7 +728,8 @@ def make_forward(
       dtype: of activations and products. Parameters are cast to it where they are used;
         norms, RoPE and softmax are computed in float32.
       remat: what the backward pass recomputes: "none", "dots" (all but the
-        projections) or "full" (each layer from its input).
+        projections), "full" (each layer from its input) or "offload" (the same, with
+        the inputs in the host's memory; see `remat_policy`).
       lora: the adapters that the parameters hold, see `lora.with_adapters`.
 
     Returns:
