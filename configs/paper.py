@@ -61,6 +61,7 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
         config.data.batch_size = sized.data.batch_size
         config.eval.batch_size = sized.eval.batch_size
         config.optimizer.accumulation_steps = sized.optimizer.accumulation_steps
+        config.model.remat = sized.model.remat
         config.model.path = path
         config.sources.domain.update(DOMAINS[domain])
         for name, data in GENERAL.items():

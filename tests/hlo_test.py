@@ -5,9 +5,11 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mixcpt_jax.models import transformer
 from mixcpt_jax.planning import hlo
 from mixcpt_jax.runtime import sharding
 
@@ -256,3 +258,89 @@ ENTRY %main (p: f32[32,8,128], k: s32[]) -> f32[8,128] {
     # Reads and writes one slice, and reads the index.
     read_and_written = 2 * 4 * 8 * 128 + 4
     assert module.roofline_seconds(1, 1) == read_and_written
+
+
+HOST_STEP = """
+%condition (c: (s32[], bf16[6,256,1024])) -> pred[] {{
+  %c = (s32[], bf16[6,256,1024]{{2,1,0:S(5)}}) parameter(0)
+  %counter = s32[] get-tuple-element(%c), index=0
+  %limit = s32[] constant(6)
+  ROOT %more = pred[] compare(%counter, %limit), direction=LT
+}}
+
+%body (b: (s32[], bf16[6,256,1024])) -> (s32[], bf16[6,256,1024]) {{
+  %b = (s32[], bf16[6,256,1024]{{2,1,0:S(5)}}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %host = bf16[6,256,1024]{{2,1,0:T(8,128)(2,1)S(5)}} get-tuple-element(%b), index=1
+  %one = s32[] constant(1)
+  %zero = s32[] constant(0)
+  %next = s32[] add(%i, %one)
+  %x = bf16[1,256,1024]{{2,1,0:S(1)}} broadcast(%zero), dimensions={{}}
+  %to = ((bf16[6,256,1024]{{2,1,0:S(5)}}, bf16[1,256,1024]{{2,1,0:S(1)}}, s32[], s32[], \
+s32[]), bf16[6,256,1024]{{2,1,0:S(5)}}, u32[]{{:S(2)}}) \
+dynamic-update-slice-start(%host, %x, %i, %zero, %zero)
+  {between}
+  %full = bf16[6,256,1024]{{2,1,0:S(5)}} dynamic-update-slice-done(%to)
+  %from = ((bf16[6,256,1024]{{2,1,0:S(5)}}, s32[], s32[], s32[]), \
+bf16[1,256,1024]{{2,1,0}}, u32[]{{:S(2)}}) dynamic-slice-start(%full, %i, %zero, %zero), \
+dynamic_slice_sizes={{1,256,1024}}
+  %y = bf16[1,256,1024]{{2,1,0}} dynamic-slice-done(%from)
+  ROOT %t = (s32[], bf16[6,256,1024]{{2,1,0:S(5)}}) tuple(%next, %full)
+}}
+
+ENTRY %main () -> (s32[], bf16[6,256,1024]) {{
+  %start = s32[] constant(0)
+  %buffer = bf16[6,256,1024]{{2,1,0:S(5)}} custom-call(), \
+custom_call_target="AllocateBuffer"
+  %given = (s32[], bf16[6,256,1024]{{2,1,0:S(5)}}) tuple(%start, %buffer)
+  ROOT %loop = (s32[], bf16[6,256,1024]{{2,1,0:S(5)}}) while(%given), \
+condition=%condition, body=%body
+}}
+"""
+SLICE = 2 * 256 * 1024
+
+
+@pytest.mark.parametrize(
+    ("rows", "waited"), [(0, 2.0), (128, 1.5), (256, 1.0), (2048, 1.0)]
+)
+def test_work_hides_transfers_to_the_memory_of_the_host(rows, waited):
+    """Of the two transfers of an iteration, only the first has work beside it."""
+    work = f"%work = bf16[{rows},1024]{{1,0}} broadcast(%zero), dimensions={{}}"
+    module = hlo.Module(HOST_STEP.format(between=work if rows else ""))
+    assert module.host_bytes == 6 * 2 * SLICE
+    # The same bandwidth for both memories; the counter takes 12 bytes.
+    seconds = module.host_seconds(1e30, SLICE, SLICE)
+    assert seconds == pytest.approx(6 * waited, abs=1e-3)
+    # In HBM, one slice is written, and what hides the transfers.
+    traffic = module.roofline_seconds(1e30, 1)
+    assert traffic == pytest.approx(6 * (SLICE + 2 * rows * 1024), abs=6 * 64)
+
+
+def test_a_copy_to_the_host_that_nothing_overlaps_is_waited_for():
+    module = hlo.Module(
+        """
+ENTRY %main (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  %sent = f32[8,128]{1,0:S(5)} copy(%p)
+  ROOT %back = f32[8,128]{1,0} copy(%sent)
+}
+"""
+    )
+    assert module.host_bytes == 2 * 4 * 8 * 128
+    assert module.host_seconds(1, 1, 4 * 8 * 128) == 2.0
+    assert module.roofline_seconds(1, 1) == 2 * 4 * 8 * 128
+
+
+def test_the_inputs_of_layers_go_to_the_host_and_back(mesh):
+    def layer(x, w):
+        x = checkpoint_name(x, "layer_input")
+        return jnp.tanh(jnp.tanh(x @ w) @ w), None
+
+    def loss(x, w):
+        policy = transformer.REMAT_POLICIES["offload"]
+        run = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        return jnp.sum(jax.lax.scan(run, x, w)[0].astype(jnp.float32))
+
+    gradient = jax.grad(loss, argnums=1)
+    module = compile_on(mesh, gradient, (256, 1024), (6, 1024, 1024))
+    assert module.host_bytes == 2 * 6 * SLICE

@@ -11,6 +11,7 @@ and writes as JSON,
   chip's capacity. The compiler itself decides whether the step fits;
 - FLOPs: of the model (`count_flops`), of rematerialization, and of the compiled program;
 - bytes between chips, and whether computation overlaps with the transfers;
+- what waits in the host's memory, if anything, and how long the chip waits for it;
 - modeled time: each instruction runs at the peak of matrix products or of memory, whichever
   bounds it, one after another; collectives run at the bandwidth of their group's links. It
   is a lower bound, so tokens per second and MFU are upper bounds.

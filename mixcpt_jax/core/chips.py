@@ -14,6 +14,10 @@ from mixcpt_jax.core.errors import InputError
 
 GIB = 2**30
 
+# Bytes per second between a chip and the memory of its host. Google publishes none; this
+# assumes PCIe 3.0 with 16 lanes, in one direction at a time.
+HOST_BANDWIDTH = 16e9
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:

@@ -47,11 +47,11 @@ _OPCODE = re.compile(r"^(.*?[\]})]) ([a-z][\w-]*)\((.*)$")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array of a shape; `in_hbm` is false if the compiler keeps it in VMEM."""
+    """An array of a shape; `memory` is "hbm", "vmem" or "host"."""
 
     dtype: str
     dimensions: tuple[int, ...]
-    in_hbm: bool = True
+    memory: str = "hbm"
 
     @property
     def num_elements(self) -> int:
@@ -173,29 +173,91 @@ class Module:
         """
         seconds = 0.0
         for instruction, computation, times in self._executed(into_fusions=False):
-            if (
-                instruction.opcode in _FREE
-                or "AllocateBuffer" in instruction.attributes
-            ):
-                continue
-            work = _product_flops(instruction, computation)
-            for name in _called(instruction) if instruction.opcode == "fusion" else ():
-                inside = self.computations[name]
-                work += sum(_product_flops(i, inside) for i in inside.values())
-            traffic = self._hbm_bytes(instruction, computation)
-            seconds += times * max(work / flops_per_second, traffic / bytes_per_second)
+            seconds += times * self._seconds(
+                instruction, computation, flops_per_second, bytes_per_second
+            )
         return seconds
 
-    def _hbm_bytes(self, instruction: Instruction, computation) -> int:
-        """Bytes that an instruction reads and writes; for a slice, those of the slice."""
+    def _seconds(self, instruction, computation, flops_per_second, bytes_per_second):
+        """See `roofline_seconds`."""
+        if _is_free(instruction):
+            return 0.0
+        work = _product_flops(instruction, computation)
+        for name in _called(instruction) if instruction.opcode == "fusion" else ():
+            inside = self.computations[name]
+            work += sum(_product_flops(i, inside) for i in inside.values())
+        traffic = self._bytes(instruction, computation, "hbm")
+        return max(work / flops_per_second, traffic / bytes_per_second)
+
+    @functools.cached_property
+    def host_bytes(self) -> int:
+        """Bytes between the chip and the host's memory, loops counted in full."""
+        return sum(
+            times * self._host_bytes(instruction, computation)
+            for instruction, computation, times in self._executed(into_fusions=False)
+        )
+
+    def host_seconds(
+        self, flops_per_second: float, bytes_per_second: float, host_bandwidth: float
+    ) -> float:
+        """Seconds for which the chip waits for the host's memory.
+
+        Transfers run one after another. The instructions between the start of a transfer
+        and its end hide as much of it as they take by `roofline_seconds`; kernels, whose
+        work the module does not show, hide nothing.
+
+        Args:
+          flops_per_second, bytes_per_second: peaks of the chip.
+          host_bandwidth: bytes per second between the chip and the host's memory.
+        """
+        waited, running, left = 0.0, None, {}
+        for instruction, computation, times in self._executed(into_fusions=False):
+            if computation is not running:
+                running, left = computation, {}
+            ended = instruction.operands[0] if _is_done(instruction) else None
+            if moved := self._host_bytes(instruction, computation):
+                left[instruction.name] = moved / host_bandwidth
+                if not _ends_here(instruction, computation):
+                    ended = instruction.name
+            if ended in left:
+                # Those that started before it end before it.
+                for name in list(left):
+                    waited += times * left.pop(name)
+                    if name == ended:
+                        break
+            if moved:
+                # What a transfer itself reads and writes in HBM hides nothing.
+                continue
+            hidden = self._seconds(
+                instruction, computation, flops_per_second, bytes_per_second
+            )
+            for name in left:
+                part = min(hidden, left[name])
+                left[name] -= part
+                hidden -= part
+        return waited
+
+    def _host_bytes(self, instruction: Instruction, computation) -> int:
+        if _is_free(instruction):
+            return 0
+        return self._bytes(instruction, computation, "host")
+
+    def _bytes(self, instruction: Instruction, computation, memory: str) -> int:
+        """Bytes of a memory that an instruction reads and writes; of a slice, its own."""
         opcode = instruction.opcode
         kind = opcode.removesuffix("-start")
-        if opcode.endswith("-done") or kind in (*_COLLECTIVES, "async"):
+        if _is_done(instruction) or kind in (*_COLLECTIVES, "async"):
             return 0
         if kind != opcode:
             # An asynchronous copy: the first two are source and destination, in any order.
-            ends = instruction.arrays[:2]
-            return min(a.num_bytes for a in ends) * sum(a.in_hbm for a in ends)
+            # Of a slice, scalars say where it is.
+            arrays = [
+                a for a in instruction.arrays if a.dimensions
+            ] or instruction.arrays
+            ends = arrays[:2]
+            return min(a.num_bytes for a in ends) * sum(
+                a.memory == memory for a in ends
+            )
         operands = [computation[name] for name in instruction.operands]
         written = list(instruction.arrays)
         read = [operand.arrays for operand in operands]
@@ -210,18 +272,25 @@ class Module:
                 # An update in place touches only the updated part of the buffer.
                 target = update.arrays[0].dimensions
                 part = inside[update.operands[1]].arrays[0]
-                written = [part if a.dimensions == target else a for a in written]
+                written = [
+                    dataclasses.replace(part, memory=a.memory)
+                    if a.dimensions == target
+                    else a
+                    for a in written
+                ]
                 read = [
                     tuple(a for a in arrays if a.dimensions != target)
                     for arrays in read
                 ]
         elif opcode == _UPDATE:
-            written = list(operands[1].arrays)
+            (part,) = operands[1].arrays
+            written = [dataclasses.replace(part, memory=instruction.arrays[0].memory)]
             read = [operands[1].arrays]
         elif opcode == "slice" or opcode in _SLICES:
-            read = [instruction.arrays]
+            (part,) = instruction.arrays
+            read = [(dataclasses.replace(part, memory=operands[0].arrays[0].memory),)]
         arrays = [*written, *(a for arrays in read for a in arrays)]
-        return sum(array.num_bytes for array in arrays if array.in_hbm)
+        return sum(array.num_bytes for array in arrays if array.memory == memory)
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
@@ -301,8 +370,8 @@ class Module:
             if None in parts:
                 return None
             found += itertools.chain.from_iterable(parts)
-        in_hbm = operand.arrays[0].in_hbm
-        return tuple(dataclasses.replace(a, in_hbm=in_hbm) for a in found) or None
+        memory = operand.arrays[0].memory
+        return tuple(dataclasses.replace(a, memory=memory) for a in found) or None
 
     def _inside(self, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
         """Yields (computation, instruction) within a fusion, nested fusions included."""
@@ -370,6 +439,21 @@ class Module:
         return len(range(start, limits[0], step))
 
 
+def _is_free(instruction: Instruction) -> bool:
+    return instruction.opcode in _FREE or "AllocateBuffer" in instruction.attributes
+
+
+def _is_done(instruction: Instruction) -> bool:
+    return instruction.opcode.endswith("-done")
+
+
+def _ends_here(instruction: Instruction, computation) -> bool:
+    """Whether the end of an asynchronous instruction is in the same computation."""
+    return any(
+        _is_done(i) and i.operands[0] == instruction.name for i in computation.values()
+    )
+
+
 def _start(loop: Instruction, place: int, computation) -> int | None:
     """The first value of a loop's counter; not 0 if the compiler peeled iterations."""
     carried = computation[loop.operands[0]]
@@ -385,7 +469,11 @@ def _instruction(name: str, text: str) -> Instruction:
         Array(
             dtype,
             tuple(map(int, filter(None, dimensions.split(",")))),
-            in_hbm="S(1)" not in layout,
+            memory="vmem"
+            if "S(1)" in layout
+            else "host"
+            if "S(5)" in layout
+            else "hbm",
         )
         for dtype, dimensions, layout in _ARRAY.findall(shape)
     )

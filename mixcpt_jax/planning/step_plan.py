@@ -5,7 +5,8 @@ the compiled program, see `hlo`. The modeled time is a roofline: each instructio
 the chip's peak of FLOPs or of memory bandwidth, whichever takes longer, one instruction
 after another; collectives run at the bandwidth of the links that their group spans, and
 those between slices at the chip's share of the data center network (`chips.dcn_bandwidth`),
-while the chips wait.
+while the chips wait; transfers to the host's memory at `chips.HOST_BANDWIDTH`, beside other
+work.
 """
 
 import dataclasses
@@ -35,6 +36,9 @@ from mixcpt_jax.training import program as program_lib
 # are live at a time.
 _LIVE_KEYS = 512
 _LIVE_LOGITS = 1024
+
+# Modes of `model.remat` that compute each layer again from its input.
+_FROM_INPUTS = ("full", "offload")
 
 # A transfer between slices of at most this many numbers is of scalars, such as the losses
 # of the sources.
@@ -97,8 +101,9 @@ def count_flops(
     Args:
       model_config: the architecture.
       row_length: tokens of a row, L.
-      remat: of `config.model.remat`. "full" repeats the forward pass of each layer, except
-        its last product if no norm follows it; "dots" and "none" repeat no product.
+      remat: of `config.model.remat`. "full" and "offload" repeat the forward pass of each
+        layer, except its last product if no norm follows it; "dots" and "none" repeat no
+        product.
       frozen: the part of teacher or reference that runs: "whole", "unembedding" or "none".
       has_adapters: whether only adapters are trained.
       is_preference: whether the head sweeps the vocabulary twice, see
@@ -113,7 +118,7 @@ def count_flops(
     # The gradient of a norm after the last product needs that product.
     last = 2 * c.num_layers * c.hidden_size * c.active_mlp_size
     last = 0 if c.post_norms else last
-    again = layers - last if remat == "full" else 0.0
+    again = layers - last if remat in _FROM_INPUTS else 0.0
     return Flops(
         student=layers * (1 + back),
         teacher=of_teacher[0] * runs,
@@ -315,6 +320,7 @@ def make(
     flops = _flops(step, module)
     collectives = collectives_of(module, mesh, topology)
     crossing = _between_slices(step, module, chip)
+    host = _host(module, chip)
     return result | {
         "fits": True,
         "compile_seconds": time.monotonic() - started,
@@ -322,6 +328,7 @@ def make(
         "flops": flops,
         "collectives": collectives,
         "between_slices": crossing,
+        "host": host,
         "time": time_of(
             module,
             mesh,
@@ -331,6 +338,7 @@ def make(
             model_flops=flops["model"],
             num_tokens=config.data.batch_size * config.data.row_length,
             crossing=crossing,
+            host=host,
         ),
     }
 
@@ -366,6 +374,7 @@ def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
         4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(state.params)
     )
+    host = analysis.host_temp_size_in_bytes
     return {
         "parameters": size(state.params),
         "optimizer": size(state.opt_state),
@@ -376,12 +385,15 @@ def _memory(step: Step, chip: chips.Chip) -> dict[str, int]:
         "of it activations kept, by formula": _kept_activations(step),
         "peak": analysis.peak_memory_in_bytes + apart,
         "available": chip.hbm_bytes,
+        **({"in the host's memory": host} if host else {}),
     }
 
 
 def _kept_activations(step: Step) -> int:
-    """Bytes of a chip, see `activations_kept`."""
+    """Bytes of a chip's HBM, see `activations_kept`."""
     config, mesh = step.phase.config, sharding.sizes_of(step.phase.mesh)
+    if config.model.remat == "offload":
+        return 0
     rows = config.data.batch_size // config.optimizer.accumulation_steps
     tokens = rows * config.data.row_length // mesh["data"] // mesh["fsdp"]
     return activations_kept(config, step.phase.model_config, tokens)
@@ -395,12 +407,13 @@ def activations_kept(
     """Bytes of activations that are kept for the backward pass for `tokens` tokens.
 
     These are the input of each layer and, with remat "dots", the output of each projection;
-    see `transformer.REMAT_POLICIES`. With "none" the compiler keeps more.
+    see `transformer.REMAT_POLICIES`. With "none" the compiler keeps more. On a TPU,
+    "offload" keeps them in the host's memory.
     """
     c = model_config
     heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_size
     width = c.hidden_size
-    if config.model.remat != "full":
+    if config.model.remat not in _FROM_INPUTS:
         width += heads + 2 * c.hidden_size + 2 * c.active_mlp_size
     return (
         tokens * c.num_layers * width * jnp.dtype(config.model.compute_dtype).itemsize
@@ -442,7 +455,7 @@ def _expert_flops(step: Step) -> float:
     """
     config = step.phase.config
     passes = 3 * (3 if step.phase.lora is None else 2)
-    passes += 2 if config.model.remat == "full" else 0
+    passes += 2 if config.model.remat in _FROM_INPUTS else 0
     passes += 3 if program_lib.frozen_passes(config, step.data) == "whole" else 0
     c, sizes = step.phase.model_config, sharding.sizes_of(step.phase.mesh)
     tokens = config.data.batch_size * config.data.row_length
@@ -544,6 +557,23 @@ def _between_slices(step: Step, module: hlo.Module, chip: chips.Chip) -> dict[st
     }
 
 
+def _host(module: hlo.Module, chip: chips.Chip) -> dict[str, float]:
+    """What a chip exchanges with its host's memory in a step; empty if nothing.
+
+    Returns:
+      Bytes in both directions, seconds at `chips.HOST_BANDWIDTH`, and those of them that no
+      work hides, see `hlo.Module.host_seconds`.
+    """
+    if not module.host_bytes:
+        return {}
+    peaks = chip.flops, chip.hbm_bandwidth, chips.HOST_BANDWIDTH
+    return {
+        "bytes": module.host_bytes,
+        "seconds": module.host_bytes / chips.HOST_BANDWIDTH,
+        "waited for": module.host_seconds(*peaks),
+    }
+
+
 def time_of(
     module: hlo.Module,
     mesh: jax.sharding.Mesh,
@@ -553,6 +583,7 @@ def time_of(
     model_flops: float,
     num_tokens: int,
     crossing: dict[str, Any] | None = None,
+    host: dict[str, float] | None = None,
 ) -> dict[str, float]:
     """Seconds of a compiled step, tokens per second and the bound of MFU.
 
@@ -565,6 +596,7 @@ def time_of(
       model_flops: that MFU counts, on all chips.
       num_tokens: of the step.
       crossing: what a chip exchanges with other slices, if there are several.
+      host: what a chip exchanges with its host's memory, if anything.
     """
     compute = module.roofline_seconds(chip.flops, chip.hbm_bandwidth)
     compute += kernel_flops / mesh.size / chip.flops
@@ -576,6 +608,9 @@ def time_of(
         seconds = sum(row["seconds"] for row in crossing["rows"].values())
         between = {"between slices, waited for": seconds}
         total += seconds
+    if host:
+        between["host's memory, waited for"] = host["waited for"]
+        total += host["waited for"]
     return {
         "compute and memory": compute,
         "collectives, waited for": waited,
@@ -636,6 +671,14 @@ def describe(plan: dict[str, Any]) -> str:
         speed = f"at {crossing['bandwidth'] / 1e9:g} GB/s"
         what = f"from other slices into a {device}"
         title = [what, "times", "GiB", f"seconds {speed}"]
+        lines.append(metrics.table(title, rows))
+    if host := plan["host"]:
+        speed = f"seconds at {chips.HOST_BANDWIDTH / 1e9:g} GB/s (assumed)"
+        title = [f"between a {device} and the host's memory", "GiB", speed]
+        rows = [
+            ["all", f"{host['bytes'] / GIB:.2f}", f"{host['seconds']:.3f}"],
+            ["waited for", "", f"{host['waited for']:.3f}"],
+        ]
         lines.append(metrics.table(title, rows))
     times = plan["time"]
     rows = [
