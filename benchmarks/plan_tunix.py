@@ -45,6 +45,7 @@ def main() -> None:
     rows = arguments.rows * mesh.size
     config.data.batch_size = config.eval.batch_size = rows
     config.optimizer.accumulation_steps = 1
+    config.model.remat = "full"
     table = []
 
     def add(name, compile_program):

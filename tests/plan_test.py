@@ -159,6 +159,25 @@ def test_a_plan_of_a_small_step(config):
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.usefixtures("compiled_quickly")
+def test_a_plan_of_offloaded_activations(config):
+    config.model.remat = "offload"
+    made = step_plan.make(config, "v5e:2x2")
+    # One row of a chip, in bfloat16, for two layers, to the host and back.
+    size = 2 * 2 * config.data.row_length * SMALL["hidden_size"]
+    assert made["memory"]["in the host's memory"] == size
+    assert made["memory"]["of it activations kept, by formula"] == 0
+    host, times = made["host"], made["time"]
+    assert host["bytes"] == 2 * size
+    assert host["seconds"] == 2 * size / chips.HOST_BANDWIDTH
+    assert 0 <= host["waited for"] <= host["seconds"]
+    assert times["host's memory, waited for"] == host["waited for"]
+    assert times["step"] >= times["compute and memory"] + host["waited for"]
+    assert "between a chip and the host's memory" in step_plan.describe(made)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.usefixtures("compiled_quickly")
 def test_a_plan_that_does_not_fit_gives_the_excess_and_advice(config):
     config.data.row_length = 256
     config.data.batch_size = config.eval.batch_size = 4096
@@ -305,6 +324,10 @@ def test_presets_fit_small_slices(name, part):
 def test_presets_fit(name, part):
     made = check_that_it_fits(name, part, quick=False)
     flops = made["flops"]
+    if (name, part) == ("llama3_8b", "v5e-16"):
+        assert made["time"]["mfu bound"] >= 0.72
+        # The inputs of 32 layers of 4,096 bfloat16 numbers for a chip's four rows.
+        assert made["memory"]["in the host's memory"] == 4 * 2**30
     if name == "llama3_8b":
         # All FLOPs, rematerialization and attention kernels included.
         done = flops["products, compiled"] + flops["attention kernels"]
