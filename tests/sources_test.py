@@ -133,7 +133,7 @@ def test_sources_without_records_are_named(tmp_path):
         ("no_such_*.txt", "", "no file matches"),
         ("docs/**/*.txt", "", r"\*\* is not supported; name the folder"),
         ("a.csv", "", "no file matches"),
-        ("gs:", "tfds", "no file matches"),
+        ("gs:", "tfds", "gs:: names no bucket"),
         (
             "a.jsonl",
             "xml",
