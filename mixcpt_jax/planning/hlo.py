@@ -39,6 +39,8 @@ _FREE = (
     "tuple",
     "while",
 )
+# What a layout says of memories other than HBM.
+_MEMORIES = (("S(1)", "vmem"), ("S(5)", "host"))
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
@@ -180,8 +182,6 @@ class Module:
 
     def _seconds(self, instruction, computation, flops_per_second, bytes_per_second):
         """See `roofline_seconds`."""
-        if _is_free(instruction):
-            return 0.0
         work = _product_flops(instruction, computation)
         for name in _called(instruction) if instruction.opcode == "fusion" else ():
             inside = self.computations[name]
@@ -193,7 +193,7 @@ class Module:
     def host_bytes(self) -> int:
         """Bytes between the chip and the host's memory, loops counted in full."""
         return sum(
-            times * self._host_bytes(instruction, computation)
+            times * self._bytes(instruction, computation, "host")
             for instruction, computation, times in self._executed(into_fusions=False)
         )
 
@@ -215,7 +215,7 @@ class Module:
             if computation is not running:
                 running, left = computation, {}
             ended = instruction.operands[0] if _is_done(instruction) else None
-            if moved := self._host_bytes(instruction, computation):
+            if moved := self._bytes(instruction, computation, "host"):
                 left[instruction.name] = moved / host_bandwidth
                 if not _ends_here(instruction, computation):
                     ended = instruction.name
@@ -237,16 +237,13 @@ class Module:
                 hidden -= part
         return waited
 
-    def _host_bytes(self, instruction: Instruction, computation) -> int:
-        if _is_free(instruction):
-            return 0
-        return self._bytes(instruction, computation, "host")
-
     def _bytes(self, instruction: Instruction, computation, memory: str) -> int:
         """Bytes of a memory that an instruction reads and writes; of a slice, its own."""
         opcode = instruction.opcode
         kind = opcode.removesuffix("-start")
-        if _is_done(instruction) or kind in (*_COLLECTIVES, "async"):
+        if _is_free(instruction) or _is_done(instruction):
+            return 0
+        if kind in (*_COLLECTIVES, "async"):
             return 0
         if kind != opcode:
             # An asynchronous copy: the first two are source and destination, in any order.
@@ -469,11 +466,7 @@ def _instruction(name: str, text: str) -> Instruction:
         Array(
             dtype,
             tuple(map(int, filter(None, dimensions.split(",")))),
-            memory="vmem"
-            if "S(1)" in layout
-            else "host"
-            if "S(5)" in layout
-            else "hbm",
+            memory=next((m for space, m in _MEMORIES if space in layout), "hbm"),
         )
         for dtype, dimensions, layout in _ARRAY.findall(shape)
     )

@@ -97,10 +97,9 @@ def _encoding(stream: TextIO) -> str:
     return getattr(stream, "encoding", None) or "utf-8"
 
 
-def take_any_text() -> None:
-    """Lets other code, such as a flag parser, print any character without an error.
+def _open_closed_streams() -> None:
+    """Opens standard streams that are closed, as a daemon's may be, on the null device.
 
-    Standard streams that are closed, as a daemon's may be, are opened on the null device.
     Otherwise files that the process opens get their descriptors and the text.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -108,6 +107,11 @@ def take_any_text() -> None:
             stream = open(os.devnull, mode)  # noqa: SIM115
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
+
+
+def take_any_text() -> None:
+    """Lets other code, such as a flag parser, print any character without an error."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A stream whose file was exchanged for a pipe cannot tell where it is.
         if isinstance(stream, io.TextIOWrapper):
